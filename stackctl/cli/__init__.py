@@ -1,0 +1,101 @@
+"""The command line. One short file per command; this one only puts them together."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from stackctl.cli.common import Current
+
+# In the order that --help shows them. Each module registers its own commands; none imports anything heavy.
+_COMMANDS = (
+    "train", "compose", "generate", "compare", "evaluate", "inspect_", "ls", "verify", "export",
+    "init", "base", "add", "use", "rm",
+)  # fmt: skip
+
+
+def make_app() -> typer.Typer:
+    app = typer.Typer(
+        name="stackctl",
+        help="Train, compose, prove and ship stacks of LoRA adapters: W = W_base + ΔW_style + ΔW_instruct.",
+        epilog="stackctl demo",
+        invoke_without_command=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def stackctl(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    ) -> None:
+        if version:
+            from stackctl import __version__
+
+            Current.output.text(f"stackctl {__version__}\n")
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            Current.output.text(context.get_help() + "\n")
+            raise typer.Exit
+
+    for name in _COMMANDS:
+        import_module(f"stackctl.cli.{name}").register(app)
+    return app
+
+
+def main() -> None:
+    """Run a command and end with its exit code; the whole policy on errors is here."""
+    import os
+
+    from stackctl.errors import Interrupted, StackctlError, Usage
+    from stackctl.output import Output, track_stderr
+
+    track_stderr()
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    debug = "--debug" in options
+    Current.output = Output(json_mode="--json" in options)
+    try:
+        code = typer.main.get_command(make_app()).main(prog_name="stackctl", standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+        if code == Interrupted.exit_code:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+    except StackctlError as error:
+        if debug:
+            raise
+        Current.output.error(error)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        Current.output.error(Interrupted("interrupted", hint="run the command again to go on"))
+        code = Interrupted.exit_code
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if debug:
+            raise
+        from stackctl.files import explain_oserror
+
+        failed = explain_oserror(error)
+        Current.output.error(failed)
+        code = failed.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, typer.TyperException):
+            Current.output.error(Usage(error.format_message().rstrip("."), hint=_usage_hint(error)))
+            code = Usage.exit_code
+        else:
+            Current.output.error(
+                StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
+            )
+            code = 1
+    sys.exit(code)
+
+
+def _usage_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context else "stackctl --help"

@@ -1,0 +1,128 @@
+"""stackctl add"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackctl import files
+from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint
+from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
+from stackctl.output import Result
+from stackctl.plan import PlanMember, plan_stack
+from stackctl.registry import Registry, ResolvedStack, now
+from stackctl.schema import AdapterVersion, Base
+
+# Trainer's own state (pickles, and as large as the optimizer) is of no use to an adapter; pickles are never copied.
+_COPIED = {".safetensors", ".json", ".jinja", ".jsonl", ".model", ".txt", ".md"}
+_TRAINER_STATE = {"trainer_state.json", "stackctl_counters.json"}
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "add", example="stackctl add style ./output/checkpoint-531 --base qwen3", panel=HOUSE)
+    def add(
+        context: Context,
+        name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],
+        path: Annotated[
+            Path,
+            typer.Argument(
+                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or the folder above a nested one.",
+                show_default=False,
+            ),
+        ],
+        base: BaseOption = None,
+        on: Annotated[
+            str | None,
+            typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR"),
+        ] = None,
+        link: Annotated[bool, typer.Option("--link", help="Refer to the folder instead of copying it.")] = False,
+        description: Annotated[str, typer.Option(help="A line about it.")] = "",
+    ) -> Result:
+        """Register an existing PEFT checkpoint as the next version of an adapter."""
+        registry = context.registry
+        registry.check_adapter_name(name)
+        folder = find_checkpoint_folder(path)
+        checkpoint = read_checkpoint(folder)
+        stack = registry.resolve(on or "base", base=base)
+        plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
+        known = _already_there(registry, name, checkpoint.digest(), stack)
+        version = known or _add(registry, name, checkpoint, stack, link, description)
+        label = f"{name}@{version.version}"
+        data = {
+            "adapter": name,
+            "version": version.version,
+            "digest": version.digest,
+            "base": stack.base.name,
+            "path": str(registry.weights_path(version)),
+            "on": version.trained_on,
+        }
+        said = "is registered already as" if known else "registered"
+        where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
+        text = f"{said} {label}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
+        notes = tuple(p.message for p in plan.problems)
+        return Result(data, label, text, notes=notes)
+
+
+def _already_there(registry: Registry, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
+    """The version that is the same bytes on the same stack, so that adding twice changes nothing."""
+    adapter = registry.find_adapter(name)
+    on = [str(member) for member in stack.members]
+    for version in adapter.versions if adapter else ():
+        if (version.digest, version.fingerprint, version.trained_on) == (digest, stack.base.fingerprint, on):
+            return version
+    return None
+
+
+def _add(
+    registry: Registry, name: str, checkpoint: Checkpoint, stack: ResolvedStack, link: bool, description: str
+) -> AdapterVersion:
+    on = [str(member) for member in stack.members]
+    if link:
+        path = _linked_path(checkpoint.path.resolve(), registry.root)
+        return registry.add_version(
+            name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
+        )
+    weights = registry.root / "weights"
+    files.sweep_staging(weights)
+    with files.staging_directory(weights) as staged:
+        copy_checkpoint(checkpoint.path, staged)
+        copied = read_checkpoint(staged)
+        return registry.add_version(
+            name,
+            lambda number: entry(number, registry.relative_weights_path(name, number), copied, stack.base, on),
+            staged,
+            description or None,
+        )
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy what belongs to an adapter: weights, configuration, tokenizer and notes; no pickles, no folders."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _COPIED and path.name not in _TRAINER_STATE:
+            shutil.copyfile(path, target / path.name)
+
+
+def _linked_path(folder: Path, root: Path) -> str:
+    return os.path.relpath(folder, root) if folder.is_relative_to(root.parent) else str(folder)
+
+
+def entry(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
+    """The registry entry of a checkpoint that was made elsewhere."""
+    return AdapterVersion(
+        version=number,
+        digest=checkpoint.digest(),
+        path=path,
+        base=base.name,
+        fingerprint=base.fingerprint,
+        trained_on=on,
+        created=now(),
+        lora=describe_lora(checkpoint.config),
+        parameters=checkpoint.parameters,
+        dtype=checkpoint.dtype,
+        bytes=checkpoint.bytes,
+        versions={"peft": str(checkpoint.config["peft_version"])} if checkpoint.config.get("peft_version") else {},
+    )

@@ -1,0 +1,95 @@
+"""stackctl base add | ls | rm"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stackctl.cli.common import HOUSE, Context, command, complete_bases
+from stackctl.output import Result
+from stackctl.registry import Registry
+from stackctl.schema import Base
+
+
+def base_json(base: Base, registry: Registry) -> dict[str, Any]:
+    """A base as ``base ls`` and ``ls`` show it."""
+    return {
+        "name": base.name,
+        "source": base.source,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "path": str((registry.root / base.path).resolve()) if base.path else None,
+        "architecture": base.architecture,
+        "parameters": base.parameters,
+        "dtype": base.dtype,
+        "context_length": base.context_length,
+    }
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="Base models: add, ls, rm.", epilog="stackctl base add smollm2", no_args_is_help=False)
+    app.add_typer(group, name="base", rich_help_panel=HOUSE)
+
+    @command(group, "add", example="stackctl base add qwen3 Qwen/Qwen3-8B-Base")
+    def add(
+        context: Context,
+        name: Annotated[str, typer.Argument(help="What the base is called here.", show_default=False)],
+        source: Annotated[
+            str | None,
+            typer.Argument(
+                help="A Hub id, a folder, or a .gguf file; smollm2 needs none.", metavar="[SOURCE]", show_default=False
+            ),
+        ] = None,
+        revision: Annotated[
+            str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
+        ] = None,
+    ) -> Result:
+        """Register a base model: recognised from then on by its fingerprint."""
+        from stackctl.names import parse_name
+
+        parse_name(name, "base name")
+        registry = context.registry
+        from stackctl.engine.bases import base_folder, make_base
+        from stackctl.engine.models import quiet_libraries
+
+        quiet_libraries()
+        base = make_base(name, source, revision, registry, context.output.status)
+        registry.save_base(base)
+        folder = base_folder(base, registry, context.output.status)
+        data = {**base_json(base, registry), "path": str(folder)}
+        size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
+        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}")
+
+    @command(group, "ls", example="stackctl base ls --json")
+    def ls(context: Context) -> Result:
+        """List the base models."""
+        registry = context.registry
+        rows = [base_json(base, registry) for base in registry.bases()]
+
+        def screen() -> Any:
+            from stackctl.tables import table
+
+            return table(
+                ["base", "source", "architecture", "parameters", "dtype"],
+                [[r["name"], r["source"], r["architecture"], f"{r['parameters']:,}", r["dtype"]] for r in rows],
+            )
+
+        empty = "no base is registered; try: stackctl base add smollm2"
+        return Result({"bases": rows}, "\n".join(r["name"] for r in rows), screen if rows else empty)
+
+    @command(group, "rm", example="stackctl base rm qwen3")
+    def rm(
+        context: Context,
+        name: Annotated[str, typer.Argument(autocompletion=complete_bases, show_default=False)],
+    ) -> Result:
+        """Remove a base's entry (never its files); refused while adapters stand on it."""
+        context.registry.remove_base(name)
+        return Result({"removed": [name]}, name, f"removed the base {name}; its files are where they were")
+
+    @group.callback(invoke_without_command=True)
+    def base(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            from stackctl.cli.common import Current
+
+            Current.output.text(context.get_help() + "\n")

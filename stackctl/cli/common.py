@@ -1,0 +1,136 @@
+"""What every command has in common: its options, its example, how it ends."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from stackctl.output import Output, Result
+from stackctl.registry import Registry
+
+PATH = "The path"
+KNOW = "To know"
+SHARE = "To share"
+HOUSE = "The registry"
+"""The panels of ``stackctl --help``, in the order of a user's work."""
+
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "registry": (
+        Annotated[
+            Path | None,
+            typer.Option(
+                help="The registry to use; else STACKCTL_REGISTRY, else the nearest one upward.",
+                rich_help_panel="Common",
+                metavar="DIR",
+            ),
+        ],
+        None,
+    ),
+    "json_mode": (
+        Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Common")],
+        False,
+    ),
+    "quiet": (
+        Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential name.", rich_help_panel="Common")],
+        False,
+    ),
+    "debug": (
+        Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Common")],
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A command's surroundings."""
+
+    output: Output
+    registry_option: Path | None
+
+    @functools.cached_property
+    def registry(self) -> Registry:
+        """The registry in use; an error with a hint when there is none."""
+        return Registry.open(self.registry_option)
+
+
+class Current:
+    """The command that is running, so that the outermost error handler knows how to speak."""
+
+    output = Output()
+
+
+def command(
+    app: typer.Typer, name: str, *, example: str, panel: str | None = None, hidden: bool = False
+) -> Callable[[Callable[..., Result | None]], Callable[..., None]]:
+    """Register a function as a command: it gets a :class:`Context` first, and the common options are added to it."""
+
+    def register(function: Callable[..., Result | None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            common = {key: values.pop(key) for key in _COMMON}
+            output = Current.output = Output(json_mode=common["json_mode"], quiet=common["quiet"])
+            result = function(Context(output, common["registry"]), **values)
+            if result is not None:
+                output.emit(result)
+                if result.exit_code:
+                    raise typer.Exit(result.exit_code)
+
+        own = list(inspect.signature(function).parameters.values())[1:]
+        hints = get_type_hints(function, include_extras=True)
+        added = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in _COMMON.items()
+        ]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, p.annotation)) for p in own]
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        app.command(name, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
+        return run
+
+    return register
+
+
+# -- arguments that several commands have, with their completion ----------------------------------------------------
+
+
+def _complete(*kinds: str) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        from stackctl.errors import StackctlError
+        from stackctl.schema import Adapter, Base, Stack
+
+        try:
+            registry = Registry.open()
+        except StackctlError:
+            return []
+        types = {"adapters": Adapter, "stacks": Stack, "bases": Base}
+        head, plus, tail = incomplete.rpartition("+")
+        names = [name for kind in kinds for name in registry.names(types[kind])]
+        return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
+
+    return complete
+
+
+complete_what = _complete("adapters", "stacks", "bases")
+complete_stacks = _complete("stacks")
+complete_bases = _complete("bases")
+complete_adapters = _complete("adapters", "stacks")
+
+What = Annotated[
+    str | None,
+    typer.Argument(
+        help="An expression such as style:0.7+instruct@2, a stack, a base, or 'base'; the current stack when left out.",
+        autocompletion=complete_what,
+        show_default=False,
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="The base, where the name alone does not say it.", autocompletion=complete_bases, metavar="NAME"),
+]

@@ -1,0 +1,29 @@
+"""stackctl init"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackctl.cli.common import HOUSE, Context, command
+from stackctl.output import Result
+from stackctl.registry import init_registry
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "init", example="stackctl init", panel=HOUSE)
+    def init(
+        context: Context,
+        directory: Annotated[
+            Path | None, typer.Argument(metavar="[DIR]", help="The registry's folder.", show_default="registry")
+        ] = None,
+    ) -> Result:
+        """Make a registry: a folder of small YAML files that says which adapters and stacks there are."""
+        folder = (directory or context.registry_option or Path("registry")).absolute()
+        made = init_registry(folder)
+        said = f"made an empty registry in {folder}" if made else f"there is a registry in {folder} already"
+        return Result(
+            {"registry": str(folder), "created": made}, str(folder), f"{said}\nnext: stackctl base add smollm2"
+        )

@@ -1,0 +1,54 @@
+"""Progress of training: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stackctl.output import Output
+
+_LINES = 10
+"""How many lines a run prints where no bar can be drawn."""
+
+
+@contextlib.contextmanager
+def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int, Any], None]]:
+    """A function to call after every optimizer step with (step, steps, counters)."""
+    if not output.shows_progress:
+        yield lambda step, steps, counters: _line(output, name, step, steps, counters)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[supervised]:,} supervised"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with contextlib.ExitStack() as stack:
+        state: dict[str, Any] = {}
+
+        def update(step: int, steps: int, counters: Any) -> None:
+            fields = {
+                "loss": counters.curve[-1]["loss"],
+                "supervised": counters.supervised_tokens,
+                "speed": counters.tokens_per_second,
+            }
+            if not state:  # begun at the first step, so that notes before it do not tear the bar
+                progress = stack.enter_context(output.progress(*columns))
+                state.update(bar=progress, task=progress.add_task(f"training {name}", total=steps, **fields))
+            state["bar"].update(state["task"], completed=step, total=steps, **fields)
+
+        yield update
+
+
+def _line(output: Output, name: str, step: int, steps: int, counters: Any) -> None:
+    if step == steps or step == 1 or step % max(1, steps // _LINES) == 0:
+        output.status(
+            f"training {name}: step {step}/{steps}, loss {counters.curve[-1]['loss']:.3f}, "
+            f"{counters.supervised_tokens:,} supervised tokens, {counters.tokens_per_second:,.0f} tokens/s"
+        )

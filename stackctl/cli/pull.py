@@ -1,0 +1,80 @@
+"""stackctl pull"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from stackctl.cli.common import SHARE, BaseOption, Context, command
+from stackctl.errors import Usage
+from stackctl.files import sha256_bytes
+from stackctl.output import Result
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "pull", example="stackctl pull me/storyteller@v1", panel=SHARE)
+    def pull(
+        context: Context,
+        repo: Annotated[
+            str,
+            typer.Argument(
+                metavar="REPO[@REV]",
+                help="A repo on the Hub with an adapter or a stack, at a branch, a tag or a commit.",
+                show_default=False,
+            ),
+        ],
+        name: Annotated[str | None, typer.Option(help="What to call it here.")] = None,
+        base: BaseOption = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come; fetch no weights.")] = False,
+    ) -> Result:
+        """Register what a repo on the Hub holds, pinned to the commit; what is here already is not fetched."""
+        from stackctl.hub import parse_repo
+        from stackctl.pull import PullOptions
+        from stackctl.pull import pull as pull_repo
+
+        registry, output = context.registry, context.output
+        place, at, revision = repo.partition("@")
+        if at and not revision:
+            raise Usage(f"'{repo}' ends too early", hint="write REPO@REVISION, for example me/storyteller@v1")
+        repo_id = parse_repo(place)
+        again = ["stackctl", "pull", f"{repo_id}{at}{revision}", *(["--name", name] if name else [])]
+        options = PullOptions(
+            again=shlex.join(again),
+            revision=revision or None,
+            name=name,
+            base=base,
+            dry_run=dry_run,
+            progress=output.shows_progress,
+        )
+        return _result(pull_repo(registry, repo_id, options, output.status))
+
+
+def _result(pulled: Any) -> Result:
+    shared = {"commit": pulled.commit, "repo": pulled.repo, "added": list(pulled.added), "dry_run": pulled.planned}
+    if pulled.stack is not None:
+        members = [
+            {
+                "adapter": m.adapter.name,
+                "version": m.version.version,
+                "digest": m.version.digest,
+                "weight": m.weight,
+            }
+            for m in pulled.members
+        ]
+        digest = sha256_bytes(json.dumps([[m["digest"], m["weight"]] for m in members]).encode())
+        data = {"stack": pulled.stack, "version": None, "digest": digest if members else None, "members": members}
+        label = pulled.stack
+    else:
+        data = {"adapter": pulled.adapter, "version": pulled.version, "digest": pulled.digest}
+        label = f"{pulled.adapter}@{pulled.version}"
+    what = f"{label} from {pulled.repo} at {pulled.commit[:12]}"
+    if pulled.planned:
+        text = f"would pull {what}: {', '.join(pulled.added) or 'nothing new'}"
+    elif pulled.added:
+        text = f"pulled {what}: {', '.join(pulled.added)}"
+    else:
+        text = f"nothing to do: {what} is here already"
+    return Result({**data, **shared}, label, text)

@@ -1,0 +1,138 @@
+"""stackctl push, stackctl push-to-hub"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from stackctl.cli.common import SHARE, Context, command, complete_what
+from stackctl.errors import Usage
+from stackctl.output import Result
+from stackctl.registry import Registry
+from stackctl.schema import PushTarget
+
+
+def register(app: typer.Typer) -> None:
+    def push(
+        context: Context,
+        what: Annotated[
+            str | None,
+            typer.Argument(
+                help="An adapter, a stack or an expression; the current stack when left out.",
+                autocompletion=complete_what,
+                show_default=False,
+            ),
+        ] = None,
+        repo: Annotated[
+            str | None,
+            typer.Argument(help="The repo on the Hub, owner/name; else the recipe's push:.", show_default=False),
+        ] = None,
+        private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+        revision: Annotated[str | None, typer.Option(help="The branch to push to.", metavar="BRANCH")] = None,
+        create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+        message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
+        tag: Annotated[str | None, typer.Option(help="Tag what was pushed.")] = None,
+        members: Annotated[
+            bool, typer.Option("--members", help="Also each member in a folder, so that pull brings them apart.")
+        ] = False,
+        base_id: Annotated[
+            str | None, typer.Option("--base-id", help="The base on the Hub, where it isn't known.", metavar="ID")
+        ] = None,
+        license_: Annotated[str | None, typer.Option("--license", help="For the card, such as apache-2.0.")] = None,
+        language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; may be repeated.")] = None,
+        dataset: Annotated[
+            list[str] | None, typer.Option(help="A data set on the Hub, for the card; may be repeated.", metavar="ID")
+        ] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; send nothing.")] = False,
+    ) -> Result:
+        """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
+        from stackctl.bundle import Wishes
+        from stackctl.card import Facts
+        from stackctl.hub import parse_repo
+        from stackctl.push import PushOptions
+        from stackctl.push import push as push_stack
+
+        registry, output = context.registry, context.output
+        target = _target(registry, what, repo)
+        stack = registry.resolve(target.stack)
+        repo_id = parse_repo(target.repo)
+        flags = {"--private": private, "--create-pr": create_pr, "--members": members}
+        values = {"--revision": revision, "--tag": tag, "--base-id": base_id}
+        again = ["stackctl", "push", stack.text, repo_id, *(flag for flag, on in flags.items() if on)]
+        again += [word for option, value in values.items() if value for word in (option, value)]
+        options = PushOptions(
+            again=shlex.join(again),
+            wishes=Wishes(
+                base_id=target.base_id,
+                facts=Facts(license_, tuple(language or ()), tuple(dataset or ())),
+                members=members,
+            ),
+            private=private or target.private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            tag=tag,
+            dry_run=dry_run,
+            progress=output.shows_progress,
+        )
+        if base_id is not None:
+            options = dataclasses.replace(options, wishes=dataclasses.replace(options.wishes, base_id=base_id))
+        return _result(push_stack(registry, stack, repo_id, options, output.status), stack.notes)
+
+    command(app, "push", example="stackctl push storyteller me/storyteller --private", panel=SHARE)(push)
+    command(app, "push-to-hub", example="stackctl push-to-hub storyteller me/storyteller", panel=SHARE, hidden=True)(
+        push
+    )
+
+
+def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
+    """What a push would send, as JSON shows it; asks nobody."""
+    from stackctl.bundle import Wishes
+    from stackctl.push import prepare
+
+    files = prepare(registry, registry.resolve(what), repo, Wishes())
+    return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}
+
+
+def _target(registry: Registry, what: str | None, repo: str | None) -> PushTarget:
+    """What goes where: the arguments (one alone is the repo), else the recipe's ``push:``."""
+    if what is not None and repo is not None:
+        return PushTarget(stack=what, repo=repo)
+    recipe = _recipe_target()
+    if what is not None and "/" in what:
+        return PushTarget(stack=registry.current(), repo=what)
+    if recipe is None:
+        named = what or "storyteller"
+        hint = f"stackctl push {named} owner/name, or put push: {{stack: {named}, repo: owner/name}} into stackctl.yaml"
+        raise Usage(f"no repo was named{f' to push {what} to' if what else ''}", hint=hint)
+    chosen = what or recipe.stack or registry.current()
+    return PushTarget(stack=chosen, repo=recipe.repo, base_id=recipe.base_id, private=recipe.private)
+
+
+def _recipe_target() -> PushTarget | None:
+    from stackctl.recipe import find_recipe, read_recipe
+
+    path = find_recipe()
+    return read_recipe(path).recipe.push if path else None
+
+
+def _result(pushed: Any, notes: tuple[str, ...]) -> Result:
+    data = {
+        "repo": pushed.repo,
+        "commit": pushed.commit,
+        "url": pushed.url,
+        "files": [dataclasses.asdict(file) for file in pushed.files],
+        "what": pushed.what,
+        "outcome": pushed.outcome,
+        "pull_request": pushed.pull_request,
+    }
+    if pushed.outcome == "planned":
+        text = f"would push {pushed.what} to {pushed.url}; nothing was sent"
+    elif pushed.outcome == "unchanged":
+        text = f"{pushed.what} is there already, nothing changed: {pushed.url}"
+    else:
+        text = f"pushed {pushed.what}: {pushed.url}"
+    return Result(data, pushed.url, text, notes=notes)

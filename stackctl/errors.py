@@ -1,0 +1,92 @@
+"""One family of expected failures: a message, a stable code, an exit code, a hint.
+
+Anything else that is raised is a bug and is reported as one.
+"""
+
+from __future__ import annotations
+
+
+class StackctlError(Exception):
+    """An expected failure. ``message`` says what is wrong, ``hint`` what to type or do next."""
+
+    code = "failed"
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Failed(StackctlError):
+    """The work could not be done: a full disk, a loss that is not a number."""
+
+
+class Usage(StackctlError):
+    """Wrong usage: an option, a name, an expression, a file that a person wrote."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class NotFound(StackctlError):
+    """A name, a version, a file or a repository that is not there."""
+
+    code = "not_found"
+    exit_code = 3
+
+
+class Incompatible(StackctlError):
+    """Things that are fine apart and cannot be used together, or not by stackctl."""
+
+    code = "incompatible"
+    exit_code = 4
+
+
+class VerificationFailed(StackctlError):
+    """Bytes or numbers are not what was recorded or promised."""
+
+    code = "verification_failed"
+    exit_code = 5
+
+
+class HubFailure(StackctlError):
+    """The Hub or the network said no, or nothing."""
+
+    code = "hub"
+    exit_code = 6
+
+
+class Interrupted(StackctlError):
+    """Ctrl-C."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
+def closest(word: str, candidates: list[str] | tuple[str, ...]) -> str | None:
+    """The candidate nearest to a mistyped word, or None when none is near."""
+    import difflib
+
+    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def did_you_mean(word: str, candidates: list[str] | tuple[str, ...], otherwise: str) -> str:
+    """A hint that names the nearest candidate, else ``otherwise``."""
+    near = closest(word, candidates)
+    return f"did you mean '{near}'? ({otherwise})" if near else otherwise
+
+
+def raise_all(problems: list[StackctlError]) -> None:
+    """Raise what was found wrong, all of it at once; nothing when nothing was.
+
+    The first problem gives the code; its siblings are joined to it.
+    """
+    if not problems:
+        return
+    first = problems[0]
+    if len(problems) == 1:
+        raise first
+    hints = dict.fromkeys(p.hint for p in problems if p.hint)
+    raise type(first)("; ".join(p.message for p in problems), hint="; ".join(hints) or None)

@@ -1,0 +1,317 @@
+"""A repository on the Hub, through huggingface_hub: what is in it, one commit to it, files from it.
+
+Authentication, endpoint, proxies and cache are huggingface_hub's own. What it leaves open is closed here: it waits
+for ever for a silent server, sleeps as long as a 429 asks, prints progress bars into pipes, and keeps whatever bytes
+arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
+from stackctl.files import human_bytes
+from stackctl.hub_errors import Attempt, explain_status, explained, retry_after, scrub
+from stackctl.hub_files import Content, RemoteFile, Snapshot
+
+Say = Callable[[str], None]
+TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))
+"""How long a server may be silent."""
+_PATIENCE_SECONDS = 30
+_MOST_FAILURES = 10
+"""How long all waits that a server asks for may be together, and how often one request may fail; then it is told."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    oid: str
+    url: str
+    pull_request: str | None = None
+
+
+def parse_repo(text: str) -> str:
+    """``owner/name``, also when it is given as the repo's address.
+
+    Raises:
+        Usage: it is neither.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    for prefix in ("https://huggingface.co/", "https://hf.co/", "hf://"):
+        text = text.removeprefix(prefix)
+    repo = text.strip("/")
+    try:
+        validate_repo_id(repo)
+        valid = repo.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise Usage(f"'{text}' is not the id of a repo", hint="write owner/name, for example me/storyteller")
+    return repo
+
+
+class Hub:
+    """One repo on the Hub, open for one command."""
+
+    def __init__(self, api: Any, attempt: Attempt, say: Say) -> None:
+        self._api = api
+        self._attempt = attempt
+        self._say = say
+        self.repo = attempt.repo
+        self.url = f"{attempt.host}/{attempt.repo}"
+
+    def require_login(self) -> None:
+        """Make sure that there is a token to write with.
+
+        Raises:
+            HubFailure: there is none.
+        """
+        from huggingface_hub.utils import build_hf_headers
+
+        with explained(self._attempt):
+            known = "authorization" in build_hf_headers()
+        if not known:
+            hint = f"hf auth login (or set HF_TOKEN), then: {self._attempt.again}"
+            raise HubFailure(f"no token to write to {self.repo} with", hint=hint)
+
+    def find(self, revision: str | None = None) -> Snapshot | None:
+        """The repo at a revision (default: its main branch), or None when the repo does not exist."""
+        from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+        attempt = replace(self._attempt, revision=revision)
+        with explained(attempt):
+            try:
+                info = self._api.model_info(self.repo, revision=revision)
+            except HfHubHTTPError as error:
+                if isinstance(error, RevisionNotFoundError) or error.response.status_code != 404:
+                    raise
+                return None
+        return self.at(info.sha, info.private) if info.sha else Snapshot(None, info.private)
+
+    def at(self, commit: str, private: bool | None = None) -> Snapshot:
+        """The repo at a commit."""
+        from huggingface_hub.hf_api import RepoFile
+
+        with explained(replace(self._attempt, revision=commit)):
+            tree = list(self._api.list_repo_tree(self.repo, revision=commit, recursive=True))
+        found = [
+            RemoteFile(f.path, f.lfs.size if f.lfs else f.size, f.blob_id, f.lfs.sha256 if f.lfs else None)
+            for f in tree
+            if isinstance(f, RepoFile)
+        ]
+        return Snapshot(commit, private, {file.path: file for file in found})
+
+    def create(self, *, private: bool) -> None:
+        """Make the repo."""
+        with explained(self._attempt):
+            self._api.create_repo(self.repo, private=private or None)
+
+    def commit(
+        self,
+        add: dict[str, Content],
+        delete: list[str],
+        *,
+        message: str,
+        parent: str | None,
+        revision: str | None,
+        create_pr: bool,
+    ) -> Commit:
+        """Everything in one commit on top of ``parent``, or nothing."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(add.items())]
+        operations += [CommitOperationDelete(path) for path in delete]
+        with explained(replace(self._attempt, revision=revision)), warnings.catch_warnings(record=True) as caught:
+            done = self._api.create_commit(
+                self.repo, operations, commit_message=message, parent_commit=parent, revision=revision,
+                create_pr=create_pr,
+            )  # fmt: skip
+        for warning in caught:  # what the Hub thinks of the card
+            if issubclass(warning.category, UserWarning):
+                self._say(scrub(str(warning.message)))
+        return Commit(done.oid, scrub(done.commit_url), done.pr_url)
+
+    def tag(self, name: str, commit: str) -> None:
+        """Give a commit a tag; nothing happens when it has that one already.
+
+        Raises:
+            HubFailure: the tag is on another commit.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        with explained(self._attempt):
+            try:
+                self._api.create_tag(self.repo, tag=name, revision=commit)
+                return
+            except HfHubHTTPError as error:
+                if error.response.status_code != 409:
+                    raise
+            elsewhere = self._api.model_info(self.repo, revision=name).sha
+        if elsewhere != commit:
+            raise HubFailure(
+                f"{self.repo} has the tag '{name}' already, on commit {str(elsewhere)[:12]}; the files are pushed",
+                hint=f"choose another tag, or remove it: hf repo tag delete {self.repo} {name}",
+            )
+
+    def download(self, file: RemoteFile, commit: str) -> Path:
+        """A file at a commit, in huggingface_hub's cache, with the bytes that the repo says it has.
+
+        Raises:
+            VerificationFailed: other bytes arrived, twice (once they may come from a damaged cache).
+        """
+        from huggingface_hub import hf_hub_download
+
+        for _ in range(2):
+            with explained(replace(self._attempt, revision=commit)):
+                found = hf_hub_download(self.repo, file.path, revision=commit, etag_timeout=TIMEOUT_SECONDS)
+            path = Path(found)
+            if file.holds(path):
+                return path
+            _throw_away(path)
+        raise self._other_bytes(file)
+
+    def download_folder(self, seen: Snapshot, patterns: list[str]) -> Path:
+        """The files of a repo that match patterns, as one folder of huggingface_hub's cache, with the right bytes.
+
+        Raises:
+            VerificationFailed: other bytes arrived.
+        """
+        from huggingface_hub import snapshot_download
+
+        with explained(replace(self._attempt, revision=seen.commit)):
+            folder = Path(snapshot_download(self.repo, revision=seen.commit, allow_patterns=patterns))
+        for path, file in seen.files.items():
+            if (folder / path).is_file() and not file.holds(folder / path):
+                _throw_away(folder / path)
+                raise self._other_bytes(file)
+        return folder
+
+    def cached_folder(self, commit: str, patterns: list[str]) -> Path | None:
+        """What :meth:`download_folder` fetched before; None when some of it is missing. Asks nobody."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(self.repo, revision=commit, allow_patterns=patterns, local_files_only=True))
+        return None
+
+    def _other_bytes(self, file: RemoteFile) -> VerificationFailed:
+        return VerificationFailed(
+            f"{file.path} of {self.repo} arrived with other bytes than its digest says; it was thrown away",
+            hint=f"try again: {self._attempt.again}",
+        )
+
+
+def _throw_away(path: Path) -> None:
+    """Remove a file from huggingface_hub's cache, which would else give the same bytes for ever."""
+    for damaged in {path.resolve(), path}:
+        damaged.unlink(missing_ok=True)
+
+
+def download_base(repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
+    """A base model's files in huggingface_hub's cache, and their commit; a commit that is there asks nobody.
+
+    Raises:
+        NotFound, HubFailure, VerificationFailed: it is not there; it cannot be fetched; other bytes arrived.
+    """
+    again = f"stackctl base add NAME {repo}"
+    with open_hub(parse_repo(repo), again=again, writes=False, say=say, progress=sys.stderr.isatty()) as hub:
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, [*patterns])):
+            return kept, revision
+        seen = hub.find(revision)
+        if seen is None or seen.commit is None:
+            raise NotFound(f"there is no model '{repo}' at {hub.url}", hint="check the name; if private: hf auth login")
+        size = sum(f.size for f in seen.files.values() if any(fnmatch.fnmatch(f.path, p) for p in patterns))
+        say(f"fetching {repo} at {seen.commit[:12]} ({human_bytes(size)})")
+        return hub.download_folder(seen, [*patterns]), seen.commit
+
+
+@contextlib.contextmanager
+def open_hub(repo: str, *, again: str, writes: bool, say: Say, progress: bool = False) -> Iterator[Hub]:
+    """Work with a repo; huggingface_hub is made quiet, and impatient, for as long as that lasts."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    attempt = Attempt(repo, scrub(constants.ENDPOINT), again, writes=writes)
+    level = logging.get_verbosity()
+    with contextlib.ExitStack() as stack:
+        if "HF_HUB_VERBOSITY" not in os.environ and not constants.HF_DEBUG:
+            logging.set_verbosity_error()
+            stack.callback(logging.set_verbosity, level)
+        if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+            stack.enter_context(disable_progress_bars())
+        huggingface_hub.set_client_factory(lambda: _make_client(attempt, say))
+        stack.callback(huggingface_hub.set_client_factory, huggingface_hub.utils._http.default_client_factory)
+        yield Hub(huggingface_hub.HfApi(library_name="stackctl", library_version=_version()), attempt, say)
+
+
+def _version() -> str:
+    from stackctl import __version__
+
+    return __version__
+
+
+def _make_client(attempt: Attempt, say: Say) -> Any:
+    """huggingface_hub's client, which gives up on a silent server and on one that asks for too much patience."""
+    import httpx2
+    from huggingface_hub.utils._http import default_client_factory  # not public, and it keeps offline mode offline
+
+    client: Any = default_client_factory()
+    patience = _Patience(attempt, say)
+    send = client.send
+
+    def patient_send(request: Any, **options: Any) -> Any:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_SECONDS)
+        try:
+            response = send(request, **options)
+        except httpx2.TimeoutException as error:
+            raise HubFailure(
+                f"{attempt.host} was silent for {TIMEOUT_SECONDS:.0f} s",
+                hint=f"try again (STACKCTL_HUB_TIMEOUT sets the seconds to wait): {attempt.again}",
+            ) from error
+        if response.status_code in (408, 409, 429) or response.status_code >= 500:
+            patience.count(f"{request.method} {request.url}", response)
+        return response
+
+    client.send = patient_send
+    return client
+
+
+class _Patience:
+    """How often a server has failed and how long it has asked to wait; huggingface_hub itself has no limit to that."""
+
+    def __init__(self, attempt: Attempt, say: Say) -> None:
+        self._attempt = attempt
+        self._say = say
+        self._failures: dict[tuple[str, int], int] = {}
+        self._waited = 0
+
+    def count(self, request: str, response: Any) -> None:
+        """Take note of a failed response.
+
+        Raises:
+            HubFailure: it is one too many.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        status = response.status_code
+        asked = retry_after(response.headers) or 0
+        times = self._failures[request, status] = self._failures.get((request, status), 0) + 1
+        self._waited += asked
+        if self._waited > _PATIENCE_SECONDS or times > _MOST_FAILURES:
+            raise explain_status(HfHubHTTPError("", response=response), self._attempt)
+        if times == 2:
+            self._say(f"{self._attempt.host} answers HTTP {status}: trying again")
+        elif asked:
+            self._say(f"{self._attempt.host} asks to wait {asked} s")

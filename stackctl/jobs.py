@@ -1,0 +1,185 @@
+"""One training job, checked as far as it can be without loading anything.
+
+A :class:`PreparedJob` is what the engine trains; a :class:`RunFolder` is where an unfinished run keeps its saves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stackctl import files
+from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
+from stackctl.names import BASE
+from stackctl.plan import StackPlan
+from stackctl.registry import Registry, ResolvedStack
+from stackctl.schema import Base, TrainJob
+
+_REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job whose names are resolved and whose settings fit the base."""
+
+    name: str
+    job: TrainJob
+    stack: ResolvedStack
+    plan: StackPlan
+    data: str
+    eval_data: str | None
+
+    @property
+    def base(self) -> Base:
+        return self.stack.base
+
+    @property
+    def target_modules(self) -> list[str] | str:
+        return parse_targets(self.job.target_modules)
+
+    @property
+    def trained_on(self) -> list[str]:
+        """The frozen stack as terms, pinned: ``["style@1"]``."""
+        return [str(member) for member in self.stack.members]
+
+    def signature(self, data_digest: str) -> dict[str, Any]:
+        """Everything that decides what comes out: equal signatures mean nothing would change."""
+        return {
+            "settings": msgspec.to_builtins(self.job.settings()),
+            "data": data_digest,
+            "base": self.base.fingerprint,
+            "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
+        }
+
+
+def prepare_job(registry: Registry, name: str, job: TrainJob, *, folder: Path | None = None) -> PreparedJob:
+    """Resolve and check a job; paths of data are relative to ``folder`` (default: the working directory).
+
+    Raises:
+        StackctlError: everything that is wrong with it, at once.
+    """
+    problems: list[StackctlError] = []
+
+    def attempt(check: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return check(*arguments, **options)
+        except StackctlError as error:
+            problems.append(error)
+            return None
+
+    attempt(registry.check_adapter_name, name)
+    stack = attempt(registry.resolve, job.on or BASE, base=job.base)
+    plan = attempt(lambda: registry.plan(stack).check()) if stack else None
+    data = attempt(_data_path, job.data, folder, name)
+    eval_data = attempt(_data_path, job.eval_data, folder, name) if job.eval_data else None
+    if stack:
+        attempt(_check_not_on_itself, name, stack)
+        attempt(_check_targets, job, stack.base)
+    raise_all(problems)
+    assert plan is not None, "a plan that could not be made is a problem, and those were raised"
+    return PreparedJob(name, job, stack, plan, data, eval_data)
+
+
+def _data_path(data: str | None, folder: Path | None, name: str) -> str:
+    """A file of data as a path, or the name of a Hub data set as it stands."""
+    if not data:
+        raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
+    path = Path(data).expanduser()
+    if folder is not None and not path.is_absolute():
+        path = folder / path
+    if path.exists():
+        if path.is_dir():
+            raise Usage(f"the data {data} is a folder", hint="give a .jsonl, .json, .parquet or .txt file")
+        return str(path)
+    if path.suffix or data.count("/") != 1 or data.startswith((".", "/", "~")):
+        raise NotFound(
+            f"the data {data} does not exist", hint="check the path; it is relative to the working directory"
+        )
+    return data
+
+
+def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:
+    if any(member.adapter.name == name for member in stack.members):
+        raise Usage(
+            f"'{name}' cannot be trained on itself",
+            hint=f"choose another name for what comes next, for example {name}-2",
+        )
+
+
+def parse_targets(text: list[str] | str) -> list[str] | str:
+    """``q_proj,v_proj`` to a list; a regular expression and all-linear stay text."""
+    if isinstance(text, list):
+        return text
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    return text if _REGEX_SIGNS.search(text) else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_targets(job: TrainJob, base: Base) -> None:
+    modules = expand_modules(base.modules)
+    targets = parse_targets(job.target_modules)
+    last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type != "Parameter"})
+    hint = f"modules of {base.name}: {', '.join(last_names)}"
+    if isinstance(targets, str):
+        try:
+            found = expected_targets({"target_modules": targets}, modules, base.output_embedding)
+        except re.error as error:
+            raise Usage(f"target_modules: '{targets}' is not a regular expression ({error})", hint=hint) from None
+        if not found:
+            raise Usage(f"target_modules: '{targets}' matches no module of the base '{base.name}'", hint=hint)
+        return
+    missing = [
+        target
+        for target in targets
+        if not expected_targets({"target_modules": [target]}, modules, base.output_embedding)
+    ]
+    if missing or not targets:
+        near = did_you_mean(missing[0], last_names, hint) if missing else hint
+        raise Usage(f"target_modules: the base '{base.name}' has no {', '.join(missing) or 'such modules'}", hint=near)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run of training keeps its saves until the adapter is registered."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The finished saves, oldest first."""
+        found = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def begin(self, signature: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
+
+
+def run_folder(registry: Registry, name: str) -> RunFolder:
+    """The run folder of an adapter's name."""
+    return RunFolder(registry.root / "runs" / name)
+
+
+def unfinished_runs(registry: Registry) -> Iterator[dict[str, Any]]:
+    """What ``ls`` shows under runs: training that has begun and is not registered."""
+    for folder in sorted((registry.root / "runs").glob("[!.]*")):
+        if folder.is_dir():
+            run = RunFolder(folder)
+            saves = run.checkpoints
+            step = int(saves[-1].name.rpartition("-")[2]) if saves else 0
+            yield {"name": folder.name, "path": str(folder), "step": step, "saves": len(saves)}

@@ -1,0 +1,149 @@
+"""The only printer: for a person, as ``--json``, or quiet.
+
+One result reaches stdout; progress, notes and errors go to stderr. A command returns a :class:`Result` and prints
+nothing itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from stackctl.errors import StackctlError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+
+SCHEMA = 1
+_PIPED_WIDTH = 160
+"""Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did: ``json`` for programs, ``brief`` for ``-q``, ``screen`` for a person.
+
+    ``screen`` is text, or a function that makes something rich can print (so that rich is imported only then).
+    ``exit_code`` is not 0 where a command reports what it found wrong (``verify``) instead of failing.
+    """
+
+    json: dict[str, Any]
+    brief: str
+    screen: str | Callable[[], RenderableType] = ""
+    exit_code: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+
+class _LineTracker:
+    """stderr that knows whether the cursor is at the start of a line (other people's progress bars leave it amid)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.at_start = True
+
+    def write(self, text: str) -> int:
+        if text:
+            self.at_start = text.endswith("\n")
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def track_stderr() -> None:
+    """Make sure that ``error:`` can always start a line."""
+    if not isinstance(sys.stderr, _LineTracker):
+        sys.stderr = _LineTracker(sys.stderr)  # type: ignore[assignment]
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+
+    # -- stdout -------------------------------------------------------------------------------------------------
+
+    def emit(self, result: Result) -> None:
+        """Print a command's result in the form that was asked for."""
+        for note in result.notes:
+            self.note(note)
+        if self.json_mode:
+            self.line_json(result.json)
+        elif self.quiet:
+            if result.brief:
+                self.text(result.brief + "\n")
+        elif callable(result.screen):
+            console(sys.stdout).print(result.screen())
+        elif result.screen:
+            self.text(result.screen + "\n")
+
+    def line_json(self, document: dict[str, Any]) -> None:
+        """One JSON document on one line of stdout."""
+        self.text(json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def text(self, text: str) -> None:
+        """Verbatim text on stdout, at once."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    # -- stderr -------------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Something that a person should know, on stderr; not with ``-q``."""
+        if not self.quiet:
+            self._line(f"note: {text}")
+
+    def status(self, text: str) -> None:
+        """What is being done now, on stderr; not with ``-q``."""
+        if not self.quiet:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        start = "" if getattr(sys.stderr, "at_start", True) else "\n"
+        sys.stderr.write(f"{start}{text}\n")
+        sys.stderr.flush()
+
+    def error(self, error: StackctlError) -> None:
+        """``error:`` and ``hint:`` on stderr; with ``--json`` the same on stdout."""
+        message = " ".join(error.message.split())
+        self._line(_coloured("error:", "31") + f" {message}")
+        if error.hint:
+            self._line(_coloured("hint:", "36") + f" {' '.join(error.hint.split())}")
+        if self.json_mode:
+            self.line_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+
+    @contextlib.contextmanager
+    def progress(self, *columns: Any) -> Iterator[Progress]:
+        """A rich progress bar on stderr; it shows nothing when stderr is no terminal or with ``-q``."""
+        from rich.progress import Progress
+
+        screen = console(sys.stderr)
+        disabled = self.quiet or not screen.is_terminal
+        with Progress(*(columns or Progress.get_default_columns()), console=screen, disable=disabled) as progress:
+            yield progress
+
+    @property
+    def shows_progress(self) -> bool:
+        return not self.quiet and sys.stderr.isatty()
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console that obeys NO_COLOR and does not cut what is piped."""
+    from rich.console import Console
+
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False)
+
+
+def _coloured(text: str, code: str) -> str:
+    if os.environ.get("NO_COLOR") or not sys.stderr.isatty():
+        return text
+    return f"\033[1;{code}m{text}\033[0m"

@@ -1,0 +1,304 @@
+"""Pull: what a repo on the Hub holds, as registered versions, pinned to the commit.
+
+Everything small is looked at first (what it is, on which base, whether it is here already), then the weights are
+fetched and checked, and only when all of it is whole is anything registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from stackctl import files
+from stackctl.bundle import MEMBERS, STACK
+from stackctl.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
+from stackctl.errors import Incompatible, NotFound, Usage
+from stackctl.hub import Hub, Say, open_hub
+from stackctl.hub_files import Snapshot
+from stackctl.names import Reference, Term, format_term, parse_expression, parse_name, parse_reference, parse_stack_name
+from stackctl.plan import PlanMember, plan_stack
+from stackctl.pull_base import find_base
+from stackctl.pull_parts import Part, RepoReader
+from stackctl.registry import Registry, ResolvedMember, now
+from stackctl.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
+
+
+@dataclass(frozen=True)
+class PullOptions:
+    """How a pull is done. ``again`` is the command line that repeats it, for hints."""
+
+    again: str
+    revision: str | None = None
+    name: str | None = None
+    base: str | None = None
+    dry_run: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull brought. ``added`` are the labels that are new here; empty when everything was here already."""
+
+    repo: str
+    commit: str
+    adapter: str | None = None
+    version: int | None = None
+    digest: str | None = None
+    stack: str | None = None
+    members: tuple[ResolvedMember, ...] = ()
+    added: tuple[str, ...] = ()
+    planned: bool = False
+
+
+def pull(registry: Registry, repo: str, options: PullOptions, say: Say) -> Pulled:
+    """Register what a repo holds; what is here already, by its digest, is not registered twice.
+
+    Raises:
+        NotFound: no such repo, revision or base.
+        Incompatible: it holds no adapter that can be used here.
+        VerificationFailed: bytes are not what their digest says.
+        HubFailure: the Hub or the network said no.
+    """
+    if options.name is not None:
+        parse_stack_name(options.name)
+    with open_hub(repo, again=options.again, writes=False, say=say, progress=options.progress) as hub:
+        seen = hub.find(options.revision)
+        if seen is None:
+            raise NotFound(
+                f"there is no repo '{repo}'{f' with a revision {options.revision}' if options.revision else ''}",
+                hint="check the name; for a private repo: hf auth login",
+            )
+        return _Pull(registry, hub, seen, options, say).run()
+
+
+class _Pull:
+    """One pull: the repo at one commit, and the registry that it goes into."""
+
+    def __init__(self, registry: Registry, hub: Hub, seen: Snapshot, options: PullOptions, say: Say) -> None:
+        self.registry, self.hub, self.options, self.say = registry, hub, options, say
+        self.repo = RepoReader(hub, seen)
+        self.place = HubSource(repo=hub.repo, commit=self.repo.commit)
+
+    def run(self) -> Pulled:
+        recipe = self.repo.read(STACK, Stack)
+        if recipe is not None:
+            parts = self._member_parts(recipe)
+            if parts is not None:
+                return self._pull_stack(recipe, parts)
+            self.say(f"{self.hub.repo} has the stack '{recipe.name}' as one adapter, without its members")
+        return self._pull_adapter(recipe)
+
+    # -- an adapter -------------------------------------------------------------------------------------------------
+
+    def _pull_adapter(self, recipe: Stack | None) -> Pulled:
+        name = self.options.name or (recipe.name.replace("+", "-")[:64] if recipe else None)
+        part = self.repo.part(self.repo.adapter_folder(), name)
+        self._check_adapter_name(part.name)
+        known = self._known(part)
+        done = replace(self._done([]), adapter=part.name, version=part.number, digest=part.digest)
+        if known is None:
+            base = find_base(
+                self.registry, part.config, part.entry, part.info, recipe, self.options.base, self.say
+            )  # fmt: skip
+            brought = self._bring([part], base)
+            if self.options.dry_run:
+                return replace(done, added=(part.label,))
+            known = brought[0]
+            done = replace(done, added=(known.label,))
+        return replace(
+            done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
+        )  # fmt: skip
+
+    def _known(self, part: Part) -> ResolvedMember | None:
+        """The same adapter in this registry: under the name that was asked for, else under any."""
+        if part.digest is None:
+            return None
+        if self.options.name is None:
+            return self.registry.find_digest(part.digest)
+        adapter = self.registry.find_adapter(part.name)
+        same = [v for v in adapter.versions if v.digest == part.digest] if adapter else []
+        return ResolvedMember(adapter, same[0], 1.0) if adapter and same else None
+
+    def _check_adapter_name(self, name: str) -> None:
+        try:
+            self.registry.check_adapter_name(name)
+        except Usage as error:
+            raise Usage(error.message, hint=f"choose another name: {self.options.again} --name NAME") from None
+
+    # -- a stack ----------------------------------------------------------------------------------------------------
+
+    def _member_parts(self, recipe: Stack) -> list[Part] | None:
+        """The members of a recipe that are not here yet; None when some are neither here nor in the repo."""
+        if not recipe.members:
+            raise Incompatible(f"the stack in {self.hub.repo} has no members")
+        try:
+            parse_stack_name(recipe.name)
+            names = [parse_name(member.adapter) for member in recipe.members]
+        except Usage as error:
+            raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
+        missing = [m for m in recipe.members if self.registry.find_digest(m.digest) is None]
+        if any(f"{MEMBERS}/{m.adapter}/{CONFIG}" not in self.repo.seen.files for m in missing):
+            return None
+        self._check_stack_name(self.options.name or recipe.name, names)
+        parts = []
+        for member in missing:
+            self.registry.check_adapter_name(member.adapter)
+            part = self.repo.part(f"{MEMBERS}/{member.adapter}", member.adapter)
+            if part.digest not in (None, member.digest):
+                raise self.repo.other_digest(part.folder)
+            parts.append(replace(part, number=member.version, digest=member.digest))
+        return parts
+
+    def _check_stack_name(self, name: str, members: list[str]) -> None:
+        if name in members or ("+" not in name and self.registry.find_adapter(name) is not None):
+            raise Usage(f"'{name}' is the name of an adapter", hint=f"name the stack: {self.options.again} --name NAME")
+
+    def _pull_stack(self, recipe: Stack, parts: list[Part]) -> Pulled:
+        name = self.options.name or recipe.name
+        brought: list[ResolvedMember] = []
+        if parts:
+            first = parts[0]
+            base = find_base(
+                self.registry, first.config, first.entry, first.info, recipe, self.options.base, self.say
+            )  # fmt: skip
+            brought = self._bring(parts, base)
+        if self.options.dry_run:
+            return replace(self._done([part.label for part in parts]), stack=name)
+        added = [member.label for member in brought]
+        members = []
+        for member in recipe.members:
+            found = self.registry.find_digest(member.digest)
+            if found is None:
+                raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=self.options.again)
+            members.append(ResolvedMember(found.adapter, found.version, member.weight))
+        own = self.registry.base(members[0].version.base)
+        entry = Stack(
+            name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, created=recipe.created,
+            members=[
+                Member(adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight)
+                for m in members
+            ],
+        )  # fmt: skip
+        before = self.registry.put_stack(entry)
+        if before is not None and before.members != entry.members:
+            old = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in before.members)
+            self.say(f"note: '{name}' was {old} (to have that back: stackctl compose {old} --name NAME)")
+        if before is None or before.members != entry.members:
+            added = [*added, name]
+        return replace(self._done(added), stack=name, members=tuple(members))
+
+    # -- fetching and registering -----------------------------------------------------------------------------------
+
+    def _done(self, added: list[str]) -> Pulled:
+        return Pulled(self.hub.repo, self.repo.commit, added=tuple(added), planned=self.options.dry_run)
+
+    def _bring(self, parts: list[Part], base: Base) -> list[ResolvedMember]:
+        """Fetch and check all parts, then register them, what others stand on first."""
+        for part in parts:
+            for file in part.files.values():
+                self.say(f"  {file.path:<48}  {files.human_bytes(file.size):>9}")
+        outside = self._foundations(parts)
+        if self.options.dry_run:
+            return []
+        weights = self.registry.root / "weights"
+        files.sweep_staging(weights)
+        found, labels = [], dict[str, str]()
+        with contextlib.ExitStack() as stack:
+            staged = {part.folder: stack.enter_context(files.staging_directory(weights)) for part in parts}
+            for part in parts:
+                for name, file in part.files.items():
+                    shutil.copyfile(self.hub.download(file, self.repo.commit), staged[part.folder] / name)
+            checkpoints = {part.folder: self._checked(part, staged[part.folder], base) for part in parts}
+            for part in _foundations_first(parts):
+                on = [format_term((labels | outside)[str(t.reference)], t.weight) for t in _terms(part)]
+                version = self._register(part, checkpoints[part.folder], base, on)
+                member = self.registry.resolve_adapter(Reference(part.name, version.version))
+                labels[part.label] = member.label
+                found.append(member)
+                if part.entry and member.label != part.label:
+                    self.say(f"note: {part.label} is another adapter here; what was pulled is {member.label}")
+        return found
+
+    def _checked(self, part: Part, folder: Path, base: Base) -> Checkpoint:
+        """A staged checkpoint, if it has the digest that was promised and fits the base.
+
+        Raises:
+            VerificationFailed, Incompatible: it has not, or does not.
+        """
+        checkpoint = read_checkpoint(folder)
+        if part.digest is not None and checkpoint.digest() != part.digest:
+            raise self.repo.other_digest(part.folder)
+        plan_stack(base, [PlanMember(part.name, 1.0, checkpoint, part.name)]).check()
+        return checkpoint
+
+    def _foundations(self, parts: list[Part]) -> dict[str, str]:
+        """What the parts were trained on and do not bring themselves: its label there to its label here.
+
+        Raises:
+            Incompatible: another adapter has that label here.
+        """
+        together = {part.label for part in parts}
+        found: dict[str, str] = {}
+        for part in parts:
+            told = {f"{m.adapter}@{m.version}": m for m in part.info.trained_on} if part.info else {}
+            for label in dict.fromkeys(str(term.reference) for term in _terms(part)):
+                if label not in together and label not in found:
+                    found[label] = self._foundation(part, label, told.get(label))
+        return found
+
+    def _foundation(self, part: Part, label: str, told: CheckpointMember | None) -> str:
+        digest = told.digest if told else ""
+        if digest and (here := self.registry.find_digest(digest)):
+            return here.label
+        where = f"stackctl pull {told.repo}" if told and told.repo else "ask its author for it, or for a --members push"
+        try:
+            taken = self.registry.resolve_adapter(parse_reference(label))
+        except NotFound:
+            self.say(f"note: {part.label} needs {label}, which is not here: {where}")
+            return label
+        if not digest:
+            return taken.label
+        raise Incompatible(
+            f"{part.label} was trained on another {label} than the one that is here (digests differ)",
+            hint=f"{where}, then: {self.options.again}",
+        )
+
+    def _register(self, part: Part, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
+        peft = part.config.get("peft_version")
+        entry = part.entry or AdapterVersion(
+            version=1, digest="", path="", base="", fingerprint="", created=now(), lora=describe_lora(part.config),
+            parameters=checkpoint.parameters, dtype=checkpoint.dtype, versions={"peft": str(peft)} if peft else {},
+        )  # fmt: skip
+
+        def build(number: int) -> AdapterVersion:
+            return msgspec.structs.replace(
+                entry, version=number, digest=part.digest or checkpoint.digest(),
+                path=self.registry.relative_weights_path(part.name, number), base=base.name,
+                fingerprint=base.fingerprint, trained_on=on, bytes=checkpoint.bytes, hub=self.place, pushed=None,
+            )  # fmt: skip
+
+        staged, described = checkpoint.path, part.description or None
+        return self.registry.add_version(part.name, build, staged, described, number=part.number)
+
+
+def _terms(part: Part) -> tuple[Term, ...]:
+    """What a part was trained on, by the names of where it was made."""
+    return parse_expression("+".join(part.entry.trained_on)) if part.entry and part.entry.trained_on else ()
+
+
+def _foundations_first(parts: list[Part]) -> list[Part]:
+    """The parts in an order in which each comes after those of them that it was trained on."""
+    waiting, ordered = {part.label: part for part in parts}, list[Part]()
+    while waiting:
+        ready = [
+            part for part in waiting.values()
+            if not any(str(term.reference) in waiting for term in _terms(part))
+        ] or list(waiting.values())  # fmt: skip
+        ordered += ready
+        for part in ready:
+            del waiting[part.label]
+    return ordered

@@ -1,0 +1,73 @@
+"""Which base of this registry an adapter from the Hub belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stackctl.errors import Incompatible, NotFound
+from stackctl.registry import Registry
+from stackctl.schema import AdapterInfo, AdapterVersion, Base, Stack
+
+
+def find_base(
+    registry: Registry,
+    config: dict[str, Any],
+    entry: AdapterVersion | None,
+    info: AdapterInfo | None,
+    recipe: Stack | None,
+    asked: str | None,
+    say: Callable[[str], None],
+) -> Base:
+    """The base that an adapter was trained on: asked for, else by its fingerprint, else by its name on the Hub.
+
+    Raises:
+        NotFound: it is not registered here; the hint is how to register it.
+        Incompatible: another model has its name.
+    """
+    if asked is not None:
+        return registry.base(asked)
+    bases = list(registry.bases())
+    hub_id = str(config.get("base_model_name_or_path") or (info.base_hub_id if info else "") or "")
+    fingerprint = (
+        entry.fingerprint if entry else recipe.fingerprint if recipe else info.base_fingerprint if info else ""
+    )
+    name = info.base if info else recipe.base if recipe else entry.base if entry else _short(hub_id)
+    offer = f"stackctl base add {name or 'NAME'} {hub_id or 'SOURCE'}"
+    if fingerprint:
+        for base in bases:
+            if base.fingerprint == fingerprint:
+                return base
+        same = next((b for b in bases if b.name == name or (hub_id and b.hub_id == hub_id)), None)
+        if same:
+            raise Incompatible(
+                f"it was trained on another model than the base '{same.name}' is here (fingerprints differ)",
+                hint=f"register that model under another name ({offer}), or insist: --base {same.name}",
+            )
+        raise NotFound(f"its base '{name}' ({hub_id}) is not registered here", hint=offer)
+    for base in bases:
+        if hub_id and (hub_id in (base.hub_id, base.source) or _is_folder(registry, base, hub_id)):
+            return base
+    unnamed = [base for base in bases if base.hub_id is None]
+    if not unnamed:
+        raise NotFound(f"its base '{hub_id}' is not registered here", hint=offer)
+    base = registry.base()
+    if base.hub_id is not None:
+        raise NotFound(f"its base '{hub_id}' is not registered here", hint=f"{offer}, or say which it is: --base NAME")
+    say(f"note: it says that its base is '{hub_id}'; it goes onto '{base.name}' (--base chooses another)")
+    return base
+
+
+def _short(hub_id: str) -> str:
+    """A base's name here, made from its name on the Hub."""
+    last = hub_id.rstrip("/").rpartition("/")[2].lower()
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)[:64].strip("-._")
+
+
+def _is_folder(registry: Registry, base: Base, text: str) -> bool:
+    return (
+        bool(base.path)
+        and Path(text).is_absolute()
+        and (registry.root / str(base.path)).resolve() == Path(text).resolve()
+    )

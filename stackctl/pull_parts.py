@@ -1,0 +1,141 @@
+"""A repo on the Hub as adapters that could be registered: read from its small files, before any weights are fetched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from stackctl.bundle import ADAPTER, CHECKPOINT, MEMBERS
+from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config
+from stackctl.errors import Incompatible, Usage, VerificationFailed
+from stackctl.hub import Hub
+from stackctl.hub_files import RemoteFile, Snapshot
+from stackctl.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
+from stackctl.yamlfile import read_yaml
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a repo, as far as its small files tell.
+
+    ``entry`` and ``info`` are None where stackctl did not write it; ``digest`` where only the weights will tell.
+    """
+
+    folder: str
+    name: str
+    number: int
+    config: dict[str, Any]
+    entry: AdapterVersion | None
+    info: AdapterInfo | None
+    description: str
+    digest: str | None
+    files: dict[str, RemoteFile]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+class RepoReader:
+    """Reads a repo at one commit."""
+
+    def __init__(self, hub: Hub, seen: Snapshot) -> None:
+        if seen.commit is None:
+            raise Incompatible(f"{hub.repo} is empty", hint="nothing was pushed to it yet")
+        self.hub, self.seen, self.commit = hub, seen, seen.commit
+
+    def read(self, path: str, type_: type[Any]) -> Any:
+        """A YAML entry of the repo; None when it is not there.
+
+        Raises:
+            Incompatible: it is none that this stackctl can read.
+        """
+        if path not in self.seen.files:
+            return None
+        try:
+            return read_yaml(self.hub.download(self.seen.files[path], self.commit), type_, schema=SCHEMA)
+        except Usage as error:  # not written by the one who is typing
+            said = error.message.rpartition(f"/{path.rpartition('/')[2]}")[2].lstrip(":, ")
+            raise Incompatible(f"{path} of {self.hub.repo} cannot be read: {said}", hint=error.hint) from None
+
+    def part(self, folder: str, name: str | None = None) -> Part:
+        """An adapter of the repo, by its configuration and its entry; ``name`` is what it shall be called here.
+
+        Raises:
+            Incompatible: it has no safetensors, or its files are none that can be read.
+            VerificationFailed: its files are not the ones that its entry records.
+        """
+        prefix = f"{folder}/" if folder else ""
+        if f"{prefix}{WEIGHTS}" not in self.seen.files:
+            raise self._no_weights(prefix)
+        config = read_config(self.hub.download(self.seen.files[f"{prefix}{CONFIG}"], self.commit).parent)
+        adapter = self.read(f"{prefix}{ADAPTER}", Adapter)
+        entry = adapter.versions[-1] if adapter and adapter.versions else None
+        if entry and not 1 <= entry.version < 10**9:
+            raise Incompatible(f"{prefix}{ADAPTER} of {self.hub.repo} has no valid version")
+        weights = self.seen.files[f"{prefix}{WEIGHTS}"].sha256
+        digest = adapter_digest(config, f"sha256:{weights}") if weights else None
+        if entry and digest and entry.digest != digest:
+            raise self.other_digest(folder)
+        return Part(
+            folder=folder, name=name or (adapter.name if adapter else self._name_of_repo()),
+            number=entry.version if entry else 1, config=config, entry=entry, info=self._info(prefix),
+            description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
+            files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
+        )  # fmt: skip
+
+    def _no_weights(self, prefix: str) -> Incompatible:
+        pickles = sorted(p for p in self.seen.files if p.startswith(prefix) and p.endswith(_PICKLES))
+        if pickles:
+            return Incompatible(
+                f"{self.hub.repo} has only {pickles[0]}, a pickle, which can execute code; nothing was downloaded",
+                hint="ask its author to save it again with safe_serialization=True",
+            )
+        return Incompatible(f"{self.hub.repo} has no {prefix}{WEIGHTS}", hint="ask its author to push it again")
+
+    def other_digest(self, folder: str) -> VerificationFailed:
+        """The error that an adapter of the repo is not the one that the repo records."""
+        where = f" in {folder}/" if folder else ""
+        return VerificationFailed(
+            f"the adapter{where} of {self.hub.repo} is not the one that is recorded there (digests differ)",
+            hint="somebody changed it: pull an older commit (REPO@COMMIT), or ask for a new push",
+        )
+
+    def _info(self, prefix: str) -> AdapterInfo | None:
+        if f"{prefix}{INFO}" not in self.seen.files:
+            return None
+        path = self.hub.download(self.seen.files[f"{prefix}{INFO}"], self.commit)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=AdapterInfo)
+        except msgspec.DecodeError:
+            return None
+
+    def _name_of_repo(self) -> str:
+        return re.sub(r"[^a-z0-9._-]", "-", self.hub.repo.rpartition("/")[2].lower())[:64]
+
+    def adapter_folder(self) -> str:
+        """The folder of the repo that holds the adapter: the root, or the only one that holds one.
+
+        Raises:
+            Incompatible: none does, or several do.
+        """
+        found = sorted(p.rpartition("/")[0] for p in self.seen.files if p.rpartition("/")[2] == CONFIG)
+        found = [folder for folder in found if not folder.startswith(f"{MEMBERS}/")] or found
+        if "" in found or len(found) == 1:
+            return "" if "" in found else found[0]
+        if found:
+            raise Incompatible(
+                f"{self.hub.repo} holds several adapters: {', '.join(found)}",
+                hint=f"download it and register one: stackctl add NAME FOLDER/{found[-1]}",
+            )
+        if "config.json" in self.seen.files:
+            hint = f"is it a base? stackctl base add NAME {self.hub.repo}"
+            raise Incompatible(f"{self.hub.repo} is a model, not an adapter", hint=hint)
+        raise Incompatible(
+            f"{self.hub.repo} holds no PEFT adapter", hint=f"an adapter is a repo with {CONFIG} and {WEIGHTS}"
+        )

@@ -1,0 +1,277 @@
+"""The typed shape of every registry entry, recipe and training configuration; no I/O.
+
+Keys that PEFT and the Hub use are used verbatim (``r``, ``lora_alpha``). Unknown keys are errors. The settings of
+training stand here once: the command line, ``--config`` and ``stackctl.yaml`` are all made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+"""The version of every file that stackctl writes."""
+
+_HUGE = 1e300
+Finite = Annotated[float, Meta(ge=-_HUGE, le=_HUGE)]
+"""A number that is neither NaN nor infinite."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every registry file begins with."""
+
+    schema: Literal[1] = 1
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A piece of an entry: what is at its default is not written."""
+
+
+class Defaults(Part, frozen=True, kw_only=True):
+    base: str | None = None
+
+
+class RegistryFile(Entry, frozen=True, kw_only=True):
+    """``registry.yaml``: which stack and which base are meant when none is named."""
+
+    current: str | None = None
+    defaults: Defaults = msgspec.field(default_factory=Defaults)
+
+
+class ModuleShape(Part, frozen=True, kw_only=True):
+    """One kind of module of a base, of which there may be many.
+
+    ``shape`` is that of its delta: (out, in) for Linear and Conv1D (whose weight is stored transposed),
+    (vocabulary, dimension) for Embedding, the parameter's own shape for Parameter.
+    """
+
+    type: Literal["Linear", "Conv1D", "Embedding", "Parameter", "Other"]
+    shape: list[int]
+
+
+class Base(Entry, frozen=True, kw_only=True):
+    """``bases/NAME.yaml``: a base model, recognised by its fingerprint.
+
+    ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``modules`` maps names, with
+    ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
+    """
+
+    name: str
+    kind: Literal["wheel", "gguf", "folder", "hub"]
+    source: str
+    revision: str | None = None
+    fingerprint: str
+    path: str | None = None
+    hub_id: str | None = None
+    architecture: str
+    parameters: int
+    dtype: str
+    vocabulary_size: int
+    context_length: int | None = None
+    chat_template: str | None = None
+    tied_embeddings: bool = False
+    output_embedding: str | None = None
+    modules: dict[str, ModuleShape]
+
+
+class Lora(Part, frozen=True, kw_only=True):
+    """The keys of PEFT's LoraConfig that say what an adapter is."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = msgspec.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = msgspec.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class DataSource(Part, frozen=True, kw_only=True):
+    """What an adapter was trained on: enough to recognise it, not the data itself."""
+
+    path: str
+    sha256: str
+    records: int
+    format: str
+
+
+class Run(Part, frozen=True, kw_only=True):
+    """How training went. ``loss`` is the mean over the run's supervised tokens."""
+
+    steps: int
+    epochs: float
+    loss: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    frozen: Literal["none", "fold", "live"]
+    frozen_error: float | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    processes: int = 1
+    eval_loss: float | None = None
+
+
+class HubSource(Part, frozen=True, kw_only=True):
+    """A place on the Hub: a repository at one commit."""
+
+    repo: str
+    commit: str
+
+
+class AdapterVersion(Part, frozen=True, kw_only=True):
+    """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
+
+    ``hub`` is where it was pulled from, ``pushed`` where it was pushed to last.
+    """
+
+    version: int
+    digest: str
+    path: str
+    base: str
+    fingerprint: str
+    trained_on: list[str] = msgspec.field(default_factory=list)
+    created: str
+    lora: Lora
+    parameters: int
+    dtype: str
+    bytes: int = 0
+    data: DataSource | None = None
+    settings: dict[str, Any] | None = None
+    run: Run | None = None
+    hub: HubSource | None = None
+    pushed: HubSource | None = None
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Adapter(Entry, frozen=True, kw_only=True):
+    """``adapters/NAME.yaml``: every version of one adapter, newest last."""
+
+    name: str
+    description: str = ""
+    versions: list[AdapterVersion]
+
+    def newest(self) -> AdapterVersion:
+        return self.versions[-1]
+
+
+class Member(Part, frozen=True, kw_only=True):
+    """One member of a stack, pinned."""
+
+    adapter: str
+    version: int
+    digest: str
+    weight: Finite = 1.0
+
+
+class Stack(Entry, frozen=True, kw_only=True):
+    """``stacks/NAME.yaml``: a recipe, never a copy of tensors."""
+
+    name: str
+    base: str
+    fingerprint: str
+    method: Literal["sum"] = "sum"
+    members: list[Member]
+    created: str
+
+
+Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides what training makes of given data, with its one default."""
+
+    rank: Rank = 16
+    alpha: Annotated[float, Meta(gt=0, le=_HUGE, description="LoRA alpha; twice the rank if left out.")] | None = None
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout before the new adapter.")] = 0.0
+    target_modules: Annotated[
+        list[str] | str, Meta(description="Modules to adapt: names joined by ',', a regular expression, or all-linear.")
+    ] = "all-linear"
+    use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
+    epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
+    max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
+    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = 8
+    gradient_accumulation: Annotated[int, Meta(ge=1, description="Micro-batches in an optimizer step.")] = 1
+    max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
+    pack: Annotated[
+        bool, Meta(description="Join text records into full sequences of --max-length, documents kept apart.")
+    ] = False
+    learning_rate: Annotated[float, Meta(gt=0, le=_HUGE, description="Peak learning rate.")] = 2e-4
+    scheduler: Annotated[
+        Literal["linear", "cosine", "constant", "constant_with_warmup"],
+        Meta(description="How the learning rate goes."),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Meta(ge=0, le=_HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
+    ] = 0.03
+    weight_decay: Annotated[float, Meta(ge=0, le=_HUGE, description="Weight decay of AdamW.")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "nf4"],
+        Meta(description="Precision of the base in memory; the adapter is always float32."),
+    ] = "auto"
+    frozen: Annotated[
+        Literal["auto", "fold", "live"],
+        Meta(description="The frozen stack: folded into the base in memory, or kept live beside it."),
+    ] = "auto"
+
+    def effective_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter to train, as a recipe or ``--config`` says it."""
+
+    on: str | None = None
+    base: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    description: str = ""
+    save_steps: Annotated[int, Meta(ge=1)] | None = None
+    report_to: list[str] | str | None = None
+
+    def settings(self) -> TrainSettings:
+        return TrainSettings(**{name: getattr(self, name) for name in TrainSettings.__struct_fields__})
+
+
+class PushTarget(Part, frozen=True, kw_only=True):
+    stack: str | None = None
+    repo: str
+    base_id: str | None = None
+    private: bool = False
+
+
+class Recipe(Part, frozen=True, kw_only=True):
+    """``stackctl.yaml``: what to train, on what, and what to make of it."""
+
+    base: str | None = None
+    train: dict[str, TrainJob] = msgspec.field(default_factory=dict)
+    stacks: dict[str, str] = msgspec.field(default_factory=dict)
+    push: PushTarget | None = None
+
+
+class CheckpointMember(Part, frozen=True, kw_only=True):
+    """One adapter that a checkpoint stands on; ``repo`` is where it lives on the Hub, when that was known."""
+
+    adapter: str
+    version: int
+    digest: str
+    weight: Finite = 1.0
+    repo: str | None = None
+
+
+class AdapterInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """``adapter_info.json``: what a checkpoint that was copied elsewhere says of itself."""
+
+    schema: int = 1
+    adapter: str
+    version: int
+    base: str
+    base_fingerprint: str
+    trained_on: list[CheckpointMember] = msgspec.field(default_factory=list)
+    base_hub_id: str | None = None
+    chat_template: str | None = None
+    usage: str = ""
+    created_by: str = ""

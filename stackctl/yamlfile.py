@@ -1,0 +1,313 @@
+"""Strict YAML: what people mean, and nothing that surprises them.
+
+The core schema of YAML 1.2: ``on`` and ``no`` are words, ``1e-5`` is a number. Duplicate keys, tags, anchors,
+several documents and NUL are refused. Every error names the file, the line and the column.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from stackctl.errors import NotFound, Usage, did_you_mean
+
+T = TypeVar("T")
+MAX_BYTES = 64 << 20
+_MAX_DEPTH = 50
+
+_NULL = re.compile(r"|~|null|Null|NULL")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_MAX_DIGITS = 640  # what Python converts whatever its limit (sys.set_int_max_str_digits) is
+_CONFLICT = re.compile(r"^(?:<{7} |={7}$|>{7} )", re.MULTILINE)
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_TAGS = "tag:yaml.org,2002:"
+
+KeyPath = tuple[str | int, ...]
+Marks = dict[KeyPath, tuple[int, int]]
+
+
+def _scalar(text: str) -> Any:
+    """A plain (unquoted) scalar as YAML 1.2's core schema reads it; a number too large to be one stays text."""
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text[0] in "tT"
+    if _INT.fullmatch(text):
+        return int(text) if len(text) <= _MAX_DIGITS else text
+    if _FLOAT.fullmatch(text):
+        value = float(text)
+        return value if math.isfinite(value) else text
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
+
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
+    """Parse one strict YAML document.
+
+    Values are built from the parser's events: libyaml's own composer recurses without a limit, in C.
+
+    Returns:
+        the value, and the (line, column), counted from 1, of every value by its path; a mapping or a sequence under
+        a key stands where its key does.
+
+    Raises:
+        Usage: it is not strict YAML.
+    """
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        line = _line(text, "\0")
+        raise Usage(f"{source}, line {line}: a NUL character", hint="the file is damaged or not text")
+    marks: Marks = {}
+    events = yaml.parse(text, Loader=_Loader)
+    try:
+        next(events)  # the stream begins
+        if isinstance(next(events), yaml.StreamEndEvent):
+            return None, marks
+        value = _value(events, next(events), (), marks, source)
+        next(events)  # the document ends
+        if not isinstance(event := next(events), yaml.StreamEndEvent):
+            raise _fail(source, event, "a second document begins", "keep one document to a file")
+        return value, marks
+    except yaml.MarkedYAMLError as error:
+        if conflict := _CONFLICT.search(text):
+            line = text.count("\n", 0, conflict.start()) + 1
+            raise Usage(
+                f"{source}, line {line}: an unresolved merge conflict", hint="resolve it in your editor, then try again"
+            ) from None
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = error.problem or error.context or "not valid YAML"
+        raise Usage(f"{source}{where}: {what}", hint="mend the file at that place") from None
+    except (yaml.reader.ReaderError, UnicodeEncodeError):
+        found = _UNPRINTABLE.search(text)
+        where = f", line {_line(text, found[0])}" if found else ""
+        raise Usage(f"{source}{where}: a control character", hint="remove it, or write it as an escape") from None
+
+
+def _line(text: str, sign: str) -> int:
+    return text.count("\n", 0, text.index(sign)) + 1
+
+
+def _fail(source: str, event: Any, what: str, hint: str) -> Usage:
+    return Usage(f"{source}, line {event.start_mark.line + 1}, column {event.start_mark.column + 1}: {what}", hint=hint)
+
+
+def _value(events: Iterator[Any], event: Any, path: KeyPath, marks: Marks, source: str) -> Any:
+    """The value that begins with ``event``; ``events`` is left behind its last one."""
+    _refuse_indirection(event, source)
+    if len(path) > _MAX_DEPTH:
+        raise _fail(source, event, "nested too deep", "make the file flatter")
+    marks.setdefault(path, _place(event))
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event.value) if event.implicit[0] else event.value
+    if isinstance(event, yaml.SequenceStartEvent):
+        items: list[Any] = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            items.append(_value(events, item, (*path, len(items)), marks, source))
+        return items
+    result: dict[str, Any] = {}
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        if isinstance(key, yaml.CollectionStartEvent):
+            raise _fail(source, key, "a key must be plain text", "write key: value")
+        _refuse_indirection(key, source)
+        name = key.value
+        if name in result:
+            raise _fail(source, key, f"the key '{name}' stands twice", "remove one of them")
+        item = next(events)
+        if isinstance(item, yaml.CollectionStartEvent):
+            marks[(*path, name)] = _place(key)
+        result[name] = _value(events, item, (*path, name), marks, source)
+    return result
+
+
+def _refuse_indirection(event: Any, source: str) -> None:
+    """Anchors let a few bytes stand for gigabytes, tags name types to build, and nobody needs either here."""
+    if isinstance(event, yaml.AliasEvent) or event.anchor:
+        raise _fail(source, event, "anchors and aliases are not allowed", "write the value out")
+    if event.tag:
+        raise _fail(source, event, f"the tag {event.tag} is not allowed", "remove the tag")
+
+
+def _place(event: Any) -> tuple[int, int]:
+    return event.start_mark.line + 1, event.start_mark.column + 1
+
+
+def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
+    """Read a strict YAML file into a msgspec type.
+
+    Raises:
+        NotFound: there is no such file.
+        Usage: it is not strict YAML, does not fit the type, or is of another schema.
+    """
+    text = read_text(path)
+    value = parse_yaml(text, str(path))
+    return convert(value, type_, str(path), schema=schema)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file of reasonable size, with or without byte-order mark, with any line ends."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Usage(f"{path} is larger than {MAX_BYTES >> 20} MiB", hint="this is not a file that stackctl wrote")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise Usage(f"{path} is a folder, not a file") from None
+    except UnicodeDecodeError as error:
+        raise Usage(f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from None
+
+
+def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: int | None = None) -> T:
+    """Fit a parsed document to a msgspec type; errors name the place and the nearest known key.
+
+    Raises:
+        Usage: it does not fit.
+    """
+    value, marks = parsed
+    if not isinstance(value, dict):
+        raise Usage(f"{source}: expected a mapping of keys to values", hint="write key: value lines")
+    if schema is not None:
+        _check_schema(value, schema, marks, source)
+    try:
+        return msgspec.convert(value, type_, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(error, value, type_, (), marks, source) from None
+
+
+def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str) -> None:
+    found = value.get("schema")
+    if found == schema and not isinstance(found, bool):
+        return
+    line, column = marks.get(("schema",), (1, 1))
+    source = f"{source}, line {line}, column {column}"
+    if isinstance(found, int) and found > schema:
+        raise Usage(
+            f"{source}: schema {found} is newer than this stackctl, which reads schema {schema}",
+            hint="upgrade: pip install --upgrade stackctl-lora",
+        )
+    raise Usage(f"{source}: schema {found!r} is not known, expected {schema}", hint=f"write schema: {schema}")
+
+
+def _explain(
+    error: msgspec.ValidationError, value: Any, type_: Any, prefix: KeyPath, marks: Marks, source: str
+) -> Usage:
+    message, _, location = str(error).partition(" - at ")
+    before, in_mapping, _ = location.partition("[...]")
+    path = _parse_location(before)
+    if in_mapping:  # msgspec does not say under which key, so look for it
+        item_type = _type_at(type_, (*path, ""))
+        for key, item in _value_at(value, path).items():
+            try:
+                msgspec.convert(item, item_type, strict=True)
+            except msgspec.ValidationError as inner:
+                return _explain(inner, item, item_type, (*prefix, *path, key), marks, source)
+    unknown = re.search(r"unknown field `(.+)`", message)
+    found = full = (*prefix, *path, unknown[1]) if unknown else (*prefix, *path)
+    while found and found not in marks:
+        found = found[:-1]
+    line, column = marks.get(found, (1, 1))
+    where = f"{source}, line {line}, column {column}"
+    if unknown:
+        known = _known_fields(_type_at(type_, path))
+        return Usage(
+            f"{where}: unknown key '{unknown[1]}'", hint=did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
+        )
+    dotted = ".".join(str(part) for part in full)
+    return Usage(
+        f"{where}: {dotted + ': ' if dotted else ''}{message[:1].lower()}{message[1:]}", hint="mend that value"
+    )
+
+
+def _parse_location(location: str) -> KeyPath:
+    """``$.versions[0].lora`` to ``("versions", 0, "lora")``."""
+    found = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", location)
+    return tuple(int(index) if index else name for name, index in found)
+
+
+def _value_at(value: Any, path: KeyPath) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
+def _type_at(type_: Any, path: KeyPath) -> Any:
+    """The type that a type's document has at a path; unions and annotations are looked through."""
+    for part in path:
+        for candidate in (type_, *typing.get_args(type_)):
+            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+                fields = {field.encode_name: field.type for field in msgspec.structs.fields(candidate)}
+                type_ = fields.get(str(part), type_)
+                break
+            if typing.get_origin(candidate) in (dict, list):
+                type_ = typing.get_args(candidate)[-1]
+                break
+    return type_
+
+
+def _known_fields(type_: Any) -> list[str]:
+    """The keys that a type knows, for "did you mean"."""
+    for candidate in (type_, *typing.get_args(type_)):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return [field.encode_name for field in msgspec.structs.fields(candidate)]
+    return []
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes in the order given, quotes whatever :func:`_scalar` would not read back as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class Flow(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+def _represent_str(dumper: Any, text: str) -> Any:
+    text = _SURROGATE.sub("\ufffd", text)  # a file name that is not Unicode; YAML has no way to write it
+    if not isinstance(_scalar(text), str):
+        return dumper.represent_scalar(f"{_TAGS}str", text, style="'")
+    if any(c in text for c in "\x85\u2028\u2029\r"):  # line breaks to YAML, so only escapes keep them
+        return dumper.represent_scalar(f"{_TAGS}str", text, style='"')
+    return dumper.represent_scalar(f"{_TAGS}str", text, style="|" if "\n" in text else None)
+
+
+def _plain(dumper: Any, text: str) -> Any:
+    return dumper.represent_scalar(f"{_TAGS}str", text)
+
+
+_Dumper.add_representer(str, _represent_str)
+_Dumper.add_representer(bool, lambda d, v: _plain(d, "true" if v else "false"))
+_Dumper.add_representer(int, lambda d, v: _plain(d, str(v)))
+_Dumper.add_representer(float, lambda d, v: _plain(d, _float_text(v)))
+_Dumper.add_representer(type(None), lambda d, _: _plain(d, "null"))
+_Dumper.add_representer(Flow, lambda d, v: d.represent_mapping(f"{_TAGS}map", v.items(), flow_style=True))
+_Dumper.add_implicit_resolver(f"{_TAGS}str", re.compile(r"(?s).*"), None)
+
+
+def _float_text(value: float) -> str:
+    return repr(value) if math.isfinite(value) else repr(value).replace("inf", ".inf").replace("nan", ".nan")
+
+
+def format_yaml(value: Any) -> str:
+    """A value as strict YAML that :func:`parse_yaml` reads back unchanged."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)

@@ -1,0 +1,157 @@
+"""PEFT-like checkpoints and bases for tests, written by hand: no torch, no safetensors, no numpy."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from stackctl.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
+from stackctl.plan import PlanMember
+from stackctl.registry import Registry, init_registry
+from stackctl.schema import AdapterVersion, Base, Lora, ModuleShape
+
+FINGERPRINT = "sha256:" + "f" * 64
+HIDDEN, VOCABULARY, LAYERS = 8, 32, 2
+
+Tensors = dict[str, tuple[int, ...]]
+
+
+def safetensors_bytes(tensors: Tensors, dtype: str = "F32", seed: int = 0, dtypes: dict[str, str] | None = None) -> bytes:
+    """A valid safetensors file: eight bytes of length, a JSON header, the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in tensors.items():
+        kind = (dtypes or {}).get(name, dtype)
+        size = DTYPE_BYTES[kind]
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    data = bytes((7 * i + seed) % 50 for i in range(offset))
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def raw_safetensors(header: bytes | str | Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file that may lie: any header, any length, any data."""
+    raw = header if isinstance(header, bytes) else header.encode() if isinstance(header, str) else None
+    raw = json.dumps(header).encode() if raw is None else raw
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def lora_config(**changes: Any) -> dict[str, Any]:
+    """What PEFT writes into adapter_config.json, in short."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "bias": "none",
+        "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "fan_in_fan_out": False,
+        "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {},
+        "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True,
+        "peft_version": "0.21.2",
+    } | changes  # fmt: skip
+
+
+def base_modules() -> dict[str, ModuleShape]:
+    """The modules of a tiny Llama, by full name."""
+    modules = {"model.embed_tokens": ModuleShape(type="Embedding", shape=[VOCABULARY, HIDDEN])}
+    for i in range(LAYERS):
+        for name in ("q_proj", "v_proj"):
+            modules[f"model.layers.{i}.self_attn.{name}"] = ModuleShape(type="Linear", shape=[HIDDEN, HIDDEN])
+        modules[f"model.layers.{i}.mlp.up_proj"] = ModuleShape(type="Linear", shape=[2 * HIDDEN, HIDDEN])
+    modules["lm_head"] = ModuleShape(type="Linear", shape=[VOCABULARY, HIDDEN])
+    return modules
+
+
+def make_base(name: str = "tiny", fingerprint: str = FINGERPRINT) -> Base:
+    return Base(
+        name=name, kind="folder", source="/tiny", fingerprint=fingerprint, path="/tiny",
+        architecture="LlamaForCausalLM", parameters=1000, dtype="float32", vocabulary_size=VOCABULARY,
+        output_embedding="lm_head", modules=base_modules(),
+    )  # fmt: skip
+
+
+def attention(names: Iterable[str] = ("q_proj", "v_proj"), layers: Iterable[int] = range(LAYERS)) -> list[str]:
+    return [f"model.layers.{i}.self_attn.{name}" for i in layers for name in names]
+
+
+def lora_tensors(modules: Iterable[str] | None = None, rank: int = 2) -> Tensors:
+    """The tensors that PEFT saves for some modules of the tiny base."""
+    shapes = base_modules()
+    tensors: Tensors = {}
+    for module in attention() if modules is None else modules:
+        rows, columns = shapes[module].shape
+        if shapes[module].type == "Embedding":
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = (rank, rows)
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = (columns, rank)
+        else:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = (rank, columns)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = (rows, rank)
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any] | None = None, tensors: Tensors | None = None, seed: int = 0
+) -> Path:
+    """A checkpoint folder as ``save_pretrained`` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(lora_config() if config is None else config))
+    data = safetensors_bytes(lora_tensors() if tensors is None else tensors, seed=seed)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    return folder
+
+
+def memory_checkpoint(
+    config: dict[str, Any] | None = None, tensors: Tensors | None = None, dtypes: dict[str, str] | None = None
+) -> Checkpoint:
+    """A checkpoint that is nowhere on disk, for what is pure."""
+    infos, position = {}, 0
+    for name, shape in (lora_tensors() if tensors is None else tensors).items():
+        infos[name] = TensorInfo(name, (dtypes or {}).get(name, "F32"), tuple(shape), position, position)
+    return Checkpoint(Path("/nowhere"), lora_config() if config is None else config, infos)
+
+
+def member(label: str = "style@1", weight: float = 1.0, checkpoint: Checkpoint | None = None, **rest: Any) -> PlanMember:
+    name, _, version = label.partition("@")
+    fields = {"base": "tiny", "fingerprint": FINGERPRINT} | rest
+    return PlanMember(
+        label=label, weight=weight, checkpoint=checkpoint or memory_checkpoint(), adapter=name, version=int(version),
+        digest=f"sha256:{name}", **fields,
+    )  # fmt: skip
+
+
+def make_registry(root: Path, *bases: Base) -> Registry:
+    init_registry(root)
+    registry = Registry(root.resolve())
+    for base in bases or (make_base(),):
+        registry.save_base(base)
+    return registry
+
+
+def register(
+    registry: Registry,
+    name: str,
+    trained_on: Iterable[str] = (),
+    base: str = "tiny",
+    seed: int = 0,
+    before_entry: Callable[[int], None] = lambda _: None,
+) -> AdapterVersion:
+    """Add one more version of an adapter, with weights of its own."""
+    from stackctl.files import staging_directory
+
+    with staging_directory(registry.root / "weights" / name) as staged:
+        checkpoint = read_checkpoint(write_checkpoint(staged, seed=seed))
+        digest = checkpoint.digest()
+        fingerprint = registry.base(base).fingerprint
+
+        def build(number: int) -> AdapterVersion:
+            before_entry(number)
+            return AdapterVersion(
+                version=number, digest=digest, path=registry.relative_weights_path(name, number), base=base,
+                fingerprint=fingerprint, trained_on=list(trained_on), created="2026-01-31T12:00:00Z",
+                lora=Lora(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]), parameters=checkpoint.parameters,
+                dtype=checkpoint.dtype, bytes=checkpoint.bytes,
+            )  # fmt: skip
+
+        return registry.add_version(name, build, staged)

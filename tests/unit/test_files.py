@@ -1,0 +1,191 @@
+"""Files that are never half there, and paths that never lead out."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stackctl import files
+from stackctl.errors import Failed, NotFound, Usage
+
+
+def test_a_file_is_written_whole(tmp_path):
+    path = tmp_path / "new folder" / "ü.yaml"
+    files.write_atomic(path, "é\r\n")
+    assert path.read_bytes() == "é\r\n".encode()
+    files.write_atomic(path, b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+    assert os.listdir(path.parent) == ["ü.yaml"]
+
+
+@pytest.mark.parametrize("interruption", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, interruption, step):
+    path = tmp_path / "f"
+    files.write_atomic(path, "old")
+
+    def interrupt(*_):
+        raise interruption
+
+    monkeypatch.setattr(os, step, interrupt)
+    if step == "replace":
+        monkeypatch.setattr("pathlib.Path.replace", interrupt)
+    with pytest.raises(type(interruption)):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_files_obey_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_atomic(tmp_path / "f", "x")
+        with files.staging_directory(tmp_path) as staged:
+            assert staged.stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+
+
+def test_text_that_cannot_be_encoded_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        files.write_atomic(tmp_path / "f", "\ud800")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_staged_folder_gets_its_name_in_one_step_or_vanishes(tmp_path):
+    with files.staging_directory(tmp_path) as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub" / "f").write_text("x")
+        files.publish_directory(staged, tmp_path / "a" / "final")
+    assert (tmp_path / "a" / "final" / "sub" / "f").read_text() == "x"
+    with pytest.raises(RuntimeError), files.staging_directory(tmp_path) as staged:
+        (staged / "f").write_text("x")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_publishing_replaces_nothing(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "mine").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for final in ("final", "dangling"):
+        with files.staging_directory(tmp_path) as staged:
+            with pytest.raises(Usage):
+                files.publish_directory(staged, tmp_path / final)
+    assert (tmp_path / "final" / "mine").read_text() == "x"
+
+
+def test_publishing_into_an_empty_folder(tmp_path):
+    (tmp_path / "final").mkdir()
+    with files.staging_directory(tmp_path) as staged:
+        (staged / "f").write_text("x")
+        files.publish_directory(staged, tmp_path / "final")
+    assert (tmp_path / "final" / "f").is_file()
+
+
+def test_only_old_staging_is_swept(tmp_path):
+    old, new, other = tmp_path / ".tmp-old", tmp_path / ".tmp-new", tmp_path / "style"
+    for folder in (old, new, other):
+        folder.mkdir()
+    past = time.time() - 2 * 24 * 3600
+    os.utime(old, (past, past))
+    os.utime(other, (past, past))
+    assert files.sweep_staging(tmp_path) == [old]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-new", "style"]
+    assert files.sweep_staging(tmp_path / "nowhere") == []
+
+
+def test_removing_never_follows_a_link(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "f").write_text("x")
+    (tmp_path / "link").symlink_to(target)
+    files.remove_tree(tmp_path / "link")
+    assert (target / "f").is_file()
+    files.remove_tree(target / "f")
+    files.remove_tree(tmp_path / "nothing")
+    files.remove_tree(target)
+    assert not list(tmp_path.iterdir())
+
+
+ESCAPES = [
+    "", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "//host/x", "\\etc\\passwd", "\\\\host\\share", "..\\x",
+    "a\\..\\..\\x", "C:\\x", "C:x", "c:/x", "a\0b", "\0", "/", "\\", "./../x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("relative", ESCAPES, ids=repr)
+def test_paths_that_lead_out_are_refused(tmp_path, relative):
+    with pytest.raises(Usage):
+        files.inside(tmp_path, relative)
+
+
+@pytest.mark.parametrize("relative", ["a", "a/b.c", "./a", "a b/ü", "a\\b", "..a", "a..", "...", "~", "a/b:c"])
+def test_paths_that_stay_inside(tmp_path, relative):
+    path = files.inside(tmp_path, relative)
+    assert path.resolve().is_relative_to(tmp_path.resolve())
+    assert path != tmp_path
+
+
+def test_digests(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc" * 1_000_000)
+    assert files.sha256_file(tmp_path / "f") == files.sha256_bytes(b"abc" * 1_000_000)
+    assert files.sha256_bytes(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_lock_held_elsewhere_is_an_error_with_a_way_on(tmp_path, monkeypatch):
+    program = (
+        "import sys, time, pathlib; from stackctl import files\n"
+        "with files.locked(pathlib.Path(sys.argv[1]), 'x'):\n  print('held', flush=True); sys.stdin.read()\n"
+    )
+    path = tmp_path / "deep" / ".lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
+        with pytest.raises(Failed) as caught, files.locked(path, "the registry"):
+            pass
+        assert caught.value.exit_code == 1
+        holder.kill()  # a killed holder leaves the lock free
+    with files.locked(path, "the registry"):
+        pass
+
+
+def test_a_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError), files.locked(tmp_path / ".lock", "x"):
+            raise RuntimeError
+
+
+def test_a_senseless_lock_timeout_is_wrong_usage(tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "soon")
+    with pytest.raises(Usage), files.locked(tmp_path / ".lock", "x"):
+        pass
+
+
+def test_errors_of_the_system_become_one_sentence():
+    error = files.explain_oserror(OSError(errno.ENOSPC, "No space left on device", "/x"))
+    assert error.exit_code == 1
+    assert "/x" in error.message
+    assert error.hint
+    assert files.explain_oserror(OSError("odd")).message
+
+
+def test_existing(tmp_path):
+    assert files.existing(tmp_path, "the folder") == tmp_path
+    with pytest.raises(NotFound):
+        files.existing(tmp_path / "x", "the folder")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_999, "1.0 MB"), (98_000_000, "98.0 MB"), (1.5e12, "1.5 TB")],
+)
+def test_sizes_for_people(size, text):
+    assert files.human_bytes(size) == text
