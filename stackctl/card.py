@@ -252,8 +252,8 @@ def _code(language: str, lines: list[str]) -> str:
 
 
 def _expression(card: Card) -> str:
-    if card.is_stack:
-        return card.name
+    if card.is_stack:  # without its members a pull brings their sum, as one adapter, whose name holds no '+'
+        return card.name if any(m.folder for m in card.members) else card.name.replace("+", "-")
     return "+".join([*(format_term(f.label, f.weight) for f in card.foundations), card.members[0].label])
 
 

@@ -280,6 +280,9 @@ def _make_client(attempt: Attempt, say: Say) -> Any:
                 f"{attempt.host} was silent for {TIMEOUT_SECONDS:.0f} s",
                 hint=f"try again (STACKCTL_HUB_TIMEOUT sets the seconds to wait): {attempt.again}",
             ) from error
+        except httpx2.TransportError:
+            patience.count_break(f"{request.method} {request.url}")
+            raise
         if response.status_code in (408, 409, 429) or response.status_code >= 500:
             patience.count(f"{request.method} {request.url}", response)
         return response
@@ -311,7 +314,13 @@ class _Patience:
         self._waited += asked
         if self._waited > _PATIENCE_SECONDS or times > _MOST_FAILURES:
             raise explain_status(HfHubHTTPError("", response=response), self._attempt)
-        if times == 2:
-            self._say(f"{self._attempt.host} answers HTTP {status}: trying again")
-        elif asked:
+        if asked:
             self._say(f"{self._attempt.host} asks to wait {asked} s")
+        elif times == 2:  # the first may be the last: not everything is tried again
+            self._say(f"{self._attempt.host} answers HTTP {status}: trying again")
+
+    def count_break(self, request: str) -> None:
+        """Take note of a connection that broke."""
+        times = self._failures[request, 0] = self._failures.get((request, 0), 0) + 1
+        if times == 2:
+            self._say(f"the connection to {self._attempt.host} breaks: trying again")

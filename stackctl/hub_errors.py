@@ -173,6 +173,8 @@ def explain_status(error: Any, attempt: Attempt) -> StackctlError:
             f"there is no repo '{repo}' at {host}, or it is private and you have no access",
             hint="check the name; for a private repo: hf auth login",
         )
+    if status == 401 and "authorization" not in error.response.request.headers:
+        return HubFailure(f"{host} wants you to log in for {repo}", hint=f"hf auth login, then: {again}")
     if status == 401:
         return HubFailure(f"{host} does not accept the token{because}", hint=f"hf auth login, then: {again}")
     if status == 403:

@@ -9,6 +9,7 @@ import msgspec
 
 from stackctl.checkpoint import INFO, Checkpoint, describe_lora
 from stackctl.files import human_bytes
+from stackctl.methods import SUM
 from stackctl.names import format_weight
 from stackctl.plan import PlanMember, Problem, StackPlan, plan_stack
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
@@ -91,8 +92,8 @@ def stack_info(stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
         "stack": stack.name or stack.text,
         "expression": stack.pinned,
         "base": stack.base.name,
-        "method": "sum",
-        "exact": not plan.errors,
+        "method": plan.method,
+        "exact": plan.method == SUM and not plan.errors,
         "rank": plan.rank,
         "modules": len(plan.modules),
         "members": [

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from stackctl import files
-from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.names import BASE
 from stackctl.plan import StackPlan
@@ -59,8 +60,12 @@ class PreparedJob:
         }
 
 
-def prepare_job(registry: Registry, name: str, job: TrainJob, *, folder: Path | None = None) -> PreparedJob:
+def prepare_job(
+    registry: Registry, name: str, job: TrainJob, *, folder: Path | None = None, fresh: bool = False
+) -> PreparedJob:
     """Resolve and check a job; paths of data are relative to ``folder`` (default: the working directory).
+
+    ``fresh`` takes the newest versions even where ``on`` is also what a stored stack is called, as a recipe means it.
 
     Raises:
         StackctlError: everything that is wrong with it, at once.
@@ -75,11 +80,12 @@ def prepare_job(registry: Registry, name: str, job: TrainJob, *, folder: Path | 
             return None
 
     attempt(registry.check_adapter_name, name)
-    stack = attempt(registry.resolve, job.on or BASE, base=job.base)
+    stack = attempt(registry.resolve, job.on or BASE, base=job.base, fresh=fresh)
     plan = attempt(lambda: registry.plan(stack).check()) if stack else None
-    data = attempt(_data_path, job.data, folder, name)
-    eval_data = attempt(_data_path, job.eval_data, folder, name) if job.eval_data else None
+    data = attempt(data_path, job.data, folder, name)
+    eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
     if stack:
+        attempt(_check_is_sum, stack)
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
     raise_all(problems)
@@ -87,7 +93,7 @@ def prepare_job(registry: Registry, name: str, job: TrainJob, *, folder: Path | 
     return PreparedJob(name, job, stack, plan, data, eval_data)
 
 
-def _data_path(data: str | None, folder: Path | None, name: str) -> str:
+def data_path(data: str | None, folder: Path | None, name: str) -> str:
     """A file of data as a path, or the name of a Hub data set as it stands."""
     if not data:
         raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
@@ -103,6 +109,14 @@ def _data_path(data: str | None, folder: Path | None, name: str) -> str:
             f"the data {data} does not exist", hint="check the path; it is relative to the working directory"
         )
     return data
+
+
+def _check_is_sum(stack: ResolvedStack) -> None:
+    if stack.method != SUM:
+        raise Incompatible(
+            f"the stack '{stack.name}' is composed by {stack.method}, and only a sum can be trained on",
+            hint="train on its members: --on " + "+".join(member.adapter.name for member in stack.members),
+        )
 
 
 def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:

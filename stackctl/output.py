@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from stackctl.errors import StackctlError
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _PIPED_WIDTH = 160
 """Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
+
+
+_HINTS = {
+    "usage": "stackctl --help",
+    "not_found": "stackctl ls shows what there is",
+    "incompatible": "stackctl inspect shows what it is and what it needs",
+    "verification_failed": "restore the files from where they came; stackctl verify checks everything",
+}
+"""What an error without a hint of its own says: an error always has two lines."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,10 @@ class Output:
         """``error:`` and ``hint:`` on stderr; with ``--json`` the same on stdout."""
         message = " ".join(error.message.split())
         self._line(_coloured("error:", "31") + f" {message}")
-        if error.hint:
-            self._line(_coloured("hint:", "36") + f" {' '.join(error.hint.split())}")
+        hint = error.hint or _HINTS.get(error.code, "run it again with --debug to see where it happened")
+        self._line(_coloured("hint:", "36") + f" {' '.join(hint.split())}")
         if self.json_mode:
-            self.line_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+            self.line_json({"error": {"code": error.code, "message": error.message, "hint": hint}})
 
     @contextlib.contextmanager
     def progress(self, *columns: Any) -> Iterator[Progress]:
@@ -136,11 +145,14 @@ class Output:
 
 
 def console(stream: TextIO) -> Console:
-    """A rich console that obeys NO_COLOR and does not cut what is piped."""
+    """A rich console that obeys NO_COLOR (for bold and dim, too) and does not cut what is piped."""
     from rich.console import Console
 
     width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False)
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(
+        file=stream, width=width, color_system=colours, highlight=False, markup=False, soft_wrap=False, emoji=False
+    )  # fmt: skip
 
 
 def _coloured(text: str, code: str) -> str:

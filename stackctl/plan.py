@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from stackctl.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
 from stackctl.errors import Incompatible, VerificationFailed
+from stackctl.methods import METHODS, SUM
 from stackctl.modules import expand_modules, expected_targets, lora_rank, lora_scaling
 from stackctl.names import format_term
-from stackctl.schema import Base, ModuleShape
+from stackctl.schema import Base, MethodOptions, ModuleShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ class StackPlan:
     modules: dict[str, ModulePlan]
     replacements: tuple[Replacement, ...] = ()
     problems: tuple[Problem, ...] = field(default=())
+    method: str = SUM
+    options: MethodOptions = field(default_factory=MethodOptions)
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -106,8 +109,16 @@ class StackPlan:
 
     @property
     def rank(self) -> int:
-        """The largest rank that the sum has on any module."""
-        return max((module.rank for module in self.modules.values()), default=0)
+        """The largest rank that the stack has on any module."""
+        return max((self.rank_of(module) for module in self.modules.values()), default=0)
+
+    def rank_of(self, module: ModulePlan) -> int:
+        """The rank of the pair that is written for a module (with ``svd --rank auto``: at most that)."""
+        if self.method == SUM:
+            return module.rank
+        wanted = self.options.rank if isinstance(self.options.rank, int) else module.rank
+        own = module.rank if METHODS[self.method].low_rank else min(module.shape)
+        return min(wanted, own, *module.shape)
 
     @cached_property
     def expression(self) -> str:
@@ -155,8 +166,10 @@ _REFUSED = {
 }
 
 
-def plan_stack(base: Base | None, members: Sequence[PlanMember]) -> StackPlan:
-    """Plan the exact sum of ``members`` on ``base`` (None: a checkpoint by itself, shapes unchecked)."""
+def plan_stack(
+    base: Base | None, members: Sequence[PlanMember], method: str = SUM, options: MethodOptions | None = None
+) -> StackPlan:
+    """Plan ``members`` on ``base`` (None: a checkpoint by itself, shapes unchecked), composed by a method."""
     known = expand_modules(base.modules) if base else None
     problems: list[Problem] = [*_same_adapter_twice(members), *_unlike_bases(base, members)]
     factors: dict[str, list[Factor]] = {}
@@ -185,7 +198,9 @@ def plan_stack(base: Base | None, members: Sequence[PlanMember]) -> StackPlan:
         for name, found in sorted(factors.items(), key=lambda item: _natural(item[0]))
         if len(shapes[name].shape) == 2
     }
-    return StackPlan(base, tuple(members), modules, tuple(replacements), tuple(problems))
+    return StackPlan(
+        base, tuple(members), modules, tuple(replacements), tuple(problems), method, options or MethodOptions()
+    )
 
 
 def _natural(name: str) -> list[tuple[bool, str]]:

@@ -133,7 +133,13 @@ def prepare(registry: Registry, stack: ResolvedStack, repo: str, wishes: Wishes)
 
 
 def _name(stack: ResolvedStack) -> str:
-    return stack.members[0].label if _is_adapter(stack) else stack.name or stack.default_name
+    """What a pushed thing is called: its label, its stack's name, or its names joined.
+
+    One adapter with a weight is a stack that cannot have the adapter's name.
+    """
+    if _is_adapter(stack):
+        return stack.members[0].label
+    return stack.name or (stack.default_name if len(stack.members) > 1 else f"{stack.default_name}-stack")
 
 
 def _is_adapter(stack: ResolvedStack) -> bool:

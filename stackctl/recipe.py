@@ -5,19 +5,20 @@ Out of date means other bytes of data, other settings, another base or a newer v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from stackctl import files
-from stackctl.errors import NotFound, StackctlError, Usage, raise_all
-from stackctl.jobs import PreparedJob, prepare_job
-from stackctl.names import parse_expression, parse_name, parse_stack_name
-from stackctl.registry import Registry
-from stackctl.schema import Recipe, TrainJob
+from stackctl.errors import StackctlError, Usage, raise_all
+from stackctl.jobs import PreparedJob, data_path, prepare_job
+from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
+from stackctl.registry import Registry, ResolvedStack
+from stackctl.schema import Recipe, TrainJob, TrainSettings
 from stackctl.yamlfile import convert, parse_yaml, read_text
 
 FILE = "stackctl.yaml"
@@ -37,7 +38,8 @@ class RecipeFile:
     def job(self, name: str) -> TrainJob:
         """A job of the recipe, on the recipe's base when it names none itself."""
         job = self.recipe.train[name]
-        return job if job.base or job.on else msgspec.structs.replace(job, base=self.recipe.base)
+        on_base = job.on is None or job.on == BASE
+        return msgspec.structs.replace(job, base=self.recipe.base) if on_base and not job.base else job
 
 
 def find_recipe() -> Path | None:
@@ -57,8 +59,7 @@ def read_recipe(path: Path) -> RecipeFile:
     checks: list[tuple[Callable[[str], Any], str]] = [
         *((parse_name, name) for name in recipe.train),
         *((parse_expression, job.on) for job in recipe.train.values() if job.on),
-        *((parse_stack_name, name) for name in recipe.stacks),
-        *((parse_expression, expression) for expression in recipe.stacks.values()),
+        *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
     ]
     for check, text in checks:
         try:
@@ -70,13 +71,20 @@ def read_recipe(path: Path) -> RecipeFile:
         for name in set(recipe.train) & set(recipe.stacks)
     ]
     raise_all(problems)
-    found = RecipeFile(recipe, path.absolute())
-    training_order(recipe)
-    return found
+    build_order(recipe)
+    return RecipeFile(recipe, path.absolute())
 
 
-def training_order(recipe: Recipe) -> list[str]:
-    """The names of the adapters, each after all that it stands on.
+def _check_stack_name(name: str, expression: str) -> None:
+    """A stack's name that holds a '+' is that of its expression."""
+    parse_stack_name(name)
+    names = "+".join(term.reference.name for term in parse_expression(expression))
+    if "+" in name and name != names:
+        raise Usage(f"the stack '{name}' is not called what it is, {names}", hint="use a name without '+'")
+
+
+def build_order(recipe: Recipe) -> list[str]:
+    """The names of adapters and stacks, each after all that it stands on; stacks as late as they can be.
 
     Raises:
         Usage: some stand on one another in a circle.
@@ -89,60 +97,99 @@ def training_order(recipe: Recipe) -> list[str]:
             return
         if name in visiting:
             circle = " -> ".join([*visiting[visiting.index(name) :], name])
-            raise Usage(f"adapters of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
+            raise Usage(f"parts of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
         visiting.append(name)
-        for needed in _needs(recipe, recipe.train[name].on):
-            visit(needed)
+        for needed in _needs(recipe, name):
+            if needed.name in recipe.train or needed.name in recipe.stacks:
+                visit(needed.name)
         visiting.pop()
         order.append(name)
 
-    for name in recipe.train:
+    for name in (*recipe.train, *recipe.stacks):
         visit(name)
     return order
 
 
-def _needs(recipe: Recipe, expression: str | None) -> Iterator[str]:
-    """The adapters of the recipe that an expression names, through the recipe's stacks too."""
-    for term in parse_expression(expression) if expression else ():
-        name = term.reference.name
-        if name in recipe.train:
-            yield name
-        elif name in recipe.stacks:
-            yield from _needs(recipe, recipe.stacks[name])
+def _needs(recipe: Recipe, name: str) -> list[Reference]:
+    """What a part of the recipe names in its expression."""
+    expression = recipe.train[name].on if name in recipe.train else recipe.stacks[name]
+    return [term.reference for term in parse_expression(expression)] if expression else []
 
 
 @dataclass(frozen=True)
 class Step:
     """One thing to do: an adapter to train or a stack to compose. ``why`` is None when it is up to date."""
 
-    kind: str
+    kind: Literal["adapter", "stack"]
     name: str
     why: str | None
 
 
 def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -> list[Step]:
-    """What of a recipe is out of date, in the order of doing it. Nothing is loaded or changed."""
+    """What of a recipe is out of date, in the order of doing it. Nothing is loaded or changed.
+
+    Raises:
+        StackctlError: everything that would stop the building later, at once.
+    """
     recipe = found.recipe
-    if recipe.base:
-        registry.base(recipe.base)
+    problems: list[StackctlError] = []
     steps: list[Step] = []
     going: set[str] = set()
-    for name in training_order(recipe):
-        newer = [needed for needed in _needs(recipe, found.recipe.train[name].on) if needed in going]
-        why = f"{newer[0]} is trained again" if newer else "--force" if force else _why_train(found, registry, name)
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except StackctlError as error:
+            problems.append(error)
+            return None
+
+    if recipe.base:
+        attempt(registry.base, recipe.base)
+    for name in build_order(recipe) if not problems else ():
+        kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
+        newer = [needed for needed in _needs(recipe, name) if needed.name in going and not _is_there(registry, needed)]
+        if newer:
+            attempt(_check_ahead, found, registry, name)
+            why = f"{newer[0]} is made anew"
+        else:
+            why = attempt(_why_train if kind == "adapter" else _why_compose, found, registry, name)
+            why = "--force" if force and kind == "adapter" else why
         if why:
             going.add(name)
-        steps.append(Step("adapter", name, why))
-    for name, expression in recipe.stacks.items():
-        newer = [needed for needed in _needs(recipe, expression) if needed in going]
-        steps.append(
-            Step("stack", name, f"{newer[0]} is trained again" if newer else _why_compose(registry, name, expression))
-        )
+        steps.append(Step(kind, name, why))
+    raise_all(problems)
     return steps
 
 
+def _is_there(registry: Registry, reference: Reference) -> bool:
+    """Whether a certain version is meant, and exists: what is made anew beside it changes nothing."""
+    adapter = registry.find_adapter(reference.name) if reference.version is not None else None
+    return adapter is not None and any(version.version == reference.version for version in adapter.versions)
+
+
+def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
+    """What can be known of a part before that is made which it stands on."""
+    recipe, problems = found.recipe, list[StackctlError]()
+    checks: list[Callable[[], Any]] = [
+        functools.partial(registry.resolve, str(needed))
+        for needed in _needs(recipe, name)
+        if needed.name not in recipe.train and needed.name not in recipe.stacks
+    ]
+    if name in recipe.train:
+        job = recipe.train[name]
+        checks.append(functools.partial(data_path, job.data, found.folder, name))
+        if job.eval_data:
+            checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
+    for check in checks:
+        try:
+            check()
+        except StackctlError as error:
+            problems.append(error)
+    raise_all(problems)
+
+
 def prepare_recipe_job(found: RecipeFile, registry: Registry, name: str) -> PreparedJob:
-    return prepare_job(registry, name, found.job(name), folder=found.folder)
+    return prepare_job(registry, name, found.job(name), folder=found.folder, fresh=True)
 
 
 def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
@@ -151,7 +198,7 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if not adapter:
         return "not trained yet"
     newest = adapter.newest()
-    known = newest.settings or {}
+    known = msgspec.to_builtins(TrainSettings()) | (newest.settings or {})
     settings = msgspec.to_builtins(prepared.job.settings())
     changed = [key for key, value in settings.items() if known.get(key) != value]
     if changed:
@@ -170,14 +217,18 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     return None
 
 
-def _why_compose(registry: Registry, name: str, expression: str) -> str | None:
+def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:
+    """A stack of the recipe by the newest versions of what it names."""
+    expression = found.recipe.stacks[name]
+    return registry.resolve(expression, base=found.recipe.base if expression == BASE else None, fresh=True)
+
+
+def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None:
+    resolved = resolve_recipe_stack(found, registry, name)
+    registry.plan(resolved).check()
     stack = registry.find_stack(name)
     if not stack:
         return "not composed yet"
-    try:
-        resolved = registry.resolve(expression)
-    except NotFound as error:
-        return error.message
     wanted = [(m.adapter.name, m.version.version, m.version.digest, m.weight) for m in resolved.members]
     same = wanted == [(m.adapter, m.version, m.digest, m.weight) for m in stack.members]
-    return None if same else "other members"
+    return None if same and stack.fingerprint == resolved.base.fingerprint else "other members"

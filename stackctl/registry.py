@@ -11,7 +11,7 @@ import datetime
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import msgspec
 from stackctl import files
 from stackctl.checkpoint import read_checkpoint
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed, did_you_mean
+from stackctl.methods import SUM, check_method
 from stackctl.names import (
     BASE,
     Reference,
@@ -30,7 +31,18 @@ from stackctl.names import (
     parse_stack_name,
 )
 from stackctl.plan import PlanMember, StackPlan, plan_stack
-from stackctl.schema import SCHEMA, Adapter, AdapterVersion, Base, Defaults, HubSource, Member, RegistryFile, Stack
+from stackctl.schema import (
+    SCHEMA,
+    Adapter,
+    AdapterVersion,
+    Base,
+    Defaults,
+    HubSource,
+    Member,
+    MethodOptions,
+    RegistryFile,
+    Stack,
+)
 from stackctl.yamlfile import Flow, format_yaml, read_yaml
 
 E = TypeVar("E", Base, Adapter, Stack)
@@ -64,6 +76,8 @@ class ResolvedStack:
     members: tuple[ResolvedMember, ...]
     name: str | None = None
     notes: tuple[str, ...] = ()
+    method: str = SUM
+    options: MethodOptions = field(default_factory=MethodOptions)
 
     @property
     def pinned(self) -> str:
@@ -146,6 +160,8 @@ class Registry:
             raise Usage(
                 f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or mend the name"
             )
+        if isinstance(entry, Stack):
+            check_method(entry.method, entry.options)
         if isinstance(entry, Adapter):
             numbers = [version.version for version in entry.versions]
             if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
@@ -243,15 +259,18 @@ class Registry:
             hint=did_you_mean(name, known, "stackctl ls shows what there is"),
         )
 
-    def resolve(self, text: str | None = None, *, base: str | None = None) -> ResolvedStack:
+    def resolve(self, text: str | None = None, *, base: str | None = None, fresh: bool = False) -> ResolvedStack:
         """Find and pin everything that an expression names; None means the current stack.
+
+        ``style+instruct`` that is also a stored stack's name means that stack, as pinned; with ``fresh`` it is read as
+        an expression all the same, which is how one composes it again.
 
         Raises:
             NotFound, Usage, Incompatible: a name is missing, the text is no expression, the bases differ.
         """
         if text is None:
             text = self.current()
-        resolved = self._resolve(text, base)
+        resolved = self._resolve(text, base, fresh)
         if base is not None and base != BASE and resolved.base.name != base:
             raise Incompatible(
                 f"'{text}' stands on the base '{resolved.base.name}', not on '{base}'",
@@ -265,11 +284,12 @@ class Registry:
             raise Usage("no stack was named and there is no current one", hint="stackctl compose style+instruct")
         return current
 
-    def _resolve(self, text: str, base: str | None) -> ResolvedStack:
+    def _resolve(self, text: str, base: str | None, fresh: bool) -> ResolvedStack:
         terms = parse_expression(text)
-        if stored := self._stored(text):
+        if not (fresh and "+" in text) and (stored := self._stored(text)):
             members = tuple(self._pinned_members(stored))
-            return ResolvedStack(text, self._stack_base(stored), members, stored.name, tuple(_newer(members)))
+            notes, base_entry = tuple(_newer(members)), self._stack_base(stored)
+            return ResolvedStack(text, base_entry, members, stored.name, notes, stored.method, stored.options)
         if not terms:
             return ResolvedStack(text, self.base(base), ())
         only = terms[0].reference
@@ -309,6 +329,11 @@ class Registry:
         if not self._entry_path(Adapter, name).is_file() and (stack := self.find_stack(name)):
             if term.reference.version is not None:
                 raise Usage(f"'{term.reference}': a stack has no versions", hint=f"write {name}")
+            if stack.method != SUM:
+                raise Incompatible(
+                    f"the stack '{name}' is composed by {stack.method} and cannot be a term of a sum",
+                    hint="write out its members: " + "+".join(m.adapter for m in stack.members),
+                )
             members = [replace(m, weight=m.weight * term.weight) for m in self._pinned_members(stack)]
             if not all(math.isfinite(member.weight) for member in members):
                 raise Usage(f"the weights of '{term}' are not finite numbers", hint="use a smaller weight")
@@ -337,7 +362,8 @@ class Registry:
         Raises:
             NotFound, Incompatible, VerificationFailed: a checkpoint is missing or cannot be read.
         """
-        return plan_stack(stack.base, [self._plan_member(member) for member in stack.members])
+        members = [self._plan_member(member) for member in stack.members]
+        return plan_stack(stack.base, members, stack.method, stack.options)
 
     def _plan_member(self, member: ResolvedMember) -> PlanMember:
         version = member.version
@@ -502,7 +528,13 @@ class Registry:
                 for m in stack.members
             ]
             entry = Stack(
-                name=name, base=stack.base.name, fingerprint=stack.base.fingerprint, members=members, created=now()
+                name=name,
+                base=stack.base.name,
+                fingerprint=stack.base.fingerprint,
+                method=stack.method,
+                options=stack.options,
+                members=members,
+                created=now(),
             )
             known = self.find_stack(name)
             if known and msgspec.structs.replace(known, created=entry.created) == entry:
@@ -563,9 +595,9 @@ class Registry:
         else:
             self._entry_path(Adapter, adapter.name).unlink()
         for version in going:
-            own = self.relative_weights_path(adapter.name, version.version)
-            folder = self.root / own
-            if version.path == own and folder.exists():  # anything else was linked and belongs to somebody else
+            # Not what the entry's path says: a link's files belong to somebody else.
+            folder = self.root / self.relative_weights_path(adapter.name, version.version)
+            if folder.exists():
                 files.remove_tree(folder)
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()

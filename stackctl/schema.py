@@ -72,6 +72,7 @@ class Base(Entry, frozen=True, kw_only=True):
     context_length: int | None = None
     chat_template: str | None = None
     tied_embeddings: bool = False
+    input_embedding: str | None = None
     output_embedding: str | None = None
     modules: dict[str, ModuleShape]
 
@@ -166,13 +167,23 @@ class Member(Part, frozen=True, kw_only=True):
     weight: Finite = 1.0
 
 
+class MethodOptions(Part, frozen=True, kw_only=True):
+    """What a method of composing takes; which of it, :mod:`stackctl.methods` says."""
+
+    rank: Annotated[int, Meta(ge=1)] | Literal["auto"] | None = None
+    tolerance: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    density: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+
+
 class Stack(Entry, frozen=True, kw_only=True):
     """``stacks/NAME.yaml``: a recipe, never a copy of tensors."""
 
     name: str
     base: str
     fingerprint: str
-    method: Literal["sum"] = "sum"
+    method: str = "sum"
+    options: MethodOptions = msgspec.field(default_factory=MethodOptions)
     members: list[Member]
     created: str
 

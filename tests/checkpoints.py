@@ -19,7 +19,9 @@ HIDDEN, VOCABULARY, LAYERS = 8, 32, 2
 Tensors = dict[str, tuple[int, ...]]
 
 
-def safetensors_bytes(tensors: Tensors, dtype: str = "F32", seed: int = 0, dtypes: dict[str, str] | None = None) -> bytes:
+def safetensors_bytes(
+    tensors: Tensors, dtype: str = "F32", seed: int = 0, dtypes: dict[str, str] | None = None
+) -> bytes:
     """A valid safetensors file: eight bytes of length, a JSON header, the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -31,8 +33,8 @@ def safetensors_bytes(tensors: Tensors, dtype: str = "F32", seed: int = 0, dtype
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     raw = json.dumps(header).encode()
-    data = bytes((7 * i + seed) % 50 for i in range(offset))
-    return struct.pack("<Q", len(raw)) + raw + data
+    data = seed.to_bytes(4, "little") + bytes(7 * i % 50 for i in range(offset))
+    return struct.pack("<Q", len(raw)) + raw + data[:offset]
 
 
 def raw_safetensors(header: bytes | str | Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -112,7 +114,9 @@ def memory_checkpoint(
     return Checkpoint(Path("/nowhere"), lora_config() if config is None else config, infos)
 
 
-def member(label: str = "style@1", weight: float = 1.0, checkpoint: Checkpoint | None = None, **rest: Any) -> PlanMember:
+def member(
+    label: str = "style@1", weight: float = 1.0, checkpoint: Checkpoint | None = None, **rest: Any
+) -> PlanMember:
     name, _, version = label.partition("@")
     fields = {"base": "tiny", "fingerprint": FINGERPRINT} | rest
     return PlanMember(

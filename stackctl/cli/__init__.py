@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import Current
+from stackctl.cli.common import Current, Group
 
 # In the order that --help shows them. Each module registers its own commands; none imports anything heavy.
 _COMMANDS = (
-    "train", "compose", "generate", "compare", "evaluate", "inspect_", "ls", "verify", "export",
+    "demo", "train", "compose", "generate", "compare", "evaluate", "inspect_", "ls", "verify", "export", "push", "pull",
     "init", "base", "add", "use", "rm",
 )  # fmt: skip
 
@@ -20,6 +20,7 @@ _COMMANDS = (
 def make_app() -> typer.Typer:
     app = typer.Typer(
         name="stackctl",
+        cls=Group,
         help="Train, compose, prove and ship stacks of LoRA adapters: W = W_base + ΔW_style + ΔW_instruct.",
         epilog="stackctl demo",
         invoke_without_command=True,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, command, complete_bases
+from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
 from stackctl.output import Result
 from stackctl.registry import Registry
 from stackctl.schema import Base
@@ -28,7 +28,7 @@ def base_json(base: Base, registry: Registry) -> dict[str, Any]:
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Base models: add, ls, rm.", epilog="stackctl base add smollm2", no_args_is_help=False)
+    group = typer.Typer(cls=Group, help="Base models: add, ls, rm.", epilog="stackctl base add smollm2")
     app.add_typer(group, name="base", rich_help_panel=HOUSE)
 
     @command(group, "add", example="stackctl base add qwen3 Qwen/Qwen3-8B-Base")
@@ -90,6 +90,4 @@ def register(app: typer.Typer) -> None:
     @group.callback(invoke_without_command=True)
     def base(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
-            from stackctl.cli.common import Current
-
             Current.output.text(context.get_help() + "\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from stackctl.output import Output, Result
 from stackctl.registry import Registry
@@ -66,6 +68,32 @@ class Current:
     output = Output()
 
 
+class _EndsWithExample:
+    """Help whose last line is the example as one types it: typer's own would indent it and break it at the margin."""
+
+    epilog: str | None
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        import typer.rich_utils
+
+        if os.environ.get("NO_COLOR"):
+            typer.rich_utils.COLOR_SYSTEM = None
+        example, self.epilog = self.epilog, None
+        try:
+            super().format_help(context, formatter)  # type: ignore[misc]
+        finally:
+            self.epilog = example
+        Current.output.text(f"\n{example}")  # whoever asked for help adds the line's end
+
+
+class Command(_EndsWithExample, TyperCommand):
+    """A command of stackctl."""
+
+
+class Group(_EndsWithExample, TyperGroup):
+    """A group of commands: stackctl itself, and ``stackctl base``."""
+
+
 def command(
     app: typer.Typer, name: str, *, example: str, panel: str | None = None, hidden: bool = False
 ) -> Callable[[Callable[..., Result | None]], Callable[..., None]]:
@@ -91,7 +119,7 @@ def command(
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, p.annotation)) for p in own]
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
-        app.command(name, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
+        app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
         return run
 
     return register

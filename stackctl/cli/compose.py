@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.errors import Usage
+from stackctl.methods import METHODS, SUM, check_method
 from stackctl.names import format_term, parse_stack_name
 from stackctl.output import Result
 from stackctl.plan import StackPlan
-from stackctl.registry import ResolvedStack
+from stackctl.registry import Registry, ResolvedStack
+from stackctl.schema import MethodOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +32,21 @@ def register(app: typer.Typer) -> None:
             ),
         ],
         name: Annotated[str | None, typer.Option(help="What to call it; else its names joined by '+'.")] = None,
+        method: Annotated[
+            str,
+            typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel="Method", autocompletion=lambda: list(METHODS)),
+        ] = SUM,
+        rank: Annotated[
+            str | None,
+            typer.Option(help="Of svd: the rank to keep, or auto with --tolerance.", rich_help_panel="Method"),
+        ] = None,
+        tolerance: Annotated[
+            float | None, typer.Option(help="Of svd --rank auto: the relative error allowed.", rich_help_panel="Method")
+        ] = None,
+        density: Annotated[
+            float | None, typer.Option(help="Share of entries that are kept; 0.5.", rich_help_panel="Method")
+        ] = None,
+        seed: Annotated[int | None, typer.Option(help="Of the random methods; 0.", rich_help_panel="Method")] = None,
         base: BaseOption = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show it; write nothing.")] = False,
     ) -> Result:
@@ -34,7 +54,8 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        stack = registry.resolve(expression, base=base)
+        options = _method_options(method, rank, tolerance, density, seed)
+        stack = replace(registry.resolve(expression, base=base, fresh=True), method=method, options=options)
         plan = registry.plan(stack).check()
         label = name or stack.name or stack.default_name
         if label == "base":
@@ -45,14 +66,52 @@ def register(app: typer.Typer) -> None:
             "stack": label,
             "base": stack.base.name,
             "members": members_json(stack, plan),
-            "method": "sum",
-            "exact": True,
+            "method": method,
+            "options": msgspec.to_builtins(options),
+            "exact": method == SUM,
             "rank": plan.rank,
+            **_measured(registry, stack, plan),
             "problems": [p.json() for p in plan.problems],
             "dry_run": dry_run,
         }
         notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems))
-        return Result(data, label, lambda: _screen(label, stack, plan, dry_run), notes=notes)
+        return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
+
+
+def _method_options(
+    method: str, rank: str | None, tolerance: float | None, density: float | None, seed: int | None
+) -> MethodOptions:
+    """The options of a method as they were typed.
+
+    Raises:
+        Usage: one is out of range, or the method does not take it.
+    """
+    number = int(rank) if rank is not None and rank.isascii() and rank.isdigit() else rank
+    typed = {"rank": number, "tolerance": tolerance, "density": density, "seed": seed}
+    try:
+        options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$.")
+        raise Usage(
+            f"--{place.rstrip('`')}: {message[:1].lower()}{message[1:]}", hint="stackctl compose --help"
+        ) from None
+    return check_method(method, options)
+
+
+def _measured(registry: Registry, stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
+    """How far a method that is not the exact sum is from it; this one reads the tensors."""
+    if plan.method == SUM or not plan.modules:
+        return {}
+    registry.check_digests(stack.members)
+    from stackctl.engine.combining import measure
+
+    found = measure(plan)
+    return {
+        "rank": found.rank,
+        "relative_error": found.relative_error,
+        "worst_relative_error": found.worst,
+        "worst_module": found.worst_module,
+    }
 
 
 def members_json(stack: ResolvedStack, plan: StackPlan) -> list[dict[str, Any]]:
@@ -69,14 +128,19 @@ def members_json(stack: ResolvedStack, plan: StackPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _screen(label: str, stack: ResolvedStack, plan: StackPlan, dry_run: bool) -> Any:
+def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     from stackctl.inspection import stack_tree
 
     terms = " + ".join(["W_base", *(format_term(f"ΔW_{m.adapter.name}", m.weight) for m in stack.members)])
-    head = f"{'would compose' if dry_run else 'composed'} {label}: W = {terms}"
-    foot = f"exact sum, rank {plan.rank} at most, {len(plan.modules)} modules"
-    follow = "" if dry_run else '\nit is the current stack; next: stackctl generate -p "…"'
+    head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: W = {terms}"
+    foot = f"exact sum, rank {data['rank']} at most, {len(plan.modules)} modules"
+    if not data["exact"]:
+        foot = (
+            f"{plan.method}, not the exact sum: relative error {data.get('relative_error', 0.0):.3g}, "
+            f"at worst {data.get('worst_relative_error', 0.0):.3g} on {data.get('worst_module')}"
+        )
+    follow = "" if data["dry_run"] else '\nit is the current stack; next: stackctl generate -p "…"'
     return Group(Text(head), stack_tree(stack, plan), Text(foot + follow))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
 from stackctl.cli.generate import DEVICE, DTYPE, check_choices
-from stackctl.errors import Usage
+from stackctl.errors import Failed, Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack
@@ -30,11 +31,12 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         data: Annotated[
-            str,
+            list[str] | None,
             typer.Option(
-                help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set.", metavar="FILE"
+                help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.",
+                metavar="FILE",
             ),
-        ] = ...,  # type: ignore[assignment]
+        ] = None,
         max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")] = 1024,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
@@ -61,7 +63,7 @@ def _screen(results: list[dict[str, Any]], *, several: bool) -> Any:
             row["stack"],
             *([row["data"]] if several else []),
             f"{row['loss']:.4f}",
-            f"{row['perplexity']:.3f}",
+            f"{row['perplexity']:.3f}" if row["perplexity"] is not None else "inf",
             f"{row['tokens']:,}",
             row["records"],
         ]
@@ -104,12 +106,16 @@ def evaluate_stacks(
             stacked.use(plan)
             for source, found in zip(data, encoded, strict=True):
                 score = score_examples(stacked.model, found.examples, lambda count: progress.advance(task, count))
+                if not math.isfinite(score.loss):
+                    raise Failed(
+                        f"the loss of {stack.text} on {source} is not a finite number", hint="use smaller weights"
+                    )
                 results.append(
                     {
                         "stack": stack.text,
                         "data": source,
                         "loss": score.loss,
-                        "perplexity": score.perplexity,
+                        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
                         "tokens": score.tokens,
                         "records": score.records,
                     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +11,14 @@ from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.errors import Usage
 from stackctl.files import human_bytes, sha256_file
 from stackctl.output import Result
+from stackctl.plan import StackPlan
+
+_DTYPES = {
+    "peft": ("float32", "bfloat16", "float16"),
+    "model": ("auto", "float32", "bfloat16", "float16"),
+    "gguf": ("float32", "float16"),
+}
+"""What each format can be written in; the first one is its default."""
 
 
 def register(app: typer.Typer) -> None:
@@ -19,12 +27,21 @@ def register(app: typer.Typer) -> None:
         context: Context,
         what: What = None,
         format_: Annotated[
-            Literal["peft"], typer.Option("--format", help="peft: one plain LoRA that PEFT and vLLM load.")
+            Literal["peft", "model", "gguf"],
+            typer.Option(
+                "--format",
+                help="peft: one plain LoRA for PEFT and vLLM; model: the base with the stack in it; "
+                "gguf: a LoRA for llama.cpp.",
+            ),
         ] = "peft",
-        out: Annotated[Path | None, typer.Option(help="The folder to write; must not exist.", metavar="DIR")] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="The folder to write; must not exist yet, or be empty.", metavar="DIR")
+        ] = None,
         dtype: Annotated[
-            Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of what is written.")
-        ] = "float32",
+            Literal["auto", "float32", "bfloat16", "float16"],
+            typer.Option(help="Precision of what is written; auto is float32, and for a model the base's own."),
+        ] = "auto",
+        modelfile: Annotated[bool, typer.Option("--modelfile", help="With gguf: a Modelfile for Ollama, too.")] = False,
         base: BaseOption = None,
     ) -> Result:
         """Write a stack as files for another program: streamed, read back and checked, then moved into place."""
@@ -32,20 +49,47 @@ def register(app: typer.Typer) -> None:
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()
         if out is None:
-            raise Usage("--out is missing", hint=f"stackctl export {stack.text} --out {stack.name or 'exported'}")
+            raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise Usage(f"{out} already exists", hint="choose another folder, or remove it first")
+        if modelfile and format_ != "gguf":
+            raise Usage("--modelfile belongs to --format gguf", hint=f"--format gguf --modelfile --out {out}")
+        wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
+        if wanted not in _DTYPES[format_]:
+            raise Usage(f"{format_} is not written in {dtype}", hint=f"--dtype {' or '.join(_DTYPES[format_])}")
         registry.check_digests(stack.members)
+        report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
+        written = [
+            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
+        ]
+        size = human_bytes(sum(file["bytes"] for file in written))
+        data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
+        text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {wanted}, {size}"
+        if report["max_relative_error"]:
+            text += f", at most {report['max_relative_error']:.1e} of a module's delta lost"
+        return Result(data, str(out), text, notes=stack.notes)
+
+
+def _carry_out(
+    context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool
+) -> dict[str, Any]:
+    """Write the files; returns rank, max_relative_error and exact."""
+    from stackctl.engine.models import quiet_libraries
+
+    quiet_libraries()
+    if format_ == "peft":
         from stackctl.engine.export import export_peft
 
-        report = export_peft(plan, out.absolute(), dtype=dtype)
-        written = [
-            {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path).removeprefix("sha256:")}
-            for path in sorted(out.iterdir())
-        ]
-        total = human_bytes(sum(path.stat().st_size for path in out.iterdir()))
-        data = {"format": format_, "path": str(out.absolute()), "files": written, **report}
-        text = f"wrote {out}: {format_}, rank {report['rank']}, {dtype}, {total}"
-        if report["max_relative_error"]:
-            text += f", largest relative error {report['max_relative_error']:.1e}"
-        return Result(data, str(out), text, notes=stack.notes)
+        return export_peft(plan, out, dtype=dtype)
+    if format_ == "gguf":
+        from stackctl.engine.export import export_gguf
+
+        return export_gguf(plan, out, dtype=dtype, modelfile=modelfile)
+    from stackctl.engine.bases import base_folder
+    from stackctl.engine.export import export_model
+
+    assert plan.base is not None, "a resolved stack stands on a base"
+    folder = base_folder(plan.base, context.registry, context.output.status)
+    return export_model(plan, folder, out, dtype=dtype)

@@ -23,7 +23,8 @@ RAW = Annotated[
 ]
 MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel="Generation")]
 TEMPERATURE = Annotated[
-    float | None, typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel="Generation")
+    float | None,
+    typer.Option(min=0, max=1000, help="Sample at this temperature; greedy without.", rich_help_panel="Generation"),
 ]
 TOP_P = Annotated[
     float | None,

@@ -98,7 +98,9 @@ def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, registr
         parts.append(facts_tree(f"adapter {info['adapter']}@{info['version']}", facts, info["problems"]))
     else:
         parts.append(stack_tree(stack, plan))
-        parts.append(f"{info['kind']} {info['stack']}: sum, rank {plan.rank} at most, {len(plan.modules)} modules")
+        parts.append(
+            f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
+        )
     if modules:
         rows = [
             [m["module"], m["type"], "×".join(str(n) for n in m["shape"]), m["rank"],

@@ -12,13 +12,22 @@ import msgspec
 import typer
 
 from stackctl.cli.common import PATH, Context, command, complete_bases, complete_what
-from stackctl.errors import Usage, did_you_mean
+from stackctl.cli.config import JobFile, is_recipe, read_job
+from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob, prepare_job
 from stackctl.output import Result
-from stackctl.recipe import FILE, RecipeFile, Step, find_recipe, plan_recipe, prepare_recipe_job, read_recipe
+from stackctl.recipe import (
+    FILE,
+    RecipeFile,
+    Step,
+    find_recipe,
+    plan_recipe,
+    prepare_recipe_job,
+    read_recipe,
+    resolve_recipe_stack,
+)
 from stackctl.registry import Registry
 from stackctl.schema import TrainJob, TrainSettings
-from stackctl.yamlfile import convert, parse_yaml, read_text
 
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
@@ -42,9 +51,15 @@ def register(app: typer.Typer) -> None:
         """
         resume, dry_run, force = flags.pop("resume"), flags.pop("dry_run"), flags.pop("force")
         given = {key: value for key, value in flags.items() if value is not None}
-        if name is None:
+        if name is None and (config is None or is_recipe(config)):
             return _build(context, config, given, dry_run=dry_run, force=force, resume=resume)
-        prepared = prepare_job(context.registry, name, *_job(name, config, given))
+        found = read_job(config, context.registry) if config else None
+        name = name or (found.name if found else None)
+        if name is None:
+            raise Usage(f"{config} does not name the adapter", hint=f"stackctl train NAME --config {config}")
+        if found and found.ignored:
+            context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is passed over")
+        prepared = _prepare(context, name, found, given)
         if dry_run:
             return _dry_run(context, prepared)
         return trained_result(context, prepared, resume=resume)
@@ -117,95 +132,27 @@ def _plain_type(annotation: Any) -> tuple[Any, str]:
             return annotation, about
 
 
-def _job(name: str, config: Path | None, flags: dict[str, Any]) -> tuple[TrainJob]:
-    """Put a job together: a flag beats the file, the file beats the defaults.
+def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[str, Any]) -> PreparedJob:
+    """Put a job together and check it: a flag beats the file, the file beats the defaults.
 
     Without ``--config`` and ``--data``, the job of that name in the nearest ``stackctl.yaml`` is meant.
     """
-    values: dict[str, Any] = {}
-    source = "the flags"
-    if config is not None:
-        values, source = read_config(config), str(config)
-    elif "data" not in flags and (path := find_recipe()) and name in (found := read_recipe(path)).recipe.train:
-        job = found.job(name)
-        values = {key: value for key, value in msgspec.to_builtins(job).items() if value is not None}
+    values = config.values if config else {}
+    recipe = find_recipe() if config is None and "data" not in flags else None
+    fresh = False
+    if recipe and name in (found := read_recipe(recipe)).recipe.train:
+        fresh = "on" not in flags
+        values = {key: value for key, value in msgspec.to_builtins(found.job(name)).items() if value is not None}
         for key in ("data", "eval_data"):
             if key in values and (found.folder / values[key]).exists():
                 values[key] = str(found.folder / values[key])
-        source = str(path)
-    values.pop("name", None)
-    merged = {**values, **flags}
     try:
-        return (msgspec.convert(merged, TrainJob, strict=False),)
+        job = msgspec.convert({**values, **flags}, TrainJob, strict=False)
     except msgspec.ValidationError as error:
-        option, _, message = _which(error)
-        raise Usage(
-            f"{option}: {message}" if option else f"{source}: {message}", hint="stackctl train --help"
-        ) from None
-
-
-def _which(error: msgspec.ValidationError) -> tuple[str, str, str]:
-    message, _, place = str(error).partition(" - at `$.")
-    return ("--" + place.rstrip("`").replace("_", "-") if place else ""), place, message[:1].lower() + message[1:]
-
-
-# The configuration that scripts of the two-stage recipe used before there was stackctl.
-_OLDER_KEYS = {
-    "base_model_name": "base",
-    "base_model": "base",
-    "model_name_or_path": "base",
-    "stage1_adapter_path": "on",
-    "dataset_path": "data",
-    "data_path": "data",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "max_seq_length": "max_length",
-    "lr_scheduler_type": "scheduler",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "lr": "learning_rate",
-    "packing": "pack",
-}
-_OLDER_IGNORED = {"output_dir"}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A job as YAML or JSON, by our keys or those of older scripts; unknown ones are errors.
-
-    ``output_dir`` of older scripts has no meaning here (the registry knows where weights lie) and is passed over.
-    """
-    parsed = parse_yaml(read_text(path), str(path))
-    value, marks = parsed
-    if not isinstance(value, dict):
-        raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
-    if "train" in value:
-        raise Usage(f"{path} is a recipe of several adapters", hint=f"build it: stackctl train --config {path}")
-    renamed: dict[str, Any] = {}
-    known = [*TrainJob.__struct_fields__, "name"]
-    for key, item in value.items():
-        own = _OLDER_KEYS.get(key, key)
-        if own in _OLDER_IGNORED:
-            continue
-        if own not in known:
-            line, column = marks.get((key,), (1, 1))
-            raise Usage(
-                f"{path}, line {line}, column {column}: unknown key '{key}'",
-                hint=did_you_mean(key, [*known, *_OLDER_KEYS], f"known: {', '.join(known)}"),
-            )
-        if own in renamed:
-            raise Usage(f"{path}: '{own}' is given twice, once as '{key}'", hint="remove one of them")
-        renamed[own] = item
-        if (key,) in marks:
-            marks[(own,)] = marks[(key,)]
-    name = renamed.pop("name", None)
-    convert((renamed, marks), TrainJob, str(path))
-    return {**renamed, **({"name": name} if name else {})}
+        message, _, place = str(error).partition(" - at `$.")
+        option = "--" + place.rstrip("`").replace("_", "-")
+        raise Usage(f"{option}: {message[:1].lower()}{message[1:]}", hint="stackctl train --help") from None
+    return prepare_job(context.registry, name, job, fresh=fresh)
 
 
 # -- one adapter ------------------------------------------------------------------------------------------------------
@@ -312,6 +259,8 @@ def build_recipe(
     out_of_date = [step for step in steps if step.why]
     plan = [{"kind": s.kind, "name": s.name, "why": s.why} for s in steps]
     if not out_of_date:
+        if context.output.json_mode:
+            context.output.status("up to date")
         return Result({"plan": plan, "built": []}, "", "up to date")
     if dry_run:
         return Result({"plan": plan, "built": [], "dry_run": True}, "", lambda: _plan_table(steps))
@@ -322,13 +271,13 @@ def build_recipe(
             prepared = prepare_recipe_job(found, registry, step.name)
             built.append(trained_result(context, prepared, resume=resume).json)
         else:
-            built.append(_compose(registry, step.name, found.recipe.stacks[step.name]))
+            built.append(_compose(found, registry, step.name))
     names = [f"{b['adapter']}@{b['version']}" if "adapter" in b else b["stack"] for b in built]
     return Result({"plan": plan, "built": built}, "\n".join(names), f"built {', '.join(names)}")
 
 
-def _compose(registry: Registry, name: str, expression: str) -> dict[str, Any]:
-    resolved = registry.resolve(expression)
+def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]:
+    resolved = resolve_recipe_stack(found, registry, name)
     registry.plan(resolved).check()
     registry.save_stack(name, resolved)
     return {"stack": name, "members": [str(member) for member in resolved.members]}

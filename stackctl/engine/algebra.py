@@ -1,20 +1,28 @@
 """The algebra of low-rank deltas: small pure functions on factors.
 
 A LoRA (https://arxiv.org/abs/2106.09685) adds ΔW = scaling · B @ A to a weight, with A (rank, in) and B (out, rank).
+Everything is computed in float32 at least. The methods that are not the exact sum work on ΔW = BA, never on A and
+B apart, which would be another thing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Factors = tuple[Tensor, Tensor, float]
 """A (rank, in), B (out, rank) and everything that scales their product: weight · scaling."""
+Pair = tuple[Tensor, Tensor]
+"""A (rank, in) and B (out, rank) of a delta that needs no scaling."""
 
 
-def concatenate(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+def concatenate(factors: Sequence[Factors]) -> Pair:
     """One pair whose product is exactly the sum: ``[s₁B₁ … sₙBₙ] @ [A₁; …; Aₙ]`` = Σ sᵢ Bᵢ Aᵢ.
 
     The scale is shared out over both factors as √|s|, so that neither loses range in half precision, and its sign
@@ -35,14 +43,108 @@ def delta(factors: Sequence[Factors], dtype: torch.dtype = torch.float32) -> Ten
     return total
 
 
+# -- the sum, truncated -----------------------------------------------------------------------------------------------
+
+
+def truncate(factors: Sequence[Factors], *, rank: int | str, tolerance: float | None = None, **_: Any) -> Pair:
+    """The best approximation of the sum of a given rank (Eckart and Young, 1936), without ever forming the sum.
+
+    With B = Q_b R_b and Aᵀ = Q_a R_a, the singular values of BA are those of the small matrix R_b R_aᵀ. ``rank``
+    "auto" is the smallest for which ‖lost‖ / ‖sum‖ stays within ``tolerance``.
+    """
+    A, B = (factor.double() for factor in concatenate(factors))
+    q_b, r_b = torch.linalg.qr(B)  # (out, k), (k, k)
+    q_a, r_a = torch.linalg.qr(A.T)  # (in, k), (k, k)
+    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T)
+    keep = _smallest_rank(sigma, tolerance or 0.0) if rank == "auto" else min(int(rank), sigma.numel())
+    root = sigma[:keep].sqrt()
+    return (root[:, None] * (vh[:keep] @ q_a.T)).float(), ((q_b @ u[:, :keep]) * root).float()
+
+
+def _smallest_rank(sigma: Tensor, tolerance: float) -> int:
+    """How many singular values leave at most ``tolerance`` of the norm behind; at least one."""
+    lost = sigma.square().flip(0).cumsum(0).flip(0)  # lost[k]: what is gone when k are kept
+    allowed = tolerance**2 * float(lost[0])
+    return max(1, int((lost > allowed).sum()))
+
+
+def factorise(matrix: Tensor, rank: int) -> Pair:
+    """The best pair of a rank for a full matrix (out, in), by its singular value decomposition."""
+    u, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = sigma[:rank].sqrt()
+    return (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
+
+
+# -- other than the sum -----------------------------------------------------------------------------------------------
+
+
+def magnitude_prune(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
+    """Keep the ``density`` largest entries of each delta by magnitude, then add the deltas. Returns (out, in)."""
+    return _total([s * _largest(B.float() @ A.float(), density) for A, B, s in factors])
+
+
+def dare_linear(factors: Sequence[Factors], *, density: float, seed: int, **_: Any) -> Tensor:
+    """DARE (https://arxiv.org/abs/2311.03099): drop entries at random, rescale the rest by 1/density, add."""
+    generator = torch.Generator().manual_seed(seed)
+    return _total([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
+
+
+def ties(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
+    """TIES (https://arxiv.org/abs/2306.01708): trim each delta, elect a sign per entry, average what agrees with it."""
+    return _elect_and_average([s * _largest(B.float() @ A.float(), density) for A, B, s in factors])
+
+
+def dare_ties(factors: Sequence[Factors], *, density: float, seed: int, **_: Any) -> Tensor:
+    """DARE's random drop and rescale in the place of TIES' trim, then TIES' election and average."""
+    generator = torch.Generator().manual_seed(seed)
+    return _elect_and_average([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
+
+
+def _total(matrices: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(matrices)).sum(0)
+
+
+def _largest(matrix: Tensor, density: float) -> Tensor:
+    """The matrix with all but its largest entries set to zero; exactly round(density · size) of them stay."""
+    keep = round(density * matrix.numel())
+    kept = torch.zeros_like(matrix).flatten()
+    if keep:
+        index = matrix.abs().flatten().topk(keep, sorted=False).indices
+        kept[index] = matrix.flatten()[index]
+    return kept.view_as(matrix)
+
+
+def _dropped(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Each entry kept with probability ``density`` and divided by it, so that the expectation stays."""
+    mask = torch.rand(matrix.shape, generator=generator) < density
+    return matrix * mask.to(matrix) / density
+
+
+def _elect_and_average(matrices: Sequence[Tensor]) -> Tensor:
+    """Per entry: the sign with the larger total magnitude wins, and the mean of those that carry it is taken."""
+    stacked = torch.stack(list(matrices))  # (members, out, in)
+    elected = torch.sign(stacked.sum(0))
+    agrees = (torch.sign(stacked) == elected) & (elected != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+# -- norms, from the factors alone -----------------------------------------------------------------------------------
+
+
 def product_norm(A: Tensor, B: Tensor) -> float:
-    """Frobenius norm of B @ A from the factors alone: √trace((BᵀB)(AAᵀ)), in float64, without forming B @ A."""
-    A, B = A.double(), B.double()
-    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+    """Frobenius norm of B @ A: √trace((BᵀB)(AAᵀ)), in float64, without forming B @ A."""
+    return inner_product((A, B), (A, B)) ** 0.5
 
 
-def relative_error(exact: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """‖B'A' - BA‖ / ‖BA‖ in the Frobenius norm, from the factors (A, B) alone, without forming a product."""
+def inner_product(first: Pair, second: Pair) -> float:
+    """⟨B₁A₁, B₂A₂⟩ = trace((B₂ᵀB₁)(A₁A₂ᵀ)), in float64, without forming a product; a square is never negative."""
+    (A1, B1), (A2, B2) = ((A.double(), B.double()) for A, B in (first, second))
+    value = float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+    return max(value, 0.0) if first[0] is second[0] and first[1] is second[1] else value
+
+
+def relative_error(exact: Pair, other: Pair) -> float:
+    """‖B'A' - BA‖ / ‖BA‖ in the Frobenius norm, from the factors alone."""
     (A, B), (A2, B2) = exact, other
     norm = product_norm(A, B)
     gap = product_norm(torch.cat([A2.double(), A.double()]), torch.cat([B2.double(), -B.double()], dim=1))

@@ -185,6 +185,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         context_length=getattr(text_config, "max_position_embeddings", None),
         chat_template=files.sha256_bytes(template.encode()) if template else None,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        input_embedding=names.get(id(model.get_input_embeddings())),
         output_embedding=names.get(id(output)),
         modules=compact_modules(_module_shapes(model)),
     )

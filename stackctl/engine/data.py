@@ -214,8 +214,9 @@ def encode(records: RecordSet, tokenizer: Any, *, max_length: int, split_long: b
                 if split_long and isinstance(record, TextRecord):
                     kept += _split(example, max_length)
                 else:
-                    cut = cut or len(example.input_ids) > max_length
-                    kept.append(_cut(example, max_length))
+                    needed = _cut(example, len(example.input_ids))
+                    cut = cut or len(needed.input_ids) > max_length
+                    kept.append(_cut(needed, max_length))
             kept = [example for example in kept if example.input_ids]
             encoded.examples += kept
             encoded.truncated += cut

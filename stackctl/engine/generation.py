@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from stackctl.engine.data import ensure_chat_template
+from stackctl.engine.data import end_of_turn, ensure_chat_template
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.errors import Usage
 
@@ -114,9 +115,10 @@ def _run_batch(
     ends = end_tokens(stacked)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    stopper = _StopText(stacked.tokenizer, sampling.stop, width) if sampling.stop else None
+    stops = _stop_texts(stacked, sampling)
+    stopper = _StopText(stacked.tokenizer, stops, width) if stops else None
     started = time.perf_counter()
-    with evaluating(stacked.model):
+    with evaluating(stacked.model), _without_defaults(stacked.model):
         output: Any = stacked.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
@@ -128,9 +130,9 @@ def _run_batch(
     for prompt, ids, row in zip(prompts, batch, output[:, width:].tolist(), strict=True):
         new, stop = _cut(row, ends)
         text = stacked.tokenizer.decode(new, skip_special_tokens=True)
-        found = [text.index(end) for end in sampling.stop if end in text]
-        if found:
-            text, stop = text[: min(found)], "stop"
+        if found := [(text.index(end), end) for end in stops if end in text]:
+            position, end = min(found)
+            text, stop = text[:position], "stop" if end in sampling.stop else "end"
         yield Generated(prompt, text, len(ids), len(new), stop, seconds)
 
 
@@ -149,6 +151,16 @@ def _generation_config(sampling: Sampling, room: int, ends: list[int], pad: int)
     )
 
 
+@contextlib.contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _pad_token(stacked: StackedModel) -> int:
     tokenizer = stacked.tokenizer
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -162,9 +174,23 @@ def end_tokens(stacked: StackedModel) -> list[int]:
     found = {stacked.tokenizer.eos_token_id}
     configured = getattr(stacked.model.generation_config, "eos_token_id", None)
     found.update(configured if isinstance(configured, list) else [configured])
-    known = stacked.tokenizer.get_added_vocab()
-    found.update(known[name] for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>") if name in known)
+    turn = _end_of_turn_ids(stacked)
+    if len(turn) == 1:
+        found.add(turn[0])
     return sorted(token for token in found if token is not None)
+
+
+def _end_of_turn_ids(stacked: StackedModel) -> list[int]:
+    if not stacked.tokenizer.chat_template:
+        return []
+    ids: list[int] = stacked.tokenizer(end_of_turn(stacked.tokenizer), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _stop_texts(stacked: StackedModel, sampling: Sampling) -> tuple[str, ...]:
+    """What was asked for, and the end of turn where it is a text of several tokens (ChatML on a base without it)."""
+    turn = end_of_turn(stacked.tokenizer) if stacked.tokenizer.chat_template and not sampling.raw else ""
+    return (*sampling.stop, turn) if turn and len(_end_of_turn_ids(stacked)) > 1 else sampling.stop
 
 
 def _cut(row: list[int], ends: list[int]) -> tuple[list[int], str]:

@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl.bases import read_base_tensors
-from stackctl.checkpoint import TensorInfo
 from stackctl.engine import algebra
 from stackctl.engine.bases import base_folder
-from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.plan import ModulePlan, StackPlan
+from stackctl.engine.combining import module_delta
+from stackctl.engine.tensors import MemberTensors
+from stackctl.errors import Incompatible
+from stackctl.methods import SUM
+from stackctl.plan import StackPlan
 from stackctl.registry import Registry
 from stackctl.schema import Base
 
@@ -107,10 +109,10 @@ class StackedModel:
         for module in plan.modules.values():
             name = f"{module.name}.weight"
             weight = self._parameter(name)
-            delta = algebra.delta(tensors.factors(module, weight.device))
+            delta = module_delta(plan, module, tensors.factors(module)).to(weight.device)
             delta = delta if module.type == "Linear" else delta.T  # Conv1D and Embedding store (in, out)
             self._check_shape(name, weight, delta)
-            before = weight.float()
+            before = weight.to(torch.float32, copy=True)  # in float32 .float() would be the weight itself
             weight.copy_(before + delta)
             lost += float((weight.double() - before.double() - delta).square().sum())
             total += float(delta.double().square().sum())
@@ -200,58 +202,12 @@ def load_base(
     return StackedModel(base, folder, model, tokenizer, where)
 
 
-class MemberTensors:
-    """Reads the members' tensors of a plan, each file mapped once; every tensor read is checked to be finite."""
-
-    def __init__(self, plan: StackPlan) -> None:
-        self._plan = plan
-        self._files: dict[int, Any] = {}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> MemberTensors:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._files.clear()
-        self._stack.close()
-
-    def read(self, member: int, info: TensorInfo) -> Tensor:
-        """One tensor as it is stored.
-
-        Raises:
-            VerificationFailed: it holds NaN or infinity.
-        """
-        if member not in self._files:
-            path = self._plan.members[member].checkpoint.weights_path
-            self._files[member] = self._stack.enter_context(safe_open(path, "pt"))
-        tensor: Tensor = self._files[member].get_tensor(info.name)
-        if not bool(torch.isfinite(tensor).all()):
-            label = self._plan.members[member].label
-            raise VerificationFailed(
-                f"{label} holds values that are not finite numbers, in {info.name}",
-                hint=f"use an earlier version, or train {self._plan.members[member].adapter or label} again",
-            )
-        return tensor
-
-    def factors(self, module: ModulePlan, device: torch.device | None = None) -> list[algebra.Factors]:
-        """A module's (A, B, weight · scaling), one for each member on it."""
-        return [
-            (
-                self.read(factor.member, factor.a).to(device=device, dtype=torch.float32),
-                self.read(factor.member, factor.b).to(device=device, dtype=torch.float32),
-                self._plan.members[factor.member].weight * factor.scaling,
-            )
-            for factor in module.factors
-        ]
-
-
 LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
 
 
-def concatenated_config(plan: StackPlan) -> LoraConfig:
-    """The PEFT configuration of a plan as one plain LoRA: alpha = rank on every module, so scaling is 1."""
-    ranks = {name: module.rank for name, module in plan.modules.items()}
+def concatenated_config(ranks: dict[str, int]) -> LoraConfig:
+    """The PEFT configuration of one plain LoRA with these ranks: alpha = rank on every module, so scaling is 1."""
     rank = max(ranks.values(), default=1)
     patterns = {name.replace(".", r"\."): value for name, value in ranks.items() if value != rank}
     return LoraConfig(
@@ -273,14 +229,17 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
         Incompatible: a member brings whole modules, which cannot be kept beside the base.
     """
     plan.check()
+    if plan.method != SUM:
+        raise Incompatible(f"a stack composed by {plan.method} is no sum, and only a sum can be kept live")
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint="use --frozen fold")
     target = model.base_model.model if isinstance(model, PeftModel) else model
+    config = concatenated_config({module.name: module.rank for module in plan.modules.values()})
     if isinstance(model, PeftModel):
-        model.add_adapter(name, concatenated_config(plan))
+        model.add_adapter(name, config)
     else:
-        inject_adapter_in_model(concatenated_config(plan), target, name)
+        inject_adapter_in_model(config, target, name)
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             layer = target.get_submodule(module.name)

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl import files
-from stackctl.checkpoint import WEIGHTS
+from stackctl.checkpoint import CONFIG, WEIGHTS
 from stackctl.errors import Failed
 
 ADAPTER = "default"
@@ -187,6 +187,11 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict | None = None)
     model.save_pretrained(
         folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state_dict
     )
+    config = folder / CONFIG
+    settings = json.loads(config.read_text())
+    if isinstance(settings.get("target_modules"), list):  # a set inside PEFT, and so in another order in each process
+        settings["target_modules"].sort()
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed
 
 
@@ -237,6 +242,8 @@ class StepGuard(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def release(self) -> None:
+        """Give Ctrl-C back, however the training ended."""
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None

@@ -22,15 +22,16 @@ from stackctl.engine import data as data_module
 from stackctl.engine import proofs
 from stackctl.engine.data import Encoded, Example
 from stackctl.engine.evaluation import score_examples
-from stackctl.engine.models import LIVE, MemberTensors, StackedModel, attach_live, evaluating, load_base
+from stackctl.engine.models import LIVE, StackedModel, attach_live, evaluating, load_base
 from stackctl.engine.records import RecordSet, read_records
+from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import ADAPTER, Counters, StackTrainer, save_adapter, supervised_logits
 from stackctl.errors import Failed, Incompatible, Interrupted, Usage, VerificationFailed
 from stackctl.jobs import PreparedJob, RunFolder, run_folder
-from stackctl.modules import expand_modules, expected_targets
+from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.plan import PlanMember, plan_stack
 from stackctl.registry import Registry, now
-from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
+from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, ModuleShape, Run
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""
@@ -175,7 +176,7 @@ def _freeze(stacked: StackedModel, prepared: PreparedJob, say: Say) -> str:
     """Fold the frozen stack into the base, or leave it to be attached live. Returns none, fold or live."""
     if not prepared.plan.members:
         return "none"
-    if prepared.job.frozen == "live":
+    if prepared.job.frozen == "live" and prepared.plan.modules:  # nothing at all is folded, for the proof to find
         return "live"
     stacked.use(prepared.plan)
     if prepared.job.frozen == "fold" or stacked.rounding_error <= FOLD_TOLERANCE:
@@ -191,6 +192,8 @@ def _attach_new(stacked: StackedModel, prepared: PreparedJob, *, live: bool) -> 
     modules = expand_modules(base.modules)
     targets = prepared.target_modules
     chosen = expected_targets({"target_modules": targets}, modules, base.output_embedding) or set()
+    if targets == ALL_LINEAR:  # by name: left to itself, PEFT would add the experts' parameters of a mixture
+        targets = _names_for(chosen, modules)
     config = LoraConfig(
         r=job.rank,
         lora_alpha=_whole(job.effective_alpha()),
@@ -209,6 +212,12 @@ def _attach_new(stacked: StackedModel, prepared: PreparedJob, *, live: bool) -> 
             if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
                 parameter.requires_grad_(False)
     return model
+
+
+def _names_for(chosen: set[str], modules: dict[str, ModuleShape]) -> list[str]:
+    """The last parts of some modules' names where those choose just these modules, else the full names."""
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    return short if expected_targets({"target_modules": short}, modules, None) == chosen else sorted(chosen)
 
 
 def _whole(number: float) -> int | float:
@@ -286,6 +295,8 @@ def _run_trainer(
         trainer.train(resume_from_checkpoint=str(saves[-1]) if saves else None)
     except torch.OutOfMemoryError as error:
         raise Failed("the device's memory is full", hint="use a smaller --batch-size or --max-length") from error
+    finally:
+        trainer.guard.release()
     if trainer.guard.interrupted:
         raise Interrupted(
             f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; it was saved",

@@ -83,13 +83,13 @@ def with_template(tokenizer: Any, template: str) -> Any:
     return tokenizer
 
 
-def sentencepiece_like() -> Any:
+def sentencepiece_like(*words: str) -> Any:
     """A tokenizer that, as Llama 2's, puts a space before whatever it is given, and a BOS before a text."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for character in [*map(chr, range(33, 127)), "\n", "▁"]:
         vocabulary.setdefault(character, len(vocabulary))
     merges = []
-    for word in ("▁Hello", "▁yes", "▁Hi"):
+    for word in ("▁Hello", "▁yes", "▁Hi", *words):
         for end in range(1, len(word)):
             if word[: end + 1] not in vocabulary:
                 vocabulary[word[: end + 1]] = len(vocabulary)
@@ -203,6 +203,7 @@ def test_the_more_specific_shape_wins_and_other_keys_are_ignored(tmp_path: Path)
     assert record == chat("Add.\n\n1 and 2", "3")
     ultra = {"prompt": "q", "messages": SHAPES["messages"][0]["messages"]}
     assert read_records(write(tmp_path / "b.jsonl", ultra)).format == "messages"
+    assert read_records(write(tmp_path / "c.jsonl", {"messages": None, "text": "a"})).format == "text"
 
 
 def test_prompt_and_completion_of_messages_are_a_chat_of_which_the_prompt_is_context(
@@ -414,6 +415,16 @@ def test_a_completion_under_a_tokenizer_that_adds_spaces_gets_none() -> None:
     example = encoded(tokenizer, CompletionRecord(1, "Hi", " yes")).examples[0]
     assert text_of(tokenizer, example) == "<s> Hi yes</s>"
     assert turns(tokenizer, example) == ["yes</s>"]  # decoding drops the first space
+    example = encoded(tokenizer, CompletionRecord(1, "Hi:", "no")).examples[0]
+    assert text_of(tokenizer, example) == "<s> Hi:no</s>"
+    assert turns(tokenizer, example) == ["no</s>"]
+
+
+def test_a_token_that_holds_a_part_of_the_prompt_is_not_supervised() -> None:
+    tokenizer = sentencepiece_like(":n")
+    example = encoded(tokenizer, CompletionRecord(1, "Hi:", "no")).examples[0]
+    assert tokenizer.convert_ids_to_tokens(example.input_ids) == ["<s>", "▁Hi", ":n", "o", "</s>"]
+    assert turns(tokenizer, example) == ["o</s>"]
 
 
 def test_every_assistant_turn_is_supervised_with_its_end_and_nothing_else(smollm2: Any) -> None:
@@ -470,10 +481,12 @@ def test_offsets_that_are_trimmed_still_cover_their_spaces(smollm2: Any) -> None
         USER,
         {"role": "assistant", "content": contents[1]},
     ]
-    offsets = tokenizer("a    b", return_offsets_mapping=True)["offset_mapping"]
-    assert any(start == end for start, end in offsets) or offsets[1][0] > 1  # it does trim
+    assert (6, 6) in tokenizer("a     ", return_offsets_mapping=True)["offset_mapping"]  # it does trim
     (example,) = encoded(tokenizer, ChatRecord(1, messages)).examples
     assert turns(tokenizer, example) == [content + "<|im_end|>" for content in contents]
+    with_template(tokenizer, CHATML.replace("assistant\n", "assistant:   ").replace("'\n' + m", "':   ' + m"))
+    (example,) = encoded(tokenizer, chat("a", "b", "c", "d")).examples
+    assert turns(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_several_tokens_of_one_character_are_all_supervised() -> None:
@@ -617,6 +630,9 @@ def test_what_is_cut_and_what_is_left_without_anything_to_learn_is_counted(smoll
 def test_what_follows_the_last_turn_is_no_reason_to_count_a_record_as_cut(smollm2: Any) -> None:
     found = encoded(smollm2, chat("Hi", "yes", "word " * 100), max_length=64)
     assert (found.truncated, found.unsupervised) == (0, [])
+    length = len(found.examples[0].input_ids)
+    assert encoded(smollm2, chat("Hi", "yes"), max_length=length).truncated == 0
+    assert encoded(smollm2, chat("Hi", "yes"), max_length=length - 1).truncated == 1
 
 
 def test_a_single_token_has_nothing_to_learn() -> None:

@@ -91,7 +91,8 @@ LLAMA_CONFIGS = {
     "layer zero": {"target_modules": ["q_proj"], "layers_to_transform": 0},
     "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
     "layers with a pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    "layers with patterns": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    "layers with patterns": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h",
+    "layers"]},
     "layers with a regex": {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "lay.*"},
     "layers with an empty pattern": {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": []},
     "layers and a full name": {
@@ -150,7 +151,8 @@ GPT2_CONFIGS = {
 }
 CONFIGS = {
     "llama": LLAMA_CONFIGS,
-    "llama-tied": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "embeddings", "head", "embeddings and head", "saved embeddings")}
+    "llama-tied": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "embeddings", "head", "embeddings and head",
+    "saved embeddings")}
     | {
         "tied embeddings": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
         "tied saved embeddings": {
@@ -158,20 +160,24 @@ CONFIGS = {
         },
     },
     "llama-biased": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "all biases", "lora biases", "a saved parent")},
-    "llama-12": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "layers", "longer endings", "rank pattern by layer", "a saved parent")}
+    "llama-12": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "layers", "longer endings", "rank pattern by layer",
+    "a saved parent")}
     | {
         "one of the tens": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
         "full names of one kind": {
-            "target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(12)], "exclude_modules": ["11.self_attn.q_proj"]
+            "target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(12)],
+            "exclude_modules": ["11.self_attn.q_proj"]
         },
         "very many full names": {
             "target_modules": [
-                f"model.layers.{i}.{n}" for i in range(12) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+                f"model.layers.{i}.{n}" for i in range(12) for n in ("self_attn.q_proj", "self_attn.v_proj",
+                "mlp.up_proj")
             ]
         },
     },
     "gpt2": GPT2_CONFIGS,
-    "qwen3": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "many", "regex", "both patterns", "embeddings and head", "a saved norm")},
+    "qwen3": {k: LLAMA_CONFIGS[k] for k in ("all-linear", "many", "regex", "both patterns", "embeddings and head",
+    "a saved norm")},
     "phi": {
         "all-linear": {"target_modules": "all-linear"},
         "dense": {"target_modules": ["dense", "fc1"]},

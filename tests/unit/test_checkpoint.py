@@ -93,7 +93,7 @@ LIES = {
     "huge dimension": raw_safetensors({"a": entry(0, 8, [10**30, 0])}, b"\0" * 8),
     "huge product": raw_safetensors({"a": entry(0, 8, [2**62] * 60)}, b"\0" * 8),
     "huge offsets": raw_safetensors({"a": entry(2**70, 2**70 + 8, [2])}, b"\0" * 8),
-    "a number of 10,000 digits": raw_safetensors('{"a":{"dtype":"F32","shape":[' + "9" * 10_000 + '],"data_offsets":[0,8]}}'),
+    "10,000 digits": raw_safetensors('{"a":{"dtype":"F32","shape":[' + "9" * 10_000 + '],"data_offsets":[0,8]}}'),
     "NaN": raw_safetensors('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', b"\0" * 8),
     "the same name twice": raw_safetensors(
         f'{{"a":{json.dumps(entry(0, 8))},"a":{json.dumps(entry(0, 8))}}}', b"\0" * 8
@@ -131,7 +131,7 @@ def test_no_file(tmp_path):
 VALID = safetensors_bytes({"base_model.model.a.lora_A.weight": (2, 3), "base_model.model.a.lora_B.weight": (3, 2)})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.data())
 def test_mutated_files_are_read_or_refused(tmp_path_factory, changes, data):
     mutated = bytearray(VALID)
@@ -162,7 +162,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text(max_size=5), entries | json_values, max_size=3) | json_values, st.integers(0, 40))
 def test_any_json_is_read_or_refused(tmp_path_factory, header, size):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -310,7 +310,8 @@ def test_no_configuration(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"r": 0}, {"r": -1}, {"r": "8"}, {"r": None}, {"r": 2.5}, {"r": True}, {"lora_alpha": "x"}, {"lora_alpha": None},
+        {"r": 0}, {"r": -1}, {"r": "8"}, {"r": None}, {"r": 2.5}, {"r": True}, {"lora_alpha": "x"},
+        {"lora_alpha": None},
         {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"target_modules": 5}, {"target_modules": [1]},
         {"target_modules": {"q_proj": 1}}, {"target_modules": "("}, {"target_modules": "a{2,1}"},
         {"target_modules": "a{9999999999999}"}, {"exclude_modules": "["}, {"exclude_modules": 1},
@@ -334,7 +335,8 @@ def test_configurations_that_cannot_be_meant(tmp_path, change):
     [
         {"target_modules": "all-linear"}, {"target_modules": r".*\.(q|v)_proj"}, {"target_modules": None},
         {"layers_to_transform": 1}, {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, {"lora_alpha": 0.5},
-        {"rank_pattern": None, "alpha_pattern": None}, {"rank_pattern": {r"^model.*q_proj": 4}}, {"some_future_key": {}},
+        {"rank_pattern": None, "alpha_pattern": None}, {"rank_pattern": {r"^model.*q_proj": 4}},
+        {"some_future_key": {}},
         {"exclude_modules": ["v_proj"]}, {"modules_to_save": []}, {"bias": "all"},
     ],
     ids=str,

@@ -12,13 +12,17 @@ from stackctl import files
 from stackctl.errors import Failed, NotFound, Usage
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_file_is_written_whole(tmp_path):
     path = tmp_path / "new folder" / "ü.yaml"
     files.write_atomic(path, "é\r\n")
     assert path.read_bytes() == "é\r\n".encode()
     files.write_atomic(path, b"\0\1")
     assert path.read_bytes() == b"\0\1"
-    assert os.listdir(path.parent) == ["ü.yaml"]
+    assert names_in(path.parent) == ["ü.yaml"]
 
 
 @pytest.mark.parametrize("interruption", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
@@ -36,7 +40,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(type(interruption)):
         files.write_atomic(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["f"]
+    assert names_in(tmp_path) == ["f"]
 
 
 def test_files_obey_the_umask(tmp_path):
@@ -53,7 +57,7 @@ def test_files_obey_the_umask(tmp_path):
 def test_text_that_cannot_be_encoded_leaves_nothing_behind(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         files.write_atomic(tmp_path / "f", "\ud800")
-    assert not os.listdir(tmp_path)
+    assert not names_in(tmp_path)
 
 
 def test_a_staged_folder_gets_its_name_in_one_step_or_vanishes(tmp_path):
@@ -65,7 +69,7 @@ def test_a_staged_folder_gets_its_name_in_one_step_or_vanishes(tmp_path):
     with pytest.raises(RuntimeError), files.staging_directory(tmp_path) as staged:
         (staged / "f").write_text("x")
         raise RuntimeError
-    assert os.listdir(tmp_path) == ["a"]
+    assert names_in(tmp_path) == ["a"]
 
 
 def test_publishing_replaces_nothing(tmp_path):
@@ -73,9 +77,8 @@ def test_publishing_replaces_nothing(tmp_path):
     (tmp_path / "final" / "mine").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for final in ("final", "dangling"):
-        with files.staging_directory(tmp_path) as staged:
-            with pytest.raises(Usage):
-                files.publish_directory(staged, tmp_path / final)
+        with files.staging_directory(tmp_path) as staged, pytest.raises(Usage):
+            files.publish_directory(staged, tmp_path / final)
     assert (tmp_path / "final" / "mine").read_text() == "x"
 
 

@@ -96,7 +96,10 @@ def test_layers():
 
 def test_a_full_name_is_meant_whatever_the_layers():
     name = "model.layers.3.self_attn.q_proj"
-    assert targets(target_modules=[name, "v_proj"], layers_to_transform=[0]) == {name, "model.layers.0.self_attn.v_proj"}
+    assert targets(target_modules=[name, "v_proj"], layers_to_transform=[0]) == {
+        name,
+        "model.layers.0.self_attn.v_proj",
+    }
 
 
 @pytest.mark.parametrize("nothing", [None, [], ""])
@@ -105,7 +108,12 @@ def test_no_targets_say_nothing(nothing):
 
 
 def test_rank_and_scaling():
-    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 16, "self_attn.v_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"q_proj": 16, "self_attn.v_proj": 2},
+        "alpha_pattern": {"v_proj": 3},
+    }
     q, v, o = "m.self_attn.q_proj", "m.self_attn.v_proj", "m.self_attn.o_proj"
     assert [lora_rank(config, name) for name in (q, v, o)] == [16, 2, 4]
     assert [lora_scaling(config, name) for name in (q, v, o)] == [0.5, 1.5, 2.0]

@@ -15,7 +15,9 @@ from stackctl.names import (
 )
 
 
-@pytest.mark.parametrize("name", ["a", "0", "keys", "forward", "lora", "default", "a.b", "a_b-c.d", "a" * 64, "1e5", "x."])
+@pytest.mark.parametrize(
+    "name", ["a", "0", "keys", "forward", "lora", "default", "a.b", "a_b-c.d", "a" * 64, "1e5", "x."]
+)
 def test_names(name):
     assert parse_name(name) == name
     assert parse_expression(name) == (Term(Reference(name)),)
@@ -44,7 +46,8 @@ def test_weights_and_versions():
 
 @pytest.mark.parametrize(
     ("text", "weight"),
-    [("-1", -1.0), ("+2", 2.0), ("0", 0.0), ("-0", 0.0), (".5", 0.5), ("5.", 5.0), ("1e-5", 1e-5), ("1E+5", 1e5), ("-2.5e3", -2500.0)],
+    [("-1", -1.0), ("+2", 2.0), ("0", 0.0), ("-0", 0.0), (".5", 0.5), ("5.", 5.0), ("1e-5", 1e-5), ("1E+5", 1e5),
+    ("-2.5e3", -2500.0)],
 )  # fmt: skip
 def test_a_weight_may_be_any_finite_number(text, weight):
     assert parse_expression(f"style:{text}+b") == (Term(Reference("style"), weight), Term(Reference("b")))
@@ -111,7 +114,8 @@ def test_a_stack_name_fits_into_a_file_name():
 
 @pytest.mark.parametrize(
     ("weight", "text"),
-    [(1.0, "1"), (0.7, "0.7"), (-2.0, "-2"), (0.0, "0"), (-0.0, "0"), (1e-5, "1e-05"), (1e16, "1e+16"), (1e300, "1e+300")],
+    [(1.0, "1"), (0.7, "0.7"), (-2.0, "-2"), (0.0, "0"), (-0.0, "0"), (1e-5, "1e-05"), (1e16, "1e+16"), (1e300,
+    "1e+300")],
 )  # fmt: skip
 def test_weights_are_written_short(weight, text):
     assert format_weight(weight) == text

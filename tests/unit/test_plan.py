@@ -102,9 +102,7 @@ def test_weight_zero_is_absence():
 
 
 def test_every_problem_at_once():
-    dora = memory_checkpoint(
-        lora_config(use_dora=True), lora_tensors() | {f"{P}{Q0}.lora_magnitude_vector": (HIDDEN,)}
-    )
+    dora = memory_checkpoint(lora_config(use_dora=True), lora_tensors() | {f"{P}{Q0}.lora_magnitude_vector": (HIDDEN,)})
     tensors = lora_tensors()
     tensors.pop(f"{P}{Q0}.lora_B.weight")
     tensors[f"{P}{attention()[1]}.lora_A.weight"] = (2, HIDDEN + 1)
@@ -131,7 +129,8 @@ def test_every_problem_at_once():
     [
         ("use_dora", True), ("trainable_token_indices", [1, 2]), ("trainable_token_indices", {"embed_tokens": [1]}),
         ("target_parameters", ["experts.gate_up_proj"]), ("lora_bias", True), ("layer_replication", [[0, 2]]),
-        ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 2}),
+        ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config",
+        {"top_k": 2}),
         ("kasa_config", {"x": 1}), ("monteclora_config", {"x": 1}),
     ],
 )  # fmt: skip
@@ -179,7 +178,8 @@ def test_a_missing_factor_is_told_apart_from_a_missing_module():
     "name",
     [
         f"{P}model.norm.weight", f"{P}model.norm.bias", f"{P}{Q0}.lora_C.weight", f"{P}{Q0}.lora_B.bias", "x",
-        f"{P}{Q0}.lora_magnitude_vector", f"{P}model.embed_tokens.weight", f"{P}{Q0}.lora_E", f"{P}{Q0}.lora_A.a.b.weight",
+        f"{P}{Q0}.lora_magnitude_vector", f"{P}model.embed_tokens.weight", f"{P}{Q0}.lora_E",
+        f"{P}{Q0}.lora_A.a.b.weight",
     ],
 )  # fmt: skip
 def test_extra_tensors(name):

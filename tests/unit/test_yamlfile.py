@@ -60,7 +60,13 @@ def test_quoted_scalars_are_text():
 
 
 def test_keys_are_text():
-    assert parse("1: a\ntrue: b\nnull: c\n~: d\n1e-5: e\n") == {"1": "a", "true": "b", "null": "c", "~": "d", "1e-5": "e"}
+    assert parse("1: a\ntrue: b\nnull: c\n~: d\n1e-5: e\n") == {
+        "1": "a",
+        "true": "b",
+        "null": "c",
+        "~": "d",
+        "1e-5": "e",
+    }
 
 
 def test_signs_inside_text_are_no_indirection():
@@ -147,7 +153,9 @@ def test_nesting_that_people_write_is_read():
 
 
 def test_an_alias_bomb_takes_no_time():
-    bomb = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20))
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+    )
     start = time.monotonic()
     refusal(bomb)
     assert time.monotonic() - start < 1
@@ -171,8 +179,8 @@ class Outer(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     kind: Literal["a", "b"] = "a"
     inner: Inner | None = None
-    many: list[Inner] = []  # noqa: RUF012
-    by_name: dict[str, Inner] = {}  # noqa: RUF012
+    many: list[Inner] = []
+    by_name: dict[str, Inner] = {}
     schema: int = 1
 
 
@@ -227,7 +235,9 @@ def test_another_schema_is_refused_at_its_place(text, place):
     assert place in refusal(text, Outer, schema=1).message
 
 
-@pytest.mark.parametrize("text", ["name: x\n", "name: x\nschema: true\n", "name: x\nschema: '1'\n", "name: x\nschema:\n"])
+@pytest.mark.parametrize(
+    "text", ["name: x\n", "name: x\nschema: true\n", "name: x\nschema: '1'\n", "name: x\nschema:\n"]
+)
 def test_a_schema_must_be_given(text):
     refusal(text, Outer, schema=1)
 

@@ -1,0 +1,120 @@
+"""A stack as one plain LoRA that PEFT, vLLM and converters read alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from stackctl import files
+from stackctl.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from stackctl.engine import algebra
+from stackctl.engine.combining import module_pair
+from stackctl.engine.models import concatenated_config
+from stackctl.engine.streaming import SAFETENSORS_NAMES, TORCH_DTYPES, SafetensorsWriter
+from stackctl.engine.tensors import MemberTensors
+from stackctl.errors import Incompatible, VerificationFailed
+from stackctl.methods import SUM
+from stackctl.plan import ModulePlan, PlanMember, StackPlan, plan_stack
+
+_PREFIX = "base_model.model."
+
+
+def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[str, Any]:
+    """Write a stack as one plain LoRA: alpha = rank on every module, so that every reader scales it by one.
+
+    The base is never loaded, and no more than one module is in memory at a time.
+
+    Returns:
+        ``rank``; ``max_relative_error``, the worst module's ‖written - exact sum‖ / ‖exact sum‖; ``exact``: a sum in
+        float32, which loses nothing.
+
+    Raises:
+        Incompatible, VerificationFailed, Usage: the plan has problems, a tensor is not finite, ``out`` is taken.
+    """
+    plan.check()
+    if not plan.modules:
+        raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
+    if plan.replacements:
+        label = plan.members[plan.replacements[0].member].label
+        raise Incompatible(f"{label} carries whole modules, which a plain LoRA cannot hold", hint="--format model")
+    with files.staging_directory(out.parent) as staged:
+        ranks = _ranks(plan)
+        error = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
+        _write_config(plan, ranks, staged / CONFIG)
+        _check_written(plan, ranks, staged, dtype)
+        files.publish_directory(staged, out)
+    return {
+        "rank": max(ranks.values()),
+        "max_relative_error": error,
+        "exact": dtype == "float32" and plan.method == SUM,
+    }
+
+
+def _ranks(plan: StackPlan) -> dict[str, int]:
+    """The rank of every module's pair. Only ``svd --rank auto`` has to look at the tensors for it."""
+    if plan.options.rank != "auto":
+        return {name: plan.rank_of(module) for name, module in plan.modules.items()}
+    with torch.no_grad(), MemberTensors(plan) as tensors:
+        return {
+            name: module_pair(plan, module, tensors.factors(module))[0].shape[0]
+            for name, module in plan.modules.items()
+        }
+
+
+def _layout(module: ModulePlan, rank: int) -> list[tuple[str, tuple[int, int]]]:
+    """The two tensors of a module with their shapes, in the order of writing."""
+    rows, columns = module.shape
+    name = f"{_PREFIX}{module.name}"
+    if module.type == "Embedding":
+        return [(f"{name}.lora_embedding_A", (rank, rows)), (f"{name}.lora_embedding_B", (columns, rank))]
+    return [(f"{name}.lora_A.weight", (rank, columns)), (f"{name}.lora_B.weight", (rows, rank))]
+
+
+def _write_weights(plan: StackPlan, ranks: dict[str, int], path: Path, dtype: str) -> float:
+    """Stream the factors module by module; returns the worst module's relative error against the exact sum."""
+    layout = [
+        (name, dtype, shape) for module in plan.modules.values() for name, shape in _layout(module, ranks[module.name])
+    ]
+    lossless = dtype == "F32" and plan.method == SUM
+    worst = 0.0
+    with torch.no_grad(), MemberTensors(plan) as tensors, SafetensorsWriter(path, layout) as writer:
+        for module in plan.modules.values():
+            factors = tensors.factors(module)
+            pair = module_pair(plan, module, factors)
+            a, b = (factor.to(TORCH_DTYPES[dtype]) for factor in pair)
+            for (name, _), factor in zip(_layout(module, ranks[module.name]), (a, b), strict=True):
+                writer.write(name, factor)
+            if not lossless:
+                worst = max(worst, algebra.relative_error(algebra.concatenate(factors), (a.float(), b.float())))
+    return worst
+
+
+def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:
+    config = concatenated_config(ranks).to_dict()
+    base = plan.base
+    config["base_model_name_or_path"] = (base.hub_id or base.source) if base else None
+    config["target_modules"] = sorted(config["target_modules"])
+    config["inference_mode"] = True
+    files.write_atomic(path, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _check_written(plan: StackPlan, ranks: dict[str, int], folder: Path, dtype: str) -> None:
+    """Read the folder back as any other checkpoint and compare it with the plan, module by module.
+
+    Raises:
+        VerificationFailed: a shape or a rank is not what was planned, or a value did not fit the dtype.
+    """
+    again = plan_stack(plan.base, [PlanMember("export", 1.0, read_checkpoint(folder))])
+    planned = {name: (module.shape, ranks[name]) for name, module in plan.modules.items()}
+    written = {name: (module.shape, module.rank) for name, module in again.modules.items()}
+    if again.errors or planned != written:
+        reasons = "; ".join(p.message for p in again.errors) or "modules or ranks differ"
+        raise VerificationFailed(f"what was written is not what was planned: {reasons}")
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            if not bool(torch.isfinite(file.get_tensor(name)).all()):
+                raise VerificationFailed(f"{name} does not fit {dtype}", hint="export with --dtype float32")

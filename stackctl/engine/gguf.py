@@ -1,0 +1,331 @@
+"""A stack as one LoRA adapter in GGUF, for llama.cpp.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What llama.cpp makes of an adapter stands in its
+src/llama-adapter.cpp, llama-adapter.h and llama-graph.cpp (build_lora_mm, build_inp_embd), and how its own converter
+names and lays out the tensors in convert_lora_to_gguf.py and conversion/llama.py:
+
+- on every tensor the pair counts ``adapter.lora.alpha / rank`` times, with one alpha for all and the rank of that
+  tensor; so every pair is padded with zeros to the largest rank, which is alpha;
+- the factors are A (rank, in) and B (out, rank), of the token embedding A (vocabulary, rank) and B (dimension, rank);
+- Llama-like models have the rows of q and k in another order than in Transformers, and so has B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from stackctl import files
+from stackctl.bases import read_json
+from stackctl.engine import algebra
+from stackctl.engine.combining import module_pair
+from stackctl.engine.tensors import MemberTensors
+from stackctl.errors import Incompatible, VerificationFailed
+from stackctl.methods import SUM
+from stackctl.plan import ModulePlan, StackPlan
+from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture, lint_for
+
+_DTYPES = {
+    "float32": (torch.float32, np.float32, gguf.LlamaFileType.ALL_F32),
+    "float16": (torch.float16, np.float16, gguf.LlamaFileType.MOSTLY_F16),
+}
+MODELFILE = "Modelfile"
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a module's pair goes. ``heads``: into how many its rows are permuted, or 0 for rows that stay."""
+
+    module: ModulePlan
+    name: str
+    heads: int
+
+    def layout(self, rank: int) -> list[tuple[str, tuple[int, int]]]:
+        """The two tensors with their shapes as numpy counts them (GGUF counts from the other end)."""
+        rows, columns = self.module.shape
+        if self.module.type == "Embedding":
+            return [(f"{self.name}.lora_a", (rows, rank)), (f"{self.name}.lora_b", (columns, rank))]
+        return [(f"{self.name}.lora_a", (rank, columns)), (f"{self.name}.lora_b", (rows, rank))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What one module's pair was before it was laid out: its own rank, and digests of A and of B in their dtype."""
+
+    rank: int
+    digests: tuple[str, str]
+
+
+def export_gguf(
+    plan: StackPlan,
+    base: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    modelfile: bool = False,
+    base_gguf: Path | None = None,
+) -> dict[str, Any]:
+    """Write a stack as a folder with one GGUF adapter, and with a ``Modelfile`` for Ollama if that is wanted.
+
+    No more than one module is in memory at a time, and of the base only its configuration is read: ``base`` is its
+    folder. ``base_gguf`` is the base as llama.cpp runs it: what the Modelfile names, and what the adapter's tensors
+    are held against before anything is written. Without it the Modelfile names the base's folder.
+
+    Returns:
+        ``rank``; ``max_relative_error``, the worst module's ‖written - exact sum‖ / ‖exact sum‖; ``exact``: a sum in
+        float32, which loses nothing.
+
+    Raises:
+        Incompatible, VerificationFailed, NotFound, Usage: the plan has problems, llama.cpp could not use it, a tensor
+            is not finite or does not fit the dtype, ``base_gguf`` is missing, ``out`` is taken.
+    """
+    plan.check()
+    if not plan.modules:
+        raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
+    _refuse(plan, dtype)
+    assert plan.base is not None, "a stack that is exported stands on a base"
+    architecture = GGUF_ARCHITECTURES[plan.base.architecture]
+    config = read_json(base / "config.json")
+    targets = _targets(plan, architecture, config)
+    if base_gguf is not None:
+        _check_base(targets, architecture, config, files.existing(base_gguf, "the file"))
+    rank = _largest_rank(plan)
+    with files.staging_directory(out.parent) as staged:
+        path = staged / _file_name(out)
+        error, written = _write(plan, targets, architecture, rank, path, dtype)
+        _check_written(targets, architecture, rank, path, dtype, written)
+        if modelfile:
+            files.write_atomic(staged / MODELFILE, _modelfile(plan, base_gguf or base, path.name))
+        files.publish_directory(staged, out)
+    return {"rank": rank, "max_relative_error": error, "exact": dtype == "float32" and plan.method == SUM}
+
+
+def _refuse(plan: StackPlan, dtype: str) -> None:
+    problems = [problem for problem in lint_for("gguf", plan, dtype=dtype) if problem.severity == "error"]
+    if problems:
+        raise Incompatible(
+            "; ".join(problem.message for problem in problems),
+            hint="; ".join(dict.fromkeys(problem.hint for problem in problems if problem.hint)) or None,
+        )
+
+
+def _targets(plan: StackPlan, architecture: GgufArchitecture, config: Mapping[str, Any]) -> list[_Target]:
+    """Every module's tensor in llama.cpp's words.
+
+    Raises:
+        Incompatible: llama.cpp has no such tensor, or the configuration does not say how many heads there are.
+    """
+    known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(known, _count(config, "num_hidden_layers", "n_layer"))
+    targets, unknown = [], []
+    for module in plan.modules.values():
+        name = names.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
+        if name is None:
+            unknown.append(module.name)
+            continue
+        targets.append(_Target(module, name, _heads(module, config) if architecture.permuted else 0))
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise Incompatible(f"llama.cpp has no tensor for {shown} of {plan.expression}", hint="--format model")
+    return targets
+
+
+def _heads(module: ModulePlan, config: Mapping[str, Any]) -> int:
+    """Into how many heads the rows of a module are permuted: those of q and k, in Llama-like models."""
+    if module.name.endswith(".q_proj"):
+        heads = _count(config, "num_attention_heads")
+    elif module.name.endswith(".k_proj"):
+        heads = _count(config, "num_key_value_heads", "num_attention_heads")
+    else:
+        return 0
+    if module.shape[0] % (2 * heads):
+        raise Incompatible(f"{module.name} has {module.shape[0]} rows, which are no {heads} heads of even size")
+    return heads
+
+
+def _count(config: Mapping[str, Any], *keys: str) -> int:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise Incompatible(f"the base's config.json has no {keys[0]}", hint="restore it from where it came")
+
+
+def _check_base(targets: list[_Target], architecture: GgufArchitecture, config: Mapping[str, Any], path: Path) -> None:
+    """Hold the adapter's tensors against the base that it will run on.
+
+    Raises:
+        Incompatible: the file is no GGUF, of another architecture or other heads, or lacks a tensor of that shape.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise Incompatible(f"{path} cannot be read as GGUF ({error})") from error
+    found = _field(reader, "general.architecture")
+    if found != architecture.name:
+        raise Incompatible(f"{path} is of the architecture {found}, not {architecture.name}")
+    heads = _count(config, "num_attention_heads", "n_head")
+    key_heads = _count(config, "num_key_value_heads", "num_attention_heads", "n_head")
+    said = _field(reader, f"{found}.attention.head_count"), _field(reader, f"{found}.attention.head_count_kv")
+    if said[0] != heads or said[1] not in (None, key_heads):
+        raise Incompatible(f"{path} has {said[0]} and {said[1]} attention heads, not {heads} and {key_heads}")
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    for target in targets:
+        if shapes.get(target.name) != target.module.shape:
+            shape = shapes.get(target.name)
+            what = f"has {target.name} of shape {list(shape)}" if shape else f"has no {target.name}"
+            raise Incompatible(f"{path} {what}, where the stack adapts {list(target.module.shape)}")
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _largest_rank(plan: StackPlan) -> int:
+    """The rank that every pair is padded to. Only ``svd --rank auto`` has to look at the tensors for it."""
+    if plan.options.rank != "auto":
+        return plan.rank
+    with torch.no_grad(), MemberTensors(plan) as tensors:
+        return max(module_pair(plan, m, tensors.factors(m))[0].shape[0] for m in plan.modules.values())
+
+
+def _file_name(out: Path) -> str:
+    """Named after its folder, so that adapters can lie side by side; nothing in it that a Modelfile would trip over."""
+    stem = re.sub(r"[^A-Za-z0-9._+-]+", "-", out.name.removesuffix(".gguf")).strip("-.")
+    return f"{stem or 'adapter'}.gguf"
+
+
+def _write(
+    plan: StackPlan, targets: list[_Target], architecture: GgufArchitecture, rank: int, path: Path, dtype: str
+) -> tuple[float, dict[str, _Written]]:
+    """Stream the file: its header from shapes alone, then the pairs one by one.
+
+    Returns the worst module's relative error against the exact sum, and what every pair was.
+    """
+    torch_dtype, numpy_dtype, file_type = _DTYPES[dtype]
+    lossless = dtype == "float32" and plan.method == SUM
+    worst, written = 0.0, dict[str, _Written]()
+    writer = gguf.GGUFWriter(path, architecture.name)
+    try:
+        _write_header(writer, plan, targets, rank, numpy_dtype, file_type)
+        with torch.no_grad(), MemberTensors(plan) as tensors:
+            for target in targets:
+                factors = tensors.factors(target.module)
+                a, b = (factor.to(torch_dtype) for factor in module_pair(plan, target.module, factors))
+                if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+                    raise VerificationFailed(f"{target.name} does not fit {dtype}", hint="export with --dtype float32")
+                if not lossless:
+                    exact = algebra.concatenate(factors)
+                    worst = max(worst, algebra.relative_error(exact, (a.float(), b.float())))
+                written[target.name] = _Written(a.shape[0], (_digest(a), _digest(b)))
+                for factor in _lay_out(a, b, target, rank):
+                    writer.write_tensor_data(factor.numpy())
+    finally:
+        writer.close()
+    return worst, written
+
+
+def _write_header(
+    writer: Any, plan: StackPlan, targets: list[_Target], rank: int, numpy_dtype: type, file_type: int
+) -> None:
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    writer.add_name(plan.expression)
+    writer.add_file_type(file_type)
+    if plan.base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, plan.base.name)
+        if plan.base.hub_id:
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{plan.base.hub_id}")
+    for target in targets:
+        for name, shape in target.layout(rank):
+            size = shape[0] * shape[1] * np.dtype(numpy_dtype).itemsize
+            writer.add_tensor_info(name, shape, np.dtype(numpy_dtype), size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
+
+
+def _lay_out(a: Tensor, b: Tensor, target: _Target, rank: int) -> tuple[Tensor, Tensor]:
+    """A pair as llama.cpp wants it: padded with zeros to ``rank``, rows of B in its order, an embedding's A upright."""
+    missing = rank - a.shape[0]
+    a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+    b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    if target.heads:
+        b = b[_rows(b.shape[0], target.heads)]
+    return (a.T if target.module.type == "Embedding" else a).contiguous(), b.contiguous()
+
+
+def _rows(count: int, heads: int) -> Tensor:
+    """Which of Transformers' rows stands in each of llama.cpp's: the two halves of every head, taken in turns."""
+    return torch.arange(count).reshape(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def _check_written(
+    targets: list[_Target],
+    architecture: GgufArchitecture,
+    rank: int,
+    path: Path,
+    dtype: str,
+    written: dict[str, _Written],
+) -> None:
+    """Read the file as llama.cpp would, undo the layout, and compare every value with what the plan gave.
+
+    Raises:
+        VerificationFailed: a key, a name, a shape or a value differs.
+    """
+    reader = gguf.GGUFReader(path)
+    keys = {
+        "general.type": "adapter",
+        "general.architecture": architecture.name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(rank),
+    }
+    if {key: _field(reader, key) for key in keys} != keys:
+        raise VerificationFailed("what was written is not what was planned: the adapter's keys differ")
+    numpy_dtype = _DTYPES[dtype][1]
+    planned = [(name, shape, np.dtype(numpy_dtype)) for target in targets for name, shape in target.layout(rank)]
+    found = [(tensor.name, tuple(tensor.data.shape), tensor.data.dtype) for tensor in reader.tensors]
+    if planned != found:
+        raise VerificationFailed("what was written is not what was planned: names, shapes or dtypes differ")
+    for target, first, second in zip(targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
+        a, b = _read_back(np.asarray(first.data), np.asarray(second.data), target)
+        was = written[target.name]
+        if a[was.rank :].any() or b[:, was.rank :].any():
+            raise VerificationFailed(f"what was written is not what was planned: the padding of {target.name}")
+        own = np.ascontiguousarray(a[: was.rank]), np.ascontiguousarray(b[:, : was.rank])
+        if tuple(hashlib.sha256(factor.data).hexdigest() for factor in own) != was.digests:
+            raise VerificationFailed(f"what was written is not what was planned: the values of {target.name}")
+
+
+def _read_back(a: Any, b: Any, target: _Target) -> tuple[Any, Any]:
+    """The inverse of :func:`_lay_out`, without its padding: of every head the even rows, then the odd ones."""
+    if target.heads:
+        rows = b.reshape(target.heads, -1, 2, b.shape[1])
+        b = np.stack([rows[:, :, 0], rows[:, :, 1]], axis=1).reshape(b.shape)
+    return (a.T if target.module.type == "Embedding" else a), b
+
+
+def _modelfile(plan: StackPlan, base: Path, adapter: str) -> str:
+    """A Modelfile (https://docs.ollama.com/modelfile). Ollama takes the chat template from the base."""
+    assert plan.base is not None
+    return (
+        f"# {plan.expression} on {plan.base.name}: ollama create NAME -f {MODELFILE}\n"
+        f"FROM {base.resolve()}\n"
+        f"ADAPTER ./{adapter}\n"
+    )

@@ -1,0 +1,90 @@
+"""What every test has: an empty home, a command that runs in this process, and tiny models to train on.
+
+``run`` is the real ``main`` with its exit codes and streams; the end-to-end tests start the installed command instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hub_server.py, tests/tiny.py
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON document on stdout."""
+        return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the home, the cache or the environment of whoever runs it."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    for name in list(os.environ):
+        if name.startswith(("HF_", "STACKCTL_", "HUGGING_FACE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def run(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., Ran]]:
+    """Run a command in this process, in an empty folder; ``code`` is the exit code that it must end with."""
+    from stackctl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments: object, code: int | None = 0, stdin: str | None = None) -> Ran:
+        import io
+
+        monkeypatch.setattr(sys, "argv", ["stackctl", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
+        capfd.readouterr()
+        ended = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            ended = int(exit_.code or 0)
+        out, err = capfd.readouterr()
+        if code is not None:
+            assert ended == code, f"stackctl {' '.join(map(str, arguments))} ended with {ended}\n{out}\n{err}"
+        return Ran(ended, out, err)
+
+    yield run_command
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiny random models by name, made when first asked for: ``models("llama")`` is a folder."""
+    from tiny import TinyModels
+
+    return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def registry(run: Callable[..., Ran], models: Any, tmp_path: Path) -> Path:
+    """An empty registry in the working directory with the tiny Llama as base ``tiny``."""
+    run("init")
+    run("base", "add", "tiny", models("llama"))
+    return tmp_path / "registry"

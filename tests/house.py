@@ -1,0 +1,140 @@
+"""A registry with one tiny base, for the tests of the engine: adapters that raw PEFT wrote, and the real commands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from tiny import random_adapter
+
+from stackctl.engine.models import StackedModel, load_base
+from stackctl.plan import StackPlan
+from stackctl.registry import Registry
+
+CHAT: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+    for user, answer in (
+        ("Hi.", "Well met, friend."),
+        ("What is the sea?", "A great salt water, wide and cold."),
+        ("Who?", "I."),
+        ("海是什么？", "很大的水。"),
+    )
+] + [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "One it is."},
+            {"role": "user", "content": "And two?"},
+            {"role": "assistant", "content": "Two, too."},
+        ]
+    }
+]
+TEXTS: list[dict[str, Any]] = [
+    {"text": "The sea was grey, and the gulls were loud."},
+    {"text": "Night."},
+    {"text": "Rain fell on the harbour, and nobody came."},
+    {"text": "海面很静，没有风。"},
+    {"text": "He walked along the shore until morning, counting the boats."},
+]
+
+
+class House:
+    """``run`` is the fixture of that name; everything lives in ``folder``, the working directory."""
+
+    def __init__(self, run: Any, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.base, self.folder = run, base, folder
+        self._monkeypatch = monkeypatch
+        self.paths: dict[str, Path] = {}
+        self._known: dict[Any, torch.Tensor] = {}
+        run("init")
+        run("base", "add", "tiny", base)
+        self.registry = Registry(folder / "registry")
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, *, seed: int, scale: float = 0.1, **config: Any) -> Path:
+        """Register an adapter with random factors."""
+        path = random_adapter(self.base, self.folder / "made" / name, seed=seed, scale=scale, **config)
+        self.run("add", name, path)
+        self.paths[name] = path
+        return path
+
+    def data(self, records: list[dict[str, Any]] = CHAT, name: str = "data.jsonl") -> Path:
+        return oracle.write_jsonl(self.folder / name, records)
+
+    def train(
+        self, name: str, *options: object, on: str | None = None, records: list[dict[str, Any]] = CHAT, code: int = 0
+    ) -> Any:
+        """Train at a constant rate on all records in every step, unless ``options`` say otherwise; the JSON document."""
+        given = ["--on", on] if on else []
+        plain = {
+            "--rank": 4, "--alpha": 8, "--batch-size": len(records), "--scheduler": "constant", "--warmup": 0,
+            "--learning-rate": 0.003,
+        }  # fmt: skip
+        defaults = [part for key, value in plain.items() if key not in options for part in (key, value)]
+        data = self.data(records)
+        ran = self.run("train", name, *given, "--data", data, *defaults, *options, "--json", code=code)
+        return ran.json
+
+    def weights(self, name: str, version: int = 1) -> Path:
+        return self.folder / "registry" / "weights" / name / str(version)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """The loss curve kept with an adapter."""
+        return [json.loads(line) for line in (self.weights(name) / "training_log.jsonl").read_text().splitlines()]
+
+    def adapters(self) -> set[str]:
+        """What is registered, and nothing else may lie among the weights."""
+        names = {adapter["name"] for adapter in self.run("ls", "--json").json["adapters"]}
+        folders = self.folder / "registry" / "weights"
+        on_disk = {path.name for path in folders.iterdir() if path.is_dir()} if folders.is_dir() else set()
+        assert on_disk == names, "weights without an entry, or an entry without weights"
+        return names
+
+    def bytes_of(self, name: str) -> dict[str, str]:
+        """The digest of each file of an adapter's checkpoint."""
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(self.weights(name).iterdir())}
+
+    def at_step(self, step: int, act: Callable[[], None]) -> None:
+        """Do something in the middle of a training, right after one of its steps."""
+
+        @contextlib.contextmanager
+        def progress(output: Any, name: str) -> Any:
+            yield lambda done, steps, counters: act() if done == step else None
+
+        self._monkeypatch.setattr("stackctl.cli.progress.training_progress", progress)
+
+    # -- stacks ---------------------------------------------------------------------------------------------------
+
+    def plan(self, expression: str) -> StackPlan:
+        return self.registry.plan(self.registry.resolve(expression))
+
+    def load(self, dtype: str = "float32") -> StackedModel:
+        return load_base(self.registry.base("tiny"), self.registry, dtype=dtype)
+
+    def logits(self, stacked: StackedModel, expression: str) -> torch.Tensor:
+        stacked.use(self.plan(expression))
+        return oracle.logits(stacked.model)
+
+    def members(self, *members: tuple[str, float]) -> list[oracle.Member]:
+        return [(self.paths[name], weight) for name, weight in members]
+
+    def live(self, *members: tuple[str, float]) -> torch.Tensor:
+        """Raw PEFT's logits with these members live; the base's without any."""
+        if members not in self._known:
+            self._known[members] = oracle.logits(oracle.live(self.base, *self.members(*members)))
+        return self._known[members]
+
+    def error(self, stacked: StackedModel, expression: str, *members: tuple[str, float]) -> float:
+        """How far a stack's logits are from raw PEFT's, as a share of the stack's effect."""
+        found = self.logits(stacked, expression)
+        assert stacked.rounding_error < 1e-5, "float32 loses next to nothing"
+        return oracle.relative(found, self.live(*members), self.live())

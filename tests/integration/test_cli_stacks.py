@@ -1,0 +1,163 @@
+"""Expressions, compose and inspect. DESIGN §5 and §6."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import register, write_checkpoint
+
+
+def members(document):
+    return [(m["adapter"], m["version"], m["weight"]) for m in document["members"]]
+
+
+def test_compose_tells_its_keys(shelf, run):
+    found = run("compose", "style:0.7+instruct@1", "--name", "storyteller", "--json").json
+    assert {"schema", "stack", "base", "members", "method", "exact", "rank"} <= set(found)
+    assert (found["stack"], found["base"], found["method"], found["exact"]) == ("storyteller", "tiny", "sum", True)
+    assert found["rank"] == 4
+    for member in found["members"]:
+        assert {"adapter", "version", "digest", "weight", "rank"} <= set(member)
+        assert member["digest"].startswith("sha256:")
+    assert members(found) == [("style", 1, 0.7), ("instruct", 1, 1.0)]
+    assert run("compose", "style+tone", "--name", "duo", "-q").out == "duo\n"
+
+
+def test_a_stack_without_a_name_is_called_by_its_names(shelf, run):
+    assert run("compose", "style@1:0.5+tone:-1", "--json").json["stack"] == "style+tone"
+    assert run("inspect", "--json").json["stack"] == "style+tone"
+    assert members(run("inspect", "style+tone", "--json").json) == [("style", 1, 0.5), ("tone", 1, -1)]
+    assert (shelf.root / "stacks" / "style+tone.yaml").is_file()
+    assert run("use", "style+tone", "-q").out == "style+tone\n"
+    assert run("rm", "style+tone", "-q").out == "style+tone\n"
+
+
+def test_a_dry_run_writes_nothing(shelf, run):
+    before = {path: path.read_bytes() for path in shelf.root.rglob("*") if path.is_file()}
+    found = run("compose", "style+tone", "--dry-run", "--json").json
+    assert members(found) == [("style", 1, 1.0), ("tone", 1, 1.0)]
+    assert {path: path.read_bytes() for path in shelf.root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("weight", ["0", "-0.5", "1e-3", "+2", "1e+1", ".5"])
+def test_a_weight_may_be_any_finite_number(shelf, run, weight):
+    found = run("compose", f"style:{weight}+tone", "--name", "duo", "--json").json
+    assert members(found)[0] == ("style", 1, float(weight))
+    assert members(run("inspect", "duo", "--json").json)[0][2] == float(weight)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "+", "style+", "+style", "style++tone", "style:", "style:x", "style:nan", "style:inf", "style:1e999", "style@",
+     "style@0", "style@-1", "style@x", "style@1@2", "style:1:2", "base+style", "style+base", "style tone", "Style"],
+)  # fmt: skip
+def test_what_is_no_expression_is_2(shelf, fails, text):
+    fails("compose", "--", text, code=2)
+    fails("inspect", "--", text, code=2)
+    fails("train", "x", f"--on={text or ' '}", "--data", "x.jsonl", code=2)
+
+
+def test_the_same_adapter_twice_is_an_error_that_names_it(shelf, run, fails):
+    register(shelf, "style", seed=8)
+    for text in ("style+style", "style@1+style@2", "style+instruct+style:0.5"):
+        assert "style" in fails("compose", text, "--name", "x", code=4)
+    run("compose", "style+instruct", "--name", "storyteller")
+    assert "style" in fails("compose", "storyteller+style", "--name", "x", code=4)
+
+
+def test_unlike_bases_are_an_error_that_names_the_members(shelf, fails):
+    said = fails("compose", "style+foreign", code=4)
+    assert all(word in said for word in ("style@1", "tiny", "foreign@1", "other"))
+    fails("compare", "style", "foreign", "-p", "x", code=4)
+    fails("compose", "style", "--name", "x", "--base", "other", code=4)
+
+
+def test_a_named_stack_is_a_term_and_its_weights_are_multiplied(shelf, run):
+    run("compose", "style:0.5+instruct:2", "--name", "inner")
+    found = run("compose", "inner:0.5+tone", "--name", "outer", "--json").json
+    assert members(found) == [("style", 1, 0.25), ("instruct", 1, 1.0), ("tone", 1, 1.0)]
+    deeper = run("compose", "outer:2", "--name", "deeper", "--json").json
+    assert members(deeper) == [("style", 1, 0.5), ("instruct", 1, 2.0), ("tone", 1, 2.0)]
+
+
+def test_a_stack_has_no_versions(shelf, run, fails):
+    run("compose", "style+tone", "--name", "duo")
+    fails("inspect", "duo@1", code=2)
+
+
+def test_the_newest_version_is_meant_and_what_was_resolved_is_pinned(shelf, run):
+    register(shelf, "style", seed=8)
+    found = run("compose", "style+tone", "--name", "duo", "--json").json
+    assert members(found)[0] == ("style", 2, 1.0)
+    register(shelf, "style", seed=9)
+    assert members(run("inspect", "duo", "--json").json)[0] == ("style", 2, 1.0)
+    assert "style@2" in run("inspect", "duo").out
+
+
+def test_text_that_is_a_stored_stacks_name_means_it_as_pinned_with_a_note(shelf, run):
+    run("compose", "style:0.5+tone")
+    register(shelf, "style", seed=8)
+    ran = run("inspect", "style+tone", "--json")
+    assert members(ran.json) == [("style", 1, 0.5), ("tone", 1, 1.0)]
+    assert "style@2" in ran.err
+    other = run("inspect", "tone+style", "--json")  # any other expression is resolved afresh
+    assert members(other.json) == [("tone", 1, 1.0), ("style", 2, 1.0)]
+    assert "newer" not in other.err
+
+
+def test_composing_again_takes_the_newer_versions(shelf, run):
+    run("compose", "style:0.5+tone")
+    register(shelf, "style", seed=8)
+    found = run("compose", "style+tone", "--json").json
+    assert members(found) == [("style", 2, 1.0), ("tone", 1, 1.0)]
+    assert members(run("inspect", "style+tone", "--json").json) == [("style", 2, 1.0), ("tone", 1, 1.0)]
+    assert "note" not in run("inspect", "style+tone", "--json").err
+
+
+def test_a_plus_in_a_name_must_be_the_expressions_own(shelf, run, fails):
+    fails("compose", "style+tone", "--name", "style+instruct", code=2)
+    assert run("compose", "style:2+tone", "--name", "style+tone", "-q").out == "style+tone\n"
+    fails("compose", "base", code=2)
+    assert run("compose", "base", "--base", "tiny", "--name", "plain", "--json").json["members"] == []
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_each_thing_is(shelf, run, tmp_path):
+    run("compose", "style+instruct", "--name", "storyteller")
+    folder = write_checkpoint(tmp_path / "somewhere")
+    for what, kind in (
+        ("style", "adapter"), ("style@1", "adapter"), ("storyteller", "stack"), ("style+tone", "expression"),
+        ("style:0.5", "expression"), ("tiny", "base"), (str(folder), "checkpoint"), ("./somewhere", "checkpoint"),
+    ):  # fmt: skip
+        found = run("inspect", what, "--json").json
+        assert found["schema"] == 1
+        assert found["kind"] == kind
+        assert found["problems"] == []
+        assert run("inspect", what).out
+    assert run("inspect", "base", "--base", "tiny", "--json").json["kind"] == "base"
+    assert run("inspect", "--json").json["stack"] == "storyteller"
+
+
+def test_inspect_lists_every_problem_and_still_ends_well(shelf, run, tmp_path):
+    found = run("inspect", "style+style", "--json").json
+    assert found["problems"]
+    assert {"message", "hint", "severity"} <= set(found["problems"][0])
+    warned = run("inspect", "instruct+tone", "--json").json["problems"]
+    assert [p["severity"] for p in warned] == ["warning"]
+    assert "style@1" in warned[0]["message"]
+
+
+def test_paths_in_json_are_absolute(shelf, run, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "somewhere")
+    assert run("inspect", "./somewhere", "--json").json["path"] == str(tmp_path / "somewhere")
+    monkeypatch.chdir(tmp_path / "registry" / "adapters")
+    found = run("inspect", "style", "--registry", "..", "--json").json
+    assert found["path"] == str(shelf.root / "weights" / "style" / "1")
+
+
+def test_inspect_verify_rehashes(shelf, run, fails):
+    assert run("inspect", "style", "--verify", "--json").json["verified"] is True
+    config = shelf.root / "weights" / "style" / "1" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    fails("inspect", "style", "--verify", code=5)

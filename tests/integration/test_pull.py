@@ -1,0 +1,409 @@
+"""Pull through the real huggingface_hub from a server on this machine: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import (
+    FINGERPRINT,
+    lora_config,
+    make_base,
+    make_registry,
+    register,
+    safetensors_bytes,
+    write_checkpoint,
+)
+from hub_server import HubServer, connect, running_hub
+
+from stackctl.registry import Registry
+from stackctl.schema import AdapterVersion
+
+ID = ("--base-id", "acme/tiny")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with running_hub() as server:
+        connect(server, tmp_path / "hf", monkeypatch)
+        yield server
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Registry:
+    """A registry with style@1 and style@2, and instruct@1 that was trained on style@2."""
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style", seed=1)
+    register(registry, "style", seed=2)
+    register(registry, "instruct", ["style@2:0.5"], seed=3)
+    return registry
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Registry:
+    """An empty registry of somebody else, whose base is the same model under another name."""
+    return make_registry(tmp_path / "other" / "registry", make_base("llama"))
+
+
+def tree(registry: Registry) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(registry.root)): p.read_bytes()
+        for p in registry.root.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def version(registry: Registry, label: str) -> AdapterVersion:
+    name, _, number = label.partition("@")
+    adapter = registry.find_adapter(name)
+    assert adapter is not None, f"there is no {name}"
+    return next(v for v in adapter.versions if v.version == int(number))
+
+
+def plain_repo(tmp_path: Path, **config: Any) -> dict[str, bytes]:
+    """What PEFT's push_to_hub makes, with things beside it that nobody asked for."""
+    folder = write_checkpoint(tmp_path / "plain", lora_config(**config), seed=9)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {**files, "optimizer.pt": b"pickle", "training_args.bin": b"pickle", "run.py": b"code", "README.md": b"# x"}
+
+
+# -- round trips ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_comes_back_as_the_same_version(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    (here.root / "weights/style/2/tokenizer.json").write_text('{"a": 1}')
+    run("push", "style@2", "me/style", *ID)
+    said = run("pull", "me/style", "--registry", there.root, "--json").json
+    mine, theirs = version(here, "style@2"), version(there, "style@2")
+    head = hub.repos["me/style"].head
+    assert (said["adapter"], said["version"], said["digest"], said["commit"]) == ("style", 2, mine.digest, head)
+    assert theirs.digest == mine.digest and theirs.created == mine.created and theirs.lora == mine.lora
+    assert theirs.hub is not None and (theirs.hub.repo, theirs.hub.commit) == ("me/style", head)
+    assert theirs.base == "llama" and theirs.fingerprint == FINGERPRINT
+    folder = there.weights_path(theirs)
+    assert (folder / "tokenizer.json").read_text() == '{"a": 1}' and not (folder / "README.md").exists()
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
+    assert there.verify() == (2, [])
+
+
+def test_a_stack_comes_back_with_its_members_apart(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("compose", "style:0.25+instruct", "--name", "teller")
+    run("push", "teller", "me/teller", "--members", *ID)
+    ran = run("pull", "me/teller", "--registry", there.root, "-q")
+    assert ran.out == "teller\n"
+    for label in ("style@2", "instruct@1"):
+        assert version(there, label).digest == version(here, label).digest
+    assert version(there, "instruct@1").trained_on == ["style@2:0.5"]
+    stack = there.find_stack("teller")
+    mine = here.find_stack("teller")
+    assert stack is not None and mine is not None and stack.members == mine.members
+    assert there.settings().current is None  # what is current is for compose and use to say
+    assert there.verify() == (4, [])
+
+
+@pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
+def test_push_pull_push_makes_no_commit(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, what: str
+) -> None:
+    (here.root / "weights/style/1/training_log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    run("push", what, "me/it", "--members", *ID, "--license", "mit", "--language", "en")
+    commits = len(hub.repos["me/it"].commits)
+    pulled = run("pull", "me/it", "--registry", there.root, "-q").out.strip()
+    said = run("push", pulled, "me/it", "--members", "--registry", there.root, "--json").json
+    assert (said["outcome"], said["commit"]) == ("unchanged", hub.repos["me/it"].head)
+    assert len(hub.repos["me/it"].commits) == commits == 2
+
+
+def test_a_stack_without_its_members_comes_back_as_its_sum(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("push", "style+instruct", "me/teller", *ID)
+    said = run("pull", "me/teller", "--registry", there.root, "--json").json
+    assert (said["adapter"], said["version"]) == ("style-instruct", 1)
+    assert version(there, "style-instruct@1").lora.r == 4
+    assert run("push", "style-instruct", "me/teller", "--registry", there.root, "--json").json["outcome"] == "unchanged"
+    assert len(hub.repos["me/teller"].commits) == 2
+    mine = run("pull", "me/teller", "--json").json  # the members are here, so it is the stack
+    assert mine["stack"] == "style+instruct" and mine["added"] == ["style+instruct"]
+
+
+def test_pull_again_is_nothing_to_do_and_a_moved_repo_is_a_new_version(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    run("pull", "me/style", "--registry", there.root)
+    before = tree(there)
+    hub.trace.clear()
+    said = run("pull", "me/style", "--registry", there.root, "--json").json
+    assert (said["adapter"], said["version"], said["added"]) == ("style", 1, []) and tree(there) == before
+    assert not hub.requests("adapter_model.safetensors")
+    old = hub.repos["me/style"].head
+    run("push", "style@2", "me/style", *ID)
+    said = run("pull", "me/style", "--registry", there.root, "--json").json
+    assert (said["version"], said["added"], said["commit"]) == (2, ["style@2"], hub.repos["me/style"].head)
+    assert [v.version for v in there.find_adapter("style").versions] == [1, 2]  # type: ignore[union-attr]
+    assert run("pull", f"me/style@{old}", "--registry", there.root, "--json").json["version"] == 1
+
+
+def test_adapters_that_are_here_are_recognised(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
+    run("push", "style@1", "me/style", *ID)
+    run("compose", "style+instruct", "--name", "teller")
+    run("push", "teller", "me/teller", "--members", *ID)
+    before = tree(here)
+    assert run("pull", "me/style", "--json").json["added"] == []
+    assert run("pull", "me/teller", "--json").json["added"] == []
+    assert tree(here) == before
+
+
+def test_a_number_that_is_taken_is_another_version(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    register(there, "style", base="llama", seed=40)
+    register(there, "style", base="llama", seed=41)
+    run("push", "style+instruct", "me/teller", "--members", *ID)
+    said = run("pull", "me/teller", "--registry", there.root, "--json").json
+    assert said["added"] == ["style@3", "instruct@1", "style+instruct"]
+    assert version(there, "style@3").digest == version(here, "style@2").digest
+    assert version(there, "instruct@1").trained_on == ["style@3:0.5"]
+    assert [(m["adapter"], m["version"]) for m in said["members"]] == [("style", 3), ("instruct", 1)]
+
+
+def test_a_name_of_ones_own(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
+    run("push", "style@1", "me/style", *ID)
+    said = run("pull", "me/style", "--name", "copy", "--json").json
+    assert (said["adapter"], said["version"]) == ("copy", 1) and said["digest"] == version(here, "style@1").digest
+    run("pull", "me/style", "--name", "../copy", code=2)
+    run("compose", "style", "--name", "teller")
+    run("pull", "me/style", "--name", "teller", code=2)
+    run("push", "style+instruct", "me/teller", "--members", *ID)
+    run("pull", "me/teller", "--name", "style", code=2)
+    assert run("pull", "me/teller", "--name", "mine", "-q").out == "mine\n"
+
+
+# -- what it stands on ----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_what_it_stands_on_says_where_that_is(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("push", "style@2", "me/style", *ID)
+    run("push", "instruct", "me/instruct", *ID)
+    ran = run("pull", "me/instruct", "--registry", there.root)
+    assert "stackctl pull me/style" in ran.err
+    assert version(there, "instruct@1").trained_on == ["style@2:0.5"]
+    run("pull", "me/style", "--registry", there.root)
+    assert there.verify() == (3, [])
+
+
+def test_another_adapter_of_that_name_is_not_taken_for_it(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    register(there, "style", base="llama", seed=40)
+    register(there, "style", base="llama", seed=41)
+    run("push", "style@2", "me/style", *ID)
+    run("push", "instruct", "me/instruct", *ID)
+    before = tree(there)
+    error = run("pull", "me/instruct", "--registry", there.root, "--json", code=4).json["error"]
+    assert "stackctl pull me/style" in error["hint"] and tree(there) == before
+    run("pull", "me/style", "--registry", there.root)
+    run("pull", "me/instruct", "--registry", there.root)
+    assert version(there, "instruct@1").trained_on == ["style@3:0.5"]
+
+
+def test_a_base_that_is_not_here_is_offered(
+    run: Callable[..., Any], here: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    from stackctl.registry import init_registry
+
+    run("push", "style@1", "me/style", *ID)
+    init_registry(tmp_path / "empty")
+    error = run("pull", "me/style", "--registry", tmp_path / "empty", "--json", code=3).json["error"]
+    assert error["hint"] == "stackctl base add tiny acme/tiny"
+    other = make_registry(tmp_path / "changed", make_base("tiny", "sha256:" + "0" * 64))
+    before = tree(other)
+    run("pull", "me/style", "--registry", other.root, code=4)
+    assert tree(other) == before
+    run("pull", "me/style", "--registry", other.root, "--base", "tiny")  # whoever insists
+    assert version(other, "style@1").fingerprint == "sha256:" + "0" * 64
+
+
+# -- repos that stackctl did not write ------------------------------------------------------------------------------
+
+
+def test_any_peft_repo_is_an_adapter_and_only_what_belongs_to_one_is_fetched(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    hub.repo("acme/Some_LoRA", plain_repo(tmp_path))
+    said = run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json
+    assert (said["adapter"], said["version"], said["added"]) == ("some_lora", 1, ["some_lora@1"])
+    entry = version(there, "some_lora@1")
+    assert entry.base == "llama" and entry.versions == {"peft": "0.21.2"}
+    fetched = {line.rpartition("/")[2] for line in hub.requests("/resolve/")}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    assert run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json["added"] == []
+    config = json.dumps(lora_config(lora_alpha=8)).encode()
+    hub.repos["acme/Some_LoRA"].commit({**hub.repos["acme/Some_LoRA"].files, "adapter_config.json": config}, "moved")
+    assert run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json["added"] == ["some_lora@2"]
+
+
+def test_an_adapter_in_a_folder_is_found_and_several_are_not_guessed(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    files = plain_repo(tmp_path)
+    hub.repo("acme/nested", {f"out/last/{name}": data for name, data in files.items()})
+    assert run("pull", "acme/nested", "--registry", there.root, "--json").json["added"] == ["nested@1"]
+    hub.repo("acme/two", {f"{folder}/{name}": data for folder in "ab" for name, data in files.items()})
+    assert "a, b" in run("pull", "acme/two", "--registry", there.root, "--json", code=4).json["error"]["message"]
+
+
+def test_what_is_no_adapter_is_refused_before_anything_is_fetched(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    files = plain_repo(tmp_path)
+    del files["adapter_model.safetensors"]
+    hub.repo("acme/pickle", {**files, "adapter_model.bin": b"code"})
+    hub.repo("acme/model", {"config.json": b"{}", "model.safetensors": b"x"})
+    hub.repo("acme/nothing", {})
+    before = tree(there)
+    messages = {
+        name: run("pull", f"acme/{name}", "--registry", there.root, "--json", code=4).json["error"]
+        for name in ("pickle", "model", "nothing")
+    }
+    assert "pickle" in messages["pickle"]["message"] and "stackctl base add" in messages["model"]["hint"]
+    assert not hub.requests("/resolve/") and tree(there) == before
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    files = plain_repo(tmp_path)
+    tensors = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": (2, 8)}
+    hub.repo("acme/wrong", {**files, "adapter_model.safetensors": safetensors_bytes(tensors)})
+    before = tree(there)
+    run("pull", "acme/wrong", "--registry", there.root, code=4)
+    assert tree(there) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("stack.yaml", "adapter: style", "adapter: ../../etc"),
+        ("stack.yaml", "name: style+instruct", "name: ../x"),
+        ("stack.yaml", "schema: 1", "schema: 1\nschema: 1"),
+        ("members/style/adapter.yaml", "name: style", "name: ../x\nno: no"),
+        ("members/style/adapter.yaml", "version: 2", "version: 0"),
+        ("members/style/adapter.yaml", "schema: 1", "schema: 2"),
+    ],
+)
+def test_entries_that_lead_out_or_lie_are_refused(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, path: str, old: str, new: str
+) -> None:
+    run("push", "style+instruct", "me/teller", "--members", *ID)
+    repo = hub.repos["me/teller"]
+    text = repo.files[path].decode()
+    assert old in text
+    repo.commit({**repo.files, path: text.replace(old, new, 1).encode()})
+    before = tree(there)
+    error = run("pull", "me/teller", "--registry", there.root, "--json", code=4).json["error"]
+    assert path in error["message"] and tree(there) == before
+
+
+# -- bytes, faults --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["adapter_model.safetensors", "adapter_config.json", "adapter_info.json"])
+def test_other_bytes_than_the_digest_says_are_exit_5_and_not_kept(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, path: str
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    before = tree(there)
+    hub.corrupt.add(path)
+    error = run("pull", "me/style", "--registry", there.root, "--json", code=5).json["error"]
+    assert path in error["message"] and tree(there) == before
+    hub.heal()
+    run("pull", "me/style", "--registry", there.root)  # the cache did not keep them
+    assert there.verify() == (2, [])
+
+
+def test_a_repo_that_was_changed_behind_its_entry_is_exit_5(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    repo = hub.repos["me/style"]
+    repo.commit({**repo.files, "adapter_model.safetensors": repo.files["adapter_model.safetensors"][:-1] + b"\x01"})
+    before = tree(there)
+    run("pull", "me/style", "--registry", there.root, code=5)
+    assert tree(there) == before
+
+
+def test_no_such_repo_or_revision_is_exit_3(
+    run: Callable[..., Any], here: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    run("pull", "me/nobody", code=3)
+    run("pull", "me/style@v9", code=3)
+    run("pull", "me/style@", code=2)
+    run("pull", "nonsense", code=2)
+    hub.repos["me/style"].private = True
+    assert run("pull", "me/style", "--json").json["version"] == 1
+    monkeypatch.delenv("HF_TOKEN")
+    assert "hf auth login" in run("pull", "me/style", "--json", code=3).json["error"]["hint"]
+
+
+@pytest.mark.parametrize("match", ["GET /api/models/me/style", "tree", "HEAD /me/style/resolve", "adapter_model"])
+@pytest.mark.parametrize(
+    "fault", [{"status": 401}, {"status": 403}, {"status": 429}, {"status": 503}, {"cut": True}], ids=str
+)
+def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, match: str, fault: dict[str, Any]
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    before = tree(there)
+    hub.fail(match, body={"error": f"no, {hub.token}"}, **fault)
+    ran = run("pull", "me/style", "--registry", there.root, "--json", code=6)
+    assert "stackctl pull me/style" in ran.json["error"]["hint"] and tree(there) == before
+    assert sum(line.startswith("error:") for line in ran.err.splitlines()) == 1
+    assert hub.token not in ran.out + ran.err and "Traceback" not in ran.err
+    hub.heal()
+    run("pull", "me/style", "--registry", there.root)
+    assert version(there, "style@1").digest == version(here, "style@1").digest
+
+
+def test_offline_a_silent_server_and_a_dry_run(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    import stackctl.hub
+
+    run("push", "style@1", "me/style", *ID)
+    before = tree(there)
+    said = run("pull", "me/style", "--registry", there.root, "--dry-run", "--json").json
+    assert said["added"] == ["style@1"] and tree(there) == before
+    assert not hub.requests("GET /me/style/resolve/main/adapter_model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]
+    assert error["hint"] == "HF_HUB_OFFLINE=0 stackctl pull me/style"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(stackctl.hub, "TIMEOUT_SECONDS", 0.3)
+    hub.fail("adapter_model", delay=30.0)
+    assert "silent" in run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]["message"]
+    assert tree(there) == before
+
+
+def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
+    from stackctl.hub import download_base
+
+    hub.repo("acme/tiny", {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"})
+    folder, commit = download_base("acme/tiny", None, ["*.json", "*.safetensors"], lambda _: None)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    hub.trace.clear()
+    assert download_base("acme/tiny", commit, ["*.json", "*.safetensors"], lambda _: None) == (folder, commit)
+    assert hub.trace == []

@@ -1,0 +1,53 @@
+"""What the black-box tests share: a registry that costs no torch, and the shape that every failure has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_base, make_registry, register
+
+from stackctl.registry import Registry
+
+CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verification_failed", 6: "hub"}
+
+
+@pytest.fixture
+def shelf(run: Callable[..., Any], tmp_path: Path) -> Registry:
+    """style, instruct (trained on style) and tone on the base ``tiny``, foreign on ``other``: headers, no real weights."""
+    registry = make_registry(tmp_path / "registry", make_base("tiny"), make_base("other", "sha256:" + "0" * 64))
+    register(registry, "style", seed=1)
+    register(registry, "instruct", ["style@1"], seed=2)
+    register(registry, "tone", seed=3)
+    register(registry, "foreign", base="other", seed=4)
+    return registry
+
+
+@pytest.fixture
+def fails(run: Callable[..., Any]) -> Callable[..., str]:
+    """Run a command that must fail, plainly and with --json; returns its message and hint on one line."""
+
+    def check(*arguments: object, code: int) -> str:
+        plain = run(*arguments, code=code)
+        assert plain.out == ""
+        assert "Traceback" not in plain.err
+        lines = plain.err.splitlines()
+        assert sum(line.startswith(("error:", "hint:")) for line in lines) == 2
+        assert lines[-2].startswith("error: ")
+        assert lines[-1].startswith("hint: ")
+        split = arguments.index("--") if "--" in arguments else len(arguments)
+        spoken = run(*arguments[:split], "--json", *arguments[split:], code=code)
+        assert spoken.err.splitlines()[-2:] == lines[-2:]
+        document = json.loads(spoken.out)
+        assert document["schema"] == 1
+        assert list(document) == ["schema", "error"]
+        assert list(document["error"]) == ["code", "message", "hint"]
+        assert document["error"]["code"] == CODES[code]
+        assert " ".join(document["error"]["message"].split()) == lines[-2].removeprefix("error: ")
+        assert " ".join(document["error"]["hint"].split()) == lines[-1].removeprefix("hint: ")
+        return lines[-2].removeprefix("error: ") + " | " + lines[-1].removeprefix("hint: ")
+
+    return check
