@@ -18,7 +18,7 @@ from stackctl.errors import HubFailure, NotFound, StackctlError, Usage, Verifica
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 _SECRETS = (
-    (re.compile(r"(?i)\b(bearer|token|basic)(\s+|=|%20)[\w.~+/=-]{8,}"), r"\1\2***"),
+    (re.compile(r"(?i)\b(bearer(?:\s+|%20)|token=)[\w.~+/=-]{8,}"), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
     (re.compile(r"(?<=://)[^/@\s]+@"), ""),
 )

@@ -71,7 +71,10 @@ def read_recipe(path: Path) -> RecipeFile:
         for name in set(recipe.train) & set(recipe.stacks)
     ]
     raise_all(problems)
-    build_order(recipe)
+    try:
+        build_order(recipe)
+    except Usage as error:
+        raise Usage(f"{path}: {error.message}", hint=error.hint) from None
     return RecipeFile(recipe, path.absolute())
 
 

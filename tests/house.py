@@ -12,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import random_adapter
 
 from stackctl.engine.models import StackedModel, load_base
@@ -46,6 +47,15 @@ TEXTS: list[dict[str, Any]] = [
 ]
 
 
+def disturb(checkpoint: Path) -> None:
+    """Change whatever a checkpoint holds besides factors and copies of the base's weights."""
+    file = checkpoint / "adapter_model.safetensors"
+    tensors = load_file(file)
+    own = [name for name in tensors if "lora_" not in name and not name.endswith(".base_layer.weight")]
+    assert own
+    save_file({n: t + 0.2 * torch.randn_like(t) if n in own else t for n, t in tensors.items()}, file, {"format": "pt"})
+
+
 class House:
     """``run`` is the fixture of that name; everything lives in ``folder``, the working directory."""
 
@@ -61,8 +71,10 @@ class House:
     # -- adapters -------------------------------------------------------------------------------------------------
 
     def add(self, name: str, *, seed: int, scale: float = 0.1, **config: Any) -> Path:
-        """Register an adapter with random factors."""
+        """Register an adapter with random factors, and with saved modules and biases that are not the base's."""
         path = random_adapter(self.base, self.folder / "made" / name, seed=seed, scale=scale, **config)
+        if config.get("modules_to_save") or config.get("bias"):
+            disturb(path)
         self.run("add", name, path)
         self.paths[name] = path
         return path

@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"--dtype {' or '.join(_DTYPES[format_])}")
         registry.check_digests(stack.members)
         report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
-        written = [
+        written: list[dict[str, Any]] = [
             {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(out.rglob("*"))
             if path.is_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,8 @@ from stackctl.inspection import (
 from stackctl.names import parse_expression
 from stackctl.output import Result
 from stackctl.plan import StackPlan
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry import ResolvedStack
+from stackctl.targets import lint_for
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +35,11 @@ def register(app: typer.Typer) -> None:
         base: BaseOption = None,
         verify: Annotated[bool, typer.Option("--verify", help="Hash the files again and compare.")] = False,
         modules: Annotated[bool, typer.Option("--modules", help="Show every module with ranks and scalings.")] = False,
+        weights: Annotated[bool, typer.Option("--weights", help="Show ‖ΔW‖ of every layer and module.")] = False,
+        target: Annotated[
+            Literal["vllm", "gguf", "ollama"] | None,
+            typer.Option("--for", help="Say in advance what that program would reject."),
+        ] = None,
     ) -> Result:
         """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
         if what is not None and looks_like_path(what):
@@ -46,13 +52,19 @@ def register(app: typer.Typer) -> None:
             info = base_info(stack.base)
             return _result({**info, "problems": []}, lambda: _facts(info, stack.base.name))
         plan = registry.plan(stack)
-        if verify:
+        if verify or weights:
             registry.check_digests(stack.members)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
         info |= {"verified": True} if verify else {}
         info |= {"module_table": module_table(plan)} if modules else {}
-        return _result(info, lambda: _screen(info, stack, plan, registry, modules), stack.notes)
+        found = [p.json() for p in lint_for(target, plan)] if target else []
+        info |= {"for": target, "problems": [*info["problems"], *found]} if target else {}
+        if weights:
+            from stackctl.engine.norms import module_norms
+
+            info["weights"] = module_norms(plan)
+        return _result(info, lambda: _screen(info, stack, plan, found), stack.notes)
 
 
 def _is_one_adapter(stack: ResolvedStack) -> bool:
@@ -78,10 +90,8 @@ def _facts(info: dict[str, Any], title: str) -> Any:
     return facts_tree(f"{info['kind']} {title}", facts, info.get("problems", []))
 
 
-def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, registry: Registry, modules: bool) -> Any:
+def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, found: list[dict[str, Any]]) -> Any:
     from rich.console import Group
-
-    from stackctl.tables import table
 
     parts: list[Any] = []
     if info["kind"] == "adapter":
@@ -101,13 +111,43 @@ def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, registr
         parts.append(
             f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
         )
-    if modules:
-        rows = [
-            [m["module"], m["type"], "×".join(str(n) for n in m["shape"]), m["rank"],
-             ", ".join(f"{f['member']} r={f['rank']} s={f['scaling']:g}" for f in m["members"])]
-            for m in module_table(plan)
-        ]  # fmt: skip
-        parts.append(table(["module", "type", "shape", "rank", "members"], rows))
+    if "module_table" in info:
+        parts.append(_module_screen(info["module_table"]))
+    if "weights" in info:
+        parts.append(_weights_screen(info["weights"]))
+    if "for" in info:
+        parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
     if info.get("verified"):
         parts.append("the files are the ones that were registered")
     return Group(*parts)
+
+
+def _module_screen(rows: list[dict[str, Any]]) -> Any:
+    from stackctl.tables import table
+
+    cells = [
+        [
+            row["module"],
+            row["type"],
+            "×".join(str(n) for n in row["shape"]),
+            row["rank"],
+            ", ".join(f"{f['member']} r={f['rank']} s={f['scaling']:g}" for f in row["members"]),
+        ]
+        for row in rows
+    ]
+    return table(["module", "type", "shape", "rank", "members"], cells)
+
+
+def _weights_screen(rows: list[dict[str, Any]]) -> Any:
+    """‖ΔW‖ as a table: a row for each layer, a column for each kind of module."""
+    from stackctl.tables import table
+
+    cells: dict[str, dict[str, float]] = {}
+    for row in rows:
+        parts = row["module"].split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        layer, kind = (parts[index], parts[-1]) if index is not None else ("-", parts[-1])
+        cells.setdefault(layer, {})[kind] = row["norm"]
+    kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
+    lines = [[layer, *(f"{row[k]:.3g}" if k in row else "" for k in kinds)] for layer, row in cells.items()]
+    return table(["layer", *kinds], lines, title="‖ΔW‖ of the stack")

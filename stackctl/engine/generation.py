@@ -62,10 +62,25 @@ def generate(
         Usage: a prompt is empty or does not fit the context.
     """
     encoded = [encode_prompt(stacked, [{"role": "user", "content": p}], sampling, prompt=p) for p in prompts]
-    step = 1 if on_text else max(batch_size, 1)
-    for start in range(0, len(prompts), step):
-        batch = encoded[start : start + step]
-        yield from _run_batch(stacked, list(prompts[start : start + step]), batch, sampling, on_text)
+    limit = stacked.base.context_length
+    longest = limit - sampling.max_new_tokens if limit else None
+    for start, end in _batches(encoded, 1 if on_text else max(batch_size, 1), longest):
+        yield from _run_batch(stacked, list(prompts[start:end]), encoded[start:end], sampling, on_text)
+
+
+def _batches(encoded: Sequence[list[int]], size: int, longest: int | None) -> Iterator[tuple[int, int]]:
+    """Prompts to answer together, from start to end; one whose answer the context may cut is alone, and cuts no other's."""
+
+    def is_long(position: int) -> bool:
+        return longest is not None and len(encoded[position]) > longest
+
+    start = 0
+    while start < len(encoded):
+        end = start + 1
+        while end < min(start + size, len(encoded)) and not is_long(start) and not is_long(end):
+            end += 1
+        yield start, end
+        start = end
 
 
 def encode_prompt(stacked: StackedModel, messages: Messages, sampling: Sampling, *, prompt: str) -> list[int]:

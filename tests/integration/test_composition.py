@@ -41,7 +41,6 @@ def test_a_stack_is_the_sum_of_its_deltas(house: Any, name: str) -> None:
         "zero": h.error(stacked, "style:0+instruct", ("instruct", 1)),
         "one": h.error(stacked, "style", ("style", 1)),
     }
-    print(f"{name}: {max(errors.values()):.1e}")
     assert max(errors.values()) < TOLERANCE, errors
     assert torch.equal(h.logits(stacked, "style+instruct"), first), "A, B, A gives A, bit for bit"
     stacked.restore()
@@ -105,23 +104,10 @@ def test_embeddings_and_heads_of_other_models(house: Any, name: str) -> None:
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_trained_biases_in_one_member(house: Any, name: str, bias: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_trained_biases_in_one_member(house: Any, name: str, bias: str) -> None:
     h = house(name)
-    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"]
-    path = random_adapter(h.base, tmp_path / "biased", seed=7, bias=bias, target_modules=targets)
-    tensors = load_file(path / "adapter_model.safetensors")
-    biases = {key: value for key, value in tensors.items() if key.endswith(".bias")}
-    assert biases
-    torch.manual_seed(8)
-    save_file(
-        tensors | {key: torch.randn_like(value) for key, value in biases.items()},
-        path / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    h.run("add", "style", path)
-    h.paths["style"] = path
+    h.add("style", seed=7, bias=bias, target_modules=["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"])
+    assert [key for key in oracle.factors_of(h.paths["style"]) if key.endswith(".bias")]
     h.add("instruct", seed=9)
     stacked = h.load()
     before = h.logits(stacked, "base")

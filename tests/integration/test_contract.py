@@ -69,7 +69,8 @@ def test_the_version_is_told_by_the_command_and_by_the_module(run):
     "arguments",
     [
         ("nosuch",), ("ls", "--nosuch"), ("add",), ("add", "style"), ("base", "nosuch"), ("compose",), ("use",),
-        ("rm",), ("ls", "too", "many"), ("train", "x", "--rank", "many"), ("train", "x", "--rank", "0"), ("compare",), ("pull",),
+        ("rm",), ("ls", "too", "many"), ("train", "x", "--rank", "many"), ("train", "x", "--rank", "0"), ("compare",),
+        ("pull",),
         ("train", "x", "--scheduler", "nosuch"), ("generate", "--max-new-tokens", "0"),
         ("generate", "base", "-p", ""), ("eval", "style"), ("export", "style"),
         ("train", "x", "--learning-rate", "nan"), ("train", "x", "--learning-rate", "inf"),

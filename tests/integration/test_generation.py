@@ -198,6 +198,10 @@ def test_prompts_that_cannot_be_answered_are_2(house: Any, tmp_path: Path) -> No
     h.run("generate", "base", "-p", "x" * 500, code=2)
     last = h.run("generate", "base", "-p", "x" * 510, "--raw", "--max-new-tokens", 50, "--json").json
     assert last["new_tokens"] <= 2, "an answer ends with the context"
+    both = answers(h.run("generate", "base", "-p", "x" * 505, "-p", "Hi", "--raw", "--max-new-tokens", 20, "--json"))
+    alone = h.run("generate", "base", "-p", "Hi", "--raw", "--max-new-tokens", 20, "--json").json
+    assert both[1]["text"] == alone["text"], "a long prompt leaves its neighbours their room"
+    assert alone["new_tokens"] == 20
     prompts = oracle.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hi"}, {"prompt": "two\nlines"}])
     found = answers(h.run("generate", "base", "--prompts", prompts, "--max-new-tokens", 3, "--json"))
     assert [answer["prompt"] for answer in found] == ["Hi", "two\nlines"]

@@ -43,7 +43,6 @@ def test_a_training_equals_a_plain_loop_with_style_active(house: Any, name: str)
         assert close(curve[0], active), "style is active in the first forward pass"
         assert all(close(a, b) for a, b in zip(curve, losses, strict=True))
         found[frozen] = factors_of(h.weights(frozen))
-        print(f"{name} {frozen}: {distance(found[frozen], wanted):.1e}")
         assert distance(found[frozen], wanted) < 1e-4
         assert set(found[frozen]) == set(wanted), "the new adapter is saved, and nothing else"
         assert report["frozen"] == frozen

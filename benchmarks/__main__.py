@@ -1,0 +1,18 @@
+"""Every benchmark, or those named: ``python -m benchmarks [NAME...]``. Ratios of medians; absolute times mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = ("startup", "export", "training", "generation")
+
+
+def main() -> None:
+    for name in sys.argv[1:] or NAMES:
+        print(f"\n== {name}", flush=True)
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

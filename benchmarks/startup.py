@@ -1,0 +1,30 @@
+"""How long the light commands take beside importing the libraries that any such command needs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.big import big_registry
+from benchmarks.timing import compare, run_command, show
+
+_IMPORTS = "import typer, yaml, rich.console"
+
+
+def main(runs: int = 11) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        registry = big_registry(Path(folder), rank=4)
+        stackctl = [sys.executable, "-m", "stackctl"]
+        where = ["--registry", str(registry)]
+        candidates = {
+            f'python -c "{_IMPORTS}"': [sys.executable, "-c", _IMPORTS],
+            "stackctl inspect style+instruct": [*stackctl, "inspect", "style+instruct", *where],
+            "stackctl compose --dry-run style+instruct": [*stackctl, "compose", "style+instruct", "--dry-run", *where],
+            "stackctl ls": [*stackctl, "ls", *where],
+            "stackctl --help": [*stackctl, "--help"],
+        }
+        show(
+            compare({name: lambda c=command: run_command(c) for name, command in candidates.items()}, runs),
+            f'python -c "{_IMPORTS}"',
+        )

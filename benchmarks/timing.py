@@ -1,0 +1,78 @@
+"""Run commands in turn and compare their medians: A B C A B C …, so that a machine's drift hits all alike."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every run, and the largest resident memory of the command in megabytes."""
+
+    seconds: tuple[float, ...]
+    peak_mb: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """Seconds and peak megabytes of one command, run to its end.
+
+    The peak is read in a process of its own, because the system only tells the largest of all children so far.
+    """
+    code = (
+        "import resource, subprocess, sys, time\n"
+        "start = time.perf_counter()\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "seconds = time.perf_counter() - start\n"
+        "print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak)
+
+
+def compare(candidates: Mapping[str, Callable[[], tuple[float, float]]], runs: int) -> dict[str, Timing]:
+    """Run every candidate ``runs`` times in turn, after one run of each that does not count."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    for number in range(runs + 1):
+        for name, candidate in candidates.items():
+            result = candidate()
+            if number:
+                found[name].append(result)
+    return {name: Timing(tuple(s for s, _ in rs), max(m for _, m in rs)) for name, rs in found.items()}
+
+
+def timed(action: Callable[[], object]) -> Callable[[], tuple[float, float]]:
+    """A candidate out of a function of this process."""
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        action()
+        seconds = time.perf_counter() - start
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    return run
+
+
+def show(timings: Mapping[str, Timing], reference: str) -> None:
+    """A table of medians, ratios to ``reference`` and peaks."""
+    base = timings[reference].median
+    print(f"{'':44}{'median s':>10}{'ratio':>8}{'peak MB':>9}")
+    for name, timing in timings.items():
+        print(f"{name:44}{timing.median:10.3f}{timing.median / base:8.2f}{timing.peak_mb:9.0f}")

@@ -1,0 +1,379 @@
+"""stackctl.yaml and --config: order, what is out of date, what is refused. DESIGN §6."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import random_adapter
+
+RECIPE = """\
+base: tiny
+train:
+  instruct: {on: style, data: data/chat.jsonl, rank: 2, max_steps: 1, warmup: 0}
+  style: {data: data/style.jsonl, rank: 2, max_steps: 1, warmup: 0}
+stacks:
+  storyteller: style:0.5+instruct
+"""
+
+
+@pytest.fixture
+def project(registry, tmp_path):
+    """A folder with a registry, data and a recipe whose order is not that of building."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "style.jsonl").write_text('{"text": "The tide."}\n{"text": "A lamp."}\n')
+    chat = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "data" / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    (tmp_path / "stackctl.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file and folder with its time and its bytes."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def why(run, *flags: str) -> dict[str, str]:
+    """What a dry run says is out of date, and why, in its order."""
+    plan = run("train", "--dry-run", "--json", *flags).json["plan"]
+    return {step["name"]: step["why"] for step in plan if step["why"]}
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_built_in_the_order_of_dependence(project, run):
+    assert list(why(run)) == ["style", "instruct", "storyteller"]
+    assert run("ls", "--json").json["adapters"] == []
+    ran = run("train", "--json")
+    assert len(ran.out.splitlines()) == 1
+    assert [b.get("adapter") or b["stack"] for b in ran.json["built"]] == ["style", "instruct", "storyteller"]
+    assert ran.json["built"][1]["on"] == ["style@1"]
+    stack = run("inspect", "--json").json
+    assert stack["stack"] == "storyteller"
+    assert [(m["adapter"], m["weight"]) for m in stack["members"]] == [("style", 0.5), ("instruct", 1.0)]
+
+
+def test_a_second_run_says_up_to_date_and_changes_no_file(project, run, monkeypatch):
+    run("train", "-q")
+    before = snapshot(project)
+    assert run("train").out == "up to date\n"
+    assert run("train", "--json").json["built"] == []
+    assert run("train", "-q").out == ""
+    monkeypatch.chdir(project / "data")  # the nearest recipe upward, with its data beside it
+    assert run("train").out == "up to date\n"
+    assert snapshot(project) == before
+
+
+def test_out_of_date_is_by_bytes_settings_and_versions_never_by_time(project, run):
+    run("train", "-q")
+    for path in (
+        project / "data" / "style.jsonl",
+        project / "stackctl.yaml",
+        project / "registry" / "adapters" / "style.yaml",
+    ):
+        os.utime(path, (1, 1))
+    assert why(run) == {}
+    os.utime(project / "data" / "style.jsonl", (2**33, 2**33))
+    assert why(run) == {}
+
+    text = (project / "stackctl.yaml").read_text()
+    (project / "stackctl.yaml").write_text(
+        "# a comment\n" + text.replace("rank: 2", "rank: 2, description: hm, alpha: null")
+    )
+    assert why(run) == {}
+    (project / "stackctl.yaml").write_text(text.replace("on: style,", "on: style, seed: 1,"))
+    assert list(why(run)) == ["instruct", "storyteller"]
+    assert "seed" in why(run)["instruct"]
+    (project / "stackctl.yaml").write_text(text.replace("style:0.5", "style:0.6"))
+    assert list(why(run)) == ["storyteller"]
+    (project / "stackctl.yaml").write_text(text)
+
+    chats = project / "data" / "chat.jsonl"
+    good = chats.read_text()
+    chats.write_text(good + good)
+    assert list(why(run)) == ["instruct", "storyteller"]
+    chats.write_text(good)
+    assert why(run) == {}
+
+    with (project / "data" / "style.jsonl").open("a") as stream:
+        stream.write('{"text": "More."}\n')
+    assert list(why(run)) == ["style", "instruct", "storyteller"]
+    assert run("train", "-q").out.split() == ["style@2", "instruct@2", "storyteller"]
+    assert run("train").out == "up to date\n"
+
+
+def test_a_newer_version_underneath_is_out_of_date(project, run, models):
+    run("train", "-q")
+    random_adapter(models("llama"), project / "elsewhere", r=2)
+    (project / "stackctl.yaml").write_text(RECIPE.replace("  style: {", "  other: {"))
+    run("add", "style", "elsewhere")
+    found = why(run)
+    assert "style@1" in found["instruct"]
+    assert "style@2" in found["instruct"]
+
+
+def test_a_stored_stack_of_the_same_words_does_not_hold_the_recipe_back(project, run):
+    run("train", "-q")
+    run("compose", "style+instruct")
+    (project / "stackctl.yaml").write_text(RECIPE.replace("style:0.5+instruct", "style+instruct"))
+    assert list(why(run)) == ["storyteller"]
+    run("train", "-q")
+    assert why(run) == {}
+    with (project / "data" / "style.jsonl").open("a") as stream:
+        stream.write('{"text": "More."}\n')
+    run("train", "-q")
+    members = run("inspect", "storyteller", "--json").json["members"]
+    assert [(m["adapter"], m["version"]) for m in members] == [("style", 2), ("instruct", 2)]
+    assert run("train").out == "up to date\n"
+
+
+def test_an_adapter_may_stand_on_a_stack_of_the_recipe(project, run):
+    extra = "  last: {on: storyteller, data: data/style.jsonl, rank: 2, max_steps: 1, warmup: 0}\nstacks:\n  all: storyteller+last\n"
+    (project / "stackctl.yaml").write_text(RECIPE.replace("stacks:\n", extra))
+    assert list(why(run)) == ["style", "instruct", "storyteller", "last", "all"]
+    built = run("train", "--json").json["built"]
+    assert built[3]["on"] == ["style@1:0.5", "instruct@1"]
+    assert built[4]["members"] == ["style@1:0.5", "instruct@1", "last@1"]
+    assert run("train").out == "up to date\n"
+
+
+def test_a_pinned_version_is_not_out_of_date_when_a_newer_one_is_made(project, run):
+    run("train", "-q")
+    (project / "stackctl.yaml").write_text(
+        RECIPE.replace("on: style,", "on: style@1,").replace(
+            "rank: 2, max_steps: 1, warmup: 0}\nstacks", "rank: 1, max_steps: 1}\nstacks"
+        )
+    )
+    assert list(why(run)) == ["style", "storyteller"]
+
+
+def test_force_trains_what_is_up_to_date(project, run):
+    run("train", "-q")
+    assert run("train", "--force", "-q").out.split() == ["style@2", "instruct@2", "storyteller"]
+
+
+def test_one_adapter_of_the_recipe_is_trained_by_its_name(project, run):
+    run("train", "-q")
+    found = run("train", "instruct", "--seed", "5", "--json").json
+    assert (found["version"], found["on"], found["steps"]) == (2, ["style@1"], 1)
+
+
+def test_a_dry_run_changes_nothing(project, run):
+    before = snapshot(project)
+    shown = run("train", "--dry-run").out
+    assert shown.index("style") < shown.index("storyteller")
+    assert snapshot(project) == before
+
+
+def test_config_may_name_a_recipe(project, run, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert list(why(run, "--config", str(project / "stackctl.yaml"))) == ["style", "instruct", "storyteller"]
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: tiny\nbase: tiny\n", "line 2"),
+        ("base: tiny\ntrain:\n  style: {data: x, data: y}\n", "line 3"),
+        ("base: !!str tiny\n", "line 1"),
+        ("base: &a tiny\n", "line 1"),
+        ("base: tiny\n---\nbase: tiny\n", "line 2"),
+        ("base: ti\0ny\n", "NUL"),
+        ("schema: 2\nbase: tiny\n", "schema"),
+        ("base: tiny\ntrian:\n  style: {data: x}\n", "'train'"),
+        ("base: tiny\ntrain:\n  style:\n    data: x\n    lerning_rate: 1e-4\n", "line 5"),
+        ("base: tiny\ntrain:\n  style:\n    data: x\n    lerning_rate: 1e-4\n", "'learning_rate'"),
+        ("base: tiny\ntrain:\n  style: {data: x, rank: many}\n", "rank"),
+        ("base: tiny\ntrain:\n  style: {data: x, rank: 0}\n", "rank"),
+        ("base: tiny\ntrain:\n  base: {data: x}\n", "reserved"),
+        ("base: tiny\ntrain:\n  ../style: {data: x}\n", "../style"),
+        ("base: tiny\ntrain:\n  style: {data: x, on: a++b}\n", "a++b"),
+        ("base: tiny\ntrain:\n  style: {data: x}\nstacks:\n  style: style\n", "both"),
+        ("base: tiny\nstacks:\n  a+b: a+c\n", "a+b"),
+        ("base: tiny\ntrain:\n  a: {on: b, data: x}\n  b: {on: a, data: x}\n", "circle"),
+        ("base: tiny\nstacks:\n  a: b\n  b: a\n", "circle"),
+        ("[1, 2]\n", "mapping"),
+        ("base: {tiny\n", "line"),
+        ("base: tiny\npush: {stack: x}\n", "repo"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_2(project, fails, text, said):
+    (project / "stackctl.yaml").write_text(text)
+    message = fails("train", code=2)
+    assert "stackctl.yaml" in message
+    assert said in message
+
+
+def test_a_base_that_is_not_registered_is_refused(project, fails):
+    (project / "stackctl.yaml").write_text(RECIPE.replace("base: tiny", "base: tinny"))
+    assert "'tiny'" in fails("train", code=3)
+    (project / "stackctl.yaml").write_text(RECIPE.replace("style: {data", "style: {base: nosuch, data"))
+    fails("train", code=3)
+
+
+def test_everything_is_checked_before_anything_is_trained(project, run, fails):
+    (project / "stackctl.yaml").write_text(
+        RECIPE.replace("data/chat", "data/nosuch").replace("style:0.5+instruct", "style+nobody")
+    )
+    said = fails("train", code=3)
+    assert "nosuch.jsonl" in said
+    assert "nobody" in said
+    assert run("ls", "--json").json["adapters"] == []
+
+
+def test_a_byte_order_mark_and_crlf_are_read(project, run):
+    (project / "stackctl.yaml").write_bytes(b"\xef\xbb\xbf" + RECIPE.replace("\n", "\r\n").encode())
+    assert list(why(run)) == ["style", "instruct", "storyteller"]
+
+
+def test_without_a_recipe_and_without_a_name_there_is_nothing_to_train(registry, fails):
+    fails("train", code=2)
+
+
+def test_flags_belong_to_one_adapter(project, fails):
+    fails("train", "--rank", "4", code=2)
+
+
+def test_on_and_no_are_words_and_1e_5_is_a_number(project, run):
+    (project / "stackctl.yaml").write_text(
+        "base: tiny\ntrain:\n  no: {data: data/style.jsonl, max_steps: 1, warmup: 0, rank: 1, learning_rate: 1e-5}\n"
+        "  yes: {on: no, data: data/style.jsonl, max_steps: 1, warmup: 0, rank: 1}\n"
+    )
+    built = run("train", "--json").json["built"]
+    assert [(b["adapter"], b["on"]) for b in built] == [("no", []), ("yes", ["no@1"])]
+    entry = (project / "registry" / "adapters" / "no.yaml").read_text()
+    assert "learning_rate: 1e-05" in entry
+
+
+# -- --config ---------------------------------------------------------------------------------------------------------
+
+
+def planned(run, *arguments):
+    """What train would do, down to its settings."""
+    return run("train", *arguments, "--dry-run", "--json").json
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_defaults(project, run):
+    (project / "job.yaml").write_text("data: data/style.jsonl\nrank: 5\nlearning_rate: 1e-5\nscheduler: linear\n")
+    settings = planned(run, "style", "--config", "job.yaml", "--rank", "7")["settings"]
+    assert (settings["rank"], settings["learning_rate"], settings["scheduler"]) == (7, 1e-5, "linear")
+    assert settings["epochs"] == 3
+
+
+def test_every_option_is_a_key_of_the_file(project, run):
+    values = {
+        "data": "data/style.jsonl", "eval_data": "data/style.jsonl", "base": "tiny", "rank": 3, "alpha": 7,
+        "dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True, "epochs": 2, "max_steps": 3, "batch_size": 2,
+        "gradient_accumulation": 2, "max_length": 99, "pack": True, "learning_rate": 0.001, "scheduler": "constant",
+        "warmup": 0.1, "weight_decay": 0.01, "seed": 4, "dtype": "float32", "frozen": "live", "description": "x",
+        "save_steps": 2, "report_to": "none",
+    }  # fmt: skip
+    (project / "job.json").write_text(json.dumps(values))
+    settings = planned(run, "style", "--config", "job.json")["settings"]
+    assert {key: values[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: x\nranc: 3\n", "'rank'"), ("data: x\nranc: 3\n", "line 2"), ("data: x\nrank: many\n", "line 2"),
+        ("rank: 2\nlora_r: 3\n", "twice"), ("rank: 2\nrank: 3\n", "twice"), ("[]", "mapping"),
+        ("data: x\nname: ../x\nrank: 2", "../x"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_configuration_is_2(project, fails, text, said):
+    (project / "job.yaml").write_text(text)
+    assert said in fails("train", "style", "--config", "job.yaml", code=2)
+
+
+def test_a_recipe_is_no_configuration_of_one_adapter(project, fails):
+    assert "stackctl train --config stackctl.yaml" in fails("train", "style", "--config", "stackctl.yaml", code=2)
+
+
+OLDER = {
+    "base_model_name": "tiny", "dataset_path": "data/chat.jsonl", "output_dir": "./output/instruct", "lora_r": 2,
+    "lora_alpha": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"], "num_train_epochs": 1,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "max_seq_length": 64,
+    "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "logging_steps": 10, "seed": 42,
+}  # fmt: skip
+
+
+@pytest.fixture
+def older(project, run, models):
+    """Write an older script's configuration; style@1 is registered from output/checkpoint-531."""
+    checkpoint = random_adapter(models("llama"), project / "output" / "checkpoint-531", r=2)
+    run("add", "style", checkpoint)
+    (project / "stackctl.yaml").unlink()
+
+    def write(**changes):
+        (project / "older.json").write_text(json.dumps(OLDER | changes, indent=2))
+        return "older.json"
+
+    return write
+
+
+def test_the_json_of_older_scripts_trains(older, run, project):
+    config = older(stage1_adapter_path="style")
+    found = run("train", "instruct", "--config", config, "--json")
+    assert (found.json["on"], found.json["steps"], found.json["adapter"]) == (["style@1"], 1, "instruct")
+    assert "output_dir" in found.err
+    assert not (project / "output" / "instruct").exists()
+    lora = run("inspect", "instruct", "--json").json["lora"]
+    assert (lora["r"], lora["lora_alpha"], sorted(lora["target_modules"])) == (2, 4, ["q_proj", "v_proj"])
+
+
+def test_the_first_stage_may_be_an_expression_or_a_path(older, run, project, tmp_path):
+    registered = project / "registry" / "weights" / "style" / "1"
+    shutil.copytree(project / "output" / "checkpoint-531", tmp_path / "nested" / "style")
+    for value, on in (
+        ("style@1", ["style@1"]),
+        ("style:0.5", ["style@1:0.5"]),
+        (str(registered), ["style@1"]),
+        ("registry/weights/style/1/", ["style@1"]),
+        ("./output/checkpoint-531", ["style@1"]),  # copied at `add`: known by its digest
+        ("nested", ["style@1"]),
+        (None, []),
+        ("", []),
+    ):
+        assert planned(run, "instruct", "--config", older(stage1_adapter_path=value))["on"] == on
+
+
+def test_a_linked_first_stage_is_known_by_its_place(older, run, models, project):
+    linked = random_adapter(models("llama"), project / "elsewhere", r=2, seed=4)
+    run("add", "linked", linked, "--link")
+    assert planned(run, "x", "--config", older(stage1_adapter_path="elsewhere"))["on"] == ["linked@1"]
+
+
+def test_a_first_stage_that_is_not_registered_is_3_and_says_how(older, fails, models, project):
+    random_adapter(models("llama"), project / "new one", r=2, seed=4)
+    said = fails("train", "x", "--config", older(stage1_adapter_path="new one"), code=3)
+    assert "stackctl add style" in said.partition(" | ")[2]
+    assert "new one" in said.partition(" | ")[2]
+    fails("train", "x", "--config", older(stage1_adapter_path="./nosuch/checkpoint-9"), code=3)
+    assert "'style'" in fails("train", "x", "--config", older(stage1_adapter_path="stile"), code=3)
+
+
+def test_the_base_may_be_a_hub_id_or_a_folder(older, run, fails, models, project):
+    entry = project / "registry" / "bases" / "tiny.yaml"
+    entry.write_text(entry.read_text().replace("hub_id: null", "hub_id: Org/Tiny-Base"))
+    for value in ("Org/Tiny-Base", "org/tiny-base", str(models("llama")), "tiny"):
+        assert planned(run, "x", "--config", older(base_model_name=value))["base"] == "tiny"
+    said = fails("train", "x", "--config", older(base_model_name="Org/Other-7B"), code=3)
+    assert "stackctl base add other-7b Org/Other-7B" in said.partition(" | ")[2]
+
+
+def test_a_configuration_may_name_its_adapter(older, run, fails):
+    assert planned(run, "--config", older(name="instruct"))["adapter"] == "instruct"
+    assert planned(run, "other", "--config", older(name="instruct"))["adapter"] == "other"
+    assert "stackctl train NAME --config" in fails("train", "--config", older(), code=2)
