@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("stackctl", deadline=None)  # a busy machine is no bug
+settings.load_profile("stackctl")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hub_server.py, tests/tiny.py
 

@@ -76,7 +76,7 @@ def relative(found: Tensor, wanted: Tensor, base: Tensor) -> float:
     return float((found - wanted).abs().max() / (wanted - base).abs().max())
 
 
-# -- data ---------------------------------------------------------------------------------------------------------------
+# -- data -------------------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -129,7 +129,7 @@ def loss(model: Any, records: Sequence[dict[str, Any]]) -> float:
         return math.fsum(float(loss_sum(model, record)) for record in records) / supervised_count(records)
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -199,7 +199,7 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return worst
 
 
-# -- algebra ------------------------------------------------------------------------------------------------------------
+# -- algebra ----------------------------------------------------------------------------------------------------------
 
 
 def deltas(checkpoint: Path, weight: float = 1.0) -> dict[str, Tensor]:
@@ -212,8 +212,8 @@ def deltas(checkpoint: Path, weight: float = 1.0) -> dict[str, Tensor]:
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     tensors = factors_of(checkpoint)
     return {
-        name.removesuffix(".lora_A.weight"): weight * scaling * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
-        for name in tensors
+        name.removesuffix(".lora_A.weight"): weight * scaling * tensors[name.replace("lora_A", "lora_B")] @ a
+        for name, a in tensors.items()
         if name.endswith(".lora_A.weight")
     }
 
@@ -225,3 +225,9 @@ def added(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in part.items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def exact_delta(members: Sequence[Member], module: str) -> Tensor:
+    """Σ weight · scaling · B @ A of one linear module over several checkpoints, (out, in), in float64."""
+    found = [deltas(path, weight) for path, weight in members]
+    return torch.stack([by_name[name] for by_name in found for name in by_name if name.endswith(module)]).sum(0)

@@ -10,14 +10,16 @@ import typer
 
 from stackctl.cli.common import Current, Group
 
-# In the order that --help shows them. Each module registers its own commands; none imports anything heavy.
-_COMMANDS = (
-    "demo", "train", "compose", "generate", "compare", "evaluate", "inspect_", "ls", "verify", "export", "push", "pull",
-    "init", "base", "add", "use", "rm",
-)  # fmt: skip
+# Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
+_COMMANDS = {
+    "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
+    "eval": "evaluate", "inspect": "inspect_", "ls": "ls", "verify": "verify", "export": "export", "push": "push",
+    "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add", "use": "use", "rm": "rm",
+}  # fmt: skip
 
 
-def make_app() -> typer.Typer:
+def make_app(command: str | None = None) -> typer.Typer:
+    """The app with all its commands, or with the one that was typed: building them all takes longer than most run."""
     app = typer.Typer(
         name="stackctl",
         cls=Group,
@@ -42,7 +44,8 @@ def make_app() -> typer.Typer:
             Current.output.text(context.get_help() + "\n")
             raise typer.Exit
 
-    for name in _COMMANDS:
+    wanted = [_COMMANDS[command]] if command in _COMMANDS else dict.fromkeys(_COMMANDS.values())
+    for name in wanted:
         import_module(f"stackctl.cli.{name}").register(app)
     return app
 
@@ -59,7 +62,9 @@ def main() -> None:
     debug = "--debug" in options
     Current.output = Output(json_mode="--json" in options)
     try:
-        code = typer.main.get_command(make_app()).main(prog_name="stackctl", standalone_mode=False)
+        code = typer.main.get_command(make_app(next(iter(sys.argv[1:]), None))).main(
+            prog_name="stackctl", standalone_mode=False
+        )
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt

@@ -69,7 +69,7 @@ def generate(
 
 
 def _batches(encoded: Sequence[list[int]], size: int, longest: int | None) -> Iterator[tuple[int, int]]:
-    """Prompts to answer together, from start to end; one whose answer the context may cut is alone, and cuts no other's."""
+    """Which prompts to answer together, as (start, end); one whose answer the context may cut short stands alone."""
 
     def is_long(position: int) -> bool:
         return longest is not None and len(encoded[position]) > longest

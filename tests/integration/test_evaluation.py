@@ -7,6 +7,7 @@ from typing import Any
 
 import oracle
 import pytest
+import torch
 from house import CHAT, TEXTS
 
 ROWS = {
@@ -41,10 +42,13 @@ def test_a_stacks_loss_does_not_depend_on_its_company(house: Any) -> None:
     h.add("style", seed=1, target_modules=["embed_tokens", "q_proj"])
     h.add("head", seed=2, target_modules=["lm_head"])
     data = h.data(CHAT)
-    alone = {what: h.run("eval", what, "--data", data, "--json").json["results"][0]["loss"] for what in ("style", "base")}
-    rows = h.run("eval", "style", "head", "base", "style+head", "style", "base", "--data", data, "--json").json["results"]
-    assert [rows[i]["loss"] for i in (0, 4)] == [alone["style"]] * 2
-    assert [rows[i]["loss"] for i in (2, 5)] == [alone["base"]] * 2
+
+    def losses(*what: str) -> list[float]:
+        return [row["loss"] for row in h.run("eval", *what, "--data", data, "--json").json["results"]]
+
+    together = losses("style", "head", "base", "style+head", "style", "base")
+    assert [together[0], together[4]] == losses("style") * 2
+    assert [together[2], together[5]] == losses("base") * 2
 
 
 def test_the_current_stack_and_a_named_one(house: Any) -> None:
@@ -72,9 +76,10 @@ def test_what_is_too_long_is_cut_and_still_counted_right(house: Any) -> None:
     model = oracle.live(h.base)
     first, second = (float(oracle.loss_sum(model, record).detach()) for record in cut)
     ids, _ = oracle.label(cut[0])
-    out = oracle.logits(model, oracle.torch.tensor([ids]))
+    out = oracle.logits(model, torch.tensor([ids]))
+    # No end is learned where a text was cut.
     last = -float(out[-2].log_softmax(-1)[ids[-1]])
-    assert found["loss"] == pytest.approx((first - last + second) / 36, rel=1e-5), "no end is learned where text was cut"
+    assert found["loss"] == pytest.approx((first - last + second) / 36, rel=1e-5)
 
 
 def test_a_training_is_better_on_what_it_learned(house: Any) -> None:

@@ -14,22 +14,23 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 
+ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "phi3", "neox", "mixtral"]
+
+
 def export(h: Any, what: str, out: str, *options: object, code: int = 0) -> Any:
     return h.run("export", what, "--format", "peft", "--out", h.folder / out, *options, "--json", code=code)
 
 
 def loaded(h: Any, folder: Path) -> Any:
-    """Plain PEFT with the exported adapter, in float64; every tensor of the file found its place, and no place is left."""
+    """Plain PEFT with the exported adapter, in float64; every tensor of the file has a place, and every place a tensor."""
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), folder)
-    found = {
-        name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name
-    }
+    found = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
     written = {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}
     assert found == written
     return model.double().eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "phi3", "neox", "mixtral"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peft_gets_the_whole_stack(house: Any, name: str) -> None:
     h = house(name)
     targets = {"target_modules": ["q_proj", "o_proj"]} if name == "mixtral" else {}
@@ -52,10 +53,15 @@ def test_peft_gets_the_whole_stack(house: Any, name: str) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "disjoint modules of unlike ranks": ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"], "r": 9}),
-    "patterns": ({"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 1}}, {"layers_to_transform": [1],
-                 "target_modules": ["q_proj", "up_proj"]}),
-    "embedding and head": ({"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens", "lm_head"]}),
-}  # fmt: skip
+    "patterns": (
+        {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 1}},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+    ),
+    "embedding and head": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+    ),
+}
 
 
 @pytest.mark.parametrize("base", ["llama", "tied"])

@@ -13,7 +13,7 @@ from oracle import END, START
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-PROMPTS = ["Tell me about the sea.", "Hi", "  海是什么？ ", "A rather longer prompt, so that the batch has to be padded a good deal."]
+PROMPTS = ["Tell me about the sea.", "Hi", "  海是什么？ ", "A rather longer prompt, so that a batch has to be padded."]
 
 
 def chat_ids(prompt: str, system: str | None = None) -> list[int]:
@@ -129,9 +129,7 @@ def test_a_stop_text_ends_the_answer_before_it(house: Any) -> None:
     ids = greedy(oracle.load_plain(h.base), oracle.byte_ids("The sea"), 20)
     whole = text(ids)
     piece = next(whole[i : i + 2] for i in range(4, len(whole)) if whole[i : i + 2].isascii())
-    found = h.run(
-        "generate", "base", "-p", "The sea", "--raw", "--stop", piece, "--max-new-tokens", 20, "--json"
-    ).json
+    found = h.run("generate", "base", "-p", "The sea", "--raw", "--stop", piece, "--max-new-tokens", 20, "--json").json
     assert found["text"] == whole[: whole.index(piece)]
     assert found["stop"] == "stop"
 
@@ -154,9 +152,7 @@ def test_the_bases_own_generation_defaults_change_nothing(house: Any, tmp_path: 
     naive = AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt in PROMPTS:
         wanted = greedy(model, chat_ids(prompt), 24)
-        found = h.run(
-            "generate", "base", "--base", "opinionated", "-p", prompt, "--max-new-tokens", 24, "--json"
-        ).json
+        found = h.run("generate", "base", "--base", "opinionated", "-p", prompt, "--max-new-tokens", 24, "--json").json
         assert found["text"] == text(wanted)
         swayed = naive.generate(
             input_ids=torch.tensor([chat_ids(prompt)]),
@@ -177,9 +173,7 @@ def test_a_seed_repeats_and_temperature_varies(house: Any) -> None:
     h = house()
     h.add("style", seed=1)
     options = ["generate", "style", "-p", "Hi", "-p", "Who?", "--temperature", 1.5, "--max-new-tokens", 16, "--json"]
-    first, again, other = (
-        [a["text"] for a in answers(h.run(*options, "--seed", seed))] for seed in (1, 1, 2)
-    )
+    first, again, other = ([a["text"] for a in answers(h.run(*options, "--seed", seed))] for seed in (1, 1, 2))
     assert first == again
     assert first != other
     cold = answers(h.run(*options[:-4], 0, *options[-3:]))

@@ -135,8 +135,9 @@ def test_a_stored_stack_of_the_same_words_does_not_hold_the_recipe_back(project,
 
 
 def test_an_adapter_may_stand_on_a_stack_of_the_recipe(project, run):
-    extra = "  last: {on: storyteller, data: data/style.jsonl, rank: 2, max_steps: 1, warmup: 0}\nstacks:\n  all: storyteller+last\n"
-    (project / "stackctl.yaml").write_text(RECIPE.replace("stacks:\n", extra))
+    last = "  last: {on: storyteller, data: data/style.jsonl, rank: 2, max_steps: 1, warmup: 0}\n"
+    text = RECIPE.replace("stacks:\n", f"{last}stacks:\n  all: storyteller+last\n")
+    (project / "stackctl.yaml").write_text(text)
     assert list(why(run)) == ["style", "instruct", "storyteller", "last", "all"]
     built = run("train", "--json").json["built"]
     assert built[3]["on"] == ["style@1:0.5", "instruct@1"]

@@ -149,7 +149,7 @@ def test_dropout_is_the_new_adapters_alone(house: Any) -> None:
     assert plain[1] != noisy[1]
 
 
-# -- what is registered -------------------------------------------------------------------------------------------------
+# -- what is registered -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -168,7 +168,7 @@ def test_the_checkpoint_is_plain_peft_at_its_root(house: Any, name: str) -> None
     assert float((only - h.live()).abs().max()) > 0
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == CHATML
-    assert tokenizer("a b<|im_end|>")["input_ids"] == AutoTokenizer.from_pretrained(h.base)("a b<|im_end|>")["input_ids"]
+    assert tokenizer("a b<|im_end|>")["input_ids"] == [*oracle.byte_ids("a b"), oracle.END]
     info = json.loads((folder / "adapter_info.json").read_text())
     entry = h.run("ls", "--json").json
     digests = {a["name"]: a["versions"][0]["digest"] for a in entry["adapters"]}
@@ -209,7 +209,7 @@ def test_held_out_data_changes_nothing_about_the_training(house: Any) -> None:
     assert all(torch.equal(plain[key], watched[key]) for key in plain)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def flip_a_byte(path: Path) -> None:
@@ -287,10 +287,10 @@ def test_wrong_usage_is_told_at_once(house: Any) -> None:
     assert h.adapters() == {"style"}
 
 
-# -- going on -----------------------------------------------------------------------------------------------------------
+# -- going on ---------------------------------------------------------------------------------------------------------
 
 WHOLE_RUN = ("steps", "tokens", "supervised_tokens", "loss", "trainable_parameters", "digest")
-LIVELY = ("--epochs", 4, "--batch-size", 2, "--scheduler", "cosine", "--warmup", 0.2, "--dropout", 0.3, "--save-steps", 2)
+LIVELY = tuple("--epochs 4 --batch-size 2 --scheduler cosine --warmup 0.2 --dropout 0.3 --save-steps 2".split())
 
 
 def interrupt() -> None:

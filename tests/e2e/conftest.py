@@ -1,0 +1,70 @@
+"""The installed command on the real 135M model: one folder and one cache for the whole session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = Path(sys.executable).with_name("stackctl")
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A working directory, an empty home, and the command as it is installed."""
+
+    folder: Path
+    home: Path
+
+    def __call__(self, *arguments: object, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        environment |= {"HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [COMMAND, *map(str, arguments)],
+            cwd=self.folder,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        said = f"stackctl {' '.join(map(str, arguments))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code, said
+        assert "Traceback" not in done.stderr, said
+        return done
+
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        """The one document that a command puts on stdout."""
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A registry with the base ``smollm2``, converted once."""
+    root = tmp_path_factory.mktemp("e2e")
+    found = Place(root / "my project", root / "home")
+    found.folder.mkdir()
+    found.home.mkdir()
+    found("init")
+    base = found.json("base", "add", "smollm2")
+    assert base["name"] == "smollm2"
+    assert Path(base["path"]).is_relative_to(found.home)
+    return found
+
+
+@pytest.fixture(scope="session")
+def path(place: Place) -> Place:
+    """style trained for a few steps, instruct on it, and both composed as ``storyteller``."""
+    quick = ("--max-steps", "6", "--batch-size", "2", "--learning-rate", "1e-3", "--max-length", "160")
+    place("train", "style", "--data", EXAMPLES / "style.jsonl", *quick)
+    place("train", "instruct", "--on", "style", "--data", EXAMPLES / "instruct.jsonl", *quick)
+    place("compose", "style+instruct", "--name", "storyteller")
+    return place

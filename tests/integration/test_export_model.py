@@ -1,0 +1,129 @@
+"""A stack summed into its base: transformers loads it and gets what raw PEFT with all members live gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"target_modules": ["q_proj", "embed_tokens"]},
+    "gemma": {"target_modules": ["down_proj", "lm_head"]},
+    "qwen2": {},
+    "gpt2": {},
+    "phi3": {},
+    "neox": {},
+    "mixtral": {"target_modules": ["q_proj", "o_proj"]},
+}
+
+
+def export(h: Any, what: str, *options: object, code: int = 0) -> Any:
+    return h.run("export", what, "--format", "model", "--out", h.folder / "out", *options, "--json", code=code)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_gets_the_whole_stack(house: Any, name: str) -> None:
+    h = house(name)
+    h.add("style", seed=1, **CASES[name])
+    h.add("instruct", seed=2, r=3, lora_alpha=5, use_rslora=True, **CASES[name])
+    report = export(h, "style:0.5+instruct:-0.7").json
+    model = oracle.load_plain(h.folder / "out", torch.float64)
+    wanted = h.live(("style", 0.5), ("instruct", -0.7))
+    assert oracle.relative(oracle.logits(model), wanted, h.live()) < 1e-5
+    assert report["exact"] is True
+    assert report["max_relative_error"] < 1e-5
+
+
+def test_tied_embeddings_stay_tied_unless_one_is_touched(house: Any) -> None:
+    h = house("tied")
+    h.add("plain", seed=1, target_modules=["q_proj"])
+    export(h, "plain")
+    assert AutoConfig.from_pretrained(h.folder / "out").tie_word_embeddings is True
+    h.add("embedding", seed=2, target_modules=["embed_tokens"])
+    h.run("export", "embedding", "--format", "model", "--out", h.folder / "untied")
+    assert AutoConfig.from_pretrained(h.folder / "untied").tie_word_embeddings is False
+
+
+def test_shards_stay_shards(house: Any, models: Any, tmp_path: Path) -> None:
+    h = house("llama")
+    model = oracle.load_plain(models("llama"))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(models("llama")).save_pretrained(tmp_path / "sharded")
+    h.run("base", "add", "sharded", tmp_path / "sharded")
+    path = h.add("style", seed=1)
+    h.run("add", "other", path, "--base", "sharded")
+    export(h, "other")
+    written = sorted(p.name for p in (h.folder / "out").glob("*.safetensors"))
+    assert written == sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(written) > 2
+    again = oracle.load_plain(h.folder / "out", torch.float64)
+    assert oracle.relative(oracle.logits(again), h.live(("style", 1.0)), h.live()) < 1e-5
+
+
+def test_tokenizer_and_configuration_come_along_and_no_pickle(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1)
+    export(h, "style")
+    tokenizer = AutoTokenizer.from_pretrained(h.folder / "out")
+    assert tokenizer.chat_template
+    assert (h.folder / "out" / "generation_config.json").is_file()
+    assert not [*(h.folder / "out").glob("adapter_*")]
+
+
+def test_half_precision_is_rounded_once_and_the_loss_is_told(house: Any) -> None:
+    """Every weight is the exact sum's nearest neighbour, and the reported error is the one measured here."""
+    h = house("llama")
+    h.add("style", seed=1, scale=0.02)
+    h.add("instruct", seed=2, scale=0.02)
+    report = export(h, "style+instruct", "--dtype", "bfloat16").json
+    written = load_file(h.folder / "out" / "model.safetensors")
+    base = load_file(h.base / "model.safetensors")
+    worst = 0.0
+    for plan in h.plan("style+instruct").modules.values():
+        delta = oracle.exact_delta([(h.paths["style"], 1.0), (h.paths["instruct"], 1.0)], plan.name)
+        name = f"{plan.name}.weight"
+        assert torch.equal(written[name], (base[name].double() + delta).float().bfloat16()) or (
+            (written[name].double() - base[name].double() - delta).abs().max() <= 2**-8 * base[name].abs().max()
+        )
+        worst = max(worst, float((written[name].double() - base[name].double() - delta).norm() / delta.norm()))
+    assert report["max_relative_error"] == pytest.approx(worst, rel=1e-3)
+    assert json.loads((h.folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_saved_modules_replace_the_base_s_own(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    h.add("instruct", seed=2, target_modules=["v_proj"])
+    export(h, "style+instruct")
+    model = oracle.load_plain(h.folder / "out", torch.float64)
+    wanted = h.live(("style", 1.0), ("instruct", 1.0))
+    assert oracle.relative(oracle.logits(model), wanted, h.live()) < 1e-5
+
+
+def test_values_that_are_no_numbers_leave_nothing_behind(house: Any) -> None:
+    h = house("llama")
+    path = h.add("style", seed=1)
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    h.run("add", "broken", path)
+    export(h, "broken", code=5)
+    assert not (h.folder / "out").exists()
+    assert not [*h.folder.glob(".tmp-*")]
+
+
+def test_an_existing_folder_is_not_touched(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1)
+    (h.folder / "out").mkdir()
+    (h.folder / "out" / "mine.txt").write_text("mine")
+    export(h, "style", code=2)
+    assert [p.name for p in (h.folder / "out").iterdir()] == ["mine.txt"]

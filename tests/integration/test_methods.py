@@ -1,0 +1,133 @@
+"""Methods beside the exact sum: what is folded, written and reported is what the method makes, measured here again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file
+
+METHODS = {
+    "svd": ("--rank", "3"),
+    "ties": ("--density", "0.4"),
+    "dare_linear": ("--density", "0.6", "--seed", "7"),
+    "dare_ties": ("--density", "0.6"),
+    "magnitude_prune": ("--density", "0.5"),
+}
+
+
+@pytest.fixture
+def pair(house: Any) -> Any:
+    h = house("llama")
+    h.add("style", seed=1)
+    h.add("instruct", seed=2, r=3, use_rslora=True)
+    return h
+
+
+def folded_deltas(h: Any, what: str) -> dict[str, torch.Tensor]:
+    """What folding a stack added to each module's weight, in float64, measured on the weights themselves."""
+    stacked = h.load()
+    before = {name: p.double().clone() for name, p in stacked.model.named_parameters()}
+    plan = h.plan(what)
+    stacked.use(plan)
+    return {
+        name: stacked.model.get_parameter(f"{name}.weight").double() - before[f"{name}.weight"] for name in plan.modules
+    }
+
+
+def overall(h: Any, deltas: dict[str, torch.Tensor]) -> float:
+    """‖made - sum‖ / ‖sum‖ over all modules, against float64 sums straight from the files."""
+    lost = total = 0.0
+    for name, made in deltas.items():
+        exact = oracle.exact_delta([(h.paths["style"], 1.0), (h.paths["instruct"], 1.0)], name)
+        lost, total = lost + float((made - exact).square().sum()), total + float(exact.square().sum())
+    return (lost / total) ** 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_that_is_reported_is_the_one_of_the_folded_weights(pair: Any, method: str) -> None:
+    report = pair.run("compose", "style+instruct", "--name", "s", "--method", method, *METHODS[method], "--json").json
+    assert report["exact"] is False
+    assert report["method"] == method
+    assert report["relative_error"] > 0.01
+    assert overall(pair, folded_deltas(pair, "s")) == pytest.approx(report["relative_error"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_random_method_is_repeatable_and_switching_restores_the_base(pair: Any, method: str) -> None:
+    pair.run("compose", "style+instruct", "--name", "s", "--method", method, *METHODS[method])
+    stacked = pair.load()
+    bare = pair.logits(stacked, "base")
+    first = pair.logits(stacked, "s")
+    assert torch.equal(pair.logits(stacked, "base"), bare)
+    assert torch.equal(pair.logits(stacked, "s"), first)
+    assert not torch.equal(first, bare)
+
+
+def test_svd_of_the_full_rank_is_the_sum(pair: Any) -> None:
+    report = pair.run("compose", "style+instruct", "--name", "s", "--method", "svd", "--rank", "64", "--json").json
+    assert report["relative_error"] < 1e-5
+    stacked = pair.load()
+    error = oracle.relative(pair.logits(stacked, "s"), pair.live(("style", 1.0), ("instruct", 1.0)), pair.live())
+    assert error < 1e-5
+
+
+def test_the_automatic_rank_keeps_every_module_within_tolerance(pair: Any) -> None:
+    options = ("--method", "svd", "--rank", "auto", "--tolerance", "0.3")
+    report = pair.run("compose", "style+instruct", "--name", "s", *options, "--json").json
+    assert report["worst_relative_error"] <= 0.3
+    assert report["rank"] < 7
+    written = pair.run("export", "s", "--out", pair.folder / "out", "--json").json
+    assert written["rank"] == report["rank"]
+    assert written["max_relative_error"] == pytest.approx(report["worst_relative_error"], rel=1e-3)
+    ranks = {
+        t.shape[0] for n, t in load_file(pair.folder / "out" / "adapter_model.safetensors").items() if "lora_A" in n
+    }
+    assert max(ranks) == report["rank"]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+def test_a_full_matrix_is_written_at_the_rank_that_was_planned(pair: Any, method: str) -> None:
+    pair.run("compose", "style+instruct", "--name", "s", "--method", method, "--density", "0.5", "--rank", "5")
+    report = pair.run("export", "s", "--out", pair.folder / "out", "--json").json
+    assert report["rank"] == 5
+    assert report["exact"] is False
+    worst = 0.0
+    tensors = load_file(pair.folder / "out" / "adapter_model.safetensors")
+    for name in pair.plan("s").modules:
+        exact = oracle.exact_delta([(pair.paths["style"], 1.0), (pair.paths["instruct"], 1.0)], name)
+        key = f"base_model.model.{name}"
+        made = tensors[f"{key}.lora_B.weight"].double() @ tensors[f"{key}.lora_A.weight"].double()
+        worst = max(worst, float((made - exact).norm() / exact.norm()))
+    assert report["max_relative_error"] == pytest.approx(worst, rel=1e-3)
+
+
+def test_a_stack_that_is_no_sum_is_no_term_and_no_foundation(pair: Any) -> None:
+    pair.run("compose", "style+instruct", "--name", "s", "--method", "ties")
+    pair.run("inspect", "s:0.5", code=4)
+    pair.run("train", "more", "--on", "s", "--data", pair.data(), code=4)
+
+
+def test_the_norms_that_inspect_shows_are_those_of_the_deltas(pair: Any) -> None:
+    shown = pair.run("inspect", "style:0.5+instruct:-2", "--weights", "--json").json["weights"]
+    assert len(shown) == len(pair.plan("style").modules)
+    for row in shown:
+        parts = [(pair.paths["style"], 0.5), (pair.paths["instruct"], -2.0)]
+        both = oracle.exact_delta(parts, row["module"])
+        style = oracle.exact_delta(parts[:1], row["module"])
+        assert row["norm"] == pytest.approx(float(both.norm()), rel=1e-5)
+        assert row["members"]["style@1"] == pytest.approx(float(style.norm()), rel=1e-5)
+
+
+def test_export_then_inspect_is_the_same_plan(pair: Any, tmp_path: Path) -> None:
+    """Written, read back and planned again: the same modules, and the sum of the ranks."""
+    pair.run("export", "style+instruct", "--out", tmp_path / "out")
+    pair.run("add", "both", tmp_path / "out")
+    one, two = pair.plan("both"), pair.plan("style+instruct")
+    assert {n: (m.shape, m.rank) for n, m in one.modules.items()} == {
+        n: (m.shape, m.rank) for n, m in two.modules.items()
+    }
+    assert not one.problems

@@ -1,0 +1,119 @@
+"""Commands that look and do not compute start no tensor library. Each runs as ``python -m stackctl`` would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+from checkpoints import make_registry, register, write_checkpoint
+
+from stackctl import files
+from stackctl.registry import Registry
+from stackctl.schema import DataSource, TrainSettings
+
+HEAVY = {
+    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "safetensors", "tokenizers",
+    "torch", "transformers",
+}  # fmt: skip
+PROGRAM = """
+import sys
+from stackctl.cli import main
+try:
+    main()
+except SystemExit as ended:
+    code = ended.code
+print(*sys.modules, file=open("modules", "w"))
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def shelf(tmp_path) -> Registry:
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style", seed=1)
+    register(registry, "instruct", ["style@1"], seed=2)
+    return registry
+
+
+def light(folder, *arguments, code=0, environment=None):
+    """Run a command in a process of its own; nothing heavy may be loaded when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    loaded = {name.partition(".")[0] for name in (folder / "modules").read_text().split()}
+    assert not loaded & HEAVY
+    assert "stackctl.cli" in (folder / "modules").read_text().split()
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (), ("--help",), ("--version",), ("base",), ("train", "--help"), ("generate", "--help"), ("ls",),
+        ("ls", "--json"), ("base", "ls"), ("compose", "style+instruct", "--dry-run"),
+        ("compose", "style+instruct", "--json"),
+        ("inspect", "instruct"), ("inspect", "style:0.5+instruct", "--json"), ("inspect", "tiny"),
+        ("inspect", "./checkpoint"),
+        ("inspect", "style", "--verify"), ("rm", "instruct@1"), ("add", "more", "checkpoint"), ("verify", "--help"),
+        ("init", "elsewhere"), ("push", "--help"), ("pull", "--help"), ("export", "--help"), ("demo", "--help"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_light_commands_load_nothing_heavy(shelf, tmp_path, arguments):
+    write_checkpoint(tmp_path / "checkpoint")
+    light(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("nosuch",), 2), (("train", "x", "--rank", "no"), 2), (("generate", "nosuch", "-p", "x"), 3), (("train",), 2),
+        (("eval", "style", "--data", "nosuch.jsonl", "--device", "abacus"), 2), (("train", "x", "--on", "nosuch"), 3),
+        (("inspect", "style@9"), 3), (("export", "nosuch"), 3), (("verify",), 5), (("base", "add", "base"), 2),
+        (("compare", "style", "nosuch", "-p", "x"), 3), (("train", "x", "--data", "nosuch.jsonl"), 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_heavy_is_loaded(shelf, tmp_path, arguments, code):
+    light(tmp_path, *arguments, code=code)
+
+
+def test_an_up_to_date_recipe_loads_nothing_heavy(shelf, tmp_path):
+    data = tmp_path / "style.jsonl"
+    data.write_text('{"text": "x"}\n')
+    adapter = shelf.find_adapter("style")
+    trained = msgspec.structs.replace(
+        adapter.newest(),
+        settings=msgspec.to_builtins(TrainSettings(rank=2)),
+        data=DataSource(path="style.jsonl", sha256=files.sha256_file(data), records=1, format="text"),
+    )
+    shelf._write(msgspec.structs.replace(adapter, versions=[trained]))
+    recipe = "base: tiny\ntrain: {style: {data: style.jsonl, rank: 2}}\nstacks: {solo: style}\n"
+    (tmp_path / "stackctl.yaml").write_text(recipe)
+    assert [step["why"] for step in json.loads(light(tmp_path, "train", "--json", "--dry-run"))["plan"]] == [
+        None,
+        "not composed yet",
+    ]
+    light(tmp_path, "train")  # composing needs no tensors either
+    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in shelf.root.rglob("*")}
+    assert light(tmp_path, "train") == "up to date\n"
+    after = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in shelf.root.rglob("*")}
+    assert after == before
+
+
+@pytest.mark.parametrize("words", ["inspect st", "train x --on st", "compose instruct+st", "eval base st"])
+def test_completion_offers_names_and_loads_nothing_heavy(shelf, tmp_path, words, monkeypatch):
+    monkeypatch.setenv("_STACKCTL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"stackctl {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    offered = light(tmp_path, code=0)
+    assert "style" in offered

@@ -1,0 +1,50 @@
+"""The table of methods: every one has its function, and takes just its options."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import stackctl
+from stackctl.errors import Usage
+from stackctl.methods import METHODS, check_method
+from stackctl.schema import MethodOptions
+
+
+def test_every_method_names_a_function_of_the_algebra() -> None:
+    """Read as text, because the algebra needs torch and the table must not."""
+    algebra = Path(stackctl.__file__).parent / "engine" / "algebra.py"
+    defined = {node.name for node in ast.parse(algebra.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert {method.function for method in METHODS.values()} <= defined
+
+
+def test_options_are_filled_in_with_their_defaults() -> None:
+    assert check_method("sum", MethodOptions()) == MethodOptions()
+    assert check_method("ties", MethodOptions()) == MethodOptions(density=0.5)
+    assert check_method("dare_ties", MethodOptions(density=0.2)) == MethodOptions(density=0.2, seed=0)
+    assert check_method("svd", MethodOptions(rank="auto", tolerance=0.01)) == MethodOptions(rank="auto", tolerance=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tise", MethodOptions()),
+        ("sum", MethodOptions(rank=4)),
+        ("ties", MethodOptions(seed=1)),
+        ("svd", MethodOptions()),
+        ("svd", MethodOptions(rank="auto")),
+        ("svd", MethodOptions(rank=4, tolerance=0.1)),
+        ("svd", MethodOptions(rank=4, density=0.1)),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(method: str, options: MethodOptions) -> None:
+    with pytest.raises(Usage):
+        check_method(method, options)
+
+
+def test_a_mistyped_method_names_the_nearest() -> None:
+    with pytest.raises(Usage) as raised:
+        check_method("tise", MethodOptions())
+    assert "ties" in str(raised.value.hint)

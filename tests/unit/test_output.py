@@ -1,0 +1,143 @@
+"""The only printer: who gets what on which stream."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from stackctl.errors import (
+    Failed,
+    HubFailure,
+    Incompatible,
+    Interrupted,
+    NotFound,
+    StackctlError,
+    Usage,
+    VerificationFailed,
+)
+from stackctl.output import Output, Result, console, track_stderr
+
+RESULT = Result({"name": "灯", "loss": 1.5}, "brief", "screen", notes=("mind this",))
+ERRORS = [Failed, Usage, NotFound, Incompatible, VerificationFailed, HubFailure, Interrupted, StackctlError]
+
+
+def test_a_person_gets_the_screen_and_the_notes(capsys):
+    Output().emit(RESULT)
+    assert capsys.readouterr() == ("screen\n", "note: mind this\n")
+
+
+def test_a_program_gets_one_document_that_begins_with_its_schema(capsys):
+    Output(json_mode=True).emit(RESULT)
+    out, err = capsys.readouterr()
+    assert out == '{"schema": 1, "name": "灯", "loss": 1.5}\n'
+    assert err == "note: mind this\n"
+
+
+def test_quiet_prints_the_brief_alone(capsys):
+    Output(quiet=True).emit(RESULT)
+    assert capsys.readouterr() == ("brief\n", "")
+    Output(quiet=True).emit(Result({}, "", "screen"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_wins_over_quiet(capsys):
+    Output(json_mode=True, quiet=True).emit(RESULT)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["name"] == "灯"
+    assert err == ""
+
+
+def test_a_number_that_json_does_not_know_is_never_printed(capsys):
+    with pytest.raises(ValueError):
+        Output(json_mode=True).emit(Result({"loss": float("nan")}, ""))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_screen_may_be_drawn(capsys):
+    from stackctl.tables import table
+
+    Output().emit(Result({}, "", lambda: table(["stack", "loss"], [["a[b]c", 1.5], [":smile:", 2]], "title")))
+    out = capsys.readouterr().out
+    assert "a[b]c" in out
+    assert ":smile:" in out
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("hint", [None, "do\n that"])
+def test_an_error_is_two_lines_and_with_json_a_document(capsys, kind, hint):
+    Output().error(kind("it  is\nwrong", hint=hint))
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()
+    assert first == "error: it is wrong"
+    assert second.startswith("hint: ")
+    assert len(second) > len("hint: ")
+    Output(json_mode=True).error(kind("it  is\nwrong", hint=hint))
+    out, again = capsys.readouterr()
+    assert again == err
+    document = json.loads(out)
+    assert document["schema"] == 1
+    assert document["error"]["code"] == kind.code
+    assert document["error"]["message"] == "it  is\nwrong"
+    assert document["error"]["hint"]
+
+
+def test_exit_codes_are_those_of_the_contract():
+    assert [kind.exit_code for kind in ERRORS] == [1, 2, 3, 4, 5, 6, 130, 1]
+    assert len({kind.code for kind in ERRORS[:-1]}) == 7
+
+
+@pytest.mark.parametrize("left", ["50%|#####     |", "\r50%", "done\n", ""])
+def test_an_error_starts_a_line_wherever_a_progress_bar_left_the_cursor(monkeypatch, left):
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    track_stderr()
+    sys.stderr.write(left)
+    Output().error(Failed("cut", hint="again"))
+    assert "error: cut" in written.getvalue().splitlines()
+    assert "\n\n" not in written.getvalue()
+
+
+def test_tracking_twice_is_tracking_once(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    track_stderr()
+    tracked = sys.stderr
+    track_stderr()
+    assert sys.stderr is tracked
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("no_color", ["1", ""])
+def test_no_color_leaves_no_escape_on_a_terminal(monkeypatch, no_color):
+    from rich.text import Text
+
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = Terminal()
+    console(screen).print(Text("bold", style="bold red"))
+    monkeypatch.setattr(sys, "stderr", screen)
+    Output().error(Failed("x", hint="y"))
+    assert ("\x1b[" in screen.getvalue()) is not bool(no_color)
+
+
+def test_what_is_piped_is_not_cut(monkeypatch):
+    from stackctl.tables import table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    pipe = io.StringIO()
+    console(pipe).print(table(["path"], [["x" * 150]]))
+    assert "x" * 150 in pipe.getvalue()
+    assert "\x1b" not in pipe.getvalue()
+
+
+def test_progress_draws_nothing_where_there_is_no_terminal(capsys):
+    with Output().progress() as progress:
+        progress.advance(progress.add_task("x", total=1))
+    assert capsys.readouterr() == ("", "")
