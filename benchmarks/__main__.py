@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "export", "training", "generation")
+NAMES = ("startup", "export")
 
 
 def main() -> None:

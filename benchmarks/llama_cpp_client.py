@@ -7,26 +7,26 @@
 Two random adapters of unlike ranks are stacked and exported. llama.cpp runs the GGUF base with the exported adapter,
 transformers the base in float32 with the stack folded into its weights. What is shown is the largest difference of
 any probability of a next token, over several prompts: of the two bases alone, which is what the client's own
-arithmetic costs (a quantised base is multiplied with activations in eight bits); of the two with the stack, which is
-the proof; and two tests of that test, which must be far off: llama.cpp without the adapter, and, where q and k are
-permuted, with an adapter whose rows were left in Transformers' order.
+arithmetic costs; of the two with the stack, which is the proof; and two tests of that test, which must be far off:
+llama.cpp without the adapter, and, where q and k are permuted, with an adapter whose rows were left in Transformers'
+order. A quantised base is multiplied with activations in eight bits, so that it is also run dequantised to float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gguf as gguf_format
 import torch
 
-from stackctl.bases import embedded_gguf
+from stackctl.bases import EMBEDDED_NAME, embedded_gguf
 from stackctl.checkpoint import read_checkpoint
 from stackctl.engine.bases import base_folder, make_base
 from stackctl.engine.gguf import export_gguf
@@ -36,7 +36,7 @@ from stackctl.registry import Registry, init_registry
 from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny import random_adapter  # noqa: E402
+from tiny import random_adapter
 
 PROMPTS = (
     "The capital of France is",
@@ -59,10 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a model's folder as transformers loads it")
     parser.add_argument("--gguf", type=Path, help="the same model in GGUF, as llama.cpp's converter wrote it")
-    parser.add_argument("--scale", type=float, default=0.012, help="size of the random factors")
+    parser.add_argument("--scale", type=float, default=0.03, help="size of the random factors")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="precision of the adapter")
-    parser.add_argument("--targets", default="all-linear", help="modules to adapt, joined by ','")
-    asked = parser.parse_args([] if sys.argv[0].endswith("__main__.py") else None)
+    parser.add_argument("--targets", help="modules to adapt, joined by ','; every linear one if left out")
+    asked = parser.parse_args()
     if (asked.base is None) != (asked.gguf is None):
         parser.error("--base and --gguf belong together")
     with tempfile.TemporaryDirectory() as folder:
@@ -72,45 +72,73 @@ def main() -> None:
 def compare(asked: argparse.Namespace, folder: Path) -> None:
     init_registry(folder)
     registry = Registry(folder)
-    base_gguf = asked.gguf or embedded_gguf()
-    base = make_base("smollm2" if asked.base is None else "base", asked.base and str(asked.base), None, registry, print)
+    gguf = asked.gguf or embedded_gguf()
+    base = make_base("base" if asked.base else EMBEDDED_NAME, asked.base and str(asked.base), None, registry, print)
     path = base_folder(base, registry, print)
-    targets = asked.targets.split(",") if "," in asked.targets else asked.targets
-    settings = {"scale": asked.scale, "target_modules": targets if asked.targets == "all-linear" else asked.targets.split(",")}
-    members = [
-        PlanMember("style@1", 1.0, read_checkpoint(random_adapter(path, folder / "style", seed=1, r=8, **settings))),
-        PlanMember(
-            "instruct@1",
-            0.8,
-            read_checkpoint(
-                random_adapter(path, folder / "instruct", seed=2, r=4, lora_alpha=6, use_rslora=True, scale=asked.scale)
-            ),
-        ),
-    ]
-    members = [PlanMember(m.label, m.weight, m.checkpoint, m.label.partition("@")[0]) for m in members]
-    plan = plan_stack(base, members).check()
-    adapter = export(plan, path, folder / "right", asked.dtype, base_gguf)
+    plan = plan_stack(base, members(path, folder, asked)).check()
+    adapter = export(plan, path, folder / "right", asked.dtype, gguf)
 
     stacked = load_base(base, registry, dtype="float32", device="cpu")
     prompts = [stacked.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     plain = transformers_answers(stacked, prompts)
     stacked.use(plan)
     folded = transformers_answers(stacked, prompts)
+    print(f"\n{base.architecture} with {plan.expression} of rank {plan.rank} in {asked.dtype}")
+    for who, answers in {"the base": plain, "the stack": folded}.items():
+        print(f"  {who} in transformers: {stacked.tokenizer.decode(answers.texts[1])!r}")
 
-    bare, served = llama_answers(base_gguf, None, prompts), llama_answers(base_gguf, adapter, prompts)
-    print(f"\n{base.architecture} as {base_gguf.name}, {plan.expression}, rank {plan.rank}, {asked.dtype}")
-    print("largest difference of a next token's probability; agreement of the greedy text's tokens")
-    show("the base alone, in both", bare, plain)
-    show("the stack: llama.cpp + adapter, transformers folded", served, folded)
-    show("not the same: llama.cpp without the adapter", bare, folded)
-    if GGUF_ARCHITECTURES[base.architecture].permuted:
-        wrong = GgufArchitecture(GGUF_ARCHITECTURES[base.architecture].name)
-        with mock.patch.dict(GGUF_ARCHITECTURES, {base.architecture: wrong}):
-            unpermuted = export(plan, path, folder / "wrong", asked.dtype, base_gguf)
-        show("not the same: q and k not permuted", llama_answers(base_gguf, unpermuted, prompts), folded)
-    print(f"transformers: {stacked.tokenizer.decode(folded.texts[1])!r}")
-    print(f"llama.cpp:    {stacked.tokenizer.decode(served.texts[1])!r}")
-    print(f"base alone:   {stacked.tokenizer.decode(plain.texts[1])!r}")
+    for file in (gguf, *dequantised(gguf, folder)):
+        print(f"{file.name:<56} largest difference of a probability, greedy tokens alike")
+        served = llama_answers(file, adapter, prompts)
+        bare = llama_answers(file, None, prompts)
+        show("the base alone, llama.cpp and transformers", bare, plain)
+        show("the stack, llama.cpp + adapter and transformers folded", served, folded)
+        show("(test of the test) llama.cpp without the adapter", bare, folded)
+        if GGUF_ARCHITECTURES[base.architecture].permuted:
+            out = folder / f"unpermuted-{file.stem}"
+            with mock.patch.dict(GGUF_ARCHITECTURES, {base.architecture: unpermuted(base.architecture)}):
+                wrong = export(plan, path, out, asked.dtype, file)
+            show("(test of the test) q and k not permuted", llama_answers(file, wrong, prompts), folded)
+        print(f"  the stack in llama.cpp: {stacked.tokenizer.decode(served.texts[1])!r}", flush=True)
+
+
+def unpermuted(architecture: str) -> GgufArchitecture:
+    return GgufArchitecture(GGUF_ARCHITECTURES[architecture].name)
+
+
+def dequantised(path: Path, folder: Path) -> list[Path]:
+    """The same model with every tensor in float32, where llama.cpp rounds no activations; none if it is that already."""
+    reader = gguf_format.GGUFReader(path)
+    if all(tensor.tensor_type == gguf_format.GGMLQuantizationType.F32 for tensor in reader.tensors):
+        return []
+    out = folder / f"{path.stem} in float32.gguf"
+    writer = gguf_format.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    writer.add_file_type(gguf_format.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf_format.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return [out]
+
+
+def members(base: Path, folder: Path, asked: argparse.Namespace) -> list[PlanMember]:
+    """Two adapters of unlike ranks and scalings, one with rsLoRA, the second on some of the first one's modules."""
+    targets = asked.targets.split(",") if asked.targets else "all-linear"
+    style = random_adapter(base, folder / "style", seed=1, r=8, scale=asked.scale, target_modules=targets)
+    instruct = random_adapter(
+        base, folder / "instruct", seed=2, r=4, lora_alpha=6, use_rslora=True, scale=asked.scale,
+        target_modules=targets if isinstance(targets, str) else targets[:-1] or targets,
+    )  # fmt: skip
+    return [
+        PlanMember("style@1", 1.0, read_checkpoint(style), "style"),
+        PlanMember("instruct@1", 0.8, read_checkpoint(instruct), "instruct"),
+    ]
 
 
 def export(plan: StackPlan, base: Path, out: Path, dtype: str, base_gguf: Path) -> Path:
@@ -124,58 +152,58 @@ def show(what: str, found: Answers, wanted: Answers) -> None:
         for ours, right in zip(found.probabilities, wanted.probabilities, strict=True)
         for token, probability in ours.items()
     )
-    same = total = 0
+    alike = 0
     for ours, theirs in zip(found.texts, wanted.texts, strict=True):
-        length = max(len(ours), len(theirs))
-        agreeing = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-        same, total = same + agreeing, total + length
-    print(f"  {what:<54} {gap:10.6f}   {same}/{total}")
+        alike += next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), NEW_TOKENS)
+    print(f"  {what:<54} {gap:9.6f}   {alike}/{NEW_TOKENS * len(PROMPTS)}", flush=True)
 
 
 def transformers_answers(stacked: StackedModel, prompts: list[list[int]]) -> Answers:
-    """All probabilities, in float64 from float32 logits, and greedy text by repeated argmax."""
+    """All probabilities of the next token, from float32 logits, and greedy tokens."""
     answers = Answers([], [])
     with torch.no_grad():
         for prompt in prompts:
-            tokens = list(prompt)
-            logits = stacked.model(input_ids=torch.tensor([tokens])).logits[0, -1].double()
-            answers.probabilities.append(dict(enumerate(logits.softmax(-1).tolist())))
-            for _ in range(NEW_TOKENS):
-                tokens.append(int(stacked.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-            answers.texts.append(tokens[len(prompt) :])
+            output = stacked.model(input_ids=torch.tensor([prompt]), use_cache=True)
+            answers.probabilities.append(dict(enumerate(output.logits[0, -1].double().softmax(-1).tolist())))
+            tokens = [int(output.logits[0, -1].argmax())]
+            while len(tokens) < NEW_TOKENS:
+                last = torch.tensor([tokens[-1:]])
+                output = stacked.model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
+                tokens.append(int(output.logits[0, -1].argmax()))
+            answers.texts.append(tokens)
     return answers
 
 
 def llama_answers(base: Path, adapter: Path | None, prompts: list[list[int]]) -> Answers:
-    """What llama.cpp's server says: the likeliest tokens' probabilities before sampling, and greedy tokens."""
-    with llama_server(base, adapter) as server:
-        answers = Answers([], [])
-        for prompt in prompts:
-            request = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-            first = server.handle_completions(request | {"n_predict": 1, "n_probs": TOP})
-            likeliest = first["completion_probabilities"][0]["top_logprobs"]
-            answers.probabilities.append(
-                {entry["id"]: float(torch.tensor(entry["logprob"], dtype=torch.float64).exp()) for entry in likeliest}
-            )
-            longer = server.handle_completions(request | {"n_predict": NEW_TOKENS, "return_tokens": True})
-            answers.texts.append(longer["tokens"])
-        return answers
+    """What llama.cpp's server says: the likeliest next tokens' probabilities before sampling, and greedy tokens."""
+    server = llama_server(base, adapter)
+    answers = Answers([], [])
+    for prompt in prompts:
+        said = server.handle_completions(
+            {
+                "prompt": prompt, "n_predict": NEW_TOKENS, "n_probs": TOP, "temperature": 0, "cache_prompt": False,
+                "ignore_eos": True,
+            }
+        )  # fmt: skip
+        tokens = said["choices"][0]["logprobs"]["content"]
+        answers.probabilities.append({entry["id"]: math.exp(entry["logprob"]) for entry in tokens[0]["top_logprobs"]})
+        answers.texts.append([entry["id"] for entry in tokens])
+    return answers
 
 
-@contextlib.contextmanager
-def llama_server(base: Path, adapter: Path | None) -> Iterator[Any]:
+def llama_server(base: Path, adapter: Path | None) -> Any:
+    """llama.cpp with a base and an adapter, its cache in float32, so that only the weights differ."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(base)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 1
-    # llama.cpp keeps its cache in float16 unless it is told otherwise; here only the weights shall differ.
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
+    params.cpuparams.n_threads = torch.get_num_threads()
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
-    yield server
+    return xllamacpp.Server(params)
 
 
 if __name__ == "__main__":

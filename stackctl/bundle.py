@@ -265,7 +265,7 @@ def bundle_stack(
     Args:
         folder: where the sum may be written; it must last until the push is over.
     """
-    from stackctl.engine.export import export_peft
+    from stackctl.engine.export.peft import export_peft
 
     plan = registry.plan(stack).check()
     out = folder / "sum"
@@ -312,7 +312,7 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
     created = stored.created if stored else max(m.version.created for m in stack.members)
     entry = Stack(
         name=name, base=_base_name(registry.weights_path(stack.members[0].version), stack.base),
-        fingerprint=stack.base.fingerprint, members=[], created=created,
+        fingerprint=stack.base.fingerprint, method=stack.method, options=stack.options, members=[], created=created,
     )  # fmt: skip
     rows = [
         {"adapter": m.adapter.name, "version": m.version.version, "digest": m.version.digest, "weight": m.weight}

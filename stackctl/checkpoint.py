@@ -337,3 +337,26 @@ def describe_lora(config: dict[str, Any]) -> Lora:
     """The part of a PEFT configuration that a registry entry repeats."""
     known = {name: config[name] for name in Lora.__struct_fields__ if config.get(name) is not None}
     return msgspec.convert(known, Lora, strict=False)
+
+
+def plain_lora_config(ranks: dict[str, int]) -> dict[str, Any]:
+    """PEFT's configuration of one plain LoRA with these ranks: alpha = rank on every module, so that scaling is one.
+
+    No rsLoRA, no DoRA, no bias, no dropout: what every reader of PEFT's format understands alike.
+    """
+    rank = max(ranks.values(), default=1)
+    other = {re.escape(name): value for name, value in ranks.items() if value != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+    }

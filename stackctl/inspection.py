@@ -42,10 +42,10 @@ def base_info(base: Base) -> dict[str, Any]:
 
 def checkpoint_info(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint says of itself."""
-    plan = plan_stack(None, [PlanMember(checkpoint.path.name, 1.0, checkpoint)])
+    plan = plan_stack(None, [PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)])
     info: dict[str, Any] = {
         "kind": "checkpoint",
-        "path": str(checkpoint.path.absolute()),
+        "path": str(checkpoint.path.resolve()),
         "digest": checkpoint.digest(),
         "base": checkpoint.config.get("base_model_name_or_path"),
         "parameters": checkpoint.parameters,

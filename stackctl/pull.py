@@ -177,7 +177,8 @@ class _Pull:
             members.append(ResolvedMember(found.adapter, found.version, member.weight))
         own = self.registry.base(members[0].version.base)
         entry = Stack(
-            name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, created=recipe.created,
+            name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, options=recipe.options,
+            created=recipe.created,
             members=[
                 Member(adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight)
                 for m in members

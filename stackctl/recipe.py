@@ -234,4 +234,6 @@ def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None
         return "not composed yet"
     wanted = [(m.adapter.name, m.version.version, m.version.digest, m.weight) for m in resolved.members]
     same = wanted == [(m.adapter, m.version, m.digest, m.weight) for m in stack.members]
+    if stack.method != resolved.method:
+        return f"composed by {stack.method}"
     return None if same and stack.fingerprint == resolved.base.fingerprint else "other members"

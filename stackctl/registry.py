@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from stackctl import files
-from stackctl.checkpoint import read_checkpoint
+from stackctl.checkpoint import adapter_digest, read_checkpoint
+from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed, did_you_mean
 from stackctl.methods import SUM, check_method
 from stackctl.names import (
@@ -48,7 +49,7 @@ from stackctl.yamlfile import Flow, format_yaml, read_yaml
 E = TypeVar("E", Base, Adapter, Stack)
 _FILE = "registry.yaml"
 _FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks"}
-_IGNORED_BY_GIT = ("weights/", "runs/", ".lock", ".tmp-*")
+_IGNORED_BY_GIT = ("weights/", "runs/", ".lock", ".tmp-*", ".digests.json")
 
 
 @dataclass(frozen=True)
@@ -380,17 +381,20 @@ class Registry:
             trained_on=tuple(version.trained_on),
         )  # fmt: skip
 
-    def check_digests(self, members: tuple[ResolvedMember, ...]) -> None:
-        """Hash every member's checkpoint and compare with what was registered.
+    def check_digests(self, members: tuple[ResolvedMember, ...], *, fresh: bool = False) -> None:
+        """Compare every member's checkpoint with what was registered; ``fresh`` hashes even files that look unchanged.
 
         Raises:
             VerificationFailed: with the names of all that changed.
         """
-        changed = [
-            member.label
-            for member in members
-            if read_checkpoint(self.weights_path(member.version)).digest() != member.version.digest
-        ]
+        cache = DigestCache(self.root)
+        changed = []
+        for member in members:
+            checkpoint = read_checkpoint(self.weights_path(member.version))
+            weights = files.sha256_file(checkpoint.weights_path) if fresh else cache.sha256(checkpoint.weights_path)
+            if adapter_digest(checkpoint.config, weights) != member.version.digest:
+                changed.append(member.label)
+        cache.save()
         if changed:
             raise VerificationFailed(
                 f"the files of {', '.join(changed)} are not the ones that were registered (digests differ)",
@@ -679,7 +683,7 @@ class Registry:
 
     def _verify_version(self, member: ResolvedMember) -> None:
         self._plan_member(member)
-        self.check_digests((member,))
+        self.check_digests((member,), fresh=True)
         base = self.base(member.version.base)
         if base.fingerprint != member.version.fingerprint:
             raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")

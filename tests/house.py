@@ -85,7 +85,7 @@ class House:
     def train(
         self, name: str, *options: object, on: str | None = None, records: list[dict[str, Any]] = CHAT, code: int = 0
     ) -> Any:
-        """Train on all records in every step, at a constant rate, unless ``options`` say otherwise; the JSON document."""
+        """The JSON of a training on all records in every step, at a constant rate, unless ``options`` say otherwise."""
         given = ["--on", on] if on else []
         plain = {
             "--rank": 4, "--alpha": 8, "--batch-size": len(records), "--scheduler": "constant", "--warmup": 0,

@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
         asked = read_prompts(prompt, prompts)
         if asked is None:
             raise Usage("no prompt was given", hint='stackctl compare base style -p "Tell me of rain."')
-        check_choices(dtype, device)
+        check_choices(dtype, device, temperature, top_p)
         stacks = resolve_all(context.registry, what, base)
         from stackctl.engine.generation import Sampling
 

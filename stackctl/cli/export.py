@@ -76,20 +76,19 @@ def _carry_out(
     context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool
 ) -> dict[str, Any]:
     """Write the files; returns rank, max_relative_error and exact."""
-    from stackctl.engine.models import quiet_libraries
-
-    quiet_libraries()
     if format_ == "peft":
-        from stackctl.engine.export import export_peft
+        from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype)
     if format_ == "gguf":
-        from stackctl.engine.export import export_gguf
+        from stackctl.engine.export.gguf import export_gguf
 
         return export_gguf(plan, out, dtype=dtype, modelfile=modelfile)
     from stackctl.engine.bases import base_folder
-    from stackctl.engine.export import export_model
+    from stackctl.engine.export.model import export_model
+    from stackctl.engine.models import quiet_libraries
 
+    quiet_libraries()
     assert plan.base is not None, "a resolved stack stands on a base"
     folder = base_folder(plan.base, context.registry, context.output.status)
     return export_model(plan, folder, out, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ RAW = Annotated[
 MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel="Generation")]
 TEMPERATURE = Annotated[
     float | None,
-    typer.Option(min=0, max=1000, help="Sample at this temperature; greedy without.", rich_help_panel="Generation"),
+    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel="Generation"),
 ]
 TOP_P = Annotated[
     float | None,
@@ -73,7 +74,7 @@ def register(app: typer.Typer) -> None:
         registry.check_digests(stack.members)
         for note in stack.notes:
             output.note(note)
-        check_choices(dtype, device)
+        check_choices(dtype, device, temperature, top_p)
         from stackctl.engine.generation import Sampling, generate
         from stackctl.engine.models import load_base
 
@@ -97,12 +98,14 @@ def register(app: typer.Typer) -> None:
         return None
 
 
-def check_choices(dtype: str, device: str) -> None:
-    """The names that --dtype and --device know.
+def check_choices(dtype: str, device: str, *numbers: float | None) -> None:
+    """The names that --dtype and --device know, and numbers that are finite (no range of an option stops ``nan``).
 
     Raises:
-        Usage: another name.
+        Usage: another name, or no finite number.
     """
+    if not all(math.isfinite(number) for number in numbers if number is not None):
+        raise Usage("--temperature and --top-p are finite numbers", hint="leave them out for the likeliest text")
     for option, value, known in (
         ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
         ("--device", device, ("auto", "cpu", "cuda", "mps")),

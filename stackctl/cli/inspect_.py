@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
+from stackctl.errors import Usage
 from stackctl.files import human_bytes
 from stackctl.inspection import (
     adapter_info,
@@ -22,7 +24,7 @@ from stackctl.inspection import (
 )
 from stackctl.names import parse_expression
 from stackctl.output import Result
-from stackctl.plan import StackPlan
+from stackctl.plan import PlanMember, StackPlan, plan_stack
 from stackctl.registry import ResolvedStack
 from stackctl.targets import lint_for
 
@@ -43,28 +45,64 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
         if what is not None and looks_like_path(what):
-            checkpoint = read_checkpoint(find_checkpoint_folder(Path(what)))
-            info = checkpoint_info(checkpoint)
-            return _result(info, lambda: _facts(info, str(checkpoint.path)))
+            return _inspect_path(Path(what), _Wishes(verify, modules, weights, target))
         registry = context.registry
         stack = registry.resolve(what, base=base)
         if not stack.members and stack.name is None:
+            if verify or modules or weights or target:
+                raise Usage("a base has no deltas to look at", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
             return _result({**info, "problems": []}, lambda: _facts(info, stack.base.name))
         plan = registry.plan(stack)
         if verify or weights:
-            registry.check_digests(stack.members)
+            registry.check_digests(stack.members, fresh=verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
-        info |= {"verified": True} if verify else {}
-        info |= {"module_table": module_table(plan)} if modules else {}
-        found = [p.json() for p in lint_for(target, plan)] if target else []
-        info |= {"for": target, "problems": [*info["problems"], *found]} if target else {}
-        if weights:
-            from stackctl.engine.norms import module_norms
-
-            info["weights"] = module_norms(plan)
+        found = _add_wishes(info, plan, _Wishes(verify, modules, weights, target))
         return _result(info, lambda: _screen(info, stack, plan, found), stack.notes)
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What is to be told beside the usual."""
+
+    verify: bool
+    modules: bool
+    weights: bool
+    target: str | None
+
+
+def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes) -> list[dict[str, Any]]:
+    """Put what was asked for into ``info``; returns what stands in the way of the target program."""
+    if wishes.verify:
+        info["verified"] = True
+    if wishes.modules:
+        info["module_table"] = module_table(plan)
+    found = [p.json() for p in lint_for(wishes.target, plan)] if wishes.target else []
+    if wishes.target:
+        info |= {"for": wishes.target, "problems": [*info["problems"], *found]}
+    if wishes.weights:
+        from stackctl.engine.norms import module_norms
+
+        info["weights"] = module_norms(plan)
+    return found
+
+
+def _inspect_path(path: Path, wishes: _Wishes) -> Result:
+    """A PEFT folder by itself, registered or not: there is no digest to compare with."""
+    if wishes.verify:
+        raise Usage("--verify compares with what was registered", hint=f"register it first: stackctl add NAME {path}")
+    checkpoint = read_checkpoint(find_checkpoint_folder(path))
+    info = checkpoint_info(checkpoint)
+    plan = plan_stack(None, [PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)])
+    found = _add_wishes(info, plan, wishes)
+
+    def screen() -> Any:
+        from rich.console import Group
+
+        return Group(_facts(info, info["path"]), *_wished(info, found))
+
+    return _result(info, screen)
 
 
 def _is_one_adapter(stack: ResolvedStack) -> bool:
@@ -80,7 +118,7 @@ def _result(info: dict[str, Any], screen: Any, notes: tuple[str, ...] = ()) -> R
 
 
 def _facts(info: dict[str, Any], title: str) -> Any:
-    hidden = {"kind", "problems", "modules", "info", "lora", "name"}
+    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for"}
     facts = {key.replace("_", " "): value for key, value in info.items() if key not in hidden}
     if "bytes" in facts:
         facts["bytes"] = human_bytes(facts["bytes"])
@@ -111,15 +149,22 @@ def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, found: 
         parts.append(
             f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
         )
+    parts += _wished(info, found)
+    if info.get("verified"):
+        parts.append("the files are the ones that were registered")
+    return Group(*parts)
+
+
+def _wished(info: dict[str, Any], found: list[dict[str, Any]]) -> list[Any]:
+    """The parts of a screen that were asked for by option."""
+    parts: list[Any] = []
     if "module_table" in info:
         parts.append(_module_screen(info["module_table"]))
     if "weights" in info:
         parts.append(_weights_screen(info["weights"]))
     if "for" in info:
         parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
-    if info.get("verified"):
-        parts.append("the files are the ones that were registered")
-    return Group(*parts)
+    return parts
 
 
 def _module_screen(rows: list[dict[str, Any]]) -> Any:

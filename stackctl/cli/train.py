@@ -199,6 +199,8 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     from stackctl.cli.progress import training_progress
     from stackctl.engine.training import train_adapter
 
+    for note in prepared.stack.notes:
+        context.output.note(note)
     with training_progress(context.output, prepared.name) as progress:
         done = train_adapter(prepared, context.registry, resume=resume, say=context.output.status, progress=progress)
     version, run = done.version, done.version.run

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl.bases import read_base_tensors
+from stackctl.checkpoint import plain_lora_config
 from stackctl.engine import algebra
 from stackctl.engine.bases import base_folder
 from stackctl.engine.combining import module_delta
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.errors import Incompatible
 from stackctl.methods import SUM
 from stackctl.plan import StackPlan
@@ -99,7 +99,7 @@ class StackedModel:
             self._fold_modules(plan, tensors)
             for replacement in plan.replacements:
                 parameter = self._parameter(replacement.parameter)
-                value = tensors.read(replacement.member, replacement.tensor)
+                value = tensors.of(replacement.member, replacement.tensor)
                 self._check_shape(replacement.parameter, parameter, value)
                 parameter.copy_(value)
                 self._touched.add(replacement.parameter)
@@ -123,11 +123,10 @@ class StackedModel:
         """Take the folded stack out: the touched weights are read from the base's files again."""
         if self._touched:
             originals = read_base_tensors(self.folder)
-            with torch.no_grad():
+            with torch.no_grad(), TensorFiles() as files:
                 for name in sorted(self._touched):
                     path, info = originals[self._name_on_disk(name, originals)]
-                    with safe_open(path, "pt") as file:
-                        self._parameter(name).copy_(file.get_tensor(info.name))
+                    self._parameter(name).copy_(files.read(path, info))
         self._touched.clear()
         if self._tied:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
@@ -206,22 +205,6 @@ LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
 
 
-def concatenated_config(ranks: dict[str, int]) -> LoraConfig:
-    """The PEFT configuration of one plain LoRA with these ranks: alpha = rank on every module, so scaling is 1."""
-    rank = max(ranks.values(), default=1)
-    patterns = {name.replace(".", r"\."): value for name, value in ranks.items() if value != rank}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(ranks),
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
 def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str = LIVE) -> None:
     """Add a whole stack to a model as one live, frozen LoRA without dropout.
 
@@ -235,7 +218,7 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint="use --frozen fold")
     target = model.base_model.model if isinstance(model, PeftModel) else model
-    config = concatenated_config({module.name: module.rank for module in plan.modules.values()})
+    config = LoraConfig(**plain_lora_config({module.name: module.rank for module in plan.modules.values()}))
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:

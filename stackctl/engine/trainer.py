@@ -203,6 +203,7 @@ class StepGuard(TrainerCallback):
         self._progress = progress
         self._started = 0.0
         self._before = 0.0
+        self._rate = 0.0
         self._previous_handler: Any = None
         self.interrupted = False
 
@@ -219,6 +220,13 @@ class StepGuard(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The rate that this step is taken with; afterwards the schedule shows the next one's."""
+        optimizer = self._trainer.optimizer
+        self._rate = float(optimizer.param_groups[0]["lr"]) if optimizer is not None else 0.0
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         counters = self._trainer.counters
         loss_sum, tokens, supervised = self._trainer.take_step_totals()
@@ -232,8 +240,7 @@ class StepGuard(TrainerCallback):
                 f"the loss of step {state.global_step} is not a finite number",
                 hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
             )
-        scheduler = self._trainer.lr_scheduler
-        rate = float(scheduler.get_last_lr()[0]) if scheduler else 0.0
+        rate = self._rate
         counters.curve.append(
             {"step": state.global_step, "loss": loss, "learning_rate": rate, "tokens": counters.tokens}
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from stackctl.jobs import PreparedJob, RunFolder, run_folder
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.plan import PlanMember, plan_stack
 from stackctl.registry import Registry, now
-from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, ModuleShape, Run
+from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, ModuleShape, Run, TrainJob
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""
@@ -126,7 +128,7 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
-    registry.check_digests(prepared.stack.members)
+    registry.check_digests(prepared.stack.members, fresh=True)
     eval_after = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
     outcome = Run(
         steps=len(counters.curve),
@@ -244,6 +246,15 @@ def _must_separate(model: PeftModel, examples: list[Example]) -> bool:
     return proofs.difference(together, apart) > _PACKING_TOLERANCE
 
 
+def _warmup_steps(job: TrainJob, rows: int) -> int:
+    """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = -(-rows // (job.batch_size * processes))
+    steps = job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
+    wanted = int(job.warmup) if job.warmup >= 1 else int(job.warmup * steps)
+    return min(wanted, steps - 1)
+
+
 def _run_trainer(
     prepared: PreparedJob,
     model: PeftModel,
@@ -263,7 +274,7 @@ def _run_trainer(
         max_steps=job.max_steps or -1,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.scheduler,
-        warmup_steps=job.warmup,
+        warmup_steps=_warmup_steps(job, len(corpus.rows)),
         weight_decay=job.weight_decay,
         seed=job.seed,
         data_seed=job.seed,

@@ -65,11 +65,11 @@ def test_compose_and_inspect(path):
 
 def test_generate_and_compare(path):
     asked = "What is the capital of Canada?"
-    found = path.json("generate", "-p", asked, "--max-new-tokens", "16")
+    found = path.json("generate", "-p", asked, "--max-new-tokens", "10")
     assert (found["stack"], found["prompt"]) == ("storyteller", asked)
     assert found["text"].strip()
     assert "<|im_" not in found["text"]
-    results = path.json("compare", "base", "style", "storyteller", "-p", asked, "--max-new-tokens", "16")["results"]
+    results = path.json("compare", "base", "style", "storyteller", "-p", asked, "--max-new-tokens", "10")["results"]
     assert [r["stack"] for r in results] == ["base", "style", "storyteller"]
     assert results[2]["text"] == found["text"]
     assert len({r["text"] for r in results}) > 1
@@ -163,7 +163,7 @@ def test_an_export_is_one_plain_adapter_that_peft_loads(path, oracle):
     out = path.folder / "exported"
     found = path.json("export", "storyteller", "--format", "peft", "--out", "exported")
     assert (found["path"], found["rank"], found["exact"]) == (str(out), 32, True)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(out)("The tide goes out.")["input_ids"]])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(base_folder(path))("The tide goes out.")["input_ids"]])
     oracle.base_model.set_adapter(["a", "b"])
     with torch.no_grad():
         wanted = oracle(input_ids=ids).logits

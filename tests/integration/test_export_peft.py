@@ -13,7 +13,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-
 ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "phi3", "neox", "mixtral"]
 
 
@@ -22,7 +21,7 @@ def export(h: Any, what: str, out: str, *options: object, code: int = 0) -> Any:
 
 
 def loaded(h: Any, folder: Path) -> Any:
-    """Plain PEFT with the exported adapter, in float64; every tensor of the file has a place, and every place a tensor."""
+    """Plain PEFT with the exported adapter, in float64; every tensor of the file has found its place."""
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), folder)
     found = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
     written = {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from stackctl import files
 from stackctl.bases import read_json, weight_files
-from stackctl.checkpoint import TensorInfo, read_header
+from stackctl.checkpoint import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.engine.combining import module_delta
-from stackctl.engine.streaming import SAFETENSORS_NAMES, TORCH_DTYPES, SafetensorsWriter
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
+from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
 from stackctl.plan import ModulePlan, Replacement, StackPlan
@@ -81,7 +79,7 @@ def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_S
     }
 
     def source(name: str, path: Path, info: TensorInfo) -> _Source:
-        is_float = info.dtype in TORCH_DTYPES
+        is_float = info.dtype in DTYPE_NAMES
         wanted = SAFETENSORS_NAMES[dtype] if dtype != "auto" and is_float else info.dtype
         return _Source(name, info, path, wanted, modules.get(name), replaced.get(name))
 
@@ -143,27 +141,21 @@ def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: l
     worst = 0.0
     layout = [(s.name, s.dtype, s.info.shape) for s in sources]
     with SafetensorsWriter(path, layout) as writer:
-        for source, weight in _read(sources):
-            wanted = TORCH_DTYPES.get(source.dtype, weight.dtype)
+        for source in sources:
+            wanted = TORCH_DTYPES[source.dtype]
             if source.replacement is not None:
-                weight = tensors.read(source.replacement.member, source.replacement.tensor)
+                weight = tensors.of(source.replacement.member, source.replacement.tensor)
+            else:
+                weight = tensors.read(source.path, source.info)
             if source.module is not None:
                 delta = module_delta(plan, source.module, tensors.factors(source.module))
                 delta = delta if source.module.type == "Linear" else delta.T  # the others store (in, out)
                 summed = (weight.float() + delta).to(wanted)
                 worst = max(worst, _lost(weight, delta, summed))
                 weight = summed
-            weight = weight.to(wanted)
-            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-                raise VerificationFailed(f"{source.name} does not fit {source.dtype}", hint="use --dtype float32")
-            writer.write(source.name, weight)
+            writer.write(source.name, weight.to(wanted))
+    writer.check()
     return worst
-
-
-def _read(sources: list[_Source]) -> Iterator[tuple[_Source, Tensor]]:
-    for source in sources:
-        with safe_open(source.path, "pt") as file:
-            yield source, file.get_tensor(source.info.name)
 
 
 def _lost(before: Tensor, delta: Tensor, after: Tensor) -> float:
