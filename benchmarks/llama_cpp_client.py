@@ -5,11 +5,12 @@
     python -m benchmarks.llama_cpp_client --base FOLDER --gguf FILE   # any model: Transformers' folder and its GGUF
 
 Two random adapters of unlike ranks are stacked and exported. llama.cpp runs the GGUF base with the exported adapter,
-transformers the base in float32 with the stack folded into its weights. What is shown is the largest difference of
-any probability of a next token, over several prompts: of the two bases alone, which is what the client's own
-arithmetic costs; of the two with the stack, which is the proof; and two tests of that test, which must be far off:
+transformers the base in float32 with the stack folded into its weights. What is shown is how far the probabilities of
+the next token are apart, of every prompt the largest difference: of the two bases alone, which is what the client's
+own arithmetic costs; of the two with the stack, which is the proof; and two tests of that test, which must be far off:
 llama.cpp without the adapter, and, where q and k are permuted, with an adapter whose rows were left in Transformers'
-order. A quantised base is multiplied with activations in eight bits, so that it is also run dequantised to float32.
+order. A quantised base is multiplied with activations in eight bits, so that it is also run dequantised to float32,
+where nothing but the adapter is left to differ.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ from tiny import random_adapter
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea, there lived an old man who",
+    "My favourite colour is",
+    "Water boils at",
+    "The cat sat on the",
+    "In 1969, the first man",
     "def fibonacci(n):\n    if n <",
     "<|im_start|>user\nWhat is a whale?<|im_end|>\n<|im_start|>assistant\n",
 )
-TOP, NEW_TOKENS = 200, 24
+TOP, NEW_TOKENS = 200, 16
 
 
 @dataclass
@@ -59,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a model's folder as transformers loads it")
     parser.add_argument("--gguf", type=Path, help="the same model in GGUF, as llama.cpp's converter wrote it")
-    parser.add_argument("--scale", type=float, default=0.03, help="size of the random factors")
+    parser.add_argument("--scale", type=float, default=0.04, help="size of the random factors")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="precision of the adapter")
     parser.add_argument("--targets", help="modules to adapt, joined by ','; every linear one if left out")
     asked = parser.parse_args()
@@ -88,7 +93,7 @@ def compare(asked: argparse.Namespace, folder: Path) -> None:
         print(f"  {who} in transformers: {stacked.tokenizer.decode(answers.texts[1])!r}")
 
     for file in (gguf, *dequantised(gguf, folder)):
-        print(f"{file.name:<56} largest difference of a probability, greedy tokens alike")
+        print(f"{file.name:<56} difference of a probability: mean and largest of {len(PROMPTS)} prompts; tokens alike")
         served = llama_answers(file, adapter, prompts)
         bare = llama_answers(file, None, prompts)
         show("the base alone, llama.cpp and transformers", bare, plain)
@@ -107,7 +112,7 @@ def unpermuted(architecture: str) -> GgufArchitecture:
 
 
 def dequantised(path: Path, folder: Path) -> list[Path]:
-    """The same model with every tensor in float32, where llama.cpp rounds no activations; none if it is that already."""
+    """The same model with every tensor in float32, where llama.cpp rounds no activations; none if they are."""
     reader = gguf_format.GGUFReader(path)
     if all(tensor.tensor_type == gguf_format.GGMLQuantizationType.F32 for tensor in reader.tensors):
         return []
@@ -147,15 +152,13 @@ def export(plan: StackPlan, base: Path, out: Path, dtype: str, base_gguf: Path) 
 
 
 def show(what: str, found: Answers, wanted: Answers) -> None:
-    gap = max(
-        abs(probability - right[token])
-        for ours, right in zip(found.probabilities, wanted.probabilities, strict=True)
-        for token, probability in ours.items()
-    )
-    alike = 0
-    for ours, theirs in zip(found.texts, wanted.texts, strict=True):
-        alike += next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), NEW_TOKENS)
-    print(f"  {what:<54} {gap:9.6f}   {alike}/{NEW_TOKENS * len(PROMPTS)}", flush=True)
+    gaps, alike = [], 0
+    for ours, theirs in zip(found.probabilities, wanted.probabilities, strict=True):
+        gaps.append(max(abs(probability - theirs[token]) for token, probability in ours.items()))
+    for said, meant in zip(found.texts, wanted.texts, strict=True):
+        alike += next((i for i, (a, b) in enumerate(zip(said, meant, strict=True)) if a != b), NEW_TOKENS)
+    total = NEW_TOKENS * len(PROMPTS)
+    print(f"  {what:<54} {sum(gaps) / len(gaps):8.5f} {max(gaps):8.5f}   {alike}/{total}", flush=True)
 
 
 def transformers_answers(stacked: StackedModel, prompts: list[list[int]]) -> Answers:
