@@ -1,4 +1,4 @@
-"""Every benchmark, or those named: ``python -m benchmarks [NAME...]``. Ratios of medians; absolute times mean nothing."""
+"""Every benchmark, or those named: ``python -m benchmarks [NAME...]``. Ratios of medians, for machines are noisy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A registry with two random adapters of an 8B model (Llama-3-8B's shapes), without the model: plans need no weights."""
+"""A registry with two random adapters of an 8B model (Llama-3-8B shapes), without the model: plans need no weights."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ import torch
 from stackctl.bases import EMBEDDED_NAME, embedded_gguf
 from stackctl.checkpoint import read_checkpoint
 from stackctl.engine.bases import base_folder, make_base
-from stackctl.engine.gguf import export_gguf
+from stackctl.engine.export.gguf import export_gguf
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.plan import PlanMember, StackPlan, plan_stack
 from stackctl.registry import Registry, init_registry

@@ -56,7 +56,13 @@ def _config(name: str) -> Any:
         return GemmaConfig(**sizes, head_dim=8, tie_word_embeddings=True)
     if name == "qwen3":
         return Qwen3Config(**sizes, head_dim=8)
-    kinds = {"llama": LlamaConfig, "tied": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "phi3": Phi3Config}
+    kinds = {
+        "llama": LlamaConfig,
+        "tied": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
+        "phi3": Phi3Config,
+    }
     return kinds[name](**sizes, tie_word_embeddings=name == "tied")
 
 

@@ -25,8 +25,7 @@ from stackctl.cli.generate import (
 from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
-from stackctl.registry import Registry, ResolvedStack
-from stackctl.resolving import resolve_all
+from stackctl.registry import Registry, ResolvedStack, resolve_all
 
 
 def register(app: typer.Typer) -> None:

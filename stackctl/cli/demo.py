@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
-        from stackctl.resolving import resolve_all
+        from stackctl.registry import resolve_all
 
         built = build_recipe(context, recipe)
         say(built.screen if isinstance(built.screen, str) else "")

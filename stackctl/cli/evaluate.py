@@ -13,8 +13,7 @@ from stackctl.cli.generate import DEVICE, DTYPE, check_choices
 from stackctl.errors import Failed, Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
-from stackctl.registry import ResolvedStack
-from stackctl.resolving import resolve_all
+from stackctl.registry import ResolvedStack, resolve_all
 
 
 def register(app: typer.Typer) -> None:

@@ -31,9 +31,9 @@ def register(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come; fetch no weights.")] = False,
     ) -> Result:
         """Register what a repo on the Hub holds, pinned to the commit; what is here already is not fetched."""
-        from stackctl.hub import parse_repo
-        from stackctl.pull import PullOptions
-        from stackctl.pull import pull as pull_repo
+        from stackctl.hub.client import parse_repo
+        from stackctl.hub.pull import PullOptions
+        from stackctl.hub.pull import pull as pull_repo
 
         registry, output = context.registry, context.output
         place, at, revision = repo.partition("@")

@@ -49,11 +49,11 @@ def register(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; send nothing.")] = False,
     ) -> Result:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
-        from stackctl.bundle import Wishes
-        from stackctl.card import Facts
-        from stackctl.hub import parse_repo
-        from stackctl.push import PushOptions
-        from stackctl.push import push as push_stack
+        from stackctl.hub.bundle import Wishes
+        from stackctl.hub.card import Facts
+        from stackctl.hub.client import parse_repo
+        from stackctl.hub.push import PushOptions
+        from stackctl.hub.push import push as push_stack
 
         registry, output = context.registry, context.output
         target = _target(registry, what, repo)
@@ -90,8 +90,8 @@ def register(app: typer.Typer) -> None:
 
 def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
     """What a push would send, as JSON shows it; asks nobody."""
-    from stackctl.bundle import Wishes
-    from stackctl.push import prepare
+    from stackctl.hub.bundle import Wishes
+    from stackctl.hub.push import prepare
 
     files = prepare(registry, registry.resolve(what), repo, Wishes())
     return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}

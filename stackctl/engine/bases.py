@@ -88,7 +88,7 @@ def _portable_path(path: Path, root: Path) -> str:
 
 
 def _download(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
-    from stackctl.hub import download_base
+    from stackctl.hub.client import download_base
 
     folder, commit = download_base(repo, revision, _HUB_FILES, say)
     return check_model_folder(folder), commit

@@ -381,7 +381,7 @@ def test_offline_a_silent_server_and_a_dry_run(
 ) -> None:
     from huggingface_hub import constants
 
-    import stackctl.hub
+    import stackctl.hub.client
 
     run("push", "style@1", "me/style", *ID)
     before = tree(there)
@@ -392,14 +392,14 @@ def test_offline_a_silent_server_and_a_dry_run(
     error = run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]
     assert error["hint"] == "HF_HUB_OFFLINE=0 stackctl pull me/style"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stackctl.hub, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 0.3)
     hub.fail("adapter_model", delay=30.0)
     assert "silent" in run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]["message"]
     assert tree(there) == before
 
 
 def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
-    from stackctl.hub import download_base
+    from stackctl.hub.client import download_base
 
     hub.repo("acme/tiny", {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"})
     folder, commit = download_base("acme/tiny", None, ["*.json", "*.safetensors"], lambda _: None)

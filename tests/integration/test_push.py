@@ -240,8 +240,8 @@ def test_a_dry_run_changes_nothing(
 
 def test_a_push_can_be_prepared_without_asking_anybody(here: Registry, hub: HubServer, monkeypatch: Any) -> None:
     """What the demo shows: the same files as a push sends."""
-    from stackctl.bundle import Wishes
-    from stackctl.push import prepare
+    from stackctl.hub.bundle import Wishes
+    from stackctl.hub.push import prepare
 
     monkeypatch.delenv("HF_TOKEN")
     files = prepare(here, here.resolve("style"), "me/style", Wishes(base_id="acme/tiny"))
@@ -364,15 +364,15 @@ def test_somebody_else_pushes_meanwhile(run: Callable[..., Any], here: Registry,
 def test_a_silent_server_is_given_up(
     run: Callable[..., Any], here: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stackctl.hub
+    import stackctl.hub.client
 
-    monkeypatch.setattr(stackctl.hub, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 0.3)
     hub.repo("me/style")
     for match in ("GET /api/models/me/style", "PUT /lfs", "commit"):
         hub.fail(match, delay=30.0, times=1)
         assert "silent" in check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["message"]
         hub.heal()
-    monkeypatch.setattr(stackctl.hub, "TIMEOUT_SECONDS", 5)
+    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 5)
     hub.fail("", delay=0.05)
     run("push", "style", "me/style", *ID)  # slow is not silent
 
@@ -437,7 +437,7 @@ def test_the_token_is_nowhere(
     ],
 )
 def test_secrets_of_others_are_taken_out_too(text: str, clean: str) -> None:
-    from stackctl.hub_errors import scrub
+    from stackctl.hub.errors import scrub
 
     assert scrub(text) == clean
 

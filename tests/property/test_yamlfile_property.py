@@ -4,7 +4,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stackctl.errors import Usage
-from stackctl.registry import _on_one_line
+from stackctl.registry.entries import _on_one_line
 from stackctl.yamlfile import Flow, format_yaml, parse_yaml
 
 NASTY = [

@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
-from stackctl.bundle import combine_facts, facts_of_card, is_ours
-from stackctl.card import Card, CardMember, Facts, Foundation, render_card
-from stackctl.curve import parse_curve, render_curves
+from stackctl.hub.bundle import combine_facts, facts_of_card, is_ours
+from stackctl.hub.card import Card, CardMember, Facts, Foundation, render_card
+from stackctl.hub.curve import parse_curve, render_curves
 from stackctl.schema import AdapterVersion, DataSource, Lora, Run
 
 

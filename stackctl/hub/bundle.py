@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from stackctl.bases import EMBEDDED_HUB_ID, read_json
-from stackctl.card import CARD, PICTURE, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
 from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config
-from stackctl.curve import parse_curve, render_curves
 from stackctl.errors import Incompatible, StackctlError, Usage
-from stackctl.hub_files import Content
+from stackctl.hub.card import CARD, PICTURE, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
+from stackctl.hub.curve import parse_curve, render_curves
+from stackctl.hub.remote import Content
 from stackctl.names import Reference, parse_expression
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stackctl.bundle import (
+from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
+from stackctl.files import human_bytes
+from stackctl.hub.bundle import (
     Wishes,
     bundle_adapter,
     bundle_stack,
@@ -23,11 +25,9 @@ from stackctl.bundle import (
     is_ours,
     resolve_base_id,
 )
-from stackctl.card import CARD, Facts
-from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
-from stackctl.files import human_bytes
-from stackctl.hub import Hub, Say, open_hub
-from stackctl.hub_files import Content, Snapshot, sha256
+from stackctl.hub.card import CARD, Facts
+from stackctl.hub.client import Hub, Say, open_hub
+from stackctl.hub.remote import Content, Snapshot, sha256
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import HubSource
 

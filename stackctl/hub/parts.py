@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from stackctl.bundle import ADAPTER, CHECKPOINT, MEMBERS
 from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config
 from stackctl.errors import Incompatible, Usage, VerificationFailed
-from stackctl.hub import Hub
-from stackctl.hub_files import RemoteFile, Snapshot
+from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
+from stackctl.hub.client import Hub
+from stackctl.hub.remote import RemoteFile, Snapshot
 from stackctl.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
 from stackctl.yamlfile import read_yaml
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.files import human_bytes
-from stackctl.hub_errors import Attempt, explain_status, explained, retry_after, scrub
-from stackctl.hub_files import Content, RemoteFile, Snapshot
+from stackctl.hub.errors import Attempt, explain_status, explained, retry_after, scrub
+from stackctl.hub.remote import Content, RemoteFile, Snapshot
 
 Say = Callable[[str], None]
 TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))

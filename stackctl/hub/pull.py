@@ -14,15 +14,15 @@ from pathlib import Path
 import msgspec
 
 from stackctl import files
-from stackctl.bundle import MEMBERS, STACK
 from stackctl.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
 from stackctl.errors import Incompatible, NotFound, Usage
-from stackctl.hub import Hub, Say, open_hub
-from stackctl.hub_files import Snapshot
+from stackctl.hub.bases import find_base
+from stackctl.hub.bundle import MEMBERS, STACK
+from stackctl.hub.client import Hub, Say, open_hub
+from stackctl.hub.parts import Part, RepoReader
+from stackctl.hub.remote import Snapshot
 from stackctl.names import Reference, Term, format_term, parse_expression, parse_name, parse_reference, parse_stack_name
 from stackctl.plan import PlanMember, plan_stack
-from stackctl.pull_base import find_base
-from stackctl.pull_parts import Part, RepoReader
 from stackctl.registry import Registry, ResolvedMember, now
 from stackctl.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
 

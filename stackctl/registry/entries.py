@@ -1,0 +1,162 @@
+"""Entries as files: find a registry, read and write its small YAML files, hold its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from stackctl import files
+from stackctl.errors import (
+    NotFound,
+    Usage,
+)
+from stackctl.methods import check_method
+from stackctl.names import parse_name, parse_stack_name
+from stackctl.schema import (
+    SCHEMA,
+    Adapter,
+    Base,
+    RegistryFile,
+    Stack,
+)
+from stackctl.yamlfile import Flow, format_yaml, read_yaml
+
+E = TypeVar("E", Base, Adapter, Stack)
+_FILE = "registry.yaml"
+_FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks"}
+_IGNORED_BY_GIT = ("weights/", "runs/", ".lock", ".tmp-*", ".digests.json")
+
+
+def find_registry(explicit: Path | None) -> Path:
+    """The registry in use: what was asked for, else ``STACKCTL_REGISTRY``, else the nearest one upward.
+
+    Raises:
+        NotFound: there is none.
+    """
+    asked = explicit or (Path(value) if (value := os.environ.get("STACKCTL_REGISTRY")) else None)
+    if asked is not None:
+        for folder in (asked, asked / "registry"):
+            if (folder / _FILE).is_file():
+                return folder.resolve()
+        raise NotFound(f"there is no registry in {asked}", hint=f"stackctl init {asked}")
+    here = Path.cwd()
+    for parent in (here, *here.parents):
+        for folder in (parent / "registry", parent):
+            if (folder / _FILE).is_file():
+                return folder.resolve()
+    raise NotFound("there is no registry here or in a folder above", hint="stackctl init")
+
+
+def init_registry(folder: Path) -> bool:
+    """Make an empty registry; False when one is there already (which is left as it is)."""
+    if (folder / _FILE).is_file():
+        return False
+    if folder.exists() and not folder.is_dir():
+        raise Usage(f"{folder} is a file", hint="choose another folder")
+    for name in _FOLDERS.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    _ignore_in_git(folder / ".gitignore")
+    files.write_atomic(folder / _FILE, format_yaml({"schema": SCHEMA, "current": None, "defaults": {}}))
+    return True
+
+
+def _ignore_in_git(path: Path) -> None:
+    """Keep weights out of git; what somebody's ``.gitignore`` says already stays."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    missing = [line for line in _IGNORED_BY_GIT if line not in text.splitlines()]
+    if missing:
+        start = text if not text or text.endswith("\n") else text + "\n"
+        files.write_atomic(path, start + "\n".join(missing) + "\n")
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Entries:
+    """A registry on disk. Nothing is kept in memory: every question reads the file that answers it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, explicit: Path | None = None) -> Self:
+        return cls(find_registry(explicit))
+
+    # -- entries ------------------------------------------------------------------------------------------------
+
+    def _entry_path(self, kind: type, name: str) -> Path:
+        return self.root / _FOLDERS[kind] / f"{name}.yaml"
+
+    def _read(self, kind: type[E], name: str) -> E | None:
+        path = self._entry_path(kind, name)
+        if not path.is_file():
+            return None
+        entry = read_yaml(path, kind, schema=SCHEMA)
+        if entry.name != name:
+            raise Usage(
+                f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or mend the name"
+            )
+        if isinstance(entry, Stack):
+            check_method(entry.method, entry.options)
+        if isinstance(entry, Adapter):
+            numbers = [version.version for version in entry.versions]
+            if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
+                raise Usage(f"{path}: versions must be there, distinct and ascending", hint="mend the file")
+        return entry
+
+    def _write(self, entry: Base | Adapter | Stack) -> None:
+        value = msgspec.to_builtins(entry)
+        files.write_atomic(self._entry_path(type(entry), entry.name), format_yaml(_on_one_line(value)))
+
+    def names(self, kind: type) -> list[str]:
+        """The names of all entries of a kind, in alphabetical order, without reading them."""
+        return sorted(path.name.removesuffix(".yaml") for path in (self.root / _FOLDERS[kind]).glob("[!.]*.yaml"))
+
+    def bases(self) -> Iterator[Base]:
+        return (entry for name in self.names(Base) if (entry := self._read(Base, name)))
+
+    def adapters(self) -> Iterator[Adapter]:
+        return (entry for name in self.names(Adapter) if (entry := self._read(Adapter, name)))
+
+    def stacks(self) -> Iterator[Stack]:
+        return (entry for name in self.names(Stack) if (entry := self._read(Stack, name)))
+
+    def find_base(self, name: str) -> Base | None:
+        return self._read(Base, parse_name(name, "base name"))
+
+    def find_adapter(self, name: str) -> Adapter | None:
+        return self._read(Adapter, parse_name(name))
+
+    def find_stack(self, name: str) -> Stack | None:
+        return self._read(Stack, parse_stack_name(name))
+
+    def settings(self) -> RegistryFile:
+        return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
+
+    def _write_settings(self, settings: RegistryFile) -> None:
+        files.write_atomic(self.root / _FILE, format_yaml(msgspec.to_builtins(settings)))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the registry for writing. Readers need no lock: every file is replaced whole."""
+        with files.locked(self.root / ".lock", "the registry"):
+            yield
+
+
+def _on_one_line(value: Any, depth: int = 0) -> Any:
+    """Small mappings without mappings inside are written on one line, which people and diffs read best."""
+    if isinstance(value, dict):
+        inner = {key: _on_one_line(item, depth + 1) for key, item in value.items()}
+        flat = depth > 1 and inner and not any(isinstance(item, dict) for item in inner.values())
+        return Flow(inner) if flat and len(str(inner)) < 400 else inner
+    if isinstance(value, list):
+        return [_on_one_line(item, depth + (0 if isinstance(item, dict) else 1)) for item in value]
+    return value

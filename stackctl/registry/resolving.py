@@ -1,0 +1,311 @@
+"""Names and expressions to pinned versions, and those to plans. Reads entries and headers, changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from stackctl import files
+from stackctl.checkpoint import adapter_digest, read_checkpoint
+from stackctl.digests import DigestCache
+from stackctl.errors import (
+    Incompatible,
+    NotFound,
+    StackctlError,
+    Usage,
+    VerificationFailed,
+    did_you_mean,
+    raise_all,
+)
+from stackctl.methods import SUM
+from stackctl.names import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
+from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.registry.entries import Entries
+from stackctl.schema import (
+    Adapter,
+    AdapterVersion,
+    Base,
+    MethodOptions,
+    Stack,
+)
+
+
+@dataclass(frozen=True)
+class ResolvedMember:
+    """One adapter version of an expression, with its weight."""
+
+    adapter: Adapter
+    version: AdapterVersion
+    weight: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.adapter.name}@{self.version.version}"
+
+    def __str__(self) -> str:
+        return format_term(self.label, self.weight)
+
+
+@dataclass(frozen=True)
+class ResolvedStack:
+    """An expression with every name found and pinned. ``name`` is that of a stored stack, else None."""
+
+    text: str
+    base: Base
+    members: tuple[ResolvedMember, ...]
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+    method: str = SUM
+    options: MethodOptions = field(default_factory=MethodOptions)
+
+    @property
+    def pinned(self) -> str:
+        return "+".join(str(member) for member in self.members) or BASE
+
+    @property
+    def default_name(self) -> str:
+        """The expression's names joined by '+', which is what an unnamed stack is called."""
+        return "+".join(member.adapter.name for member in self.members) or BASE
+
+
+class Resolver(Entries):
+    """Entries by what a person types."""
+
+    def base(self, name: str | None = None) -> Base:
+        """A base by name; without a name the default one, or the only one there is.
+
+        Raises:
+            NotFound, Usage: it is not there, or several are and none is the default.
+        """
+        if name is not None and name != BASE:
+            found = self.find_base(name)
+            if not found:
+                raise NotFound(
+                    f"there is no base '{name}'",
+                    hint=did_you_mean(name, self.names(Base), f"register it: stackctl base add {name} SOURCE"),
+                )
+            return found
+        default = self.settings().defaults.base
+        names = self.names(Base)
+        if default and default in names:
+            return self.base(default)
+        if len(names) == 1:
+            return self.base(names[0])
+        if not names:
+            raise NotFound("no base is registered", hint="stackctl base add smollm2")
+        raise Usage(f"there are several bases: {', '.join(names)}", hint=f"say which one: --base {names[0]}")
+
+    def resolve_adapter(self, reference: Reference) -> ResolvedMember:
+        """An adapter version; without a version the newest.
+
+        Raises:
+            NotFound: no such adapter, or not in that version.
+        """
+        adapter = self.find_adapter(reference.name)
+        if not adapter:
+            raise self._not_found(reference.name)
+        if reference.version is None:
+            return ResolvedMember(adapter, adapter.newest(), 1.0)
+        for version in adapter.versions:
+            if version.version == reference.version:
+                return ResolvedMember(adapter, version, 1.0)
+        have = ", ".join(str(v.version) for v in adapter.versions)
+        raise NotFound(
+            f"there is no {reference}; '{adapter.name}' has version {have}",
+            hint=f"use {adapter.name}@{adapter.newest().version}",
+        )
+
+    def _not_found(self, name: str) -> NotFound:
+        known = [*self.names(Adapter), *self.names(Stack), *self.names(Base)]
+        return NotFound(
+            f"there is no adapter, stack or base '{name}'",
+            hint=did_you_mean(name, known, "stackctl ls shows what there is"),
+        )
+
+    def resolve(self, text: str | None = None, *, base: str | None = None, fresh: bool = False) -> ResolvedStack:
+        """Find and pin everything that an expression names; None means the current stack.
+
+        ``style+instruct`` that is also a stored stack's name means that stack, as pinned; with ``fresh`` it is read as
+        an expression all the same, which is how one composes it again.
+
+        Raises:
+            NotFound, Usage, Incompatible: a name is missing, the text is no expression, the bases differ.
+        """
+        if text is None:
+            text = self.current()
+        resolved = self._resolve(text, base, fresh)
+        if base is not None and base != BASE and resolved.base.name != base:
+            raise Incompatible(
+                f"'{text}' stands on the base '{resolved.base.name}', not on '{base}'",
+                hint=f"leave out --base, or train on {base}",
+            )
+        return resolved
+
+    def current(self) -> str:
+        current = self.settings().current
+        if current is None:
+            raise Usage("no stack was named and there is no current one", hint="stackctl compose style+instruct")
+        return current
+
+    def _resolve(self, text: str, base: str | None, fresh: bool) -> ResolvedStack:
+        terms = parse_expression(text)
+        if not (fresh and "+" in text) and (stored := self._stored(text)):
+            members = tuple(self._pinned_members(stored))
+            notes, base_entry = tuple(_newer(members)), self._stack_base(stored)
+            return ResolvedStack(text, base_entry, members, stored.name, notes, stored.method, stored.options)
+        if not terms:
+            return ResolvedStack(text, self.base(base), ())
+        only = terms[0].reference
+        is_name = len(terms) == 1 and only.version is None and terms[0].weight == 1
+        if is_name and not self._is_taken(only.name) and (named := self.find_base(only.name)):
+            return ResolvedStack(text, named, ())
+        members = tuple(member for term in terms for member in self._expand(term))
+        bases = {member.version.base for member in members}
+        if len(bases) > 1:
+            which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
+            raise Incompatible(f"the members stand on different bases: {which}", hint="use adapters of one base")
+        return ResolvedStack(text, self.base(bases.pop()), members)
+
+    def _stored(self, text: str) -> Stack | None:
+        """The stored stack that an expression is the name of."""
+        try:
+            parse_stack_name(text)
+        except Usage:
+            return None
+        return self.find_stack(text)
+
+    def _is_taken(self, name: str) -> bool:
+        return self._entry_path(Adapter, name).is_file() or self._entry_path(Stack, name).is_file()
+
+    def _stack_base(self, stack: Stack) -> Base:
+        base = self.base(stack.base)
+        if base.fingerprint != stack.fingerprint:
+            raise Incompatible(
+                f"the stack '{stack.name}' was composed on another model than the base '{base.name}' now is",
+                hint="register that model under its own name, and compose again",
+            )
+        return base
+
+    def _expand(self, term: Term) -> list[ResolvedMember]:
+        """A term's members: the adapter, or a named stack's members with their weights multiplied."""
+        name = term.reference.name
+        if not self._entry_path(Adapter, name).is_file() and (stack := self.find_stack(name)):
+            if term.reference.version is not None:
+                raise Usage(f"'{term.reference}': a stack has no versions", hint=f"write {name}")
+            if stack.method != SUM:
+                raise Incompatible(
+                    f"the stack '{name}' is composed by {stack.method} and cannot be a term of a sum",
+                    hint="write out its members: " + "+".join(m.adapter for m in stack.members),
+                )
+            members = [replace(m, weight=m.weight * term.weight) for m in self._pinned_members(stack)]
+            if not all(math.isfinite(member.weight) for member in members):
+                raise Usage(f"the weights of '{term}' are not finite numbers", hint="use a smaller weight")
+            return members
+        return [replace(self.resolve_adapter(term.reference), weight=term.weight)]
+
+    def _pinned_members(self, stack: Stack) -> Iterator[ResolvedMember]:
+        for member in stack.members:
+            found = self.resolve_adapter(Reference(member.adapter, member.version))
+            if found.version.digest != member.digest:
+                raise VerificationFailed(
+                    f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",
+                    hint=f"stackctl compose {'+'.join(m.adapter for m in stack.members)} --name {stack.name}",
+                )
+            yield replace(found, weight=member.weight)
+
+    # -- plans --------------------------------------------------------------------------------------------------
+
+    def weights_path(self, version: AdapterVersion) -> Path:
+        """Where a version's checkpoint lies, absolute."""
+        return (self.root / version.path).resolve()
+
+    def plan(self, stack: ResolvedStack) -> StackPlan:
+        """The plan of a resolved stack, from its entries and its members' headers.
+
+        Raises:
+            NotFound, Incompatible, VerificationFailed: a checkpoint is missing or cannot be read.
+        """
+        members = [self._plan_member(member) for member in stack.members]
+        return plan_stack(stack.base, members, stack.method, stack.options)
+
+    def _plan_member(self, member: ResolvedMember) -> PlanMember:
+        version = member.version
+        try:
+            checkpoint = read_checkpoint(self.weights_path(version))
+        except NotFound as error:
+            raise NotFound(
+                f"the weights of {member.label} are missing: {error.message}",
+                hint=f"restore {version.path}, or remove the version: stackctl rm {member.label}",
+            ) from None
+        return PlanMember(
+            label=member.label, weight=member.weight, checkpoint=checkpoint, adapter=member.adapter.name,
+            version=version.version, digest=version.digest, base=version.base, fingerprint=version.fingerprint,
+            trained_on=tuple(version.trained_on),
+        )  # fmt: skip
+
+    def check_digests(self, members: tuple[ResolvedMember, ...], *, fresh: bool = False) -> None:
+        """Compare every member's checkpoint with what was registered; ``fresh`` hashes even files that look unchanged.
+
+        Raises:
+            VerificationFailed: with the names of all that changed.
+        """
+        cache = DigestCache(self.root)
+        changed = []
+        for member in members:
+            checkpoint = read_checkpoint(self.weights_path(member.version))
+            weights = files.sha256_file(checkpoint.weights_path) if fresh else cache.sha256(checkpoint.weights_path)
+            if adapter_digest(checkpoint.config, weights) != member.version.digest:
+                changed.append(member.label)
+        cache.save()
+        if changed:
+            raise VerificationFailed(
+                f"the files of {', '.join(changed)} are not the ones that were registered (digests differ)",
+                hint=f"restore them, or remove and register again: stackctl rm {changed[0]}",
+            )
+
+
+def foundations(version: AdapterVersion) -> tuple[Term, ...]:
+    """The terms that a version was trained on."""
+    return parse_expression("+".join(version.trained_on)) if version.trained_on else ()
+
+
+def _newer(members: tuple[ResolvedMember, ...]) -> Iterator[str]:
+    for member in members:
+        name, newest = member.adapter.name, member.adapter.newest().version
+        if newest > member.version.version:
+            yield f"{member.label} is used as composed; {name}@{newest} is newer (compose again to take it)"
+
+
+def resolve_all(
+    registry: Resolver, expressions: Sequence[str], base: str | None = None
+) -> list[tuple[ResolvedStack, StackPlan]]:
+    """Resolve and plan expressions that one loaded base shall serve; ``base`` among them means the others' base.
+
+    Raises:
+        StackctlError: everything that is wrong with them, at once.
+    """
+    problems: list[StackctlError] = []
+    found: dict[int, tuple[ResolvedStack, StackPlan]] = {}
+
+    def attempt(index: int, text: str, on: str | None) -> None:
+        try:
+            stack = registry.resolve(text, base=on)
+            found[index] = (stack, registry.plan(stack).check())
+        except StackctlError as error:
+            problems.append(error)
+
+    for index, text in enumerate(expressions):
+        if text != BASE:
+            attempt(index, text, base)
+    common = base or next((stack.base.name for stack, _ in found.values()), None)
+    for index, text in enumerate(expressions):
+        if text == BASE:
+            attempt(index, text, common)
+    raise_all(problems)
+    stacks = [found[index] for index in range(len(expressions))]
+    if len({stack.base.name for stack, _ in stacks}) > 1:
+        which = ", ".join(f"{stack.text} on {stack.base.name}" for stack, _ in stacks)
+        raise Incompatible(f"they stand on different bases: {which}", hint="ask for stacks of one base at a time")
+    return stacks
