@@ -80,15 +80,15 @@ def _carry_out(
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype)
-    if format_ == "gguf":
-        from stackctl.engine.export.gguf import export_gguf
-
-        return export_gguf(plan, out, dtype=dtype, modelfile=modelfile)
-    from stackctl.engine.bases import base_folder
+    from stackctl.engine.bases import base_folder, base_gguf
+    from stackctl.engine.export.gguf import export_gguf
     from stackctl.engine.export.model import export_model
     from stackctl.engine.models import quiet_libraries
 
     quiet_libraries()
     assert plan.base is not None, "a resolved stack stands on a base"
     folder = base_folder(plan.base, context.registry, context.output.status)
+    if format_ == "gguf":
+        gguf = base_gguf(plan.base, context.registry)
+        return export_gguf(plan, folder, out, dtype=dtype, modelfile=modelfile, base_gguf=gguf)
     return export_model(plan, folder, out, dtype=dtype)

@@ -118,6 +118,13 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
     return folder
 
 
+def base_gguf(base: Base, registry: Registry) -> Path | None:
+    """The GGUF file that a base came from, as llama.cpp runs it; None for one that came as a folder."""
+    if base.kind == "wheel":
+        return embedded_gguf()
+    return (registry.root / base.source).resolve() if base.kind == "gguf" else None
+
+
 def _converted(gguf: Path, say: Say) -> Path:
     """The cached conversion of a GGUF file, made now if it is not there yet."""
     bases = cache_root() / "bases"
