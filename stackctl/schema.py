@@ -221,7 +221,10 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "nf4"],
-        Meta(description="Precision of the base in memory; the adapter is always float32."),
+        Meta(
+            description="Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, "
+            "multiplied in bfloat16 where that is faster."
+        ),
     ] = "auto"
     frozen: Annotated[
         Literal["auto", "fold", "live"],

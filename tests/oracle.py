@@ -1,5 +1,7 @@
 """What stackctl's numbers are checked against: raw PEFT with every adapter live, in float64, and arithmetic by hand.
 
+Float64 is not quite that where a model casts to float32 by itself, as the norms of Llama do.
+
 Nothing here comes from stackctl. Text is tokenised by hand too: the tiny tokenizer has a token for each byte, and two
 special ones.
 """

@@ -80,6 +80,7 @@ def register(app: typer.Typer) -> None:
                 comparison(list(PROMPTS), list(STACKS), texts),
                 stack_tree(stack, plan),
                 "W = W_base + " + " + ".join(f"ΔW_{format_term(m.adapter.name, m.weight)}" for m in stack.members),
+                "\nloss on held-out records (lower is better)",
                 _loss_table(results),
                 f"ready to push: {sizes}",
                 'next: stackctl generate -p "Tell me about the sea."   stackctl push storyteller YOU/storyteller',
@@ -147,4 +148,4 @@ def _loss_table(rows: list[dict[str, Any]]) -> Any:
         [row["stack"], *(Text(f"{row[c]:.3f}", style="bold green" if row[c] == best[c] else "") for c in columns)]
         for row in rows
     ]
-    return table(["stack", *columns], cells, title="loss on held-out records (lower is better)")
+    return table(["stack", *columns], cells)

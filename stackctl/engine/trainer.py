@@ -114,8 +114,11 @@ def _split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 class StackTrainer(Trainer):
     """Trainer for one adapter on a frozen stack; see the module's docstring."""
 
-    def __init__(self, *args: Any, counters: Counters, as_rows: bool, progress: Progress, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, counters: Counters, as_rows: bool, bfloat16: bool, progress: Progress, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._bfloat16 = bfloat16
         self.counters = counters
         self._as_rows = as_rows
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self._sum_device())
@@ -143,7 +146,9 @@ class StackTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Cross-entropy summed over this micro-batch, divided by the supervised tokens of the whole step."""
-        total = supervised_loss(model, inputs, as_rows=self._as_rows)
+        # Not Trainer's own bf16 flag: that leaves the model's forward wrapped, and the proofs look at it afterwards.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bfloat16):
+            total = supervised_loss(model, inputs, as_rows=self._as_rows)
         self._step_loss += total.detach().to(self._step_loss)
         self._step_tokens += inputs["input_ids"].numel()
         self._step_supervised += inputs["labels"].numel()

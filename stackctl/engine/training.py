@@ -24,7 +24,7 @@ from stackctl.engine import data as data_module
 from stackctl.engine import proofs
 from stackctl.engine.data import Encoded, Example
 from stackctl.engine.evaluation import score_examples
-from stackctl.engine.models import LIVE, StackedModel, attach_live, evaluating, load_base
+from stackctl.engine.models import LIVE, StackedModel, attach_live, computes_in_bfloat16, evaluating, load_base
 from stackctl.engine.records import RecordSet, read_records
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import ADAPTER, Counters, StackTrainer, save_adapter, supervised_logits
@@ -122,9 +122,10 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
         effect = proofs.check_active(bare, frozen, prepared.plan.expression)
         say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
     counters = Counters()
+    bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
     as_rows = _must_separate(model, corpus.encoded.examples)
     eval_before = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
-    _run_trainer(prepared, model, corpus, run, counters, as_rows, resume, progress)
+    _run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress)
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
@@ -139,7 +140,7 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
         seconds=round(counters.seconds, 3),
         frozen=how,  # type: ignore[arg-type]
         frozen_error=stacked.rounding_error if how == "fold" else None,
-        dtype=str(stacked.model.dtype).removeprefix("torch."),
+        dtype=str(stacked.model.dtype).removeprefix("torch.") + (", bfloat16 autocast" if bfloat16 else ""),
         device=stacked.device.type,
         eval_loss=eval_after,
     )
@@ -262,6 +263,7 @@ def _run_trainer(
     run: RunFolder,
     counters: Counters,
     as_rows: bool,
+    bfloat16: bool,
     resume: bool,
     progress: Progress,
 ) -> None:
@@ -299,6 +301,7 @@ def _run_trainer(
         data_collator=lambda rows: data_module.collate([example for row in rows for example in row]),
         counters=counters,
         as_rows=as_rows,
+        bfloat16=bfloat16,
         progress=progress,
     )
     saves = run.checkpoints if resume else []

@@ -102,7 +102,7 @@ def test_documents_in_one_row_do_not_see_each_other(house: Any, name: str) -> No
     out = oracle.load_plain(h.base)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
     keep = torch.tensor(supervised[1:])
     joined = torch.nn.functional.cross_entropy(out[keep], torch.tensor(ids[1:])[keep])
-    assert not close(float(joined), wanted, 1e-3), "seeing each other would show"
+    assert not close(float(joined.detach()), wanted, 1e-3), "seeing each other would show"
 
 
 def test_the_json_counts_every_epoch_and_weighs_every_token_alike(house: Any) -> None:
@@ -119,6 +119,14 @@ def test_the_json_counts_every_epoch_and_weighs_every_token_alike(house: Any) ->
     chat = h.train("chat", "--epochs", 2, records=CHAT)
     assert chat["supervised_tokens"] == 2 * oracle.supervised_count(CHAT)
     assert chat["tokens"] == 2 * oracle.token_count(CHAT)
+
+
+def test_the_curve_tells_the_rate_of_each_step(house: Any) -> None:
+    h = house()
+    h.train("style", "--max-steps", 4, "--scheduler", "linear", "--learning-rate", 0.008, records=TEXTS)
+    assert [point["learning_rate"] for point in h.log("style")] == pytest.approx([0.008, 0.006, 0.004, 0.002])
+    tokens = oracle.token_count(TEXTS)
+    assert [point["tokens"] for point in h.log("style")] == [tokens, 2 * tokens, 3 * tokens, 4 * tokens]
 
 
 def test_accumulating_gradients_changes_nothing(house: Any) -> None:
