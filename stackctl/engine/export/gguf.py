@@ -13,6 +13,7 @@ names and lays out the tensors in convert_lora_to_gguf.py and conversion/llama.p
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -304,13 +305,19 @@ def _check_written(
     if planned != found:
         raise VerificationFailed("what was written is not what was planned: names, shapes or dtypes differ")
     for target, first, second in zip(targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
-        a, b = _read_back(np.asarray(first.data), np.asarray(second.data), target)
+        a, b = _read_back(_values(path, first, numpy_dtype), _values(path, second, numpy_dtype), target)
         was = written[target.name]
         if a[was.rank :].any() or b[:, was.rank :].any():
             raise VerificationFailed(f"what was written is not what was planned: the padding of {target.name}")
         own = np.ascontiguousarray(a[: was.rank]), np.ascontiguousarray(b[:, : was.rank])
         if tuple(hashlib.sha256(factor.data).hexdigest() for factor in own) != was.digests:
             raise VerificationFailed(f"what was written is not what was planned: the values of {target.name}")
+
+
+def _values(path: Path, tensor: Any, numpy_dtype: type) -> Any:
+    """One tensor's values, read and not mapped: pages of a map would stay in memory until the whole file is there."""
+    count = math.prod(tensor.data.shape)
+    return np.fromfile(path, numpy_dtype, count, offset=tensor.data_offset).reshape(tensor.data.shape)
 
 
 def _read_back(a: Any, b: Any, target: _Target) -> tuple[Any, Any]:
