@@ -69,9 +69,9 @@ def test_generate_and_compare(path):
     assert (found["stack"], found["prompt"]) == ("storyteller", asked)
     assert found["text"].strip()
     assert "<|im_" not in found["text"]
-    results = path.json("compare", "base", "style", "storyteller", "-p", asked, "--max-new-tokens", "10")["results"]
-    assert [r["stack"] for r in results] == ["base", "style", "storyteller"]
-    assert results[2]["text"] == found["text"]
+    results = path.json("compare", "base", "storyteller", "-p", asked, "--max-new-tokens", "10")["results"]
+    assert [r["stack"] for r in results] == ["base", "storyteller"]
+    assert results[1]["text"] == found["text"]
     assert len({r["text"] for r in results}) > 1
     assert path("generate", "base", "--max-new-tokens", "4", stdin=asked).stdout.strip()
 
@@ -123,8 +123,13 @@ def base_folder(path: Any) -> str:
     return str(path.json("base", "add", "smollm2")["path"])
 
 
-@pytest.mark.parametrize("name", ["instruct", "style"])
-def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name):
+LIVE = {"base": [], "style": ["a"], "storyteller": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks"), [("instruct", ["base", "style", "storyteller"]), ("style", ["storyteller"])]
+)
+def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name, stacks):
     source = some_records(EXAMPLES / f"{name}-heldout.jsonl", path.folder / f"{name} held out.jsonl")
     records = [json.loads(line) for line in source.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(base_folder(path))
@@ -132,10 +137,10 @@ def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name):
         examples = [chat_example(tokenizer, record["messages"]) for record in records]
     else:
         examples = [text_example(tokenizer, record["text"]) for record in records]
-    rows = path.json("eval", "base", "style", "storyteller", "--data", source.name)["results"]
-    assert [row["stack"] for row in rows] == ["base", "style", "storyteller"]
-    for row, active in zip(rows, ([], ["a"], ["a", "b"]), strict=True):
-        if active:
+    rows = path.json("eval", *stacks, "--data", source.name)["results"]
+    assert [row["stack"] for row in rows] == stacks
+    for row in rows:
+        if active := LIVE[row["stack"]]:
             oracle.base_model.set_adapter(active)
             loss, tokens = mean_loss(oracle, examples)
         else:
@@ -144,7 +149,8 @@ def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name):
         assert row["tokens"] == tokens
         assert row["records"] == 3
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
-    assert len({round(row["loss"], 4) for row in rows}) == 3
+        print(f"{row['stack']} on {name}: differs by {abs(row['loss'] / loss - 1):.1e}")
+    assert len({round(row["loss"], 4) for row in rows}) == len(stacks)
 
 
 # -- further on -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from stackctl import files
 from stackctl.bases import read_json
 from stackctl.engine import algebra
 from stackctl.engine.combining import module_pair
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
 from stackctl.plan import ModulePlan, StackPlan
@@ -223,7 +223,7 @@ def _write(
             for target in targets:
                 factors = tensors.factors(target.module)
                 a, b = (factor.to(torch_dtype) for factor in module_pair(plan, target.module, factors))
-                if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+                if not (all_finite(a) and all_finite(b)):
                     raise VerificationFailed(f"{target.name} does not fit {dtype}", hint="export with --dtype float32")
                 if not lossless:
                     exact = algebra.concatenate(factors)
@@ -264,9 +264,9 @@ def _digest(tensor: Tensor) -> str:
 
 def _lay_out(a: Tensor, b: Tensor, target: _Target, rank: int) -> tuple[Tensor, Tensor]:
     """A pair as llama.cpp wants it: padded with zeros to ``rank``, rows of B in its order, an embedding's A upright."""
-    missing = rank - a.shape[0]
-    a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-    b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    if missing := rank - a.shape[0]:
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
     if target.heads:
         b = b[_rows(b.shape[0], target.heads)]
     return (a.T if target.module.type == "Embedding" else a).contiguous(), b.contiguous()
