@@ -21,14 +21,14 @@ demo: $(READY)
 	$(BIN)/stackctl demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.reference --check
-	$(BIN)/python -m pytest tests/unit tests/property -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property -n $(WORKERS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

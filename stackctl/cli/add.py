@@ -60,9 +60,9 @@ def register(app: typer.Typer) -> None:
             "path": str(registry.weights_path(version)),
             "on": version.trained_on,
         }
-        said = "is registered already as" if known else "registered"
         where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
-        text = f"{said} {label}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
+        said = f"{label} is registered already" if known else f"registered {label}"
+        text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
         notes = tuple(p.message for p in plan.problems)
         return Result(data, label, text, notes=notes)
 
