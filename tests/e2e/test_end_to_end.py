@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
-pytestmark = pytest.mark.xdist_group("e2e")  # one worker, so that the model is converted and trained on once
-
 
 def some_records(source: Path, target: Path, count: int = 3) -> Path:
     """The first records of an example file."""
