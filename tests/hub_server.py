@@ -385,8 +385,6 @@ def connect(server: HubServer, home: Path, patch: Any) -> None:
     from huggingface_hub import close_session, constants
     from huggingface_hub.utils import _http
 
-    import stackctl.cli
-
     close_session()
     patch.setenv("HF_TOKEN", server.token)
     patch.setattr(constants, "ENDPOINT", server.url)
@@ -396,5 +394,3 @@ def connect(server: HubServer, home: Path, patch: Any) -> None:
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setattr(_http, "time", SimpleNamespace(sleep=server.slept.append))
-    needed = ("compose", "push", "pull", "init", "base", "add")  # the whole command line takes longer to build
-    patch.setattr(stackctl.cli, "_COMMANDS", needed)

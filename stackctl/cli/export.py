@@ -60,7 +60,11 @@ def register(app: typer.Typer) -> None:
         registry.check_digests(stack.members)
         report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
         written: list[dict[str, Any]] = [
-            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            {
+                "path": str(path.relative_to(out)),
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path).removeprefix("sha256:"),
+            }
             for path in sorted(out.rglob("*"))
             if path.is_file()
         ]

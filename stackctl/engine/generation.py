@@ -154,7 +154,11 @@ def _run_batch(
 def _generation_config(sampling: Sampling, room: int, ends: list[int], pad: int) -> GenerationConfig:
     """Ours alone: a base's own generation defaults (temperature, penalties) must not change what was asked for."""
     greedy = sampling.temperature is None or sampling.temperature == 0
-    chosen: dict[str, Any] = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p or 1.0}
+    chosen: dict[str, Any] = (
+        {}
+        if greedy
+        else {"temperature": sampling.temperature, "top_p": 1.0 if sampling.top_p is None else sampling.top_p}
+    )
     return GenerationConfig(
         max_new_tokens=room,
         do_sample=not greedy,
