@@ -41,7 +41,9 @@ def register(app: typer.Typer) -> None:
             Literal["auto", "float32", "bfloat16", "float16"],
             typer.Option(help="Precision of what is written; auto is float32, and for a model the base's own."),
         ] = "auto",
-        modelfile: Annotated[bool, typer.Option("--modelfile", help="With gguf: a Modelfile for Ollama, too.")] = False,
+        modelfile: Annotated[
+            bool, typer.Option("--modelfile", help="With gguf: a Modelfile, too, for Ollama before 0.34.1.")
+        ] = False,
         base: BaseOption = None,
     ) -> Result:
         """Write a stack as files for another program: streamed, read back and checked, then moved into place."""
