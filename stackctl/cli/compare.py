@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,8 @@ from stackctl.cli.generate import (
     DEVICE,
     DTYPE,
     MAX_NEW,
+    PROMPT,
+    PROMPTS,
     RAW,
     SEED,
     SYSTEM,
@@ -41,14 +42,8 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        prompt: Annotated[
-            list[str] | None,
-            typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT"),
-        ] = None,
-        prompts: Annotated[
-            Path | None,
-            typer.Option(help="A file of prompts: one a line, or JSON Lines with a prompt.", metavar="FILE"),
-        ] = None,
+        prompt: PROMPT = None,
+        prompts: PROMPTS = None,
         raw: RAW = False,
         system: SYSTEM = None,
         max_new_tokens: MAX_NEW = 128,

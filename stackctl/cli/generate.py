@@ -15,6 +15,12 @@ from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.yamlfile import read_text
 
+PROMPT = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
+]
+PROMPTS = Annotated[
+    Path | None, typer.Option(help="A file of prompts: one a line, or JSON Lines with a prompt.", metavar="FILE")
+]
 SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel="Generation")]
 RAW = Annotated[
     bool,
@@ -44,14 +50,8 @@ def register(app: typer.Typer) -> None:
     def generate(
         context: Context,
         what: What = None,
-        prompt: Annotated[
-            list[str] | None,
-            typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT"),
-        ] = None,
-        prompts: Annotated[
-            Path | None,
-            typer.Option(help="A file of prompts: one a line, or JSON Lines with a prompt.", metavar="FILE"),
-        ] = None,
+        prompt: PROMPT = None,
+        prompts: PROMPTS = None,
         raw: RAW = False,
         system: SYSTEM = None,
         max_new_tokens: MAX_NEW = 256,

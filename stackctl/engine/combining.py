@@ -63,18 +63,15 @@ class Measured:
     rank: int
 
 
-def measure(plan: StackPlan, *, as_pairs: bool = False) -> Measured:
-    """Compare a plan's method with the exact sum, module by module, in float64.
-
-    ``as_pairs`` measures what a writer of factors would write (full matrices cut to the plan's ranks).
-    """
+def measure(plan: StackPlan) -> Measured:
+    """Compare a plan's method with the exact sum, module by module, in float64."""
     lost = total = worst = 0.0
     worst_module, rank = "", 0
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             factors = tensors.factors(module)
             exact = algebra.concatenate(factors)
-            made = module_pair(plan, module, factors) if as_pairs else combine(plan, module, factors)
+            made = combine(plan, module, factors)
             norm = algebra.product_norm(*exact)
             if isinstance(made, Tensor):
                 gap = float((made.double() - algebra.delta(factors, torch.float64)).norm())

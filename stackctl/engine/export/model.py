@@ -71,12 +71,14 @@ def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_S
     assert known is not None, "a stack that is exported stands on a base"
     found = {path: read_header(path) for path in weight_files(base)}
     names = {name for header in found.values() for name in header}
+    embedding, head = (known.input_embedding, known.output_embedding) if known.tied_embeddings else (None, None)
+    absent = (
+        f"{head}.weight" if head and f"{head}.weight" not in names else None
+    )  # a tied head is stored once, as its twin
     modules = {
-        _on_disk(f"{m.name}.weight", names, plan): m for m in plan.modules.values() if not _is_tied_head(plan, m, names)
+        _on_disk(f"{m.name}.weight", names, plan): m for m in plan.modules.values() if f"{m.name}.weight" != absent
     }
-    replaced = {
-        _on_disk(r.parameter, names, plan): r for r in plan.replacements if not _is_missing_head(plan, r, names)
-    }
+    replaced = {_on_disk(r.parameter, names, plan): r for r in plan.replacements if r.parameter != absent}
 
     def source(name: str, path: Path, info: TensorInfo) -> _Source:
         is_float = info.dtype in DTYPE_NAMES
@@ -87,36 +89,18 @@ def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_S
     touched = {module.name for module in plan.modules.values()} | {
         r.parameter.removesuffix(".weight") for r in plan.replacements
     }
-    embedding, head = _tied_pair(plan, names)
-    untied = bool(known.tied_embeddings and head and {embedding, head} & touched)
-    if untied and head is not None and f"{head}.weight" not in names:
+    untied = bool(head and {embedding, head} & touched)
+    if untied and absent is not None and head is not None:
         twin = _on_disk(f"{embedding}.weight", names, plan)
         path, info = next((path, header[twin]) for path, header in found.items() if twin in header)
         wanted = SAFETENSORS_NAMES[dtype] if dtype != "auto" else info.dtype
-        on_head = next((r for r in plan.replacements if r.parameter == f"{head}.weight"), None)
+        on_head = next((r for r in plan.replacements if r.parameter == absent), None)
         if len(shards) == 1:  # readers prefer model.safetensors to an index, so a second file needs the first renamed
             shards = {_SINGLE: next(iter(shards.values()))}
         shards[_SECOND if len(shards) == 1 else _EXTRA] = [
-            _Source(f"{head}.weight", info, path, wanted, plan.modules.get(head), on_head)
+            _Source(absent, info, path, wanted, plan.modules.get(head), on_head)
         ]
     return shards, untied
-
-
-def _tied_pair(plan: StackPlan, names: set[str]) -> tuple[str | None, str | None]:
-    """The names of the input and the output embedding of a model whose two are tied."""
-    base = plan.base
-    if base is None or not base.tied_embeddings:
-        return None, None
-    return base.input_embedding, base.output_embedding
-
-
-def _is_tied_head(plan: StackPlan, module: ModulePlan, names: set[str]) -> bool:
-    return module.name == _tied_pair(plan, names)[1] and f"{module.name}.weight" not in names
-
-
-def _is_missing_head(plan: StackPlan, replacement: Replacement, names: set[str]) -> bool:
-    head = _tied_pair(plan, names)[1]
-    return replacement.parameter == f"{head}.weight" and replacement.parameter not in names
 
 
 def _on_disk(parameter: str, names: set[str], plan: StackPlan) -> str:
