@@ -1,0 +1,53 @@
+"""What becomes of a record: a text with the spans to learn, then a sequence of tokens with labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+IGNORED = -100
+"""The label of a token that nothing is learned from; torch's own."""
+
+
+@dataclass(slots=True)
+class Example:
+    """One sequence. ``labels`` are as long as ``input_ids`` and not shifted; -100 where nothing is learned.
+
+    The first label is always -100: nothing stands before it that could predict it.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Encoded:
+    """What became of the records.
+
+    ``truncated`` counts the records that ``max_length`` cut; ``unsupervised`` holds the numbers of those of which
+    nothing to learn was left, and which are dropped. ``supervised_tokens`` are those that contribute to a loss.
+    """
+
+    examples: list[Example]
+    truncated: int = 0
+    unsupervised: list[int] = field(default_factory=list)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Layout:
+    """A text before it is tokenised: the spans (start, end) of characters to learn, in order.
+
+    ``document``: the tokenizer's own special tokens stand before it. ``ends``: an EOS token is learned after it.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    document: bool = False
+    ends: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Everything is learned."""
+        return self.spans == [(0, len(self.text))]
