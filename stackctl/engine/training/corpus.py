@@ -1,0 +1,56 @@
+"""A job's data, read and tokenised, and what a person should know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stackctl.engine import data as data_module
+from stackctl.engine.data import Encoded, Example
+from stackctl.engine.records import RecordSet, read_records
+from stackctl.errors import Usage
+from stackctl.jobs import PreparedJob
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A job's data, read and tokenised."""
+
+    records: RecordSet
+    encoded: Encoded
+    rows: list[list[Example]]
+    """What one place of a micro-batch holds: one record, or a packed sequence of several."""
+    evaluation: Encoded | None
+
+
+def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
+    """Read and tokenise a job's data, and say what a person should know about it.
+
+    Raises:
+        NotFound, Usage: it is missing, malformed, or nothing in it can be learned from.
+    """
+    job, context = prepared.job, prepared.base.context_length
+    length = min(job.max_length, context or job.max_length)
+    if length < job.max_length:
+        say(f"--max-length {job.max_length} is more than {prepared.base.name} reads at once: {length} is used")
+    records = read_records(prepared.data)
+    if job.pack and records.format != "text":
+        raise Usage(f"--pack joins text records, and {prepared.data} holds {records.format}", hint="leave out --pack")
+    encoded = data_module.encode(records, tokenizer, max_length=length, split_long=job.pack)
+    evaluation = None
+    if prepared.eval_data:
+        evaluation = data_module.encode(read_records(prepared.eval_data), tokenizer, max_length=length)
+    for note in encoded.notes:
+        say(f"note: {note}")
+    if encoded.truncated:
+        say(f"note: {encoded.truncated} of {records.count} records were cut to {length} tokens (--max-length)")
+    if encoded.unsupervised:
+        lines = ", ".join(str(line) for line in encoded.unsupervised[:5])
+        say(f"note: {len(encoded.unsupervised)} records have nothing to learn from within {length} tokens: {lines}")
+    share = encoded.supervised_tokens / max(encoded.tokens, 1)
+    say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
+    rows = data_module.pack(encoded.examples, length) if job.pack else [[example] for example in encoded.examples]
+    return Corpus(records, encoded, rows, evaluation)

@@ -1,0 +1,91 @@
+"""One run of the Trainer: its arguments, its saves, how it ends."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments
+
+from stackctl.engine import data as data_module
+from stackctl.engine.trainer import Counters, StackTrainer
+from stackctl.engine.training.corpus import Corpus
+from stackctl.errors import Failed, Interrupted
+from stackctl.jobs import PreparedJob, RunFolder
+from stackctl.schema import TrainJob
+
+Progress = Callable[[int, int, Counters], None]
+
+
+def _warmup_steps(job: TrainJob, rows: int) -> int:
+    """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = -(-rows // (job.batch_size * processes))
+    steps = job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
+    wanted = int(job.warmup) if job.warmup >= 1 else int(job.warmup * steps)
+    return min(wanted, steps - 1)
+
+
+def run_trainer(
+    prepared: PreparedJob,
+    model: PeftModel,
+    corpus: Corpus,
+    run: RunFolder,
+    counters: Counters,
+    as_rows: bool,
+    bfloat16: bool,
+    resume: bool,
+    progress: Progress,
+) -> None:
+    job = prepared.job
+    arguments = TrainingArguments(
+        output_dir=str(run.path),
+        per_device_train_batch_size=job.batch_size,
+        gradient_accumulation_steps=job.gradient_accumulation,
+        num_train_epochs=job.epochs,
+        max_steps=job.max_steps or -1,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.scheduler,
+        warmup_steps=_warmup_steps(job, len(corpus.rows)),
+        weight_decay=job.weight_decay,
+        seed=job.seed,
+        data_seed=job.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps" if job.save_steps else "no",
+        save_steps=job.save_steps or 500,
+        save_total_limit=2,
+        report_to=job.report_to or "none",
+        run_name=prepared.name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        average_tokens_across_devices=False,  # the loss is normalised over all ranks by StackTrainer itself
+        label_names=["labels"],
+    )
+    trainer = StackTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=corpus.rows,
+        data_collator=lambda rows: data_module.collate([example for row in rows for example in row]),
+        counters=counters,
+        as_rows=as_rows,
+        bfloat16=bfloat16,
+        progress=progress,
+    )
+    saves = run.checkpoints if resume else []
+    try:
+        trainer.train(resume_from_checkpoint=str(saves[-1]) if saves else None)
+    except torch.OutOfMemoryError as error:
+        raise Failed("the device's memory is full", hint="use a smaller --batch-size or --max-length") from error
+    finally:
+        trainer.guard.release()
+    if trainer.guard.interrupted:
+        raise Interrupted(
+            f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; it was saved",
+            hint=f"the same command with --resume goes on: stackctl train {prepared.name} … --resume",
+        )

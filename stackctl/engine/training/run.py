@@ -1,0 +1,117 @@
+"""Train one adapter on a frozen, active stack, prove it, and register it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import set_seed
+
+from stackctl import files
+from stackctl.engine import data as data_module
+from stackctl.engine import proofs
+from stackctl.engine.evaluation import score_examples
+from stackctl.engine.models import LIVE, computes_in_bfloat16, load_base
+from stackctl.engine.trainer import Counters
+from stackctl.engine.training.attaching import attach_new, freeze_stack, must_separate
+from stackctl.engine.training.corpus import Corpus, read_corpus
+from stackctl.engine.training.fitting import Progress, run_trainer
+from stackctl.engine.training.registering import register_version
+from stackctl.errors import Incompatible, Usage
+from stackctl.jobs import PreparedJob, RunFolder, run_folder
+from stackctl.registry import Registry
+from stackctl.schema import AdapterVersion, Run
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    version: AdapterVersion
+    counters: Counters
+    trainable_parameters: int
+    eval_before: float | None
+    eval_after: float | None
+
+
+def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, say: Say, progress: Progress) -> Trained:
+    """Train, prove and register one adapter version.
+
+    Raises:
+        VerificationFailed: a proof failed; nothing is registered.
+        Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
+    """
+    registry.check_digests(prepared.stack.members)
+    _check_precision(prepared)
+    stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
+    if data_module.ensure_chat_template(stacked.tokenizer):
+        say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
+    corpus = read_corpus(prepared, stacked.tokenizer, say)
+    run = _open_run(prepared, registry, corpus, resume)
+    set_seed(prepared.job.seed)
+    probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
+    bare = proofs.probe(stacked.model, probe_tokens)
+    how = freeze_stack(stacked, prepared, say)
+    model = attach_new(stacked, prepared, live=how == "live")
+    live = LIVE if how == "live" else None
+    trainable = proofs.check_trainable(model)
+    with proofs.new_adapter_off(model, live):
+        frozen = proofs.probe(model, probe_tokens)
+    if prepared.plan.members:
+        effect = proofs.check_active(bare, frozen, prepared.plan.expression)
+        say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
+    counters = Counters()
+    bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
+    as_rows = must_separate(model, corpus.encoded.examples)
+    eval_before = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
+    run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress)
+    with proofs.new_adapter_off(model, live):
+        proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
+    proofs.check_trainable(model)
+    registry.check_digests(prepared.stack.members, fresh=True)
+    eval_after = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
+    outcome = Run(
+        steps=len(counters.curve),
+        epochs=round(counters.tokens / max(corpus.encoded.tokens, 1), 4),
+        loss=counters.loss,
+        tokens=counters.tokens,
+        supervised_tokens=counters.supervised_tokens,
+        seconds=round(counters.seconds, 3),
+        frozen=how,  # type: ignore[arg-type]
+        frozen_error=stacked.rounding_error if how == "fold" else None,
+        dtype=str(stacked.model.dtype).removeprefix("torch.") + (", bfloat16 autocast" if bfloat16 else ""),
+        device=stacked.device.type,
+        eval_loss=eval_after,
+    )
+    version = register_version(prepared, registry, model, stacked.tokenizer, corpus, outcome, counters)
+    shutil.rmtree(run.path, ignore_errors=True)
+    return Trained(version, counters, trainable, eval_before, eval_after)
+
+
+def _check_precision(prepared: PreparedJob) -> None:
+    if prepared.job.dtype == "nf4":
+        raise Incompatible(
+            "a base quantised to nf4 is not supported by this version",
+            hint="use --dtype bfloat16, which needs two bytes for each parameter",
+        )
+
+
+def _open_run(prepared: PreparedJob, registry: Registry, corpus: Corpus, resume: bool) -> RunFolder:
+    """The folder for this run's saves; without ``--resume`` an older unfinished run of that name is dropped."""
+    run = run_folder(registry, prepared.name)
+    signature = prepared.signature(corpus.records.sha256)
+    if resume and run.checkpoints:
+        known = run.signature
+        changed = [key for key, value in signature.items() if known.get(key) != value]
+        if changed:
+            raise Usage(
+                f"the unfinished run of '{prepared.name}' had other {', '.join(changed)}",
+                hint="give the same name, data and flags, or leave out --resume to start again",
+            )
+    elif run.path.exists():
+        files.remove_tree(run.path)
+    run.begin(signature)
+    return run
