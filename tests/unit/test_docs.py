@@ -182,3 +182,11 @@ def test_no_page_speaks_of_one_machine(page: Path) -> None:
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_fit(page: Path) -> None:
     assert not [line for line in read(page).splitlines() if len(line) > COLUMNS]
+
+
+def test_every_page_is_in_the_site_and_on_its_home_page() -> None:
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md") if not re.match(r"\d", page.name)}
+    listed = set(re.findall(r'= "([\w/-]+\.md)"', read(ROOT / "zensical.toml")))
+    assert listed == pages
+    assert set(re.findall(r"\(([\w/-]+\.md)\)", read(docs / "index.md"))) == pages - {"index.md"}

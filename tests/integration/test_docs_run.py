@@ -1,0 +1,145 @@
+"""Every command that a page shows is run, in the order in which a reader types it, and must end well.
+
+A page is tried in a folder of its own, with tiny models behind the Hub ids that it names, data of the right shape
+under the names of its files, and a Hub on this machine. What a page says ("with ``style`` in place") is in ``GIVEN``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+from house import CHAT, TEXTS
+from hub_server import HubServer, connect, running_hub
+from tiny import random_adapter
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"^```(?P<language>sh|yaml|json)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+SMOLLM2, QWEN3 = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B-Base"
+ELSEWHERE = {
+    "make": "what continuous integration runs, and `make setup` before it",
+    "pip": "what `make setup` does",
+    "hf": "a program of huggingface_hub's",
+}
+"""Programs that a page calls and this test does not run, and where they are run instead."""
+
+BEGIN = ["stackctl init", "stackctl base add smollm2"]
+STYLE = [*BEGIN, "stackctl add style made/style"]
+BOTH = [*STYLE, "stackctl add instruct made/instruct --on style"]
+STORED = [*BOTH, "stackctl compose style+instruct --name storyteller"]
+GIVEN: dict[str, list[str]] = {
+    "README.md": BEGIN,
+    "docs/index.md": BEGIN,
+    "docs/how-to/replace-instruct.md": [*BOTH, "stackctl add style made/other"],
+    "docs/how-to/train-a-third.md": STORED,
+    "docs/how-to/bring-checkpoints.md": ["stackctl init"],
+    "docs/how-to/push-and-pull.md": STORED,
+    "docs/reference/recipe.md": BEGIN,
+}
+"""What a page takes for granted."""
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page that are commands or files: (language, text)."""
+    return [(m["language"], m["body"]) for m in _BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+def commands(body: str) -> Iterator[list[str]]:
+    """The words of each command of a block."""
+    for line in body.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+RUN = [page for page in PAGES if any(language == "sh" for language, _ in blocks(page))]
+
+
+@pytest.fixture(scope="module")
+def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters that somebody's scripts left: on each of the two bases."""
+    root = tmp_path_factory.mktemp("made")
+    llama, qwen = models("llama"), models("qwen3")
+    wanted = {"style": llama, "instruct": llama, "other": llama, "qwen-style": qwen, "qwen-instruct": qwen}
+    return {
+        name: random_adapter(base, root / name, seed=seed, scale=0.05)
+        for seed, (name, base) in enumerate(wanted.items())
+    }
+
+
+@pytest.fixture
+def hub(models: Any, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that has the models and the adapter of other people that the pages name."""
+    monkeypatch.setattr("stackctl.engine.bases.embedded_gguf", lambda: None)  # smollm2 is then taken from the Hub
+    with running_hub() as server:
+        connect(server, tmp_path / "hf", monkeypatch)
+        server.repo(SMOLLM2).commit(files_of(models("llama")))
+        server.repo(QWEN3).commit(files_of(models("qwen3")))
+        server.repo("somebody/some-lora").commit(files_of(made["style"]))
+        yield server
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def lay_out(folder: Path, page: Path, made: dict[str, Path]) -> None:
+    """The files that a reader of the page would have: data by its name, checkpoints, prompts."""
+    places = {
+        "made/style": "style",
+        "made/instruct": "instruct",
+        "made/other": "other",
+        "output/checkpoint-531": "qwen-style",
+        "output/stage1/checkpoint-531": "qwen-style",
+        "output/stage2/instruct": "qwen-instruct",
+    }
+    for place, name in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).symlink_to(made[name])
+    for name in set(re.findall(r"[\w-]+\.(?:jsonl|json|txt)\b", page.read_text(encoding="utf-8"))):
+        if name == "prompts.txt":
+            (folder / name).write_text("How do I keep bread fresh?\nTell me about the sea.\n")
+        elif name == "sharegpt.json":
+            turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Well met."}]
+            (folder / name).write_text(json.dumps([{"conversations": turns}] * 3))
+        elif name.endswith(".jsonl"):
+            oracle.write_jsonl(folder / name, (TEXTS if name.startswith(("style", "tone")) else CHAT)[:2])
+
+
+def write_file(folder: Path, language: str, body: str) -> None:
+    """A block that is a file: a recipe, or the configuration of an older script."""
+    if language == "yaml" and "train:" in body:
+        (folder / "stackctl.yaml").write_text(body)
+    if language == "json" and "base_model_name" in body:
+        (folder / "stage2.json").write_text(body)
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_runs(
+    page: Path, run: Callable[..., Any], made: dict[str, Path], hub: HubServer, tmp_path: Path
+) -> None:
+    lay_out(tmp_path, page, made)
+    for line in GIVEN.get(str(page.relative_to(ROOT)), []):
+        run(*shlex.split(line)[1:])
+    for language, body in blocks(page):
+        if language != "sh":
+            write_file(tmp_path, language, body)
+            continue
+        for words in commands(body):
+            assert words[0] == "stackctl" or words[0] in ELSEWHERE, f"nobody runs {' '.join(words)}"
+            if words[0] == "stackctl":
+                run(*words[1:])
+                tag_as_a_reader_would(hub)
+
+
+def tag_as_a_reader_would(hub: HubServer) -> None:
+    """Pages pull ``me/storyteller@v1``: whatever was pushed there carries that tag."""
+    if repo := hub.repos.get("me/storyteller"):
+        repo.refs["v1"] = repo.head
