@@ -50,11 +50,12 @@ class PreparedJob:
         """The frozen stack as terms, pinned: ``["style@1"]``."""
         return [str(member) for member in self.stack.members]
 
-    def signature(self, data_digest: str) -> dict[str, Any]:
+    def signature(self, data_digest: str, eval_digest: str | None) -> dict[str, Any]:
         """Everything that decides what comes out: equal signatures mean nothing would change."""
         return {
             "settings": msgspec.to_builtins(self.job.settings()),
             "data": data_digest,
+            "held-out data": eval_digest,
             "base": self.base.fingerprint,
             "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
         }
@@ -88,6 +89,7 @@ def prepare_job(
         attempt(_check_is_sum, stack)
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
+    attempt(_check_watching, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
     return PreparedJob(name, job, stack, plan, data, eval_data)
@@ -125,6 +127,12 @@ def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:
             f"'{name}' cannot be trained on itself",
             hint=f"choose another name for what comes next, for example {name}-2",
         )
+
+
+def _check_watching(job: TrainJob) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
+    if given and not job.eval_data:
+        raise Usage(f"{' and '.join(given)} need held-out records to look at", hint="name them: --eval-data FILE.jsonl")
 
 
 def parse_targets(text: list[str] | str) -> list[str] | str:

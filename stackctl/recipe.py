@@ -18,7 +18,7 @@ from stackctl.errors import StackctlError, Usage, raise_all
 from stackctl.jobs import PreparedJob, data_path, prepare_job
 from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import Recipe, TrainJob, TrainSettings
+from stackctl.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
 from stackctl.yamlfile import convert, parse_yaml, read_text
 
 FILE = "stackctl.yaml"
@@ -209,6 +209,8 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     path = Path(prepared.data)
     if not newest.data or (path.is_file() and files.sha256_file(path) != newest.data.sha256):
         return "other data"
+    if _other_held_out(prepared, newest):
+        return "other held-out data"
     if newest.fingerprint != prepared.base.fingerprint:
         return "another base"
     if newest.trained_on != prepared.trained_on:
@@ -218,6 +220,20 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if not registry.weights_path(newest).is_dir():
         return "its weights are missing"
     return None
+
+
+def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:
+    """Whether held-out records that have a say in which weights come out are others now.
+
+    Versions that did not record them yet were made when they had none.
+    """
+    known = newest.eval_data
+    if not prepared.job.held_out_decides:
+        return known is not None and prepared.eval_data is None
+    if known is None:
+        return newest.run is None or newest.run.eval_loss is None
+    path = Path(prepared.eval_data or "")
+    return path.is_file() and files.sha256_file(path) != known.sha256
 
 
 def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:

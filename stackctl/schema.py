@@ -99,7 +99,10 @@ class DataSource(Part, frozen=True, kw_only=True):
 
 
 class Run(Part, frozen=True, kw_only=True):
-    """How training went. ``loss`` is the mean over the run's supervised tokens."""
+    """How training went. ``loss`` is the mean over the run's supervised tokens.
+
+    With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
+    """
 
     steps: int
     epochs: float
@@ -112,7 +115,10 @@ class Run(Part, frozen=True, kw_only=True):
     dtype: str = "float32"
     device: str = "cpu"
     processes: int = 1
+    eval_loss_before: float | None = None
     eval_loss: float | None = None
+    kept_step: int | None = None
+    stopped_early: bool = False
 
 
 class HubSource(Part, frozen=True, kw_only=True):
@@ -140,6 +146,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     dtype: str
     bytes: int = 0
     data: DataSource | None = None
+    eval_data: DataSource | None = None
     settings: dict[str, Any] | None = None
     run: Run | None = None
     hub: HubSource | None = None
@@ -230,6 +237,20 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "fold", "live"],
         Meta(description="The frozen stack: folded into the base in memory, or kept live beside it."),
     ] = "auto"
+    eval_steps: (
+        Annotated[
+            int, Meta(ge=1, description="Optimizer steps between looks at --eval-data; a tenth of the run if left out.")
+        ]
+        | None
+    ) = None
+    keep: Annotated[
+        Literal["best", "last"],
+        Meta(description="With --eval-data: which weights are registered, those with the lowest loss or the last."),
+    ] = "best"
+    patience: (
+        Annotated[int, Meta(ge=1, description="Stop after so many looks at --eval-data in a row without a lower loss.")]
+        | None
+    ) = None
 
     def effective_alpha(self) -> float:
         return self.alpha if self.alpha is not None else 2.0 * self.rank
@@ -245,6 +266,11 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     description: str = ""
     save_steps: Annotated[int, Meta(ge=1)] | None = None
     report_to: list[str] | str | None = None
+
+    @property
+    def held_out_decides(self) -> bool:
+        """Whether the held-out records have a say in which weights come out."""
+        return self.eval_data is not None and (self.keep == "best" or self.patience is not None)
 
     def settings(self) -> TrainSettings:
         return TrainSettings(**{name: getattr(self, name) for name in TrainSettings.__struct_fields__})

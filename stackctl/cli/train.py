@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from pathlib import Path
@@ -27,13 +28,15 @@ from stackctl.recipe import (
     resolve_recipe_stack,
 )
 from stackctl.registry import Registry
-from stackctl.schema import TrainJob, TrainSettings
+from stackctl.schema import Run, TrainJob, TrainSettings
 
+_LARGEST_LOSS = 20.0
+"""Above it (nats) perplexity is a number that says nothing."""
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
     "base": "The base, when there are several and it stands on none of your stacks.",
     "data": "What to learn from: .jsonl, .json, .parquet, .txt, or a Hub data set.",
-    "eval_data": "Held-out records: their loss before and after is shown and kept.",
+    "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
     "description": "A line about the adapter.",
     "save_steps": "Save the run every so many optimizer steps, for --resume.",
     "report_to": "Where Trainer reports to besides: tensorboard, trackio, wandb.",
@@ -222,15 +225,37 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "trainable_parameters": done.trainable_parameters,
         "frozen": run.frozen,
         "frozen_error": run.frozen_error,
-        "eval_loss_before": done.eval_before,
-        "eval_loss": done.eval_after,
+        "eval_loss_before": run.eval_loss_before,
+        "eval_loss": run.eval_loss,
+        "kept_step": run.kept_step,
+        "stopped_early": run.stopped_early,
     }
-    first, last = done.counters.curve[0]["loss"], done.counters.curve[-1]["loss"]
-    text = f"trained {label} in {run.steps} steps: loss {first:.3f} -> {last:.3f}, {speed:,.0f} tokens/s"
-    if done.eval_after is not None:
-        text += f"\nheld-out loss {done.eval_before:.3f} -> {done.eval_after:.3f}"
+    text = f"trained {label} in {run.steps} steps, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
     text += f"\nnext: stackctl compose {'+'.join([*(m.adapter.name for m in prepared.stack.members), prepared.name])}"
     return Result(data, label, text)
+
+
+def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
+    """What the run was good for, in a line or two."""
+    first, last = curve[0]["loss"], curve[-1]["loss"]
+    text = f"loss of a step {_change(first, last)}"
+    before, after = run.eval_loss_before, run.eval_loss
+    if before is None or after is None:
+        return text
+    text += f"\nheld-out loss {_change(before, after)}"
+    if max(before, after) < _LARGEST_LOSS:
+        text += f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+    if run.kept_step != run.steps or run.stopped_early:
+        stopped = f", stopped early after {run.steps}" if run.stopped_early else f" of {run.steps}"
+        text += f"; kept: the weights of step {run.kept_step}{stopped}"
+    if after >= before:
+        text += "\nnote: nothing was gained on the held-out records; try a lower --learning-rate, or other data"
+    return text
+
+
+def _change(before: float, after: float) -> str:
+    per_cent = f" ({(after - before) / before:+.0%})" if before > 0 else ""
+    return f"{before:.3f} -> {after:.3f}{per_cent}"
 
 
 # -- a recipe ---------------------------------------------------------------------------------------------------------

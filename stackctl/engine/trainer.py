@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -29,6 +29,9 @@ from stackctl import files
 from stackctl.checkpoint import CONFIG, WEIGHTS
 from stackctl.errors import Failed
 
+if TYPE_CHECKING:
+    from stackctl.engine.training.watching import HeldOut
+
 ADAPTER = "default"
 """The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
 _COUNTERS = "stackctl_counters.json"
@@ -36,13 +39,17 @@ _COUNTERS = "stackctl_counters.json"
 
 @dataclass
 class Counters:
-    """What a run has seen so far. ``loss_sum`` is over supervised tokens; ``curve`` has an entry per optimizer step."""
+    """What a run has seen so far. ``loss_sum`` is over supervised tokens; ``curve`` has an entry per optimizer step.
+
+    ``looks`` are the losses on held-out records, see :class:`stackctl.engine.training.watching.HeldOut`.
+    """
 
     tokens: int = 0
     supervised_tokens: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
+    looks: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -115,9 +122,17 @@ class StackTrainer(Trainer):
     """Trainer for one adapter on a frozen stack; see the module's docstring."""
 
     def __init__(
-        self, *args: Any, counters: Counters, as_rows: bool, bfloat16: bool, progress: Progress, **kwargs: Any
+        self,
+        *args: Any,
+        counters: Counters,
+        as_rows: bool,
+        bfloat16: bool,
+        progress: Progress,
+        held_out: HeldOut | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.held_out = held_out
         self._bfloat16 = bfloat16
         self.counters = counters
         self._as_rows = as_rows
@@ -128,6 +143,8 @@ class StackTrainer(Trainer):
             self.remove_callback(printer)
         self.guard = StepGuard(self, progress)
         self.add_callback(self.guard)
+        if held_out:
+            self.add_callback(held_out)
 
     def _sum_device(self) -> torch.device:
         device = self.args.device
@@ -157,14 +174,30 @@ class StackTrainer(Trainer):
 
     def take_step_totals(self) -> tuple[float, int, int]:
         """Loss sum, tokens and supervised tokens since the last call, over all ranks."""
-        totals = torch.tensor(
-            [float(self._step_loss), self._step_tokens, self._step_supervised], dtype=torch.float64
-        ).to(self._sum_device())
+        own = [float(self._step_loss), float(self._step_tokens), float(self._step_supervised)]
         self._step_loss.zero_()
         self._step_tokens = self._step_supervised = 0
-        if self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(0)
-        return float(totals[0]), int(totals[1]), int(totals[2])
+        loss, tokens, supervised = self.sum_over_processes(own)
+        return loss, int(tokens), int(supervised)
+
+    def sum_over_processes(self, numbers: list[float]) -> list[float]:
+        """Numbers of each process, added up; every process gets the sums."""
+        if self.args.world_size == 1:
+            return numbers
+        own = torch.tensor([numbers], dtype=torch.float64, device=self._sum_device())
+        sums: list[float] = self.accelerator.gather(own).sum(0).tolist()
+        return sums
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Look at the held-out records. Trainer's own loop would pad them and average over batches."""
+        assert self.held_out is not None, "nothing asks for this without held-out records"
+        started = time.perf_counter()
+        metrics = {"eval_loss": self.held_out.look(self)}
+        self.log(metrics)
+        # Callbacks change the one control that Trainer holds.
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.guard.away += time.perf_counter() - started
+        return metrics
 
     # -- saves of an unfinished run -------------------------------------------------------------------------------
 
@@ -175,9 +208,18 @@ class StackTrainer(Trainer):
             save_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict)
             files.write_atomic(folder / _COUNTERS, json.dumps(asdict(self.counters)))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """What every process has a part of: here also the best weights so far."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.held_out:
+            self.held_out.save(Path(output_dir), self.args.process_index)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapter in training by its name. Trainer's own way takes the first adapter, and unfreezes it."""
-        folder = Path(resume_from_checkpoint)
+        self.restore(Path(resume_from_checkpoint), model)
+
+    def restore(self, folder: Path, model: nn.Module | None = None) -> None:
+        """The adapter in training, the numbers of the run and the best weights so far, out of a save."""
         target = self.accelerator.unwrap_model(model or self.model)
         result = set_peft_model_state_dict(target, load_file(folder / WEIGHTS), adapter_name=ADAPTER)
         if result.unexpected_keys:
@@ -185,6 +227,8 @@ class StackTrainer(Trainer):
         saved = json.loads((folder / _COUNTERS).read_text())
         for name, value in saved.items():
             setattr(self.counters, name, value)
+        if self.held_out:
+            self.held_out.load(folder, self.args.process_index)
 
 
 def save_adapter(model: PeftModel, folder: Path, state_dict: dict | None = None) -> None:
@@ -209,16 +253,20 @@ class StepGuard(TrainerCallback):
         self._started = 0.0
         self._before = 0.0
         self._rate = 0.0
+        self.away = 0.0  # seconds since the start that were not training
         self._previous_handler: Any = None
         self.interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._before = self._trainer.counters.seconds
-        self._started = time.perf_counter()
         try:
             self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
         except ValueError:  # not in the main thread
             self._previous_handler = None
+        if self._trainer.held_out and not self._trainer.counters.looks:
+            self._trainer.evaluate()
+        self.away = 0.0
+        self._before = self._trainer.counters.seconds
+        self._started = time.perf_counter()
 
     def _on_interrupt(self, *_: Any) -> None:
         if self.interrupted:
@@ -238,7 +286,7 @@ class StepGuard(TrainerCallback):
         counters.loss_sum += loss_sum
         counters.tokens += tokens
         counters.supervised_tokens += supervised
-        counters.seconds = self._before + time.perf_counter() - self._started
+        counters.seconds = self._before + time.perf_counter() - self._started - self.away
         loss = loss_sum / supervised if supervised else math.nan
         if not math.isfinite(loss):
             raise Failed(

@@ -23,6 +23,7 @@ class Corpus:
     encoded: Encoded
     rows: list[list[Example]]
     """What one place of a micro-batch holds: one record, or a packed sequence of several."""
+    held_out: RecordSet | None
     evaluation: Encoded | None
 
 
@@ -40,9 +41,8 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
     if job.pack and records.format != "text":
         raise Usage(f"--pack joins text records, and {prepared.data} holds {records.format}", hint="leave out --pack")
     encoded = data_module.encode(records, tokenizer, max_length=length, split_long=job.pack)
-    evaluation = None
-    if prepared.eval_data:
-        evaluation = data_module.encode(read_records(prepared.eval_data), tokenizer, max_length=length)
+    held_out = read_records(prepared.eval_data) if prepared.eval_data else None
+    evaluation = data_module.encode(held_out, tokenizer, max_length=length) if held_out else None
     for note in encoded.notes:
         say(f"note: {note}")
     if encoded.truncated:
@@ -53,4 +53,4 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
     rows = data_module.pack(encoded.examples, length) if job.pack else [[example] for example in encoded.examples]
-    return Corpus(records, encoded, rows, evaluation)
+    return Corpus(records, encoded, rows, held_out, evaluation)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from stackctl.engine import data as data_module
 from stackctl.engine.trainer import Counters, StackTrainer
 from stackctl.engine.training.corpus import Corpus
+from stackctl.engine.training.watching import HeldOut, evaluation_steps
 from stackctl.errors import Failed, Interrupted
 from stackctl.jobs import PreparedJob, RunFolder
 from stackctl.schema import TrainJob
@@ -20,11 +21,15 @@ from stackctl.schema import TrainJob
 Progress = Callable[[int, int, Counters], None]
 
 
-def _warmup_steps(job: TrainJob, rows: int) -> int:
-    """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
+def _all_steps(job: TrainJob, rows: int) -> int:
+    """Optimizer steps of a whole run."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batches = -(-rows // (job.batch_size * processes))
-    steps = job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
+    return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
+
+
+def _warmup_steps(job: TrainJob, steps: int) -> int:
+    """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
     wanted = int(job.warmup) if job.warmup >= 1 else int(job.warmup * steps)
     return min(wanted, steps - 1)
 
@@ -39,8 +44,10 @@ def run_trainer(
     bfloat16: bool,
     resume: bool,
     progress: Progress,
+    held_out: HeldOut | None,
 ) -> None:
     job = prepared.job
+    steps = _all_steps(job, len(corpus.rows))
     arguments = TrainingArguments(
         output_dir=str(run.path),
         per_device_train_batch_size=job.batch_size,
@@ -49,7 +56,7 @@ def run_trainer(
         max_steps=job.max_steps or -1,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.scheduler,
-        warmup_steps=_warmup_steps(job, len(corpus.rows)),
+        warmup_steps=_warmup_steps(job, steps),
         weight_decay=job.weight_decay,
         seed=job.seed,
         data_seed=job.seed,
@@ -58,6 +65,8 @@ def run_trainer(
         save_strategy="steps" if job.save_steps else "no",
         save_steps=job.save_steps or 500,
         save_total_limit=2,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=evaluation_steps(job, steps),
         report_to=job.report_to or "none",
         run_name=prepared.name,
         disable_tqdm=True,
@@ -71,13 +80,20 @@ def run_trainer(
         model=model,
         args=arguments,
         train_dataset=corpus.rows,
+        eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
         data_collator=lambda rows: data_module.collate([example for row in rows for example in row]),
         counters=counters,
         as_rows=as_rows,
         bfloat16=bfloat16,
         progress=progress,
+        held_out=held_out,
     )
     saves = run.checkpoints if resume else []
+    if saves and held_out:
+        trainer.restore(saves[-1])
+        if held_out.is_over:  # killed between the last step and the registering
+            held_out.use_kept(trainer.model)
+            return
     try:
         trainer.train(resume_from_checkpoint=str(saves[-1]) if saves else None)
     except torch.OutOfMemoryError as error:
@@ -89,3 +105,5 @@ def run_trainer(
             f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; it was saved",
             hint=f"the same command with --resume goes on: stackctl train {prepared.name} … --resume",
         )
+    if held_out:
+        held_out.use_kept(trainer.model)

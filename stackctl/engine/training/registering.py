@@ -13,6 +13,7 @@ from peft import PeftModel
 from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.engine.records import RecordSet
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import Counters, save_adapter
 from stackctl.engine.training.corpus import Corpus
@@ -38,7 +39,8 @@ def register_version(
     with files.staging_directory(weights) as staged:
         save_adapter(model, staged)
         tokenizer.save_pretrained(staged)
-        curve = "".join(json.dumps(point) + "\n" for point in counters.curve)
+        points = sorted([*counters.looks, *counters.curve], key=lambda point: point["step"])
+        curve = "".join(json.dumps(point) + "\n" for point in points)
         (staged / "training_log.jsonl").write_text(curve)
         _check_saved(prepared, staged)
         return registry.add_version(
@@ -100,11 +102,14 @@ def _entry(
         parameters=checkpoint.parameters,
         dtype=checkpoint.dtype,
         bytes=checkpoint.bytes,
-        data=DataSource(
-            path=prepared.data, sha256=corpus.records.sha256, records=corpus.records.count, format=corpus.records.format
-        ),
+        data=_source(prepared.data, corpus.records),
+        eval_data=_source(prepared.eval_data, corpus.held_out) if prepared.eval_data and corpus.held_out else None,
         settings=msgspec.to_builtins(prepared.job.settings()),
         run=outcome,
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"stackctl": __version__},
     )
+
+
+def _source(path: str, records: RecordSet) -> DataSource:
+    return DataSource(path=path, sha256=records.sha256, records=records.count, format=records.format)

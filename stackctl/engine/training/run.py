@@ -11,13 +11,13 @@ from transformers import set_seed
 from stackctl import files
 from stackctl.engine import data as data_module
 from stackctl.engine import proofs
-from stackctl.engine.evaluation import score_examples
 from stackctl.engine.models import LIVE, computes_in_bfloat16, load_base
 from stackctl.engine.trainer import Counters
 from stackctl.engine.training.attaching import attach_new, freeze_stack, must_separate
 from stackctl.engine.training.corpus import Corpus, read_corpus
 from stackctl.engine.training.fitting import Progress, run_trainer
 from stackctl.engine.training.registering import register_version
+from stackctl.engine.training.watching import HeldOut
 from stackctl.errors import Incompatible, Usage
 from stackctl.jobs import PreparedJob, RunFolder, run_folder
 from stackctl.registry import Registry
@@ -33,8 +33,6 @@ class Trained:
     version: AdapterVersion
     counters: Counters
     trainable_parameters: int
-    eval_before: float | None
-    eval_after: float | None
 
 
 def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, say: Say, progress: Progress) -> Trained:
@@ -66,13 +64,12 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
     counters = Counters()
     bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
     as_rows = must_separate(model, corpus.encoded.examples)
-    eval_before = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
-    run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress)
+    held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
+    run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress, held_out)
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
     registry.check_digests(prepared.stack.members, fresh=True)
-    eval_after = score_examples(model, corpus.evaluation.examples).loss if corpus.evaluation else None
     outcome = Run(
         steps=len(counters.curve),
         epochs=round(counters.tokens / max(corpus.encoded.tokens, 1), 4),
@@ -84,11 +81,14 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
         frozen_error=stacked.rounding_error if how == "fold" else None,
         dtype=str(stacked.model.dtype).removeprefix("torch.") + (", bfloat16 autocast" if bfloat16 else ""),
         device=stacked.device.type,
-        eval_loss=eval_after,
+        eval_loss_before=held_out.looks[0]["eval_loss"] if held_out else None,
+        eval_loss=held_out.kept["eval_loss"] if held_out else None,
+        kept_step=int(held_out.kept["step"]) if held_out else None,
+        stopped_early=held_out is not None and held_out.is_over,
     )
     version = register_version(prepared, registry, model, stacked.tokenizer, corpus, outcome, counters)
     shutil.rmtree(run.path, ignore_errors=True)
-    return Trained(version, counters, trainable, eval_before, eval_after)
+    return Trained(version, counters, trainable)
 
 
 def _check_precision(prepared: PreparedJob) -> None:
@@ -102,7 +102,7 @@ def _check_precision(prepared: PreparedJob) -> None:
 def _open_run(prepared: PreparedJob, registry: Registry, corpus: Corpus, resume: bool) -> RunFolder:
     """The folder for this run's saves; without ``--resume`` an older unfinished run of that name is dropped."""
     run = run_folder(registry, prepared.name)
-    signature = prepared.signature(corpus.records.sha256)
+    signature = prepared.signature(corpus.records.sha256, corpus.held_out.sha256 if corpus.held_out else None)
     if resume and run.checkpoints:
         known = run.signature
         changed = [key for key, value in signature.items() if known.get(key) != value]
