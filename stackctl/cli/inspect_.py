@@ -10,6 +10,7 @@ import typer
 
 from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
+from stackctl.curve import Curve, read_curve, render_terminal
 from stackctl.errors import Usage
 from stackctl.files import human_bytes
 from stackctl.inspection import (
@@ -28,6 +29,9 @@ from stackctl.plan import PlanMember, StackPlan, plan_stack
 from stackctl.registry import ResolvedStack
 from stackctl.targets import lint_for
 
+_CURVE_WIDTH = 80
+"""Columns of a loss curve: what every terminal has."""
+
 
 def register(app: typer.Typer) -> None:
     @command(app, "inspect", example="stackctl inspect style+instruct", panel=KNOW)
@@ -42,14 +46,17 @@ def register(app: typer.Typer) -> None:
             Literal["vllm", "gguf", "ollama"] | None,
             typer.Option("--for", help="Say in advance what that program would reject."),
         ] = None,
+        curve: Annotated[
+            bool, typer.Option("--curve", help="Show the losses of the training; in JSON every point of them.")
+        ] = False,
     ) -> Result:
         """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
         if what is not None and looks_like_path(what):
-            return _inspect_path(Path(what), _Wishes(verify, modules, weights, target))
+            return _inspect_path(Path(what), _Wishes(verify, modules, weights, target, curve))
         registry = context.registry
         stack = registry.resolve(what, base=base)
         if not stack.members and stack.name is None:
-            if verify or modules or weights or target:
+            if verify or modules or weights or target or curve:
                 raise Usage("a base has no deltas to look at", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
             return _result({**info, "problems": []}, lambda: _facts(info, stack.base.name))
@@ -58,7 +65,7 @@ def register(app: typer.Typer) -> None:
             registry.check_digests(stack.members, fresh=verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
-        found = _add_wishes(info, plan, _Wishes(verify, modules, weights, target))
+        found = _add_wishes(info, plan, _Wishes(verify, modules, weights, target, curve))
         return _result(info, lambda: _screen(info, stack, plan, found), stack.notes)
 
 
@@ -70,6 +77,7 @@ class _Wishes:
     modules: bool
     weights: bool
     target: str | None
+    curve: bool
 
 
 def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes) -> list[dict[str, Any]]:
@@ -85,7 +93,15 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes) -> list[
         from stackctl.engine.norms import module_norms
 
         info["weights"] = module_norms(plan)
+    if wishes.curve:
+        info["curves"] = {member.label: _points(member.checkpoint.path) for member in plan.members}
     return found
+
+
+def _points(folder: Path) -> dict[str, Any]:
+    """A curve as JSON has it."""
+    curve = read_curve(folder)
+    return {"loss": curve.training, "eval_loss": curve.held_out}
 
 
 def _inspect_path(path: Path, wishes: _Wishes) -> Result:
@@ -118,7 +134,7 @@ def _result(info: dict[str, Any], screen: Any, notes: tuple[str, ...] = ()) -> R
 
 
 def _facts(info: dict[str, Any], title: str) -> Any:
-    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for"}
+    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for", "curves"}
     facts = {key.replace("_", " "): value for key, value in info.items() if key not in hidden}
     if "bytes" in facts:
         facts["bytes"] = human_bytes(facts["bytes"])
@@ -141,9 +157,14 @@ def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, found: 
             facts["trained"] = (
                 f"{run['steps']} steps, {run['supervised_tokens']:,} supervised tokens, loss {run['loss']:.3f}"
             )
+            if run.get("kept_step") is not None:
+                change = f"{run['eval_loss_before']:.3f} -> {run['eval_loss']:.3f}"
+                facts["held out"] = f"loss {change}, the weights of step {run['kept_step']}"
         if data := info.get("data"):
             facts["data"] = f"{data['path']}, {data['records']} {data['format']} records"
         parts.append(facts_tree(f"adapter {info['adapter']}@{info['version']}", facts, info["problems"]))
+        if "curves" not in info:
+            parts += _curve_screen(read_curve(Path(info["path"])), height=6)
     else:
         parts.append(stack_tree(stack, plan))
         parts.append(
@@ -162,9 +183,18 @@ def _wished(info: dict[str, Any], found: list[dict[str, Any]]) -> list[Any]:
         parts.append(_module_screen(info["module_table"]))
     if "weights" in info:
         parts.append(_weights_screen(info["weights"]))
+    for label, points in info.get("curves", {}).items():
+        lines = _curve_screen(Curve(tuple(points["loss"]), tuple(points["eval_loss"])), height=12)
+        parts += [f"\n{label}" if lines else f"\n{label}: no losses were recorded", *lines]
     if "for" in info:
         parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
     return parts
+
+
+def _curve_screen(curve: Curve, height: int) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(line, no_wrap=True) for line in render_terminal(curve, _CURVE_WIDTH, height)]
 
 
 def _module_screen(rows: list[dict[str, Any]]) -> Any:

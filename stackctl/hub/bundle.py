@@ -16,9 +16,9 @@ import msgspec
 
 from stackctl.bases import EMBEDDED_HUB_ID, read_json
 from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config
+from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.errors import Incompatible, StackctlError, Usage
-from stackctl.hub.card import CARD, PICTURE, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
-from stackctl.hub.curve import parse_curve, render_curves
+from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
 from stackctl.hub.remote import Content
 from stackctl.names import Reference, parse_expression
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
@@ -27,7 +27,6 @@ from stackctl.yamlfile import format_yaml, parse_yaml
 
 STACK = "stack.yaml"
 ADAPTER = "adapter.yaml"
-LOG = "training_log.jsonl"
 MEMBERS = "members"
 
 TOKENIZER = (
@@ -325,11 +324,7 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
 
 
 def _picture(places: list[tuple[ResolvedMember, Path]]) -> str | None:
-    curves = {}
-    for member, folder in places:
-        if (folder / LOG).is_file():
-            curves[member.label] = parse_curve((folder / LOG).read_text(errors="replace"))
-    return render_curves(curves)
+    return render_svg({member.label: read_curve(folder) for member, folder in places})
 
 
 def _picture_file(picture: str | None) -> dict[str, Content]:

@@ -10,11 +10,11 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from stackctl.curve import PICTURE
 from stackctl.names import format_term, format_weight
 from stackctl.schema import AdapterVersion
 
 CARD = "README.md"
-PICTURE = "training_loss.svg"
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Words that YAML 1.1 (PyYAML, so huggingface_hub) and YAML 1.2 (the Hub) read differently: Norwegian is one.
 _AMBIGUOUS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none"}

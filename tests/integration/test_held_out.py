@@ -73,6 +73,24 @@ def test_what_is_found_is_the_loss_of_the_weights_and_the_best_are_kept(house: A
     assert (last["kept_step"], last["eval_loss"]) == (20, losses[20])
 
 
+def test_the_curve_is_seen(house: Any) -> None:
+    h = house()
+    h.train("style", *GREEDY, *held_out(h), "--eval-steps", 10)
+    curve = h.run("inspect", "style", "--curve", "--json").json["curves"]["style@1"]
+    log = h.log("style")
+    assert curve["loss"] == [[p["step"], p["loss"]] for p in log if "loss" in p]
+    assert curve["eval_loss"] == [[p["step"], p["eval_loss"]] for p in log if "eval_loss" in p]
+    shown = h.run("inspect", "style").out.splitlines()
+    assert all(len(line) <= 80 for line in shown if "┤" in line or "held-out" in line)
+    assert sum("┤" in line for line in shown) == 6
+    assert sum("┤" in line for line in h.run("inspect", "style:0.5", "--curve").out.splitlines()) == 12
+    assert f"-> {log[-1]['eval_loss']:.3f}" in shown[-1]
+    picture = (h.weights("style") / "training_loss.svg").read_text()
+    assert picture.startswith("<svg") and picture.count("<polyline") == 2 and "style@1 held-out" in picture
+    h.add("made", seed=1)
+    assert "no losses were recorded" in h.run("inspect", "made", "--curve").out
+
+
 def test_ten_looks_unless_told_otherwise(house: Any) -> None:
     h = house()
     h.train("ten", *GREEDY, *held_out(h))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import yaml
 
 from stackctl.hub.bundle import combine_facts, facts_of_card, is_ours
 from stackctl.hub.card import Card, CardMember, Facts, Foundation, render_card
-from stackctl.hub.curve import parse_curve, render_curves
 from stackctl.schema import AdapterVersion, DataSource, Lora, Run
 
 
@@ -162,41 +160,3 @@ def test_a_card_that_cannot_be_read_says_nothing(text: str) -> None:
 def test_only_files_that_a_push_writes_may_be_removed_by_one() -> None:
     assert is_ours("members/style/adapter_model.safetensors") and is_ours("stack.yaml")
     assert not is_ours("notes.md") and not is_ours("members/style/deep/file") and not is_ours(".gitattributes")
-
-
-# -- the picture ----------------------------------------------------------------------------------------------------
-
-
-def points(picture: str) -> list[tuple[float, float]]:
-    line = ElementTree.fromstring(picture).find("{http://www.w3.org/2000/svg}polyline")
-    assert line is not None
-    return [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]  # type: ignore[misc]
-
-
-def test_the_curve_falls_where_the_loss_falls() -> None:
-    curve = parse_curve(
-        '{"step": 1, "loss": 4}\nnot json\n{"step": 2}\n{"step": 3, "loss": 2.0}\n{"step": 5, "loss": NaN}'
-    )
-    assert curve == [(1.0, 4.0), (3.0, 2.0)]
-    picture = render_curves({"style@1": curve})
-    assert picture is not None
-    (x1, y1), (x2, y2) = points(picture)
-    assert x2 > x1 and y2 > y1  # down on a picture is a larger y
-    assert y2 - y1 == pytest.approx((300 - 40 - 36) / 2, abs=0.2)  # half of the height between 0 and 4
-
-
-def test_a_long_run_is_a_small_picture_and_names_are_escaped() -> None:
-    picture = render_curves({"a<b": [(step, 3.0 + 1 / (step + 1)) for step in range(50_000)], "b": [(1, 2.0)]})
-    assert picture is not None and len(picture) < 12_000 and "a&lt;b" in picture
-    assert len(points(picture)) == 240
-
-
-@pytest.mark.parametrize("curve", [[(1.0, 0.0)], [(0.0, 0.0), (0.0, 0.0)], [(1.0, -3.0), (2.0, -1.0)], [(1.0, 1e9)]])
-def test_strange_curves_are_drawn_inside_the_picture(curve: list[tuple[float, float]]) -> None:
-    picture = render_curves({"a": curve})
-    assert picture is not None
-    assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in points(picture))
-
-
-def test_no_curve_is_no_picture() -> None:
-    assert render_curves({"a": []}) is None

@@ -13,6 +13,7 @@ from peft import PeftModel
 from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.engine.records import RecordSet
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import Counters, save_adapter
@@ -39,9 +40,8 @@ def register_version(
     with files.staging_directory(weights) as staged:
         save_adapter(model, staged)
         tokenizer.save_pretrained(staged)
-        points = sorted([*counters.looks, *counters.curve], key=lambda point: point["step"])
-        curve = "".join(json.dumps(point) + "\n" for point in points)
-        (staged / "training_log.jsonl").write_text(curve)
+        points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
+        (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))
         _check_saved(prepared, staged)
         return registry.add_version(
             prepared.name,
@@ -89,6 +89,8 @@ def _entry(
         usage=f"stackctl generate {used_with}",
         created_by=f"stackctl {__version__}",
     )
+    if picture := render_svg({f"{prepared.name}@{number}": read_curve(staged)}):
+        files.write_atomic(staged / PICTURE, picture)
     files.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
     return AdapterVersion(
         version=number,
