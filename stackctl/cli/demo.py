@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
         from stackctl.cli.compare import compare_stacks, comparison
-        from stackctl.cli.evaluate import evaluate_stacks
+        from stackctl.cli.eval import evaluate_stacks
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
