@@ -10,6 +10,7 @@ import torch
 
 from stackctl.checkpoint import describe_lora, read_checkpoint
 from stackctl.engine.streaming import SafetensorsWriter
+from stackctl.engine.tensors import tensor_bytes
 from stackctl.registry import Registry, init_registry, now
 from stackctl.schema import AdapterVersion, Base, ModuleShape
 
@@ -63,7 +64,7 @@ def _write_adapter(folder: Path, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with SafetensorsWriter(folder / "adapter_model.safetensors", layout) as writer:
         for name, _, shape in layout:
-            writer.write(name, torch.randn(shape, generator=generator))
+            writer.write(name, tensor_bytes(name, torch.randn(shape, generator=generator)))
 
 
 def _register(registry: Registry, name: str, folder: Path, base: Base) -> None:

@@ -61,11 +61,12 @@ def register(app: typer.Typer) -> None:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"--dtype {' or '.join(_DTYPES[format_])}")
         registry.check_digests(stack.members)
         report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
+        digests = report.pop("digests", {})
         written: list[dict[str, Any]] = [
             {
                 "path": str(path.relative_to(out)),
                 "bytes": path.stat().st_size,
-                "sha256": sha256_file(path).removeprefix("sha256:"),
+                "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
             }
             for path in sorted(out.rglob("*"))
             if path.is_file()
@@ -81,7 +82,7 @@ def register(app: typer.Typer) -> None:
 def _carry_out(
     context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool
 ) -> dict[str, Any]:
-    """Write the files; returns rank, max_relative_error and exact."""
+    """Write the files; returns rank, max_relative_error, exact, and digests of files where they are known already."""
     if format_ == "peft":
         from stackctl.engine.export.peft import export_peft
 

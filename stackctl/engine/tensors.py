@@ -1,19 +1,15 @@
-"""Tensors read from safetensors files by their place in the file, one at a time.
-
-Not mapped: a mapped file counts as memory once it was touched, and an export shall need no more than one module.
-"""
+"""Tensors read from safetensors files, one at a time, and as bytes again."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from stackctl.checkpoint import TensorInfo
 from stackctl.engine import algebra
+from stackctl.engine.reading import OpenFiles, not_finite
 from stackctl.errors import VerificationFailed
 from stackctl.plan import ModulePlan, StackPlan
 
@@ -37,21 +33,21 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
-class TensorFiles:
-    """Open files to read tensors from; each is opened once."""
+def tensor_bytes(name: str, tensor: Tensor) -> memoryview:
+    """A tensor's values as safetensors stores them; a view where the tensor is contiguous and in memory.
 
-    def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
+    Raises:
+        VerificationFailed: it holds NaN or infinity, which it got by not fitting its dtype.
+    """
+    if not all_finite(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise VerificationFailed(f"{name} does not fit {dtype}", hint="use --dtype float32")
+    data = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(data.view(torch.uint8).numpy()).cast("B") if data.numel() else memoryview(b"")
 
-    def __enter__(self) -> TensorFiles:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for stream in self._files.values():
-            stream.close()
-        self._files.clear()
+class TensorFiles(OpenFiles):
+    """Open files to read tensors from."""
 
     def read(self, path: Path, info: TensorInfo) -> Tensor:
         """One tensor, in memory of its own.
@@ -59,13 +55,8 @@ class TensorFiles:
         Raises:
             VerificationFailed: its bytes are not there.
         """
-        stream = self._files.get(path)
-        if stream is None:
-            stream = self._files[path] = path.open("rb")
         data = bytearray(info.end - info.start)
-        stream.seek(info.start)
-        if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise VerificationFailed(f"{path} ends within {info.name}", hint="restore the file from where it came")
+        self.read_into(path, info, memoryview(data))
         if not data:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)
@@ -78,9 +69,6 @@ class MemberTensors(TensorFiles):
         super().__init__()
         self._plan = plan
 
-    def __enter__(self) -> MemberTensors:
-        return self
-
     def of(self, member: int, info: TensorInfo) -> Tensor:
         """One tensor of a member as it is stored.
 
@@ -89,11 +77,7 @@ class MemberTensors(TensorFiles):
         """
         tensor = self.read(self._plan.members[member].checkpoint.weights_path, info)
         if not all_finite(tensor):
-            label = self._plan.members[member].label
-            raise VerificationFailed(
-                f"{label} holds values that are not finite numbers, in {info.name}",
-                hint=f"use an earlier version, or train {self._plan.members[member].adapter or label} again",
-            )
+            raise not_finite(self._plan, member, info)
         return tensor
 
     def factors(self, module: ModulePlan, device: torch.device | None = None) -> list[algebra.Factors]:

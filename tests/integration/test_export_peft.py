@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+
+from stackctl.engine import algebra
+from stackctl.engine.tensors import MemberTensors
 
 ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "phi3", "neox", "mixtral"]
 
@@ -47,7 +53,8 @@ def test_peft_gets_the_whole_stack(house: Any, name: str) -> None:
     files = {file["path"]: file for file in report["files"]}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
     for path, file in files.items():
-        assert (h.folder / "out" / path).stat().st_size == file["bytes"]
+        content = (h.folder / "out" / path).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -147,3 +154,44 @@ def test_the_exported_weights_are_used_in_half_precision_too(house: Any) -> None
     sizes = [float(tensor.float().abs().max()) for tensor in tensors.values()]
     assert max(sizes) / min(sizes) < 100
     assert torch.isfinite(oracle.logits(loaded(h, h.folder / "out"))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_exact_sum_is_the_algebras_bit_for_bit(house: Any, dtype: torch.dtype) -> None:
+    """It is written by other means, without torch, from whatever the members are stored in."""
+    h = house()
+    path = h.add("style", seed=1, target_modules=["q_proj", "embed_tokens"])
+    stored = {n: t.to(dtype) for n, t in load_file(path / "adapter_model.safetensors").items()}
+    save_file(stored, path / "adapter_model.safetensors", {"format": "pt"})
+    h.run("add", "stored", path)
+    h.add("instruct", seed=2, r=3, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    export(h, "stored:-0.3+instruct", "out")
+    found = load_file(h.folder / "out" / "adapter_model.safetensors")
+    plan = h.plan("stored:-0.3+instruct")
+    assert len(found) == 2 * len(plan.modules)
+    with MemberTensors(plan) as tensors:
+        for name, module in plan.modules.items():
+            kind = "lora_embedding_{}" if module.type == "Embedding" else "lora_{}.weight"
+            for part, wanted in zip("AB", algebra.concatenate(tensors.factors(module)), strict=True):
+                assert torch.equal(found[f"base_model.model.{name}.{kind.format(part)}"], wanted)
+
+
+def test_what_does_not_fit_float32_is_5(house: Any) -> None:
+    h = house()
+    h.add("huge", seed=1, scale=1e38)
+    before = {p.name for p in h.folder.iterdir()}
+    failed = export(h, "huge:100", "out", code=5)
+    assert "do not fit float32" in failed.json["error"]["message"]
+    assert {p.name for p in h.folder.iterdir()} == before
+
+
+def test_the_exact_sum_needs_no_torch(house: Any) -> None:
+    h = house()
+    h.add("style", seed=1)
+    h.add("instruct", seed=2)
+    program = "import sys\nfrom stackctl.cli import main\ntry:\n  main()\nfinally:\n  print(*sys.modules)"
+    command = ["export", "style+instruct:0.5", "--out", str(h.folder / "out"), "-q"]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    assert (h.folder / "out" / "adapter_config.json").is_file()
+    assert "stackctl.engine.export.peft" in done.stdout.split()
+    assert not {"torch", "peft", "transformers", "safetensors"} & set(done.stdout.split())

@@ -16,7 +16,7 @@ from stackctl.bases import read_json, weight_files
 from stackctl.checkpoint import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.engine.combining import module_delta
 from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
+from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
 from stackctl.plan import ModulePlan, Replacement, StackPlan
@@ -47,7 +47,8 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
 
     Returns:
         ``rank``; ``max_relative_error``, the worst module's ‖(W' - W) - ΔW‖ / ‖ΔW‖ with ΔW the exact delta of the
-        stack's method: what rounding to the dtype lost; ``exact``: whether the method is the sum.
+        stack's method: what rounding to the dtype lost; ``exact``: whether the method is the sum; ``digests``, the
+        ``sha256:<hex>`` of the shards.
 
     Raises:
         Incompatible, VerificationFailed, Usage: the plan has problems, a tensor is stored in another layout than the
@@ -56,13 +57,14 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
     plan.check()
     shards, untied = _sources(plan, base, dtype)
     with files.staging_directory(out.parent) as staged, torch.no_grad(), MemberTensors(plan) as tensors:
-        worst = 0.0
+        worst, digests = 0.0, dict[str, str]()
         for name, sources in shards.items():
-            worst = max(worst, _write_shard(plan, tensors, staged / name, sources))
+            error, digests[name] = _write_shard(plan, tensors, staged / name, sources)
+            worst = max(worst, error)
         _write_side_files(plan, base, staged, shards, untied=untied, dtype=dtype)
         _check_written(staged, shards)
         files.publish_directory(staged, out)
-    return {"rank": plan.rank, "max_relative_error": worst, "exact": plan.method == SUM}
+    return {"rank": plan.rank, "max_relative_error": worst, "exact": plan.method == SUM, "digests": digests}
 
 
 def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_Source]], bool]:
@@ -120,8 +122,8 @@ def _on_disk(parameter: str, names: set[str], plan: StackPlan) -> str:
     )
 
 
-def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: list[_Source]) -> float:
-    """Write one shard; returns the worst relative error of the deltas in it."""
+def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: list[_Source]) -> tuple[float, str]:
+    """Write one shard; returns the worst relative error of the deltas in it, and the file's digest."""
     worst = 0.0
     layout = [(s.name, s.dtype, s.info.shape) for s in sources]
     with SafetensorsWriter(path, layout) as writer:
@@ -137,9 +139,8 @@ def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: l
                 summed = (weight.float() + delta).to(wanted)
                 worst = max(worst, _lost(weight, delta, summed))
                 weight = summed
-            writer.write(source.name, weight.to(wanted))
-    writer.check()
-    return worst
+            writer.write(source.name, tensor_bytes(source.name, weight.to(wanted)))
+    return worst, writer.check()
 
 
 def _lost(before: Tensor, delta: Tensor, after: Tensor) -> float:

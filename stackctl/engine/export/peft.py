@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stackctl import files
 from stackctl.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpoint
-from stackctl.engine import algebra
-from stackctl.engine.combining import module_pair
 from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
 from stackctl.plan import ModulePlan, PlanMember, StackPlan, plan_stack
@@ -28,7 +24,7 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
 
     Returns:
         ``rank``; ``max_relative_error``, the worst module's ‖written - exact sum‖ / ‖exact sum‖; ``exact``: a sum in
-        float32, which loses nothing.
+        float32, which loses nothing; ``digests``, the ``sha256:<hex>`` of the files that were hashed on their way.
 
     Raises:
         Incompatible, VerificationFailed, Usage: the plan has problems, a tensor is not finite, ``out`` is taken.
@@ -41,7 +37,7 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
         raise Incompatible(f"{label} carries whole modules, which a plain LoRA cannot hold", hint="--format model")
     with files.staging_directory(out.parent) as staged:
         ranks = _ranks(plan)
-        error = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
+        error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
         _write_config(plan, ranks, staged / CONFIG)
         _check_written(plan, ranks, staged)
         files.publish_directory(staged, out)
@@ -49,18 +45,17 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
         "rank": max(ranks.values()),
         "max_relative_error": error,
         "exact": dtype == "float32" and plan.method == SUM,
+        "digests": {WEIGHTS: digest},
     }
 
 
 def _ranks(plan: StackPlan) -> dict[str, int]:
-    """The rank of every module's pair. Only ``svd --rank auto`` has to look at the tensors for it."""
+    """The rank of every module's pair."""
     if plan.options.rank != "auto":
         return {name: plan.rank_of(module) for name, module in plan.modules.items()}
-    with torch.no_grad(), MemberTensors(plan) as tensors:
-        return {
-            name: module_pair(plan, module, tensors.factors(module))[0].shape[0]
-            for name, module in plan.modules.items()
-        }
+    from stackctl.engine.export.pairs import found_ranks
+
+    return found_ranks(plan)
 
 
 def _layout(module: ModulePlan, rank: int) -> list[tuple[str, tuple[int, int]]]:
@@ -72,26 +67,34 @@ def _layout(module: ModulePlan, rank: int) -> list[tuple[str, tuple[int, int]]]:
     return [(f"{name}.lora_A.weight", (rank, columns)), (f"{name}.lora_B.weight", (rows, rank))]
 
 
-def _write_weights(plan: StackPlan, ranks: dict[str, int], path: Path, dtype: str) -> float:
-    """Stream the factors module by module; returns the worst module's relative error against the exact sum."""
+def _write_weights(plan: StackPlan, ranks: dict[str, int], path: Path, dtype: str) -> tuple[float, str]:
+    """Stream the factors module by module.
+
+    Returns the worst module's relative error against the exact sum, and the file's digest.
+    """
     layout = [
         (name, dtype, shape) for module in plan.modules.values() for name, shape in _layout(module, ranks[module.name])
     ]
-    lossless = dtype == "F32" and plan.method == SUM
     worst = 0.0
-    if lossless:
-        torch.set_num_threads(1)  # the disk and memory decide here; threads would only wait for one another
-    with torch.no_grad(), MemberTensors(plan) as tensors, SafetensorsWriter(path, layout) as writer:
-        for module in plan.modules.values():
-            factors = tensors.factors(module)
-            pair = module_pair(plan, module, factors)
-            a, b = (factor.to(TORCH_DTYPES[dtype]) for factor in pair)
-            for (name, _), factor in zip(_layout(module, ranks[module.name]), (a, b), strict=True):
+    with SafetensorsWriter(path, layout) as writer:
+        for module, pair, error in _pairs(plan, dtype):
+            for (name, _), factor in zip(_layout(module, ranks[module.name]), pair, strict=True):
                 writer.write(name, factor)
-            if not lossless:
-                worst = max(worst, algebra.relative_error(algebra.concatenate(factors), (a.float(), b.float())))
-    writer.check()
-    return worst
+            worst = max(worst, error)
+    return worst, writer.check()
+
+
+def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memoryview, memoryview], float]]:
+    """Every module's A and B as bytes, and their relative error: none of a sum in float32, which needs no torch."""
+    if dtype == "F32" and plan.method == SUM:
+        from stackctl.engine.export.concatenation import Concatenation
+
+        with Concatenation(plan) as exact:
+            yield from ((module, exact.pair(module), 0.0) for module in plan.modules.values())
+    else:
+        from stackctl.engine.export.pairs import made_pairs
+
+        yield from made_pairs(plan, dtype)
 
 
 def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:
