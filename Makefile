@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+MINUTES ?= 30
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test check bench stress docs clean
 
 setup: $(READY)
 
@@ -31,6 +32,9 @@ check: $(READY)
 	$(BIN)/python -m tools.reference --check
 	$(BIN)/zensical build --strict
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property -n $(WORKERS)
+
+stress: $(READY)
+	$(BIN)/python -m tests.stress --minutes $(MINUTES)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -1,15 +1,22 @@
-"""Files that are never half there: atomic writes, staging folders, digests, locks, safe paths."""
+"""Files that are never half there: atomic writes, staging folders, digests, safe paths.
+
+Unfinished work carries a name that no reader looks at, and a lock of the kernel that goes with the process, however it
+ends. So what a killed process left is told from what another is writing now, and swept at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import platform
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stackctl.errors import Failed, NotFound, Usage
@@ -19,7 +26,6 @@ STAGING_PREFIX = ".tmp-"
 
 _CHUNK = 1 << 20
 _STALE_AFTER_SECONDS = 24 * 3600
-_LOCK_TIMEOUT = "STACKCTL_LOCK_TIMEOUT"
 
 
 def fsync_directory(path: Path) -> None:
@@ -32,21 +38,29 @@ def fsync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Make a folder and those above it, each of which survives a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_directory(folder.parent)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: a temporary sibling, flushed, then renamed over ``path``."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=STAGING_PREFIX, dir=path.parent)
+    make_directory(path.parent)
+    temporary, descriptor = _claim(lambda: tempfile.mkstemp(prefix=_own_prefix(), dir=path.parent)[::-1])
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            temporary.unlink()
         raise
     fsync_directory(path.parent)
 
@@ -57,17 +71,46 @@ def _umask() -> int:
     return current
 
 
+def _own_prefix() -> str:
+    """The prefix of what this machine is working on: locks need not reach from one machine to another."""
+    return f"{STAGING_PREFIX}{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+
+
+def _claim(make: Callable[[], tuple[str, int]]) -> tuple[Path, int]:
+    """Make something unfinished and lock it, for as long as its descriptor is open."""
+    while True:
+        name, descriptor = make()
+        with contextlib.suppress(OSError):  # not every file system has locks: age tells there
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(Path(name).stat(), os.fstat(descriptor)):
+                return Path(name), descriptor
+        os.close(descriptor)  # swept in the moment between making and locking it
+
+
+def _make_staging(parent: Path) -> tuple[str, int]:
+    while True:
+        name = tempfile.mkdtemp(prefix=_own_prefix(), dir=parent)
+        with contextlib.suppress(FileNotFoundError):
+            return name, os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+
+
 @contextlib.contextmanager
 def staging_directory(parent: Path) -> Iterator[Path]:
-    """A private folder beside the place where its content will end; gone afterwards unless it was renamed away."""
-    parent.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=parent))
-    path.chmod(0o777 & ~_umask())
+    """A private folder beside the place where its content will end; gone afterwards unless it was renamed away.
+
+    What killed processes left in ``parent`` is swept first.
+    """
+    make_directory(parent)
+    sweep_staging(parent)
+    path, descriptor = _claim(lambda: _make_staging(parent))
     try:
+        path.chmod(0o777 & ~_umask())
         yield path
     finally:
         if path.exists():
             shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
 def publish_directory(staged: Path, final: Path) -> None:
@@ -83,7 +126,7 @@ def publish_directory(staged: Path, final: Path) -> None:
         elif path.is_dir():
             fsync_directory(path)
     fsync_directory(staged)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(final.parent)
     if final.is_dir() and not any(final.iterdir()):
         final.rmdir()
     if final.exists() or final.is_symlink():
@@ -93,15 +136,37 @@ def publish_directory(staged: Path, final: Path) -> None:
 
 
 def sweep_staging(parent: Path) -> list[Path]:
-    """Remove what killed processes left in ``parent``: staging files and folders older than a day."""
+    """Remove what killed processes left in ``parent``, and return it; what somebody is working on stays."""
     swept = []
     if parent.is_dir():
         for path in parent.glob(f"{STAGING_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_AFTER_SECONDS:
+            with contextlib.suppress(OSError), _abandoned(path) as is_abandoned:
+                if is_abandoned:
                     remove_tree(path)
                     swept.append(path)
     return swept
+
+
+@contextlib.contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody works on something unfinished; while the body runs, nobody can begin to."""
+    info = path.lstat()
+    is_old = time.time() - info.st_mtime > _STALE_AFTER_SECONDS
+    if not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+        yield is_old
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        is_locked, has_locks = False, True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_locked = True
+        except OSError:  # NFS, for one, locks nothing that is open for reading only
+            has_locks = False
+        yield not is_locked and (is_old or (has_locks and path.name.startswith(_own_prefix())))
+    finally:
+        os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:
@@ -124,38 +189,6 @@ def sha256_file(path: Path) -> str:
         while piece := stream.read(_CHUNK):
             digest.update(piece)
     return "sha256:" + digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the one lock at ``path`` while the body runs.
-
-    Raises:
-        Failed: another process held it for the whole time-out.
-    """
-    import filelock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=_lock_timeout())
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise Failed(
-            f"{what} is locked by another stackctl process ({path})",
-            hint=f"wait for it to finish and try again ({_LOCK_TIMEOUT} sets the seconds to wait)",
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock_timeout() -> float:
-    text = os.environ.get(_LOCK_TIMEOUT) or "60"
-    try:
-        return float(text)
-    except ValueError:
-        raise Usage(f"{_LOCK_TIMEOUT} is '{text}', which is no number of seconds", hint="unset it") from None
 
 
 def inside(root: Path, relative: str) -> Path:

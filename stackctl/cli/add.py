@@ -87,7 +87,6 @@ def _add(
             name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
         )
     weights = registry.root / "weights"
-    files.sweep_staging(weights)
     with files.staging_directory(weights) as staged:
         copy_checkpoint(checkpoint.path, staged)
         copied = read_checkpoint(staged)

@@ -29,6 +29,7 @@ from stackctl.bases import (
     read_base_tensors,
 )
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.locks import locked
 from stackctl.modules import compact_modules
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
@@ -128,13 +129,12 @@ def base_gguf(base: Base, registry: Registry) -> Path | None:
 def _converted(gguf: Path, say: Say) -> Path:
     """The cached conversion of a GGUF file, made now if it is not there yet."""
     bases = cache_root() / "bases"
-    with files.locked(bases / ".lock", "the cache of converted models"):
+    with locked(bases / ".lock", "the cache of converted models"):
         key = files.sha256_file(gguf).removeprefix("sha256:")[:24]
         final = bases / f"gguf-{key}"
         if (final / "config.json").is_file():
             return final
         say(f"converting {gguf.name} once into the cache, in float32")
-        files.sweep_staging(bases)
         with files.staging_directory(bases) as staged:
             _convert_gguf(gguf, staged)
             if final.exists():

@@ -206,7 +206,6 @@ class _Pull:
         if self.options.dry_run:
             return []
         weights = self.registry.root / "weights"
-        files.sweep_staging(weights)
         found, labels = [], dict[str, str]()
         with contextlib.ExitStack() as stack:
             staged = {part.folder: stack.enter_context(files.staging_directory(weights)) for part in parts}

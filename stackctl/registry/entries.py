@@ -16,6 +16,7 @@ from stackctl.errors import (
     NotFound,
     Usage,
 )
+from stackctl.locks import locked
 from stackctl.methods import check_method
 from stackctl.names import parse_name, parse_stack_name
 from stackctl.schema import (
@@ -60,7 +61,8 @@ def init_registry(folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
         raise Usage(f"{folder} is a file", hint="choose another folder")
     for name in _FOLDERS.values():
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        files.make_directory(folder / name)
+    files.sweep_staging(folder)
     _ignore_in_git(folder / ".gitignore")
     files.write_atomic(folder / _FILE, format_yaml({"schema": SCHEMA, "current": None, "defaults": {}}))
     return True
@@ -146,8 +148,13 @@ class Entries:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the registry for writing. Readers need no lock: every file is replaced whole."""
-        with files.locked(self.root / ".lock", "the registry"):
+        """Hold the registry for writing. Readers need no lock: every file is replaced whole.
+
+        What killed writers left is swept on the way.
+        """
+        with locked(self.root / ".lock", "the registry"):
+            for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
+                files.sweep_staging(folder)
             yield
 
 

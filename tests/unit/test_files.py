@@ -1,7 +1,9 @@
 """Files that are never half there, and paths that never lead out."""
 
 import errno
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import time
 import pytest
 
 from stackctl import files
-from stackctl.errors import Failed, NotFound, Usage
+from stackctl.errors import NotFound, Usage
 
 
 def names_in(folder):
@@ -90,16 +92,87 @@ def test_publishing_into_an_empty_folder(tmp_path):
     assert (tmp_path / "final" / "f").is_file()
 
 
-def test_only_old_staging_is_swept(tmp_path):
-    old, new, other = tmp_path / ".tmp-old", tmp_path / ".tmp-new", tmp_path / "style"
-    for folder in (old, new, other):
-        folder.mkdir()
+LEAVE_BEHIND = """
+import os, pathlib, signal, sys
+from stackctl import files
+folder = pathlib.Path(sys.argv[1])
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.replace = os.replace
+with files.staging_directory(folder) as staged:
+    (staged / "half").write_text("x")
+    if sys.argv[2] == "alive":
+        print(staged.name, flush=True)
+        sys.stdin.read()
+    files.write_atomic(folder / "entry.yaml", "x")
+"""
+
+
+def leave_behind(folder, how):
+    return subprocess.Popen(
+        [sys.executable, "-c", LEAVE_BEHIND, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_what_a_killed_process_left_is_swept_at_once_and_nothing_else(tmp_path):
+    with leave_behind(tmp_path, "dead") as dead:
+        assert dead.wait(60) == -signal.SIGKILL
+    left = sorted(tmp_path.iterdir())
+    assert [path.is_dir() for path in left] in ([True, False], [False, True])
+    (tmp_path / "style").mkdir()
+    with leave_behind(tmp_path, "alive") as alive:
+        working = alive.stdout.readline().strip()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["style", working])
+        with files.staging_directory(tmp_path) as mine:
+            assert files.sweep_staging(tmp_path) == []
+            assert mine.is_dir()
+        alive.kill()
+    assert [path.name for path in files.sweep_staging(tmp_path)] == [working]
+    assert names_in(tmp_path) == ["style"]
+    assert files.sweep_staging(tmp_path / "nowhere") == []
+
+
+def test_what_another_machine_left_is_swept_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "another")
+    old, new, pipe = (tmp_path / (files._own_prefix() + name) for name in ("old", "new", "pipe"))
+    monkeypatch.undo()
+    old.mkdir()
+    new.mkdir()
+    os.mkfifo(pipe)
     past = time.time() - 2 * 24 * 3600
     os.utime(old, (past, past))
-    os.utime(other, (past, past))
     assert files.sweep_staging(tmp_path) == [old]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-new", "style"]
-    assert files.sweep_staging(tmp_path / "nowhere") == []
+    assert sorted(tmp_path.iterdir()) == [new, pipe]
+
+
+def test_without_locks_only_age_tells(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with files.staging_directory(tmp_path) as staged:
+        assert files.sweep_staging(tmp_path) == []
+        assert staged.is_dir()
+    files.write_atomic(tmp_path / "f", "x")
+    assert names_in(tmp_path) == ["f"]
+
+
+def test_what_is_swept_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """A sweeper may come between making a folder and locking it."""
+    flock, swept = fcntl.flock, []
+
+    def sweep_first(descriptor, operation):
+        if operation == fcntl.LOCK_SH and len(swept) < 3:
+            with monkeypatch.context() as patch:
+                patch.setattr("fcntl.flock", flock)
+                swept.extend(files.sweep_staging(tmp_path))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", sweep_first)
+    with files.staging_directory(tmp_path) as staged:
+        assert staged.is_dir()
+    files.write_atomic(tmp_path / "f", "x")
+    assert (tmp_path / "f").read_text() == "x"
+    assert len(swept) == 3
 
 
 def test_removing_never_follows_a_link(tmp_path):
@@ -138,38 +211,6 @@ def test_digests(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 1_000_000)
     assert files.sha256_file(tmp_path / "f") == files.sha256_bytes(b"abc" * 1_000_000)
     assert files.sha256_bytes(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-def test_a_lock_held_elsewhere_is_an_error_with_a_way_on(tmp_path, monkeypatch):
-    program = (
-        "import sys, time, pathlib; from stackctl import files\n"
-        "with files.locked(pathlib.Path(sys.argv[1]), 'x'):\n  print('held', flush=True); sys.stdin.read()\n"
-    )
-    path = tmp_path / "deep" / ".lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
-        with pytest.raises(Failed) as caught, files.locked(path, "the registry"):
-            pass
-        assert caught.value.exit_code == 1
-        holder.kill()  # a killed holder leaves the lock free
-    with files.locked(path, "the registry"):
-        pass
-
-
-def test_a_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
-    for _ in range(2):
-        with pytest.raises(RuntimeError), files.locked(tmp_path / ".lock", "x"):
-            raise RuntimeError
-
-
-def test_a_senseless_lock_timeout_is_wrong_usage(tmp_path, monkeypatch):
-    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "soon")
-    with pytest.raises(Usage), files.locked(tmp_path / ".lock", "x"):
-        pass
 
 
 def test_errors_of_the_system_become_one_sentence():

@@ -36,7 +36,6 @@ def register_version(
 ) -> AdapterVersion:
     """Write the checkpoint beside its place, read it back, and register it."""
     weights = registry.root / "weights"
-    files.sweep_staging(weights)
     with files.staging_directory(weights) as staged:
         save_adapter(model, staged)
         tokenizer.save_pretrained(staged)

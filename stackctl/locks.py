@@ -1,0 +1,86 @@
+"""Locks between processes, which say who holds them.
+
+A lock is the kernel's (flock), on a small file that stays; it is free at once when its holder dies, however that
+happens. The holder writes into the file who it is, for those who wait in vain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from stackctl.errors import Failed, Usage
+from stackctl.files import make_directory
+
+_TIMEOUT = "STACKCTL_LOCK_TIMEOUT"
+_LONGEST_COMMAND = 200
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds a lock, as they wrote it into its file."""
+
+    pid: int
+    host: str
+    command: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the one lock at ``path`` while the body runs.
+
+    Raises:
+        Failed: another process held it for the whole time-out; the message names it.
+    """
+    import filelock
+
+    make_directory(path.parent)
+    lock = filelock.UnixFileLock(path, timeout=_timeout())
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        holder = _read_holder(path)
+        raise Failed(
+            f"{what} is locked by {holder or 'another stackctl process'} ({path})",
+            hint=f"wait for it to finish and try again ({_TIMEOUT} sets the seconds to wait)",
+        ) from None
+    try:
+        if type(lock) is filelock.UnixFileLock:  # where there is no flock, the file's content is filelock's own
+            _write_holder(path)
+        yield
+    finally:
+        lock.release()
+
+
+def _write_holder(path: Path) -> None:
+    """Say who holds the lock; in place, for a lock is on the file and not on its name."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_LONGEST_COMMAND]
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = Holder(os.getpid(), platform.node(), command, since)
+    with contextlib.suppress(OSError):  # a full disk is no reason not to hold a lock
+        path.write_bytes(msgspec.json.encode(holder) + b"\n")
+
+
+def _read_holder(path: Path) -> Holder | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=Holder)
+    return None
+
+
+def _timeout() -> float:
+    text = os.environ.get(_TIMEOUT) or "60"
+    try:
+        return float(text)
+    except ValueError:
+        raise Usage(f"{_TIMEOUT} is '{text}', which is no number of seconds", hint="unset it") from None
