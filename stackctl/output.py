@@ -131,12 +131,16 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, *columns: Any) -> Iterator[Progress]:
-        """A rich progress bar on stderr; it shows nothing when stderr is no terminal or with ``-q``."""
+        """A rich progress bar on stderr; it shows nothing when stderr is no terminal or with ``-q``.
+
+        Left to itself, rich would send to stderr what a command prints on stdout while a bar is up.
+        """
         from rich.progress import Progress
 
         screen = console(sys.stderr)
         disabled = self.quiet or not screen.is_terminal
-        with Progress(*(columns or Progress.get_default_columns()), console=screen, disable=disabled) as progress:
+        shown = columns or Progress.get_default_columns()
+        with Progress(*shown, console=screen, disable=disabled, redirect_stdout=False) as progress:
             yield progress
 
     @property

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def chat(stacked: StackedModel, sampling: Sampling, output: Output, name: str) -> None:
     """Talk until Ctrl-D; Ctrl-C stops the answer. /reset forgets what was said."""
     from stackctl.engine.generation import generate_reply
+    from stackctl.engine.records import Prompt
 
     output.status(f"{name}: /reset forgets what was said, Ctrl-C stops an answer, Ctrl-D leaves")
     messages: list[dict[str, str]] = []
@@ -33,7 +34,7 @@ def chat(stacked: StackedModel, sampling: Sampling, output: Output, name: str) -
             messages.append({"role": "user", "content": line})
             answer = Heard(output)
             with contextlib.suppress(KeyboardInterrupt):
-                generate_reply(stacked, messages, sampling, answer.hear)
+                generate_reply(stacked, Prompt(line, list(messages)), sampling, answer.hear)
             output.text("\n")
             messages.append({"role": "assistant", "content": answer.text})
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
-from stackctl.cli.generate import (
+from stackctl.cli.prompting import (
     BATCH,
     DEVICE,
     DTYPE,
     MAX_NEW,
+    MIN_P,
+    PENALTY,
     PROMPT,
     PROMPTS,
     RAW,
     SEED,
+    STOP,
     SYSTEM,
     TEMPERATURE,
+    TOP_K,
     TOP_P,
     answer_json,
     check_choices,
+    check_sampling,
     read_prompts,
 )  # fmt: skip
 from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack, resolve_all
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation import Sampling
+    from stackctl.engine.records import Prompt
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +58,11 @@ def register(app: typer.Typer) -> None:
         max_new_tokens: MAX_NEW = 128,
         temperature: TEMPERATURE = None,
         top_p: TOP_P = None,
+        top_k: TOP_K = None,
+        min_p: MIN_P = None,
+        repetition_penalty: PENALTY = None,
         seed: SEED = None,
+        stop: STOP = None,
         batch_size: BATCH = 8,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
@@ -59,22 +72,30 @@ def register(app: typer.Typer) -> None:
         asked = read_prompts(prompt, prompts)
         if asked is None:
             raise Usage("no prompt was given", hint='stackctl compare base style -p "Tell me of rain."')
-        check_choices(dtype, device, temperature, top_p)
+        check_choices(dtype, device, temperature, top_p, min_p, repetition_penalty)
         stacks = resolve_all(context.registry, what, base)
         from stackctl.engine.generation import Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, raw, system)
+        sampling = Sampling(
+            max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, raw, system, tuple(stop or ())
+        )
+        check_sampling(sampling, context.output)
         results = compare_stacks(context, stacks, asked, sampling, batch_size, dtype, device)
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
         texts = "\n".join(result["text"] for result in results)
-        return Result({"results": results}, texts, lambda: comparison(asked, what, results), notes=notes)
+        return Result(
+            {"results": results},
+            texts,
+            lambda: comparison([prompt.text for prompt in asked], what, results),
+            notes=notes,
+        )
 
 
 def compare_stacks(
     context: Context,
     stacks: list[tuple[ResolvedStack, StackPlan]],
-    prompts: list[str],
-    sampling: Any,
+    prompts: list[Prompt],
+    sampling: Sampling,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",

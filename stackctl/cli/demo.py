@@ -46,13 +46,14 @@ def register(app: typer.Typer) -> None:
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
+        from stackctl.engine.records import Prompt
         from stackctl.registry import resolve_all
 
         built = build_recipe(context, recipe)
         say(built.screen if isinstance(built.screen, str) else "")
         stacks = resolve_all(registry, STACKS)
         say("the same prompts through the base, the style and the stack")
-        texts = compare_stacks(context, stacks, list(PROMPTS), Sampling(max_new_tokens=80))
+        texts = compare_stacks(context, stacks, [Prompt(text) for text in PROMPTS], Sampling(max_new_tokens=80))
         say("loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
         losses = evaluate_stacks(context, stacks, held_out)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
-from stackctl.cli.generate import DEVICE, DTYPE, check_choices
+from stackctl.cli.prompting import DEVICE, DTYPE, check_choices
 from stackctl.errors import Failed, Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan

@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stackctl import files
 from stackctl.cli.common import PATH, BaseOption, Context, What, command
+from stackctl.cli.progress import counting
+from stackctl.cli.prompting import (
+    BATCH,
+    DEVICE,
+    DTYPE,
+    MAX_NEW,
+    MIN_P,
+    PENALTY,
+    PROMPT,
+    PROMPTS,
+    RAW,
+    SEED,
+    STOP,
+    SYSTEM,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    answer_json,
+    check_choices,
+    check_sampling,
+    read_prompts,
+)  # fmt: skip
 from stackctl.errors import Usage
-from stackctl.output import Result
-from stackctl.yamlfile import read_text
+from stackctl.output import SCHEMA, Output, Result
 
-PROMPT = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
-]
-PROMPTS = Annotated[
-    Path | None, typer.Option(help="A file of prompts: one a line, or JSON Lines with a prompt.", metavar="FILE")
-]
-SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel="Generation")]
-RAW = Annotated[
-    bool,
-    typer.Option(
-        "--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel="Generation"
-    ),
-]
-MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel="Generation")]
-TEMPERATURE = Annotated[
-    float | None,
-    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel="Generation"),
-]
-TOP_P = Annotated[
-    float | None,
-    typer.Option(
-        min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel="Generation"
-    ),
-]
-SEED = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel="Generation")]
-BATCH = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel="Generation")]
-DTYPE = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Generation")]
-DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel="Generation")]
+if TYPE_CHECKING:
+    from stackctl.engine.generation import Generated, Sampling
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.records import Prompt
+
+
+_EXACT = 1e-3
+"""The share of a stack's change that may go without a word."""
 
 
 def register(app: typer.Typer) -> None:
@@ -52,16 +53,31 @@ def register(app: typer.Typer) -> None:
         what: What = None,
         prompt: PROMPT = None,
         prompts: PROMPTS = None,
+        to: Annotated[
+            Path | None,
+            typer.Option(
+                "--output", help="Write the answers to a file: .jsonl as --json prints them, else text.", metavar="FILE"
+            ),
+        ] = None,
         raw: RAW = False,
         system: SYSTEM = None,
         max_new_tokens: MAX_NEW = 256,
         temperature: TEMPERATURE = None,
         top_p: TOP_P = None,
+        top_k: TOP_K = None,
+        min_p: MIN_P = None,
+        repetition_penalty: PENALTY = None,
         seed: SEED = None,
-        stop: Annotated[
-            list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel="Generation")
-        ] = None,
+        stop: STOP = None,
         batch_size: BATCH = 8,
+        live: Annotated[
+            bool,
+            typer.Option(
+                "--live",
+                help="Keep the stack beside the base as one LoRA, slower, instead of folding it in.",
+                rich_help_panel="Generation",
+            ),
+        ] = False,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
@@ -70,96 +86,100 @@ def register(app: typer.Typer) -> None:
         registry, output = context.registry, context.output
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()
+        check_choices(dtype, device, temperature, top_p, min_p, repetition_penalty)
         asked = read_prompts(prompt, prompts)
+        _check_place(to, output, asked)
         registry.check_digests(stack.members)
         for note in stack.notes:
             output.note(note)
-        check_choices(dtype, device, temperature, top_p)
-        from stackctl.engine.generation import Sampling, generate
+        from stackctl.engine.data import ensure_chat_template
+        from stackctl.engine.generation import Sampling
         from stackctl.engine.models import load_base
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, raw, system, tuple(stop or ()))
+        sampling = Sampling(
+            max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, raw, system, tuple(stop or ())
+        )
+        check_sampling(sampling, output)
         stacked = load_base(stack.base, registry, dtype=dtype, device=device, say=output.status)
-        stacked.use(plan)
-        if asked is None:
-            from stackctl.cli.chat import chat
+        if not raw and ensure_chat_template(stacked.tokenizer):
+            output.note(f"the base '{stack.base.name}' has no chat template: ChatML is used")
+        stacked.use(plan, live=live)
+        say_what_rounding_costs(stacked, output)
+        name = stack.name or stack.text
+        if asked is not None:
+            return _answer(stacked, asked, sampling, batch_size, output, name, to)
+        from stackctl.cli.chat import chat
 
-            chat(stacked, sampling, output, stack.name or stack.text)
-            return None
-        streams = len(asked) == 1 and not output.json_mode
-        for answer in generate(
-            stacked, asked, sampling, batch_size=batch_size, on_text=output.text if streams else None
-        ):
-            if output.json_mode:
-                output.line_json(answer_json(stack.name or stack.text, answer))
-            else:
-                title = "" if len(asked) == 1 or output.quiet else f"> {answer.prompt}\n"
-                output.text("\n" if streams else f"{title}{answer.text}\n" + ("" if output.quiet else "\n"))
+        chat(stacked, sampling, output, name)
         return None
 
 
-def check_choices(dtype: str, device: str, *numbers: float | None) -> None:
-    """The names that --dtype and --device know, and numbers that are finite (no range of an option stops ``nan``).
+def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) -> None:
+    """Where the answers are to go is known to be possible before anything is computed.
 
     Raises:
-        Usage: another name, or no finite number.
+        NotFound, Usage: there is no such folder, or a chat was asked for what only answers to prompts have.
     """
-    if not all(math.isfinite(number) for number in numbers if number is not None):
-        raise Usage("--temperature and --top-p are finite numbers", hint="leave them out for the likeliest text")
-    for option, value, known in (
-        ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("--device", device, ("auto", "cpu", "cuda", "mps")),
-    ):
-        if value not in known:
-            raise Usage(f"{option} {value} is not known", hint=f"one of {', '.join(known)}")
+    if asked is None and (to or output.json_mode):
+        raise Usage(
+            f"a chat has no {'--output' if to else '--json'}", hint='give prompts with -p "…", --prompts FILE or a pipe'
+        )
+    if to is not None:
+        files.existing(to.absolute().parent, "the folder")
+        if to.is_dir():
+            raise Usage(f"--output {to} is a folder", hint="name a file")
 
 
-def answer_json(stack: str, answer: Any) -> dict[str, Any]:
-    """One answer as JSON shows it."""
-    return {
-        "stack": stack,
-        "prompt": answer.prompt,
-        "text": answer.text,
-        "prompt_tokens": answer.prompt_tokens,
-        "new_tokens": answer.new_tokens,
-        "stop": answer.stop,
-        "tokens_per_second": round(answer.tokens_per_second, 3),
-    }
+def say_what_rounding_costs(stacked: StackedModel, output: Output) -> None:
+    """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
+    if stacked.rounding_error > _EXACT:
+        kind = str(stacked.model.dtype).removeprefix("torch.")
+        output.note(
+            f"folding in {kind} rounds {stacked.rounding_error:.2g} of the stack's change away; "
+            "--dtype float32 or --live keeps it"
+        )
 
 
-def read_prompts(given: list[str] | None, file: Path | None) -> list[str] | None:
-    """The prompts that were asked for; None means: chat, for nobody gave any and this is a terminal.
+def _answer(
+    stacked: StackedModel,
+    asked: list[Prompt],
+    sampling: Sampling,
+    batch_size: int,
+    output: Output,
+    name: str,
+    to: Path | None,
+) -> Result | None:
+    """Every answer on stdout as soon as it is there, or all of them in a file once the last one is."""
+    from stackctl.engine.generation import generate
 
-    Raises:
-        Usage: none were given, one is empty, or a line of the file cannot be read.
-    """
-    prompts = list(given or [])
-    if file is not None:
-        prompts += _prompts_of(file)
-    if given is None and file is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            return None
-        text = sys.stdin.read()
-        prompts = [text.removesuffix("\n")]
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise Usage("the prompt is empty", hint='give one with -p "…", --prompts FILE or on standard input')
-    return prompts
+    streams = len(asked) == 1 and not output.json_mode and to is None
+    written: list[str] = []
+    hidden = len(asked) == 1 or (to is None and sys.stdout.isatty())
+    with counting(output, "answering", len(asked), hidden=hidden) as advance:
+        answers = generate(stacked, asked, sampling, batch_size=batch_size, on_text=output.text if streams else None)
+        for answer in answers:
+            document = {**answer_json(name, answer), "rounding_error": stacked.rounding_error}
+            if to is not None:
+                lines = to.suffix.lower() == ".jsonl"
+                written.append(_line(document) if lines else _text(answer, titled=len(asked) > 1))
+            if output.json_mode:
+                output.line_json(document)
+            elif to is None:
+                output.text("\n" if streams else _text(answer, titled=len(asked) > 1 and not output.quiet))
+            advance()
+    if to is None:
+        return None
+    files.write_atomic(to, "".join(written))
+    count = f"{len(asked)} answers" if len(asked) > 1 else "the answer"
+    if output.json_mode:
+        output.status(f"wrote {count} to {to}")
+        return None
+    return Result({}, str(to), f"wrote {count} to {to}")
 
 
-def _prompts_of(file: Path) -> list[str]:
-    prompts = []
-    is_json = file.suffix in (".jsonl", ".json")
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        if not is_json:
-            prompts.append(line)
-            continue
-        try:
-            record = json.loads(line)
-            prompts.append(record if isinstance(record, str) else record["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise Usage(f"{file}, line {number}: no prompt", hint='write {"prompt": "…"} on each line') from None
-        if not isinstance(prompts[-1], str):
-            raise Usage(f"{file}, line {number}: the prompt is no text", hint='write {"prompt": "…"} on each line')
-    return prompts
+def _line(document: dict[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _text(answer: Generated, *, titled: bool) -> str:
+    return f"> {answer.prompt.text}\n{answer.text}\n\n" if titled else f"{answer.text}\n"

@@ -1,4 +1,4 @@
-"""Progress of training: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress: a live bar on a terminal; of training, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from stackctl.output import Output
 
 _LINES = 10
 """How many lines a run prints where no bar can be drawn."""
+
+
+@contextlib.contextmanager
+def counting(output: Output, what: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
+    """A function to call after every one of ``total`` things; ``hidden`` where they are seen on the terminal anyway."""
+    if hidden or not output.shows_progress:
+        yield lambda: None
+        return
+    with output.progress() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
 
 
 @contextlib.contextmanager

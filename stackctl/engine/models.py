@@ -9,26 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl.bases import read_base_tensors
-from stackctl.checkpoint import plain_lora_config
-from stackctl.engine import algebra
 from stackctl.engine.bases import base_folder
-from stackctl.engine.combining import module_delta
+from stackctl.engine.folding import Rounding, add_delta, delta_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.errors import Incompatible
-from stackctl.methods import SUM
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry
 from stackctl.schema import Base
@@ -97,9 +92,10 @@ class StackedModel:
     rounding_error: float = 0.0
     _touched: set[str] = field(default_factory=set)
     _tied: bool = False
+    _live: bool = False
 
-    def use(self, plan: StackPlan) -> None:
-        """Fold a stack, after taking out the one that is folded now.
+    def use(self, plan: StackPlan, *, live: bool = False) -> None:
+        """Fold a stack, or with ``live`` attach it as one LoRA, after taking out the one that is used now.
 
         Sets ``rounding_error``: ‖what the weights gained - ΔW‖ / ‖ΔW‖ over all modules.
 
@@ -109,33 +105,40 @@ class StackedModel:
         plan.check()
         self.restore()
         self.plan = plan
+        if live and plan.members:
+            from stackctl.engine.live import attach_live  # peft takes seconds to import, and folding needs none of it
+
+            attach_live(self.model, plan)
+            self._live = True
+            return
         self._untie_for(plan)
         with torch.no_grad(), MemberTensors(plan) as tensors:
             self._fold_modules(plan, tensors)
             for replacement in plan.replacements:
                 parameter = self._parameter(replacement.parameter)
                 value = tensors.of(replacement.member, replacement.tensor)
-                self._check_shape(replacement.parameter, parameter, value)
+                self._check_shape(replacement.parameter, parameter, value.shape)
                 parameter.copy_(value)
                 self._touched.add(replacement.parameter)
 
     def _fold_modules(self, plan: StackPlan, tensors: MemberTensors) -> None:
-        lost = total = 0.0
+        rounding = Rounding()
         for module in plan.modules.values():
             name = f"{module.name}.weight"
             weight = self._parameter(name)
-            delta = module_delta(plan, module, tensors.factors(module)).to(weight.device)
-            delta = delta if module.type == "Linear" else delta.T  # Conv1D and Embedding store (in, out)
-            self._check_shape(name, weight, delta)
-            before = weight.to(torch.float32, copy=True)  # in float32 .float() would be the weight itself
-            weight.copy_(before + delta)
-            lost += float((weight.double() - before.double() - delta).square().sum())
-            total += float(delta.double().square().sum())
+            delta = delta_of(plan, module, tensors.factors(module), weight.device)
+            self._check_shape(name, weight, delta.shape)
+            add_delta(weight, delta, rounding)
             self._touched.add(name)
-        self.rounding_error = (lost / total) ** 0.5 if total else 0.0
+        self.rounding_error = rounding.error
 
     def restore(self) -> None:
-        """Take the folded stack out: the touched weights are read from the base's files again."""
+        """Take the stack out: the weights that it was folded into are read from the base's files again."""
+        if self._live:
+            from stackctl.engine.live import detach_live
+
+            detach_live(self.model)
+            self._live = False
         if self._touched:
             originals = read_base_tensors(self.folder)
             with torch.no_grad(), TensorFiles() as files:
@@ -185,9 +188,9 @@ class StackedModel:
         except AttributeError:
             raise Incompatible(f"the base '{self.base.name}' has no parameter {name}") from None
 
-    def _check_shape(self, name: str, weight: Tensor, value: Tensor) -> None:
-        if weight.shape != value.shape:
-            shapes = f"{list(value.shape)}, not {list(weight.shape)}"
+    def _check_shape(self, name: str, weight: Tensor, shape: Sequence[int]) -> None:
+        if tuple(weight.shape) != tuple(shape):
+            shapes = f"{list(shape)}, not {list(weight.shape)}"
             raise Incompatible(f"a member's tensor for {name} of '{self.base.name}' has shape {shapes}")
 
 
@@ -214,41 +217,6 @@ def load_base(
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return StackedModel(base, folder, model, tokenizer, where)
-
-
-LIVE = "frozen"
-"""The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
-
-
-def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str = LIVE) -> None:
-    """Add a whole stack to a model as one live, frozen LoRA without dropout.
-
-    Raises:
-        Incompatible: a member brings whole modules, which cannot be kept beside the base.
-    """
-    plan.check()
-    if plan.method != SUM:
-        raise Incompatible(f"a stack composed by {plan.method} is no sum, and only a sum can be kept live")
-    if plan.replacements:
-        label = plan.members[plan.replacements[0].member].label
-        raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint="use --frozen fold")
-    target = model.base_model.model if isinstance(model, PeftModel) else model
-    config = LoraConfig(**plain_lora_config({module.name: module.rank for module in plan.modules.values()}))
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-    else:
-        inject_adapter_in_model(config, target, name)
-    with torch.no_grad(), MemberTensors(plan) as tensors:
-        for module in plan.modules.values():
-            layer = target.get_submodule(module.name)
-            assert isinstance(layer, LoraLayer)
-            a, b = algebra.concatenate(tensors.factors(module))
-            if name in layer.lora_embedding_A:
-                layer.lora_embedding_A[name].copy_(a)
-                layer.lora_embedding_B[name].copy_(b)
-            else:
-                layer.lora_A[name].weight.copy_(a)
-                layer.lora_B[name].weight.copy_(b)
 
 
 @contextlib.contextmanager

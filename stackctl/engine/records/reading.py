@@ -58,13 +58,13 @@ def read_records(source: str | Path) -> RecordSet:
 
 
 def _read_json_lines(path: Path, name: str) -> RecordSet:
-    data, sha256 = _utf8(path, name)
+    data, sha256 = utf8(path, name)
     return _record_set(parse_lines(data), name, sha256, "line")
 
 
 def _read_json(path: Path, name: str) -> RecordSet:
     """A list of records, or JSON Lines under another suffix."""
-    data, sha256 = _utf8(path, name)
+    data, sha256 = utf8(path, name)
     start = data.lstrip()[:1]
     if start not in (b"[", b"{"):
         if not start:
@@ -101,7 +101,7 @@ def _read_parquet(path: Path, name: str) -> RecordSet:
 
 
 def _read_text(path: Path, name: str) -> RecordSet:
-    data, sha256 = _utf8(path, name)
+    data, sha256 = utf8(path, name)
     documents: list[tuple[int, dict[str, str]]] = []
     lines: list[str] = []
     for number, line in enumerate([*data.decode().replace("\r\n", "\n").split("\n"), ""], 1):
@@ -142,7 +142,7 @@ def _read_hub(repo: str, split: str | None) -> RecordSet:
     return _record_set(enumerate(rows, 1), label, sha256, "record")
 
 
-def _utf8(path: Path, name: str) -> tuple[bytes, str]:
+def utf8(path: Path, name: str) -> tuple[bytes, str]:
     """A file's bytes without a byte-order mark, known to be UTF-8, and the digest of the bytes as they are."""
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):

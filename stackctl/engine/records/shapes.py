@@ -64,7 +64,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
-def _text_of(value: Any, what: str, *, may_be_empty: bool = False) -> str:
+def text_of(value: Any, what: str, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{what} is {_kind(value)}, not a string")
     if not may_be_empty and not value.strip():
@@ -78,18 +78,18 @@ def _message(value: Any, position: int) -> Message:
     if not isinstance(value, dict):
         raise BadRecord(f"{where} is {_kind(value)}, not an object")
     role_key, content_key = ("from", "value") if "from" in value else ("role", "content")
-    role = _text_of(value.get(role_key), f"{where}'s '{role_key}'")
+    role = text_of(value.get(role_key), f"{where}'s '{role_key}'")
     known = tuple(_SHAREGPT) if role_key == "from" else _ROLES
     if role not in known:
         raise BadRecord(f"{where} has the unknown '{role_key}' '{role}': {did_you_mean(role, known, ', '.join(known))}")
     role = _SHAREGPT[role] if role_key == "from" else role
     if lost := [key for key in _LOST if value.get(key)]:
         raise BadRecord(f"{where} has '{lost[0]}', which is not read: write it into its '{content_key}', as text")
-    content = _text_of(value.get(content_key), f"{where}'s '{content_key}'", may_be_empty=role in _MAY_BE_EMPTY)
+    content = text_of(value.get(content_key), f"{where}'s '{content_key}'", may_be_empty=role in _MAY_BE_EMPTY)
     return {"role": role, "content": content}
 
 
-def _messages(value: Any, what: str, start: int = 1) -> list[Message]:
+def messages_of(value: Any, what: str, start: int = 1) -> list[Message]:
     if not isinstance(value, list):
         raise BadRecord(f"{what} is {_kind(value)}, not a list of messages")
     return [_message(item, position) for position, item in enumerate(value, start)]
@@ -104,24 +104,29 @@ def _chat(number: int, messages: list[Message], context: int = 0) -> ChatRecord:
 def _parse_prompt(number: int, record: dict[str, Any]) -> Record:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _messages(prompt, "'prompt'")
-        return _chat(number, context + _messages(completion, "'completion'", len(context) + 1), len(context))
-    return CompletionRecord(number, _text_of(prompt, "'prompt'"), _text_of(completion, "'completion'"))
+        context = messages_of(prompt, "'prompt'")
+        return _chat(number, context + messages_of(completion, "'completion'", len(context) + 1), len(context))
+    return CompletionRecord(number, text_of(prompt, "'prompt'"), text_of(completion, "'completion'"))
+
+
+def instruction_text(record: dict[str, Any]) -> str:
+    """What Alpaca's shape asks for: the instruction, and the input below it where there is one."""
+    instruction = text_of(record["instruction"], "'instruction'")
+    given = record.get("input")
+    given = "" if given is None else text_of(given, "'input'", may_be_empty=True)
+    return f"{instruction}\n\n{given}" if given.strip() else instruction
 
 
 def _parse_instruction(number: int, record: dict[str, Any]) -> Record:
     """Alpaca's shape, as a conversation of two turns."""
-    instruction, output = _text_of(record["instruction"], "'instruction'"), _text_of(record["output"], "'output'")
-    given = record.get("input")
-    given = "" if given is None else _text_of(given, "'input'", may_be_empty=True)
-    user = f"{instruction}\n\n{given}" if given.strip() else instruction
+    user, output = instruction_text(record), text_of(record["output"], "'output'")
     return ChatRecord(number, [{"role": "user", "content": user}, {"role": "assistant", "content": output}])
 
 
 PARSERS: dict[Format, Callable[[int, dict[str, Any]], Record]] = {
-    "text": lambda number, record: TextRecord(number, _text_of(record["text"], "'text'")),
-    "messages": lambda number, record: _chat(number, _messages(record["messages"], "'messages'")),
-    "conversations": lambda number, record: _chat(number, _messages(record["conversations"], "'conversations'")),
+    "text": lambda number, record: TextRecord(number, text_of(record["text"], "'text'")),
+    "messages": lambda number, record: _chat(number, messages_of(record["messages"], "'messages'")),
+    "conversations": lambda number, record: _chat(number, messages_of(record["conversations"], "'conversations'")),
     "prompt": _parse_prompt,
     "instruction": _parse_instruction,
 }

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from stackctl.engine import data as data_module
 from stackctl.engine import proofs
 from stackctl.engine.data import Example
-from stackctl.engine.models import LIVE, StackedModel, attach_live, evaluating
+from stackctl.engine.live import LIVE, attach_live
+from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.trainer import ADAPTER, supervised_logits
 from stackctl.jobs import PreparedJob
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets

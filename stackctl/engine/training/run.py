@@ -11,7 +11,8 @@ from transformers import set_seed
 from stackctl import files
 from stackctl.engine import data as data_module
 from stackctl.engine import proofs
-from stackctl.engine.models import LIVE, computes_in_bfloat16, load_base
+from stackctl.engine.live import LIVE
+from stackctl.engine.models import computes_in_bfloat16, load_base
 from stackctl.engine.trainer import Counters
 from stackctl.engine.training.attaching import attach_new, freeze_stack, must_separate
 from stackctl.engine.training.corpus import Corpus, read_corpus

@@ -1,0 +1,141 @@
+"""What generate and compare have in common: the prompts, how they are answered, an answer as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stackctl.errors import Usage
+from stackctl.output import Output
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation import Generated, Sampling
+    from stackctl.engine.records import Prompt
+
+_PANEL = "Generation"
+
+PROMPT = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
+]
+PROMPTS = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of prompts: one a line, or JSON Lines of {'prompt'} or {'messages'} (.jsonl, .json).",
+        metavar="FILE",
+    ),
+]
+SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_PANEL)]
+RAW = Annotated[
+    bool,
+    typer.Option("--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_PANEL),
+]
+MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_PANEL)]
+TEMPERATURE = Annotated[
+    float | None,
+    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_PANEL),
+]
+TOP_P = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_PANEL
+    ),
+]
+TOP_K = Annotated[
+    int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_PANEL)
+]
+MIN_P = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Sample from tokens at least this likely beside the likeliest.", rich_help_panel=_PANEL
+    ),
+]
+PENALTY = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_PANEL
+    ),
+]
+SEED = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_PANEL)]
+STOP = Annotated[list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_PANEL)]
+BATCH = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_PANEL)]
+DTYPE = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)]
+DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=_PANEL)]
+
+
+def check_choices(dtype: str, device: str, *numbers: float | None) -> None:
+    """The names that --dtype and --device know, and numbers that are finite (no range of an option stops ``nan``).
+
+    Raises:
+        Usage: another name, or no finite number.
+    """
+    if not all(math.isfinite(number) for number in numbers if number is not None):
+        raise Usage(
+            "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
+            hint="leave them out for the likeliest text",
+        )
+    for option, value, known in (
+        ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("--device", device, ("auto", "cpu", "cuda", "mps")),
+    ):
+        if value not in known:
+            raise Usage(f"{option} {value} is not known", hint=f"one of {', '.join(known)}")
+
+
+def check_sampling(sampling: Sampling, output: Output) -> None:
+    """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
+
+    Raises:
+        Usage: an option makes no sense.
+    """
+    if sampling.repetition_penalty == 0:
+        raise Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual")
+    if any(not text for text in sampling.stop):
+        raise Usage("--stop is empty", hint="leave it out, or name a text")
+    options = {"--top-p": sampling.top_p, "--top-k": sampling.top_k, "--min-p": sampling.min_p}
+    if sampling.greedy and (idle := [name for name, value in options.items() if value is not None]):
+        output.note(f"without a --temperature the likeliest token is taken: {', '.join(idle)} changes nothing")
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | None:
+    """The prompts that were asked for; None means: chat, for nobody gave any and this is a terminal.
+
+    Raises:
+        NotFound, Usage: none were given, one is empty, or the file cannot be read.
+    """
+    from stackctl.engine.records import Prompt, read_prompt_file
+
+    several = len(given or ()) > 1
+    prompts = [
+        Prompt(text, place=f"prompt {number}" if several else "the prompt")
+        for number, text in enumerate(given or (), 1)
+    ]
+    if file is not None:
+        prompts += read_prompt_file(file)
+    if given is None and file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            return None
+        prompts = [Prompt(sys.stdin.read().removesuffix("\n"))]
+    empty = [prompt.place for prompt in prompts if not prompt.text.strip()]
+    if empty or not prompts:
+        what = "; ".join(f"{place} is empty" for place in empty) or f"{file} holds no prompts"
+        raise Usage(what, hint='give one with -p "…", --prompts FILE or on standard input')
+    return prompts
+
+
+def answer_json(stack: str, answer: Generated) -> dict[str, Any]:
+    """One answer as JSON shows it."""
+    messages = answer.prompt.messages
+    return {
+        "stack": stack,
+        "prompt": answer.prompt.text,
+        **({"messages": messages} if messages is not None else {}),
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "stop": answer.stop,
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+    }

@@ -1,0 +1,157 @@
+"""Where an answer ends: at a token, at a text, or at its greatest length. Tokens become text here, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from stackctl.engine.data import end_of_turn
+from stackctl.engine.models import StackedModel
+
+OnText = Callable[[str], object]
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character decode to while the others are not there yet."""
+
+
+def end_tokens(stacked: StackedModel) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and the base's EOS, and the chat template's end of turn."""
+    found = {stacked.tokenizer.eos_token_id}
+    configured = getattr(stacked.model.generation_config, "eos_token_id", None)
+    found.update(configured if isinstance(configured, list) else [configured])
+    turn = _end_of_turn_ids(stacked)
+    if len(turn) == 1:
+        found.add(turn[0])
+    return sorted(token for token in found if token is not None)
+
+
+def turn_text(stacked: StackedModel) -> str:
+    """The end of turn where it is a text of several tokens (ChatML on a base without it), else nothing."""
+    return end_of_turn(stacked.tokenizer) if len(_end_of_turn_ids(stacked)) > 1 else ""
+
+
+def _end_of_turn_ids(stacked: StackedModel) -> list[int]:
+    if not stacked.tokenizer.chat_template:
+        return []
+    ids: list[int] = stacked.tokenizer(end_of_turn(stacked.tokenizer), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+class TokenText:
+    """The text of tokens that come one by one, in time that does not grow with what came before.
+
+    Only the last tokens are decoded, with the piece before them, because some tokenizers write a token differently at
+    the beginning. The pieces joined are what decoding all tokens at once gives.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last piece that was given out, and what came since
+        self._given = 0
+        self._before = ""
+
+    def add(self, token: int) -> str:
+        """What is now certain to follow; nothing while a character is incomplete."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._before):
+            return ""
+        new = text[len(self._before) :]
+        self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        self._before = self._decode(self._ids)
+        return new
+
+    def rest(self) -> str:
+        """What is left at the end, characters that stayed incomplete among it."""
+        return self._decode(self._ids)[len(self._before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return decode(self._tokenizer, ids)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, without special ones, and with every space as it was written."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+class Answer:
+    """One answer while it is written. ``stop`` is ``end``, ``stop`` or ``length`` once it is finished.
+
+    With ``on_text`` its text is handed on piece by piece, and never a part of a text that ends it: what could be the
+    beginning of one is held back until it is clear that it is not.
+    """
+
+    def __init__(
+        self, tokenizer: Any, ends: Sequence[int], stops: Sequence[str], turn: str, on_text: OnText | None
+    ) -> None:
+        self._tokenizer, self._ends, self._on_text = tokenizer, ends, on_text
+        self._reasons = {**({turn: "end"} if turn else {}), **dict.fromkeys(stops, "stop")}
+        self._tokens = TokenText(tokenizer) if on_text or self._reasons else None
+        self._text = ""
+        self._shown = 0
+        self.ids: list[int] = []
+        self.stop = ""
+
+    def add(self, token: int) -> None:
+        """The next token; what comes after the end counts for nothing."""
+        if self.stop:
+            return
+        if token in self._ends:
+            self.finish("end")
+            return
+        self.ids.append(token)
+        if self._tokens is not None and (piece := self._tokens.add(token)):
+            self._take(piece)
+
+    def finish(self, reason: str = "length") -> None:
+        """End the answer, if nothing in what is left of its text ends it earlier."""
+        if not self.stop and self._tokens is not None and (rest := self._tokens.rest()):
+            self._take(rest)
+        if not self.stop:
+            self.stop = reason
+            self._show(len(self._text))
+
+    @property
+    def text(self) -> str:
+        return decode(self._tokenizer, self.ids) if self._tokens is None else self._text
+
+    def _take(self, piece: str) -> None:
+        start = max(0, len(self._text) - max(map(len, self._reasons), default=0))
+        self._text += piece
+        found = [(at, -len(end), end) for end in self._reasons if (at := self._text.find(end, start)) >= 0]
+        if found:
+            at, _, end = min(found)
+            self._text, self.stop = self._text[:at], self._reasons[end]
+        held = 0 if self.stop else self._beginning()
+        self._show(len(self._text) - held)
+
+    def _beginning(self) -> int:
+        """How many of the last characters may be the beginning of a text that ends the answer."""
+        longest = max((len(end) - 1 for end in self._reasons), default=0)
+        for count in range(min(longest, len(self._text)), 0, -1):
+            if any(end.startswith(self._text[-count:]) for end in self._reasons):
+                return count
+        return 0
+
+    def _show(self, end: int) -> None:
+        if self._on_text and end > self._shown:
+            self._on_text(self._text[self._shown : end])
+            self._shown = end
+
+
+class Answering(StoppingCriteria):
+    """Hands every new token to its row's answer, and says which rows are finished."""
+
+    def __init__(self, answers: Sequence[Answer], start: int) -> None:
+        self._answers, self._seen = answers, start
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        for answer, row in zip(self._answers, input_ids[:, self._seen :].tolist(), strict=True):
+            for token in row:
+                answer.add(token)
+        self._seen = input_ids.shape[1]
+        return torch.tensor([bool(answer.stop) for answer in self._answers], device=input_ids.device)

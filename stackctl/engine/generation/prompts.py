@@ -1,0 +1,70 @@
+"""Prompts as a model is to read them: through the chat template, or as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stackctl.engine.data import ensure_chat_template
+from stackctl.engine.generation.sampling import Sampling
+from stackctl.engine.models import StackedModel
+from stackctl.engine.records import Message, Prompt
+from stackctl.errors import StackctlError, Usage, raise_all
+
+_SHOWN = 5
+
+
+def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+    """The token ids of every prompt.
+
+    Raises:
+        Usage: some are empty, refused by the template, or leave no room for an answer; the first five are named.
+    """
+    encoded: list[list[int]] = []
+    problems: list[StackctlError] = []
+    for prompt in prompts:
+        try:
+            encoded.append(_encode(stacked, prompt, sampling))
+        except Usage as error:
+            problems.append(error)
+    if len(problems) > _SHOWN:
+        more = Usage(f"and {len(problems) - _SHOWN} more", hint=problems[0].hint)
+        problems = [*problems[:_SHOWN], more]
+    raise_all(problems)
+    return encoded
+
+
+def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[int]:
+    tokenizer = stacked.tokenizer
+    if not prompt.text.strip():
+        raise Usage(f"{prompt.place} is empty", hint='give one with -p "…", --prompts FILE or on standard input')
+    if not sampling.raw:
+        ensure_chat_template(tokenizer)
+        try:
+            text = tokenizer.apply_chat_template(
+                _conversation(prompt, sampling.system), add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program of its author's
+            raise Usage(
+                f"the chat template refused {prompt.place}: {error}", hint="try --raw, or leave out --system"
+            ) from error
+    elif prompt.messages is None:
+        text = prompt.text
+    else:
+        raise Usage(f"--raw goes on from a text, and {prompt.place} is a conversation", hint="leave out --raw")
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    limit = stacked.base.context_length
+    if limit and len(ids) >= limit:
+        raise Usage(
+            f"{prompt.place} has {len(ids)} tokens, and {stacked.base.name} reads {limit} at once",
+            hint="shorten it",
+        )
+    return ids
+
+
+def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
+    """The messages of a prompt; what the option says takes the place of its own system message."""
+    messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+    if not system:
+        return messages
+    own = messages[0]["role"] == "system"
+    return [{"role": "system", "content": system}, *messages[own:]]
