@@ -22,6 +22,7 @@ from stackctl.names import BASE
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import Base, TrainJob
+from stackctl.tracking import check_trackers
 
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 
@@ -90,6 +91,7 @@ def prepare_job(
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
     attempt(_check_watching, job)
+    attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
     return PreparedJob(name, job, stack, plan, data, eval_data)

@@ -159,7 +159,10 @@ def console(stream: TextIO) -> Console:
     )  # fmt: skip
 
 
+def colours_on_stderr() -> bool:
+    """Whether messages may be coloured: on a terminal, and not where NO_COLOR forbids it."""
+    return not os.environ.get("NO_COLOR") and sys.stderr.isatty()
+
+
 def _coloured(text: str, code: str) -> str:
-    if os.environ.get("NO_COLOR") or not sys.stderr.isatty():
-        return text
-    return f"\033[1;{code}m{text}\033[0m"
+    return f"\033[1;{code}m{text}\033[0m" if colours_on_stderr() else text

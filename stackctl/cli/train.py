@@ -39,7 +39,7 @@ _ABOUT = {
     "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
     "description": "A line about the adapter.",
     "save_steps": "Save the run every so many optimizer steps, for --resume.",
-    "report_to": "Where Trainer reports to besides: tensorboard, trackio, wandb.",
+    "report_to": "Where to report to besides, several joined by ',': tensorboard, trackio, wandb.",
 }
 _COMPLETIONS = {"on": complete_what, "base": complete_bases}
 _PANELS = dict.fromkeys(TrainSettings.__struct_fields__, "Training")
@@ -168,7 +168,7 @@ def _dry_run(context: Context, prepared: PreparedJob) -> Result:
     from stackctl.engine.bases import base_folder
     from stackctl.engine.data import ensure_chat_template
     from stackctl.engine.models import quiet_libraries
-    from stackctl.engine.training import read_corpus
+    from stackctl.engine.training import preview_parts, read_corpus
 
     quiet_libraries()
     folder = base_folder(prepared.base, context.registry, context.output.status)
@@ -185,6 +185,13 @@ def _dry_run(context: Context, prepared: PreparedJob) -> Result:
         "records": corpus.records.count,
         "tokens": corpus.encoded.tokens,
         "supervised_tokens": corpus.encoded.supervised_tokens,
+        "supervised_share": corpus.encoded.supervised_tokens / corpus.encoded.tokens,
+        "truncated": corpus.encoded.truncated,
+        "unsupervised": corpus.encoded.unsupervised,
+        "preview": [
+            {"text": text, "supervised": learned}
+            for text, learned in preview_parts(corpus.encoded.examples[0], tokenizer)
+        ],
         "steps": steps,
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,

@@ -31,7 +31,7 @@ from stackctl.yamlfile import Flow, format_yaml, read_yaml
 E = TypeVar("E", Base, Adapter, Stack)
 _FILE = "registry.yaml"
 _FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks"}
-_IGNORED_BY_GIT = ("weights/", "runs/", ".lock", ".tmp-*", ".digests.json")
+_IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", ".digests.json")
 
 
 def find_registry(explicit: Path | None) -> Path:

@@ -42,6 +42,7 @@ GIVEN: dict[str, list[str]] = {
     "docs/how-to/train-a-third.md": STORED,
     "docs/how-to/bring-checkpoints.md": ["stackctl init"],
     "docs/how-to/push-and-pull.md": STORED,
+    "docs/how-to/watch-a-run.md": BEGIN,
     "docs/reference/recipe.md": BEGIN,
 }
 """What a page takes for granted."""

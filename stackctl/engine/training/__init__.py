@@ -1,6 +1,6 @@
 """Train one adapter on a frozen, active stack, prove it, and register it whole or not at all."""
 
-from stackctl.engine.training.corpus import Corpus, read_corpus
+from stackctl.engine.training.corpus import Corpus, preview_parts, read_corpus
 from stackctl.engine.training.run import Trained, train_adapter
 
-__all__ = ["Corpus", "Trained", "read_corpus", "train_adapter"]
+__all__ = ["Corpus", "Trained", "preview_parts", "read_corpus", "train_adapter"]

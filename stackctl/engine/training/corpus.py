@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from stackctl.engine import data as data_module
-from stackctl.engine.data import Encoded, Example
+from stackctl.engine.data import IGNORED, Encoded, Example
 from stackctl.engine.records import RecordSet, read_records
 from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob
+from stackctl.output import colours_on_stderr
+from stackctl.preview import Part, render_preview
 
 Say = Callable[[str], None]
+_NAMED = 20
+"""How many records a note names."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,21 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
     if encoded.truncated:
         say(f"note: {encoded.truncated} of {records.count} records were cut to {length} tokens (--max-length)")
     if encoded.unsupervised:
-        lines = ", ".join(str(line) for line in encoded.unsupervised[:5])
-        say(f"note: {len(encoded.unsupervised)} records have nothing to learn from within {length} tokens: {lines}")
+        more = ", …" if len(encoded.unsupervised) > _NAMED else ""
+        named = ", ".join(map(str, encoded.unsupervised[:_NAMED])) + more
+        say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
+    say(f"what is learned of the first record is {'green' if colours_on_stderr() else 'in ⟦brackets⟧'}:")
+    say(render_preview(preview_parts(encoded.examples[0], tokenizer), colours=colours_on_stderr()))
     rows = data_module.pack(encoded.examples, length) if job.pack else [[example] for example in encoded.examples]
     return Corpus(records, encoded, rows, held_out, evaluation)
+
+
+def preview_parts(example: Example, tokenizer: Any) -> list[Part]:
+    """The text of an example, special tokens and all, in pieces that are learned or not."""
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), learned)
+        for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    ]

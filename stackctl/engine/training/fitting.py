@@ -17,6 +17,7 @@ from stackctl.engine.training.watching import HeldOut, evaluation_steps
 from stackctl.errors import Failed, Interrupted
 from stackctl.jobs import PreparedJob, RunFolder
 from stackctl.schema import TrainJob
+from stackctl.tracking import parse_trackers
 
 Progress = Callable[[int, int, Counters], None]
 
@@ -67,8 +68,9 @@ def run_trainer(
         save_total_limit=2,
         eval_strategy="steps" if held_out else "no",
         eval_steps=evaluation_steps(job, steps),
-        report_to=job.report_to or "none",
+        report_to=parse_trackers(job.report_to) or "none",
         run_name=prepared.name,
+        project="stackctl",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

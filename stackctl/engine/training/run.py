@@ -23,6 +23,7 @@ from stackctl.errors import Incompatible, Usage
 from stackctl.jobs import PreparedJob, RunFolder, run_folder
 from stackctl.registry import Registry
 from stackctl.schema import AdapterVersion, Run
+from stackctl.tracking import log_folder, tracking
 
 Say = Callable[[str], None]
 
@@ -66,7 +67,8 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
     bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
     as_rows = must_separate(model, corpus.encoded.examples)
     held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
-    run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress, held_out)
+    with tracking(prepared.job, log_folder(registry, prepared.name), say):
+        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress, held_out)
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
