@@ -64,6 +64,12 @@ class Interrupted(StackctlError):
     exit_code = 130
 
 
+class Terminated(Interrupted):
+    """SIGTERM, which is how clusters take a machine back."""
+
+    exit_code = 143
+
+
 def closest(word: str, candidates: list[str] | tuple[str, ...]) -> str | None:
     """The candidate nearest to a mistyped word, or None when none is near."""
     import difflib

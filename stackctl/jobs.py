@@ -5,7 +5,9 @@ A :class:`PreparedJob` is what the engine trains; a :class:`RunFolder` is where 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from typing import Any
 
 import msgspec
 
-from stackctl import files
+from stackctl import files, ranks
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.locks import locked
 from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.names import BASE
@@ -24,6 +27,10 @@ from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import Base, TrainJob
 from stackctl.tracking import check_trackers
 
+_WHOLE = "stackctl_save.json"
+"""Written last into a save: its files and their sizes."""
+_HELD_TIMEOUT = 3.0
+"""Seconds to wait for a run of the same name: enough for one that was killed to be gone, too few to queue."""
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 
 
@@ -59,6 +66,7 @@ class PreparedJob:
             "held-out data": eval_digest,
             "base": self.base.fingerprint,
             "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
+            "processes": ranks.world_size(),
         }
 
 
@@ -169,6 +177,15 @@ def _check_targets(job: TrainJob, base: Base) -> None:
         raise Usage(f"target_modules: the base '{base.name}' has no {', '.join(missing) or 'such modules'}", hint=near)
 
 
+def changed_since(known: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two signatures, a setting with its value then and now."""
+    before = {"processes": 1, **known}  # runs of a time when there was only one
+    changed = [key for key, value in now.items() if key != "settings" and before.get(key) != value]
+    was = before.get("settings") or {}
+    changed = [f"{key} ({before[key]}, now {now[key]})" if key == "processes" else key for key in changed]
+    return [f"{k} ({was.get(k)}, now {v})" for k, v in now["settings"].items() if was.get(k) != v] + changed
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run of training keeps its saves until the adapter is registered."""
@@ -177,9 +194,29 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The finished saves, oldest first."""
-        found = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+        """The finished saves, oldest first: those whose files are all there, as long as they were written."""
+        found = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdecimal() and _is_whole(p)]
+        return sorted(found, key=lambda p: int(p.name[11:]))
+
+    def save_at(self, step: int) -> Path:
+        """The folder of a save; Trainer chooses the name."""
+        return self.path / f"checkpoint-{step}"
+
+    def finish(self, save: Path) -> None:
+        """Flush a save to the disk, and only then say that it is one."""
+        sizes = {}
+        for path in sorted(p for p in save.rglob("*") if p.is_file() and p.name != _WHOLE):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            sizes[path.relative_to(save).as_posix()] = path.stat().st_size
+        files.write_atomic(save / _WHOLE, json.dumps(sizes, indent=2))
+
+    def sweep(self) -> None:
+        """Remove what a kill left of saves that were being written, or removed."""
+        whole = set(self.checkpoints)
+        for path in self.path.glob("checkpoint-*"):
+            if path not in whole:
+                files.remove_tree(path)
 
     @property
     def signature(self) -> dict[str, Any]:
@@ -189,9 +226,28 @@ class RunFolder:
             return {}
         return value if isinstance(value, dict) else {}
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """This run is this process's alone.
+
+        Raises:
+            Failed: another process trains under that name.
+        """
+        name = self.path.name
+        with locked(self.path.with_name(f".{name}.lock"), f"the training of '{name}'", timeout=_HELD_TIMEOUT):
+            yield
+
     def begin(self, signature: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         files.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
+
+
+def _is_whole(save: Path) -> bool:
+    try:
+        sizes = json.loads((save / _WHOLE).read_text())
+        return all((save / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def run_folder(registry: Registry, name: str) -> RunFolder:

@@ -37,8 +37,8 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the one lock at ``path`` while the body runs.
+def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None]:
+    """Hold the one lock at ``path`` while the body runs; ``timeout`` in seconds, else what the environment says.
 
     Raises:
         Failed: another process held it for the whole time-out; the message names it.
@@ -46,14 +46,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
     import filelock
 
     make_directory(path.parent)
-    lock = filelock.UnixFileLock(path, timeout=_timeout())
+    lock = filelock.UnixFileLock(path, timeout=_timeout() if timeout is None else timeout)
     try:
         lock.acquire()
     except filelock.Timeout:
         holder = _read_holder(path)
         raise Failed(
             f"{what} is locked by {holder or 'another stackctl process'} ({path})",
-            hint=f"wait for it to finish and try again ({_TIMEOUT} sets the seconds to wait)",
+            hint="wait for it to finish and try again"
+            + (f" ({_TIMEOUT} sets the seconds to wait)" if timeout is None else ""),
         ) from None
     try:
         if type(lock) is filelock.UnixFileLock:  # where there is no flock, the file's content is filelock's own

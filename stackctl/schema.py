@@ -266,6 +266,8 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     description: str = ""
     save_steps: Annotated[int, Meta(ge=1)] | None = None
     report_to: list[str] | str | None = None
+    num_processes: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    accelerate_config: str | None = None
 
     @property
     def held_out_decides(self) -> bool:

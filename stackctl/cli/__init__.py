@@ -55,12 +55,13 @@ def main() -> None:
     import os
 
     from stackctl.errors import Interrupted, StackctlError, Usage
-    from stackctl.output import Output, track_stderr
+    from stackctl.output import track_stderr
+    from stackctl.ranks import make_output
 
     track_stderr()
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     debug = "--debug" in options
-    Current.output = Output(json_mode="--json" in options)
+    Current.output = make_output(json_mode="--json" in options)
     try:
         code = typer.main.get_command(make_app(next(iter(sys.argv[1:]), None))).main(
             prog_name="stackctl", standalone_mode=False

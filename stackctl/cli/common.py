@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from stackctl.output import Output, Result
+from stackctl.ranks import make_output
 from stackctl.registry import Registry
 
 PATH = "The path"
@@ -103,7 +104,7 @@ def command(
         @functools.wraps(function)
         def run(**values: Any) -> None:
             common = {key: values.pop(key) for key in _COMMON}
-            output = Current.output = Output(json_mode=common["json_mode"], quiet=common["quiet"])
+            output = Current.output = make_output(json_mode=common["json_mode"], quiet=common["quiet"])
             result = function(Context(output, common["registry"]), **values)
             if result is not None:
                 output.emit(result)

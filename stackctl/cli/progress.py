@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stackctl import ranks
 from stackctl.output import Output
 
 _LINES = 10
@@ -26,6 +27,12 @@ def counting(output: Output, what: str, total: int, *, hidden: bool = False) -> 
 @contextlib.contextmanager
 def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int, Any], None]]:
     """A function to call after every optimizer step with (step, steps, counters)."""
+    if ranks.rank() > 0:
+        yield lambda step, steps, counters: None
+        return
+    if linked := ranks.link():
+        yield lambda step, steps, counters: linked.send("progress", step=step, steps=steps, counters=_news(counters))
+        return
     if not output.shows_progress:
         yield lambda step, steps, counters: _line(output, name, step, steps, counters)
         return
@@ -55,6 +62,12 @@ def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int,
             state["bar"].update(state["task"], completed=step, total=steps, **fields)
 
         yield update
+
+
+def _news(counters: Any) -> dict[str, Any]:
+    """What a bar shows of the counters."""
+    shown = ("tokens", "supervised_tokens", "tokens_per_second")
+    return {name: getattr(counters, name) for name in shown} | {"curve": counters.curve[-1:]}
 
 
 def _line(output: Output, name: str, step: int, steps: int, counters: Any) -> None:

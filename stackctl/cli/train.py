@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import shlex
+import sys
 import types
 import typing
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from stackctl import ranks
 from stackctl.cli.common import PATH, Context, command, complete_bases, complete_what
 from stackctl.cli.config import JobFile, is_recipe, read_job
 from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob, prepare_job
+from stackctl.launching import launch_training, plan_launch
 from stackctl.output import Result
 from stackctl.recipe import (
     FILE,
@@ -40,6 +44,8 @@ _ABOUT = {
     "description": "A line about the adapter.",
     "save_steps": "Save the run every so many optimizer steps, for --resume.",
     "report_to": "Where to report to besides, several joined by ',': tensorboard, trackio, wandb.",
+    "num_processes": "Train in that many processes, one to a GPU, by way of accelerate launch.",
+    "accelerate_config": "A configuration of accelerate's: DDP, FSDP, DeepSpeed.",
 }
 _COMPLETIONS = {"on": complete_what, "base": complete_bases}
 _PANELS = dict.fromkeys(TrainSettings.__struct_fields__, "Training")
@@ -115,7 +121,9 @@ def _option(field: msgspec.structs.FieldInfo) -> Any:
         show_default=str(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
         rich_help_panel=_PANELS.get(name),
-        metavar={"on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE"}.get(name),
+        metavar={"on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE"}.get(
+            name
+        ),
     )
     return Annotated[type_ | None, option]
 
@@ -161,22 +169,30 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
 # -- one adapter ------------------------------------------------------------------------------------------------------
 
 
-def _dry_run(context: Context, prepared: PreparedJob) -> Result:
-    """Check a job down to its tokens, and say what would be trained; nothing is written."""
+def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
+    """A job's corpus, and the base's tokenizer that it was read with; the base itself is not loaded."""
     from transformers import AutoTokenizer
 
     from stackctl.engine.bases import base_folder
     from stackctl.engine.data import ensure_chat_template
     from stackctl.engine.models import quiet_libraries
-    from stackctl.engine.training import preview_parts, read_corpus
+    from stackctl.engine.training import read_corpus
 
     quiet_libraries()
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ensure_chat_template(tokenizer)
-    corpus = read_corpus(prepared, tokenizer, context.output.status)
+    return read_corpus(prepared, tokenizer, context.output.status), tokenizer
+
+
+def _dry_run(context: Context, prepared: PreparedJob) -> Result:
+    """Check a job down to its tokens, and say what would be trained; nothing is written."""
+    from stackctl.engine.training import preview_parts
+
+    launch = plan_launch(prepared)
+    corpus, tokenizer = _check_data(context, prepared)
     job = prepared.job
-    batch = job.batch_size * job.gradient_accumulation
+    batch = job.batch_size * job.gradient_accumulation * (launch.processes if launch else ranks.world_size())
     steps = job.max_steps or round(-(-len(corpus.rows) // batch) * job.epochs)
     data = {
         "adapter": prepared.name,
@@ -204,15 +220,43 @@ def _dry_run(context: Context, prepared: PreparedJob) -> Result:
     return Result(data, prepared.name, text)
 
 
-def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
-    """Train a prepared job and say what came of it."""
-    from stackctl.cli.progress import training_progress
-    from stackctl.engine.training import train_adapter
+def typed_again() -> str:
+    """What was typed, with ``--resume``: the command that goes on, ready to paste."""
+    if linked := ranks.link():
+        return linked.again
+    typed = sys.argv[1:]
+    if typed[:1] == ["train"] and "--resume" not in typed:
+        typed = ["train", "--resume", *typed[1:]]
+    return shlex.join(["stackctl", *typed])
 
+
+def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
+    """Train a prepared job, here or in several processes, and say what came of it."""
+    from stackctl.cli.progress import training_progress
+
+    ranks.check_number()
     for note in prepared.stack.notes:
         context.output.note(note)
+    launch = plan_launch(prepared)
+    if launch:
+        _check_data(context, prepared)
     with training_progress(context.output, prepared.name) as progress:
-        done = train_adapter(prepared, context.registry, resume=resume, say=context.output.status, progress=progress)
+        if launch:
+            root = context.registry.root
+            again = typed_again()
+            return launch_training(launch, prepared, root, context.output, progress, resume=resume, again=again)
+        from stackctl.engine.training import train_adapter
+
+        done = train_adapter(
+            prepared,
+            context.registry,
+            resume=resume,
+            again=typed_again(),
+            say=context.output.status,
+            progress=progress,
+        )
+    if done is None:
+        return Result({}, "")
     version, run = done.version, done.version.run
     assert run is not None, "training always records its run"
     label = f"{prepared.name}@{version.version}"
@@ -230,6 +274,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "loss": run.loss,
         "tokens_per_second": speed,
         "trainable_parameters": done.trainable_parameters,
+        "processes": run.processes,
         "frozen": run.frozen,
         "frozen_error": run.frozen_error,
         "eval_loss_before": run.eval_loss_before,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from stackctl import ranks
 from stackctl.bases import read_base_tensors
 from stackctl.engine.bases import base_folder
 from stackctl.engine.folding import Rounding, add_delta, delta_of
@@ -54,7 +55,7 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise Incompatible(f"this machine has no {name} device", hint="use --device auto")
-    return torch.device(name)
+    return torch.device(name, ranks.local_rank()) if name == "cuda" and ranks.is_launched() else torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:

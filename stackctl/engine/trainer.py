@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl import files
 from stackctl.checkpoint import CONFIG, WEIGHTS
+from stackctl.engine.group import WholeSteps, like, wait, whole
+from stackctl.engine.stepping import Counters, Progress, StepGuard
 from stackctl.errors import Failed
+from stackctl.jobs import RunFolder
 
 if TYPE_CHECKING:
     from stackctl.engine.training.watching import HeldOut
@@ -35,32 +35,6 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
 _COUNTERS = "stackctl_counters.json"
-
-
-@dataclass
-class Counters:
-    """What a run has seen so far. ``loss_sum`` is over supervised tokens; ``curve`` has an entry per optimizer step.
-
-    ``looks`` are the losses on held-out records, see :class:`stackctl.engine.training.watching.HeldOut`.
-    """
-
-    tokens: int = 0
-    supervised_tokens: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    looks: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.supervised_tokens if self.supervised_tokens else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-Progress = Callable[[int, int, Counters], None]
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:
@@ -124,6 +98,7 @@ class StackTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        run: RunFolder,
         counters: Counters,
         as_rows: bool,
         bfloat16: bool,
@@ -132,6 +107,7 @@ class StackTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._run = run
         self.held_out = held_out
         self._bfloat16 = bfloat16
         self.counters = counters
@@ -167,26 +143,30 @@ class StackTrainer(Trainer):
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bfloat16):
             total = supervised_loss(model, inputs, as_rows=self._as_rows)
         self._step_loss += total.detach().to(self._step_loss)
-        self._step_tokens += inputs["input_ids"].numel()
-        self._step_supervised += inputs["labels"].numel()
+        if inputs["labels"].numel():  # else a place that only keeps the ranks in step
+            self._step_tokens += inputs["input_ids"].numel()
+            self._step_supervised += inputs["labels"].numel()
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         return total / num_items_in_batch * self.args.world_size
 
-    def take_step_totals(self) -> tuple[float, int, int]:
-        """Loss sum, tokens and supervised tokens since the last call, over all ranks."""
+    def take_step_totals(self, stop: int) -> tuple[float, int, int, int]:
+        """Loss sum, tokens and supervised tokens since the last call, over all ranks; and the signal that any got."""
         own = [float(self._step_loss), float(self._step_tokens), float(self._step_supervised)]
         self._step_loss.zero_()
         self._step_tokens = self._step_supervised = 0
-        loss, tokens, supervised = self.sum_over_processes(own)
-        return loss, int(tokens), int(supervised)
+        each = self._from_processes([*own, float(stop)])
+        loss, tokens, supervised, _ = each.sum(0).tolist()
+        return loss, int(tokens), int(supervised), int(each[:, 3].max())
 
     def sum_over_processes(self, numbers: list[float]) -> list[float]:
         """Numbers of each process, added up; every process gets the sums."""
-        if self.args.world_size == 1:
-            return numbers
-        own = torch.tensor([numbers], dtype=torch.float64, device=self._sum_device())
-        sums: list[float] = self.accelerator.gather(own).sum(0).tolist()
+        sums: list[float] = self._from_processes(numbers).sum(0).tolist()
         return sums
+
+    def _from_processes(self, numbers: list[float]) -> Tensor:
+        """Numbers of each process as rows, (processes, N), in float64."""
+        own = torch.tensor([numbers], dtype=torch.float64, device=self._sum_device())
+        return self.accelerator.gather(own) if self.args.world_size > 1 else own
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Look at the held-out records. Trainer's own loop would pad them and average over batches."""
@@ -199,14 +179,38 @@ class StackTrainer(Trainer):
         self.guard.away += time.perf_counter() - started
         return metrics
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of one process, dealt out so that no record is seen twice."""
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        places = self.args.per_device_train_batch_size * self.args.world_size
+        return WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
+
     # -- saves of an unfinished run -------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter in training and nothing else, at the folder's root."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter in training and nothing else, at the folder's root, whatever wraps the model."""
+        model = self.accelerator.unwrap_model(self.model)
+        state = adapter_state(model)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            save_adapter(model, folder, state)
             files.write_atomic(folder / _COUNTERS, json.dumps(asdict(self.counters)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A save is one only when all ranks have written all of it to the disk."""
+        save = self._run.save_at(self.state.global_step)
+        try:
+            super()._save_checkpoint(model, trial)
+            wait()
+            if self.args.should_save:
+                self._run.finish(save)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system said
+            files.remove_tree(save)
+            raise Failed(
+                f"{save.name} could not be written: {_first_line(error)}",
+                hint="free some space; the same command with --resume goes on from the save before it",
+            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """What every process has a part of: here also the best weights so far."""
@@ -220,21 +224,37 @@ class StackTrainer(Trainer):
 
     def restore(self, folder: Path, model: nn.Module | None = None) -> None:
         """The adapter in training, the numbers of the run and the best weights so far, out of a save."""
-        target = self.accelerator.unwrap_model(model or self.model)
-        result = set_peft_model_state_dict(target, load_file(folder / WEIGHTS), adapter_name=ADAPTER)
-        if result.unexpected_keys:
+        parameters = _adapter_parameters(self.accelerator.unwrap_model(model or self.model))
+        saved = load_file(folder / WEIGHTS)
+        if saved.keys() != parameters.keys():
             raise Failed(f"{folder} is not a save of this run", hint="start it again without --resume")
-        saved = json.loads((folder / _COUNTERS).read_text())
-        for name, value in saved.items():
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(like(parameter, saved[name]))
+        for name, value in json.loads((folder / _COUNTERS).read_text()).items():
             setattr(self.counters, name, value)
         if self.held_out:
             self.held_out.load(folder, self.args.process_index)
 
 
-def save_adapter(model: PeftModel, folder: Path, state_dict: dict | None = None) -> None:
-    """Write the adapter in training as a PEFT checkpoint at ``folder``'s root, in float32."""
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter in training, by the names that they have in a checkpoint."""
+    return {name.replace(f".{ADAPTER}", ""): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter in training by PEFT's own names; where it is sharded, every rank has to ask."""
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write :func:`adapter_state` as a PEFT checkpoint at ``folder``'s root, in float32."""
     model.save_pretrained(
-        folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state_dict
+        folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
     )
     config = folder / CONFIG
     settings = json.loads(config.read_text())
@@ -242,68 +262,3 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict | None = None)
         settings["target_modules"].sort()
         config.write_text(json.dumps(settings, indent=2, sort_keys=True))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed
-
-
-class StepGuard(TrainerCallback):
-    """Counts steps, keeps the loss curve, stops at a loss that is no number, and lets Ctrl-C end a step in peace."""
-
-    def __init__(self, trainer: StackTrainer, progress: Progress) -> None:
-        self._trainer = trainer
-        self._progress = progress
-        self._started = 0.0
-        self._before = 0.0
-        self._rate = 0.0
-        self.away = 0.0  # seconds since the start that were not training
-        self._previous_handler: Any = None
-        self.interrupted = False
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        try:
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not in the main thread
-            self._previous_handler = None
-        if self._trainer.held_out and not self._trainer.counters.looks:
-            self._trainer.evaluate()
-        self.away = 0.0
-        self._before = self._trainer.counters.seconds
-        self._started = time.perf_counter()
-
-    def _on_interrupt(self, *_: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """The rate that this step is taken with; afterwards the schedule shows the next one's."""
-        optimizer = self._trainer.optimizer
-        self._rate = float(optimizer.param_groups[0]["lr"]) if optimizer is not None else 0.0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        counters = self._trainer.counters
-        loss_sum, tokens, supervised = self._trainer.take_step_totals()
-        counters.loss_sum += loss_sum
-        counters.tokens += tokens
-        counters.supervised_tokens += supervised
-        counters.seconds = self._before + time.perf_counter() - self._started - self.away
-        loss = loss_sum / supervised if supervised else math.nan
-        if not math.isfinite(loss):
-            raise Failed(
-                f"the loss of step {state.global_step} is not a finite number",
-                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
-            )
-        rate = self._rate
-        counters.curve.append(
-            {"step": state.global_step, "loss": loss, "learning_rate": rate, "tokens": counters.tokens}
-        )
-        self._progress(state.global_step, state.max_steps, counters)
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def release(self) -> None:
-        """Give Ctrl-C back, however the training ended."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+import signal
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import TrainingArguments
 
+from stackctl import ranks
 from stackctl.engine import data as data_module
-from stackctl.engine.trainer import Counters, StackTrainer
+from stackctl.engine.data import Example
+from stackctl.engine.stepping import Counters, Progress
+from stackctl.engine.trainer import StackTrainer
 from stackctl.engine.training.corpus import Corpus
 from stackctl.engine.training.watching import HeldOut, evaluation_steps
-from stackctl.errors import Failed, Interrupted
+from stackctl.errors import Failed, Interrupted, Terminated
 from stackctl.jobs import PreparedJob, RunFolder
 from stackctl.schema import TrainJob
 from stackctl.tracking import parse_trackers
 
-Progress = Callable[[int, int, Counters], None]
-
 
 def _all_steps(job: TrainJob, rows: int) -> int:
     """Optimizer steps of a whole run."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = -(-rows // (job.batch_size * processes))
+    batches = -(-rows // (job.batch_size * ranks.world_size()))
     return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
 
 
@@ -44,6 +44,7 @@ def run_trainer(
     as_rows: bool,
     bfloat16: bool,
     resume: bool,
+    again: str,
     progress: Progress,
     held_out: HeldOut | None,
 ) -> None:
@@ -81,9 +82,10 @@ def run_trainer(
     trainer = StackTrainer(
         model=model,
         args=arguments,
-        train_dataset=corpus.rows,
+        train_dataset=[*corpus.rows, []] if ranks.world_size() > 1 else corpus.rows,
         eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
-        data_collator=lambda rows: data_module.collate([example for row in rows for example in row]),
+        data_collator=_collate,
+        run=run,
         counters=counters,
         as_rows=as_rows,
         bfloat16=bfloat16,
@@ -102,10 +104,17 @@ def run_trainer(
         raise Failed("the device's memory is full", hint="use a smaller --batch-size or --max-length") from error
     finally:
         trainer.guard.release()
-    if trainer.guard.interrupted:
-        raise Interrupted(
+    if trainer.guard.stopped:
+        kind = Terminated if trainer.guard.stopped == signal.SIGTERM else Interrupted
+        raise kind(
             f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; it was saved",
-            hint=f"the same command with --resume goes on: stackctl train {prepared.name} … --resume",
+            hint=f"go on with: {again}",
         )
     if held_out:
         held_out.use_kept(trainer.model)
+
+
+def _collate(rows: list[list[Example]]) -> dict[str, Tensor]:
+    """One micro-batch; of a place that stands empty, two tokens of which nothing is learned."""
+    examples = [example for row in rows for example in row]
+    return data_module.collate(examples or [Example([0, 0], [data_module.IGNORED] * 2)])

@@ -9,14 +9,16 @@ from typing import Any
 
 import msgspec
 from peft import PeftModel
+from torch import Tensor
 
 from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
 from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.engine.records import RecordSet
+from stackctl.engine.stepping import Counters
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.trainer import Counters, save_adapter
+from stackctl.engine.trainer import save_adapter
 from stackctl.engine.training.corpus import Corpus
 from stackctl.errors import VerificationFailed
 from stackctl.jobs import PreparedJob
@@ -29,6 +31,7 @@ def register_version(
     prepared: PreparedJob,
     registry: Registry,
     model: PeftModel,
+    state: dict[str, Tensor],
     tokenizer: Any,
     corpus: Corpus,
     outcome: Run,
@@ -37,7 +40,7 @@ def register_version(
     """Write the checkpoint beside its place, read it back, and register it."""
     weights = registry.root / "weights"
     with files.staging_directory(weights) as staged:
-        save_adapter(model, staged)
+        save_adapter(model, staged, state)
         tokenizer.save_pretrained(staged)
         points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
         (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))

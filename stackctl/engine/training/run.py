@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import set_seed
 
-from stackctl import files
+from stackctl import files, ranks
 from stackctl.engine import data as data_module
-from stackctl.engine import proofs
+from stackctl.engine import group, proofs
 from stackctl.engine.live import LIVE
-from stackctl.engine.models import computes_in_bfloat16, load_base
-from stackctl.engine.trainer import Counters
+from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
+from stackctl.engine.stepping import Counters, Progress
+from stackctl.engine.trainer import adapter_state
 from stackctl.engine.training.attaching import attach_new, freeze_stack, must_separate
 from stackctl.engine.training.corpus import Corpus, read_corpus
-from stackctl.engine.training.fitting import Progress, run_trainer
+from stackctl.engine.training.fitting import run_trainer
 from stackctl.engine.training.registering import register_version
 from stackctl.engine.training.watching import HeldOut
-from stackctl.errors import Incompatible, Usage
-from stackctl.jobs import PreparedJob, RunFolder, run_folder
+from stackctl.errors import Usage
+from stackctl.jobs import PreparedJob, RunFolder, changed_since, run_folder
 from stackctl.registry import Registry
 from stackctl.schema import AdapterVersion, Run
 from stackctl.tracking import log_folder, tracking
@@ -37,20 +39,49 @@ class Trained:
     trainable_parameters: int
 
 
-def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, say: Say, progress: Progress) -> Trained:
-    """Train, prove and register one adapter version.
+def train_adapter(
+    prepared: PreparedJob, registry: Registry, *, resume: bool, again: str, say: Say, progress: Progress
+) -> Trained | None:
+    """Train, prove and register one adapter version; ``again`` is the command that goes on after an interruption.
+
+    Returns None on every rank but 0, which alone registers.
 
     Raises:
         VerificationFailed: a proof failed; nothing is registered.
         Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
     """
     registry.check_digests(prepared.stack.members)
-    _check_precision(prepared)
-    stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
-    if data_module.ensure_chat_template(stacked.tokenizer):
-        say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
-    corpus = read_corpus(prepared, stacked.tokenizer, say)
-    run = _open_run(prepared, registry, corpus, resume)
+    group.join(choose_device())
+    with group.first_rank_first():
+        stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
+        if data_module.ensure_chat_template(stacked.tokenizer):
+            say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
+        told = ranks.is_worker()  # the command that launched this read the data as well, to check it
+        corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say)
+    run = run_folder(registry, prepared.name)
+    with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
+        with group.first_rank_first():
+            if ranks.rank() == 0:
+                _open_run(run, prepared, corpus, resume)
+        done = _train(prepared, registry, stacked, corpus, run, resume=resume, again=again, say=say, progress=progress)
+        if ranks.rank() == 0:
+            shutil.rmtree(run.path, ignore_errors=True)
+        group.wait()
+    return done
+
+
+def _train(
+    prepared: PreparedJob,
+    registry: Registry,
+    stacked: StackedModel,
+    corpus: Corpus,
+    run: RunFolder,
+    *,
+    resume: bool,
+    again: str,
+    say: Say,
+    progress: Progress,
+) -> Trained | None:
     set_seed(prepared.job.seed)
     probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
     bare = proofs.probe(stacked.model, probe_tokens)
@@ -68,11 +99,14 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
     as_rows = must_separate(model, corpus.encoded.examples)
     held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
     with tracking(prepared.job, log_folder(registry, prepared.name), say):
-        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, progress, held_out)
+        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, again, progress, held_out)
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
     registry.check_digests(prepared.stack.members, fresh=True)
+    state = adapter_state(model)
+    if ranks.rank() > 0:
+        return None
     outcome = Run(
         steps=len(counters.curve),
         epochs=round(counters.tokens / max(corpus.encoded.tokens, 1), 4),
@@ -84,37 +118,31 @@ def train_adapter(prepared: PreparedJob, registry: Registry, *, resume: bool, sa
         frozen_error=stacked.rounding_error if how == "fold" else None,
         dtype=str(stacked.model.dtype).removeprefix("torch.") + (", bfloat16 autocast" if bfloat16 else ""),
         device=stacked.device.type,
+        processes=ranks.world_size(),
         eval_loss_before=held_out.looks[0]["eval_loss"] if held_out else None,
         eval_loss=held_out.kept["eval_loss"] if held_out else None,
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
     )
-    version = register_version(prepared, registry, model, stacked.tokenizer, corpus, outcome, counters)
-    shutil.rmtree(run.path, ignore_errors=True)
+    version = register_version(prepared, registry, model, state, stacked.tokenizer, corpus, outcome, counters)
     return Trained(version, counters, trainable)
 
 
-def _check_precision(prepared: PreparedJob) -> None:
-    if prepared.job.dtype == "nf4":
-        raise Incompatible(
-            "a base quantised to nf4 is not supported by this version",
-            hint="use --dtype bfloat16, which needs two bytes for each parameter",
-        )
+def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool) -> None:
+    """Make the folder ready for this run's saves; without ``--resume`` an older run of that name is dropped.
 
-
-def _open_run(prepared: PreparedJob, registry: Registry, corpus: Corpus, resume: bool) -> RunFolder:
-    """The folder for this run's saves; without ``--resume`` an older unfinished run of that name is dropped."""
-    run = run_folder(registry, prepared.name)
+    Raises:
+        Usage: what was saved belongs to a run with other settings.
+    """
     signature = prepared.signature(corpus.records.sha256, corpus.held_out.sha256 if corpus.held_out else None)
     if resume and run.checkpoints:
-        known = run.signature
-        changed = [key for key, value in signature.items() if known.get(key) != value]
+        changed = changed_since(run.signature, signature)
         if changed:
             raise Usage(
                 f"the unfinished run of '{prepared.name}' had other {', '.join(changed)}",
                 hint="give the same name, data and flags, or leave out --resume to start again",
             )
+        run.sweep()
     elif run.path.exists():
         files.remove_tree(run.path)
     run.begin(signature)
-    return run

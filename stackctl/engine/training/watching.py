@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
-from stackctl.engine.trainer import Counters, StackTrainer
+from stackctl.engine.stepping import Counters
+from stackctl.engine.trainer import StackTrainer
 from stackctl.errors import Failed
 from stackctl.schema import TrainJob
 

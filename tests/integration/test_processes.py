@@ -1,0 +1,104 @@
+"""Training in two processes on a CPU: the numbers of one process, one version, and an end in peace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+import pytest
+from house import CHAT
+from oracle import distance, factors_of
+
+from stackctl import ranks
+
+# Seven records in steps of four: the last step of an epoch is short, and one of the two processes has nothing to do.
+RECORDS = [*CHAT, *CHAT[:2]]
+COMMON = ("--dtype", "float32", "--epochs", 50, "--learning-rate", 0.001, "--scheduler", "cosine")
+STEPS = 100  # enough of them that Ctrl-C comes in the middle
+ONE = (*COMMON, "--batch-size", 4, "--gradient-accumulation", 1)
+TWO = (*COMMON, "--batch-size", 2, "--num-processes", 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_two_processes_are_one_training(house: Any) -> None:
+    """Interrupted in the middle and resumed, two processes end with what one process makes of the same steps."""
+    h = house()
+    h.add("style", seed=1)
+    style = h.bytes_of("style")
+    one = h.train("one", *ONE, on="style", records=RECORDS)
+    assert one["steps"] == STEPS
+    h.at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    error = h.train("two", *TWO, on="style", records=RECORDS, code=130)["error"]
+    assert error["hint"].startswith("go on with: stackctl train --resume two --on style --data ")
+    assert "--num-processes 2" in error["hint"]
+    assert h.adapters() == {"style", "one"}
+    [run] = h.run("ls", "--json").json["runs"]
+    assert 0 < run["step"] < STEPS
+    other = h.train("two", *ONE, "--resume", on="style", records=RECORDS, code=2)["error"]["message"]
+    assert "processes (2, now 1)" in other
+    two = h.train("two", *TWO, "--resume", on="style", records=RECORDS)
+    counted = ("steps", "tokens", "supervised_tokens", "trainable_parameters", "frozen", "on")
+    assert {key: two[key] for key in counted} == {key: one[key] for key in counted}
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert distance(factors_of(h.weights("two")), factors_of(h.weights("one"))) < 1e-4
+    entry = h.run("inspect", "two", "--json").json
+    assert entry["versions"] == [1], "registered once"
+    assert entry["run"]["processes"] == 2
+    assert h.bytes_of("style") == style
+    assert h.run("verify", "--json").json["problems"] == []
+
+
+def test_what_is_wrong_is_told_before_anything_is_launched(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = house()
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was launched"))
+    error = h.train("new", "--num-processes", 2, records=[{"text": "a"}, {"messages": "no"}], code=2)["error"]
+    assert "line 2" in error["message"]
+    config = h.folder / "accelerate.yaml"
+    for text, part in (
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\n", "fsdp_version: 2"),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n", "zero_stage: 2"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 16\nnum_machines: 2\n", "on each machine"),
+        ("a: b\n", "accelerate config"),
+    ):
+        config.write_text(text)
+        assert part in h.train("new", "--accelerate-config", config, code=2)["error"]["hint"]
+    h.train("new", "--accelerate-config", "nowhere.yaml", code=3)
+    assert h.adapters() == set()
+
+
+def test_a_launcher_that_makes_one_process_of_two_is_found_out(house: Any) -> None:
+    """The trap: accelerate starts a single process for a CPU configuration, and says nothing."""
+    h = house()
+    config = h.folder / "accelerate.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    error = h.train("new", "--accelerate-config", config, "--max-steps", 1, code=1)["error"]
+    assert error["message"] == "accelerate started 1 process instead of 2"
+    assert "MULTI_GPU" in error["hint"]
+    assert h.adapters() == set()
+
+
+# -- under somebody else's launcher, and when something dies ----------------------------------------------------------
+
+
+def command(h: Any, name: str, *options: object) -> list[str]:
+    return [str(part) for part in ("train", name, "--data", h.data(RECORDS), *COMMON, "--batch-size", 2, *options)]
+
+
+def test_a_launched_process_does_not_launch_again(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = house()
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was launched"))
+    dry = h.run(*command(h, "new", "--num-processes", 2), "--dry-run", "--json").json
+    assert dry["steps"] == STEPS
+    error = h.run(*command(h, "new", "--num-processes", 3), "--json", code=2).json["error"]
+    assert "--num-processes 3" in error["message"]
+    assert ranks.world_size() == 2
