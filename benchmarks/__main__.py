@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "export")
+NAMES = ("startup", "export", "training")
 
 
 def main() -> None:

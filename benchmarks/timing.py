@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import statistics
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,40 @@ class Timing:
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Seconds and peak megabytes of one command, run to its end.
+    """Seconds and peak megabytes of one command, run to its end."""
+    seconds, peak, _ = _run(command, environment)
+    return seconds, peak
+
+
+def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any], float]:
+    """The JSON document that a command prints as its last line, and its peak megabytes."""
+    _, peak, out = _run(command, environment)
+    return json.loads(out.strip().splitlines()[-1]), peak
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str] | None) -> tuple[float, float, str]:
+    """Seconds, peak megabytes and standard output.
 
     The peak is read in a process of its own, because the system only tells the largest of all children so far.
     """
     code = (
-        "import resource, subprocess, sys, time\n"
+        "import json, resource, subprocess, sys, time\n"
         "start = time.perf_counter()\n"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
         "seconds = time.perf_counter() - start\n"
-        "print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)\n"
+        "if done.returncode: sys.exit(done.stderr[-4000:] or done.returncode)\n"
+        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024\n"
+        "print(json.dumps([seconds, peak, done.stdout]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *command],
-        check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
+        check=True,
         env={**os.environ, **(environment or {})},
     )
-    seconds, peak = done.stdout.split()
-    return float(seconds), float(peak)
+    seconds, peak, out = json.loads(done.stdout)
+    return seconds, peak, out
 
 
 def compare(candidates: Mapping[str, Callable[[], tuple[float, float]]], runs: int) -> dict[str, Timing]:
