@@ -7,6 +7,7 @@ only what would otherwise be silently wrong here (DESIGN: the traps).
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl import files
 from stackctl.checkpoint import CONFIG, WEIGHTS
+from stackctl.engine.attention import SEGMENTS
 from stackctl.engine.group import WholeSteps, like, wait, whole
 from stackctl.engine.stepping import Counters, Progress, StepGuard
 from stackctl.errors import Failed
@@ -58,27 +60,33 @@ def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         "use_cache": False,
         "return_dict": True,
     }
-    accepted = inspect.signature(_causal_lm(model).forward).parameters
+    accepted = inspect.signature(causal_lm(model).forward).parameters
     if "position_ids" not in accepted:
         del arguments["position_ids"]
+    if causal_lm(model).config._attn_implementation == SEGMENTS:
+        starts = _starts(inputs["position_ids"])
+        arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
     if "logits_to_keep" in accepted:
         logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
         return logits
     return model(**arguments).logits[0, keep]
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model under whatever wraps it (DDP, PEFT)."""
     model = getattr(model, "module", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _starts(positions: Tensor) -> list[int]:
+    """Where the records of a row begin, and where the row ends."""
+    return [*torch.nonzero(positions[0] == 0).flatten().tolist(), positions.numel()]
+
+
 def _split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The examples of a collated row, each as a row of its own."""
-    positions = inputs["position_ids"][0]
-    starts = torch.nonzero(positions == 0).flatten().tolist()
     parts = []
-    for start, end in zip(starts, [*starts[1:], positions.numel()], strict=True):
+    for start, end in itertools.pairwise(_starts(inputs["position_ids"])):
         inside = (inputs["keep"] >= start) & (inputs["keep"] < end)
         if bool(inside.any()):
             parts.append(

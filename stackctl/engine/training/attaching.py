@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from stackctl.engine import data as data_module
-from stackctl.engine import proofs
-from stackctl.engine.data import Example
 from stackctl.engine.live import LIVE, attach_live
-from stackctl.engine.models import StackedModel, evaluating
-from stackctl.engine.trainer import ADAPTER, supervised_logits
+from stackctl.engine.models import StackedModel
+from stackctl.engine.trainer import ADAPTER
 from stackctl.jobs import PreparedJob
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.schema import ModuleShape
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""
-_PACKING_TOLERANCE = 1e-3
 
 Say = Callable[[str], None]
 
@@ -74,23 +69,3 @@ def _names_for(chosen: set[str], modules: dict[str, ModuleShape]) -> list[str]:
 
 def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
-
-
-def must_separate(model: PeftModel, examples: list[Example]) -> bool:
-    """Whether this model mixes documents that share a row, so that records must run one by one.
-
-    Most models derive block-diagonal attention from restarting positions; this looks instead of believing.
-    """
-    if len(examples) < 2:
-        return False
-    pair = [Example(e.input_ids[:48], [-100, *e.input_ids[1:48]]) for e in examples[:2]]
-    device = next(model.parameters()).device
-
-    def logits(rows: list[Example]) -> torch.Tensor:
-        batch = {key: value.to(device) for key, value in data_module.collate(rows).items()}
-        return supervised_logits(model, batch).float()
-
-    with evaluating(model):
-        together = logits(pair)
-        apart = torch.cat([logits([example]) for example in pair])
-    return proofs.difference(together, apart) > _PACKING_TOLERANCE

@@ -16,9 +16,10 @@ from stackctl.engine.live import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
 from stackctl.engine.stepping import Counters, Progress
 from stackctl.engine.trainer import adapter_state
-from stackctl.engine.training.attaching import attach_new, freeze_stack, must_separate
+from stackctl.engine.training.attaching import attach_new, freeze_stack
 from stackctl.engine.training.corpus import Corpus, read_corpus
 from stackctl.engine.training.fitting import run_trainer
+from stackctl.engine.training.layout import choose_layout
 from stackctl.engine.training.registering import register_version
 from stackctl.engine.training.watching import HeldOut
 from stackctl.errors import Usage
@@ -96,7 +97,9 @@ def _train(
         say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
     counters = Counters()
     bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
-    as_rows = must_separate(model, corpus.encoded.examples)
+    examples = corpus.encoded.examples
+    longest = max(len(example.input_ids) for example in examples)
+    as_rows = choose_layout(model, examples, longest=longest) == "apart"
     held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
     with tracking(prepared.job, log_folder(registry, prepared.name), say):
         run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, again, progress, held_out)

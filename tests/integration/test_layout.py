@@ -1,0 +1,156 @@
+"""Records that share a row: the loss and the gradient are those of the records alone, on many architectures."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from stackctl.engine import attention
+from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.trainer import supervised_loss
+from stackctl.engine.training.layout import choose_layout
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 257,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "phi": PhiConfig(**_SMALL, resid_pdrop=0.0, embd_pdrop=0.0),
+    "mistral, window 16": MistralConfig(**_SMALL, sliding_window=16),
+    "gemma2": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
+    "gemma3, window 16": Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=16),
+}
+EXPECTED = {"gemma2": "mask"}  # its attention caps the logits, which PyTorch's cannot
+
+
+def examples(count: int = 5, *, longest: int = 70) -> list[Example]:
+    """Records of uneven lengths, of which some tokens are supervised."""
+    generator = random.Random(0)
+    made = []
+    for number in range(count):
+        length = longest if not number else generator.randrange(2, longest)
+        ids = [generator.randrange(256) for _ in range(length)]
+        labels = [IGNORED, *(token if generator.random() < 0.6 else IGNORED for token in ids[1:-1]), ids[-1]]
+        made.append(Example(ids, labels[:length]))
+    return made
+
+
+def model_of(name: str, models: Any) -> Any:
+    if name in CONFIGS:
+        torch.manual_seed(0)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](copy.deepcopy(CONFIGS[name]))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
+    model.requires_grad_(False)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.eval()
+
+
+def gradients(model: Any) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    return found
+
+
+def alone(model: Any, rows: list[Example]) -> tuple[float, torch.Tensor]:
+    """The reference: transformers' own loss of each record by itself, unpadded, and the gradient of their sum."""
+    total = 0.0
+    for example in rows:
+        count = sum(label != IGNORED for label in example.labels[1:])
+        loss = model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss * count
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
+ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "neox", "phi3", "mixtral", *CONFIGS]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) -> None:
+    rows = examples()
+    model = model_of(name, models)
+    expected, expected_gradient = alone(model, rows)
+    layout = choose_layout(model, rows, longest=70)
+    loss = supervised_loss(model, collate(rows), as_rows=layout == "apart")
+    loss.backward()
+    gradient = gradients(model)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
+    assert layout == EXPECTED.get(name, "segments")
+
+
+def test_a_window_that_is_lost_is_seen(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that forgot the window would pass on short records; the probe is longer than the window."""
+    model = model_of("mistral, window 16", models)
+    right = attention.segment_attention
+
+    def windowless(*arguments: Any, sliding_window: int | None = None, **options: Any) -> Any:
+        return right(*arguments, **options)
+
+    attention.AttentionInterface.register(attention.SEGMENTS, windowless)
+    try:
+        assert choose_layout(model, examples(), longest=70) == "mask"
+        assert choose_layout(model, examples(longest=16), longest=16) == "segments"  # no record feels it
+    finally:
+        attention.AttentionInterface.register(attention.SEGMENTS, right)
+
+
+def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(models: Any) -> None:
+    """A state that runs through the row, as in a recurrent model, whatever the attention."""
+    model = model_of("llama", models)
+
+    def leak(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * output.cumsum(1)
+
+    model.get_base_model().model.embed_tokens.register_forward_hook(leak)
+    rows = examples()
+    assert choose_layout(model, rows, longest=70) == "apart"
+    expected, _ = alone(model, rows)
+    with torch.no_grad():
+        assert float(supervised_loss(model, collate(rows), as_rows=True)) == pytest.approx(expected, rel=1e-5)
+        assert float(supervised_loss(model, collate(rows))) != pytest.approx(expected, rel=1e-4)
+
+
+def test_no_mask_of_all_pairs_is_made(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attention gets one record, without a mask."""
+    model = model_of("llama", models)
+    rows = examples()
+    assert choose_layout(model, rows, longest=70) == "segments"
+    seen: list[tuple[int, bool]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, *arguments: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
+        seen.append((query.shape[2], attn_mask is not None))
+        return real(query, *arguments, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    supervised_loss(model, collate(rows))
+    assert seen == [(len(example.input_ids), False) for example in rows] * 2  # two layers
+
+
+def test_padding_and_a_cache_still_work_under_it(models: Any) -> None:
+    """What is not a row of records gets the mask that PyTorch's attention would get."""
+    folder: Path = models("mistral")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([[7, 8, 9, 10, 11], [257, 257, 1, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    model.set_attn_implementation(attention.SEGMENTS)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), wanted)
