@@ -15,7 +15,7 @@ import msgspec
 
 from stackctl import files
 from stackctl.errors import StackctlError, Usage, raise_all
-from stackctl.jobs import PreparedJob, data_path, prepare_job
+from stackctl.jobs import PreparedJob, data_path, parse_targets, prepare_job
 from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
@@ -201,9 +201,9 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if not adapter:
         return "not trained yet"
     newest = adapter.newest()
-    known = msgspec.to_builtins(TrainSettings()) | (newest.settings or {})
-    settings = msgspec.to_builtins(prepared.job.settings())
-    changed = [key for key, value in settings.items() if known.get(key) != value]
+    known = _outcome(newest.settings or {}, watched=newest.eval_data is not None)
+    settings = _outcome(msgspec.to_builtins(prepared.job.settings()), watched=prepared.job.eval_data is not None)
+    changed = [key for key, value in settings.items() if key in known and known[key] != value]
     if changed:
         return f"other {', '.join(changed)}"
     path = Path(prepared.data)
@@ -220,6 +220,16 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if not registry.weights_path(newest).is_dir():
         return "its weights are missing"
     return None
+
+
+def _outcome(settings: dict[str, Any], *, watched: bool) -> dict[str, Any]:
+    """Settings in a form that is equal where training makes the same of them; what is left out is at its default."""
+    told = msgspec.to_builtins(TrainSettings()) | settings
+    targets = parse_targets(told["target_modules"])
+    told["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    told["alpha"] = told["alpha"] if told["alpha"] is not None else 2 * told["rank"]
+    ignored = () if watched else ("eval_steps", "keep", "patience")
+    return {key: value for key, value in told.items() if key not in ignored}
 
 
 def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:

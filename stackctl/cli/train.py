@@ -17,7 +17,7 @@ import typer
 from stackctl import ranks
 from stackctl.cli.common import PATH, Context, command, complete_bases, complete_what
 from stackctl.cli.config import JobFile, is_recipe, read_job
-from stackctl.errors import Usage
+from stackctl.errors import StackctlError, Usage
 from stackctl.jobs import PreparedJob, prepare_job
 from stackctl.launching import launch_training, plan_launch
 from stackctl.output import Result
@@ -346,13 +346,22 @@ def build_recipe(
     built: list[dict[str, Any]] = []
     for step in out_of_date:
         context.output.status(f"{step.name}: {step.why}")
-        if step.kind == "adapter":
-            prepared = prepare_recipe_job(found, registry, step.name)
-            built.append(trained_result(context, prepared, resume=resume).json)
-        else:
-            built.append(_compose(found, registry, step.name))
-    names = [f"{b['adapter']}@{b['version']}" if "adapter" in b else b["stack"] for b in built]
+        try:
+            if step.kind == "adapter":
+                prepared = prepare_recipe_job(found, registry, step.name)
+                built.append(trained_result(context, prepared, resume=resume).json)
+            else:
+                built.append(_compose(found, registry, step.name))
+        except StackctlError as error:
+            done = f"{', '.join(_labels(built))} is built and stays; " if built else ""
+            context.output.note(f"{done}stackctl train goes on with what is left")
+            raise type(error)(f"{step.name}: {error.message}", hint=error.hint) from error
+    names = _labels(built)
     return Result({"plan": plan, "built": built}, "\n".join(names), f"built {', '.join(names)}")
+
+
+def _labels(built: list[dict[str, Any]]) -> list[str]:
+    return [f"{b['adapter']}@{b['version']}" if "adapter" in b else b["stack"] for b in built]
 
 
 def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What makes a part of a recipe out of date and what does not, and a building that breaks off in the middle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STYLE = "data: style.jsonl, rank: 2, max_steps: 2, warmup: 0"
+CHAT = "on: style, data: chat.jsonl, rank: 2, max_steps: 2, warmup: 0"
+
+
+@pytest.fixture
+def project(registry: Path, tmp_path: Path) -> Any:
+    """``write(style=…, chat=…)`` writes the recipe."""
+    (tmp_path / "style.jsonl").write_text('{"text": "The tide."}\n{"text": "A lamp."}\n')
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+
+    def write(style: str = STYLE, chat: str = CHAT, stacks: str = "  both: style+chat\n", more: str = "") -> None:
+        text = f"base: tiny\ntrain:\n  style: {{{style}}}\n  chat: {{{chat}}}\nstacks:\n{stacks}{more}"
+        (tmp_path / "stackctl.yaml").write_text(text)
+
+    write()
+    return write
+
+
+def why(run: Any, *flags: str) -> dict[str, str]:
+    """What a dry run says is out of date, and why, in its order."""
+    plan = run("train", "--dry-run", "--json", *flags).json["plan"]
+    return {step["name"]: step["why"] for step in plan if step["why"]}
+
+
+def built(run: Any, *flags: str) -> list[str]:
+    return run("train", "-q", *flags).out.split()
+
+
+def test_the_same_said_otherwise_is_up_to_date(project: Any, run: Any, tmp_path: Path) -> None:
+    built(run)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "copy.jsonl").write_bytes((tmp_path / "style.jsonl").read_bytes())
+    for style in (
+        f"{STYLE}, alpha: 4", f"{STYLE}, alpha: 4.0", f"{STYLE}, keep: last", f"{STYLE}, learning_rate: 0.0002",
+        f"{STYLE}, target_modules: ALL-LINEAR", f"{STYLE}, description: other words", f"{STYLE}, save_steps: 1",
+        "rank:   2 ,max_steps:   2,  warmup: 0.0, data: ./elsewhere/copy.jsonl # comment\n  ", f"{STYLE}, on: base",
+        f"{STYLE}, base: tiny", f"{STYLE}, report_to: none",
+    ):  # fmt: skip
+        project(style=style)
+        assert why(run) == {}, style
+        assert run("train").out == "up to date\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("alpha: 5", "alpha"), ("seed: 1", "seed"), ("target_modules: 'q_proj,v_proj'", "target_modules"),
+        ("pack: true", "pack"), ("dtype: bfloat16", "dtype"), ("use_rslora: true", "use_rslora"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_named(project: Any, run: Any, other: str, said: str) -> None:
+    built(run)
+    project(style=f"{STYLE}, {other}")
+    assert list(why(run)) == ["style", "chat", "both"]
+    assert why(run)["style"] == f"other {said}"
+
+
+def test_targets_as_a_list_and_as_text_are_the_same(project: Any, run: Any) -> None:
+    project(style=f"{STYLE}, target_modules: [v_proj, q_proj]")
+    built(run)
+    project(style=f"{STYLE}, target_modules: 'q_proj, v_proj'")
+    assert why(run) == {}
+
+
+def test_a_default_that_changed_since_is_out_of_date(project: Any, run: Any, tmp_path: Path) -> None:
+    built(run)
+    entry = tmp_path / "registry" / "adapters" / "style.yaml"
+    assert "learning_rate: 0.0002" in entry.read_text()
+    entry.write_text(entry.read_text().replace("learning_rate: 0.0002", "learning_rate: 0.0001"))
+    assert why(run)["style"] == "other learning_rate"
+
+
+def test_data_that_were_others_in_between_make_a_version_that_is_up_to_date(
+    project: Any, run: Any, tmp_path: Path
+) -> None:
+    """The trap: training is deterministic, so the third version has the bytes of the first."""
+    built(run)
+    data = tmp_path / "style.jsonl"
+    good = data.read_text()
+    data.write_text(good + '{"text": "More."}\n')
+    assert built(run) == ["style@2", "chat@2", "both"]
+    data.write_text(good)
+    assert list(why(run)) == ["style", "chat", "both"]
+    built(run)
+    assert why(run) == {}
+    assert run("train").out == "up to date\n"
+    newest = run("ls", "--json").json
+    versions = {a["name"]: a["versions"] for a in newest["adapters"]}
+    members = run("inspect", "both", "--json").json["members"]
+    assert [m["version"] for m in members] == [versions["style"][-1]["version"], versions["chat"][-1]["version"]]
+    assert versions["style"][-1]["digest"] == versions["style"][0]["digest"]
+    assert versions["chat"][-1]["trained_on"] == [f"style@{versions['style'][-1]['version']}"]
+
+
+def test_removed_versions_and_stacks_are_made_again(project: Any, run: Any) -> None:
+    built(run)
+    run("rm", "both")
+    assert why(run) == {"both": "not composed yet"}
+    run("rm", "chat")
+    assert list(why(run)) == ["chat", "both"]
+    assert built(run) == ["chat@1", "both"]
+    project(chat=f"{CHAT}, seed: 1")
+    assert built(run) == ["chat@2", "both"]
+    run("rm", "both")
+    run("rm", "chat@2")
+    assert why(run)["chat"] == "other seed"
+    project()
+    assert list(why(run)) == ["both"]
+
+
+def test_weights_that_are_gone_are_made_again(project: Any, run: Any, tmp_path: Path) -> None:
+    import shutil
+
+    built(run)
+    shutil.rmtree(tmp_path / "registry" / "weights" / "chat" / "1")
+    assert "chat" in why(run)
+    built(run)
+    assert why(run) == {}
+
+
+def test_what_was_built_before_a_failure_stays_and_the_rest_is_built_later(project: Any, run: Any) -> None:
+    project(chat=f"{CHAT}, learning_rate: 1e30, max_steps: 5".replace("max_steps: 2, ", ""))
+    failed = run("train", code=1)
+    assert failed.out == ""
+    assert "style@1" in failed.err.splitlines()[-3], "what is done is said"
+    assert failed.err.splitlines()[-2].startswith("error: chat: ")
+    assert {a["name"] for a in run("ls", "--json").json["adapters"]} == {"style"}
+    project()
+    assert built(run) == ["chat@1", "both"]
+    assert run("train").out == "up to date\n"
+
+
+_KILLED = """
+import contextlib, os, signal, sys
+import stackctl.cli.progress
+from stackctl.cli import main
+
+@contextlib.contextmanager
+def progress(output, name):
+    yield lambda step, steps, counters: os.kill(os.getpid(), signal.SIGKILL) if (name, step) == ("chat", 3) else None
+
+stackctl.cli.progress.training_progress = progress
+import torch
+torch.set_num_threads(1)
+main()
+"""
+
+
+def test_a_killed_building_is_resumed(project: Any, run: Any, tmp_path: Path) -> None:
+    chat = CHAT.replace("max_steps: 2", "max_steps: 5, dropout: 0.3")
+    project(chat=chat)
+    built(run)
+    wanted = run("inspect", "chat", "--json").json["digest"]
+    run("rm", "both")
+    run("rm", "chat")
+    run("rm", "style")
+    project(chat=f"{chat}, save_steps: 2")
+    killed = subprocess.run([sys.executable, "-c", _KILLED, "train"], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert [(r["name"], r["step"]) for r in run("ls", "--json").json["runs"]] == [("chat", 2)]
+    resumed = run("train", "--resume", "--json")
+    assert [b.get("adapter") or b["stack"] for b in resumed.json["built"]] == ["chat", "both"]
+    assert "step 3/5" in resumed.err and "step 1/5" not in resumed.err
+    assert run("inspect", "chat", "--json").json["digest"] == wanted
+
+
+def test_nothing_to_do_needs_no_torch(project: Any, run: Any, tmp_path: Path) -> None:
+    project(style=f"{STYLE}, eval_data: style.jsonl, patience: 3")
+    built(run)
+    code = (
+        "import sys\nfrom stackctl.cli import main\nsys.argv = ['stackctl', 'train']\ntry:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout == "up to date\n[]\n", ran.stderr
+
+
+def test_the_table_of_a_dry_run_names_every_part_and_why(project: Any, run: Any) -> None:
+    built(run)
+    project(chat=f"{CHAT}, seed: 3", stacks="  both: style+chat\n  half: style:0.5\n")
+    lines = [line.split(None, 2) for line in run("train", "--dry-run").out.splitlines()]
+    rows = {row[1]: row[2].strip() for row in lines if len(row) == 3}
+    assert rows["style"] == "up to date"
+    assert rows["chat"] == "other seed"
+    assert "chat" in rows["both"]
+    assert rows["half"] == "not composed yet"
