@@ -6,6 +6,7 @@ A :class:`PreparedJob` is what the engine trains; a :class:`RunFolder` is where 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -99,6 +100,7 @@ def prepare_job(
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
     attempt(_check_watching, job)
+    attempt(_check_precision, job)
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
@@ -143,6 +145,20 @@ def _check_watching(job: TrainJob) -> None:
     given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
     if given and not job.eval_data:
         raise Usage(f"{' and '.join(given)} need held-out records to look at", hint="name them: --eval-data FILE.jsonl")
+
+
+def _check_precision(job: TrainJob) -> None:
+    if job.dtype != "nf4":
+        return
+    if job.frozen == "fold":
+        raise Incompatible(
+            "a delta cannot be folded into weights of four bits", hint="leave out --frozen fold: the stack is kept live"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Incompatible(
+            "--dtype nf4 needs the package 'bitsandbytes', which is not installed",
+            hint="pip install 'stackctl-lora[quant]'",
+        )
 
 
 def parse_targets(text: list[str] | str) -> list[str] | str:

@@ -230,7 +230,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "float32", "bfloat16", "float16", "nf4"],
         Meta(
             description="Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, "
-            "multiplied in bfloat16 where that is faster."
+            "multiplied in bfloat16 where that is faster; nf4 needs the extra [quant]."
         ),
     ] = "auto"
     frozen: Annotated[

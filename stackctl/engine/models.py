@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl import ranks
@@ -59,8 +59,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
-    """``auto`` is float32 on a CPU, else the base's own half precision."""
-    if name != "auto":
+    """``auto`` is float32 on a CPU, else the base's own half precision; so is what nf4 leaves as it is."""
+    if name not in ("auto", "nf4"):
         return DTYPES[name]
     return torch.float32 if device.type == "cpu" else DTYPES.get(base.dtype, torch.float32)
 
@@ -206,9 +206,11 @@ def load_base(
     quiet_libraries()
     folder = base_folder(base, registry, say)
     where = choose_device(device)
+    plain = choose_dtype(dtype, where, base)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=choose_dtype(dtype, where, base),
+        dtype=plain,
+        quantization_config=_nf4(plain) if dtype == "nf4" else None,
         device_map={"": where} if where.type != "cpu" else None,
         local_files_only=True,
         trust_remote_code=False,
@@ -218,6 +220,23 @@ def load_base(
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return StackedModel(base, folder, model, tokenizer, where)
+
+
+def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:
+    """Weights of linear modules in four bits, as QLoRA has them (https://arxiv.org/abs/2305.14314).
+
+    Raises:
+        Incompatible: bitsandbytes has nothing that runs on this machine.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # what it raises depends on which library it misses
+        raise Incompatible(
+            f"bitsandbytes does not run on this machine ({error})", hint="use --dtype bfloat16, of two bytes a weight"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing
+    )
 
 
 @contextlib.contextmanager

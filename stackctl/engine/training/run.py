@@ -119,7 +119,9 @@ def _train(
         seconds=round(counters.seconds, 3),
         frozen=how,  # type: ignore[arg-type]
         frozen_error=stacked.rounding_error if how == "fold" else None,
-        dtype=str(stacked.model.dtype).removeprefix("torch.") + (", bfloat16 autocast" if bfloat16 else ""),
+        dtype=("nf4, " if prepared.job.dtype == "nf4" else "")
+        + str(stacked.model.dtype).removeprefix("torch.")
+        + (", bfloat16 autocast" if bfloat16 else ""),
         device=stacked.device.type,
         processes=ranks.world_size(),
         eval_loss_before=held_out.looks[0]["eval_loss"] if held_out else None,
