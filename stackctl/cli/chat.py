@@ -3,49 +3,240 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stackctl import files
+from stackctl.cli.common import completions
+from stackctl.cli.prompting import say_what_rounding_costs
+from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean
+from stackctl.names import BASE
 from stackctl.output import Output
+from stackctl.registry import Registry, ResolvedStack
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
 
+Message = dict[str, str]
 
-def chat(stacked: StackedModel, sampling: Sampling, output: Output, name: str) -> None:
-    """Talk until Ctrl-D; Ctrl-C stops the answer. /reset forgets what was said."""
-    from stackctl.engine.generation import generate_reply
-    from stackctl.engine.records import Prompt
 
-    output.status(f"{name}: /reset forgets what was said, Ctrl-C stops an answer, Ctrl-D leaves")
-    messages: list[dict[str, str]] = []
-    while True:
+@dataclass
+class Chat:
+    """A conversation with one stack at a time, all on one base that stays loaded."""
+
+    registry: Registry
+    output: Output
+    stacked: StackedModel
+    stack: ResolvedStack
+    sampling: Sampling
+    live: bool = False
+    messages: list[Message] = field(default_factory=list)
+    _left_out: int = 0
+    _answers: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.stack.name or self.stack.text
+
+    def run(self) -> None:
+        """Talk until Ctrl-D or /exit. What goes wrong is said, and the chat goes on."""
+        from stackctl.cli.line_editor import LineEditor
+
+        editor = LineEditor(self.complete)
+        say = self.output.status
+        say(f"{self.name} on {self.stacked.base.name}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        if self.sampling.raw:
+            say("with --raw each text is gone on from by itself, without what was said before")
+        while True:
+            try:
+                line = editor.read(f"{self.name}> ")
+            except KeyboardInterrupt:
+                continue  # a line that is not wanted
+            except EOFError:
+                return
+            try:
+                if line.startswith("/"):
+                    if self.command(line) is _LEAVE:
+                        return
+                elif line.strip():
+                    self.ask(line)
+            except StackctlError as error:
+                self.output.error(error)
+            except KeyboardInterrupt:
+                say("stopped")
+
+    # -- talking --------------------------------------------------------------------------------------------------
+
+    def ask(self, line: str) -> None:
+        """A message and its answer, as far as it comes: one that Ctrl-C stops stays as it is."""
+        self.messages.append({"role": "user", "content": line})
+        heard: list[str] = []
         try:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-            line = input()
-        except (EOFError, KeyboardInterrupt):
-            output.text("\n")
-            return
-        if line.strip() == "/reset":
-            messages.clear()
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            answer = Heard(output)
             with contextlib.suppress(KeyboardInterrupt):
-                generate_reply(stacked, Prompt(line, list(messages)), sampling, answer.hear)
-            output.text("\n")
-            messages.append({"role": "assistant", "content": answer.text})
+                self._answer(line, heard)
+        finally:
+            text = "".join(heard)
+            if text:
+                self.messages.append({"role": "assistant", "content": text})
+            else:
+                self.messages.pop()
+        if not text:
+            self.output.status("no answer came, and the question is forgotten")
+
+    def _answer(self, line: str, heard: list[str]) -> None:
+        from stackctl.engine.generation import fit_conversation, generate_reply
+        from stackctl.engine.records import Prompt
+
+        if self.sampling.raw:
+            prompt = Prompt(line)
+        else:
+            kept = fit_conversation(self.stacked, self.messages, self.sampling)
+            self._say_left_out(len(self.messages) - len(kept))
+            prompt = Prompt(line, kept)
+        sampling = self.sampling
+        if sampling.seed is not None:  # each answer of a chat is another draw
+            sampling = replace(sampling, seed=sampling.seed + self._answers)
+        self._answers += 1
+
+        def hear(piece: str) -> None:
+            heard.append(piece)
+            self.output.text(piece)
+
+        try:
+            answer = generate_reply(self.stacked, prompt, sampling, hear)
+        finally:
+            if heard:
+                self.output.text("\n")
+        if answer.stop == "length":
+            self.output.status(f"cut at {answer.new_tokens} tokens; --max-new-tokens sets the longest answer")
+
+    def _say_left_out(self, count: int) -> None:
+        if count > self._left_out:
+            self.output.note(f"the conversation is longer than the context: the oldest {count} messages are not read")
+        self._left_out = count
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def command(self, line: str) -> object:
+        """Do what a line that begins with a slash says.
+
+        Raises:
+            StackctlError: there is no such command, or it could not be done.
+        """
+        name, _, rest = line.partition(" ")
+        if name not in _COMMANDS:
+            raise Usage(
+                f"there is no command {name}",
+                hint=did_you_mean(name, list(_COMMANDS), "/help lists them; a space before it sends it as text"),
+            )
+        return _COMMANDS[name].run(self, rest.strip())
+
+    def reset(self, _: str) -> None:
+        self.messages.clear()
+        self._left_out = 0
+        self.output.status("forgotten what was said")
+
+    def system(self, text: str) -> None:
+        self.sampling = replace(self.sampling, system=text or None)
+        self.output.status("the system message is set" if text else "there is no system message now")
+
+    def use(self, expression: str) -> None:
+        """Another stack on the same base; the one in use stays when anything is wrong with it."""
+        if not expression:
+            self.output.status(f"{self.stack.pinned} on {self.stacked.base.name}")
+            return
+        stack = self.registry.resolve(expression, base=self.stacked.base.name if expression == BASE else None)
+        if stack.base.name != self.stacked.base.name:
+            raise Incompatible(
+                f"'{expression}' stands on the base '{stack.base.name}', and this chat runs on "
+                f"'{self.stacked.base.name}'",
+                hint=f"stackctl generate {expression}",
+            )
+        plan = self.registry.plan(stack).check()
+        self.registry.check_digests(stack.members)
+        before = self.stacked.plan
+        try:
+            self.stacked.use(plan, live=self.live)
+        except BaseException:
+            if before is not None and self.stacked.plan is not before:
+                self.stacked.use(before, live=self.live)
+            raise
+        self.stack = stack
+        say_what_rounding_costs(self.stacked, self.output)
+        for note in stack.notes:
+            self.output.note(note)
+        self.output.status(f"now {stack.pinned}")
+
+    def save(self, text: str) -> None:
+        """The conversation as one more record of a file that ``train --data`` reads."""
+        path = Path(text).expanduser()
+        if path.suffix.lower() != ".jsonl":
+            raise Usage("/save writes JSON Lines", hint="/save chat.jsonl")
+        if not self.messages:
+            raise Usage("nothing was said yet", hint="/save comes after an answer")
+        files.existing(path.absolute().parent, "the folder")
+        system = [{"role": "system", "content": self.sampling.system}] if self.sampling.system else []
+        record = json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n"
+        known = path.read_bytes() if path.exists() else b""
+        files.write_atomic(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
+        self.output.status(f"{'added to' if known else 'saved as'} {path}: train --data reads it")
+
+    def undo(self, _: str) -> None:
+        self._take_back()
+        self.output.status("the last question and its answer are forgotten")
+
+    def retry(self, _: str) -> None:
+        if self.sampling.greedy:
+            self.output.note("without a --temperature the answer is the same")
+        self.ask(self._take_back())
+
+    def _take_back(self) -> str:
+        if not self.messages:
+            raise Usage("nothing was said yet", hint="type a message")
+        self.messages.pop()
+        return self.messages.pop()["content"]
+
+    def help(self, _: str) -> None:
+        lines = {f"{name} {command.argument}": command.what for name, command in _COMMANDS.items()}
+        lines["Alt-Enter, or \\ at the end"] = "another line"
+        for typed, what in lines.items():
+            self.output.status(f"{typed.ljust(max(map(len, lines)))}  {what}")
+
+    def leave(self, _: str) -> object:
+        return _LEAVE
+
+    # -- completion -----------------------------------------------------------------------------------------------
+
+    def complete(self, text: str) -> Iterator[tuple[str, str]]:
+        """Commands, and behind /use what can be used."""
+        name, space, rest = text.partition(" ")
+        if not space:
+            if text.startswith("/"):
+                yield from ((text, f"{known} " if c.argument else known) for known, c in _COMMANDS.items()
+                            if known.startswith(text))  # fmt: skip
+        elif name == "/use":
+            yield from ((rest, found) for found in completions(self.registry, rest, "adapters", "stacks"))
 
 
-class Heard:
-    """An answer as far as it has come: printed at once, and kept for the conversation."""
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[Chat, str], object]
+    argument: str
+    what: str
 
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self.text = ""
 
-    def hear(self, piece: str) -> None:
-        self.text += piece
-        self._output.text(piece)
+_LEAVE = object()
+_COMMANDS = {
+    "/use": _Command(Chat.use, "EXPR", "another stack on the same base; alone: the one in use"),
+    "/system": _Command(Chat.system, "TEXT", "set the system message; alone: remove it"),
+    "/retry": _Command(Chat.retry, "", "answer the last message again"),
+    "/undo": _Command(Chat.undo, "", "forget the last message and its answer"),
+    "/reset": _Command(Chat.reset, "", "forget what was said"),
+    "/save": _Command(Chat.save, "FILE", "add the conversation to a .jsonl file, a record to train on"),
+    "/help": _Command(Chat.help, "", "this list"),
+    "/exit": _Command(Chat.leave, "", "leave, as Ctrl-D does"),
+}

@@ -129,19 +129,24 @@ def command(
 # -- arguments that several commands have, with their completion ----------------------------------------------------
 
 
+def completions(registry: Registry, incomplete: str, *kinds: str) -> list[str]:
+    """An expression as far as it was typed, with each name that its last term could become."""
+    from stackctl.schema import Adapter, Base, Stack
+
+    types = {"adapters": Adapter, "stacks": Stack, "bases": Base}
+    head, plus, tail = incomplete.rpartition("+")
+    names = [name for kind in kinds for name in registry.names(types[kind])]
+    return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
+
+
 def _complete(*kinds: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
         from stackctl.errors import StackctlError
-        from stackctl.schema import Adapter, Base, Stack
 
         try:
-            registry = Registry.open()
+            return completions(Registry.open(), incomplete, *kinds)
         except StackctlError:
             return []
-        types = {"adapters": Adapter, "stacks": Stack, "bases": Base}
-        head, plus, tail = incomplete.rpartition("+")
-        names = [name for kind in kinds for name in registry.names(types[kind])]
-        return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
 
     return complete
 

@@ -32,6 +32,7 @@ from stackctl.cli.prompting import (
     check_choices,
     check_sampling,
     read_prompts,
+    say_what_rounding_costs,
 )  # fmt: skip
 from stackctl.errors import Usage
 from stackctl.output import SCHEMA, Output, Result
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
     from stackctl.engine.generation import Generated, Sampling
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
-
-
-_EXACT = 1e-3
-"""The share of a stack's change that may go without a word."""
 
 
 def register(app: typer.Typer) -> None:
@@ -108,9 +105,9 @@ def register(app: typer.Typer) -> None:
         name = stack.name or stack.text
         if asked is not None:
             return _answer(stacked, asked, sampling, batch_size, output, name, to)
-        from stackctl.cli.chat import chat
+        from stackctl.cli.chat import Chat
 
-        chat(stacked, sampling, output, name)
+        Chat(registry, output, stacked, stack, sampling, live).run()
         return None
 
 
@@ -128,16 +125,6 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
         files.existing(to.absolute().parent, "the folder")
         if to.is_dir():
             raise Usage(f"--output {to} is a folder", hint="name a file")
-
-
-def say_what_rounding_costs(stacked: StackedModel, output: Output) -> None:
-    """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
-    if stacked.rounding_error > _EXACT:
-        kind = str(stacked.model.dtype).removeprefix("torch.")
-        output.note(
-            f"folding in {kind} rounds {stacked.rounding_error:.2g} of the stack's change away; "
-            "--dtype float32 or --live keeps it"
-        )
 
 
 def _answer(

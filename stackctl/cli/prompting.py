@@ -14,9 +14,12 @@ from stackctl.output import Output
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Generated, Sampling
+    from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
 
 _PANEL = "Generation"
+_EXACT = 1e-3
+"""The share of a stack's change that may go without a word."""
 
 PROMPT = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
@@ -124,6 +127,16 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
         what = "; ".join(f"{place} is empty" for place in empty) or f"{file} holds no prompts"
         raise Usage(what, hint='give one with -p "…", --prompts FILE or on standard input')
     return prompts
+
+
+def say_what_rounding_costs(stacked: StackedModel, output: Output) -> None:
+    """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
+    if stacked.rounding_error > _EXACT:
+        kind = str(stacked.model.dtype).removeprefix("torch.")
+        output.note(
+            f"folding in {kind} rounds {stacked.rounding_error:.2g} of the stack's change away; "
+            "--dtype float32 or --live keeps it"
+        )
 
 
 def answer_json(stack: str, answer: Generated) -> dict[str, Any]:

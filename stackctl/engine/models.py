@@ -142,9 +142,9 @@ class StackedModel:
             self._live = False
         if self._touched:
             originals = read_base_tensors(self.folder)
+            places = {name: originals[self._name_on_disk(name, originals)] for name in sorted(self._touched)}
             with torch.no_grad(), TensorFiles() as files:
-                for name in sorted(self._touched):
-                    path, info = originals[self._name_on_disk(name, originals)]
+                for name, (path, info) in places.items():
                     self._parameter(name).copy_(files.read(path, info))
         self._touched.clear()
         if self._tied:

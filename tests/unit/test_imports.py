@@ -11,7 +11,8 @@ import pytest
 import stackctl
 
 HEAVY = {
-    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "safetensors", "tokenizers",
+    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "prompt_toolkit", "safetensors",
+    "tokenizers",
     "torch",
     "transformers",
 }  # fmt: skip

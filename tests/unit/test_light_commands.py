@@ -15,7 +15,8 @@ from stackctl.registry import Registry
 from stackctl.schema import DataSource, TrainSettings
 
 HEAVY = {
-    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "safetensors", "tokenizers",
+    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "prompt_toolkit", "safetensors",
+    "tokenizers",
     "torch", "transformers",
 }  # fmt: skip
 PROGRAM = """

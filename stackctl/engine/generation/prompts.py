@@ -23,7 +23,7 @@ def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: S
     problems: list[StackctlError] = []
     for prompt in prompts:
         try:
-            encoded.append(_encode(stacked, prompt, sampling))
+            encoded.append(_fitting(stacked, prompt, _encode(stacked, prompt, sampling)))
         except Usage as error:
             problems.append(error)
     if len(problems) > _SHOWN:
@@ -31,6 +31,33 @@ def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: S
         problems = [*problems[:_SHOWN], more]
     raise_all(problems)
     return encoded
+
+
+def fit_conversation(stacked: StackedModel, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
+    """A conversation without its oldest exchanges, as far as the context asks for it: half of it, at most, is kept
+    free for the answer.
+
+    Raises:
+        Usage: the template refuses it.
+    """
+    limit = stacked.base.context_length
+    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    for start in [0, *starts[1:]]:
+        kept = list(messages[start:])
+        length = len(_encode(stacked, Prompt(kept[-1]["content"], kept), sampling))
+        if not limit or length + min(sampling.max_new_tokens, limit // 2) <= limit:
+            break
+    return kept
+
+
+def _fitting(stacked: StackedModel, prompt: Prompt, ids: list[int]) -> list[int]:
+    limit = stacked.base.context_length
+    if limit and len(ids) >= limit:
+        raise Usage(
+            f"{prompt.place} has {len(ids)} tokens, and {stacked.base.name} reads {limit} at once",
+            hint="shorten it",
+        )
+    return ids
 
 
 def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[int]:
@@ -52,12 +79,6 @@ def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[i
     else:
         raise Usage(f"--raw goes on from a text, and {prompt.place} is a conversation", hint="leave out --raw")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    limit = stacked.base.context_length
-    if limit and len(ids) >= limit:
-        raise Usage(
-            f"{prompt.place} has {len(ids)} tokens, and {stacked.base.name} reads {limit} at once",
-            hint="shorten it",
-        )
     return ids
 
 
