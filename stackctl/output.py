@@ -90,7 +90,7 @@ class Output:
             if result.brief:
                 self.text(result.brief + "\n")
         elif callable(result.screen):
-            console(sys.stdout).print(result.screen())
+            console(sys.stdout).print(result.screen(), crop=False)  # a line to copy is whole, however long
         elif result.screen:
             self.text(result.screen + "\n")
 

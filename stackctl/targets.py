@@ -7,8 +7,10 @@ vllm/lora/lora_model.py, vllm/model_executor/models/*.py). The GGUF export refus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from stackctl.errors import Usage, did_you_mean
 from stackctl.plan import Problem, StackPlan
@@ -45,6 +47,16 @@ The rest may be right by accident at best: GPT-NeoX's converter reorders a fused
 experts into one tensor.
 """
 GGUF_DTYPES = ("float32", "float16")
+
+
+def gguf_file_name(out: Path) -> str:
+    """What the adapter in an exported folder is called: as the folder, so that adapters can lie side by side.
+
+    There is nothing in it that a Modelfile would trip over.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._+-]+", "-", out.name.removesuffix(".gguf")).strip("-.")
+    return f"{stem or 'adapter'}.gguf"
+
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``--max-lora-rank`` (vllm/config/lora.py: MaxLoRARanks); 16 unless it is given."""

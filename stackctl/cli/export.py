@@ -87,7 +87,8 @@ def _carry_out(
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype)
-    from stackctl.engine.bases import base_folder, base_gguf
+    from stackctl.bases import base_gguf
+    from stackctl.engine.bases import base_folder
     from stackctl.engine.export.gguf import export_gguf
     from stackctl.engine.export.model import export_model
     from stackctl.engine.models import quiet_libraries
@@ -96,6 +97,6 @@ def _carry_out(
     assert plan.base is not None, "a resolved stack stands on a base"
     folder = base_folder(plan.base, context.registry, context.output.status)
     if format_ == "gguf":
-        gguf = base_gguf(plan.base, context.registry)
+        gguf = base_gguf(plan.base, context.registry.root)
         return export_gguf(plan, folder, out, dtype=dtype, modelfile=modelfile, base_gguf=gguf)
     return export_model(plan, folder, out, dtype=dtype)

