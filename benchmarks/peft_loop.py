@@ -47,7 +47,7 @@ def main() -> None:
     batches = shuffled(examples, asked.batch_size, asked.steps)
     size = asked.micro_batch_size or asked.batch_size
     start = time.perf_counter()
-    train(
+    losses = train(
         model,
         [
             [padded(batch[at : at + size], tokenizer.pad_token_id, length) for at in range(0, len(batch), size)]
@@ -57,8 +57,15 @@ def main() -> None:
     )
     seconds = time.perf_counter() - start
     tokens = sum(len(example.input_ids) for batch in batches for example in batch)
-    loss = held_out_loss(model, heldout)
-    print(json.dumps({"tokens": tokens, "tokens_per_second": tokens / seconds, "eval_loss": loss}))
+    supervised = sum(supervised_count(batch) for batch in batches)
+    said = {
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "tokens_per_second": tokens / seconds,
+        "loss": sum(losses) / supervised,
+        "eval_loss": held_out_loss(model, heldout),
+    }
+    print(json.dumps(said))
 
 
 def shuffled(examples: Sequence[Example], size: int, steps: int) -> list[list[Example]]:
@@ -84,17 +91,25 @@ def padded(batch: Sequence[Example], pad: int, length: int | None) -> dict[str, 
     }
 
 
-def train(model: Any, batches: Sequence[Sequence[dict[str, torch.Tensor]]], learning_rate: float) -> None:
-    """A step for each batch of micro-batches."""
+def supervised_count(batch: Sequence[Example]) -> int:
+    return sum(label != IGNORED for example in batch for label in example.labels[1:])
+
+
+def train(model: Any, batches: Sequence[Sequence[dict[str, torch.Tensor]]], learning_rate: float) -> list[float]:
+    """A step for each batch of micro-batches. Returns the summed loss of each micro-batch."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     model.train()
+    losses = []
     for batch in batches:
         for part in batch:
-            (model(**part).loss / len(batch)).backward()
+            loss = model(**part).loss
+            losses.append(float(loss.detach()) * int((part["labels"][:, 1:] != IGNORED).sum()))
+            (loss / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    return losses
 
 
 def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
@@ -104,7 +119,7 @@ def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
     with torch.no_grad():
         for example in examples:
             batch = padded([example], 0, None)
-            tokens = sum(label != IGNORED for label in example.labels[1:])
+            tokens = supervised_count([example])
             total += float(model(**batch).loss) * tokens
             count += tokens
     return total / max(count, 1)

@@ -1,7 +1,8 @@
-"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads, on chats of uneven lengths.
+"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads and TRL's SFTTrainer, on uneven chats.
 
-Every candidate is a command that trains the same adapter on the same data in float32 and prints its real tokens a
-second, by its own loop's time. They run in turn, A B C A B C; what is shown are medians and their ratios.
+Every candidate is a command that trains the same adapter once over the same records in float32 and prints its real
+tokens a second, by its own loop's time. They run in turn, A B C A B C; what is shown are medians and their ratios. That
+all do the same work is looked at: the same tokens are supervised, and the losses agree.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import run_json
+from benchmarks.trl_environment import trl_python, versions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH, RANK = 8, 16
 DEPTHS = (0, 1, 2, 4)
-PEFT, PEFT_1024 = "PEFT loop, padded to the longest", "PEFT loop, padded to 1,024"
+LEARNING_RATE = 2e-4
+PEFT, PEFT_1024 = "PEFT loop, padded to the longest", "PEFT loop, padded to 1,024 (one step)"
+AGREEMENT = 0.02
+"""Largest relative distance between losses of candidates that saw the same records in another order."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Bench:
     data: Path
     heldout: Path
     steps: int
+    trl: Path | None
 
     @property
     def registry(self) -> Path:
@@ -47,21 +53,36 @@ class Bench:
 
 
 Measured = tuple[dict[str, Any], float]
-"""What a candidate printed (``tokens_per_second``, ``eval_loss``), and its peak in megabytes."""
+"""What a candidate printed (tokens, supervised_tokens, tokens_per_second, loss, eval_loss), and its peak megabytes."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+def main(options: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks training")
+    parser.add_argument("--runs", type=int, default=3, help="how often each candidate runs")
+    parser.add_argument("--steps", type=int, default=6, help=f"steps of {BATCH} records each")
+    parser.add_argument("--quick", action="store_true", help="one run of two steps: does it work at all")
     parser.add_argument("--only", action="append", help="part of a candidate's name; may be repeated")
-    asked = parser.parse_args(sys.argv[1:] if __name__ == "__main__" else [])
+    parser.add_argument(
+        "--trl",
+        default="",
+        metavar="PYTHON",
+        help="a Python with TRL; else one is made in a cache; 'none' leaves it out",
+    )
+    asked = parser.parse_args(list(options))
+    if asked.quick:
+        asked.runs, asked.steps = 1, 2
+    trl = None if asked.trl == "none" else Path(asked.trl) if asked.trl else trl_python()
+    print(f"SmolLM2-135M, float32, rank {RANK}, all linear layers; {asked.steps} steps of {BATCH}, {asked.runs} runs")
+    if trl:
+        print(f"beside {versions(trl)}")
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(Path(folder), asked.steps)
+        bench = prepare(Path(folder), asked.steps, trl)
         found = candidates(bench)
         if asked.only:
             found = {name: run for name, run in found.items() if any(part in name for part in asked.only)}
-        show(measure(found, asked.runs))
+        results = measure(found, asked.runs)
+    show(results)
+    check_agreement(results)
 
 
 def candidates(bench: Bench) -> dict[str, Callable[[], Measured]]:
@@ -71,6 +92,9 @@ def candidates(bench: Bench) -> dict[str, Callable[[], Measured]]:
     }
     found[PEFT] = lambda: peft_loop(bench, "longest", bench.steps, BATCH)
     found[PEFT_1024] = lambda: peft_loop(bench, "1024", 1, 2)
+    if python := bench.trl:
+        for layout in ("packing", "padding-free"):
+            found[f"TRL SFTTrainer, {layout}"] = lambda layout=layout: trl_loop(bench, python, layout)
     return found
 
 
@@ -80,8 +104,9 @@ def stackctl(bench: Bench, depth: int) -> Measured:
     on = ["--on", "+".join(f"frozen-{number}" for number in range(depth))] if depth else []
     command = [
         *("train", name, *on, "--base", "smollm2", "--data", str(bench.data), "--eval-data", str(bench.heldout)),
-        *("--batch-size", str(BATCH), "--rank", str(RANK), "--max-steps", str(bench.steps), "--dtype", "float32"),
-        *("--json", "--registry", str(bench.registry)),
+        *("--batch-size", str(BATCH), "--rank", str(RANK), "--epochs", "1", "--dtype", "float32"),
+        *("--scheduler", "constant", "--warmup", "0", "--learning-rate", str(LEARNING_RATE)),
+        *("--eval-steps", str(bench.steps), "--keep", "last", "--json", "--registry", str(bench.registry)),
     ]
     measured = run_json([sys.executable, "-m", "stackctl", *command])
     _call(bench.registry, "rm", name)
@@ -97,7 +122,16 @@ def peft_loop(bench: Bench, pad: str, steps: int, micro_batch: int) -> Measured:
     return run_json([sys.executable, *command])
 
 
-def prepare(folder: Path, steps: int) -> Bench:
+def trl_loop(bench: Bench, python: Path, layout: str) -> Measured:
+    command = [
+        *(str(Path(__file__).with_name("trl_loop.py")), str(bench.base)),
+        *(str(path.with_suffix(".tokens")) for path in (bench.data, bench.heldout)),
+        *("--layout", layout, "--batch-size", str(BATCH), "--rank", str(RANK)),
+    ]
+    return run_json([str(python), *command])
+
+
+def prepare(folder: Path, steps: int, trl: Path | None) -> Bench:
     """SmolLM2 in a registry, as many random adapters as the deepest stack has, and the data."""
     registry = folder / "registry"
     _call(registry, "init", str(registry))
@@ -106,9 +140,11 @@ def prepare(folder: Path, steps: int) -> Bench:
     for number in range(max(DEPTHS)):
         _call(registry, "add", f"frozen-{number}", str(folder / f"frozen-{number}"))
     data, heldout = folder / "chats.jsonl", folder / "heldout.jsonl"
-    write_chats(data, 256, seed=0)
+    write_chats(data, steps * BATCH, seed=0)
     write_chats(heldout, 8, seed=1)
-    return Bench(folder, base, data, heldout, steps)
+    for path in (data, heldout):
+        write_tokens(path, base)
+    return Bench(folder, base, data, heldout, steps, trl)
 
 
 def _call(registry: Path, *arguments: str) -> str:
@@ -152,6 +188,18 @@ def write_chats(path: Path, count: int, *, seed: int) -> None:
     path.write_text("".join(lines))
 
 
+def write_tokens(path: Path, base: Path) -> None:
+    """The same records as tokens and labels, for a program that would tokenise and mask them by itself."""
+    from transformers import AutoTokenizer
+
+    from stackctl.engine.data import encode
+    from stackctl.engine.records import read_records
+
+    examples = encode(read_records(path), AutoTokenizer.from_pretrained(base), max_length=1024).examples
+    lines = [json.dumps({"input_ids": e.input_ids, "labels": e.labels}) + "\n" for e in examples]
+    path.with_suffix(".tokens").write_text("".join(lines))
+
+
 def measure(found: dict[str, Callable[[], Measured]], runs: int) -> dict[str, list[Measured]]:
     """Every candidate ``runs`` times, in turn."""
     results: dict[str, list[Measured]] = {name: [] for name in found}
@@ -167,12 +215,26 @@ def show(results: dict[str, list[Measured]]) -> None:
         name: statistics.median(said["tokens_per_second"] for said, _ in measured) for name, measured in results.items()
     }
     first = next(iter(speeds.values()))
-    print(f"{'':36}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'held-out loss':>15}")
+    print(f"{'':40}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'supervised':>12}{'loss':>8}{'held-out':>10}")
     for name, measured in results.items():
         peak = max(peak for _, peak in measured)
-        loss = measured[-1][0]["eval_loss"]
-        print(f"{name:36}{speeds[name]:10.0f}{speeds[name] / first:8.3f}{peak:9.0f}{loss:15.3f}")
+        said = measured[-1][0]
+        numbers = f"{speeds[name]:10.0f}{speeds[name] / first:8.3f}{peak:9.0f}{said['supervised_tokens']:12,}"
+        print(f"{name:40}{numbers}{said['loss']:8.3f}{said['eval_loss']:10.3f}")
+
+
+def check_agreement(results: dict[str, list[Measured]]) -> None:
+    """Candidates on the bare base saw the same tokens, and learned the same from them; anything else is no comparison.
+
+    One that trains on frozen adapters has another loss, and one that takes fewer steps other tokens.
+    """
+    bare = [name for name in results if "frozen" not in name or "0 frozen" in name]
+    found = {name: results[name][-1][0] for name in bare if name != PEFT_1024}
+    for key, tolerance in (("tokens", 0.0), ("supervised_tokens", 0.0), ("loss", AGREEMENT), ("eval_loss", AGREEMENT)):
+        values = {name: said[key] for name, said in found.items()}
+        if values and max(values.values()) - min(values.values()) > tolerance * min(values.values()):
+            sys.exit(f"these did not do the same work, by their {key}: {values}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

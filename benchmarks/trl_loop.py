@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on the same tokens. Prints what it measured. It runs by another Python, and needs no stackctl.
 
-    TRL_PYTHON trl_loop.py BASE_FOLDER tokens.jsonl heldout.jsonl --layout packing --steps 4
+    TRL_PYTHON trl_loop.py BASE_FOLDER tokens.jsonl heldout.jsonl --layout packing
 
 The data are records tokenised and labelled already (``input_ids``, ``labels``), so that the very same tokens are
 supervised as by everyone else: what TRL's ``assistant_only_loss`` would make of the chats, without its change of the
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -32,16 +32,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("heldout", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--frozen", action="append", default=[], type=Path, help="adapters merged into the base first")
-    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     asked = parser.parse_args()
     records, heldout = read(asked.data), read(asked.heldout)
     model = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)
-    for folder in asked.frozen:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     torch.manual_seed(0)
     config = LoraConfig(
         r=asked.rank, lora_alpha=2 * asked.rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -50,7 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = make_trainer(model, AutoTokenizer.from_pretrained(asked.base), records, asked, folder)
         trainer.train()
-    print(json.dumps(clock.said() | {"eval_loss": held_out_loss(model, heldout)}))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps(clock.said(losses) | {"eval_loss": held_out_loss(model, heldout)}))
 
 
 def read(path: Path) -> list[dict[str, list[int]]]:
@@ -63,8 +60,8 @@ class Clock(TrainerCallback):
     def __init__(self, collate: Any) -> None:
         self._collate = collate
         self._batches: list[tuple[int, int]] = []
-        self.tokens = self.supervised = 0
-        self._started = self.seconds = 0.0
+        self._steps = 0
+        self._started = self._seconds = 0.0
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         labels = [label for example in examples for label in example["labels"]]
@@ -76,16 +73,18 @@ class Clock(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Batches are collated one ahead, so only those of finished steps are counted."""
-        self.seconds = time.perf_counter() - self._started
-        done = self._batches[: state.global_step]
-        self.tokens, self.supervised = (sum(column) for column in zip(*done, strict=True))
+        self._seconds = time.perf_counter() - self._started
+        self._steps = state.global_step
 
-    def said(self) -> dict[str, Any]:
+    def said(self, losses: list[float]) -> dict[str, Any]:
+        """Batches are collated one ahead, so only those of finished steps are counted."""
+        batches = self._batches[: self._steps]
+        tokens, supervised = (sum(column) for column in zip(*batches, strict=True))
         return {
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised,
-            "tokens_per_second": self.tokens / self.seconds,
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": tokens / self._seconds,
+            "loss": sum(loss * count for loss, (_, count) in zip(losses, batches, strict=True)) / supervised,
         }
 
 
@@ -104,7 +103,7 @@ def make_trainer(
         packing=asked.layout == "packing",
         padding_free=asked.layout == "padding-free",
         per_device_train_batch_size=rows,
-        max_steps=asked.steps,
+        num_train_epochs=1,
         learning_rate=asked.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -113,7 +112,7 @@ def make_trainer(
         use_cpu=True,
         save_strategy="no",
         report_to="none",
-        logging_strategy="no",
+        logging_steps=1,
         disable_tqdm=True,
         seed=0,
     )
