@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from house import CHAT
+from house import CHAT, TEXTS
 from oracle import distance, factors_of
 
 from stackctl import ranks
@@ -31,22 +31,28 @@ def test_two_processes_are_one_training(house: Any) -> None:
     h = house()
     h.add("style", seed=1)
     style = h.bytes_of("style")
-    one = h.train("one", *ONE, on="style", records=RECORDS)
+    # Five records held out: one of the two processes reads one more than the other.
+    watched = ("--eval-data", h.data(TEXTS, "held-out.jsonl"), "--eval-steps", 7)
+    one = h.train("one", *ONE, *watched, on="style", records=RECORDS)
     assert one["steps"] == STEPS
     h.at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT))
-    error = h.train("two", *TWO, on="style", records=RECORDS, code=130)["error"]
+    error = h.train("two", *TWO, *watched, on="style", records=RECORDS, code=130)["error"]
     assert error["hint"].startswith("go on with: stackctl train --resume two --on style --data ")
     assert "--num-processes 2" in error["hint"]
     assert h.adapters() == {"style", "one"}
     [run] = h.run("ls", "--json").json["runs"]
     assert 0 < run["step"] < STEPS
-    other = h.train("two", *ONE, "--resume", on="style", records=RECORDS, code=2)["error"]["message"]
+    other = h.train("two", *ONE, *watched, "--resume", on="style", records=RECORDS, code=2)["error"]["message"]
     assert "processes (2, now 1)" in other
-    two = h.train("two", *TWO, "--resume", on="style", records=RECORDS)
-    counted = ("steps", "tokens", "supervised_tokens", "trainable_parameters", "frozen", "on")
+    two = h.train("two", *TWO, *watched, "--resume", on="style", records=RECORDS)
+    counted = ("kept_step", "steps", "tokens", "supervised_tokens", "trainable_parameters", "frozen", "on")
     assert {key: two[key] for key in counted} == {key: one[key] for key in counted}
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert distance(factors_of(h.weights("two")), factors_of(h.weights("one"))) < 1e-4
+    for key in ("eval_loss", "eval_loss_before"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    looks = [[p["step"] for p in h.log(name) if "eval_loss" in p] for name in ("one", "two")]
+    assert looks[0] == looks[1] == [*range(0, STEPS, 7), STEPS]
     entry = h.run("inspect", "two", "--json").json
     assert entry["versions"] == [1], "registered once"
     assert entry["run"]["processes"] == 2
