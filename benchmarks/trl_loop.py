@@ -99,7 +99,7 @@ def make_trainer(
     rows = max(1, round(asked.batch_size * mean / 1024)) if asked.layout == "packing" else asked.batch_size
     arguments = SFTConfig(
         output_dir=folder,
-        max_length=1024,
+        max_length=1024 if asked.layout == "packing" else None,  # the records are cut already
         packing=asked.layout == "packing",
         padding_free=asked.layout == "padding-free",
         per_device_train_batch_size=rows,
