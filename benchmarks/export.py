@@ -75,7 +75,7 @@ def _beside_peft(folder: Path, runs: int) -> None:
 
     base_folder = json.loads(base)["path"]
     for seed in (0, 1):
-        _random_adapter(base_folder, folder / f"adapter-{seed}", seed)
+        random_adapter(base_folder, folder / f"adapter-{seed}", seed)
         call("add", f"adapter-{seed}", str(folder / f"adapter-{seed}"))
     out = folder / "out"
 
@@ -108,11 +108,15 @@ def _beside_peft(folder: Path, runs: int) -> None:
     )
 
 
-def _random_adapter(base: str, out: Path, seed: int) -> None:
+def random_adapter(base: str, out: Path, seed: int) -> None:
+    """A rank-16 adapter that changes the base a little."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=16, target_modules="all-linear"))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.003)
     model.save_pretrained(out)
