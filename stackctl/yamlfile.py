@@ -17,9 +17,9 @@ import msgspec
 import yaml
 
 from stackctl.errors import NotFound, Usage, did_you_mean
+from stackctl.files import read_bounded
 
 T = TypeVar("T")
-MAX_BYTES = 64 << 20
 _MAX_DEPTH = 50
 
 _NULL = re.compile(r"|~|null|Null|NULL")
@@ -163,9 +163,7 @@ def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
 def read_text(path: Path) -> str:
     """A UTF-8 text file of reasonable size, with or without byte-order mark, with any line ends."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Usage(f"{path} is larger than {MAX_BYTES >> 20} MiB", hint="this is not a file that stackctl wrote")
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        return read_bounded(path).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist") from None
     except IsADirectoryError:

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from checkpoints import make_base, make_registry, write_checkpoint
 
 from stackctl import files
 from stackctl.errors import NotFound, Usage
@@ -233,3 +235,16 @@ def test_existing(tmp_path):
 )
 def test_sizes_for_people(size, text):
     assert files.human_bytes(size) == text
+
+
+def test_a_file_without_an_end_is_not_read_for_ever(run, tmp_path):
+    with pytest.raises(Usage, match="larger than 64 MiB"):
+        files.read_bounded(Path("/dev/zero"))
+    make_registry(tmp_path / "registry", make_base())
+    for arguments in (("train", "style", "--config", "/dev/zero"), ("train", "style", "--data", "/dev/zero")):
+        ran = run(*arguments, code=2)
+        assert ran.err.splitlines()[-1].startswith("hint: ")
+    endless = write_checkpoint(tmp_path / "endless")
+    (endless / "adapter_config.json").unlink()
+    (endless / "adapter_config.json").symlink_to("/dev/zero")
+    run("add", "endless", endless, code=4)
