@@ -8,14 +8,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-NUMERIC = {"parameters", "rank", "loss", "perplexity", "tokens", "records", "weight", "size", "step"}
+NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> Table:
     """A plain table: no frame, a rule under its head, numbers to the right."""
     drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, header_style="bold")
     for column in columns:
-        drawn.add_column(column, justify="right" if column in NUMERIC else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if column.strip() in NUMERIC else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return drawn

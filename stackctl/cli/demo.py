@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
         from stackctl.cli.compare import compare_stacks, comparison
-        from stackctl.cli.eval import evaluate_stacks
+        from stackctl.cli.eval import evaluate_stacks, results_json
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         texts = compare_stacks(context, stacks, [Prompt(text) for text in PROMPTS], Sampling(max_new_tokens=80))
         say("loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        losses = evaluate_stacks(context, stacks, held_out)
+        losses = results_json(STACKS, held_out, evaluate_stacks(context, stacks, held_out))
         results = _table_rows(losses)
         push = prepare_push(registry, "storyteller", "me/storyteller")
         adapters = [str(registry.resolve(name).members[0].label) for name in recipe.recipe.train]

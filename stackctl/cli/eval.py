@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
 from stackctl.cli.prompting import DEVICE, DTYPE, check_choices
-from stackctl.errors import Failed, Usage
+from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
+from stackctl.scores import comparison_json, render_scores, score_json
+
+if TYPE_CHECKING:
+    from stackctl.engine.evaluation import Score
 
 
 def register(app: typer.Typer) -> None:
@@ -36,87 +39,85 @@ def register(app: typer.Typer) -> None:
                 metavar="FILE",
             ),
         ] = None,
+        against: Annotated[
+            str | None,
+            typer.Option(
+                help="Test every stack against this one on the same records: is the difference more than noise?",
+                autocompletion=complete_what,
+                metavar="WHAT",
+            ),
+        ] = None,
         max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")] = 1024,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
     ) -> Result:
-        """Loss and perplexity on the supervised tokens of some records, a row for each stack."""
+        """Loss, perplexity and accuracy on the supervised tokens of some records, a row for each stack."""
         check_choices(dtype, device)
         if not data:
             raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
-        expressions = what or [context.registry.current()]
-        stacks = resolve_all(context.registry, expressions, base)
-        results = evaluate_stacks(context, stacks, data, max_length, dtype, device)
+        asked = what or [context.registry.current()]
+        extra = [against] if against and against not in asked else []
+        stacks = resolve_all(context.registry, [*asked, *extra], base)
+        scores = evaluate_stacks(context, stacks, data, max_length, dtype, device)
+        names = [stack.text for stack, _ in stacks]
+        rows = results_json(names, data, scores)
+        comparisons: list[dict[str, Any]] = []
+        if against:
+            comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
-        losses = "\n".join(str(row["loss"]) for row in results)
-        return Result({"results": results}, losses, lambda: _screen(results, several=len(data) > 1), notes=notes)
-
-
-def _screen(results: list[dict[str, Any]], *, several: bool) -> Any:
-    from stackctl.tables import table
-
-    columns = ["stack", *(["data"] if several else []), "loss", "perplexity", "tokens", "records"]
-    rows = [
-        [
-            row["stack"],
-            *([row["data"]] if several else []),
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.3f}" if row["perplexity"] is not None else "inf",
-            f"{row['tokens']:,}",
-            row["records"],
-        ]
-        for row in results
-    ]
-    return table(columns, rows)
+        losses = "\n".join(str(row["loss"]) for row in rows)
+        document = {"results": rows, "comparisons": comparisons}
+        return Result(document, losses, lambda: render_scores(rows, comparisons), notes=notes)
 
 
 def evaluate_stacks(
     context: Context,
-    stacks: list[tuple[ResolvedStack, StackPlan]],
+    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
     data: Sequence[str],
     max_length: int = 1024,
     dtype: str = "auto",
     device: str = "auto",
-) -> list[dict[str, Any]]:
-    """A row for each stack and data set: loss (nats), perplexity, supervised tokens and records."""
-    from stackctl.engine.data import encode, ensure_chat_template
-    from stackctl.engine.evaluation import score_examples
+) -> list[list[Score]]:
+    """The score of each stack on each data set; the base is loaded once."""
+    from stackctl.engine.evaluation import score_stack, tokenise_for
     from stackctl.engine.models import load_base
     from stackctl.engine.records import read_records
 
-    sets = [read_records(source) for source in data]
-    registry, output = context.registry, context.output
+    records = [read_records(source) for source in data]
     for stack, _ in stacks:
-        registry.check_digests(stack.members)
-    stacked = load_base(stacks[0][0].base, registry, dtype=dtype, device=device, say=output.status)
-    ensure_chat_template(stacked.tokenizer)
-    length = min(max_length, stacked.base.context_length or max_length)
-    encoded = [encode(records, stacked.tokenizer, max_length=length) for records in sets]
-    for source, records, found in zip(data, sets, encoded, strict=True):
-        for note in found.notes:
-            output.note(note)
-        if found.truncated:
-            output.note(f"{found.truncated} of {records.count} records of {source} were cut to {length} tokens")
-    results = []
-    with output.progress() as progress:
-        task = progress.add_task("evaluating", total=len(stacks) * sum(len(found.examples) for found in encoded))
+        context.registry.check_digests(stack.members)
+    stacked = load_base(stacks[0][0].base, context.registry, dtype=dtype, device=device, say=context.output.status)
+    sets = [
+        tokenise_for(stacked, found, source, max_length, context.output.note)
+        for source, found in zip(data, records, strict=True)
+    ]
+    scores = []
+    with context.output.progress() as progress:
+        task = progress.add_task("evaluating", total=len(stacks) * sum(len(found.examples) for found in sets))
         for stack, plan in stacks:
             stacked.use(plan)
-            for source, found in zip(data, encoded, strict=True):
-                score = score_examples(stacked.model, found.examples, lambda count: progress.advance(task, count))
-                if not math.isfinite(score.loss):
-                    raise Failed(
-                        f"the loss of {stack.text} on {source} is not a finite number", hint="use smaller weights"
-                    )
-                results.append(
-                    {
-                        "stack": stack.text,
-                        "data": source,
-                        "loss": score.loss,
-                        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
-                        "tokens": score.tokens,
-                        "records": score.records,
-                    }
-                )
-    return results
+            scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
+    return scores
+
+
+def results_json(names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
+    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack."""
+    return [
+        score_json(name, source, score)
+        for name, found in zip(names, scores, strict=True)
+        for source, score in zip(data, found, strict=True)
+    ]
+
+
+def comparisons_json(
+    names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]], against: int, *, tested: int
+) -> list[dict[str, Any]]:
+    """Paired tests of the first ``tested`` stacks against one of all, in the order of the rows."""
+    from stackctl.engine.significance import paired_test
+
+    return [
+        comparison_json(name, names[against], source, paired_test(mine.records, other.records))
+        for name, found in zip(names[:tested], scores, strict=False)
+        for source, mine, other in zip(data, found, scores[against], strict=True)
+    ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from house import CHAT, TEXTS
+from transformers import AutoTokenizer
 
 ROWS = {
     "base": [],
@@ -16,6 +18,22 @@ ROWS = {
     "style+instruct": [("style", 1), ("instruct", 1)],
     "style:0.5+instruct:-1": [("style", 0.5), ("instruct", -1)],
 }
+
+
+def accuracy_and_error(
+    h: Any, members: list[tuple[str, float]], records: list[dict[str, Any]], mean: float
+) -> tuple[float, float]:
+    """By raw PEFT: the share of supervised tokens that were the likeliest, and the ratio estimator's standard error."""
+    model = oracle.live(h.base, *h.members(*members))
+    right, left_over = 0, 0.0
+    for record in records:
+        ids, supervised = oracle.label(record)
+        guesses = oracle.logits(model, torch.tensor([ids])).argmax(-1).tolist()
+        right += sum(guesses[i - 1] == ids[i] for i in range(1, len(ids)) if supervised[i])
+        tokens = sum(supervised[1:])
+        left_over += (float(oracle.loss_sum(model, record).detach()) - mean * tokens) ** 2
+    count, total = len(records), oracle.supervised_count(records)
+    return right / total, math.sqrt(count / (count - 1) * left_over) / total
 
 
 @pytest.mark.parametrize("records", [CHAT, TEXTS], ids=["messages", "text"])
@@ -33,6 +51,9 @@ def test_loss_is_that_of_raw_peft_live(house: Any, name: str, records: list[dict
         assert row["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
         assert row["tokens"] == oracle.supervised_count(records)
         assert row["records"] == len(records)
+        correct, error = accuracy_and_error(h, members, records, wanted)
+        assert row["accuracy"] == pytest.approx(correct)
+        assert row["standard_error"] == pytest.approx(error, rel=1e-3)
     assert len({round(row["loss"], 4) for row in found}) == len(ROWS)
 
 
@@ -90,3 +111,72 @@ def test_a_training_is_better_on_what_it_learned(house: Any) -> None:
     assert style["loss"] < base["loss"] - 0.5
     again = oracle.loss(oracle.live(h.base, (h.weights("style"), 1)), TEXTS)
     assert style["loss"] == pytest.approx(again, rel=1e-5)
+
+
+def test_against_tests_every_stack_on_the_same_records(house: Any) -> None:
+    h = house()
+    h.add("style", seed=1)
+    h.add("instruct", seed=2, scale=0.4)
+    data = h.data(TEXTS)
+    found = h.run("eval", "style", "style+instruct", "--against", "base", "--data", data, "--json").json
+    assert [row["stack"] for row in found["results"]] == ["style", "style+instruct", "base"]
+    losses = {row["stack"]: row["loss"] for row in found["results"]}
+    assert [(c["stack"], c["against"]) for c in found["comparisons"]] == [
+        ("style", "base"), ("style+instruct", "base")
+    ]  # fmt: skip
+    for compared in found["comparisons"]:
+        assert compared["difference"] == pytest.approx(losses[compared["stack"]] - losses["base"])
+        assert compared["records"] == len(TEXTS)
+        assert compared["p_value"] >= 2 / 2 ** len(TEXTS)
+        assert compared["better"] is None, "five records can show nothing"
+    text = h.run("eval", "style", "--against", "base", "--data", data).out
+    assert "style and base: no difference that these 5 records can show" in text
+
+
+def test_a_difference_that_is_no_noise_is_found(house: Any) -> None:
+    h = house()
+    h.train("style", "--max-steps", 30, "--learning-rate", 0.01, records=TEXTS)
+    held = h.data(TEXTS * 2)
+    found = h.run("eval", "base", "style", "--against", "base", "--data", held, "--json").json["comparisons"]
+    itself, better = found
+    assert (itself["difference"], itself["standard_error"], itself["p_value"], itself["better"]) == (0, 0, 1, None)
+    assert better["better"] == "style"
+    assert better["difference"] < -0.5
+    assert better["p_value"] == pytest.approx(2 / 2**10), "every record is better, and of 1,024 ways two are as far"
+
+
+def test_a_stack_against_itself_however_it_is_written(house: Any) -> None:
+    h = house("gpt2")
+    h.add("style", seed=1)
+    found = h.run("eval", "style:1.0", "--against", "style@1", "--data", h.data(CHAT), "--json").json
+    (compared,) = found["comparisons"]
+    assert (compared["difference"], compared["p_value"]) == (0, 1)
+
+
+def test_a_conversation_of_many_examples_is_one_record(house: Any) -> None:
+    """This template renders a turn otherwise once another follows, so that each turn becomes an example of its own."""
+    h = house()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last and m['role'] == 'assistant' %}(now) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    folder = h.folder / "other"
+    shutil.copytree(h.base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    h.run("base", "add", "other", folder)
+    ran = h.run("eval", "other", "--data", h.data(CHAT), "--json")
+    assert "one example per turn" in ran.err
+    assert ran.json["results"][0]["records"] == len(CHAT)
+
+
+def test_records_with_nothing_to_learn_are_said_and_do_not_count(house: Any) -> None:
+    h = house()
+    long = {"prompt": "a" * 100, "completion": "b"}
+    data = h.data([long, {"prompt": "a", "completion": "b"}])
+    ran = h.run("eval", "base", "--data", data, "--max-length", 32, "--json")
+    (row,) = ran.json["results"]
+    assert (row["records"], row["tokens"], row["standard_error"]) == (1, 2, None)
+    assert "1 of 2 records" in ran.err

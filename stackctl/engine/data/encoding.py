@@ -51,6 +51,7 @@ def encode(records: RecordSet, tokenizer: Any, *, max_length: int, split_long: b
                     kept.append(_cut(needed, max_length))
             kept = [example for example in kept if example.input_ids]
             encoded.examples += kept
+            encoded.owners += [record.number] * len(kept)
             encoded.truncated += cut
             if not kept:
                 encoded.unsupervised.append(record.number)

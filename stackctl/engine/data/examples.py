@@ -23,11 +23,13 @@ class Example:
 class Encoded:
     """What became of the records.
 
-    ``truncated`` counts the records that ``max_length`` cut; ``unsupervised`` holds the numbers of those of which
-    nothing to learn was left, and which are dropped. ``supervised_tokens`` are those that contribute to a loss.
+    ``owners[i]`` is the number of the record that ``examples[i]`` comes from. ``truncated`` counts the records that
+    ``max_length`` cut; ``unsupervised`` holds the numbers of those of which nothing to learn was left, and which are
+    dropped. ``supervised_tokens`` are those that contribute to a loss.
     """
 
     examples: list[Example]
+    owners: list[int] = field(default_factory=list)
     truncated: int = 0
     unsupervised: list[int] = field(default_factory=list)
     tokens: int = 0
