@@ -268,6 +268,8 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     report_to: list[str] | str | None = None
     num_processes: Annotated[int, Meta(ge=1, le=65536)] | None = None
     accelerate_config: str | None = None
+    cache: bool = True
+    gradient_checkpointing: bool = False
 
     @property
     def held_out_decides(self) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl import ranks
 from stackctl.output import Output
 
+_PATIENCE, _BETWEEN_LINES = 1.0, 10.0
+"""Seconds before reading shows how far it is, and between two lines where no bar can be drawn."""
 _LINES = 10
 """How many lines a run prints where no bar can be drawn."""
 
@@ -76,3 +79,26 @@ def _line(output: Output, name: str, step: int, steps: int, counters: Any) -> No
             f"training {name}: step {step}/{steps}, loss {counters.curve[-1]['loss']:.3f}, "
             f"{counters.supervised_tokens:,} supervised tokens, {counters.tokens_per_second:,.0f} tokens/s"
         )
+
+
+@contextlib.contextmanager
+def reading_progress(output: Output) -> Iterator[Callable[[float], None]]:
+    """A function to call with the share (0 to 1) of the data that was read; what is read at once shows nothing."""
+    with contextlib.ExitStack() as stack:
+        state: dict[str, Any] = {"next": time.monotonic() + _PATIENCE}
+
+        def update(share: float) -> None:
+            if "bar" in state:
+                state["bar"].update(state["task"], completed=share)
+                if share >= 1:  # gone before anything else is said
+                    stack.close()
+                    del state["bar"]
+            elif share < 1 and time.monotonic() > state["next"]:
+                if output.shows_progress:
+                    progress = stack.enter_context(output.progress())
+                    state.update(bar=progress, task=progress.add_task("reading", total=1.0))
+                else:
+                    output.status(f"reading: {share:.0%}")
+                    state["next"] = time.monotonic() + _BETWEEN_LINES
+
+        yield update

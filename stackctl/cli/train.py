@@ -43,6 +43,8 @@ _ABOUT = {
     "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
     "description": "A line about the adapter.",
     "save_steps": "Save the run every so many optimizer steps, for --resume.",
+    "cache": "Keep the tokens of the data on disk, for runs to come and for data larger than memory.",
+    "gradient_checkpointing": "Compute activations twice instead of keeping them: less memory, about a third slower.",
     "report_to": "Where to report to besides, several joined by ',': tensorboard, trackio, wandb.",
     "num_processes": "Train in that many processes, one to a GPU, by way of accelerate launch.",
     "accelerate_config": "A configuration of accelerate's: DDP, FSDP, DeepSpeed.",
@@ -173,6 +175,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
     """A job's corpus, and the base's tokenizer that it was read with; the base itself is not loaded."""
     from transformers import AutoTokenizer
 
+    from stackctl.cli.progress import reading_progress
     from stackctl.engine.bases import base_folder
     from stackctl.engine.data import ensure_chat_template
     from stackctl.engine.models import quiet_libraries
@@ -182,7 +185,8 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ensure_chat_template(tokenizer)
-    return read_corpus(prepared, tokenizer, context.output.status), tokenizer
+    with reading_progress(context.output) as reading:
+        return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer
 
 
 def _dry_run(context: Context, prepared: PreparedJob) -> Result:
@@ -232,7 +236,7 @@ def typed_again() -> str:
 
 def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
     """Train a prepared job, here or in several processes, and say what came of it."""
-    from stackctl.cli.progress import training_progress
+    from stackctl.cli.progress import reading_progress, training_progress
 
     ranks.check_number()
     for note in prepared.stack.notes:
@@ -240,7 +244,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     launch = plan_launch(prepared)
     if launch:
         _check_data(context, prepared)
-    with training_progress(context.output, prepared.name) as progress:
+    with reading_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
         if launch:
             root = context.registry.root
             again = typed_again()
@@ -254,6 +258,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
             again=typed_again(),
             say=context.output.status,
             progress=progress,
+            reading=reading,
         )
     if done is None:
         return Result({}, "")

@@ -75,6 +75,7 @@ def tokenise_for(
         note(
             f"{len(encoded.unsupervised)} of {records.count} records of {source} have nothing to learn and do not count"
         )
+    assert encoded.owners is not None, "encode keeps them"
     return DataSet(source, encoded.examples, encoded.owners)
 
 

@@ -676,7 +676,7 @@ def test_rows_are_full_in_order_and_hold_every_document_once() -> None:
     assert [[examples.index(e) for e in row] for row in rows] == [[0, 1], [2], [3, 4, 5], [6]]
     assert sorted(id(e) for row in rows for e in row) == sorted(map(id, examples))
     assert all(sum(len(e.input_ids) for e in row) <= 10 for row in rows)
-    assert rows == pack(examples, 10)
+    assert list(rows) == list(pack(examples, 10))
     with pytest.raises(ValueError, match="does not fit"):
         pack(examples, 9)
 

@@ -154,3 +154,26 @@ def test_padding_and_a_cache_still_work_under_it(models: Any) -> None:
     wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
     model.set_attn_implementation(attention.SEGMENTS)
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_gradient_checkpointing_changes_memory_alone(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights; layers run again on the way back."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    h = house()
+    h.add("style", seed=1)
+    calls: list[bool] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(self.training)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    h.train("plain", "--max-steps", 2, on="style")
+    once = sum(calls)
+    calls.clear()
+    h.train("again", "--max-steps", 2, "--gradient-checkpointing", on="style")
+    assert sum(calls) == 2 * once
+    weights = "adapter_model.safetensors"
+    assert h.bytes_of("again")[weights] == h.bytes_of("plain")[weights]

@@ -116,4 +116,4 @@ def test_pack_loses_nothing_and_fills_rows(documents: list[Example], length: int
         assert [place[id(document)] for document in row] == sorted(place[id(document)] for document in row)
     # No two rows could have been one: what fits is never given a row of its own.
     assert all(a + b > length for i, a in enumerate(sizes) for b in sizes[i + 1 :])
-    assert rows == pack(documents, length)
+    assert list(rows) == list(pack(documents, length))

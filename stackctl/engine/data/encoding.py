@@ -6,21 +6,34 @@ the spans are marked that the assistant said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
 from stackctl.engine.data.templates import TEMPLATE_ERRORS, Turns, reason
 from stackctl.engine.data.tokenising import Tokenise
-from stackctl.engine.records import CompletionRecord, Record, RecordSet, TextRecord
+from stackctl.engine.records import CompletionRecord, Record, RecordSet, RecordStream, TextRecord
 from stackctl.errors import Usage
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
 _SHOWN = 5
 
+Reading = Callable[[float], None]
+"""Told the share (0 to 1) of the data that was read."""
 
-def encode(records: RecordSet, tokenizer: Any, *, max_length: int, split_long: bool = False) -> Encoded:
+
+def encode(
+    records: RecordSet | RecordStream,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    split_long: bool = False,
+    reading: Reading = lambda _: None,
+) -> Encoded:
     """Token ids and labels of all records, in their order.
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
@@ -34,80 +47,139 @@ def encode(records: RecordSet, tokenizer: Any, *, max_length: int, split_long: b
     Raises:
         Usage: the chat template refuses a conversation, or nothing is left to learn.
     """
-    encoded = Encoded([])
-    laid_out = _lay_out(records, tokenizer, encoded)
-    tokenise = Tokenise(tokenizer)
-    for batch in _batched(laid_out, _BATCH):
-        examples = tokenise([layout for _, layouts in batch for layout in layouts])
-        for record, layouts in batch:
-            kept: list[Example] = []
-            cut = False
-            for _, example in zip(layouts, examples, strict=False):
-                if split_long and isinstance(record, TextRecord):
-                    kept += _split(example, max_length)
-                else:
-                    needed = _cut(example, len(example.input_ids))
-                    cut = cut or len(needed.input_ids) > max_length
-                    kept.append(_cut(needed, max_length))
-            kept = [example for example in kept if example.input_ids]
-            encoded.examples += kept
-            encoded.owners += [record.number] * len(kept)
-            encoded.truncated += cut
-            if not kept:
-                encoded.unsupervised.append(record.number)
-    if not encoded.examples:
-        raise Usage(
-            f"no record of {records.path} has anything to learn within {max_length} tokens", hint="raise --max-length"
-        )
-    encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
-    encoded.supervised_tokens = sum(len(example.labels) - example.labels.count(IGNORED) for example in encoded.examples)
+    encoded = Encoded([], owners=[])
+    examples: list[Example] = []
+    for some in encode_pieces(
+        records, tokenizer, encoded, max_length=max_length, split_long=split_long, reading=reading
+    ):
+        examples += some
+    encoded.examples = examples
     return encoded
 
 
-def _lay_out(records: RecordSet, tokenizer: Any, encoded: Encoded) -> list[tuple[Record, list[Layout]]]:
-    """The texts of every record, and into ``encoded.notes`` what is unusual about them."""
-    turns: Turns | None = None
-    laid_out: list[tuple[Record, list[Layout]]] = []
-    problems: list[str] = []
-    several = irregular = 0
-    for record in records.records:
-        if isinstance(record, TextRecord):
-            layouts = [Layout(record.text, [(0, len(record.text))], document=True, ends=True)]
-        elif isinstance(record, CompletionRecord):
-            text = record.prompt + record.completion
-            layouts = [Layout(text, [(len(record.prompt), len(text))], document=True, ends=True)]
-        else:
-            turns = turns or Turns(tokenizer)
-            try:
-                layouts, regular = turns.layouts(record)
-            except TEMPLATE_ERRORS as error:
-                problems.append(f"{records.place(record.number)}: {reason(error)}")
-                continue
-            several += len(layouts) > 1
-            irregular += not regular
-        laid_out.append((record, layouts))
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+def encode_pieces(
+    records: RecordSet | RecordStream,
+    tokenizer: Any,
+    encoded: Encoded,
+    *,
+    max_length: int,
+    split_long: bool,
+    reading: Reading = lambda _: None,
+) -> Iterator[list[Example]]:
+    """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
+    tokenise = Tokenise(tokenizer)
+    layouts = _Layouts(records, tokenizer)
+    stream = iter(records.records)
+    while batch := list(itertools.islice(stream, _BATCH)):
+        laid_out = [(record, layouts.of(record)) for record in batch]
+        reading(records.share if isinstance(records, RecordStream) else 0.0)
+        if layouts.refused:
+            continue  # the rest is only looked at for what is wrong with it
+        with _all_threads():
+            pieces = list(tokenise([layout for _, several in laid_out for layout in several]))
+        yield _kept(laid_out, pieces, encoded, max_length, split_long)
+    layouts.check()
+    encoded.notes += layouts.notes()
+    if not encoded.tokens:
         raise Usage(
-            f"{records.path}: the base's chat template refuses {'; '.join(problems[:_SHOWN])}{more}",
-            hint="change these conversations to what the template takes, or use another base",
+            f"no record of {records.path} has anything to learn within {max_length} tokens", hint="raise --max-length"
         )
-    if several:
-        encoded.notes.append(
-            f"the chat template renders earlier assistant turns differently: {several} of {records.count} "
-            "conversations became one example per turn"
-        )
-    if irregular:
-        encoded.notes.append(
-            f"the chat template renders a finished turn after something else than its generation prompt: "
-            f"{irregular} of {records.count} conversations were laid out after the prompt"
-        )
-    return laid_out
 
 
-def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _kept(
+    laid_out: list[tuple[Record, list[Layout]]],
+    examples: list[Example],
+    encoded: Encoded,
+    max_length: int,
+    split_long: bool,
+) -> list[Example]:
+    """What is left of some records within ``max_length``; what was lost is counted."""
+    found: list[Example] = []
+    ready = iter(examples)
+    for record, layouts in laid_out:
+        kept: list[Example] = []
+        cut = False
+        for example in itertools.islice(ready, len(layouts)):
+            if split_long and isinstance(record, TextRecord):
+                kept += _split(example, max_length)
+            else:
+                needed = _cut(example, len(example.input_ids))
+                cut = cut or len(needed.input_ids) > max_length
+                kept.append(_cut(needed, max_length))
+        kept = [example for example in kept if example.input_ids]
+        if encoded.owners is not None:
+            encoded.owners += [record.number] * len(kept)
+        encoded.truncated += cut
+        if not kept:
+            encoded.unsupervised.append(record.number)
+        found += kept
+    encoded.tokens += sum(len(example.input_ids) for example in found)
+    encoded.supervised_tokens += sum(len(example.labels) - example.labels.count(IGNORED) for example in found)
+    return found
+
+
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
+    """The tokenizer's own threads, which are switched off elsewhere because they do not survive a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+class _Layouts:
+    """The texts of records, and what is unusual about them."""
+
+    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any) -> None:
+        self._records = records
+        self._tokenizer = tokenizer
+        self._turns: Turns | None = None
+        self._problems: list[str] = []
+        self._several = self._irregular = 0
+        self.refused = 0
+
+    def of(self, record: Record) -> list[Layout]:
+        if isinstance(record, TextRecord):
+            return [Layout(record.text, [(0, len(record.text))], document=True, ends=True)]
+        if isinstance(record, CompletionRecord):
+            text = record.prompt + record.completion
+            return [Layout(text, [(len(record.prompt), len(text))], document=True, ends=True)]
+        self._turns = self._turns or Turns(self._tokenizer)
+        try:
+            layouts, regular = self._turns.layouts(record)
+        except TEMPLATE_ERRORS as error:
+            self.refused += 1
+            if self.refused <= _SHOWN:
+                self._problems.append(f"{self._records.place(record.number)}: {reason(error)}")
+            return []
+        self._several += len(layouts) > 1
+        self._irregular += not regular
+        return layouts
+
+    def check(self) -> None:
+        """Raise what the template refused, all of it at once."""
+        if self.refused:
+            more = f"; and {self.refused - _SHOWN} more" if self.refused > _SHOWN else ""
+            raise Usage(
+                f"{self._records.path}: the base's chat template refuses {'; '.join(self._problems)}{more}",
+                hint="change these conversations to what the template takes, or use another base",
+            )
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self._several:
+            notes.append(
+                f"the chat template renders earlier assistant turns differently: {self._several} of "
+                f"{self._records.count} conversations became one example per turn"
+            )
+        if self._irregular:
+            notes.append(
+                f"the chat template renders a finished turn after something else than its generation prompt: "
+                f"{self._irregular} of {self._records.count} conversations were laid out after the prompt"
+            )
+        return notes
 
 
 def _cut(example: Example, max_length: int) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 IGNORED = -100
@@ -23,13 +24,13 @@ class Example:
 class Encoded:
     """What became of the records.
 
-    ``owners[i]`` is the number of the record that ``examples[i]`` comes from. ``truncated`` counts the records that
-    ``max_length`` cut; ``unsupervised`` holds the numbers of those of which nothing to learn was left, and which are
-    dropped. ``supervised_tokens`` are those that contribute to a loss.
+    ``owners[i]`` is the number of the record that ``examples[i]`` comes from; None for examples that lie on disk.
+    ``truncated`` counts the records that ``max_length`` cut; ``unsupervised`` holds the numbers of those of which
+    nothing to learn was left, and which are dropped. ``supervised_tokens`` are those that contribute to a loss.
     """
 
-    examples: list[Example]
-    owners: list[int] = field(default_factory=list)
+    examples: Sequence[Example]
+    owners: list[int] | None = None
     truncated: int = 0
     unsupervised: list[int] = field(default_factory=list)
     tokens: int = 0

@@ -2,40 +2,95 @@
 
 from __future__ import annotations
 
-import bisect
+import heapq
 from collections.abc import Sequence
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stackctl.engine.data.examples import IGNORED, Example
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """The tokens of each example; a store on disk knows them without reading it."""
+    known = getattr(examples, "lengths", None)
+    return known() if known else np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+class Rows(Sequence[list[Example]]):
+    """What one place of a micro-batch holds: one example, or a packed sequence of several. Read when it is asked for.
+
+    ``order`` are the examples' numbers, row by row; row ``n`` has those from ``starts[n]`` to ``starts[n + 1]``.
+    """
+
+    def __init__(self, examples: Sequence[Example], order: np.ndarray, starts: np.ndarray) -> None:
+        self._examples = examples
+        self._order, self._starts = order, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[Example]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Example]]: ...
+    def __getitem__(self, index: int | slice) -> list[Example] | list[list[Example]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        numbers = self._order[self._starts[index] : self._starts[index + 1]]
+        return [self._examples[int(number)] for number in numbers]
+
+
+def one_by_one(examples: Sequence[Example]) -> Rows:
+    """A row for each example."""
+    return Rows(examples, np.arange(len(examples)), np.arange(len(examples) + 1))
+
+
+def pack(examples: Sequence[Example], max_length: int) -> Rows:
     """Rows of at most ``max_length`` tokens, filled by best fit, the longest examples first.
 
-    Examples stay whole and apart (:func:`collate` keeps attention inside each). Deterministic: rows are ordered by
-    their first example, and the examples in a row stand in the order in which they came.
+    Examples stay whole and apart (attention keeps inside each). Deterministic: rows are ordered by their first
+    example, and the examples in a row stand in the order in which they came. Memory holds a few numbers for each
+    example, never its tokens; time is that of sorting.
 
     Raises:
         ValueError: an example is longer than a row; ``encode(..., split_long=True)`` makes none.
     """
-    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].input_ids), index))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, row), sorted
-    for index in order:
-        length = len(examples[index].input_ids)
-        if length > max_length:
-            raise ValueError(f"an example of {length} tokens does not fit into a row of {max_length}")
-        place = bisect.bisect_left(room, (length, -1))
-        if place < len(room):
-            left, row = room.pop(place)
-            rows[row].append(index)
+    lengths = lengths_of(examples)
+    if len(lengths) and lengths.max() > max_length:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit into a row of {max_length}")
+    row_of: np.ndarray = np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(max_length + 1)]  # by what is left, each a heap
+    any_open = 0  # bit n is set when a row has n left
+    count = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        if fits := any_open >> length:
+            left = length + (fits & -fits).bit_length() - 1
+            row = heapq.heappop(open_rows[left])
+            if not open_rows[left]:
+                any_open ^= 1 << left
         else:
-            left, row = max_length, len(rows)
-            rows.append([index])
-        bisect.insort(room, (left - length, row))
-    return [[examples[index] for index in row] for row in sorted(map(sorted, rows))]
+            left, row, count = max_length, count, count + 1
+        row_of[index] = row
+        if left > length:
+            heapq.heappush(open_rows[left - length], row)
+            any_open |= 1 << (left - length)
+    return _in_order(examples, row_of, count)
+
+
+def _in_order(examples: Sequence[Example], row_of: np.ndarray, count: int) -> Rows:
+    """Rows by their first example, and in a row the examples as they came."""
+    first = np.full(count, len(row_of))
+    np.minimum.at(first, row_of, np.arange(len(row_of)))
+    place: np.ndarray = np.empty(count, np.int64)
+    place[np.argsort(first)] = np.arange(count)
+    rows = place[row_of]
+    sizes = np.bincount(rows, minlength=count)
+    return Rows(examples, np.argsort(rows, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def collate(rows: Sequence[Example]) -> dict[str, Tensor]:

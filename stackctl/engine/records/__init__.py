@@ -2,7 +2,7 @@
 
 from stackctl.engine.records.kinds import ChatRecord, CompletionRecord, Format, Message, Record, RecordSet, TextRecord
 from stackctl.engine.records.prompts import Prompt, read_prompt_file
-from stackctl.engine.records.reading import read_records
+from stackctl.engine.records.reading import RecordStream, open_records, read_records
 
 __all__ = [
     "ChatRecord",
@@ -12,7 +12,9 @@ __all__ = [
     "Prompt",
     "Record",
     "RecordSet",
+    "RecordStream",
     "TextRecord",
+    "open_records",
     "read_prompt_file",
     "read_records",
 ]

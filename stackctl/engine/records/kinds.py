@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Format = Literal["text", "messages", "conversations", "prompt", "instruction"]
+Unit = Literal["line", "record"]
+"""What a record's number counts: lines, or records where a file has no lines to speak of (JSON lists, tables)."""
 Message = dict[str, str]
 """``{"role": …, "content": …}``, as chat templates take it."""
 
@@ -52,7 +54,7 @@ class RecordSet:
     path: str
     sha256: str
     count: int
-    unit: Literal["line", "record"] = "line"
+    unit: Unit = "line"
 
     def place(self, number: int) -> str:
         """``line 3``: where a record stands, for messages."""

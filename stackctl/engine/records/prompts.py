@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stackctl.engine.records.kinds import BadRecord, Message
-from stackctl.engine.records.reading import utf8
 from stackctl.engine.records.shapes import instruction_text, messages_of, text_of
+from stackctl.engine.records.sources import lines_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.errors import Usage
 from stackctl.files import existing
@@ -41,7 +41,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     """
     if existing(path, "the file of prompts").is_dir():
         raise Usage(f"{path} is a folder, not a file of prompts", hint=_HINT)
-    data, _ = utf8(path, str(path))
+    data = b"\n".join(lines_of(path, str(path)))
     if path.suffix.lower() not in (".jsonl", ".json"):
         lines = enumerate(data.decode().replace("\r\n", "\n").split("\n"), 1)
         return [Prompt(line, place=f"{path}, line {number}") for number, line in lines if line.strip()]
@@ -64,7 +64,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 
 def _values(data: bytes, path: Path) -> tuple[Iterable[tuple[int, Any]], Literal["line", "record"]]:
     if not data.lstrip().startswith(b"["):
-        return parse_lines(data), "line"
+        return parse_lines(data.split(b"\n")), "line"
     try:
         return enumerate(parse_json(data), 1), "record"
     except BadRecord as error:

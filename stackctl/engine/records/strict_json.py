@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import msgspec
@@ -12,9 +12,9 @@ import msgspec
 from stackctl.engine.records.kinds import BadRecord
 
 
-def parse_lines(data: bytes) -> Iterator[tuple[int, Any]]:
+def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """Each line's value, or what is wrong with it. Lines end with a newline only: U+2028 may stand in a string."""
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield number, parse_json(line)

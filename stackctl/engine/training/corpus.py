@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.engine import data as data_module
-from stackctl.engine.data import IGNORED, Encoded, Example
-from stackctl.engine.records import RecordSet, read_records
+from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
+from stackctl.engine.data.cache import encode_cached
+from stackctl.engine.records import RecordStream, open_records
 from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob
 from stackctl.output import colours_on_stderr
@@ -24,15 +25,15 @@ _NAMED = 20
 class Corpus:
     """A job's data, read and tokenised."""
 
-    records: RecordSet
+    records: RecordStream
     encoded: Encoded
-    rows: list[list[Example]]
+    rows: Rows
     """What one place of a micro-batch holds: one record, or a packed sequence of several."""
-    held_out: RecordSet | None
+    held_out: RecordStream | None
     evaluation: Encoded | None
 
 
-def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
+def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Reading = lambda _: None) -> Corpus:
     """Read and tokenise a job's data, and say what a person should know about it.
 
     Raises:
@@ -42,12 +43,16 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
     length = min(job.max_length, context or job.max_length)
     if length < job.max_length:
         say(f"--max-length {job.max_length} is more than {prepared.base.name} reads at once: {length} is used")
-    records = read_records(prepared.data)
-    if job.pack and records.format != "text":
-        raise Usage(f"--pack joins text records, and {prepared.data} holds {records.format}", hint="leave out --pack")
-    encoded = data_module.encode(records, tokenizer, max_length=length, split_long=job.pack)
-    held_out = read_records(prepared.eval_data) if prepared.eval_data else None
-    evaluation = data_module.encode(held_out, tokenizer, max_length=length) if held_out else None
+    records = open_records(prepared.data)
+    if job.pack and (shape := records.peek_format()) not in ("text", None):
+        raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
+
+    def encode(source: RecordStream, **options: Any) -> Encoded:
+        return encode_cached(source, tokenizer, max_length=length, cache=job.cache, reading=reading, **options)
+
+    encoded = encode(records, split_long=job.pack)
+    held_out = open_records(prepared.eval_data) if prepared.eval_data else None
+    evaluation = encode(held_out) if held_out else None
     for note in encoded.notes:
         say(f"note: {note}")
     if encoded.truncated:
@@ -60,7 +65,7 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say) -> Corpus:
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
     say(f"what is learned of the first record is {'green' if colours_on_stderr() else 'in ⟦brackets⟧'}:")
     say(render_preview(preview_parts(encoded.examples[0], tokenizer), colours=colours_on_stderr()))
-    rows = data_module.pack(encoded.examples, length) if job.pack else [[example] for example in encoded.examples]
+    rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation)
 
 

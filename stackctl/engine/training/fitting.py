@@ -74,6 +74,8 @@ def run_trainer(
         project="stackctl",
         disable_tqdm=True,
         remove_unused_columns=False,
+        gradient_checkpointing=job.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind wants inputs that have a gradient
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=next(model.parameters()).device.type == "cpu",
         average_tokens_across_devices=False,  # the loss is normalised over all ranks by StackTrainer itself

@@ -15,7 +15,7 @@ from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
 from stackctl.curve import LOG, PICTURE, read_curve, render_svg
-from stackctl.engine.records import RecordSet
+from stackctl.engine.records import RecordStream
 from stackctl.engine.stepping import Counters
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import save_adapter
@@ -115,5 +115,5 @@ def _entry(
     )
 
 
-def _source(path: str, records: RecordSet) -> DataSource:
+def _source(path: str, records: RecordStream) -> DataSource:
     return DataSource(path=path, sha256=records.sha256, records=records.count, format=records.format)

@@ -12,6 +12,7 @@ from transformers import set_seed
 from stackctl import files, ranks
 from stackctl.engine import data as data_module
 from stackctl.engine import group, proofs
+from stackctl.engine.data import Reading
 from stackctl.engine.live import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
 from stackctl.engine.stepping import Counters, Progress
@@ -41,7 +42,14 @@ class Trained:
 
 
 def train_adapter(
-    prepared: PreparedJob, registry: Registry, *, resume: bool, again: str, say: Say, progress: Progress
+    prepared: PreparedJob,
+    registry: Registry,
+    *,
+    resume: bool,
+    again: str,
+    say: Say,
+    progress: Progress,
+    reading: Reading = lambda _: None,
 ) -> Trained | None:
     """Train, prove and register one adapter version; ``again`` is the command that goes on after an interruption.
 
@@ -58,7 +66,7 @@ def train_adapter(
         if data_module.ensure_chat_template(stacked.tokenizer):
             say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
         told = ranks.is_worker()  # the command that launched this read the data as well, to check it
-        corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say)
+        corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, reading)
     run = run_folder(registry, prepared.name)
     with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
@@ -98,7 +106,7 @@ def _train(
     counters = Counters()
     bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
     examples = corpus.encoded.examples
-    longest = max(len(example.input_ids) for example in examples)
+    longest = int(data_module.lengths_of(examples).max())
     as_rows = choose_layout(model, examples, longest=longest) == "apart"
     held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
     with tracking(prepared.job, log_folder(registry, prepared.name), say):

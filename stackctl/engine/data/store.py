@@ -1,0 +1,75 @@
+"""Examples in an Arrow file that is mapped into memory: read one by one, as many as a disk holds."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from stackctl.engine.data.examples import IGNORED, Example
+
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_()))])
+"""``learned`` tells the tokens that have a label; the label is the token itself."""
+
+
+class ExampleWriter:
+    """Writes examples, some at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pa.ipc.new_file(str(path), _SCHEMA)
+
+    def write(self, examples: Sequence[Example]) -> None:
+        columns = [
+            pa.array([example.input_ids for example in examples], _SCHEMA.field("input_ids").type),
+            pa.array([[label != IGNORED for label in e.labels] for e in examples], _SCHEMA.field("learned").type),
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+
+class ExampleStore(Sequence[Example]):
+    """The examples of a file that :class:`ExampleWriter` wrote; nothing but their places is held in memory.
+
+    Raises:
+        OSError, pyarrow.ArrowException: the file is not there or not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if reader.schema != _SCHEMA:
+            raise pa.ArrowInvalid("another schema")
+        self._batches: list[Any] = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._ends, index)
+        batch = self._batches[number]
+        row = index - (self._ends[number] - batch.num_rows)
+        ids = batch.column(0)[row].values.to_numpy()
+        learned = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
+        return Example(ids.tolist(), np.where(learned, ids, IGNORED).tolist())
+
+    def lengths(self) -> np.ndarray:
+        """The tokens of each example."""
+        found = [np.diff(batch.column(0).offsets.to_numpy()) for batch in self._batches]
+        return np.concatenate(found) if found else np.zeros(0, np.int32)
