@@ -70,10 +70,15 @@ _WIDE = 256
 
 
 def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedModel) -> bool:
-    """Whether ``auto`` trains under bfloat16 autocast: on a CPU that multiplies it in hardware, for all but toy models.
+    """Whether to train under bfloat16 autocast: where a device multiplies it in hardware.
 
-    The weights, the adapter and the optimizer stay in float32. Measured on a CPU with AVX512-BF16: 1.9 times the speed.
+    On a CPU that is for float32 weights when nothing else was asked for, toy models apart; on CUDA also over a base in
+    bfloat16 or nf4, whose adapter would be multiplied in float32 otherwise. The adapter and the optimizer stay in
+    float32. Measured on a CPU with AVX512-BF16: 1.9 times the speed.
     """
+    if device.type == "cuda":
+        fits = dtype in ("auto", "bfloat16", "nf4") and model.dtype in (torch.float32, torch.bfloat16)
+        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype != "auto" or device.type != "cpu" or model.dtype != torch.float32:
         return False
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

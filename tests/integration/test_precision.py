@@ -24,7 +24,13 @@ def model_of(hidden: int, dtype: torch.dtype = torch.float32) -> Any:
         ("auto", "cpu", 576, torch.float32, False, False),
         ("auto", "cpu", 32, torch.float32, True, False),
         ("float32", "cpu", 576, torch.float32, True, False),
-        ("auto", "cuda", 576, torch.float32, True, False),
+        ("auto", "cuda", 576, torch.float32, True, True),
+        ("auto", "cuda", 576, torch.bfloat16, True, True),
+        ("nf4", "cuda", 576, torch.bfloat16, True, True),
+        ("auto", "cuda", 576, torch.bfloat16, False, False),
+        ("auto", "cuda", 576, torch.float16, True, False),
+        ("float32", "cuda", 576, torch.float32, True, False),
+        ("auto", "mps", 576, torch.float32, True, False),
         ("auto", "cpu", 576, torch.bfloat16, True, False),
     ],
 )
@@ -34,6 +40,7 @@ def test_autocast_is_chosen_only_where_it_helps(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
     found = engine.computes_in_bfloat16(dtype, torch.device(device), model_of(hidden, weights))
     assert found is expected
 
