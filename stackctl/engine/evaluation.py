@@ -24,7 +24,7 @@ class DataSet:
     """A data set as one base reads it. ``owners[i]`` is the number of the record that ``examples[i]`` comes from."""
 
     source: str
-    examples: list[Example]
+    examples: Sequence[Example]
     owners: list[int]
 
 
