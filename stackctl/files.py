@@ -135,14 +135,15 @@ def publish_directory(staged: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
-def sweep_staging(parent: Path) -> list[Path]:
+def sweep_staging(parent: Path, *, dry_run: bool = False) -> list[Path]:
     """Remove what killed processes left in ``parent``, and return it; what somebody is working on stays."""
     swept = []
     if parent.is_dir():
         for path in parent.glob(f"{STAGING_PREFIX}*"):
             with contextlib.suppress(OSError), _abandoned(path) as is_abandoned:
                 if is_abandoned:
-                    remove_tree(path)
+                    if not dry_run:
+                        remove_tree(path)
                     swept.append(path)
     return swept
 
@@ -192,6 +193,17 @@ def read_bounded(path: Path) -> bytes:
     if len(data) > MAX_TEXT_BYTES:
         raise Usage(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB", hint="this is another kind of file")
     return data
+
+
+def tree_bytes(path: Path) -> int:
+    """The bytes of a file or of all files of a folder; links count as themselves."""
+    sizes = [path.lstat().st_size] if not path.is_dir() or path.is_symlink() else []
+    if path.is_dir() and not path.is_symlink():
+        for found in path.rglob("*"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                info = found.lstat()
+                sizes += [] if stat.S_ISDIR(info.st_mode) else [info.st_size]
+    return sum(sizes)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -56,21 +56,27 @@ def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None
             hint="wait for it to finish and try again"
             + (f" ({_TIMEOUT} sets the seconds to wait)" if timeout is None else ""),
         ) from None
+    says_who = type(lock) is filelock.UnixFileLock  # where there is no flock, the file's content is filelock's own
     try:
-        if type(lock) is filelock.UnixFileLock:  # where there is no flock, the file's content is filelock's own
-            _write_holder(path)
+        if says_who:
+            _write(path, _this_process())
         yield
     finally:
+        if says_who:
+            _write(path, b"")
         lock.release()
 
 
-def _write_holder(path: Path) -> None:
-    """Say who holds the lock; in place, for a lock is on the file and not on its name."""
+def _this_process() -> bytes:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_LONGEST_COMMAND]
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    holder = Holder(os.getpid(), platform.node(), command, since)
+    return msgspec.json.encode(Holder(os.getpid(), platform.node(), command, since)) + b"\n"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """In place, for a lock is on the file and not on its name."""
     with contextlib.suppress(OSError):  # a full disk is no reason not to hold a lock
-        path.write_bytes(msgspec.json.encode(holder) + b"\n")
+        path.write_bytes(content)
 
 
 def _read_holder(path: Path) -> Holder | None:

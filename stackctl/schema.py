@@ -165,6 +165,21 @@ class Adapter(Entry, frozen=True, kw_only=True):
         return self.versions[-1]
 
 
+class GivenNumber(Part, frozen=True, kw_only=True):
+    """A version number that was given, and to what: it is never given to anything else."""
+
+    version: int
+    digest: str
+
+
+class Removed(Entry, frozen=True, kw_only=True):
+    """``removed/NAME.yaml``: what an adapter had once. ``versions`` are those whose weights are still there."""
+
+    name: str
+    given: list[GivenNumber]
+    versions: list[AdapterVersion] = msgspec.field(default_factory=list)
+
+
 class Member(Part, frozen=True, kw_only=True):
     """One member of a stack, pinned."""
 

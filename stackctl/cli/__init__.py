@@ -14,7 +14,8 @@ from stackctl.cli.common import Current, Group
 _COMMANDS = {
     "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
     "eval": "eval", "inspect": "inspect", "ls": "ls", "verify": "verify", "export": "export", "push": "push",
-    "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add", "use": "use", "rm": "rm",
+    "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add", "use": "use",
+    "rm": "rm", "gc": "gc",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import HOUSE, Context, command, complete_adapters
+from stackctl.files import human_bytes
 from stackctl.output import Result
 
 
@@ -23,7 +24,12 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
     ) -> Result:
         """Remove a stack, an adapter or one version of it; refused while something stands on it."""
-        removed = context.registry.remove(reference)
-        return Result({"removed": removed}, "\n".join(removed), f"removed {', '.join(removed)}")
+        removal = context.registry.remove(reference, dry_run=dry_run)
+        text = f"{'would remove' if dry_run else 'removed'} {', '.join(removal.removed)}"
+        if removal.bytes:
+            text += f"; {human_bytes(removal.bytes)} of weights are kept until: stackctl gc"
+        data = {"removed": list(removal.removed), "bytes": removal.bytes, "dry_run": dry_run}
+        return Result(data, "\n".join(removal.removed), text)

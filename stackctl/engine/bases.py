@@ -23,16 +23,15 @@ from stackctl.bases import (
     EMBEDDED_HUB_ID,
     EMBEDDED_NAME,
     base_gguf,
-    cache_root,
     check_model_folder,
     converted_folder,
+    converted_models,
     embedded_file,
     embedded_gguf,
     fingerprint,
     read_base_tensors,
 )
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
-from stackctl.locks import locked
 from stackctl.modules import compact_modules
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
@@ -116,8 +115,7 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
 
 def _converted(gguf: Path, say: Say) -> Path:
     """The cached conversion of a GGUF file, made now if it is not there yet."""
-    bases = cache_root() / "bases"
-    with locked(bases / ".lock", "the cache of converted models"):
+    with converted_models() as bases:
         final = converted_folder(gguf)
         if (final / "config.json").is_file():
             return final

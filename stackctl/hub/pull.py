@@ -274,15 +274,17 @@ class _Pull:
             parameters=checkpoint.parameters, dtype=checkpoint.dtype, versions={"peft": str(peft)} if peft else {},
         )  # fmt: skip
 
+        digest = part.digest or checkpoint.digest()
+
         def build(number: int) -> AdapterVersion:
             return msgspec.structs.replace(
-                entry, version=number, digest=part.digest or checkpoint.digest(),
+                entry, version=number, digest=digest,
                 path=self.registry.relative_weights_path(part.name, number), base=base.name,
                 fingerprint=base.fingerprint, trained_on=on, bytes=checkpoint.bytes, hub=self.place, pushed=None,
             )  # fmt: skip
 
         staged, described = checkpoint.path, part.description or None
-        return self.registry.add_version(part.name, build, staged, described, number=part.number)
+        return self.registry.add_version(part.name, build, staged, described, number=part.number, digest=digest)
 
 
 def _terms(part: Part) -> tuple[Term, ...]:

@@ -5,7 +5,17 @@ are put in place first, the entry is written last: what has no entry does not ex
 """
 
 from stackctl.registry.entries import find_registry, init_registry, now
+from stackctl.registry.removing import Freed
 from stackctl.registry.resolving import ResolvedMember, ResolvedStack, resolve_all
 from stackctl.registry.verifying import Registry
 
-__all__ = ["Registry", "ResolvedMember", "ResolvedStack", "find_registry", "init_registry", "now", "resolve_all"]
+__all__ = [
+    "Freed",
+    "Registry",
+    "ResolvedMember",
+    "ResolvedStack",
+    "find_registry",
+    "init_registry",
+    "now",
+    "resolve_all",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from stackctl.errors import (
     Usage,
     did_you_mean,
 )
-from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
+from stackctl.names import Reference, parse_name, parse_stack_name
 from stackctl.registry.entries import now
 from stackctl.registry.resolving import ResolvedMember, ResolvedStack, Resolver, foundations
 from stackctl.schema import (
@@ -24,12 +23,13 @@ from stackctl.schema import (
     Defaults,
     HubSource,
     Member,
+    Removed,
     Stack,
 )
 
 
 class Changes(Resolver):
-    """Adding, composing, choosing and removing."""
+    """Adding, composing and choosing."""
 
     def check_adapter_name(self, name: str) -> str:
         """A name that a new version of an adapter may have.
@@ -69,21 +69,22 @@ class Changes(Resolver):
         description: str | None = None,
         *,
         number: int | None = None,
+        digest: str | None = None,
     ) -> AdapterVersion:
         """Register the next version of an adapter: weights in place first, then one atomic write of the entry.
 
         Args:
             build: makes the version's entry for a version number (and may write into ``staged``).
             staged: the finished checkpoint in a staging folder, moved to its place; None for a link.
-            number: the number that it has elsewhere, kept if it is free here; the same digest under that name is
-                then the same version, and is not registered twice.
+            number: the number that it has elsewhere, kept if it was never given here, or to the same digest; the
+                same digest under that name is then the same version, and is not registered twice.
+            digest: of what has a ``number``.
         """
         with self.lock():
             self.check_adapter_name(name)
             adapter = self.find_adapter(name) or Adapter(name=name, versions=[])
-            taken = {version.version for version in adapter.versions}
-            chosen = number if number and number not in taken else max(taken, default=0) + 1
-            version = build(chosen)
+            removed = self.find_removed(name)
+            version = build(self._next_number(adapter, removed, number, digest))
             if number is not None:
                 for known in adapter.versions:
                     if known.digest == version.digest:
@@ -93,21 +94,40 @@ class Changes(Resolver):
                 if final.exists():  # left by a process that was killed before it wrote the entry
                     files.remove_tree(final)
                 files.publish_directory(staged, final)
+            self._bring_back(version)
+            adapter = self.find_adapter(name) or adapter
             adapter = msgspec.structs.replace(
                 adapter,
                 versions=sorted([*adapter.versions, version], key=lambda v: v.version),
                 description=adapter.description if description is None else description,
             )
             self._write(adapter)
+            self._forget(removed, {version.version})
         return version
 
-    def find_digest(self, digest: str) -> ResolvedMember | None:
-        """The adapter version with that digest, under whatever name."""
-        for adapter in self.adapters():
-            for version in adapter.versions:
-                if version.digest == digest:
-                    return ResolvedMember(adapter, version, 1.0)
-        return None
+    @staticmethod
+    def _next_number(adapter: Adapter, removed: Removed, number: int | None, digest: str | None) -> int:
+        """The number wished for if it means nothing else, else one more than was ever given."""
+        given = {g.version: g.digest for g in removed.given} | {v.version: v.digest for v in adapter.versions}
+        free = number is not None and given.get(number, digest) == digest
+        return number if number and free else max(given, default=0) + 1
+
+    def _bring_back(self, version: AdapterVersion) -> None:
+        """Un-remove what a new version stands on: while it was trained, somebody may have removed that."""
+        for name, number in {(t.reference.name, t.reference.version) for t in foundations(version)}:
+            removed = self.find_removed(name)
+            adapter = self.find_adapter(name) or Adapter(name=name, versions=[])
+            back = [v for v in removed.versions if v.version == number]
+            if back and all(v.version != number for v in adapter.versions):
+                versions = sorted([*adapter.versions, *back], key=lambda v: v.version)
+                self._write(msgspec.structs.replace(adapter, versions=versions))
+                self._forget(removed, {number})
+
+    def _forget(self, removed: Removed, numbers: set[int | None]) -> None:
+        """What is registered again is not removed any more; its number stays given."""
+        staying = [v for v in removed.versions if v.version not in numbers]
+        if staying != removed.versions:
+            self._write(msgspec.structs.replace(removed, versions=staying))
 
     def record_push(self, member: ResolvedMember, place: HubSource) -> None:
         """Remember where a version lives on the Hub."""
@@ -190,63 +210,6 @@ class Changes(Resolver):
                 raise NotFound(f"there is no stack '{name}'", hint=near)
             self._set_current(name)
         return stack
-
-    def remove(self, text: str) -> list[str]:
-        """Remove a stack, an adapter or one version of it. Returns what was removed.
-
-        Raises:
-            NotFound: it is not there.
-            Usage: something stands on it.
-        """
-        with self.lock():
-            if "@" not in text and text != BASE and (stack := self.find_stack(text)):
-                self._entry_path(Stack, stack.name).unlink()
-                if self.settings().current == stack.name:
-                    self._set_current(None)
-                return [stack.name]
-            terms = parse_expression(text)
-            if len(terms) != 1 or terms[0].weight != 1:
-                raise Usage(f"'{text}' is not one adapter or stack", hint="name one: stackctl rm style@1")
-            return self._remove_versions(terms[0].reference)
-
-    def _remove_versions(self, reference: Reference) -> list[str]:
-        if not self._entry_path(Adapter, reference.name).is_file() and self.find_base(reference.name):
-            raise Usage(f"'{reference.name}' is a base", hint=f"stackctl base rm {reference.name}")
-        adapter = self.resolve_adapter(reference).adapter
-        going = [v for v in adapter.versions if reference.version in (None, v.version)]
-        labels = {f"{adapter.name}@{v.version}" for v in going}
-        users = self._standing_on(labels)
-        if users:
-            raise Usage(
-                f"{' and '.join(sorted(labels))} cannot be removed: {', '.join(users)} stand on it",
-                hint=f"remove them first: stackctl rm {users[0]}",
-            )
-        staying = [v for v in adapter.versions if v not in going]
-        if staying:
-            self._write(msgspec.structs.replace(adapter, versions=staying))
-        else:
-            self._entry_path(Adapter, adapter.name).unlink()
-        for version in going:
-            # Not what the entry's path says: a link's files belong to somebody else.
-            folder = self.root / self.relative_weights_path(adapter.name, version.version)
-            if folder.exists():
-                files.remove_tree(folder)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()
-        return [f"{adapter.name}@{v.version}" for v in going]
-
-    def _standing_on(self, labels: set[str]) -> list[str]:
-        users = [
-            f"{adapter.name}@{version.version}"
-            for adapter in self.adapters()
-            for version in adapter.versions
-            if f"{adapter.name}@{version.version}" not in labels
-            and any(str(term.reference) in labels for term in foundations(version))
-        ]
-        users += [
-            stack.name for stack in self.stacks() if any(f"{m.adapter}@{m.version}" in labels for m in stack.members)
-        ]
-        return users
 
     def remove_base(self, name: str) -> None:
         """Remove a base's entry (never its files).

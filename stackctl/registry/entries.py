@@ -24,13 +24,14 @@ from stackctl.schema import (
     Adapter,
     Base,
     RegistryFile,
+    Removed,
     Stack,
 )
 from stackctl.yamlfile import Flow, format_yaml, read_yaml
 
-E = TypeVar("E", Base, Adapter, Stack)
+E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"
-_FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks"}
+_FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks", Removed: "removed"}
 _IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", ".digests.json")
 
 
@@ -114,7 +115,7 @@ class Entries:
                 raise Usage(f"{path}: versions must be there, distinct and ascending", hint="mend the file")
         return entry
 
-    def _write(self, entry: Base | Adapter | Stack) -> None:
+    def _write(self, entry: Base | Adapter | Stack | Removed) -> None:
         value = msgspec.to_builtins(entry)
         files.write_atomic(self._entry_path(type(entry), entry.name), format_yaml(_on_one_line(value)))
 
@@ -136,6 +137,10 @@ class Entries:
 
     def find_adapter(self, name: str) -> Adapter | None:
         return self._read(Adapter, parse_name(name))
+
+    def find_removed(self, name: str) -> Removed:
+        """What an adapter had once: empty when nothing of that name was ever removed."""
+        return self._read(Removed, parse_name(name)) or Removed(name=name, given=[])
 
     def find_stack(self, name: str) -> Stack | None:
         return self._read(Stack, parse_stack_name(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +29,11 @@ from stackctl.schema import (
     AdapterVersion,
     Base,
     MethodOptions,
+    Removed,
     Stack,
 )
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,55 @@ class Resolver(Entries):
             NotFound: no such adapter, or not in that version.
         """
         adapter = self.find_adapter(reference.name)
+        if adapter:
+            if reference.version is None:
+                return ResolvedMember(adapter, adapter.newest(), 1.0)
+            for version in adapter.versions:
+                if version.version == reference.version:
+                    return ResolvedMember(adapter, version, 1.0)
+        if removed := self._removed(reference):
+            raise NotFound(
+                f"{reference} was removed; its weights are kept until: stackctl gc",
+                hint=f"to have it again: stackctl add {reference.name} {self.weights_path(removed.version)}",
+            )
         if not adapter:
             raise self._not_found(reference.name)
-        if reference.version is None:
-            return ResolvedMember(adapter, adapter.newest(), 1.0)
-        for version in adapter.versions:
-            if version.version == reference.version:
-                return ResolvedMember(adapter, version, 1.0)
         have = ", ".join(str(v.version) for v in adapter.versions)
         raise NotFound(
             f"there is no {reference}; '{adapter.name}' has version {have}",
             hint=f"use {adapter.name}@{adapter.newest().version}",
         )
+
+    def find_digest(self, digest: str) -> ResolvedMember | None:
+        """The registered adapter version with that digest, under whatever name."""
+        for adapter in self.adapters():
+            for version in adapter.versions:
+                if version.digest == digest:
+                    return ResolvedMember(adapter, version, 1.0)
+        return None
+
+    def _by_digest(self, text: str) -> ResolvedMember:
+        """A version by its digest or the beginning of it, also one that was removed, until ``gc``.
+
+        Raises:
+            NotFound, Usage: nothing has it, or several have.
+        """
+        owners: list[Adapter | Removed] = [*self.adapters(), *(self.find_removed(name) for name in self.names(Removed))]
+        found = {v.digest: (owner.name, v) for owner in owners for v in owner.versions if v.digest.startswith(text)}
+        if not found:
+            raise NotFound(f"nothing here has the digest {text}", hint="stackctl ls --json shows digests")
+        if len(found) > 1:
+            raise Usage(f"{len(found)} versions have a digest that begins with {text}", hint="write more of it")
+        name, version = found.popitem()[1]
+        return ResolvedMember(self.find_adapter(name) or Adapter(name=name, versions=[version]), version, 1.0)
+
+    def _removed(self, reference: Reference) -> ResolvedMember | None:
+        """A version that was removed and whose weights are still there."""
+        for version in self.find_removed(reference.name).versions:
+            if version.version == reference.version:
+                adapter = self.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
+                return ResolvedMember(adapter, version, 1.0)
+        return None
 
     def _not_found(self, name: str) -> NotFound:
         known = [*self.names(Adapter), *self.names(Stack), *self.names(Base)]
@@ -150,6 +191,9 @@ class Resolver(Entries):
         return current
 
     def _resolve(self, text: str, base: str | None, fresh: bool) -> ResolvedStack:
+        if _DIGEST.fullmatch(text):
+            member = self._by_digest(text)
+            return ResolvedStack(member.label, self.base(member.version.base), (member,))
         terms = parse_expression(text)
         if not (fresh and "+" in text) and (stored := self._stored(text)):
             members = tuple(self._pinned_members(stored))
@@ -207,7 +251,13 @@ class Resolver(Entries):
 
     def _pinned_members(self, stack: Stack) -> Iterator[ResolvedMember]:
         for member in stack.members:
-            found = self.resolve_adapter(Reference(member.adapter, member.version))
+            reference = Reference(member.adapter, member.version)
+            try:
+                found = self.resolve_adapter(reference)
+            except NotFound:
+                if not (removed := self._removed(reference)):
+                    raise
+                found = removed
             if found.version.digest != member.digest:
                 raise VerificationFailed(
                     f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",

@@ -9,16 +9,17 @@ from stackctl.errors import (
     Incompatible,
     StackctlError,
 )
-from stackctl.registry.changing import Changes
+from stackctl.registry.removing import Removals
 from stackctl.registry.resolving import ResolvedMember, foundations
 from stackctl.schema import (
     Adapter,
     Base,
+    Removed,
     Stack,
 )
 
 
-class Registry(Changes):
+class Registry(Removals):
     """A registry on disk. Nothing is kept in memory: every question reads the file that answers it."""
 
     def verify(
@@ -41,6 +42,8 @@ class Registry(Changes):
 
         if only is None:
             attempt("registry", self.settings)
+            for name in self.names(Removed):
+                attempt(name, lambda n=name: self.find_removed(n))  # type: ignore[misc]
             for kind in (Base, Stack):
                 for name in self.names(kind):
                     checked += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from checkpoints import FINGERPRINT, make_base, register
 from tiny import random_adapter
 
+from stackctl.locks import locked
 from stackctl.registry import Registry
 
 
@@ -117,10 +119,64 @@ def test_ls_shows_unfinished_training_apart(shelf, run):
     folder = shelf.root / "runs" / "chat" / "checkpoint-4"
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
+    (folder / "stackctl_save.json").write_text("{}")
     found = run("ls", "--json").json
     assert [(row["name"], row["step"]) for row in found["runs"]] == [("chat", 4)]
     assert "chat" not in [row["name"] for row in found["adapters"]]
     assert "chat" in run("ls").out
+
+
+def everything(root):
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def test_rm_and_gc_say_in_advance_what_they_would_do(shelf, run):
+    before = everything(shelf.root)
+    would = run("rm", "tone", "--dry-run", "--json").json
+    assert would["removed"] == ["tone@1"]
+    assert would["bytes"] == sum(f.stat().st_size for f in (shelf.root / "weights" / "tone").rglob("*") if f.is_file())
+    assert everything(shelf.root) == before
+    assert run("rm", "tone", "--json").json == {**would, "dry_run": False}
+    assert "tone" not in run("ls", "-q").out.split()
+    between = everything(shelf.root)
+    found = run("gc", "--dry-run", "--json").json
+    assert [(f["what"], f["why"], f["bytes"]) for f in found["freed"]] == [("tone@1", "removed", would["bytes"])]
+    assert found["bytes"] == would["bytes"]
+    assert everything(shelf.root) == between
+    assert run("gc", "-q").out == "tone@1\n"
+    assert not (shelf.root / "weights" / "tone").exists()
+    assert run("gc", "--json").json["freed"] == []
+    assert run("gc").out == "nothing to free\n"
+    assert shelf.verify()[1] == []
+    assert run("add", "tone", shelf.root / "weights" / "style" / "1", "-q").out == "tone@2\n"
+
+
+def test_gc_leaves_unfinished_training_unless_it_is_asked(shelf, run):
+    folder = shelf.root / "runs" / "chat"
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps({"on": [["tone@1", "sha256:x", 1.0]]}))
+    run("rm", "tone")
+    assert run("gc", "--json").json["freed"] == []
+    with locked(folder.parent / ".chat.lock", "the training"):  # it is going on
+        assert run("gc", "--runs", "--json").json["freed"] == []
+    for also in (["--dry-run"], []):
+        assert [f["what"] for f in run("gc", "--runs", *also, "--json").json["freed"]] == ["chat", "tone@1"]
+    assert run("ls", "--json").json["runs"] == []
+
+
+def test_gc_frees_converted_models_when_it_is_asked(shelf, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
+    models = tmp_path / "cache" / "bases"
+    (models / "gguf-123").mkdir(parents=True)
+    (models / "gguf-123" / "model.safetensors").write_bytes(b"x" * 9)
+    (models / "mine").mkdir()
+    run("gc")
+    run("gc", "--cache", "--dry-run")
+    assert (models / "gguf-123").is_dir()
+    found = run("gc", "--cache", "--json").json
+    assert [(f["what"], f["bytes"]) for f in found["freed"]] == [("gguf-123", 9)]
+    assert [path.name for path in models.iterdir() if path.is_dir()] == ["mine"]
 
 
 def test_an_empty_registry_lists_nothing(run):
@@ -149,11 +205,9 @@ def test_rm_removes_one_version_all_versions_or_a_stack(shelf, run, fails):
     register(shelf, "tone", seed=8)
     run("compose", "style+instruct", "--name", "storyteller")
     assert run("rm", "tone@1", "--json").json["removed"] == ["tone@1"]
-    assert not (shelf.root / "weights" / "tone" / "1").exists()
     assert run("inspect", "tone", "--json").json["version"] == 2
     register(shelf, "tone", seed=9)
     assert run("rm", "tone", "--json").json["removed"] == ["tone@2", "tone@3"]
-    assert not (shelf.root / "weights" / "tone").exists()
     fails("inspect", "tone", code=3)
     run("rm", "storyteller")
     fails("use", "storyteller", code=3)

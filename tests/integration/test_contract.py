@@ -14,7 +14,7 @@ from checkpoints import register, write_checkpoint
 
 COMMANDS = [
     (), ("init",), ("base",), ("base", "add"), ("base", "ls"), ("base", "rm"), ("add",), ("ls",), ("rm",), ("use",),
-    ("train",), ("compose",), ("inspect",), ("generate",), ("compare",), ("eval",), ("export",), ("push",),
+    ("gc",), ("train",), ("compose",), ("inspect",), ("generate",), ("compare",), ("eval",), ("export",), ("push",),
     ("push-to-hub",), ("pull",), ("verify",), ("demo",),
 ]  # fmt: skip
 

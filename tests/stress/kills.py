@@ -41,6 +41,9 @@ def make_template(folder: Path) -> None:
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1"], seed=3)
     registry.save_stack("both", registry.resolve("style@1+instruct"))
+    register(registry, "free", seed=6)
+    register(registry, "old", seed=5)
+    registry.remove("old")
     write_checkpoint(folder / "new", seed=4)
     (folder / "new" / "tokenizer.json").write_text("{}")
 
@@ -57,6 +60,8 @@ LIGHT = (
     ),
     Scenario("use", ("use", "both"), lambda f: Registry(f / "registry").settings().current == "both"),
     Scenario("rm a version", ("rm", "style@2"), lambda f: adapters(f, "style") == [1], code_again=3),
+    Scenario("rm an adapter", ("rm", "free"), lambda f: not adapters(f, "free"), code_again=3),
+    Scenario("gc", ("gc",), lambda f: not (f / "registry" / "weights" / "old").exists()),
     Scenario("rm a stack", ("rm", "both"), lambda f: Registry(f / "registry").find_stack("both") is None, code_again=3),
 )
 
@@ -79,6 +84,8 @@ def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) ->
         wrong.append("the same command again did not do its work")
     wrong += _wrong(place)
     wrong += [f"{path.relative_to(place)} was left" for path in place.rglob(".tmp-*")]
+    run_command(["gc"], place)
+    wrong += [*_wrong(place), *(f"gc left {path}" for path in _without_entry(place / "registry"))]
     return True, [f"{scenario.name}, killed before step {step}: {text}" for text in wrong]
 
 
@@ -86,6 +93,13 @@ def _wrong(place: Path) -> Iterator[str]:
     registry = Registry(place / "registry")
     for problem in registry.verify()[1]:
         yield f"{problem['what']}: {problem['message']}"
+
+
+def _without_entry(root: Path) -> set[Path]:
+    """Weights that belong to nothing: after ``gc`` there are none."""
+    registry = Registry(root)
+    known = {registry.weights_path(version) for adapter in registry.adapters() for version in adapter.versions}
+    return {path.resolve() for path in (root / "weights").glob("*/*")} - known
 
 
 def kills(budget: Budget) -> Outcome:

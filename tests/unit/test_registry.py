@@ -265,7 +265,7 @@ def test_names_that_are_words_elsewhere(registry, name):
     assert not registry.plan(registry.resolve("s")).problems
     assert registry.verify()[1] == []
     registry.remove("s")
-    assert registry.remove(name) == [f"{name}@1"]
+    assert registry.remove(name).removed == (f"{name}@1",)
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "", "base", "X", "a/b", "a\0", "a\n", "x" * 65, "a+b", "a@1", "/tmp/x"])
@@ -659,10 +659,9 @@ def test_rm_refuses_while_something_stands_on_it(storyteller):
         storyteller.remove("style@1")
     with pytest.raises(Usage):
         storyteller.remove_base("tiny")
-    assert storyteller.remove("storyteller") == ["storyteller"]
-    assert storyteller.remove("instruct@1") == ["instruct@1"]
-    assert storyteller.remove("style") == ["style@1"]
-    assert not list((storyteller.root / "weights").iterdir())
+    assert storyteller.remove("storyteller").removed == ("storyteller",)
+    assert storyteller.remove("instruct@1").removed == ("instruct@1",)
+    assert storyteller.remove("style").removed == ("style@1",)
     storyteller.remove_base("tiny")
     assert storyteller.settings() == RegistryFile()
 
@@ -671,9 +670,8 @@ def test_rm_of_one_version(registry):
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1:0.5"])
-    assert registry.remove("style@2") == ["style@2"]
+    assert registry.remove("style@2").removed == ("style@2",)
     assert registry.resolve("style").pinned == "style@1"
-    assert not (registry.root / "weights" / "style" / "2").exists()
     with pytest.raises(Usage):
         registry.remove("style")
     with pytest.raises(NotFound):
@@ -685,7 +683,7 @@ def test_an_adapter_may_be_removed_with_its_own_later_versions(registry):
     registry.add_version("style", lambda n: msgspec.structs.replace(full_version(n), trained_on=["style@1"]), None)
     with pytest.raises(Usage):
         registry.remove("style@1")
-    assert registry.remove("style") == ["style@1", "style@2"]
+    assert registry.remove("style").removed == ("style@1", "style@2")
 
 
 @pytest.mark.parametrize("text", ["base", "style+instruct", "style:0.5", "tiny", "storyteller@1"])
@@ -700,7 +698,7 @@ def test_similar_names_are_different_things(registry):
     for name in ("foo", "foobar", "foo-1"):
         register(registry, name)
     register(registry, "upper", ["foobar@1"])
-    assert registry.remove("foo") == ["foo@1"]
+    assert registry.remove("foo").removed == ("foo@1",)
     assert registry.verify() == (4, [])
     with pytest.raises(Usage):
         registry.remove("foobar")
