@@ -46,10 +46,13 @@ _GRACE = 10.0
 
 @dataclass(frozen=True)
 class Launch:
-    """How to launch: the number of processes and accelerate's configuration."""
+    """How to launch: the number of processes, accelerate's configuration, whether it shards the model and
+    whether it computes activations again."""
 
     processes: int
     config: Path | None
+    sharded: bool = False
+    checkpointing: bool = False
 
 
 def plan_launch(prepared: PreparedJob) -> Launch | None:
@@ -78,7 +81,9 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")
     _check_config(path, config)
     processes = job.num_processes or int(config.get("num_processes") or 1)
-    return Launch(processes, path.resolve()) if processes > 1 else None
+    sharded = config["distributed_type"] == "FSDP"
+    checkpointing = sharded and bool((config.get("fsdp_config") or {}).get("fsdp_activation_checkpointing"))
+    return Launch(processes, path.resolve(), sharded, checkpointing) if processes > 1 else None
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

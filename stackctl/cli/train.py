@@ -19,7 +19,7 @@ from stackctl.cli.common import PATH, Context, command, complete_bases, complete
 from stackctl.cli.config import JobFile, is_recipe, read_job
 from stackctl.errors import StackctlError, Usage
 from stackctl.jobs import PreparedJob, prepare_job
-from stackctl.launching import launch_training, plan_launch
+from stackctl.launching import Launch, launch_training, plan_launch
 from stackctl.output import Result
 from stackctl.recipe import (
     FILE,
@@ -196,7 +196,9 @@ def _dry_run(context: Context, prepared: PreparedJob) -> Result:
     launch = plan_launch(prepared)
     corpus, tokenizer = _check_data(context, prepared)
     job = prepared.job
-    batch = job.batch_size * job.gradient_accumulation * (launch.processes if launch else ranks.world_size())
+    processes = launch.processes if launch else ranks.world_size()
+    batch = job.batch_size * job.gradient_accumulation * processes
+    memory = _estimate(prepared, corpus, launch)
     steps = job.max_steps or round(-(-len(corpus.rows) // batch) * job.epochs)
     data = {
         "adapter": prepared.name,
@@ -213,15 +215,36 @@ def _dry_run(context: Context, prepared: PreparedJob) -> Result:
             for text, learned in preview_parts(corpus.encoded.examples[0], tokenizer)
         ],
         "steps": steps,
+        "memory": memory.as_json(),
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,
     }
     on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
     text = (
         f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
-        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch"
+        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch\n{memory}"
     )
     return Result(data, prepared.name, text)
+
+
+def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch) -> None:
+    """What is wrong with the data is found here and told once, and what memory it will take."""
+    corpus, _ = _check_data(context, prepared)
+    context.output.status(str(_estimate(prepared, corpus, launch)))
+
+
+def _estimate(prepared: PreparedJob, corpus: Any, launch: Launch | None) -> Any:
+    from stackctl.engine.training import estimate_job
+
+    if launch is None:
+        return estimate_job(prepared, corpus, processes=ranks.world_size())
+    return estimate_job(
+        prepared,
+        corpus,
+        processes=launch.processes,
+        sharded=launch.sharded,
+        checkpointing=launch.checkpointing,
+    )
 
 
 def typed_again() -> str:
@@ -243,7 +266,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         context.output.note(note)
     launch = plan_launch(prepared)
     if launch:
-        _check_data(context, prepared)
+        _check_before_launch(context, prepared, launch)
     with reading_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
         if launch:
             root = context.registry.root

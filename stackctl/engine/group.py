@@ -38,6 +38,11 @@ def join(device: torch.device) -> None:
         raise Failed(f"{ranks.world_size()} processes were launched, and {state.num_processes} found one another")
 
 
+def is_sharded() -> bool:
+    """Whether accelerate will shard the model over the group."""
+    return ranks.is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """The body runs on rank 0, and on the others when that is done: caches are made once."""

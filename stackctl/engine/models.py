@@ -79,10 +79,16 @@ def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedMode
     if device.type == "cuda":
         fits = dtype in ("auto", "bfloat16", "nf4") and model.dtype in (torch.float32, torch.bfloat16)
         return fits and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype != "auto" or device.type != "cpu" or model.dtype != torch.float32:
+    if dtype != "auto" or model.dtype != torch.float32:
         return False
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return bool(fast) and getattr(model.config.get_text_config(), "hidden_size", 0) >= _WIDE
+    return multiplies_in_bfloat16(device, getattr(model.config.get_text_config(), "hidden_size", 0))
+
+
+def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
+    """Whether casting to bfloat16 pays: on a CPU that has it in hardware, for matrices that are not small."""
+    if device.type != "cpu" or hidden_size < _WIDE:
+        return False
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @dataclass

@@ -251,12 +251,18 @@ def _first_line(error: Exception) -> str:
 
 def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the adapter in training, by the names that they have in a checkpoint."""
-    return {name.replace(f".{ADAPTER}", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name.replace(f".{ADAPTER}", ""): p for name, p in _trained(model)}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter in training by PEFT's own names; where it is sharded, every rank has to ask."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()) for name, p in _trained(model)}
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What learns, by its names in the bare model: accelerate's activation checkpointing puts a wrapper in between."""
+    found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in found]
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:

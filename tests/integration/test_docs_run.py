@@ -45,6 +45,7 @@ GIVEN: dict[str, list[str]] = {
     "docs/how-to/train-a-third.md": STORED,
     "docs/how-to/bring-checkpoints.md": ["stackctl init"],
     "docs/how-to/push-and-pull.md": STORED,
+    "docs/how-to/many-gpus.md": STYLE,
     "docs/how-to/watch-a-run.md": BEGIN,
     "docs/how-to/serve.md": STORED,
     "docs/reference/recipe.md": BEGIN,
@@ -122,6 +123,8 @@ def write_file(folder: Path, language: str, body: str) -> None:
     """A block that is a file: a recipe, or the configuration of an older script."""
     if language == "yaml" and "train:" in body:
         (folder / "stackctl.yaml").write_text(body)
+    if language == "yaml" and "distributed_type:" in body:
+        (folder / "fsdp.yaml").write_text(body)
     if language == "json" and "base_model_name" in body:
         (folder / "stage2.json").write_text(body)
 

@@ -32,6 +32,10 @@ class Rows(Sequence[list[Example]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def lengths(self) -> np.ndarray:
+        """The tokens of each row."""
+        return np.add.reduceat(lengths_of(self._examples)[self._order], self._starts[:-1])
+
     @overload
     def __getitem__(self, index: int) -> list[Example]: ...
     @overload

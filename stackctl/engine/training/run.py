@@ -19,6 +19,7 @@ from stackctl.engine.stepping import Counters, Progress
 from stackctl.engine.trainer import adapter_state
 from stackctl.engine.training.attaching import attach_new, freeze_stack
 from stackctl.engine.training.corpus import Corpus, read_corpus
+from stackctl.engine.training.estimating import estimate_job
 from stackctl.engine.training.fitting import run_trainer
 from stackctl.engine.training.layout import choose_layout
 from stackctl.engine.training.registering import register_version
@@ -67,6 +68,8 @@ def train_adapter(
             say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
         told = ranks.is_worker()  # the command that launched this read the data as well, to check it
         corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, reading)
+        if not told:
+            say(str(estimate_job(prepared, corpus, processes=ranks.world_size(), sharded=group.is_sharded())))
     run = run_folder(registry, prepared.name)
     with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():

@@ -1,0 +1,126 @@
+"""The estimate of memory beside what a model really keeps for its backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from stackctl.engine.data import Example, collate
+from stackctl.engine.trainer import supervised_loss
+from stackctl.memory import Memory, estimate_memory
+from stackctl.modules import expand_modules, expected_targets
+from stackctl.registry import Registry
+from stackctl.schema import Base
+
+TOLERANCE = 0.25
+"""What docs/how-to/many-gpus.md promises."""
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=1000, n_embd=128, n_layer=4, n_head=4, bos_token_id=256, eos_token_id=257),
+}
+TOKENS, SUPERVISED, RANK = 160, 60, 8
+
+
+@pytest.fixture
+def base_of(run: Any, tmp_path: Path) -> Any:
+    run("init")
+
+    def make(name: str) -> tuple[Base, Path]:
+        folder = tmp_path / name
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](CONFIGS[name]).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        run("base", "add", name, folder)
+        return Registry(tmp_path / "registry").base(name), folder
+
+    return make
+
+
+def estimate(base: Base, **kind: Any) -> Memory:
+    targets = expected_targets({"target_modules": "all-linear"}, expand_modules(base.modules), base.output_embedding)
+    assert targets
+    return estimate_memory(
+        base, rank=RANK, targets=targets, tokens=TOKENS, supervised=SUPERVISED, **{"precision": "float32", **kind}
+    )
+
+
+def kept_for_backward(model: Any) -> int:
+    """Bytes that a forward pass keeps, each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    labels = [-100] * (TOKENS - SUPERVISED) + [5] * SUPERVISED
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        supervised_loss(model, collate([Example([7] * TOKENS, labels)]))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "half"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_estimate_is_near_what_a_model_keeps(base_of: Any, name: str, precision: str) -> None:
+    base, folder = base_of(name)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    fans = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    adapted = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", **fans))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    found = estimate(base, precision=precision)
+    assert found.base == pytest.approx(weights, rel=0.01)
+    assert found.adapter == sum(parameter.numel() * 4 for parameter in trained)
+    assert found.gradients == found.adapter
+    assert found.optimizer == 2 * found.adapter
+    kept = kept_for_backward(adapted)
+    log_probabilities = SUPERVISED * base.vocabulary_size * 4
+    assert found.activations == pytest.approx(kept - log_probabilities, rel=TOLERANCE)
+    assert found.logits >= log_probabilities
+
+
+def test_more_of_everything_costs_more(base_of: Any) -> None:
+    base, _ = base_of("llama")
+    one = estimate(base)
+    assert estimate(base, precision="nf4").base < estimate(base, precision="half").base < one.base
+    assert estimate(base, live_rank=16).total > one.total
+    assert one.checkpointed < one.activations
+    many, each = estimate(base, processes=8), estimate(base, processes=8, sharded=True)
+    assert many.total == one.total, "DDP has everything everywhere"
+    assert each.optimizer == one.optimizer // 8
+    assert each.base < one.base
+    assert each.loading >= one.base, "before it is sharded, the base is whole on each"
+    assert one.fits(one.total, shared=True)
+    assert not many.fits(one.total * 7, shared=True)
+    assert many.fits(one.total, shared=False)
+
+
+def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = house()
+    data = h.data()
+    one = h.run("train", "new", "--data", data, "--batch-size", 1, "--dry-run", "--json").json["memory"]
+    all_ = h.run("train", "new", "--data", data, "--batch-size", 5, "--dry-run", "--json").json["memory"]
+    assert one["fits"] is True
+    assert one["processes"] == 1
+    assert one["activations"] < all_["activations"]
+    assert one["total"] == sum(
+        one[key] for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits")
+    )
+    two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
+    assert two["processes"] == 2
+    monkeypatch.setattr("stackctl.engine.training.estimating.available_ram", lambda: 1000)
+    told = h.run("train", "new", "--data", data, "--dry-run")
+    assert "which is more than there is" in told.out
