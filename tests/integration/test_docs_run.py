@@ -6,6 +6,7 @@ under the names of its files, and a Hub on this machine. What a page says ("with
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -47,6 +48,7 @@ GIVEN: dict[str, list[str]] = {
     "docs/how-to/push-and-pull.md": STORED,
     "docs/how-to/many-gpus.md": STYLE,
     "docs/how-to/watch-a-run.md": BEGIN,
+    "docs/how-to/compare-and-evaluate.md": [*STORED, "stackctl add instruct made/other --on style"],
     "docs/how-to/serve.md": STORED,
     "docs/reference/recipe.md": BEGIN,
 }
@@ -59,9 +61,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def commands(body: str) -> Iterator[list[str]]:
-    """The words of each command of a block."""
+    """The words of each command of a block, up to a pipe or a redirection."""
     for line in body.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
+        if words := list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(line, comments=True))):
             yield words
 
 
