@@ -152,10 +152,3 @@ def _kind(name: str) -> tuple[str, str] | None:
     """A mixture's place and which of an expert's modules this is; None where all tokens pass."""
     head, experts, rest = name.partition(".experts.")
     return (head, rest.partition(".")[2]) if experts else None
-
-
-def available_ram() -> int:
-    """Bytes of main memory that are free, or could be."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -13,9 +13,9 @@ from stackctl.cli.common import Current, Group
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
     "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
-    "eval": "eval", "inspect": "inspect", "ls": "ls", "verify": "verify", "export": "export", "push": "push",
-    "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add", "use": "use",
-    "rm": "rm", "gc": "gc",
+    "eval": "eval", "inspect": "inspect", "ls": "ls", "verify": "verify", "doctor": "doctor", "export": "export",
+    "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add",
+    "use": "use", "rm": "rm", "gc": "gc",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from stackctl import ranks
 from stackctl.bases import read_base_tensors
 from stackctl.engine.bases import base_folder
+from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, delta_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.errors import Incompatible
@@ -88,7 +89,7 @@ def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
     """Whether casting to bfloat16 pays: on a CPU that has it in hardware, for matrices that are not small."""
     if device.type != "cpu" or hidden_size < _WIDE:
         return False
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return cpu_multiplies_bfloat16()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from stackctl import machine
 from stackctl.engine.data import Example, collate
 from stackctl.engine.trainer import supervised_loss
 from stackctl.memory import Memory, estimate_memory
@@ -121,6 +122,6 @@ def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeyp
     )
     two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
     assert two["processes"] == 2
-    monkeypatch.setattr("stackctl.engine.training.estimating.available_ram", lambda: 1000)
+    monkeypatch.setattr("stackctl.engine.training.estimating.main_memory", lambda: machine.Memory(1000, 1000))
     told = h.run("train", "new", "--data", data, "--dry-run")
     assert "which is more than there is" in told.out

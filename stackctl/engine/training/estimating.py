@@ -11,7 +11,8 @@ from stackctl.engine.data import IGNORED
 from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.corpus import Corpus
 from stackctl.jobs import PreparedJob
-from stackctl.memory import Memory, Precision, available_ram, estimate_memory
+from stackctl.machine import main_memory
+from stackctl.memory import Memory, Precision, estimate_memory
 from stackctl.modules import expand_modules, expected_targets
 
 
@@ -57,7 +58,7 @@ def estimate_job(
     )
     if device.type == "cuda":
         return Estimate(memory, torch.cuda.mem_get_info(device)[0], shared=False)
-    return Estimate(memory, available_ram(), shared=True)
+    return Estimate(memory, main_memory().available, shared=True)
 
 
 def _precision(prepared: PreparedJob, device: torch.device) -> Precision:

@@ -1,0 +1,47 @@
+"""What the machine has: never more than the operating system or a container's limit says."""
+
+import pytest
+
+from stackctl import machine
+
+
+def test_there_is_memory_and_a_processor():
+    memory = machine.main_memory()
+    assert 0 <= memory.available <= memory.total
+    assert machine.cores() >= 1
+    assert machine.system()
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "total"), [("1000000\n", "400000\n", 1_000_000), ("max\n", "400000\n", None), (None, None, None)]
+)
+def test_a_containers_limit_counts(tmp_path, monkeypatch, limit, used, total):
+    monkeypatch.setattr(machine, "_CGROUP", ())
+    alone = machine.main_memory()
+    limit_file, used_file = tmp_path / "limit", tmp_path / "used"
+    if limit is not None:
+        limit_file.write_text(limit)
+        used_file.write_text(used)
+    monkeypatch.setattr(machine, "_CGROUP", ((limit_file, used_file),))
+    memory = machine.main_memory()
+    assert memory.total == (total or alone.total)
+    if total:
+        assert memory.available == 600_000
+
+
+def test_free_space_where_a_folder_would_be_made(tmp_path):
+    assert machine.disk_free(tmp_path / "not" / "there" / "yet") > 0
+
+
+def test_the_packages_that_are_needed_are_here():
+    found, wrong = machine.packages()
+    assert {"torch", "transformers", "peft", "typer"} <= set(found)
+    assert "pytest" not in found  # of an extra
+    assert wrong == []
+
+
+def test_what_is_missing_or_too_old_is_said(monkeypatch):
+    monkeypatch.setattr(machine, "installed", {"torch": None, "peft": "0.1"}.get)
+    _, wrong = machine.packages()
+    assert any(text.startswith("torch") and text.endswith("is missing") for text in wrong)
+    assert any(text.startswith("peft") and "0.1 is installed" in text for text in wrong)
