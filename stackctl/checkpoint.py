@@ -294,6 +294,8 @@ class _LoraConfig(msgspec.Struct):
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, Finite] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
 
     @property
     def expressions(self) -> list[str]:

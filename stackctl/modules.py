@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stackctl.errors import Usage
 from stackctl.patterns import pattern
 from stackctl.schema import ModuleShape
 
 ALL_LINEAR = "all-linear"
-_RANGES = re.compile(r"\{([0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*)\}")
+_RANGES = re.compile(r"\{([0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*)\}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+_MOST_MODULES = 1_000_000
 
 
 def compact_modules(modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
@@ -62,7 +64,16 @@ def _format_range(numbers: list[int]) -> str:
 
 
 def expand_modules(compact: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
-    """Every module by its full name; the inverse of :func:`compact_modules`."""
+    """Every module by its full name; the inverse of :func:`compact_modules`.
+
+    Raises:
+        Usage: so many that no model has them: a few bytes may stand for more than memory holds.
+    """
+    if sum(map(_count, compact)) > _MOST_MODULES:
+        raise Usage(
+            f"the ranges of a base's modules stand for more than {_MOST_MODULES:,} modules",
+            hint="register the base again: stackctl base rm NAME, then stackctl base add NAME SOURCE",
+        )
     return {
         name: shape
         for pattern, shape in compact.items()
@@ -74,6 +85,15 @@ def _expand(pattern: str) -> Iterable[str]:
     pieces = _RANGES.split(pattern)
     choices = [_parse_range(piece) if odd % 2 else [piece] for odd, piece in enumerate(pieces)]
     return ("".join(combination) for combination in itertools.product(*choices))
+
+
+def _count(pattern: str) -> int:
+    """How many names a pattern stands for, without making them."""
+    total = 1
+    for text in _RANGES.findall(pattern):
+        bounds = (part.partition("-") for part in text.split(","))
+        total *= sum(max(0, int(last or first) - int(first) + 1) for first, _, last in bounds)
+    return total
 
 
 def _parse_range(text: str) -> list[str]:

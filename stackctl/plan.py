@@ -151,6 +151,9 @@ _HARMLESS = {
     "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
 }  # fmt: skip
 
+NEWEST_PEFT = "0.21"
+"""Whose options of a LoRA were all looked at; a newer one may have more."""
+
 _REFUSED = {
     "use_dora": "is DoRA, whose effect is not a sum of deltas",
     "trainable_token_indices": "trains single token embeddings (trainable_token_indices)",
@@ -279,8 +282,9 @@ def _refusals(member: PlanMember) -> list[Problem]:
     problems += [
         Problem(
             "unknown_key",
-            f"{label} was saved by PEFT {config.get('peft_version', '?')} with '{key}', which is not known here",
-            "upgrade stackctl, or train it without that option",
+            f"{label} was saved by PEFT {str(config.get('peft_version', '?'))[:20]} with '{key[:60]}', which is not "
+            f"known here: the options of PEFT up to {NEWEST_PEFT} are",
+            "pip install --upgrade stackctl-lora, or train it without that option",
             label,
         )
         for key, value in config.items()

@@ -156,8 +156,12 @@ class Entries:
         """Hold the registry for writing. Readers need no lock: every file is replaced whole.
 
         What killed writers left is swept on the way.
+
+        Raises:
+            Usage: ``registry.yaml`` cannot be read: a change that ends with it would stop halfway.
         """
         with locked(self.root / ".lock", "the registry"):
+            self.settings()
             for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
                 files.sweep_staging(folder)
             yield

@@ -348,3 +348,9 @@ def test_configurations_as_peft_writes_them(tmp_path, change):
 def test_other_peft_types_are_read_and_said_to_be_other(tmp_path):
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "a", {"peft_type": "IA3", "target_modules": 5}))
     assert not checkpoint.is_lora
+
+
+def test_a_flag_that_is_no_flag_is_said(tmp_path):
+    folder = write_checkpoint(tmp_path / "odd", config=lora_config(use_rslora="F4"))
+    with pytest.raises(Incompatible, match="use_rslora"):
+        read_checkpoint(folder)

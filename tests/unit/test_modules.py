@@ -2,6 +2,7 @@
 
 import pytest
 
+from stackctl.errors import Usage
 from stackctl.modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
 from stackctl.schema import ModuleShape
 
@@ -134,3 +135,8 @@ def test_the_first_pattern_wins():
 def test_defaults_are_pefts():
     assert lora_rank({}, "q") == 8
     assert lora_scaling({}, "q") == 1.0
+
+
+def test_a_few_bytes_do_not_stand_for_more_modules_than_memory_holds():
+    with pytest.raises(Usage, match="more than 1,000,000 modules"):
+        expand_modules({"{0-99999999}.{0-99999999}": ModuleShape(type="Linear", shape=[1, 1])})

@@ -27,13 +27,9 @@ def test_they_match_what_re_matches(text, name):
     assert bool(pattern(text).match(name)) == (re.match(text, name) is not None)
 
 
-@pytest.mark.parametrize("hostile", [r"(\w+\.?)+(\w+\.?)+!", r"(a|a|\w|\.)*!", r"((\w|\.)+)+m"])
-def test_what_would_take_re_for_years_takes_no_time(hostile):
-    assert not pattern(hostile).fullmatch(f"{NAME}.and.more.of.it.to.go.through")
-
-
-def test_what_takes_any_program_for_years_is_refused():
-    long = pattern(r"(?:\w|\w\w|\.)*m$")
+@pytest.mark.parametrize("hostile", [r"(\w+\.?)+(\w+\.?)+!", r"(?:\w|\w\w|\.)*m$", r"((\w|\.)+)+!"])
+def test_what_would_take_years_is_refused(hostile):
+    long = pattern(hostile)
     with pytest.raises(Incompatible, match="takes for ever"):
         long.fullmatch(f"{NAME}.and.more.of.it.to.go.through" * 3)
     with pytest.raises(Incompatible, match="takes for ever"):  # and it is not given its time anew
@@ -44,5 +40,11 @@ def test_a_checkpoint_with_one_is_refused_at_add(run, tmp_path):
     make_registry(tmp_path / "registry", make_base())
     hostile = write_checkpoint(tmp_path / "hostile", config=lora_config(target_modules=r"(\w+\.?)+(\w+\.?)+!"))
     ran = run("add", "hostile", hostile, code=4)
-    assert "tensors for modules that it does not target" in ran.err
+    assert "takes for ever to match" in ran.err
     assert run("ls", "--json").json["adapters"] == []
+
+
+def test_an_expression_that_would_grow_beyond_memory_is_only_compiled(run, tmp_path):
+    make_registry(tmp_path / "registry", make_base())
+    large = write_checkpoint(tmp_path / "large", config=lora_config(target_modules="((a{1000}){1000}){1000}"))
+    run("add", "large", large, code=4)

@@ -728,3 +728,14 @@ def test_a_refused_adapter_is_refused_by_its_plan(registry, tmp_path):
     with pytest.raises(Incompatible) as caught:
         registry.plan(registry.resolve("dora")).check()
     assert "DoRA" in caught.value.message
+
+
+def test_nothing_is_changed_when_the_settings_cannot_be_read(run, tmp_path):
+    registry = make_registry(tmp_path / "registry", make_base())
+    register(registry, "style")
+    run("compose", "style", "--name", "both")
+    (registry.root / "registry.yaml").write_text("schema: [1\n")
+    before = {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
+    for arguments in (("rm", "both"), ("compose", "style", "--name", "again"), ("base", "rm", "tiny")):
+        run(*arguments, code=2)
+    assert {path: path.read_bytes() for path in registry.root.rglob("*.yaml")} == before

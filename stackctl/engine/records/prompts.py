@@ -41,6 +41,8 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     """
     if existing(path, "the file of prompts").is_dir():
         raise Usage(f"{path} is a folder, not a file of prompts", hint=_HINT)
+    if path.is_char_device() or path.is_block_device():  # some never end
+        raise Usage(f"{path} is a device, not a file of prompts", hint=_HINT)
     data = b"\n".join(lines_of(path, str(path)))
     if path.suffix.lower() not in (".jsonl", ".json"):
         lines = enumerate(data.decode().replace("\r\n", "\n").split("\n"), 1)
