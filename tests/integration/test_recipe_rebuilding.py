@@ -111,11 +111,11 @@ def test_removed_versions_and_stacks_are_made_again(project: Any, run: Any) -> N
     assert why(run) == {"both": "not composed yet"}
     run("rm", "chat")
     assert list(why(run)) == ["chat", "both"]
-    assert built(run) == ["chat@1", "both"]
+    assert built(run) == ["chat@2", "both"], "a number is never given twice"
     project(chat=f"{CHAT}, seed: 1")
-    assert built(run) == ["chat@2", "both"]
+    assert built(run) == ["chat@3", "both"]
     run("rm", "both")
-    run("rm", "chat@2")
+    run("rm", "chat@3")
     assert why(run)["chat"] == "other seed"
     project()
     assert list(why(run)) == ["both"]
