@@ -400,10 +400,14 @@ def _replacements(index: int, member: PlanMember) -> list[Replacement]:
 
 
 def _clashing_replacements(replacements: Sequence[Replacement], members: Sequence[PlanMember]) -> list[Problem]:
+    """Two members that bring the same parameter, or whole modules of their own, which nothing has seen together."""
     owners: dict[str, list[str]] = {}
+    savers = {r.member for r in replacements if members[r.member].checkpoint.config.get("modules_to_save")}
     for replacement in replacements:
         owners.setdefault(replacement.parameter, []).append(members[replacement.member].label)
     clashes = {parameter: labels for parameter, labels in owners.items() if len(labels) > 1}
+    if not clashes and len(savers) > 1:
+        clashes = {r.parameter: [members[r.member].label] for r in replacements if r.member in savers}
     if not clashes:
         return []
     labels = sorted({label for found in clashes.values() for label in found})

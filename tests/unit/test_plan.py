@@ -269,6 +269,11 @@ def test_whole_modules():
     two = plan_stack(BASE, [member("a@1", checkpoint=saving), member("b@1", checkpoint=saving)])
     assert codes(two, "error") == ["modules_to_save"]
     assert "a@1 and b@1" in two.problems[0].message
+    other = memory_checkpoint(
+        lora_config(modules_to_save=["embed_tokens"]), lora_tensors() | {f"{P}model.embed_tokens.weight": (32, HIDDEN)}
+    )
+    apart = plan_stack(BASE, [member("a@1", checkpoint=saving), member("b@1", checkpoint=other)])
+    assert codes(apart, "error") == ["modules_to_save"], "not even when they are different modules"
     assert codes(plan_stack(BASE, [member("a@1", 0.5, saving)])) == ["not_weighable"]
     assert not plan_stack(BASE, [member("a@1", 0.0, saving), member("b@1", 1.0, saving)]).problems
 
