@@ -72,6 +72,11 @@ class StepGuard(TrainerCallback):
         self._before = self._trainer.counters.seconds
         self._started = time.perf_counter()
 
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say whose order is wanted: where several ranks resume in mid-epoch, accelerate's skipping does not."""
+        if self._trainer.order:
+            self._trainer.order.set_epoch(int(state.epoch or 0))
+
     def _on_signal(self, number: int, _: object) -> None:
         if self._asked and not ranks.is_launched():  # a launcher passes on what the terminal has sent already
             raise KeyboardInterrupt

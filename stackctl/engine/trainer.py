@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
 _COUNTERS = "stackctl_counters.json"
+_WRAPPER = "_checkpoint_wrapped_module."
+"""What accelerate's activation checkpointing puts into the names of everything inside a layer."""
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:
@@ -116,6 +118,7 @@ class StackTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._run = run
+        self.order: WholeSteps | None = None
         self.held_out = held_out
         self._bfloat16 = bfloat16
         self.counters = counters
@@ -192,7 +195,8 @@ class StackTrainer(Trainer):
         if self.args.world_size == 1:
             return super()._get_train_sampler(train_dataset)
         places = self.args.per_device_train_batch_size * self.args.world_size
-        return WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
+        self.order = WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
+        return self.order
 
     # -- saves of an unfinished run -------------------------------------------------------------------------------
 
@@ -251,18 +255,13 @@ def _first_line(error: Exception) -> str:
 
 def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the adapter in training, by the names that they have in a checkpoint."""
-    return {name.replace(f".{ADAPTER}", ""): p for name, p in _trained(model)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name.replace(f".{ADAPTER}", "").replace(_WRAPPER, ""): p for name, p in trained.items()}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter in training by PEFT's own names; where it is sharded, every rank has to ask."""
-    return {name: whole(p.detach()) for name, p in _trained(model)}
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What learns, by its names in the bare model: accelerate's activation checkpointing puts a wrapper in between."""
-    found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in found]
+    """The adapter in training by its names in the model; where it is sharded, every rank has to ask."""
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
@@ -270,6 +269,9 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> No
     model.save_pretrained(
         folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
     )
+    if any(_WRAPPER in name for name in state):  # PEFT finds tensors by the wrapped names only, and writes those
+        tensors = load_file(folder / WEIGHTS)
+        save_file({name.replace(_WRAPPER, ""): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     config = folder / CONFIG
     settings = json.loads(config.read_text())
     if isinstance(settings.get("target_modules"), list):  # a set inside PEFT, and so in another order in each process

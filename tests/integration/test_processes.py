@@ -13,10 +13,10 @@ from oracle import distance, factors_of
 
 from stackctl import ranks
 
-# Seven records in steps of four: the last step of an epoch is short, and one of the two processes has nothing to do.
-RECORDS = [*CHAT, *CHAT[:2]]
-COMMON = ("--dtype", "float32", "--epochs", 50, "--learning-rate", 0.001, "--scheduler", "cosine")
-STEPS = 100  # enough of them that Ctrl-C comes in the middle
+# 197 records in steps of four: the last step of an epoch is short, and one of the two processes has nothing to do.
+RECORDS = [CHAT[i % len(CHAT)] for i in range(197)]
+COMMON = ("--dtype", "float32", "--epochs", 2, "--learning-rate", 0.001, "--scheduler", "cosine")
+STEPS, EPOCH = 100, 50
 ONE = (*COMMON, "--batch-size", 4, "--gradient-accumulation", 1)
 TWO = (*COMMON, "--batch-size", 2, "--num-processes", 2)
 
@@ -35,13 +35,13 @@ def test_two_processes_are_one_training(house: Any) -> None:
     watched = ("--eval-data", h.data(TEXTS, "held-out.jsonl"), "--eval-steps", 7)
     one = h.train("one", *ONE, *watched, on="style", records=RECORDS)
     assert one["steps"] == STEPS
-    h.at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    h.at_step(60, lambda: os.kill(os.getpid(), signal.SIGINT))
     error = h.train("two", *TWO, *watched, on="style", records=RECORDS, code=130)["error"]
     assert error["hint"].startswith("go on with: stackctl train --resume two --on style --data ")
     assert "--num-processes 2" in error["hint"]
     assert h.adapters() == {"style", "one"}
     [run] = h.run("ls", "--json").json["runs"]
-    assert 0 < run["step"] < STEPS
+    assert EPOCH < run["step"] < STEPS, "in the middle of the second epoch, whose order is not the first one's"
     other = h.train("two", *ONE, *watched, "--resume", on="style", records=RECORDS, code=2)["error"]["message"]
     assert "processes (2, now 1)" in other
     two = h.train("two", *TWO, *watched, "--resume", on="style", records=RECORDS)
