@@ -70,6 +70,11 @@ class Terminated(Interrupted):
     exit_code = 143
 
 
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, on one line; its type when it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def closest(word: str, candidates: list[str] | tuple[str, ...]) -> str | None:
     """The candidate nearest to a mistyped word, or None when none is near."""
     import difflib

@@ -31,7 +31,7 @@ from stackctl.bases import (
     fingerprint,
     read_base_tensors,
 )
-from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed, first_line
 from stackctl.modules import compact_modules
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
@@ -138,7 +138,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
         raise Incompatible(
-            f"{gguf} cannot be read as a causal language model ({_first_line(error)})",
+            f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",
             hint="give the model as a folder or a Hub id instead",
         ) from error
     # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
@@ -147,10 +147,6 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
@@ -201,7 +197,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Incompatible(
-            f"{folder} is not a causal language model that transformers knows ({_first_line(error)})",
+            f"{folder} is not a causal language model that transformers knows ({first_line(error)[:200]})",
             hint="models that need code of their own are not run",
         ) from error
 
@@ -226,6 +222,6 @@ def _chat_template(folder: Path) -> str | None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Incompatible(f"{folder} has no usable tokenizer ({_first_line(error)})") from error
+        raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error
     template = tokenizer.chat_template
     return template if isinstance(template, str) else None

@@ -135,4 +135,4 @@ def record_losses(model: torch.nn.Module, examples: Sequence[Example]) -> list[f
 
 def supervised_count(examples: Sequence[Example]) -> int:
     """How many tokens of some examples have a label that a model can predict."""
-    return sum(sum(label != -100 for label in example.labels[1:]) for example in examples)
+    return sum(example.supervised for example in examples)

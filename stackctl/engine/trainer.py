@@ -28,7 +28,7 @@ from stackctl.checkpoint import CONFIG, WEIGHTS
 from stackctl.engine.attention import SEGMENTS
 from stackctl.engine.group import WholeSteps, like, wait, whole
 from stackctl.engine.stepping import Counters, Progress, StepGuard
-from stackctl.errors import Failed
+from stackctl.errors import Failed, first_line
 from stackctl.jobs import RunFolder
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class StackTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system said
             files.remove_tree(save)
             raise Failed(
-                f"{save.name} could not be written: {_first_line(error)}",
+                f"{save.name} could not be written: {first_line(error)}",
                 hint="free some space; the same command with --resume goes on from the save before it",
             ) from error
 
@@ -249,19 +249,19 @@ class StackTrainer(Trainer):
             self.held_out.load(folder, self.args.process_index)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the adapter in training, by the names that they have in a checkpoint."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name.replace(f".{ADAPTER}", "").replace(_WRAPPER, ""): p for name, p in trained.items()}
+    return {name.replace(f".{ADAPTER}", "").replace(_WRAPPER, ""): p for name, p in trained_parameters(model)}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter in training by its names in the model; where it is sharded, every rank has to ask."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()) for name, p in trained_parameters(model)}
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What learns, with its names in the model as it is wrapped."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:

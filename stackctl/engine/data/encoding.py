@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
-from stackctl.engine.data.templates import TEMPLATE_ERRORS, Turns, reason
+from stackctl.engine.data.templates import TEMPLATE_ERRORS, Turns
 from stackctl.engine.data.tokenising import Tokenise
 from stackctl.engine.records import CompletionRecord, Record, RecordSet, RecordStream, TextRecord
-from stackctl.errors import Usage
+from stackctl.errors import Usage, first_line
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
@@ -114,7 +114,7 @@ def _kept(
             encoded.unsupervised.append(record.number)
         found += kept
     encoded.tokens += sum(len(example.input_ids) for example in found)
-    encoded.supervised_tokens += sum(len(example.labels) - example.labels.count(IGNORED) for example in found)
+    encoded.supervised_tokens += sum(example.supervised for example in found)
     return found
 
 
@@ -152,7 +152,7 @@ class _Layouts:
         except TEMPLATE_ERRORS as error:
             self.refused += 1
             if self.refused <= _SHOWN:
-                self._problems.append(f"{self._records.place(record.number)}: {reason(error)}")
+                self._problems.append(f"{self._records.place(record.number)}: {first_line(error)}")
             return []
         self._several += len(layouts) > 1
         self._irregular += not regular

@@ -19,6 +19,11 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def supervised(self) -> int:
+        """How many of its tokens have a label."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
 
 @dataclass
 class Encoded:

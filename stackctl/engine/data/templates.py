@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 
 from stackctl.engine.data.examples import Layout
 from stackctl.engine.records import ChatRecord, Message
-from stackctl.errors import Usage
+from stackctl.errors import Usage, first_line
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -67,7 +67,7 @@ class Turns:
             before, found, self.end = self.render([user, _SENTINEL_TURN]).partition(_SENTINEL)
             prompt = self.render([user], prompt=True)
         except TEMPLATE_ERRORS as error:
-            raise Usage(f"the chat template fails on a user and an assistant turn ({reason(error)})") from None
+            raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(error)})") from None
         if not found:
             raise Usage("the chat template does not render what the assistant says")
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
@@ -121,7 +121,3 @@ class Turns:
             if layout.ends:
                 layout.text = layout.text[: layout.spans[-1][1]]
         return layouts[::-1], regular
-
-
-def reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from stackctl import files
 from stackctl.engine.records.kinds import BadRecord, Unit
 from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
-from stackctl.errors import HubFailure, NotFound, Usage
+from stackctl.errors import HubFailure, NotFound, Usage, first_line
 
 KINDS_HINT = "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), text (.txt) or a Hub data set (org/name)"
 _ROWS = 1024
@@ -132,14 +132,12 @@ def open_hub(repo: str, split: str | None) -> Source:
             hint="check the name; a private or gated data set needs a token (hf auth login)",
         ) from None
     except (ValueError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Usage(
-            f"the Hub data set {label} cannot be read ({reason})", hint="name a split: org/name:split"
+            f"the Hub data set {label} cannot be read ({first_line(error)})", hint="name a split: org/name:split"
         ) from None
     except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HubFailure(
-            f"the Hub data set {label} could not be fetched ({reason})",
+            f"the Hub data set {label} could not be fetched ({first_line(error)})",
             hint="check the network; if a file was meant, it does not exist",
         ) from error
     known = [column for column in dataset.column_names if column in COLUMNS]

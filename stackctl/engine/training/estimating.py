@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from stackctl.engine.data import IGNORED
 from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.corpus import Corpus
 from stackctl.jobs import PreparedJob
@@ -39,7 +38,7 @@ def estimate_job(
     device = choose_device()
     lengths = corpus.rows.lengths()
     largest = [int(row) for row in lengths.argsort()[::-1][: job.batch_size]]
-    supervised = sum(len(e.labels) - e.labels.count(IGNORED) for row in largest for e in corpus.rows[row])
+    supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
     targets = expected_targets(
         {"target_modules": prepared.target_modules}, expand_modules(base.modules), base.output_embedding
     )

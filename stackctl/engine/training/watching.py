@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.stepping import Counters
-from stackctl.engine.trainer import StackTrainer
+from stackctl.engine.trainer import StackTrainer, trained_parameters
 from stackctl.errors import Failed
 from stackctl.schema import TrainJob
 
@@ -102,7 +102,9 @@ class HeldOut(TrainerCallback):
         self.looks.append({"step": step, "eval_loss": loss})
         self._say(f"step {step}: held-out loss {loss:.3f}")
         if self._keeps_best and self.best is self.looks[-1]:
-            self._best = {name: _local(p).detach().to("cpu", copy=True) for name, p in _trained(trainer.model)}
+            self._best = {
+                name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(trainer.model)
+            }
         return loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -118,7 +120,7 @@ class HeldOut(TrainerCallback):
     def use_kept(self, model: nn.Module) -> None:
         """Put the weights that are to be registered into the model."""
         with torch.no_grad():
-            for name, parameter in _trained(model) if self._best else ():
+            for name, parameter in trained_parameters(model) if self._best else ():
                 _local(parameter).copy_(self._best[name])
 
     def save(self, folder: Path, rank: int) -> None:
@@ -129,10 +131,6 @@ class HeldOut(TrainerCallback):
     def load(self, folder: Path, rank: int) -> None:
         file = folder / _BEST.format(rank=rank)
         self._best = load_file(file) if file.is_file() else {}
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _local(parameter: Tensor) -> Tensor:
