@@ -201,11 +201,14 @@ def write_tokens(path: Path, base: Path) -> None:
 
 
 def measure(found: dict[str, Callable[[], Measured]], runs: int) -> dict[str, list[Measured]]:
-    """Every candidate ``runs`` times, in turn."""
+    """Every candidate ``runs`` times, in turn; each figure is said on stderr as it comes, for this takes long."""
     results: dict[str, list[Measured]] = {name: [] for name in found}
-    for _ in range(runs):
+    for number in range(runs):
         for name, candidate in found.items():
-            results[name].append(candidate())
+            said, peak = candidate()
+            results[name].append((said, peak))
+            figures = f"{said['tokens_per_second']:.1f} tokens/s, {peak:.0f} MB"
+            print(f"run {number + 1}/{runs}: {name}: {figures}", file=sys.stderr, flush=True)
     return results
 
 
