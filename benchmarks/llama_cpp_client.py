@@ -32,7 +32,8 @@ from stackctl.checkpoint import read_checkpoint
 from stackctl.engine.bases import base_folder, make_base
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.plan import PlanMember, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, init_registry
 from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture
 

@@ -11,7 +11,8 @@ from stackctl.checkpoint import INFO, Checkpoint, describe_lora
 from stackctl.files import human_bytes
 from stackctl.methods import SUM
 from stackctl.names import format_weight
-from stackctl.plan import PlanMember, Problem, StackPlan, plan_stack
+from stackctl.plan import PlanMember, Problem, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Base
 

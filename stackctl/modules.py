@@ -177,3 +177,8 @@ def lora_scaling(config: Mapping[str, Any], name: str) -> float:
     rank = lora_rank(config, name)
     alpha = float(_pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def natural_order(name: str) -> list[tuple[bool, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(not part.isdigit(), part.zfill(20) if part.isdigit() else part) for part in name.split(".")]

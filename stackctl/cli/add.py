@@ -13,7 +13,8 @@ from stackctl import files
 from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint
 from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
 from stackctl.output import Result
-from stackctl.plan import PlanMember, plan_stack
+from stackctl.plan import PlanMember
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedStack, now
 from stackctl.schema import AdapterVersion, Base
 

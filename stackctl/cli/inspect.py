@@ -25,7 +25,8 @@ from stackctl.inspection import (
 )
 from stackctl.names import parse_expression
 from stackctl.output import Result
-from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.plan import PlanMember, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry import ResolvedStack
 from stackctl.serving import TITLES, serving_recipes
 from stackctl.targets import lint_for

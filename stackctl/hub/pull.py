@@ -22,7 +22,8 @@ from stackctl.hub.client import Hub, Say, open_hub
 from stackctl.hub.parts import Part, RepoReader
 from stackctl.hub.remote import Snapshot
 from stackctl.names import Reference, Term, format_term, parse_expression, parse_name, parse_reference, parse_stack_name
-from stackctl.plan import PlanMember, plan_stack
+from stackctl.plan import PlanMember
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedMember, now
 from stackctl.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
 

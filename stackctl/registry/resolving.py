@@ -22,7 +22,8 @@ from stackctl.errors import (
 )
 from stackctl.methods import SUM
 from stackctl.names import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
-from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.plan import PlanMember, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry.entries import Entries
 from stackctl.schema import (
     Adapter,

@@ -29,7 +29,8 @@ from stackctl.engine.export import gguf as engine
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.methods import check_method
-from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.plan import PlanMember, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, init_registry
 from stackctl.schema import MethodOptions
 from stackctl.targets import GGUF_ARCHITECTURES

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from stackctl.checkpoint import read_checkpoint
 from stackctl.modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
-from stackctl.plan import PlanMember, plan_stack
+from stackctl.plan import PlanMember
+from stackctl.planning import plan_stack
 from stackctl.schema import Base, ModuleShape
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 32}
@@ -316,7 +317,7 @@ def test_experts_of_transformers_5_are_refused(config, tmp_path):
 
 def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):
     """A newer PEFT adds keys: what is off must stay silent, and every key of today must be known."""
-    from stackctl.plan import _HARMLESS, _REFUSED
+    from stackctl.refusals import _HARMLESS, _REFUSED
 
     inject("llama", {"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
     assert set(read_checkpoint(tmp_path).config) <= _HARMLESS | set(_REFUSED)

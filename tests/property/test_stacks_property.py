@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 
 from stackctl.checkpoint import describe_lora, read_checkpoint, read_header
 from stackctl.engine.export.peft import export_peft
-from stackctl.plan import PlanMember, StackPlan, plan_stack
+from stackctl.plan import PlanMember, StackPlan
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry
 from stackctl.schema import AdapterVersion
 

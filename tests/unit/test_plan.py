@@ -14,7 +14,7 @@ from checkpoints import (
 )
 
 from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.plan import plan_stack
+from stackctl.planning import plan_stack
 
 BASE = make_base()
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,7 @@ from shelf import fails, shelf  # noqa: F401
 
 from stackctl.bases import converted_folder
 from stackctl.cli import make_app
-from stackctl.plan import plan_stack
+from stackctl.planning import plan_stack
 from stackctl.registry import ResolvedStack
 from stackctl.serving import TITLES, serving_recipes
 from stackctl.targets import TARGETS, VLLM_RANKS

@@ -5,7 +5,7 @@ import pytest
 from checkpoints import attention, base_modules, lora_config, lora_tensors, make_base, member, memory_checkpoint
 
 from stackctl.errors import Usage
-from stackctl.plan import plan_stack
+from stackctl.planning import plan_stack
 from stackctl.schema import MethodOptions, ModuleShape
 from stackctl.targets import GGUF_ARCHITECTURES, TARGETS, VLLM_RANKS, lint_for
 

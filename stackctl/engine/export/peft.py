@@ -12,7 +12,8 @@ from stackctl.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpo
 from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.errors import Incompatible, VerificationFailed
 from stackctl.methods import SUM
-from stackctl.plan import ModulePlan, PlanMember, StackPlan, plan_stack
+from stackctl.plan import ModulePlan, PlanMember, StackPlan
+from stackctl.planning import plan_stack
 
 _PREFIX = "base_model.model."
 

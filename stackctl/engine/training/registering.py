@@ -22,7 +22,8 @@ from stackctl.engine.trainer import save_adapter
 from stackctl.engine.training.corpus import Corpus
 from stackctl.errors import VerificationFailed
 from stackctl.jobs import PreparedJob
-from stackctl.plan import PlanMember, plan_stack
+from stackctl.plan import PlanMember
+from stackctl.planning import plan_stack
 from stackctl.registry import Registry, now
 from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
 
