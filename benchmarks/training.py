@@ -1,4 +1,6 @@
-"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads and TRL's SFTTrainer, on uneven chats.
+"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads and TRL's SFTTrainer.
+
+There are two tables: chats of very uneven lengths, and short chats, where padding to 1,024 costs most.
 
 Every candidate is a command that trains the same adapter once over the same records in float32 and prints its real
 tokens a second, by its own loop's time. They run in turn, A B C A B C; what is shown are medians and their ratios. That
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH, RANK = 8, 16
 DEPTHS = (0, 1, 2, 4)
 LEARNING_RATE = 2e-4
+STACKCTL = "stackctl, {} frozen adapters"
 PEFT, PEFT_1024 = "PEFT loop, padded to the longest", "PEFT loop, padded to 1,024 (one step)"
+UNEVEN, SHORT = "uneven chats", "short chats"
+WORDS = {UNEVEN: 85, SHORT: 15}
+"""Median of the words in an answer."""
 AGREEMENT = 0.02
 """Largest relative distance between losses of candidates that saw the same records in another order."""
 
@@ -51,7 +57,13 @@ class Bench:
     def registry(self) -> Path:
         return self.folder / "registry"
 
+    def with_data(self, kind: str) -> Bench:
+        data, heldout = data_files(self.folder, kind)
+        return replace(self, data=data, heldout=heldout)
 
+
+Candidate = tuple[str, str]
+"""The table in which something stands, and its name there."""
 Measured = tuple[dict[str, Any], float]
 """What a candidate printed (tokens, supervised_tokens, tokens_per_second, loss, eval_loss), and its peak megabytes."""
 
@@ -79,22 +91,29 @@ def main(options: Sequence[str] = ()) -> None:
         bench = prepare(Path(folder), asked.steps, trl)
         found = candidates(bench)
         if asked.only:
-            found = {name: run for name, run in found.items() if any(part in name for part in asked.only)}
+            found = {key: run for key, run in found.items() if any(part in ": ".join(key) for part in asked.only)}
         results = measure(found, asked.runs)
-    show(results)
-    check_agreement(results)
+    for table in WORDS:
+        rows = {name: measured for (where, name), measured in results.items() if where == table}
+        if rows:
+            show(table, rows)
+            check_agreement(rows)
 
 
-def candidates(bench: Bench) -> dict[str, Callable[[], Measured]]:
-    """Every way to train, by the name that the table shows."""
-    found: dict[str, Callable[[], Measured]] = {
-        f"stackctl, {depth} frozen adapters": lambda depth=depth: stackctl(bench, depth) for depth in DEPTHS
+def candidates(bench: Bench) -> dict[Candidate, Callable[[], Measured]]:
+    """Every way to train, by the table and the name that it shows."""
+    found: dict[Candidate, Callable[[], Measured]] = {
+        (UNEVEN, STACKCTL.format(depth)): lambda depth=depth: stackctl(bench, depth) for depth in DEPTHS
     }
-    found[PEFT] = lambda: peft_loop(bench, "longest", bench.steps, BATCH)
-    found[PEFT_1024] = lambda: peft_loop(bench, "1024", 1, 2)
+    found[UNEVEN, PEFT] = lambda: peft_loop(bench, "longest", bench.steps, BATCH)
+    found[UNEVEN, PEFT_1024] = lambda: peft_loop(bench, "1024", 1, 2)
     if python := bench.trl:
         for layout in ("packing", "padding-free"):
-            found[f"TRL SFTTrainer, {layout}"] = lambda layout=layout: trl_loop(bench, python, layout)
+            found[UNEVEN, f"TRL SFTTrainer, {layout}"] = lambda layout=layout: trl_loop(bench, python, layout)
+    short = bench.with_data(SHORT)
+    found[SHORT, STACKCTL.format(0)] = lambda: stackctl(short, 0)
+    found[SHORT, PEFT] = lambda: peft_loop(short, "longest", short.steps, BATCH)
+    found[SHORT, PEFT_1024] = lambda: peft_loop(short, "1024", 1, 2)
     return found
 
 
@@ -139,12 +158,19 @@ def prepare(folder: Path, steps: int, trl: Path | None) -> Bench:
     _frozen_adapters(base, folder)
     for number in range(max(DEPTHS)):
         _call(registry, "add", f"frozen-{number}", str(folder / f"frozen-{number}"))
-    data, heldout = folder / "chats.jsonl", folder / "heldout.jsonl"
-    write_chats(data, steps * BATCH, seed=0)
-    write_chats(heldout, 8, seed=1)
-    for path in (data, heldout):
-        write_tokens(path, base)
-    return Bench(folder, base, data, heldout, steps, trl)
+    for kind, words in WORDS.items():
+        data, heldout = data_files(folder, kind)
+        write_chats(data, steps * BATCH, words, seed=0)
+        write_chats(heldout, 8, words, seed=1)
+        for path in (data, heldout):
+            write_tokens(path, base)
+    return Bench(folder, base, *data_files(folder, UNEVEN), steps, trl)
+
+
+def data_files(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Records to train on, and those held out."""
+    name = kind.replace(" ", "-")
+    return folder / f"{name}.jsonl", folder / f"{name}-heldout.jsonl"
 
 
 def _call(registry: Path, *arguments: str) -> str:
@@ -168,10 +194,11 @@ def _frozen_adapters(base: Path, folder: Path) -> None:
         model.save_pretrained(folder / f"frozen-{number}")
 
 
-def write_chats(path: Path, count: int, *, seed: int) -> None:
+def write_chats(path: Path, count: int, median: int, *, seed: int) -> None:
     """Chats of one question each, whose answers are as uneven in length as those people collect.
 
-    Lengths are log-normal with a median of about 120 tokens; one in twenty has more than 600, the longest under 1,024.
+    The words of an answer are log-normal with ``median``. At 85, one record in twenty has more than 600 tokens; the
+    longest stays under 1,024.
     """
     texts = [json.loads(line)["text"] for line in (EXAMPLES / "style.jsonl").read_text().splitlines()]
     chats = [json.loads(line)["messages"] for line in (EXAMPLES / "instruct.jsonl").read_text().splitlines()]
@@ -179,7 +206,7 @@ def write_chats(path: Path, count: int, *, seed: int) -> None:
     generator = random.Random(seed)
     lines = []
     for _ in range(count):
-        wanted = min(int(math.exp(generator.gauss(math.log(85), 1.0))), 700)
+        wanted = min(int(math.exp(generator.gauss(math.log(median), 1.0))), 700)
         start = generator.randrange(len(words) - wanted)
         question = generator.choice(chats)[0]["content"]
         answer = " ".join(words[start : start + max(wanted, 5)])
@@ -200,25 +227,25 @@ def write_tokens(path: Path, base: Path) -> None:
     path.with_suffix(".tokens").write_text("".join(lines))
 
 
-def measure(found: dict[str, Callable[[], Measured]], runs: int) -> dict[str, list[Measured]]:
+def measure(found: dict[Candidate, Callable[[], Measured]], runs: int) -> dict[Candidate, list[Measured]]:
     """Every candidate ``runs`` times, in turn; each figure is said on stderr as it comes, for this takes long."""
-    results: dict[str, list[Measured]] = {name: [] for name in found}
+    results: dict[Candidate, list[Measured]] = {key: [] for key in found}
     for number in range(runs):
-        for name, candidate in found.items():
+        for key, candidate in found.items():
             said, peak = candidate()
-            results[name].append((said, peak))
+            results[key].append((said, peak))
             figures = f"{said['tokens_per_second']:.1f} tokens/s, {peak:.0f} MB"
-            print(f"run {number + 1}/{runs}: {name}: {figures}", file=sys.stderr, flush=True)
+            print(f"run {number + 1}/{runs}: {': '.join(key)}: {figures}", file=sys.stderr, flush=True)
     return results
 
 
-def show(results: dict[str, list[Measured]]) -> None:
+def show(title: str, results: dict[str, list[Measured]]) -> None:
     """A table of real tokens a second, their ratio to the first row, peaks and held-out loss."""
     speeds = {
         name: statistics.median(said["tokens_per_second"] for said, _ in measured) for name, measured in results.items()
     }
     first = next(iter(speeds.values()))
-    print(f"{'':40}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'supervised':>12}{'loss':>8}{'held-out':>10}")
+    print(f"{title:40}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'supervised':>12}{'loss':>8}{'held-out':>10}")
     for name, measured in results.items():
         peak = max(peak for _, peak in measured)
         said = measured[-1][0]
