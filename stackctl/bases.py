@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.checkpoint import TensorInfo, read_header
+from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, Usage
-from stackctl.files import existing, read_bounded, sha256_file
+from stackctl.files import existing, read_bounded
 from stackctl.locks import locked
 from stackctl.schema import Base
 
@@ -179,4 +180,7 @@ def base_gguf(base: Base, root: Path) -> Path | None:
 
 def converted_folder(gguf: Path) -> Path:
     """Where the cache keeps what a GGUF file was converted to, whether it is there or not."""
-    return cache_root() / "bases" / f"gguf-{sha256_file(gguf).removeprefix('sha256:')[:24]}"
+    digests = DigestCache(cache_root())
+    digest = digests.sha256(gguf)
+    digests.save()
+    return cache_root() / "bases" / f"gguf-{digest.removeprefix('sha256:')[:24]}"

@@ -71,8 +71,8 @@ class Chat:
 
     # -- talking --------------------------------------------------------------------------------------------------
 
-    def ask(self, line: str) -> None:
-        """A message and its answer, as far as it comes: one that Ctrl-C stops stays as it is."""
+    def ask(self, line: str) -> str:
+        """A message and its answer, as far as it comes: one that Ctrl-C stops stays as it is. Returns the answer."""
         self.messages.append({"role": "user", "content": line})
         heard: list[str] = []
         try:
@@ -86,6 +86,7 @@ class Chat:
                 self.messages.pop()
         if not text:
             self.output.status("no answer came, and the question is forgotten")
+        return text
 
     def _answer(self, line: str, heard: list[str]) -> None:
         from stackctl.engine.generation import fit_conversation, generate_reply
@@ -190,15 +191,16 @@ class Chat:
         self.output.status("the last question and its answer are forgotten")
 
     def retry(self, _: str) -> None:
-        if self.sampling.greedy:
-            self.output.note("without a --temperature the answer is the same")
-        self.ask(self._take_back())
+        question, before = self._take_back()
+        if self.ask(question) == before and self.sampling.greedy:
+            self.output.note("the answer is the same: without a --temperature the likeliest text is taken")
 
-    def _take_back(self) -> str:
+    def _take_back(self) -> tuple[str, str]:
+        """The last question and its answer, which are forgotten."""
         if not self.messages:
             raise Usage("nothing was said yet", hint="type a message")
-        self.messages.pop()
-        return self.messages.pop()["content"]
+        answer, question = self.messages.pop(), self.messages.pop()
+        return question["content"], answer["content"]
 
     def help(self, _: str) -> None:
         lines = {f"{name} {command.argument}": command.what for name, command in _COMMANDS.items()}

@@ -14,6 +14,7 @@ from terminal import Terminal
 
 LENGTH = 12
 OPTIONS = ["--max-new-tokens", LENGTH]
+SAME = "the answer is the same"
 COMMANDS = ("/use", "/system", "/retry", "/undo", "/reset", "/save", "/help", "/exit")
 
 
@@ -93,9 +94,15 @@ def test_a_conversation(h: Any, chat: Any, tmp_path: Path) -> None:
     type_line("/system")
     type_line("/undo")
     type_line("Hi")
-    type_line("/retry")
+    assert SAME in type_line("/retry")
     type_line("/save three.jsonl")
     assert records(tmp_path / "three.jsonl") == [hi], "back on style, it is style again"
+    other = answer(h, "instruct", [user("Hi")])
+    assert other != hi[1]["content"]
+    type_line("/use instruct")
+    assert SAME not in type_line("/retry"), "another stack answers otherwise"
+    type_line("/save four.jsonl")
+    assert records(tmp_path / "four.jsonl") == [[user("Hi"), said(other)]]
     t.type("/exit\r")
     assert t.wait() == 0
     h.train("third", "--max-steps", 1, on="style", records=[{"messages": m} for m in records(tmp_path / "one.jsonl")])
