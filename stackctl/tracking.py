@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.errors import StackctlError, Usage, did_you_mean, raise_all
+from stackctl.optional import check_installed
 from stackctl.registry import Registry
 from stackctl.schema import TrainJob
 
@@ -46,19 +46,13 @@ def check_trackers(job: TrainJob) -> None:
     Raises:
         Usage, Incompatible: a name is not known, or its package is not installed; all at once.
     """
-    problems: list[StackctlError] = [
-        Incompatible(
-            f"--report-to {name} needs the package '{name}', which is not installed", hint=f"pip install {name}"
-        )
-        for name in parse_trackers(job.report_to)
-        if not _is_installed(name)
-    ]
+    problems: list[StackctlError] = []
+    for name in parse_trackers(job.report_to):
+        try:
+            check_installed(name)
+        except StackctlError as error:
+            problems.append(error)
     raise_all(problems)
-
-
-def _is_installed(name: str) -> bool:
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # wandb leaves a folder of its own name behind
 
 
 def log_folder(registry: Registry, name: str) -> Path:

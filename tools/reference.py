@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stackctl.cli.help_page import first_paragraph, option_choices, option_default, usage
+
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 _HEAD = """# The commands
 
@@ -34,35 +36,24 @@ def render() -> str:
 
 
 def _section(name: str, command: Any) -> str:
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name not in _COMMON]
-    usage = " ".join(["stackctl", name, *(_argument(a) for a in arguments), *(["[OPTIONS]"] if options else [])])
-    lines = [f"## {name}\n", command.help.split("\n\n")[0].replace("\n", " "), f"\n```\n{usage}\n```\n"]
+    lines = [f"## {name}\n", first_paragraph(command.help), f"\n```\n{usage(command, f'stackctl {name}')}\n```\n"]
     if options:
         lines += ["| option | meaning | default |", "| --- | --- | --- |"]
-        lines += [f"| {_names(o)} | {_cell(o.help or '')} | {_default(o)} |" for o in options]
+        lines += [f"| {_names(o)} | {_meaning(o)} | {option_default(o)} |" for o in options]
         lines.append("")
-    if command.epilog:
-        lines.append(f"Example: `{command.epilog}`\n")
+    examples = (command.epilog or "").splitlines()
+    lines.append(f"Example{'s' if len(examples) > 1 else ''}:\n\n```\n" + "\n".join(examples) + "\n```\n")
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _argument(argument: Any) -> str:
-    name = argument.metavar or argument.name.upper()
-    return name if argument.required or name.startswith("[") else f"[{name}]"
+def _meaning(option: Any) -> str:
+    choices = option_choices(option)
+    return f"{option.help or ''}{' [' + ', '.join(choices) + ']' if choices else ''}".replace("|", "\\|")
 
 
 def _names(option: Any) -> str:
     return " ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-
-
-def _default(option: Any) -> str:
-    shown = option.show_default if isinstance(option.show_default, str) else option.default
-    return "" if shown in (None, False, "", ()) or callable(shown) else str(shown)
 
 
 def main() -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stackctl.cli.common import Current, Group
+from stackctl.cli.help_page import WIDTH, option_choices
+from stackctl.errors import Usage, did_you_mean
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
@@ -28,7 +31,7 @@ def make_app(command: str | None = None) -> typer.Typer:
         epilog="stackctl demo",
         invoke_without_command=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
     )
 
     @app.callback()
@@ -55,7 +58,7 @@ def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
     import os
 
-    from stackctl.errors import Interrupted, StackctlError, Usage
+    from stackctl.errors import Interrupted, StackctlError
     from stackctl.output import track_stderr
     from stackctl.ranks import make_output
 
@@ -94,7 +97,7 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, typer.TyperException):
-            Current.output.error(Usage(error.format_message().rstrip("."), hint=_usage_hint(error)))
+            Current.output.error(_usage_error(error))
             code = Usage.exit_code
         else:
             Current.output.error(
@@ -104,6 +107,17 @@ def main() -> None:
     sys.exit(code)
 
 
-def _usage_hint(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path} --help" if context else "stackctl --help"
+def _usage_error(error: Any) -> Usage:
+    """What typer says of a command line, in the voice of all other errors."""
+    message = error.format_message().rstrip(".")
+    context: Any = getattr(error, "ctx", None)
+    hint = f"{context.command_path} --help" if context else "stackctl --help"
+    if hasattr(error, "possibilities"):  # an option that there is not
+        names = [name for p in context.command.get_params(context) for name in (*p.opts, *p.secondary_opts)]
+        message, hint = f"there is no option {error.option_name}", did_you_mean(error.option_name, names, hint)
+        if hasattr(context.command, "commands"):
+            hint = f"options come after the command: {context.command_path} COMMAND {error.option_name}"
+    elif (parameter := getattr(error, "param", None)) and (choices := option_choices(parameter)):
+        typed = re.match("'([^']*)' is not one of", str(error.message))
+        hint = did_you_mean(typed[1], choices, hint) if typed else hint
+    return Usage(message[:1].lower() + message[1:], hint=hint)

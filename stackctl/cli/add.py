@@ -22,9 +22,13 @@ from stackctl.schema import AdapterVersion, Base
 _COPIED = {".safetensors", ".json", ".jinja", ".jsonl", ".model", ".txt", ".md"}
 _TRAINER_STATE = {"trainer_state.json", "stackctl_counters.json"}
 
+_EXAMPLES = """\
+stackctl add instruct ./output/stage2/instruct --on style
+stackctl add style ./output/checkpoint-531 --base qwen3"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "add", example="stackctl add style ./output/checkpoint-531 --base qwen3", panel=HOUSE)
+    @command(app, "add", example=_EXAMPLES, panel=HOUSE)
     def add(
         context: Context,
         name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],

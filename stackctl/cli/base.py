@@ -11,6 +11,11 @@ from stackctl.output import Result
 from stackctl.registry import Registry
 from stackctl.schema import Base
 
+_EXAMPLES = """\
+stackctl base add smollm2
+stackctl base add mine ./models/mine
+stackctl base add qwen3 Qwen/Qwen3-8B-Base --revision main"""
+
 
 def base_json(base: Base, registry: Registry) -> dict[str, Any]:
     """A base as ``base ls`` and ``ls`` show it."""
@@ -31,7 +36,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(cls=Group, help="Base models: add, ls, rm.", epilog="stackctl base add smollm2")
     app.add_typer(group, name="base", rich_help_panel=HOUSE)
 
-    @command(group, "add", example="stackctl base add qwen3 Qwen/Qwen3-8B-Base")
+    @command(group, "add", example=_EXAMPLES)
     def add(
         context: Context,
         name: Annotated[str, typer.Argument(help="What the base is called here.", show_default=False)],

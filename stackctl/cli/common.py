@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
 
+from stackctl.cli.help_page import COMMON, HelpPage
+from stackctl.errors import Usage, did_you_mean
 from stackctl.output import Output, Result
 from stackctl.ranks import make_output
 from stackctl.registry import Registry
@@ -22,6 +24,8 @@ KNOW = "To know"
 SHARE = "To share"
 HOUSE = "The registry"
 """The panels of ``stackctl --help``, in the order of a user's work."""
+MACHINE = "The machine"
+"""The options that say where and how precisely to compute."""
 
 _COMMON: dict[str, tuple[Any, Any]] = {
     "registry": (
@@ -29,22 +33,22 @@ _COMMON: dict[str, tuple[Any, Any]] = {
             Path | None,
             typer.Option(
                 help="The registry to use; else STACKCTL_REGISTRY, else the nearest one upward.",
-                rich_help_panel="Common",
+                rich_help_panel=COMMON,
                 metavar="DIR",
             ),
         ],
         None,
     ),
     "json_mode": (
-        Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Common")],
+        Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)],
         False,
     ),
     "quiet": (
-        Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential name.", rich_help_panel="Common")],
+        Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential name.", rich_help_panel=COMMON)],
         False,
     ),
     "debug": (
-        Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Common")],
+        Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)],
         False,
     ),
 }
@@ -69,36 +73,35 @@ class Current:
     output = Output()
 
 
-class _EndsWithExample:
-    """Help whose last line is the example as one types it: typer's own would indent it and break it at the margin."""
-
-    epilog: str | None
-
-    def format_help(self, context: Any, formatter: Any) -> None:
-        import typer.rich_utils
-
-        if os.environ.get("NO_COLOR"):
-            typer.rich_utils.COLOR_SYSTEM = None
-        example, self.epilog = self.epilog, None
-        try:
-            super().format_help(context, formatter)  # type: ignore[misc]
-        finally:
-            self.epilog = example
-        Current.output.text(f"\n{example}")  # whoever asked for help adds the line's end
-
-
-class Command(_EndsWithExample, TyperCommand):
+class Command(HelpPage, TyperCommand):
     """A command of stackctl."""
 
 
-class Group(_EndsWithExample, TyperGroup):
+class Group(HelpPage, TyperGroup):
     """A group of commands: stackctl itself, and ``stackctl base``."""
+
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        """The command that was typed.
+
+        Raises:
+            Usage: there is none of that name.
+        """
+        name = arguments[0]
+        if name not in self.commands and not name.startswith("-") and not context.resilient_parsing:
+            shown = [known for known, inner in self.commands.items() if not inner.hidden]
+            raise Usage(
+                f"there is no command '{name}'", hint=did_you_mean(name, shown, f"{context.command_path} --help")
+            )
+        return super().resolve_command(context, arguments)
 
 
 def command(
     app: typer.Typer, name: str, *, example: str, panel: str | None = None, hidden: bool = False
 ) -> Callable[[Callable[..., Result | None]], Callable[..., None]]:
-    """Register a function as a command: it gets a :class:`Context` first, and the common options are added to it."""
+    """Register a function as a command: it gets a :class:`Context` first, and the common options are added to it.
+
+    ``example`` is what the help ends with: one or more lines as one types them, each beginning with ``stackctl``.
+    """
 
     def register(function: Callable[..., Result | None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -118,12 +121,22 @@ def command(
             for key, (annotation, default) in _COMMON.items()
         ]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, p.annotation)) for p in own]
+        for parameter in own:
+            _name_in_capitals(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
         return run
 
     return register
+
+
+def _name_in_capitals(parameter: inspect.Parameter) -> None:
+    """What an argument is called in the help and in errors: ``NAME``, or ``[NAME]`` when it may be left out."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, ArgumentInfo) and info.metavar is None:
+            name = parameter.name.upper()
+            info.metavar = name if parameter.default is inspect.Parameter.empty else f"[{name}]"
 
 
 # -- arguments that several commands have, with their completion ----------------------------------------------------

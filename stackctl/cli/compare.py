@@ -24,7 +24,7 @@ from stackctl.cli.prompting import (
     TOP_K,
     TOP_P,
     answer_json,
-    check_choices,
+    check_finite,
     check_sampling,
     read_prompts,
 )  # fmt: skip
@@ -72,7 +72,7 @@ def register(app: typer.Typer) -> None:
         asked = read_prompts(prompt, prompts)
         if asked is None:
             raise Usage("no prompt was given", hint='stackctl compare base style -p "Tell me of rain."')
-        check_choices(dtype, device, temperature, top_p, min_p, repetition_penalty)
+        check_finite(temperature, top_p, min_p, repetition_penalty)
         stacks = resolve_all(context.registry, what, base)
         from stackctl.engine.generation import Sampling
 

@@ -17,9 +17,15 @@ from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import MethodOptions
 
+_METHOD = "The method"
+_EXAMPLES = """\
+stackctl compose style:0.7+instruct@2
+stackctl compose style+instruct+tone --method ties --density 0.3
+stackctl compose style+instruct --name storyteller"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "compose", example="stackctl compose style+instruct --name storyteller", panel=PATH)
+    @command(app, "compose", example=_EXAMPLES, panel=PATH)
     def compose(
         context: Context,
         expression: Annotated[
@@ -34,19 +40,25 @@ def register(app: typer.Typer) -> None:
         name: Annotated[str | None, typer.Option(help="What to call it; else its names joined by '+'.")] = None,
         method: Annotated[
             str,
-            typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel="Method", autocompletion=lambda: list(METHODS)),
+            typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel=_METHOD, autocompletion=lambda: list(METHODS)),
         ] = SUM,
         rank: Annotated[
             str | None,
-            typer.Option(help="Of svd: the rank to keep, or auto with --tolerance.", rich_help_panel="Method"),
+            typer.Option(
+                help="Of all but sum: the rank to cut to; of svd also auto, with --tolerance.", rich_help_panel=_METHOD
+            ),
         ] = None,
         tolerance: Annotated[
-            float | None, typer.Option(help="Of svd --rank auto: the relative error allowed.", rich_help_panel="Method")
+            float | None, typer.Option(help="Of svd --rank auto: the relative error allowed.", rich_help_panel=_METHOD)
         ] = None,
         density: Annotated[
-            float | None, typer.Option(help="Share of entries that are kept; 0.5.", rich_help_panel="Method")
+            float | None,
+            typer.Option(
+                help="Of ties, dare and magnitude_prune: the share of entries that are kept; 0.5.",
+                rich_help_panel=_METHOD,
+            ),
         ] = None,
-        seed: Annotated[int | None, typer.Option(help="Of the random methods; 0.", rich_help_panel="Method")] = None,
+        seed: Annotated[int | None, typer.Option(help="Of the random methods; 0.", rich_help_panel=_METHOD)] = None,
         base: BaseOption = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show it; write nothing.")] = False,
     ) -> Result:

@@ -13,6 +13,7 @@ from stackctl.cli.common import KNOW, Context, command
 from stackctl.errors import StackctlError
 from stackctl.files import human_bytes
 from stackctl.memory import Precision
+from stackctl.optional import PACKAGES
 from stackctl.output import Result
 from stackctl.sizes import RANK, SIZES, TOKENS, needs
 
@@ -38,7 +39,7 @@ def register(app: typer.Typer) -> None:
             "cores": machine.cores(),
             "devices": devices,
             "packages": packages,
-            "optional": {name: machine.installed(name) for name in machine.OPTIONAL},
+            "optional": {name: machine.installed(name) for name in PACKAGES},
             "disk": disks,
             "registry": _registry(context, problems),
             "hub": _hub(),
@@ -114,7 +115,7 @@ def _screen(data: dict[str, Any]) -> Any:
     rows += [["device", _device(device)] for device in data["devices"]]
     shown = ("torch", "transformers", "peft", "accelerate", "huggingface-hub")
     rows += [[name, data["packages"].get(name) or "missing"] for name in shown]
-    rows += [[name, version or machine.OPTIONAL[name]] for name, version in data["optional"].items()]
+    rows += [[name, version or _wanted(name)] for name, version in data["optional"].items()]
     rows += [[f"disk, {name}", f"{human_bytes(d['free'])} free in {d['path']}"] for name, d in data["disk"].items()]
     rows.append(["registry", _counted(data["registry"])])
     hub = data["hub"]
@@ -125,6 +126,11 @@ def _screen(data: dict[str, Any]) -> Any:
         parts.append(_sizes_table(data["sizes"]))
     parts += [f"{p['what']}: {p['message']}; {p['hint']}" for p in data["problems"]]
     return Group(*parts)
+
+
+def _wanted(name: str) -> str:
+    package = PACKAGES[name]
+    return f"{package.use} needs it: {package.install}"
 
 
 def _device(device: dict[str, Any]) -> str:

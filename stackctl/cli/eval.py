@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
-from stackctl.cli.prompting import DEVICE, DTYPE, check_choices
+from stackctl.cli.prompting import DEVICE, DTYPE
 from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
@@ -53,7 +53,6 @@ def register(app: typer.Typer) -> None:
         device: DEVICE = "auto",
     ) -> Result:
         """Loss, perplexity and accuracy on the supervised tokens of some records, a row for each stack."""
-        check_choices(dtype, device)
         if not data:
             raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
         asked = what or [context.registry.current()]

@@ -20,9 +20,14 @@ _DTYPES = {
 }
 """What each format can be written in; the first one is its default."""
 
+_EXAMPLES = """\
+stackctl export storyteller --format gguf --out storyteller-gguf
+stackctl export storyteller --format model --dtype bfloat16 --out storyteller-model
+stackctl export storyteller --format peft --out storyteller-peft"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "export", example="stackctl export storyteller --format peft --out storyteller-peft", panel=SHARE)
+    @command(app, "export", example=_EXAMPLES, panel=SHARE)
     def export(
         context: Context,
         what: What = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl import files
-from stackctl.cli.common import PATH, BaseOption, Context, What, command
+from stackctl.cli.common import MACHINE, PATH, BaseOption, Context, What, command
 from stackctl.cli.progress import counting
 from stackctl.cli.prompting import (
     BATCH,
@@ -29,7 +29,7 @@ from stackctl.cli.prompting import (
     TOP_K,
     TOP_P,
     answer_json,
-    check_choices,
+    check_finite,
     check_sampling,
     read_prompts,
     say_what_rounding_costs,
@@ -42,9 +42,15 @@ if TYPE_CHECKING:
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
 
+_EXAMPLES = """\
+stackctl generate storyteller
+stackctl generate style:0.5 -p "Tell me of rain." --temperature 0.8 --seed 1
+stackctl generate base --prompts prompts.txt --output answers.jsonl
+stackctl generate storyteller -p "Tell me about the sea.\""""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "generate", example='stackctl generate storyteller -p "Tell me about the sea."', panel=PATH)
+    @command(app, "generate", example=_EXAMPLES, panel=PATH)
     def generate(
         context: Context,
         what: What = None,
@@ -72,7 +78,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 "--live",
                 help="Keep the stack beside the base as one LoRA, slower, instead of folding it in.",
-                rich_help_panel="Generation",
+                rich_help_panel=MACHINE,
             ),
         ] = False,
         base: BaseOption = None,
@@ -83,7 +89,7 @@ def register(app: typer.Typer) -> None:
         registry, output = context.registry, context.output
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()
-        check_choices(dtype, device, temperature, top_p, min_p, repetition_penalty)
+        check_finite(temperature, top_p, min_p, repetition_penalty)
         asked = read_prompts(prompt, prompts)
         _check_place(to, output, asked)
         registry.check_digests(stack.members)

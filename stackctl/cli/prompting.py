@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from stackctl.cli.common import MACHINE
 from stackctl.errors import Usage
 from stackctl.output import Output
 
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
 
-_PANEL = "Generation"
+_ANSWERS, _SAMPLING = "The answers", "Sampling"
+"""Groups of options in the help."""
 _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
 
 PROMPT = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT"),
 ]
 PROMPTS = Annotated[
     Path | None,
@@ -31,61 +34,60 @@ PROMPTS = Annotated[
         metavar="FILE",
     ),
 ]
-SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_PANEL)]
+SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)]
 RAW = Annotated[
     bool,
-    typer.Option("--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_PANEL),
+    typer.Option("--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_ANSWERS),
 ]
-MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_PANEL)]
+MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
 TEMPERATURE = Annotated[
     float | None,
-    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_PANEL),
+    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_SAMPLING),
 ]
 TOP_P = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_PANEL
+        min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING
     ),
 ]
 TOP_K = Annotated[
-    int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_PANEL)
+    int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING)
 ]
 MIN_P = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Sample from tokens at least this likely beside the likeliest.", rich_help_panel=_PANEL
+        min=0, max=1, help="Sample from tokens at least this likely beside the likeliest.", rich_help_panel=_SAMPLING
     ),
 ]
 PENALTY = Annotated[
     float | None,
     typer.Option(
-        "--repetition-penalty", min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_PANEL
+        "--repetition-penalty", min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_SAMPLING
     ),
 ]
-SEED = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_PANEL)]
-STOP = Annotated[list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_PANEL)]
-BATCH = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_PANEL)]
-DTYPE = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)]
-DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=_PANEL)]
+SEED = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
+STOP = Annotated[list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_ANSWERS)]
+BATCH = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_ANSWERS)]
+DTYPE = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision of the weights.", rich_help_panel=MACHINE),
+]
+DEVICE = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.", rich_help_panel=MACHINE)
+]
 
 
-def check_choices(dtype: str, device: str, *numbers: float | None) -> None:
-    """The names that --dtype and --device know, and numbers that are finite (no range of an option stops ``nan``).
+def check_finite(*numbers: float | None) -> None:
+    """Numbers of options are finite: no range of an option stops ``nan``.
 
     Raises:
-        Usage: another name, or no finite number.
+        Usage: one is not.
     """
     if not all(math.isfinite(number) for number in numbers if number is not None):
         raise Usage(
             "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
             hint="leave them out for the likeliest text",
         )
-    for option, value, known in (
-        ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("--device", device, ("auto", "cpu", "cuda", "mps")),
-    ):
-        if value not in known:
-            raise Usage(f"{option} {value} is not known", hint=f"one of {', '.join(known)}")
 
 
 def check_sampling(sampling: Sampling, output: Output) -> None:

@@ -14,6 +14,12 @@ from stackctl.output import Result
 from stackctl.registry import Registry
 from stackctl.schema import PushTarget
 
+_REPO, _CARD = "The repo", "The model card"
+_EXAMPLES = """\
+stackctl push storyteller me/storyteller --dry-run
+stackctl push storyteller me/storyteller --members --tag v1
+stackctl push storyteller me/storyteller --private"""
+
 
 def register(app: typer.Typer) -> None:
     def push(
@@ -30,21 +36,36 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Argument(help="The repo on the Hub, owner/name; else the recipe's push:.", show_default=False),
         ] = None,
-        private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
-        revision: Annotated[str | None, typer.Option(help="The branch to push to.", metavar="BRANCH")] = None,
-        create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-        message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
-        tag: Annotated[str | None, typer.Option(help="Tag what was pushed.")] = None,
+        private: Annotated[
+            bool, typer.Option("--private", help="Make a new repo private.", rich_help_panel=_REPO)
+        ] = False,
+        revision: Annotated[
+            str | None, typer.Option(help="The branch to push to.", metavar="BRANCH", rich_help_panel=_REPO)
+        ] = None,
+        create_pr: Annotated[
+            bool, typer.Option("--create-pr", help="Open a pull request instead.", rich_help_panel=_REPO)
+        ] = False,
+        message: Annotated[
+            str | None, typer.Option("--message", "-m", help="What the commit says.", rich_help_panel=_REPO)
+        ] = None,
+        tag: Annotated[str | None, typer.Option(help="Tag what was pushed.", rich_help_panel=_REPO)] = None,
         members: Annotated[
             bool, typer.Option("--members", help="Also each member in a folder, so that pull brings them apart.")
         ] = False,
         base_id: Annotated[
             str | None, typer.Option("--base-id", help="The base on the Hub, where it isn't known.", metavar="ID")
         ] = None,
-        license_: Annotated[str | None, typer.Option("--license", help="For the card, such as apache-2.0.")] = None,
-        language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; may be repeated.")] = None,
+        license_: Annotated[
+            str | None,
+            typer.Option("--license", help="Such as apache-2.0.", metavar="NAME", rich_help_panel=_CARD),
+        ] = None,
+        language: Annotated[
+            list[str] | None,
+            typer.Option(help="Such as en; may be repeated.", metavar="CODE", rich_help_panel=_CARD),
+        ] = None,
         dataset: Annotated[
-            list[str] | None, typer.Option(help="A data set on the Hub, for the card; may be repeated.", metavar="ID")
+            list[str] | None,
+            typer.Option(help="A data set on the Hub; may be repeated.", metavar="ID", rich_help_panel=_CARD),
         ] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; send nothing.")] = False,
     ) -> Result:
@@ -82,7 +103,7 @@ def register(app: typer.Typer) -> None:
             options = dataclasses.replace(options, wishes=dataclasses.replace(options.wishes, base_id=base_id))
         return _result(push_stack(registry, stack, repo_id, options, output.status), stack.notes)
 
-    command(app, "push", example="stackctl push storyteller me/storyteller --private", panel=SHARE)(push)
+    command(app, "push", example=_EXAMPLES, panel=SHARE)(push)
     command(app, "push-to-hub", example="stackctl push-to-hub storyteller me/storyteller", panel=SHARE, hidden=True)(
         push
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import PATH, Context, command, complete_bases, complete_what
+from stackctl.cli.common import MACHINE, PATH, Context, command, complete_bases, complete_what
 from stackctl.cli.config import JobFile, is_recipe, read_job
 from stackctl.cli.training import dry_run_result, trained_result
 from stackctl.errors import StackctlError, Usage
@@ -28,7 +28,7 @@ from stackctl.recipe import (
     resolve_recipe_stack,
 )
 from stackctl.registry import Registry
-from stackctl.schema import TrainJob, TrainSettings
+from stackctl.schema import TrainJob
 
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
@@ -43,8 +43,26 @@ _ABOUT = {
     "num_processes": "Train in that many processes, one to a GPU, by way of accelerate launch.",
     "accelerate_config": "A configuration of accelerate's: DDP, FSDP, DeepSpeed.",
 }
+_EXAMPLES = """\
+stackctl train
+stackctl train style --base smollm2 --data style.jsonl --rank 16 --epochs 3
+stackctl train instruct --on style --data chat.jsonl --eval-data heldout.jsonl"""
 _COMPLETIONS = {"on": complete_what, "base": complete_bases}
-_PANELS = dict.fromkeys(TrainSettings.__struct_fields__, "Training")
+_TRAINING, _RUN = "Training", "The run"
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "What is trained": ("on", "base", "data", "description"),
+    "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora"),
+    _TRAINING: (),
+    "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
+    MACHINE: ("dtype", "frozen", "gradient_checkpointing", "cache", "num_processes", "accelerate_config"),
+    _RUN: ("save_steps", "report_to"),
+}
+"""The options of the help by their group, in this order; those that stand in none say how it is trained."""
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+_KINDS = {
+    "on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
+    "target_modules": "NAMES", "report_to": "NAMES",
+}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -71,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
     train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in _parameters()}
-    command(app, "train", example="stackctl train instruct --on style --data chat.jsonl", panel=PATH)(train)
+    command(app, "train", example=_EXAMPLES, panel=PATH)(train)
 
 
 def _parameters() -> list[inspect.Parameter]:
@@ -82,26 +100,36 @@ def _parameters() -> list[inspect.Parameter]:
             Annotated[str | None, typer.Argument(help="What the new adapter is called.", show_default=False)],
             None,
         ),
-        "config": (
-            Annotated[
-                Path | None,
-                typer.Option(
-                    help="Settings as YAML or JSON; a flag beats the file.", metavar="FILE", show_default=False
-                ),
-            ],
-            None,
-        ),
-        "resume": (
-            Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of that name.")],
-            False,
-        ),
-        "dry_run": (Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan.")], False),
-        "force": (Annotated[bool, typer.Option("--force", help="Without NAME: train what is up to date, too.")], False),
     }
-    for field in msgspec.structs.fields(TrainJob):
+    for field in sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name)):
         own[field.encode_name] = (_option(field), None)
+    config = typer.Option(
+        help="Settings as YAML or JSON; a flag beats the file.",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_RUN,
+    )
+    own["config"] = (Annotated[Path | None, config], None)
+    for name, about in (
+        ("resume", "Go on with the unfinished run of that name."),
+        ("dry_run", "Check everything and show the plan."),
+        ("force", "Without NAME: train what is up to date, too."),
+    ):
+        switch = typer.Option("--" + name.replace("_", "-"), help=about, rich_help_panel=_RUN)
+        own[name] = (Annotated[bool, switch], False)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [inspect.Parameter(key, kind, default=default, annotation=kind_) for key, (kind_, default) in own.items()]
+
+
+def _group(option: str) -> str:
+    return _GROUP_OF.get(option, _TRAINING)
+
+
+def _place(option: str) -> tuple[int, int]:
+    """Where an option stands in the help: its group, and its place in there (that of its field, in a group of none)."""
+    group = _group(option)
+    named = _GROUPS[group]
+    return list(_GROUPS).index(group), named.index(option) if option in named else 0
 
 
 def _option(field: msgspec.structs.FieldInfo) -> Any:
@@ -114,14 +142,16 @@ def _option(field: msgspec.structs.FieldInfo) -> Any:
     option = typer.Option(
         *names,
         help=about or _ABOUT[name],
-        show_default=str(default) if default is not None else False,
+        show_default=_shown(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
-        rich_help_panel=_PANELS.get(name),
-        metavar={"on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE"}.get(
-            name
-        ),
+        rich_help_panel=_group(name),
+        metavar=_KINDS.get(name),
     )
     return Annotated[type_ | None, option]
+
+
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _plain_type(annotation: Any) -> tuple[Any, str]:

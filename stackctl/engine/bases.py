@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from stackctl import files
 from stackctl.bases import (
-    EMBEDDED,
     EMBEDDED_HUB_ID,
     EMBEDDED_NAME,
     base_gguf,
@@ -33,6 +32,7 @@ from stackctl.bases import (
 )
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed, first_line
 from stackctl.modules import compact_modules
+from stackctl.optional import EMBEDDED
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
 

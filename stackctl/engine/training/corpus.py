@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from stackctl.engine.data.cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob
-from stackctl.output import colours_on_stderr
+from stackctl.output import colours_on
 from stackctl.preview import Part, render_preview
 
 Say = Callable[[str], None]
@@ -63,8 +64,9 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
-    say(f"what is learned of the first record is {'green' if colours_on_stderr() else 'in ⟦brackets⟧'}:")
-    say(render_preview(preview_parts(encoded.examples[0], tokenizer), colours=colours_on_stderr()))
+    colours = colours_on(sys.stderr)
+    say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
+    say(render_preview(preview_parts(encoded.examples[0], tokenizer), colours=colours))
     rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation)
 

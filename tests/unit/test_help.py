@@ -1,0 +1,125 @@
+"""Help is readable on a narrow and on a wide terminal, its examples are commands, and a mistyped word is recognised."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+import typer
+from checkpoints import make_registry, register
+
+from stackctl.cli import make_app
+from stackctl.cli.help_page import COMMON, WIDTH, option_choices, option_default
+
+APP: Any = typer.main.get_command(make_app())
+
+
+def every_command() -> dict[str, Any]:
+    """The words that call a command, and the command."""
+    found = {"": APP}
+    for name, command in APP.commands.items():
+        found[name] = command
+        found |= {f"{name} {inner}": it for inner, it in getattr(command, "commands", {}).items()}
+    return found
+
+
+COMMANDS = every_command()
+commands = pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words or "stackctl")
+
+
+@pytest.fixture
+def shelf(run: Any, tmp_path: Any) -> None:
+    """A registry with one adapter, in the working directory."""
+    register(make_registry(tmp_path / "registry"), "style", seed=1)
+
+
+def page(run: Any, words: str) -> list[str]:
+    return run(*words.split(), "--help").out.splitlines()
+
+
+@commands
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_page_fits_and_leaves_room_for_the_text(run: Any, monkeypatch: Any, words: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = page(run, words)
+    examples = COMMANDS[words].epilog.splitlines()
+    assert lines[-len(examples) :] == examples
+    rest = lines[: -len(examples)]
+    assert max(map(len, rest)) <= min(columns, WIDTH)
+    labels = [m for line in rest if (m := re.match(r"  (\S.*?)(  +|$)", line))]
+    assert labels
+    assert max(m.end() for m in labels if m[2]) <= 34  # where the text begins: 45 columns are left of 80
+    assert "|" not in "".join(rest)
+
+
+@commands
+def test_every_option_stands_once_in_a_group_with_its_default(run: Any, monkeypatch: Any, words: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = page(run, words)
+    text = "\n".join(lines)
+    for option in COMMANDS[words].params:
+        if option.param_type_name != "option" or option.hidden:
+            continue
+        for name in (*option.opts, *option.secondary_opts):
+            assert len(re.findall(rf"^  (?:.*, )?{re.escape(name)}\b(?!-)", text, re.MULTILINE)) == 1, name
+        assert option.help, f"{option.name} has no words"
+        if default := option_default(option):
+            assert f"default {default}]" in text
+        assert all(choice in text for choice in option_choices(option))
+    if words:
+        assert COMMON in lines
+        assert lines.index(COMMON) > max((i for i, line in enumerate(lines) if line == "Arguments"), default=0)
+
+
+@commands
+def test_the_examples_are_commands(words: str) -> None:
+    for line in COMMANDS[words].epilog.splitlines():
+        program, *rest = shlex.split(line)
+        assert program == "stackctl"
+        assert line.startswith(f"stackctl {words}".strip())
+        command = APP
+        while hasattr(command, "commands") and rest and rest[0] in command.commands:
+            command, rest = command.commands[rest[0]], rest[1:]
+        if rest or not hasattr(command, "commands"):
+            command.make_context(line, rest)
+
+
+def test_train_says_first_what_it_trains_and_last_what_all_commands_have(run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    titles = [line for line in page(run, "train") if re.fullmatch(r"[A-Z][\w -]+", line)]
+    assert titles == [
+        "Arguments", "What is trained", "The adapter", "Training", "Held-out records", "The machine", "The run",
+        "Common", "Examples",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("trian style", "did you mean 'train'?"),
+        ("compse style", "did you mean 'compose'?"),
+        ("base lss", "did you mean 'ls'?"),
+        ("train x --ranc 3", "did you mean '--rank'?"),
+        ("generate base -p x --temprature 1", "did you mean '--temperature'?"),
+        ("train x --scheduler cosin", "did you mean 'cosine'?"),
+        ("export style --format modell --out x", "did you mean 'model'?"),
+        ("generate base -p x --dtype float23", "did you mean 'float32'?"),
+        ("compose style --method tie", "did you mean 'ties'?"),
+        ("--json ls", "options come after the command: stackctl COMMAND --json"),
+        ("add style", "stackctl add --help"),
+    ],
+)
+def test_a_mistyped_word_is_recognised(shelf: Any, run: Any, typed: str, meant: str) -> None:
+    error, hint = run(*typed.split(), code=2).err.splitlines()
+    assert hint.startswith(f"hint: {meant}")
+    said = error.removeprefix("error: ")
+    assert not said[0].isupper()
+    assert not said.endswith(".")
+
+
+def test_what_is_missing_is_named_as_the_help_names_it(run: Any) -> None:
+    assert "missing argument 'NAME'" in run("add", code=2).err
+    assert "missing argument 'PATH'" in run("add", "style", code=2).err
+    assert "add NAME PATH [OPTIONS]" in run("add", "--help").out
