@@ -107,20 +107,20 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_headers_that_lie(tmp_path, lie):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(VerificationFailed) as caught:
         header_of(tmp_path, LIES[lie])
     assert caught.value.exit_code == 5
     assert "x.safetensors" in caught.value.message
     assert len(caught.value.message) < 1000
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_shape_of_a_million_dimensions_takes_no_time(tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(VerificationFailed):
         header_of(tmp_path, raw_safetensors({"a": entry(0, 8, [2**62] * 1_000_000)}, b"\0" * 8))
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_no_file(tmp_path):
