@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from stackctl.files import sha256_file, write_atomic
+from stackctl.files import read_own_json, sha256_file, write_atomic
 
 FILE = ".digests.json"
 _SETTLED_SECONDS = 2.0
@@ -23,10 +23,8 @@ class DigestCache:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        self._known: dict[str, list[object]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            loaded = json.loads(self._path.read_text())
-            self._known = loaded if isinstance(loaded, dict) else {}
+        known = read_own_json(self._path)
+        self._known: dict[str, list[object]] = known if isinstance(known, dict) else {}
         self._changed = False
 
     def sha256(self, path: Path) -> str:

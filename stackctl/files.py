@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from stackctl.errors import Failed, NotFound, Usage
 
@@ -195,6 +197,14 @@ def read_bounded(path: Path) -> bytes:
     return data
 
 
+def read_own_json(path: Path) -> Any:
+    """A JSON file of stackctl's own that only helps; None where there is none that can be read."""
+    try:
+        return json.loads(read_bounded(path)) if path.is_file() else None
+    except (OSError, ValueError, RecursionError, Usage):
+        return None
+
+
 def tree_bytes(path: Path) -> int:
     """The bytes of a file or of all files of a folder; links count as themselves."""
     sizes = [path.lstat().st_size] if not path.is_dir() or path.is_symlink() else []
@@ -231,6 +241,14 @@ def inside(root: Path, relative: str) -> Path:
     if not parts or path.is_absolute() or ".." in parts or "\0" in relative or ":" in parts[0]:
         raise Usage(f"'{relative}' leads out of {root}", hint="paths in stackctl's files stay inside their folder")
     return root.joinpath(*parts)
+
+
+def typed_path(text: str) -> Path:
+    """A path as somebody typed it, with ``~`` for a home where there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # nobody of that name
+        return Path(text)
 
 
 def existing(path: Path, what: str) -> Path:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stackctl.checkpoint import INFO, Checkpoint, describe_lora
-from stackctl.files import human_bytes
+from stackctl.errors import Usage
+from stackctl.files import human_bytes, read_bounded
 from stackctl.methods import SUM
 from stackctl.names import format_weight
 from stackctl.plan import PlanMember, Problem, StackPlan
@@ -61,8 +62,8 @@ def checkpoint_info(checkpoint: Checkpoint) -> dict[str, Any]:
     note = checkpoint.path / INFO
     if note.is_file():
         try:
-            info["info"] = msgspec.json.decode(note.read_bytes())
-        except msgspec.DecodeError:
+            info["info"] = msgspec.json.decode(read_bounded(note))
+        except (ValueError, Usage, msgspec.DecodeError, RecursionError):
             info["problems"].append(Problem("info", f"{INFO} is not valid JSON", severity="warning").json())
     return info
 

@@ -111,7 +111,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     """A file of data as a path, or the name of a Hub data set as it stands."""
     if not data:
         raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
-    path = Path(data).expanduser()
+    path = files.typed_path(data)
     if folder is not None and not path.is_absolute():
         path = folder / path
     if path.exists():
@@ -233,11 +233,14 @@ class RunFolder:
 
     @property
     def signature(self) -> dict[str, Any]:
-        try:
-            value = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        value = files.read_own_json(self.path / "run.json")
         return value if isinstance(value, dict) else {}
+
+    @property
+    def on(self) -> list[str]:
+        """The labels of what it trains on, as far as the run says."""
+        members = self.signature.get("on")
+        return [str(m[0]) for m in members if isinstance(m, list) and m] if isinstance(members, list) else []
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -256,10 +259,10 @@ class RunFolder:
 
 
 def _is_whole(save: Path) -> bool:
+    sizes = files.read_own_json(save / _WHOLE)
     try:
-        sizes = json.loads((save / _WHOLE).read_text())
-        return all((save / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+        return isinstance(sizes, dict) and all((save / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
         return False
 
 
@@ -275,8 +278,7 @@ def unfinished_runs(registry: Registry) -> Iterator[dict[str, Any]]:
             run = RunFolder(folder)
             saves = run.checkpoints
             step = int(saves[-1].name.rpartition("-")[2]) if saves else 0
-            on = [str(member[0]) for member in run.signature.get("on", [])]
-            yield {"name": folder.name, "path": str(folder), "step": step, "saves": len(saves), "on": on}
+            yield {"name": folder.name, "path": str(folder), "step": step, "saves": len(saves), "on": run.on}
 
 
 def drop_runs(registry: Registry, *, dry_run: bool) -> list[Freed]:

@@ -80,7 +80,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
         return msgspec.json.decode(path.read_bytes(), type=Holder)
     return None
 

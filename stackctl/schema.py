@@ -6,7 +6,7 @@ training stand here once: the command line, ``--config`` and ``stackctl.yaml`` a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,9 @@ SCHEMA = 1
 _HUGE = 1e300
 Finite = Annotated[float, Meta(ge=-_HUGE, le=_HUGE)]
 """A number that is neither NaN nor infinite."""
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""How many; no more than any machine could hold, so that it can be divided and shown."""
+_Setting = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Finite | str | list[str] | None
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +51,7 @@ class ModuleShape(Part, frozen=True, kw_only=True):
     """
 
     type: Literal["Linear", "Conv1D", "Embedding", "Parameter", "Other"]
-    shape: list[int]
+    shape: list[Count]
 
 
 class Base(Entry, frozen=True, kw_only=True):
@@ -66,10 +69,10 @@ class Base(Entry, frozen=True, kw_only=True):
     path: str | None = None
     hub_id: str | None = None
     architecture: str
-    parameters: int
+    parameters: Count
     dtype: str
-    vocabulary_size: int
-    context_length: int | None = None
+    vocabulary_size: Count
+    context_length: Count | None = None
     chat_template: str | None = None
     tied_embeddings: bool = False
     input_embedding: str | None = None
@@ -80,11 +83,11 @@ class Base(Entry, frozen=True, kw_only=True):
 class Lora(Part, frozen=True, kw_only=True):
     """The keys of PEFT's LoraConfig that say what an adapter is."""
 
-    r: int
-    lora_alpha: float
+    r: Count
+    lora_alpha: Finite
     target_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] = msgspec.field(default_factory=dict)
-    alpha_pattern: dict[str, float] = msgspec.field(default_factory=dict)
+    rank_pattern: dict[str, Count] = msgspec.field(default_factory=dict)
+    alpha_pattern: dict[str, Finite] = msgspec.field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -94,7 +97,7 @@ class DataSource(Part, frozen=True, kw_only=True):
 
     path: str
     sha256: str
-    records: int
+    records: Count
     format: str
 
 
@@ -104,20 +107,20 @@ class Run(Part, frozen=True, kw_only=True):
     With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
     """
 
-    steps: int
-    epochs: float
-    loss: float
-    tokens: int
-    supervised_tokens: int
-    seconds: float
+    steps: Count
+    epochs: Finite
+    loss: Finite
+    tokens: Count
+    supervised_tokens: Count
+    seconds: Finite
     frozen: Literal["none", "fold", "live"]
-    frozen_error: float | None = None
+    frozen_error: Finite | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    processes: int = 1
-    eval_loss_before: float | None = None
-    eval_loss: float | None = None
-    kept_step: int | None = None
+    processes: Count = 1
+    eval_loss_before: Finite | None = None
+    eval_loss: Finite | None = None
+    kept_step: Count | None = None
     stopped_early: bool = False
 
 
@@ -134,7 +137,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     ``hub`` is where it was pulled from, ``pushed`` where it was pushed to last.
     """
 
-    version: int
+    version: Count
     digest: str
     path: str
     base: str
@@ -142,12 +145,12 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     trained_on: list[str] = msgspec.field(default_factory=list)
     created: str
     lora: Lora
-    parameters: int
+    parameters: Count
     dtype: str
-    bytes: int = 0
+    bytes: Count = 0
     data: DataSource | None = None
     eval_data: DataSource | None = None
-    settings: dict[str, Any] | None = None
+    settings: dict[str, _Setting] | None = None
     run: Run | None = None
     hub: HubSource | None = None
     pushed: HubSource | None = None
@@ -168,7 +171,7 @@ class Adapter(Entry, frozen=True, kw_only=True):
 class GivenNumber(Part, frozen=True, kw_only=True):
     """A version number that was given, and to what: it is never given to anything else."""
 
-    version: int
+    version: Count
     digest: str
 
 
@@ -184,7 +187,7 @@ class Member(Part, frozen=True, kw_only=True):
     """One member of a stack, pinned."""
 
     adapter: str
-    version: int
+    version: Count
     digest: str
     weight: Finite = 1.0
 
@@ -315,7 +318,7 @@ class CheckpointMember(Part, frozen=True, kw_only=True):
     """One adapter that a checkpoint stands on; ``repo`` is where it lives on the Hub, when that was known."""
 
     adapter: str
-    version: int
+    version: Count
     digest: str
     weight: Finite = 1.0
     repo: str | None = None
@@ -326,7 +329,7 @@ class AdapterInfo(msgspec.Struct, kw_only=True, frozen=True):
 
     schema: int = 1
     adapter: str
-    version: int
+    version: Count
     base: str
     base_fingerprint: str
     trained_on: list[CheckpointMember] = msgspec.field(default_factory=list)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stackctl import files
 from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean
 from stackctl.names import parse_expression, parse_name
@@ -115,7 +116,7 @@ def _base_of(registry: Registry, text: str) -> str:
     """
     if text in registry.names(Base):
         return text
-    folder = Path(text).expanduser()
+    folder = files.typed_path(text)
     for base in registry.bases():
         if text.lower() in (base.source.lower(), (base.hub_id or "").lower()):
             return base.name
@@ -138,7 +139,7 @@ def _stack_of(registry: Registry, text: str) -> str:
     """
     if _is_known_expression(registry, text):
         return text
-    folder = Path(text).expanduser()
+    folder = files.typed_path(text)
     if not folder.exists():
         if "/" not in text:
             return text  # a name that is not there: resolving it names the nearest one

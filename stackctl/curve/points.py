@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stackctl.errors import Usage
+from stackctl.files import read_bounded
+
 LOG = "training_log.jsonl"
 """The file beside an adapter's weights."""
+
+_LARGEST = 1e15
+"""Steps and losses above it are none, and could not be drawn."""
 
 Point = tuple[float, float]
 """A step and its loss (nats)."""
@@ -28,25 +34,26 @@ class Curve:
 
 
 def parse_curve(text: str) -> Curve:
-    """The curve in a log; lines without a step and a finite loss are passed over."""
+    """The curve in a log; lines without a step and a loss are passed over."""
     found: dict[str, list[Point]] = {"loss": [], "eval_loss": []}
     for line in text.splitlines():
         try:
             record = json.loads(line)
             key = next(key for key in found if key in record)
             step, loss = float(record["step"]), float(record[key])
-        except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
+        except (ValueError, KeyError, TypeError, StopIteration, RecursionError, OverflowError):
             continue
-        if math.isfinite(step) and math.isfinite(loss):
+        if 0 <= step <= _LARGEST and abs(loss) <= _LARGEST:
             found[key].append((step, loss))
     return Curve(tuple(found["loss"]), tuple(found["eval_loss"]))
 
 
 def read_curve(folder: Path) -> Curve:
     """The curve beside a checkpoint; empty where there is none."""
+    path = folder / LOG
     try:
-        return parse_curve((folder / LOG).read_text(errors="replace"))
-    except OSError:
+        return parse_curve(read_bounded(path).decode(errors="replace")) if path.is_file() else Curve()
+    except (OSError, Usage):
         return Curve()
 
 

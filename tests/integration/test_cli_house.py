@@ -126,6 +126,17 @@ def test_ls_shows_unfinished_training_apart(shelf, run):
     assert "chat" in run("ls").out
 
 
+@pytest.mark.parametrize("text", ["[]", "5", '{"on": 5}', '{"on": [5, [], ["style@1", 1]]}', "[" * 100_000, "\0"])
+def test_ls_is_not_stopped_by_a_run_that_says_nonsense(shelf, run, text):
+    folder = shelf.root / "runs" / "chat" / "checkpoint-4"
+    folder.mkdir(parents=True)
+    for path in (folder.parent / "run.json", folder / "stackctl_save.json"):
+        path.write_text(text)
+    found = run("ls", "--json").json
+    assert [(row["name"], row["step"]) for row in found["runs"]] == [("chat", 0)]
+    assert found["runs"][0]["on"] == (["style@1"] if "style" in text else [])
+
+
 def everything(root):
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stackctl.curve import Curve, parse_curve, render_svg, render_terminal
+from stackctl.curve import Curve, parse_curve, read_curve, render_svg, render_terminal
 from stackctl.curve.points import thinned
 
+NUMBERS = st.sampled_from([0.0, 1.0, -5.0, 1e308, -1e308, 5e-324, 2**70, 1e15]) | st.floats() | st.integers()
 SVG = "{http://www.w3.org/2000/svg}"
 FALLING = tuple((float(step), 4.0 - step / 50) for step in range(1, 101))
 
@@ -109,3 +114,18 @@ def test_thinning_keeps_the_mean() -> None:
     assert few[0] == (5.5, pytest.approx(3.89))
     assert sum(loss for _, loss in few) / 10 == pytest.approx(sum(loss for _, loss in FALLING) / 100)
     assert json.dumps(thinned(FALLING, 500)) == json.dumps(FALLING)
+
+
+def test_a_log_may_hold_anything(tmp_path: Path) -> None:
+    odd = ["{", "5", "[]", '{"step": 1}', '{"step": 1' + "0" * 400 + ', "loss": 1}', "[" * 100_000]
+    (tmp_path / "training_log.jsonl").write_text("\n".join([*odd, '{"step": 2, "loss": 3}']))
+    assert read_curve(tmp_path) == Curve(((2.0, 3.0),))
+    (tmp_path / "training_log.jsonl").unlink()
+    os.mkfifo(tmp_path / "training_log.jsonl")
+    assert not read_curve(tmp_path)
+
+
+@given(st.lists(st.tuples(NUMBERS, st.sampled_from(["loss", "eval_loss"]), NUMBERS), min_size=1, max_size=5))
+def test_whatever_was_logged_can_be_drawn(rows: list[tuple[float, str, float]]) -> None:
+    curve = parse_curve("\n".join(json.dumps({"step": step, key: loss}) for step, key, loss in rows))
+    assert bool(render_terminal(curve, 80, 8)) == bool(curve) == (render_svg({"x": curve}) is not None)

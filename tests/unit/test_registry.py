@@ -122,7 +122,7 @@ def full_version(number):
         data=DataSource(path="a b/ü: x.jsonl", sha256="0" * 64, records=3, format="messages"),
         settings={"learning_rate": 1e-5, "target_modules": "all-linear", "alpha": None, "pack": False, "seed": 0},
         run=Run(steps=5, epochs=2.5, loss=1e-7, tokens=9, supervised_tokens=8, seconds=0.1, frozen="fold",
-        eval_loss=float("inf")),
+        eval_loss=1e300),
         hub=HubSource(repo="me/x", commit="1234567"), versions={"torch": "2.13.0+cpu", "peft": "1.0"},
     )  # fmt: skip
 
