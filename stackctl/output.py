@@ -7,8 +7,10 @@ nothing itself.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _PIPED_WIDTH = 160
 """Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
-
+_CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 
 _HINTS = {
     "usage": "stackctl --help",
@@ -49,6 +51,11 @@ class Result:
     notes: tuple[str, ...] = field(default=())
 
 
+def printable(text: str) -> str:
+    """Text that may be other people's, fit to be shown: what would speak to the terminal is written as an escape."""
+    return _CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
+
+
 class _LineTracker:
     """stderr that knows whether the cursor is at the start of a line (other people's progress bars leave it amid)."""
 
@@ -65,10 +72,12 @@ class _LineTracker:
         return getattr(self._stream, name)
 
 
-def track_stderr() -> None:
-    """Make sure that ``error:`` can always start a line."""
+def prepare_streams() -> None:
+    """Make sure that ``error:`` can always start a line, and that a file name which is no Unicode can be written."""
     if not isinstance(sys.stderr, _LineTracker):
         sys.stderr = _LineTracker(sys.stderr)  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # which is what JSON escapes half a character with, too
 
 
 class Output:
@@ -92,7 +101,7 @@ class Output:
         elif callable(result.screen):
             console(sys.stdout).print(result.screen(), crop=False)  # a line to copy is whole, however long
         elif result.screen:
-            self.text(result.screen + "\n")
+            self.text(printable(result.screen) + "\n")
 
     def line_json(self, document: dict[str, Any]) -> None:
         """One JSON document on one line of stdout."""
@@ -103,17 +112,21 @@ class Output:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    def speech(self, text: str) -> None:
+        """What a model says, at once: verbatim into a file or a pipe, fit to be shown on a terminal."""
+        self.text(printable(text) if sys.stdout.isatty() else text)
+
     # -- stderr -------------------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
         """Something that a person should know, on stderr; not with ``-q``."""
         if not self.quiet:
-            self._line(f"note: {text}")
+            self._line(f"note: {printable(text)}")
 
     def status(self, text: str) -> None:
         """What is being done now, on stderr; not with ``-q``."""
         if not self.quiet:
-            self._line(text)
+            self._line(printable(text))
 
     def _line(self, text: str) -> None:
         start = "" if getattr(sys.stderr, "at_start", True) else "\n"
@@ -122,10 +135,10 @@ class Output:
 
     def error(self, error: StackctlError) -> None:
         """``error:`` and ``hint:`` on stderr; with ``--json`` the same on stdout."""
-        message = " ".join(error.message.split())
+        message = printable(" ".join(error.message.split()))
         self._line(styled("error:", "1;31", sys.stderr) + f" {message}")
         hint = error.hint or _HINTS.get(error.code, "run it again with --debug to see where it happened")
-        self._line(styled("hint:", "1;36", sys.stderr) + f" {' '.join(hint.split())}")
+        self._line(styled("hint:", "1;36", sys.stderr) + f" {printable(' '.join(hint.split()))}")
         if self.json_mode:
             self.line_json({"error": {"code": error.code, "message": error.message, "hint": hint}})
 
@@ -151,10 +164,18 @@ class Output:
 def console(stream: TextIO) -> Console:
     """A rich console that obeys NO_COLOR (for bold and dim, too) and does not cut what is piped."""
     from rich.console import Console
+    from rich.segment import Segment
+
+    class Printable(Console):
+        """A console that shows what it is given and does not obey it."""
+
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPED_WIDTH
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    return Console(
+    return Printable(
         file=stream, width=width, color_system=colours, highlight=False, markup=False, soft_wrap=False, emoji=False
     )  # fmt: skip
 

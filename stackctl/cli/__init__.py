@@ -59,10 +59,10 @@ def main() -> None:
     import os
 
     from stackctl.errors import Interrupted, StackctlError
-    from stackctl.output import track_stderr
+    from stackctl.output import prepare_streams
     from stackctl.ranks import make_output
 
-    track_stderr()
+    prepare_streams()
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     debug = "--debug" in options
     Current.output = make_output(json_mode="--json" in options)

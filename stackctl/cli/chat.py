@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stackctl import files
@@ -105,7 +104,7 @@ class Chat:
 
         def hear(piece: str) -> None:
             heard.append(piece)
-            self.output.text(piece)
+            self.output.speech(piece)
 
         try:
             answer = generate_reply(self.stacked, prompt, sampling, hear)
@@ -174,7 +173,7 @@ class Chat:
 
     def save(self, text: str) -> None:
         """The conversation as one more record of a file that ``train --data`` reads."""
-        path = Path(text).expanduser()
+        path = files.typed_path(text)
         if path.suffix.lower() != ".jsonl":
             raise Usage("/save writes JSON Lines", hint="/save chat.jsonl")
         if not self.messages:

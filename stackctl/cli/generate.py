@@ -149,7 +149,7 @@ def _answer(
     written: list[str] = []
     hidden = len(asked) == 1 or (to is None and sys.stdout.isatty())
     with counting(output, "answering", len(asked), hidden=hidden) as advance:
-        answers = generate(stacked, asked, sampling, batch_size=batch_size, on_text=output.text if streams else None)
+        answers = generate(stacked, asked, sampling, batch_size=batch_size, on_text=output.speech if streams else None)
         for answer in answers:
             document = {**answer_json(name, answer), "rounding_error": stacked.rounding_error}
             if to is not None:
@@ -158,7 +158,7 @@ def _answer(
             if output.json_mode:
                 output.line_json(document)
             elif to is None:
-                output.text("\n" if streams else _text(answer, titled=len(asked) > 1 and not output.quiet))
+                output.speech("\n" if streams else _text(answer, titled=len(asked) > 1 and not output.quiet))
             advance()
     if to is None:
         return None

@@ -18,7 +18,7 @@ from stackctl.errors import (
     Usage,
     VerificationFailed,
 )
-from stackctl.output import Output, Result, console, track_stderr
+from stackctl.output import Output, Result, console, prepare_streams, printable
 
 RESULT = Result({"name": "灯", "loss": 1.5}, "brief", "screen", notes=("mind this",))
 ERRORS = [Failed, Usage, NotFound, Incompatible, VerificationFailed, HubFailure, Interrupted, StackctlError]
@@ -94,7 +94,7 @@ def test_exit_codes_are_those_of_the_contract():
 def test_an_error_starts_a_line_wherever_a_progress_bar_left_the_cursor(monkeypatch, left):
     written = io.StringIO()
     monkeypatch.setattr(sys, "stderr", written)
-    track_stderr()
+    prepare_streams()
     sys.stderr.write(left)
     Output().error(Failed("cut", hint="again"))
     assert "error: cut" in written.getvalue().splitlines()
@@ -103,9 +103,9 @@ def test_an_error_starts_a_line_wherever_a_progress_bar_left_the_cursor(monkeypa
 
 def test_tracking_twice_is_tracking_once(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    track_stderr()
+    prepare_streams()
     tracked = sys.stderr
-    track_stderr()
+    prepare_streams()
     assert sys.stderr is tracked
 
 
@@ -141,3 +141,44 @@ def test_progress_draws_nothing_where_there_is_no_terminal(capsys):
     with Output().progress() as progress:
         progress.advance(progress.add_task("x", total=1))
     assert capsys.readouterr() == ("", "")
+
+
+HOSTILE = "the voice\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\ud800"
+
+
+def test_what_others_wrote_cannot_speak_to_the_terminal(capsys):
+    from rich.text import Text
+
+    from stackctl.tables import table
+
+    output = Output()
+    screens = (HOSTILE, lambda: table(["name", HOSTILE], [["x", Text(HOSTILE)]]))
+    for screen in screens:
+        output.emit(Result({}, "", screen, notes=(HOSTILE,)))
+    output.status(HOSTILE)
+    output.error(Usage(HOSTILE, hint=HOSTILE))
+    out, err = capsys.readouterr()
+    for said in (out, err):
+        assert not {sign for sign in said if not sign.isprintable()} - {"\n"}
+        assert r"the voice\x1b]0;owned\x07" in said
+
+
+def test_what_can_be_shown_is_shown_as_it_is():
+    text = "".join(map(chr, (*range(0x20, 0x7F), *range(0xA0, 0x300), 0x4E00, 0x1F642))) + "\n\t"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_model_says_is_verbatim_in_a_pipe_alone(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    Output().speech("\x1b[2Jno")
+    assert capsys.readouterr().out == (r"\x1b[2Jno" if is_terminal else "\x1b[2Jno")
+
+
+def test_half_a_character_is_written_as_json_writes_it(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    prepare_streams()
+    Output(json_mode=True).emit(Result({"path": "a\udcff", "name": "\ud800 灯"}, ""))
+    stream.flush()
+    assert json.loads(stream.buffer.getvalue()) == {"schema": 1, "path": "a\udcff", "name": "\ud800 灯"}
