@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from stackctl import files
+from stackctl.checkpoint import CONFIG
 from stackctl.errors import Usage
 from stackctl.names import BASE, Reference, parse_expression
 from stackctl.registry.changing import Changes
@@ -173,10 +174,16 @@ class Removals(Changes):
         return freed
 
     def _weights_without(self, places: set[Path]) -> list[Path]:
-        """The folders ``weights/NAME/NUMBER`` in which no entry's checkpoint lies."""
+        """The folders ``weights/NAME/NUMBER`` in which no entry's checkpoint lies.
+
+        ``weights`` may be a link to a larger disk; what lies behind it is freed only if it is a checkpoint, for who
+        cloned a registry has not made that link. Links below it are not followed.
+        """
+        weights = self.root / "weights"
         inside = {parent for place in places for parent in (place, *place.parents)}
-        found = sorted((self.root / "weights").glob("[!.]*/[0-9]*"))
-        return [f for f in found if f.name.isdigit() and f.is_dir() and f.resolve() not in inside]
+        found = [f for f in sorted(weights.glob("[!.]*/[0-9]*")) if f.name.isdigit() and not f.parent.is_symlink()]
+        found = [f for f in found if f.is_dir() and f.resolve() not in inside]
+        return [f for f in found if (f / CONFIG).is_file()] if weights.is_symlink() else found
 
     def _free_staging(self, dry_run: bool) -> list[Freed]:
         """What killed processes left anywhere in the registry."""

@@ -200,6 +200,25 @@ def test_gc_never_follows_a_link_out(registry, tmp_path):
     assert sorted(p.name for p in outside.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_gc_frees_nothing_behind_a_link_that_a_clone_brought(registry, tmp_path):
+    """A registry comes by git, and so do links in it."""
+    precious = tmp_path / "home" / "letters" / "2024"
+    precious.mkdir(parents=True)
+    (registry.root / "weights" / "letters").symlink_to(precious.parent)
+    registry.free()
+    assert precious.is_dir()
+    (registry.root / "weights" / "letters").unlink()
+    larger_disk = tmp_path / "home"
+    for path in (registry.root / "weights").iterdir():
+        path.rename(larger_disk / path.name)
+    (registry.root / "weights").rmdir()
+    (registry.root / "weights").symlink_to(larger_disk)
+    registry.remove("style@2")
+    registry.free()
+    assert precious.is_dir()
+    assert weights(registry) == ["instruct/1", "letters/2024", "style/1"]
+
+
 def test_gc_frees_nothing_while_an_entry_cannot_be_read(registry):
     registry.remove("style@2")
     registry._entry_path(Stack, "torn").write_text("schema: 1\nname: [")
