@@ -92,25 +92,24 @@ def build_order(recipe: Recipe) -> list[str]:
     Raises:
         Usage: some stand on one another in a circle.
     """
-    order: list[str] = []
-    visiting: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in order:
-            return
-        if name in visiting:
-            circle = " -> ".join([*visiting[visiting.index(name) :], name])
-            raise Usage(f"parts of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
-        visiting.append(name)
-        for needed in _needs(recipe, name):
-            if needed.name in recipe.train or needed.name in recipe.stacks:
-                visit(needed.name)
-        visiting.pop()
-        order.append(name)
-
-    for name in (*recipe.train, *recipe.stacks):
-        visit(name)
-    return order
+    parts = dict.fromkeys((*recipe.train, *recipe.stacks))
+    needs = {name: [n.name for n in _needs(recipe, name) if n.name in parts] for name in parts}
+    order: dict[str, None] = {}
+    for first in parts:
+        visiting = {first: iter(needs[first])} if first not in order else {}
+        while visiting:
+            name, left = next(reversed(visiting.items()))
+            needed = next((n for n in left if n not in order), None)
+            if needed is None:
+                order[name] = None
+                del visiting[name]
+            elif needed in visiting:
+                names = list(visiting)
+                circle = " -> ".join([*names[names.index(needed) :], needed])
+                raise Usage(f"parts of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
+            else:
+                visiting[needed] = iter(needs[needed])
+    return list(order)
 
 
 def _needs(recipe: Recipe, name: str) -> list[Reference]:
@@ -201,8 +200,8 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if not adapter:
         return "not trained yet"
     newest = adapter.newest()
-    known = _outcome(newest.settings or {}, watched=newest.eval_data is not None)
-    settings = _outcome(msgspec.to_builtins(prepared.job.settings()), watched=prepared.job.eval_data is not None)
+    known = _outcome(_settings_of(name, newest), watched=newest.eval_data is not None)
+    settings = _outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
     changed = [key for key, value in settings.items() if key in known and known[key] != value]
     if changed:
         return f"other {', '.join(changed)}"
@@ -222,9 +221,25 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     return None
 
 
-def _outcome(settings: dict[str, Any], *, watched: bool) -> dict[str, Any]:
-    """Settings in a form that is equal where training makes the same of them; what is left out is at its default."""
-    told = msgspec.to_builtins(TrainSettings()) | settings
+def _settings_of(name: str, version: AdapterVersion) -> TrainSettings:
+    """The settings that a version was trained with; what its entry leaves out was at its default.
+
+    Raises:
+        Usage: they are none.
+    """
+    told = {key: value for key, value in (version.settings or {}).items() if key in TrainSettings.__struct_fields__}
+    try:
+        return msgspec.convert(told, TrainSettings)
+    except msgspec.ValidationError as error:
+        raise Usage(
+            f"the settings of {name}@{version.version} cannot be read: {error}",
+            hint=f"mend adapters/{name}.yaml in the registry",
+        ) from None
+
+
+def _outcome(settings: TrainSettings, *, watched: bool) -> dict[str, Any]:
+    """Settings in a form that is equal where training makes the same of them."""
+    told: dict[str, Any] = msgspec.to_builtins(settings)
     targets = parse_targets(told["target_modules"])
     told["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
     told["alpha"] = told["alpha"] if told["alpha"] is not None else 2 * told["rank"]

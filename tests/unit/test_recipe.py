@@ -1,0 +1,59 @@
+"""A recipe by itself: the order of its parts, and what an entry says of a version that a recipe would train again."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from checkpoints import make_registry, register
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stackctl.errors import Usage
+from stackctl.recipe import build_order, plan_recipe, read_recipe
+from stackctl.schema import Recipe, TrainJob
+
+
+def chain(length: int) -> Recipe:
+    """Each part stands on the one that is written after it."""
+    parts = {f"a{n}": TrainJob(on=f"a{n + 1}" if n + 1 < length else None, data="x") for n in range(length)}
+    return Recipe(train=parts, stacks={"all": "a0"})
+
+
+def test_a_part_comes_after_all_that_it_stands_on_however_many_those_are():
+    assert build_order(chain(5000)) == [f"a{n}" for n in reversed(range(5000))] + ["all"]
+
+
+@given(st.permutations(range(8)), st.data())
+def test_any_order_of_writing_is_brought_into_one_of_building(written, data):
+    on = {n: data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3)) if n else [] for n in range(8)}
+    jobs = {f"a{n}": TrainJob(on="+".join(f"a{m}" for m in on[n]) or None, data="x") for n in written}
+    order = build_order(Recipe(train=jobs))
+    assert sorted(order) == sorted(jobs)
+    assert all(order.index(f"a{m}") < order.index(f"a{n}") for n in on for m in on[n])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3000])
+def test_a_circle_is_named(length):
+    recipe = chain(length)
+    last = f"a{length - 1}"
+    recipe.train[last] = TrainJob(on="a0", data="x")
+    with pytest.raises(Usage, match=rf"in a circle: a0 -> .*{last}") as caught:
+        build_order(recipe)
+    assert caught.value.message.endswith(f"{last} -> a0" if length > 1 else "a0 -> a0")
+
+
+@pytest.mark.parametrize("settings", [{"rank": None}, {"target_modules": 5}, {"epochs": "many"}, {"rank": 10**30}])
+def test_settings_in_an_entry_that_are_none_are_named(tmp_path, settings):
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style")
+    adapter = registry.find_adapter("style")
+    registry._write(
+        msgspec.structs.replace(
+            adapter, versions=[msgspec.structs.replace(v, settings=settings) for v in adapter.versions]
+        )
+    )
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "stackctl.yaml").write_text("base: tiny\ntrain:\n  style: {data: data.jsonl}\n")
+    with pytest.raises(Usage, match="style") as caught:
+        plan_recipe(read_recipe(tmp_path / "stackctl.yaml"), registry)
+    assert caught.value.hint
