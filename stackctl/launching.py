@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from stackctl import ranks
+from stackctl import files, ranks
 from stackctl.errors import Failed, Interrupted, StackctlError, Terminated, Usage
 from stackctl.jobs import PreparedJob
 from stackctl.output import Output, Result
-from stackctl.yamlfile import parse_yaml, read_text
+from stackctl.yamlfile import convert, parse_yaml, read_text
 
 _OWN_CONFIG = {
     "compute_environment": "LOCAL_MACHINE",
@@ -75,27 +75,47 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         return None
     if not job.accelerate_config:
         return Launch(job.num_processes or 1, None)
-    path = Path(job.accelerate_config).expanduser()
-    config, _ = parse_yaml(read_text(path), str(path))
-    if not isinstance(config, dict) or "distributed_type" not in config:
+    path = files.typed_path(job.accelerate_config)
+    parsed = parse_yaml(read_text(path), str(path))
+    if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
         raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")
+    config = convert(parsed, _Config, str(path))
     _check_config(path, config)
-    processes = job.num_processes or int(config.get("num_processes") or 1)
-    sharded = config["distributed_type"] == "FSDP"
-    checkpointing = sharded and bool((config.get("fsdp_config") or {}).get("fsdp_activation_checkpointing"))
-    return Launch(processes, path.resolve(), sharded, checkpointing) if processes > 1 else None
+    processes = job.num_processes or config.num_processes or 1
+    sharded = config.distributed_type == "FSDP"
+    checkpointing = sharded and config.fsdp_config is not None and config.fsdp_config.fsdp_activation_checkpointing
+    return Launch(processes, path.resolve(), sharded, bool(checkpointing)) if processes > 1 else None
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    if int(config.get("num_machines") or 1) > 1:
+class _Fsdp(msgspec.Struct):
+    fsdp_version: int | None = None
+    fsdp_activation_checkpointing: bool | None = None
+
+
+class _DeepSpeed(msgspec.Struct):
+    zero_stage: int | None = None
+
+
+class _Config(msgspec.Struct):
+    """What of a configuration of accelerate's is looked at here; there is much more in it."""
+
+    distributed_type: str
+    num_processes: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
+    num_machines: int | None = None
+    fsdp_config: _Fsdp | None = None
+    deepspeed_config: _DeepSpeed | None = None
+
+
+def _check_config(path: Path, config: _Config) -> None:
+    if (config.num_machines or 1) > 1:
         raise Usage(
             f"{path} is for several machines, and this command launches on one",
             hint=f"on each machine: accelerate launch --config_file {path} -m stackctl train …",
         )
-    fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
-    if config["distributed_type"] == "FSDP" and int(fsdp.get("fsdp_version") or 1) != 2:
+    fsdp, deepspeed = config.fsdp_config or _Fsdp(), config.deepspeed_config or _DeepSpeed()
+    if config.distributed_type == "FSDP" and (fsdp.fsdp_version or 1) != 2:
         raise Usage(f"{path}: FSDP of version 1 cannot shard a frozen base", hint="set fsdp_version: 2 in fsdp_config")
-    if config["distributed_type"] == "DEEPSPEED" and int(deepspeed.get("zero_stage") or 0) > 2:
+    if config.distributed_type == "DEEPSPEED" and (deepspeed.zero_stage or 0) > 2:
         raise Usage(f"{path}: a base sharded by ZeRO 3 cannot be proved", hint="use zero_stage: 2, or FSDP")
 
 

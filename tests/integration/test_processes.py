@@ -70,10 +70,13 @@ def test_what_is_wrong_is_told_before_anything_is_launched(house: Any, monkeypat
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\n", "fsdp_version: 2"),
         ("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n", "zero_stage: 2"),
         ("distributed_type: MULTI_GPU\nnum_processes: 16\nnum_machines: 2\n", "on each machine"),
+        ("distributed_type: MULTI_GPU\nnum_processes: many\n", "line 2"),
+        ("distributed_type: FSDP\nfsdp_config: [2]\n", "line 2"),
         ("a: b\n", "accelerate config"),
     ):
         config.write_text(text)
-        assert part in h.train("new", "--accelerate-config", config, code=2)["error"]["hint"]
+        error = h.train("new", "--accelerate-config", config, code=2)["error"]
+        assert part in error["message"] + error["hint"]
     h.train("new", "--accelerate-config", "nowhere.yaml", code=3)
     assert h.adapters() == set()
 
