@@ -18,7 +18,7 @@ import msgspec
 
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
 from stackctl.files import read_bounded, sha256_bytes, sha256_file
-from stackctl.schema import Finite, Lora
+from stackctl.schema import AdapterInfo, Finite, Lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -110,7 +110,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(name: str, info: Any, data_start: int, damaged: Any) -> TensorInfo:
     try:
         entry = msgspec.convert(info, _HeaderEntry, strict=True)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for half a character
         raise damaged(f"its header's entry {name[:80]!r} is malformed") from None
     dtype, shape, (start, end) = entry.dtype, entry.shape, entry.data_offsets
     if dtype not in DTYPE_BYTES:
@@ -263,6 +263,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         NotFound, Incompatible: it is missing, or is no PEFT configuration.
     """
     path = folder / CONFIG
+    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
+        raise Incompatible(f"{path} is no regular file", hint="restore it from where it came")
     try:
         config = json.loads(read_bounded(path).decode("utf-8-sig"))
     except FileNotFoundError:
@@ -278,7 +280,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-_Rank = Annotated[int, msgspec.Meta(ge=1)]
+_Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class _LoraConfig(msgspec.Struct):
@@ -309,7 +311,7 @@ def _check_lora_config(config: dict[str, Any], path: Path) -> None:
     hint = "mend it, or restore the checkpoint from where it was made"
     try:
         typed = msgspec.convert(config, _LoraConfig, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a character
         raise Incompatible(f"{path}: {error}", hint=hint) from None
     for text in typed.expressions:
         try:
@@ -333,6 +335,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             )
         raise Incompatible(f"{folder} has no {WEIGHTS}", hint="give a folder that PEFT's save_pretrained wrote")
     return Checkpoint(folder, config, read_header(folder / WEIGHTS))
+
+
+def read_info(folder: Path) -> AdapterInfo | None:
+    """What a checkpoint says of itself in ``adapter_info.json``; None where there is none that can be read."""
+    path = folder / INFO
+    try:
+        return msgspec.json.decode(read_bounded(path), type=AdapterInfo) if path.is_file() else None
+    except (OSError, ValueError, Usage, msgspec.DecodeError, RecursionError):
+        return None
 
 
 def describe_lora(config: dict[str, Any]) -> Lora:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def find_base(
         entry.fingerprint if entry else recipe.fingerprint if recipe else info.base_fingerprint if info else ""
     )
     name = info.base if info else recipe.base if recipe else entry.base if entry else _short(hub_id)
-    offer = f"stackctl base add {name or 'NAME'} {hub_id or 'SOURCE'}"
+    # Somebody else's words, in a line that people paste into a shell.
+    offer = shlex.join(["stackctl", "base", "add", name or "NAME", hub_id or "SOURCE"])
     if fingerprint:
         for base in bases:
             if base.fingerprint == fingerprint:

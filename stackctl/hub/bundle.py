@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from stackctl.bases import EMBEDDED_HUB_ID, read_json
-from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config
+from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.errors import Incompatible, StackctlError, Usage
 from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
@@ -104,7 +104,7 @@ def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None,
         return base.source
     for member in stack.members:
         folder = registry.weights_path(member.version)
-        known = (_read_info(folder) or AdapterInfo(adapter="", version=1, base="", base_fingerprint="")).base_hub_id
+        known = (read_info(folder) or AdapterInfo(adapter="", version=1, base="", base_fingerprint="")).base_hub_id
         if known is None and member.version.hub is not None:  # it came from the Hub, so what it says was true there
             known = read_config(folder).get("base_model_name_or_path")
         if isinstance(known, str) and _looks_like_hub_id(known):
@@ -200,16 +200,9 @@ def _published_data(data: DataSource | None) -> DataSource | None:
     return data if inside else msgspec.structs.replace(data, path=PurePath(data.path).name)
 
 
-def _read_info(folder: Path) -> AdapterInfo | None:
-    try:
-        return msgspec.json.decode((folder / INFO).read_bytes(), type=AdapterInfo)
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
 def _base_name(folder: Path, base: Base) -> str:
     """What the base was called where the adapter was made: the name on this disk may be another."""
-    info = _read_info(folder)
+    info = read_info(folder)
     return info.base if info else base.name
 
 
@@ -217,7 +210,7 @@ def _published_info(
     registry: Registry, member: ResolvedMember, base: Base, base_id: str, here: Mapping[str, str]
 ) -> AdapterInfo:
     folder = registry.weights_path(member.version)
-    info = _read_info(folder)
+    info = read_info(folder)
     label = "+".join([*member.version.trained_on, member.label])
     return AdapterInfo(
         adapter=member.adapter.name,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config
+from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info
 from stackctl.errors import Incompatible, Usage, VerificationFailed
+from stackctl.files import MAX_TEXT_BYTES, human_bytes
 from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
 from stackctl.hub.client import Hub
 from stackctl.hub.remote import RemoteFile, Snapshot
@@ -49,6 +50,20 @@ class RepoReader:
             raise Incompatible(f"{hub.repo} is empty", hint="nothing was pushed to it yet")
         self.hub, self.seen, self.commit = hub, seen, seen.commit
 
+    def _fetch(self, path: str) -> Path:
+        """A small file of the repo.
+
+        Raises:
+            Incompatible: it is not small.
+        """
+        file = self.seen.files[path]
+        if file.size > MAX_TEXT_BYTES:
+            raise Incompatible(
+                f"{path} of {self.hub.repo} has {human_bytes(file.size)}; nothing was downloaded",
+                hint="ask its author what it is",
+            )
+        return self.hub.download(file, self.commit)
+
     def read(self, path: str, type_: type[Any]) -> Any:
         """A YAML entry of the repo; None when it is not there.
 
@@ -58,7 +73,7 @@ class RepoReader:
         if path not in self.seen.files:
             return None
         try:
-            return read_yaml(self.hub.download(self.seen.files[path], self.commit), type_, schema=SCHEMA)
+            return read_yaml(self._fetch(path), type_, schema=SCHEMA)
         except Usage as error:  # not written by the one who is typing
             said = error.message.rpartition(f"/{path.rpartition('/')[2]}")[2].lstrip(":, ")
             raise Incompatible(f"{path} of {self.hub.repo} cannot be read: {said}", hint=error.hint) from None
@@ -73,7 +88,7 @@ class RepoReader:
         prefix = f"{folder}/" if folder else ""
         if f"{prefix}{WEIGHTS}" not in self.seen.files:
             raise self._no_weights(prefix)
-        config = read_config(self.hub.download(self.seen.files[f"{prefix}{CONFIG}"], self.commit).parent)
+        config = read_config(self._fetch(f"{prefix}{CONFIG}").parent)
         adapter = self.read(f"{prefix}{ADAPTER}", Adapter)
         entry = adapter.versions[-1] if adapter and adapter.versions else None
         if entry and not 1 <= entry.version < 10**9:
@@ -109,11 +124,7 @@ class RepoReader:
     def _info(self, prefix: str) -> AdapterInfo | None:
         if f"{prefix}{INFO}" not in self.seen.files:
             return None
-        path = self.hub.download(self.seen.files[f"{prefix}{INFO}"], self.commit)
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=AdapterInfo)
-        except msgspec.DecodeError:
-            return None
+        return read_info(self._fetch(f"{prefix}{INFO}").parent)
 
     def _name_of_repo(self) -> str:
         return re.sub(r"[^a-z0-9._-]", "-", self.hub.repo.rpartition("/")[2].lower())[:64]
@@ -131,7 +142,7 @@ class RepoReader:
         if found:
             raise Incompatible(
                 f"{self.hub.repo} holds several adapters: {', '.join(found)}",
-                hint=f"download it and register one: stackctl add NAME FOLDER/{found[-1]}",
+                hint=f"download it and register one: stackctl add NAME {shlex.quote(f'FOLDER/{found[-1]}')}",
             )
         if "config.json" in self.seen.files:
             hint = f"is it a base? stackctl base add NAME {self.hub.repo}"

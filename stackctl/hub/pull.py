@@ -7,6 +7,7 @@ fetched and checked, and only when all of it is whole is anything registered.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -255,7 +256,11 @@ class _Pull:
         digest = told.digest if told else ""
         if digest and (here := self.registry.find_digest(digest)):
             return here.label
-        where = f"stackctl pull {told.repo}" if told and told.repo else "ask its author for it, or for a --members push"
+        where = (
+            f"stackctl pull {shlex.quote(told.repo)}"
+            if told and told.repo
+            else "ask its author for it, or for a --members push"
+        )
         try:
             taken = self.registry.resolve_adapter(parse_reference(label))
         except NotFound:

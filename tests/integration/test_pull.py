@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from checkpoints import (
 )
 from hub_server import HubServer, connect, running_hub
 
-from stackctl.registry import Registry
+from stackctl.registry import Registry, init_registry
 from stackctl.schema import AdapterVersion
 
 ID = ("--base-id", "acme/tiny")
@@ -220,8 +221,6 @@ def test_another_adapter_of_that_name_is_not_taken_for_it(
 def test_a_base_that_is_not_here_is_offered(
     run: Callable[..., Any], here: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
-    from stackctl.registry import init_registry
-
     run("push", "style@1", "me/style", *ID)
     init_registry(tmp_path / "empty")
     error = run("pull", "me/style", "--registry", tmp_path / "empty", "--json", code=3).json["error"]
@@ -261,6 +260,24 @@ def test_an_adapter_in_a_folder_is_found_and_several_are_not_guessed(
     assert run("pull", "acme/nested", "--registry", there.root, "--json").json["added"] == ["nested@1"]
     hub.repo("acme/two", {f"{folder}/{name}": data for folder in "ab" for name, data in files.items()})
     assert "a, b" in run("pull", "acme/two", "--registry", there.root, "--json", code=4).json["error"]["message"]
+
+
+def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp_path: Path, hub: HubServer) -> None:
+    hub.repo("acme/evil", plain_repo(tmp_path, base_model_name_or_path="a/b; touch owned"))
+    init_registry(tmp_path / "empty")
+    error = run("pull", "acme/evil", "--registry", tmp_path / "empty", "--json", code=3).json["error"]
+    assert shlex.split(error["hint"]) == ["stackctl", "base", "add", "b--touch-owned", "a/b; touch owned"]
+
+
+@pytest.mark.parametrize("path", ["adapter_config.json", "adapter_info.json", "adapter.yaml", "stack.yaml"])
+def test_a_small_file_that_is_not_small_is_not_fetched(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("stackctl.hub.parts.MAX_TEXT_BYTES", 5000)
+    hub.repo("acme/huge", {**plain_repo(tmp_path), path: b" " * 6000})
+    before = tree(there)
+    assert path in run("pull", "acme/huge", "--registry", there.root, "--json", code=4).json["error"]["message"]
+    assert not hub.requests(f"/{path}") and tree(there) == before
 
 
 def test_what_is_no_adapter_is_refused_before_anything_is_fetched(
