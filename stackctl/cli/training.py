@@ -32,7 +32,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
 
     quiet_libraries()
     folder = base_folder(prepared.base, context.registry, context.output.status)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ensure_chat_template(tokenizer)
     with reading_progress(context.output) as reading:
         return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer

@@ -134,8 +134,13 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
     hf_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+            )
     except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
         raise Incompatible(
             f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",
