@@ -21,6 +21,7 @@ from stackctl.files import read_bounded
 
 T = TypeVar("T")
 _MAX_DEPTH = 50
+_MOST_VALUES = 1_000_000  # each takes some 500 bytes of memory and two of a file
 
 _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -114,6 +115,8 @@ def _value(events: Iterator[Any], event: Any, path: KeyPath, marks: Marks, sourc
     if len(path) > _MAX_DEPTH:
         raise _fail(source, event, "nested too deep", "make the file flatter")
     marks.setdefault(path, _place(event))
+    if len(marks) > _MOST_VALUES:
+        raise _fail(source, event, f"more than {_MOST_VALUES:,} values", "this is another kind of file")
     if isinstance(event, yaml.ScalarEvent):
         return _scalar(event.value) if event.implicit[0] else event.value
     if isinstance(event, yaml.SequenceStartEvent):
