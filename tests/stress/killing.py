@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,20 +28,33 @@ class Ended:
     said: str
 
 
-def run_command(arguments: list[str], folder: Path, kill_before: int | None = None) -> Ended:
-    """Run ``stackctl ARGUMENTS`` in ``folder``; with ``kill_before`` only up to that step, counted from one."""
+def run_command(
+    arguments: list[str],
+    folder: Path,
+    kill_before: int | None = None,
+    prepare: Callable[[Path], None] = lambda _: None,
+) -> Ended:
+    """Run ``stackctl ARGUMENTS`` in ``folder``; with ``kill_before`` only up to that step, counted from one.
+
+    ``prepare`` is called with the folder in the process that will be the command.
+    """
     log = folder.parent / f"{folder.name}.log"
     counter = mmap.mmap(-1, 8)
     child = os.fork()
     if not child:
-        _be_the_command(arguments, folder, kill_before, log, counter)
+        _be_the_command(arguments, folder, kill_before, prepare, log, counter)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     steps = struct.unpack("q", counter)[0]
     return Ended(None if status == -signal.SIGKILL else status, steps, log.read_text(errors="replace"))
 
 
 def _be_the_command(
-    arguments: list[str], folder: Path, kill_before: int | None, log: Path, counter: mmap.mmap
+    arguments: list[str],
+    folder: Path,
+    kill_before: int | None,
+    prepare: Callable[[Path], None],
+    log: Path,
+    counter: mmap.mmap,
 ) -> NoReturn:
     code = 99
     try:
@@ -55,6 +69,7 @@ def _be_the_command(
 
         sys.argv = ["stackctl", *arguments]
         _arm(str(folder), kill_before, counter)
+        prepare(folder)
         main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0
