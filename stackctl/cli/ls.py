@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,14 +10,22 @@ from stackctl.cli.base import base_json
 from stackctl.cli.common import KNOW, Context, command
 from stackctl.files import human_bytes
 from stackctl.jobs import unfinished_runs
+from stackctl.lineage import Kin, read_lineage, tree_lines
 from stackctl.output import Result
 from stackctl.registry import Registry
 from stackctl.schema import Adapter, Stack
 
+_NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
+
 
 def register(app: typer.Typer) -> None:
     @command(app, "ls", example="stackctl ls --json", panel=KNOW)
-    def ls(context: Context) -> Result:
+    def ls(
+        context: Context,
+        tree: Annotated[
+            bool, typer.Option("--tree", help="Show which version was trained on which, removed ones too.")
+        ] = False,
+    ) -> Result:
         """List adapters, stacks, bases, and training that is unfinished."""
         registry = context.registry
         current = registry.settings().current
@@ -30,6 +38,10 @@ def register(app: typer.Typer) -> None:
             "runs": list(unfinished_runs(registry)),
         }
         names = [row["name"] for kind in ("adapters", "stacks", "bases") for row in data[kind]]
+        if tree:
+            kin = read_lineage(registry)
+            data["lineage"] = [one.json() for one in kin]
+            return Result(data, "\n".join(names), lambda: _tree_screen(kin, [base["name"] for base in data["bases"]]))
         return Result(data, "\n".join(names), lambda: _screen(data))
 
 
@@ -66,6 +78,18 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
         "created": stack.created,
         "current": stack.name == current,
     }
+
+
+def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
+    from rich.text import Text
+
+    lines = [
+        Text.assemble(guide, (name, "" if guide else "bold"), (f"  {remark}" if remark else "", "dim"))
+        for guide, name, remark in tree_lines(kin, bases)
+    ]
+    text = Text("\n").join(lines)
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text if lines else _NOTHING
 
 
 def _screen(data: dict[str, Any]) -> Any:
@@ -106,4 +130,4 @@ def _screen(data: dict[str, Any]) -> Any:
     if data["runs"]:
         rows = [[r["name"], r["step"], f"stackctl train {r['name']} … --resume"] for r in data["runs"]]
         parts.append(table(["unfinished", "step", "go on with"], rows))
-    return Group(*parts) if parts else "nothing is registered yet; try: stackctl base add smollm2"
+    return Group(*parts) if parts else _NOTHING
