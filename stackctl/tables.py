@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from stackctl.heatmap import HeatMap, render_terminal
 
 NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
@@ -28,3 +31,15 @@ def side_by_side(title: str, columns: Sequence[str], cells: Sequence[str]) -> Ta
         drawn.add_column(column, ratio=1, overflow="fold")
     drawn.add_row(*(Text(cell) for cell in cells))
     return drawn
+
+
+class HeatMapDrawing:
+    """A heat map that takes the width, and the colours, that the console has when it is printed."""
+
+    def __init__(self, heat: HeatMap) -> None:
+        self._heat = heat
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        colours = console.color_system not in (None, "standard")  # sixteen colours have no shades
+        for line in render_terminal(self._heat, options.max_width, colours=colours):
+            yield Text.assemble(*line, no_wrap=True, overflow="ignore")

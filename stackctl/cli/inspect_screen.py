@@ -1,0 +1,136 @@
+"""What ``stackctl inspect`` shows a person: facts, trees, tables, curves and maps, from what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackctl.cli.inspect_maps import interference_screen, weights_screen
+from stackctl.curve import Curve, read_curve, render_terminal
+from stackctl.files import human_bytes
+from stackctl.inspection import facts_tree, stack_tree
+from stackctl.overlaps import Interference
+from stackctl.plan import StackPlan
+from stackctl.registry import ResolvedStack
+from stackctl.serving import TITLES
+
+_CURVE_WIDTH = 80
+"""Columns of a loss curve: what every terminal has."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What was found beside the facts: problems of the target program, and what ``--interference`` measured."""
+
+    target_problems: tuple[dict[str, Any], ...] = ()
+    interference: Interference | None = None
+
+
+def facts_screen(info: dict[str, Any], title: str) -> Any:
+    """A base, or a checkpoint by itself."""
+    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for", "curves"}
+    facts = {key.replace("_", " "): value for key, value in info.items() if key not in hidden}
+    if "bytes" in facts:
+        facts["bytes"] = human_bytes(facts["bytes"])
+    facts.update(info.get("lora", {}))
+    if isinstance(info.get("modules"), dict):
+        facts["modules"] = "\n".join(f"{name}  {m['type']} {m['shape']}" for name, m in info["modules"].items())
+    return facts_tree(f"{info['kind']} {title}", facts, info.get("problems", []))
+
+
+def checkpoint_screen(info: dict[str, Any], extras: Extras) -> Any:
+    """A checkpoint by itself, with what was asked for besides."""
+    from rich.console import Group
+
+    return Group(facts_screen(info, info["path"]), *_wished(info, extras))
+
+
+def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, extras: Extras) -> Any:
+    """An adapter, a stack or an expression."""
+    from rich.console import Group
+
+    parts: list[Any] = []
+    if info["kind"] == "adapter":
+        parts.append(facts_tree(f"adapter {info['adapter']}@{info['version']}", _adapter_facts(info), info["problems"]))
+        if "curves" not in info:
+            parts += _curve_screen(read_curve(Path(info["path"])), height=6)
+    else:
+        parts.append(stack_tree(stack, plan))
+        parts.append(
+            f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
+        )
+    parts += _wished(info, extras)
+    for name, recipe in info.get("serve", {}).items():
+        parts.append(_recipe_screen(TITLES[name], recipe))
+    if info.get("verified"):
+        parts.append("the files are the ones that were registered")
+    return Group(*parts)
+
+
+def _adapter_facts(info: dict[str, Any]) -> dict[str, Any]:
+    shown = ("description", "digest", "base", "created", "dtype", "parameters", "rank", "path")
+    facts = {key: info[key] for key in shown}
+    facts["needs"] = "+".join(info["needs"])
+    facts["targets"] = info["lora"].get("target_modules")
+    if run := info.get("run"):
+        facts["trained"] = (
+            f"{run['steps']} steps, {run['supervised_tokens']:,} supervised tokens, loss {run['loss']:.3f}"
+        )
+        if run.get("kept_step") is not None:
+            change = f"{run['eval_loss_before']:.3f} -> {run['eval_loss']:.3f}"
+            facts["held out"] = f"loss {change}, the weights of step {run['kept_step']}"
+    if data := info.get("data"):
+        facts["data"] = f"{data['path']}, {data['records']} {data['format']} records"
+    return facts
+
+
+def _wished(info: dict[str, Any], extras: Extras) -> list[Any]:
+    """The parts of a screen that were asked for by option."""
+    parts: list[Any] = []
+    if "module_table" in info:
+        parts.append(_module_screen(info["module_table"]))
+    if "weights" in info:
+        parts += weights_screen(info["weights"])
+    if extras.interference:
+        parts += interference_screen(extras.interference)
+    for label, points in info.get("curves", {}).items():
+        lines = _curve_screen(Curve(tuple(points["loss"]), tuple(points["eval_loss"])), height=12)
+        parts += [f"\n{label}" if lines else f"\n{label}: no losses were recorded", *lines]
+    if "for" in info:
+        found = list(extras.target_problems)
+        parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
+    return parts
+
+
+def _recipe_screen(title: str, recipe: dict[str, Any]) -> Any:
+    """The lines as they are to be typed, each on one of its own however long; then what there is to say."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [Text(line, no_wrap=True, overflow="ignore") for line in recipe["lines"]]
+    notes = [Text(f"# {note}", style="dim") for note in recipe["notes"]]
+    problems = [facts_tree("", {}, recipe["problems"])] if recipe["problems"] else []
+    return Group(Text(f"\nserve with {title}", style="bold"), *lines, *notes, *problems)
+
+
+def _curve_screen(curve: Curve, height: int) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(line, no_wrap=True) for line in render_terminal(curve, _CURVE_WIDTH, height)]
+
+
+def _module_screen(rows: list[dict[str, Any]]) -> Any:
+    from stackctl.tables import table
+
+    cells = [
+        [
+            row["module"],
+            row["type"],
+            "×".join(str(n) for n in row["shape"]),
+            row["rank"],
+            ", ".join(f"{f['member']} r={f['rank']} s={f['scaling']:g}" for f in row["members"]),
+        ]
+        for row in rows
+    ]
+    return table(["module", "type", "shape", "rank", "members"], cells)
