@@ -1,7 +1,6 @@
 """Hashes of large files, remembered by what the file system says of them, so that checking them again is cheap.
 
-A file is taken for unchanged while its size, its inode and both its times are what they were. A change of content
-cannot keep the time of the inode's change, short of setting the machine's clock; ``verify`` hashes regardless.
+A file is taken for unchanged while its :func:`stackctl.files.state` is what it was; ``verify`` hashes regardless.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ import json
 import time
 from pathlib import Path
 
-from stackctl.files import read_own_json, sha256_file, write_atomic
+from stackctl.files import is_settled, read_own_json, sha256_file, state, write_atomic
 
 FILE = ".digests.json"
-_SETTLED_SECONDS = 2.0
-"""Younger changes are not remembered: a file system's clock may give two writes one time."""
 
 
 class DigestCache:
@@ -29,13 +26,13 @@ class DigestCache:
 
     def sha256(self, path: Path) -> str:
         """The hash of a file, from memory if the file is as it was."""
-        stat = path.stat()
-        key = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        info, now = path.stat(), time.time()
+        key = list(state(info))
         known = self._known.get(str(path))
         if isinstance(known, list) and known[:-1] == key and isinstance(known[-1], str):
             return known[-1]
         digest = sha256_file(path)
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+        if is_settled(info, now):
             self._known[str(path)] = [*key, digest]
             self._changed = True
         return digest

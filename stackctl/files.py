@@ -28,6 +28,8 @@ STAGING_PREFIX = ".tmp-"
 
 _CHUNK = 1 << 20
 _STALE_AFTER_SECONDS = 24 * 3600
+_SETTLED_SECONDS = 2.0
+"""A file system's clock may give two changes one time, when one follows the other at once."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -214,6 +216,19 @@ def tree_bytes(path: Path) -> int:
                 info = found.lstat()
                 sizes += [] if stat.S_ISDIR(info.st_mode) else [info.st_size]
     return sum(sizes)
+
+
+def state(info: os.stat_result) -> tuple[int, int, int, int]:
+    """What a file's content cannot change without: its size, its inode, its time and that of its inode's change.
+
+    The last of them cannot be set back, short of setting the machine's clock.
+    """
+    return info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns
+
+
+def is_settled(info: os.stat_result, now: float) -> bool:
+    """Whether a file's next change is sure to show in its :func:`state`, as it was at the time ``now``."""
+    return now - max(info.st_mtime, info.st_ctime) > _SETTLED_SECONDS
 
 
 def sha256_bytes(data: bytes) -> str:

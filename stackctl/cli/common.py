@@ -15,6 +15,7 @@ from typer.models import ArgumentInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.errors import Usage, did_you_mean
+from stackctl.cli.progress import reading_progress
 from stackctl.output import Output, Result
 from stackctl.ranks import make_output
 from stackctl.registry import Registry
@@ -64,7 +65,9 @@ class Context:
     @functools.cached_property
     def registry(self) -> Registry:
         """The registry in use; an error with a hint when there is none."""
-        return Registry.open(self.registry_option)
+        registry = Registry.open(self.registry_option)
+        registry.show_reading = functools.partial(reading_progress, self.output)
+        return registry
 
 
 class Current:

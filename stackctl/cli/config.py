@@ -146,7 +146,7 @@ def _stack_of(registry: Registry, text: str) -> str:
         raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {text}")
     checkpoint = read_checkpoint(find_checkpoint_folder(folder))
     place = checkpoint.path.resolve()
-    for adapter in registry.adapters():
+    for adapter in registry.adapter_rows():
         for version in adapter.versions:
             if registry.weights_path(version) == place:
                 return f"{adapter.name}@{version.version}"

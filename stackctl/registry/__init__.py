@@ -5,15 +5,20 @@ are put in place first, the entry is written last: what has no entry does not ex
 """
 
 from stackctl.registry.entries import find_registry, init_registry, now
+from stackctl.registry.index import Rows
 from stackctl.registry.removing import Freed
 from stackctl.registry.resolving import ResolvedMember, ResolvedStack, resolve_all
+from stackctl.registry.rows import AdapterRow, VersionRow
 from stackctl.registry.verifying import Registry
 
 __all__ = [
+    "AdapterRow",
     "Freed",
     "Registry",
     "ResolvedMember",
     "ResolvedStack",
+    "Rows",
+    "VersionRow",
     "find_registry",
     "init_registry",
     "now",

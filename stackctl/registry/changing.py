@@ -219,8 +219,8 @@ class Changes(Resolver):
         """
         with self.lock():
             self.base(name)
-            users = [f"{a.name}@{v.version}" for a in self.adapters() for v in a.versions if v.base == name]
-            users += [stack.name for stack in self.stacks() if stack.base == name and not stack.members]
+            users = [f"{a.name}@{v.version}" for a in self.adapter_rows() for v in a.versions if v.base == name]
+            users += [stack.name for stack in self.stack_rows() if stack.base == name and not stack.members]
             if users:
                 raise Usage(
                     f"the base '{name}' cannot be removed: {', '.join(users)} stand on it",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,8 @@ from stackctl.errors import (
 from stackctl.locks import locked
 from stackctl.methods import check_method
 from stackctl.names import parse_name, parse_stack_name
+from stackctl.registry.index import Row, Rows, entry_files, entry_name, read_rows
+from stackctl.registry.rows import AdapterRow, adapter_row
 from stackctl.schema import (
     SCHEMA,
     Adapter,
@@ -84,10 +86,14 @@ def now() -> str:
 
 
 class Entries:
-    """A registry on disk. Nothing is kept in memory: every question reads the file that answers it."""
+    """A registry on disk. Nothing is kept in memory: every question reads the file that answers it.
+
+    ``show_reading`` makes what shows how far a reading of many entries is: a function of the share, 0 to 1.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.show_reading: Callable[[], contextlib.AbstractContextManager[Callable[[float], None]]] = _show_nothing
 
     @classmethod
     def open(cls, explicit: Path | None = None) -> Self:
@@ -121,7 +127,7 @@ class Entries:
 
     def names(self, kind: type) -> list[str]:
         """The names of all entries of a kind, in alphabetical order, without reading them."""
-        return sorted(path.name.removesuffix(".yaml") for path in (self.root / _FOLDERS[kind]).glob("[!.]*.yaml"))
+        return sorted(entry_name(entry) for entry in entry_files(self.root / _FOLDERS[kind]))
 
     def bases(self) -> Iterator[Base]:
         return (entry for name in self.names(Base) if (entry := self._read(Base, name)))
@@ -131,6 +137,26 @@ class Entries:
 
     def stacks(self) -> Iterator[Stack]:
         return (entry for name in self.names(Stack) if (entry := self._read(Stack, name)))
+
+    def adapter_rows(self) -> Rows[AdapterRow]:
+        """Every adapter in short, by name; what an index remembers is not parsed again.
+
+        Raises:
+            Usage: an entry cannot be read.
+        """
+        return self._rows(Adapter, AdapterRow, adapter_row)
+
+    def stack_rows(self) -> Rows[Stack]:
+        """Every stack by name, as :meth:`adapter_rows`."""
+        return self._rows(Stack, Stack, lambda stack: stack)
+
+    def _rows(self, kind: type[E], row: type[Row], make: Callable[[E], Row]) -> Rows[Row]:
+        def read(name: str) -> Row | None:
+            entry = self._read(kind, name)
+            return make(entry) if entry else None
+
+        with self.show_reading() as progress:
+            return read_rows(self.root / _FOLDERS[kind], row, read, progress)
 
     def find_base(self, name: str) -> Base | None:
         return self._read(Base, parse_name(name, "base name"))
@@ -165,6 +191,11 @@ class Entries:
             for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
                 files.sweep_staging(folder)
             yield
+
+
+@contextlib.contextmanager
+def _show_nothing() -> Iterator[Callable[[float], None]]:
+    yield lambda share: None
 
 
 def _on_one_line(value: Any, depth: int = 0) -> Any:

@@ -118,13 +118,15 @@ class Removals(Changes):
     def _standing_on(self, labels: set[str]) -> list[str]:
         users = [
             f"{adapter.name}@{version.version}"
-            for adapter in self.adapters()
+            for adapter in self.adapter_rows()
             for version in adapter.versions
             if f"{adapter.name}@{version.version}" not in labels
             and any(str(term.reference) in labels for term in foundations(version))
         ]
         users += [
-            stack.name for stack in self.stacks() if any(f"{m.adapter}@{m.version}" in labels for m in stack.members)
+            stack.name
+            for stack in self.stack_rows()
+            if any(f"{m.adapter}@{m.version}" in labels for m in stack.members)
         ]
         return users
 

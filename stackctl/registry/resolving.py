@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stackctl.names import BASE, Reference, Term, format_term, parse_expression,
 from stackctl.plan import PlanMember, StackPlan
 from stackctl.planning import plan_stack
 from stackctl.registry.entries import Entries
+from stackctl.registry.rows import AdapterRow, VersionRow
 from stackctl.schema import (
     Adapter,
     AdapterVersion,
@@ -130,10 +132,10 @@ class Resolver(Entries):
 
     def find_digest(self, digest: str) -> ResolvedMember | None:
         """The registered adapter version with that digest, under whatever name."""
-        for adapter in self.adapters():
-            for version in adapter.versions:
+        for row in self.adapter_rows():
+            for version in row.versions:
                 if version.digest == digest:
-                    return ResolvedMember(adapter, version, 1.0)
+                    return self.resolve_adapter(Reference(row.name, version.version))
         return None
 
     def _by_digest(self, text: str) -> ResolvedMember:
@@ -142,14 +144,20 @@ class Resolver(Entries):
         Raises:
             NotFound, Usage: nothing has it, or several have.
         """
-        owners: list[Adapter | Removed] = [*self.adapters(), *(self.find_removed(name) for name in self.names(Removed))]
-        found = {v.digest: (owner.name, v) for owner in owners for v in owner.versions if v.digest.startswith(text)}
+        removed = (self.find_removed(name) for name in self.names(Removed))
+        owners: Iterable[AdapterRow | Removed] = itertools.chain(removed, self.adapter_rows())
+        found = {
+            v.digest: Reference(owner.name, v.version)
+            for owner in owners
+            for v in owner.versions
+            if v.digest.startswith(text)
+        }
         if not found:
             raise NotFound(f"nothing here has the digest {text}", hint="stackctl ls --json shows digests")
         if len(found) > 1:
             raise Usage(f"{len(found)} versions have a digest that begins with {text}", hint="write more of it")
-        name, version = found.popitem()[1]
-        return ResolvedMember(self.find_adapter(name) or Adapter(name=name, versions=[version]), version, 1.0)
+        reference = found.popitem()[1]
+        return self._removed(reference) or self.resolve_adapter(reference)
 
     def _removed(self, reference: Reference) -> ResolvedMember | None:
         """A version that was removed and whose weights are still there."""
@@ -268,7 +276,7 @@ class Resolver(Entries):
 
     # -- plans --------------------------------------------------------------------------------------------------
 
-    def weights_path(self, version: AdapterVersion) -> Path:
+    def weights_path(self, version: AdapterVersion | VersionRow) -> Path:
         """Where a version's checkpoint lies, absolute."""
         return (self.root / version.path).resolve()
 
@@ -317,7 +325,7 @@ class Resolver(Entries):
             )
 
 
-def foundations(version: AdapterVersion) -> tuple[Term, ...]:
+def foundations(version: AdapterVersion | VersionRow) -> tuple[Term, ...]:
     """The terms that a version was trained on."""
     return parse_expression("+".join(version.trained_on)) if version.trained_on else ()
 
