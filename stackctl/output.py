@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from stackctl import paging
 from stackctl.errors import StackctlError
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ SCHEMA = 1
 _PIPED_WIDTH = 160
 """Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
 _CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
+_SEGMENTS = 50
+"""How many pieces of rich's are turned into text at once."""
 
 _HINTS = {
     "usage": "stackctl --help",
@@ -40,7 +44,8 @@ _HINTS = {
 class Result:
     """What a command did: ``json`` for programs, ``brief`` for ``-q``, ``screen`` for a person.
 
-    ``screen`` is text, or a function that makes something rich can print (so that rich is imported only then).
+    ``screen`` is text, or a function that makes something rich can print (so that rich is imported only then); with
+    ``paged``, what is longer than a person's screen goes through their pager. A list in ``json`` may be an iterator.
     ``exit_code`` is not 0 where a command reports what it found wrong (``verify``) instead of failing.
     """
 
@@ -49,6 +54,7 @@ class Result:
     screen: str | Callable[[], RenderableType] = ""
     exit_code: int = 0
     notes: tuple[str, ...] = field(default=())
+    paged: bool = False
 
 
 def printable(text: str) -> str:
@@ -98,14 +104,23 @@ class Output:
         elif self.quiet:
             if result.brief:
                 self.text(result.brief + "\n")
+        elif callable(result.screen) and result.paged:
+            screen = console(sys.stdout)
+            paging.show(_pieces(screen, result.screen()), screen.height)
         elif callable(result.screen):
             console(sys.stdout).print(result.screen(), crop=False)  # a line to copy is whole, however long
         elif result.screen:
             self.text(printable(result.screen) + "\n")
 
     def line_json(self, document: dict[str, Any]) -> None:
-        """One JSON document on one line of stdout."""
-        self.text(json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n")
+        """One JSON document on one line of stdout; what is an iterator becomes a list, written item by item."""
+        whole = {"schema": SCHEMA, **document}
+        before = "{"
+        for key, value in [(k, v if isinstance(v, Iterator) else [_json(v)]) for k, v in whole.items()]:
+            sys.stdout.write(f"{before}{_json(key)}: ")
+            sys.stdout.writelines(_json_list(value) if isinstance(value, Iterator) else value)
+            before = ", "
+        self.text("}\n")
 
     def text(self, text: str) -> None:
         """Verbatim text on stdout, at once."""
@@ -159,6 +174,28 @@ class Output:
     @property
     def shows_progress(self) -> bool:
         return not self.quiet and sys.stderr.isatty()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _json_list(items: Iterator[Any]) -> Iterator[str]:
+    yield "["
+    for number, item in enumerate(items):
+        yield f", {_json(item)}" if number else _json(item)
+    yield "]"
+
+
+def _pieces(screen: Console, what: RenderableType) -> Iterator[str]:
+    """What a console would print, as text, some lines at a time."""
+    from rich.segment import Segments
+
+    segments = iter(screen.render(what))
+    while some := list(itertools.islice(segments, _SEGMENTS)):
+        with screen.capture() as captured:
+            screen.print(Segments(some), end="", crop=False)
+        yield captured.get()
 
 
 def console(stream: TextIO) -> Console:

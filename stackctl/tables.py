@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich import box
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +26,81 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return drawn
+
+
+class Listing:
+    """A table of any length, drawn row by row: it looks as :func:`table`, for which rich needs all of it at once.
+
+    ``rows`` is called twice, to measure and to draw. What is too wide for its column is broken with no regard to words.
+    """
+
+    def __init__(self, columns: Sequence[str], rows: Callable[[], Iterable[Sequence[str]]]) -> None:
+        self._columns = columns
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        between = len(_GAP) * (len(self._columns) - 1)
+        widths = _widths(self._columns)
+        for row in self._rows():
+            widths = list(map(max, widths, _widths(row)))
+        widths = _fit(widths, options.max_width - between - 2)
+        signs = [">" if column.strip() in NUMERIC else "<" for column in self._columns]
+        layout = f" {_GAP.join(f'{{:{sign}{width}}}' for sign, width in zip(signs, widths, strict=True))} "
+        blank = Segment(" " * (sum(widths) + between + 2) + "\n")
+        yield blank
+        for line in _lines(self._columns, widths, layout):
+            yield Segment(line, console.get_style("bold"))
+            yield Segment.line()
+        yield Segment(f" {'─' * (sum(widths) + between)} \n")
+        lines = (line for row in self._rows() for line in _lines(row, widths, layout))
+        while some := list(itertools.islice(lines, _LINES)):
+            yield Segment("\n".join(some) + "\n")
+        yield blank
+
+
+_GAP = "   "
+_LINES = 20
+"""How many lines of a listing are given to rich at once."""
+
+
+def _widths(cells: Sequence[str]) -> list[int]:
+    """The columns of a terminal that each cell takes, as it is printed."""
+    is_ascii = "".join(cells).isascii()
+    return [len(cell) if is_ascii else cell_len(_printable(cell)) for cell in cells]
+
+
+def _fit(widths: list[int], room: int) -> list[int]:
+    """Narrow the widest columns until all fit."""
+    limit = max(widths)
+    while limit > 1 and sum(min(width, limit) for width in widths) > room:
+        limit -= 1
+    return [min(width, limit) for width in widths]
+
+
+def _lines(cells: Sequence[str], widths: Sequence[int], layout: str) -> Iterator[str]:
+    """The lines of a row: one, unless a cell is wider than its column."""
+    text = "".join(cells)
+    if text.isascii() and text.isprintable() and all(map(operator.le, map(len, cells), widths)):
+        yield layout.format(*cells)  # a hundred thousand of these take no time
+        return
+    folded = [
+        [cell] if cell_len(cell) <= width else chop_cells(cell, width)
+        for cell, width in zip(map(_printable, cells), widths, strict=True)
+    ]
+    for line in itertools.zip_longest(*folded, fillvalue=""):
+        yield layout.format(*(_Wide(cell) for cell in line))
+
+
+class _Wide(str):
+    """Text that is padded by the columns that it takes, not by its characters."""
+
+    def __format__(self, how: str) -> str:
+        return super().__format__(f"{how[0]}{int(how[1:]) - cell_len(self) + len(self)}")
+
+
+def _printable(text: str) -> str:
+    """No line break and no escape sequence: what a hostile file says must not reach the terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def side_by_side(title: str, columns: Sequence[str], cells: Sequence[str]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +13,10 @@ from stackctl.cli.common import KNOW, Context, command
 from stackctl.files import human_bytes
 from stackctl.jobs import unfinished_runs
 from stackctl.lineage import Kin, read_lineage, tree_lines
+from stackctl.names import BASE, format_term
 from stackctl.output import Result
-from stackctl.registry import Registry
-from stackctl.schema import Adapter, Stack
+from stackctl.registry import AdapterRow, Rows
+from stackctl.schema import Stack
 
 _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
@@ -26,26 +29,33 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--tree", help="Show which version was trained on which, removed ones too.")
         ] = False,
     ) -> Result:
-        """List adapters, stacks, bases, and training that is unfinished."""
+        """List adapters, stacks, bases, and training that is unfinished; what is longer than the screen is paged.
+
+        The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
+        """
         registry = context.registry
-        current = registry.settings().current
+        root, current = str(registry.root), registry.settings().current
+        adapters, stacks = registry.adapter_rows(), registry.stack_rows()
+        bases = [base_json(base, registry) for base in registry.bases()]
+        runs = list(unfinished_runs(registry))
         data: dict[str, Any] = {
-            "registry": str(registry.root),
+            "registry": root,
             "current": current,
-            "adapters": [_adapter(adapter, registry) for adapter in registry.adapters()],
-            "stacks": [_stack(stack, current) for stack in registry.stacks()],
-            "bases": [base_json(base, registry) for base in registry.bases()],
-            "runs": list(unfinished_runs(registry)),
+            "adapters": (_adapter(adapter, root) for adapter in adapters),
+            "stacks": (_stack(stack, current) for stack in stacks),
+            "bases": bases,
+            "runs": runs,
         }
-        names = [row["name"] for kind in ("adapters", "stacks", "bases") for row in data[kind]]
+        names = [*adapters.names, *stacks.names, *(base["name"] for base in bases)]
         if tree:
             kin = read_lineage(registry)
             data["lineage"] = [one.json() for one in kin]
-            return Result(data, "\n".join(names), lambda: _tree_screen(kin, [base["name"] for base in data["bases"]]))
-        return Result(data, "\n".join(names), lambda: _screen(data))
+            roots = [base["name"] for base in bases]
+            return Result(data, "\n".join(names), lambda: _tree_screen(kin, roots), paged=True)
+        return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs, current), paged=True)
 
 
-def _adapter(adapter: Adapter, registry: Registry) -> dict[str, Any]:
+def _adapter(adapter: AdapterRow, root: str) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "description": adapter.description,
@@ -53,14 +63,14 @@ def _adapter(adapter: Adapter, registry: Registry) -> dict[str, Any]:
             {
                 "version": v.version,
                 "digest": v.digest,
-                "path": str(registry.weights_path(v)),
+                "path": os.path.normpath(os.path.join(root, v.path)),  # noqa: PTH118 - a Path takes ten times as long
                 "base": v.base,
                 "trained_on": v.trained_on,
                 "created": v.created,
-                "rank": v.lora.r,
+                "rank": v.rank,
                 "parameters": v.parameters,
                 "bytes": v.bytes,
-                "loss": v.run.loss if v.run else None,
+                "loss": v.loss,
             }
             for v in adapter.versions
         ],
@@ -92,42 +102,41 @@ def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
     return text if lines else _NOTHING
 
 
-def _screen(data: dict[str, Any]) -> Any:
+def _screen(
+    adapters: Rows[AdapterRow],
+    stacks: Rows[Stack],
+    bases: list[dict[str, Any]],
+    runs: list[dict[str, Any]],
+    current: str | None,
+) -> Any:
     from rich.console import Group
 
-    from stackctl.names import format_term
-    from stackctl.tables import table
+    from stackctl.tables import Listing, table
 
     parts: list[Any] = []
-    if data["adapters"]:
-        rows = [
-            [
-                f"{a['name']}@{v['version']}",
-                v["base"],
-                "+".join(v["trained_on"]) or "-",
-                v["rank"],
-                human_bytes(v["bytes"]),
-                f"{v['loss']:.3f}" if v["loss"] is not None else "-",
-                v["created"][:10],
-            ]
-            for a in data["adapters"]
-            for v in a["versions"]
-        ]
-        parts.append(table(["adapter", "base", "trained on", "rank", "size", "loss", "created"], rows))
-    if data["stacks"]:
-        rows = [
-            [
-                ("* " if s["current"] else "  ") + s["name"],
-                s["base"],
-                "+".join(format_term(f"{m['adapter']}@{m['version']}", m["weight"]) for m in s["members"]) or "base",
-            ]
-            for s in data["stacks"]
-        ]
-        parts.append(table(["  stack", "base", "members"], rows))
-    if data["bases"]:
-        rows = [[b["name"], b["source"], f"{b['parameters']:,}", b["dtype"]] for b in data["bases"]]
+    if len(adapters):
+        columns = ["adapter", "base", "trained on", "rank", "size", "loss", "created"]
+        parts.append(Listing(columns, lambda: (line for adapter in adapters for line in _version_lines(adapter))))
+    if len(stacks):
+        parts.append(Listing(["  stack", "base", "members"], lambda: (_stack_line(s, current) for s in stacks)))
+    if bases:
+        rows = [[b["name"], b["source"], f"{b['parameters']:,}", b["dtype"]] for b in bases]
         parts.append(table(["base", "source", "parameters", "dtype"], rows))
-    if data["runs"]:
-        rows = [[r["name"], r["step"], f"stackctl train {r['name']} … --resume"] for r in data["runs"]]
+    if runs:
+        rows = [[r["name"], r["step"], f"stackctl train {r['name']} … --resume"] for r in runs]
         parts.append(table(["unfinished", "step", "go on with"], rows))
     return Group(*parts) if parts else _NOTHING
+
+
+def _version_lines(adapter: AdapterRow) -> Iterator[list[str]]:
+    for v in adapter.versions:
+        trained_on = "+".join(v.trained_on) or "-"
+        loss = f"{v.loss:.3f}" if v.loss is not None else "-"
+        yield [
+            f"{adapter.name}@{v.version}", v.base, trained_on, str(v.rank), human_bytes(v.bytes), loss, v.created[:10]
+        ]  # fmt: skip
+
+
+def _stack_line(stack: Stack, current: str | None) -> list[str]:
+    members = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in stack.members)
+    return [("* " if stack.name == current else "  ") + stack.name, stack.base, members or BASE]

@@ -56,6 +56,19 @@ def test_a_number_that_json_does_not_know_is_never_printed(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_list_of_any_length_is_written_as_it_is_made(capsys):
+    seen = []
+
+    def items():
+        for number in range(3):
+            seen.append(capsys.readouterr().out)
+            yield {"n": number}
+
+    Output(json_mode=True).line_json({"rows": items(), "none": iter(()), "last": "灯"})
+    assert seen == ['{"schema": 1, "rows": [', '{"n": 0}', ', {"n": 1}']
+    assert capsys.readouterr().out == ', {"n": 2}], "none": [], "last": "灯"}\n'
+
+
 def test_a_screen_may_be_drawn(capsys):
     from stackctl.tables import table
 
