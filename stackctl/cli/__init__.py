@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib import import_module
@@ -20,6 +21,10 @@ _COMMANDS = {
     "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add",
     "use": "use", "rm": "rm", "gc": "gc",
 }  # fmt: skip
+
+
+_LINES = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
+"""Where typer's scripts put the line that a shell completes: bash, and the others."""
 
 
 def make_app(command: str | None = None) -> typer.Typer:
@@ -56,8 +61,6 @@ def make_app(command: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
-    import os
-
     from stackctl.errors import Interrupted, StackctlError
     from stackctl.output import prepare_streams
     from stackctl.ranks import make_output
@@ -67,9 +70,7 @@ def main() -> None:
     debug = "--debug" in options
     Current.output = make_output(json_mode="--json" in options)
     try:
-        code = typer.main.get_command(make_app(next(iter(sys.argv[1:]), None))).main(
-            prog_name="stackctl", standalone_mode=False
-        )
+        code = typer.main.get_command(make_app(_typed_command())).main(prog_name="stackctl", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt
@@ -105,6 +106,13 @@ def main() -> None:
             )
             code = 1
     sys.exit(code)
+
+
+def _typed_command() -> str | None:
+    """The first word after ``stackctl``, of this command or of the one that a shell completes."""
+    line = next((os.environ[name] for name in _LINES if name in os.environ), "")
+    words = line.split() if "_STACKCTL_COMPLETE" in os.environ else sys.argv
+    return words[1] if len(words) > 1 else None
 
 
 def _usage_error(error: Any) -> Usage:

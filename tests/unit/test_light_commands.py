@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -118,3 +119,29 @@ def test_completion_offers_names_and_loads_nothing_heavy(shelf, tmp_path, words,
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
     offered = light(tmp_path, code=0)
     assert "style" in offered
+
+
+@pytest.mark.parametrize(
+    ("shell", "line", "offered", "alone"),
+    [
+        ("bash", "stackctl\npu", {"push", "pull"}, False),
+        ("bash", "stackctl\npush\n", {"style", "instruct", "tiny"}, True),
+        ("zsh", "stackctl pu", {"push", "pull"}, False),
+        ("zsh", "stackctl push ", {"style", "instruct", "tiny"}, True),
+        ("fish", "stackctl rm s", {"style"}, True), ("fish", "stackctl base rm ", {"tiny"}, True),
+        ("zsh", "stackctl", {"push", "pull"}, False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_completion_builds_only_the_command_that_is_typed(shelf, tmp_path, monkeypatch, shell, line, offered, alone):
+    """... and all of them as long as its name is not there."""
+    monkeypatch.setenv("_STACKCTL_COMPLETE", f"complete_{shell}")
+    if shell == "bash":
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count("\n")))
+    else:
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    words = set(re.findall("[a-z-]+", light(tmp_path)))
+    assert words & {"push", "pull", "style", "instruct", "tiny"} == offered
+    assert ("stackctl.cli.train" not in (tmp_path / "modules").read_text().split()) == alone
