@@ -9,7 +9,7 @@ import importlib
 import itertools
 import sys
 
-NAMES = ("startup", "export", "training", "generation")
+NAMES = ("startup", "scale", "export", "training", "generation")
 
 
 def main() -> None:
