@@ -14,8 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
-from stackctl.errors import Usage, did_you_mean
 from stackctl.cli.progress import reading_progress
+from stackctl.errors import Usage, did_you_mean
 from stackctl.output import Output, Result
 from stackctl.ranks import make_output
 from stackctl.registry import Registry
