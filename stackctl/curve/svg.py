@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from xml.sax.saxutils import escape
+from html import escape
 
 from stackctl.curve.points import Curve, thinned, ticks
 
@@ -55,7 +55,7 @@ def render_svg(curves: Mapping[str, Curve]) -> str | None:
         parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3" fill="{colour}"/>' for step, loss in dots]
         place = f'x="{_LEFT + 142 * (index % 4)}" y="{14 + 14 * (index // 4)}"'
         label = f"{name} held-out" if dashed else name
-        parts.append(f'<text {place} fill="{colour}">{escape(label)}: {points[-1][1]:.3g}</text>')
+        parts.append(f'<text {place} fill="{colour}">{escape(label, quote=False)}: {points[-1][1]:.3g}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

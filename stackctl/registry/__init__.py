@@ -8,7 +8,7 @@ from stackctl.registry.entries import find_registry, init_registry, now
 from stackctl.registry.index import Rows
 from stackctl.registry.removing import Freed
 from stackctl.registry.resolving import ResolvedMember, ResolvedStack, resolve_all
-from stackctl.registry.rows import AdapterRow, VersionRow
+from stackctl.registry.rows import AdapterRow, VersionRow, version_row
 from stackctl.registry.verifying import Registry
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "init_registry",
     "now",
     "resolve_all",
+    "version_row",
 ]

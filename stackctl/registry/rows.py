@@ -34,10 +34,11 @@ class AdapterRow(msgspec.Struct, frozen=True, array_like=True):
 
 def adapter_row(adapter: Adapter) -> AdapterRow:
     """What a row says of an adapter."""
-    return AdapterRow(adapter.name, adapter.description, [_version_row(version) for version in adapter.versions])
+    return AdapterRow(adapter.name, adapter.description, [version_row(version) for version in adapter.versions])
 
 
-def _version_row(version: AdapterVersion) -> VersionRow:
+def version_row(version: AdapterVersion) -> VersionRow:
+    """What a row says of a version."""
     loss = version.run.loss if version.run and math.isfinite(version.run.loss) else None
     return VersionRow(
         version.version, version.digest, version.path, version.base, version.trained_on, version.created,
