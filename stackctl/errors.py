@@ -5,6 +5,9 @@ Anything else that is raised is a bug and is reported as one.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class StackctlError(Exception):
     """An expected failure. ``message`` says what is wrong, ``hint`` what to type or do next."""
@@ -87,6 +90,15 @@ def did_you_mean(word: str, candidates: list[str] | tuple[str, ...], otherwise: 
     """A hint that names the nearest candidate, else ``otherwise``."""
     near = closest(word, candidates)
     return f"did you mean '{near}'? ({otherwise})" if near else otherwise
+
+
+@contextlib.contextmanager
+def gathering(problems: list[StackctlError]) -> Iterator[None]:
+    """Do something and put what is wrong with it among ``problems``, for :func:`raise_all` to say with the rest."""
+    try:
+        yield
+    except StackctlError as error:
+        problems.append(error)
 
 
 def raise_all(problems: list[StackctlError]) -> None:

@@ -279,6 +279,21 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
+def check_place(path: Path, option: str) -> None:
+    """Where a file is to go is known to be possible before anything is computed; ``option`` is what named it.
+
+    Raises:
+        NotFound, Usage, Failed: there is no such folder, it cannot be written to, or the file's name is a folder's.
+    """
+    folder = existing(path.absolute().parent, "the folder")
+    if not folder.is_dir():
+        raise Usage(f"{folder} is a file, not a folder", hint=f"name another place: {option} FILE")
+    if path.is_dir():
+        raise Usage(f"{option} {path} is a folder", hint="name a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failed(f"nothing can be written to {folder}", hint="check who owns the folder and its permissions")
+
+
 def explain_oserror(error: OSError) -> Failed:
     """An operating-system error as one sentence and a way on."""
     where = f" ({error.filename})" if error.filename else ""

@@ -1,4 +1,7 @@
-"""Loss curves as a small SVG picture. Pure: numbers to text."""
+"""Loss curves as a small SVG picture. Pure: numbers to text.
+
+The picture stands by itself on white; a page that holds it gives its classes (ground, grid, label) other colours.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 36, 40
 _MOST_POINTS = 240
 _STYLE = 'font-family="system-ui, sans-serif" font-size="12" role="img" aria-label="training loss by step"'
+_LABEL = 'class="label" fill="#475569"'
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 
@@ -38,15 +42,15 @@ def render_svg(curves: Mapping[str, Curve]) -> str | None:
     y = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_STYLE}>',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+        f'<rect class="ground" width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
     ]
     for value in ticks(low, high):
-        parts.append(f'<path d="M{_LEFT} {y(value)}H{_WIDTH - _RIGHT}" stroke="#e2e8f0"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y(value)}" dy="4" text-anchor="end" fill="#475569">{value:g}</text>')
+        parts.append(f'<path class="grid" d="M{_LEFT} {y(value)}H{_WIDTH - _RIGHT}" stroke="#e2e8f0"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y(value)}" dy="4" text-anchor="end" {_LABEL}>{value:g}</text>')
     for value in ticks(0.0, max(*steps, 1.0)):
         place = f'x="{x(value)}" y="{_HEIGHT - _BOTTOM + 18}"'
-        parts.append(f'<text {place} text-anchor="middle" fill="#475569">{value:g}</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end" fill="#475569">step</text>')
+        parts.append(f'<text {place} text-anchor="middle" {_LABEL}>{value:g}</text>')
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end" {_LABEL}>step</text>')
     for index, (name, points, colour, dashed) in enumerate(lines):
         dots = points if dashed else points[-1:]
         pairs = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)

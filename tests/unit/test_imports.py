@@ -11,10 +11,8 @@ import pytest
 import stackctl
 
 HEAVY = {
-    "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "prompt_toolkit", "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
+    "accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "numpy", "pandas", "peft", "prompt_toolkit",
+    "safetensors", "tokenizers", "torch", "transformers",
 }  # fmt: skip
 ROOT = Path(stackctl.__file__).parent
 LIGHT = sorted(
