@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import oracle
@@ -88,6 +89,34 @@ def test_every_kind_of_plain_lora(house: Any, base: str, case: str) -> None:
     swapped = h.error(stacked, f"instruct:1.5+style:{weight}", ("style", weight), ("instruct", 1.5))
     assert max(error, swapped) < TOLERANCE
     assert torch.equal(h.logits(stacked, "instruct"), before)
+
+
+@pytest.mark.parametrize("saved", ["norm", "lm_head", "embed_tokens"])
+@pytest.mark.parametrize("base", ["llama", "tied"])
+def test_switching_back_to_a_saved_module_gives_the_same_bits(house: Any, base: str, saved: str) -> None:
+    """A, B, A where A brings a whole module: B may be without, bring another copy of it, be live, or be refused."""
+    h = house(base)
+    h.add("style", seed=3, target_modules=["q_proj"], modules_to_save=[saved])
+    h.add("other", seed=4, target_modules=["v_proj"], modules_to_save=[saved])
+    h.add("tone", seed=5, target_modules=["q_proj", "down_proj"])
+    stacked = h.load()
+
+    def live_tone() -> torch.Tensor:
+        stacked.use(h.plan("tone"), live=True)
+        return oracle.logits(stacked.model)
+
+    def refused() -> torch.Tensor:
+        with pytest.raises(StackctlError, match="whole modules"):
+            stacked.use(h.plan("other"), live=True)
+        return oracle.logits(stacked.model)
+
+    bare, first = h.logits(stacked, "base"), h.logits(stacked, "style+tone")
+    assert oracle.relative(first, h.live(("style", 1), ("tone", 1)), bare) < TOLERANCE
+    betweens = [functools.partial(h.logits, stacked, text) for text in ("base", "tone", "other", "other+tone")]
+    for between in (*betweens, live_tone, refused):
+        assert not torch.equal(between(), first)
+        assert torch.equal(h.logits(stacked, "style+tone"), first), between
+    assert torch.equal(h.logits(stacked, "base"), bare)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma", "qwen3"])
