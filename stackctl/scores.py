@@ -33,6 +33,15 @@ def score_json(stack: str, source: str, score: Score) -> dict[str, Any]:
     }
 
 
+def scores_json(names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
+    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack."""
+    return [
+        score_json(name, source, score)
+        for name, found in zip(names, scores, strict=True)
+        for source, score in zip(data, found, strict=True)
+    ]
+
+
 def comparison_json(stack: str, against: str, source: str, test: PairedTest) -> dict[str, Any]:
     """A row of ``comparisons``."""
     return {

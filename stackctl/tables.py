@@ -103,15 +103,6 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def side_by_side(title: str, columns: Sequence[str], cells: Sequence[str]) -> Table:
-    """Texts beside one another in columns of equal width, under a title."""
-    drawn = Table(box=box.ROUNDED, title=Text(title, style="bold"), title_justify="left", expand=True, show_lines=True)
-    for column in columns:
-        drawn.add_column(column, ratio=1, overflow="fold")
-    drawn.add_row(*(Text(cell) for cell in cells))
-    return drawn
-
-
 class HeatMapDrawing:
     """A heat map that takes the width, and the colours, that the console has when it is printed."""
 

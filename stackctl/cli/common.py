@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -55,7 +55,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Context:
     """A command's surroundings."""
 
@@ -103,27 +103,29 @@ def command(
 ) -> Callable[[Callable[..., Result | None]], Callable[..., None]]:
     """Register a function as a command: it gets a :class:`Context` first, and the common options are added to it.
 
+    A parameter whose type is a dataclass is a group of options that several commands have: one for each field.
     ``example`` is what the help ends with: one or more lines as one types them, each beginning with ``stackctl``.
     """
 
     def register(function: Callable[..., Result | None]) -> Callable[..., None]:
+        own, groups = _options(function)
+
         @functools.wraps(function)
         def run(**values: Any) -> None:
             common = {key: values.pop(key) for key in _COMMON}
             output = Current.output = make_output(json_mode=common["json_mode"], quiet=common["quiet"])
+            for key, group in groups.items():
+                values[key] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
             result = function(Context(output, common["registry"]), **values)
             if result is not None:
                 output.emit(result)
                 if result.exit_code:
                     raise typer.Exit(result.exit_code)
 
-        own = list(inspect.signature(function).parameters.values())[1:]
-        hints = get_type_hints(function, include_extras=True)
         added = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for key, (annotation, default) in _COMMON.items()
         ]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, p.annotation)) for p in own]
         for parameter in own:
             _name_in_capitals(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
@@ -132,6 +134,22 @@ def command(
         return run
 
     return register
+
+
+def _options(function: Callable[..., Any]) -> tuple[list[inspect.Parameter], dict[str, Any]]:
+    """The options of a command, and of these the groups: the type of each by the name of its parameter."""
+    hints = get_type_hints(function, include_extras=True)
+    options, groups = [], {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        hint = hints.get(parameter.name, parameter.annotation)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            groups[parameter.name] = hint
+            types = get_type_hints(hint, include_extras=True)
+            found = [(field, types[field.name]) for field in inspect.signature(hint).parameters.values()]
+        else:
+            found = [(parameter, hint)]
+        options += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind) for p, kind in found]
+    return options, groups
 
 
 def _name_in_capitals(parameter: inspect.Parameter) -> None:

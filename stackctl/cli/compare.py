@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stackctl import pages
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompting import (
-    BATCH,
-    DEVICE,
-    DTYPE,
     MAX_NEW,
-    MIN_P,
-    PENALTY,
     PROMPT,
     PROMPTS,
-    RAW,
-    SEED,
-    STOP,
-    SYSTEM,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
+    Answering,
     answer_json,
-    check_finite,
-    check_sampling,
     read_prompts,
-)  # fmt: skip
-from stackctl.errors import Usage
+    say_what_rounding_costs,
+)
+from stackctl.comparing import comparison_page, render_comparison, settings_of
+from stackctl.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.output import Result
 from stackctl.plan import StackPlan
-from stackctl.registry import Registry, ResolvedStack, resolve_all
+from stackctl.registry import ResolvedStack, resolve_all
+from stackctl.scores import scores_json
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling
-    from stackctl.engine.records import Prompt
+    from stackctl.engine.records import Prompt, RecordSet
+
+_EXAMPLES = """\
+stackctl compare base style --prompts prompts.txt --data heldout.jsonl --output report.html
+stackctl compare base style style+instruct -p "Tell me of rain.\""""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "compare", example='stackctl compare base style style+instruct -p "Tell me of rain."', panel=PATH)
+    @command(app, "compare", example=_EXAMPLES, panel=PATH)
     def compare(
         context: Context,
         what: Annotated[
@@ -53,84 +52,101 @@ def register(app: typer.Typer) -> None:
         ],
         prompt: PROMPT = None,
         prompts: PROMPTS = None,
-        raw: RAW = False,
-        system: SYSTEM = None,
+        data: DATA = None,
+        max_length: MAX_LENGTH = 1024,
+        to: Annotated[
+            Path | None,
+            typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE"),
+        ] = None,
         max_new_tokens: MAX_NEW = 128,
-        temperature: TEMPERATURE = None,
-        top_p: TOP_P = None,
-        top_k: TOP_K = None,
-        min_p: MIN_P = None,
-        repetition_penalty: PENALTY = None,
-        seed: SEED = None,
-        stop: STOP = None,
-        batch_size: BATCH = 8,
+        *,
+        answering: Answering,
         base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
     ) -> Result:
-        """Put the same prompts through several stacks, side by side; the base is loaded once."""
-        asked = read_prompts(prompt, prompts)
-        if asked is None:
-            raise Usage("no prompt was given", hint='stackctl compare base style -p "Tell me of rain."')
-        check_finite(temperature, top_p, min_p, repetition_penalty)
-        stacks = resolve_all(context.registry, what, base)
-        from stackctl.engine.generation import Sampling
+        """Put the same prompts through several stacks, side by side; the base is loaded once.
 
-        sampling = Sampling(
-            max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, raw, system, tuple(stop or ())
-        )
-        check_sampling(sampling, context.output)
-        results = compare_stacks(context, stacks, asked, sampling, batch_size, dtype, device)
+        With --data each stack is measured on held-out records as well, as eval does.
+        """
+        problems: list[StackctlError] = []
+        with gathering(problems):
+            asked = _asked(read_prompts(prompt, prompts))
+        with gathering(problems):
+            answering.check(context.output)
+        with gathering(problems):
+            stacks = resolve_all(context.registry, what, base)
+        if to is not None:
+            with gathering(problems):
+                pages.check_page_place(to)
+        with gathering(problems):
+            records = read_data(data or ())
+        raise_all(problems)
+        sampling = answering.sampling(max_new_tokens)
+        measured = Measured(data or (), records, max_length)
+        found = compare_stacks(context, stacks, asked, sampling, measured, answering)
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
-        texts = "\n".join(result["text"] for result in results)
-        return Result(
-            {"results": results},
-            texts,
-            lambda: comparison([prompt.text for prompt in asked], what, results),
-            notes=notes,
-        )
+        document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
+        if to is not None:
+            settings = settings_of(stacks, sampling, found.precision, measured.sources, max_length)
+            pages.write_page(to, comparison_page(what, found.answers, found.scores, settings))
+            said = f"wrote {len(found.answers)} answers side by side to {to}"
+            return Result(document, str(to), lambda: render_comparison(what, [], found.scores, said), notes=notes)
+        texts = "\n".join(answer["text"] for answer in found.answers)
+        return Result(document, texts, lambda: render_comparison(what, found.answers, found.scores), notes=notes)
+
+
+def _asked(prompts: list[Prompt] | None) -> list[Prompt]:
+    if prompts is None:
+        raise Usage("no prompt was given", hint='stackctl compare base style -p "Tell me of rain."')
+    return prompts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the stacks are measured on besides: the names of data sets, their records, the longest in tokens."""
+
+    sources: Sequence[str] = ()
+    records: Sequence[RecordSet] = ()
+    max_length: int = 1024
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Answers prompt by prompt, stacks in the order asked for, scores as of ``eval``, and what it was computed in."""
+
+    answers: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    precision: str
 
 
 def compare_stacks(
     context: Context,
-    stacks: list[tuple[ResolvedStack, StackPlan]],
-    prompts: list[Prompt],
+    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> list[dict[str, Any]]:
-    """Answers of every stack to every prompt, prompt by prompt, stacks in the order asked for."""
+    measured: Measured | None = None,
+    answering: Answering | None = None,
+) -> Compared:
+    """The answers of every stack to every prompt and its scores; the base is loaded once, each stack is used once."""
+    from stackctl.engine.evaluation import score_stack
     from stackctl.engine.generation import generate
-    from stackctl.engine.models import load_base
 
-    registry: Registry = context.registry
-    for stack, _ in stacks:
-        registry.check_digests(stack.members)
-    stacked = load_base(stacks[0][0].base, registry, dtype=dtype, device=device, say=context.output.status)
+    measured, answering, output = measured or Measured(), answering or Answering(), context.output
+    stacked = load_common_base(context, stacks, answering.dtype, answering.device)
+    sets = tokenise_data(context, stacked, measured.sources, measured.records, measured.max_length)
     answers: list[list[dict[str, Any]]] = []
-    with context.output.progress() as progress:
-        task = progress.add_task("comparing", total=len(stacks) * len(prompts))
+    scores = []
+    with output.progress() as progress:
+        steps = len(prompts) + sum(len(found.examples) for found in sets)
+        task = progress.add_task("comparing", total=len(stacks) * steps)
         for stack, plan in stacks:
             stacked.use(plan)
+            say_what_rounding_costs(stacked, output, of=stack.text, instead="--dtype float32")
             answers.append([])
-            for answer in generate(stacked, prompts, sampling, batch_size=batch_size):
-                answers[-1].append(answer_json(stack.text, answer))
+            for answer in generate(stacked, prompts, sampling, batch_size=answering.batch_size):
+                answers[-1].append(answer_json(stack.text, answer, stacked))
                 progress.advance(task)
-    return [answers[column][row] for row in range(len(prompts)) for column in range(len(stacks))]
-
-
-def comparison(prompts: list[str], names: list[str], results: list[dict[str, Any]]) -> Any:
-    """The answers side by side, a box for each prompt."""
-    from rich.console import Group
-
-    from stackctl.tables import side_by_side
-
-    width = len(names)
-    rows = [results[start : start + width] for start in range(0, len(results), width)]
-    return Group(
-        *(
-            side_by_side(prompt, names, [r["text"].strip() for r in row])
-            for prompt, row in zip(prompts, rows, strict=True)
-        )
-    )
+            scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
+    by_prompt = [answers[column][row] for row in range(len(prompts)) for column in range(len(stacks))]
+    rows = scores_json([stack.text for stack, _ in stacks], measured.sources, scores)
+    precision = f"{str(stacked.model.dtype).removeprefix('torch.')} on {stacked.device.type}"
+    return Compared(by_prompt, rows, precision)

@@ -41,8 +41,8 @@ def register(app: typer.Typer) -> None:
         _check_free(registry, recipe)
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
-        from stackctl.cli.compare import compare_stacks, comparison
-        from stackctl.cli.eval import evaluate_stacks, results_json
+        from stackctl.cli.compare import Measured, compare_stacks
+        from stackctl.cli.loading import read_data
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
@@ -52,19 +52,18 @@ def register(app: typer.Typer) -> None:
         built = build_recipe(context, recipe)
         say(built.screen if isinstance(built.screen, str) else "")
         stacks = resolve_all(registry, STACKS)
-        say("the same prompts through the base, the style and the stack")
-        texts = compare_stacks(context, stacks, [Prompt(text) for text in PROMPTS], Sampling(max_new_tokens=80))
-        say("loss on held-out records")
+        say("the same prompts through the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        losses = results_json(STACKS, held_out, evaluate_stacks(context, stacks, held_out))
-        results = _table_rows(losses)
+        prompts, measured = [Prompt(text) for text in PROMPTS], Measured(held_out, read_data(held_out))
+        compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
+        results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")
         adapters = [str(registry.resolve(name).members[0].label) for name in recipe.recipe.train]
         data = {
             "adapters": adapters,
             "stack": "storyteller",
             "results": results,
-            "texts": texts,
+            "texts": compared.answers,
             "push": push,
             "registry": str(registry.root),
         }
@@ -72,13 +71,14 @@ def register(app: typer.Typer) -> None:
         def screen() -> Any:
             from rich.console import Group
 
+            from stackctl.comparing import render_comparison
             from stackctl.inspection import stack_tree
             from stackctl.names import format_term
 
             stack, plan = resolve_all(registry, ["storyteller"])[0]
             sizes = ", ".join(f["path"] for f in push["files"])
             return Group(
-                comparison(list(PROMPTS), list(STACKS), texts),
+                render_comparison(STACKS, compared.answers),
                 stack_tree(stack, plan),
                 "W = W_base + " + " + ".join(f"ΔW_{format_term(m.adapter.name, m.weight)}" for m in stack.members),
                 "\nloss on held-out records (lower is better)",

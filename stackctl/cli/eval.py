@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompting import DEVICE, DTYPE
 from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
-from stackctl.scores import comparison_json, render_scores, score_json
+from stackctl.scores import comparison_json, render_scores, scores_json
 
 if TYPE_CHECKING:
     from stackctl.engine.evaluation import Score
@@ -32,13 +33,7 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
-        data: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.",
-                metavar="FILE",
-            ),
-        ] = None,
+        data: DATA = None,
         against: Annotated[
             str | None,
             typer.Option(
@@ -47,7 +42,7 @@ def register(app: typer.Typer) -> None:
                 metavar="WHAT",
             ),
         ] = None,
-        max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")] = 1024,
+        max_length: MAX_LENGTH = 1024,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
@@ -60,7 +55,7 @@ def register(app: typer.Typer) -> None:
         stacks = resolve_all(context.registry, [*asked, *extra], base)
         scores = evaluate_stacks(context, stacks, data, max_length, dtype, device)
         names = [stack.text for stack, _ in stacks]
-        rows = results_json(names, data, scores)
+        rows = scores_json(names, data, scores)
         comparisons: list[dict[str, Any]] = []
         if against:
             comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
@@ -79,18 +74,11 @@ def evaluate_stacks(
     device: str = "auto",
 ) -> list[list[Score]]:
     """The score of each stack on each data set; the base is loaded once."""
-    from stackctl.engine.evaluation import score_stack, tokenise_for
-    from stackctl.engine.models import load_base
-    from stackctl.engine.records import read_records
+    from stackctl.engine.evaluation import score_stack
 
-    records = [read_records(source) for source in data]
-    for stack, _ in stacks:
-        context.registry.check_digests(stack.members)
-    stacked = load_base(stacks[0][0].base, context.registry, dtype=dtype, device=device, say=context.output.status)
-    sets = [
-        tokenise_for(stacked, found, source, max_length, context.output.note)
-        for source, found in zip(data, records, strict=True)
-    ]
+    records = read_data(data)
+    stacked = load_common_base(context, stacks, dtype, device)
+    sets = tokenise_data(context, stacked, data, records, max_length)
     scores = []
     with context.output.progress() as progress:
         task = progress.add_task("evaluating", total=len(stacks) * sum(len(found.examples) for found in sets))
@@ -98,15 +86,6 @@ def evaluate_stacks(
             stacked.use(plan)
             scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
     return scores
-
-
-def results_json(names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack."""
-    return [
-        score_json(name, source, score)
-        for name, found in zip(names, scores, strict=True)
-        for source, score in zip(data, found, strict=True)
-    ]
 
 
 def comparisons_json(

@@ -13,27 +13,14 @@ from stackctl import files
 from stackctl.cli.common import MACHINE, PATH, BaseOption, Context, What, command
 from stackctl.cli.progress import counting
 from stackctl.cli.prompting import (
-    BATCH,
-    DEVICE,
-    DTYPE,
     MAX_NEW,
-    MIN_P,
-    PENALTY,
     PROMPT,
     PROMPTS,
-    RAW,
-    SEED,
-    STOP,
-    SYSTEM,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
+    Answering,
     answer_json,
-    check_finite,
-    check_sampling,
     read_prompts,
     say_what_rounding_costs,
-)  # fmt: skip
+)
 from stackctl.errors import Usage
 from stackctl.output import SCHEMA, Output, Result
 
@@ -62,17 +49,9 @@ def register(app: typer.Typer) -> None:
                 "--output", help="Write the answers to a file: .jsonl as --json prints them, else text.", metavar="FILE"
             ),
         ] = None,
-        raw: RAW = False,
-        system: SYSTEM = None,
         max_new_tokens: MAX_NEW = 256,
-        temperature: TEMPERATURE = None,
-        top_p: TOP_P = None,
-        top_k: TOP_K = None,
-        min_p: MIN_P = None,
-        repetition_penalty: PENALTY = None,
-        seed: SEED = None,
-        stop: STOP = None,
-        batch_size: BATCH = 8,
+        *,
+        answering: Answering,
         live: Annotated[
             bool,
             typer.Option(
@@ -82,35 +61,28 @@ def register(app: typer.Typer) -> None:
             ),
         ] = False,
         base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
     ) -> Result | None:
         """Write text with a stack, streamed; without -p it reads standard input, or chats on a terminal."""
         registry, output = context.registry, context.output
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()
-        check_finite(temperature, top_p, min_p, repetition_penalty)
+        answering.check(output)
         asked = read_prompts(prompt, prompts)
         _check_place(to, output, asked)
         registry.check_digests(stack.members)
         for note in stack.notes:
             output.note(note)
         from stackctl.engine.data import ensure_chat_template
-        from stackctl.engine.generation import Sampling
         from stackctl.engine.models import load_base
 
-        sampling = Sampling(
-            max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, raw, system, tuple(stop or ())
-        )
-        check_sampling(sampling, output)
-        stacked = load_base(stack.base, registry, dtype=dtype, device=device, say=output.status)
-        if not raw and ensure_chat_template(stacked.tokenizer):
+        stacked = load_base(stack.base, registry, dtype=answering.dtype, device=answering.device, say=output.status)
+        if not answering.raw and ensure_chat_template(stacked.tokenizer):
             output.note(f"the base '{stack.base.name}' has no chat template: ChatML is used")
         stacked.use(plan, live=live)
         say_what_rounding_costs(stacked, output)
-        name = stack.name or stack.text
+        name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
         if asked is not None:
-            return _answer(stacked, asked, sampling, batch_size, output, name, to)
+            return _answer(stacked, asked, sampling, answering.batch_size, output, name, to)
         from stackctl.cli.chat import Chat
 
         Chat(registry, output, stacked, stack, sampling, live).run()
@@ -128,9 +100,7 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
             f"a chat has no {'--output' if to else '--json'}", hint='give prompts with -p "…", --prompts FILE or a pipe'
         )
     if to is not None:
-        files.existing(to.absolute().parent, "the folder")
-        if to.is_dir():
-            raise Usage(f"--output {to} is a folder", hint="name a file")
+        files.check_place(to, "--output")
 
 
 def _answer(
@@ -151,7 +121,7 @@ def _answer(
     with counting(output, "answering", len(asked), hidden=hidden) as advance:
         answers = generate(stacked, asked, sampling, batch_size=batch_size, on_text=output.speech if streams else None)
         for answer in answers:
-            document = {**answer_json(name, answer), "rounding_error": stacked.rounding_error}
+            document = answer_json(name, answer, stacked)
             if to is not None:
                 lines = to.suffix.lower() == ".jsonl"
                 written.append(_line(document) if lines else _text(answer, titled=len(asked) > 1))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stackctl.cli.common import MACHINE
-from stackctl.errors import Usage
+from stackctl.errors import StackctlError, Usage, raise_all
 from stackctl.output import Output
 
 if TYPE_CHECKING:
@@ -34,40 +35,7 @@ PROMPTS = Annotated[
         metavar="FILE",
     ),
 ]
-SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)]
-RAW = Annotated[
-    bool,
-    typer.Option("--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_ANSWERS),
-]
 MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
-TEMPERATURE = Annotated[
-    float | None,
-    typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_SAMPLING),
-]
-TOP_P = Annotated[
-    float | None,
-    typer.Option(
-        min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING
-    ),
-]
-TOP_K = Annotated[
-    int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING)
-]
-MIN_P = Annotated[
-    float | None,
-    typer.Option(
-        min=0, max=1, help="Sample from tokens at least this likely beside the likeliest.", rich_help_panel=_SAMPLING
-    ),
-]
-PENALTY = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty", min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_SAMPLING
-    ),
-]
-SEED = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
-STOP = Annotated[list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_ANSWERS)]
-BATCH = Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_ANSWERS)]
 DTYPE = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Precision of the weights.", rich_help_panel=MACHINE),
@@ -77,32 +45,88 @@ DEVICE = Annotated[
 ]
 
 
-def check_finite(*numbers: float | None) -> None:
-    """Numbers of options are finite: no range of an option stops ``nan``.
+@dataclass(frozen=True)
+class Answering:
+    """How to answer. Each field is an option of generate and of compare, with its help and its default."""
 
-    Raises:
-        Usage: one is not.
-    """
-    if not all(math.isfinite(number) for number in numbers if number is not None):
-        raise Usage(
-            "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
-            hint="leave them out for the likeliest text",
-        )
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_ANSWERS
+        ),
+    ] = False
+    system: Annotated[
+        str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_SAMPLING)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample from tokens at least this likely beside the likeliest.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_SAMPLING)
+    ] = None
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = (
+        None
+    )
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_ANSWERS)
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_ANSWERS)
+    ] = 8
+    dtype: DTYPE = "auto"
+    device: DEVICE = "auto"
 
+    def check(self, output: Output) -> None:
+        """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
 
-def check_sampling(sampling: Sampling, output: Output) -> None:
-    """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
+        Raises:
+            Usage: an option makes no sense.
+        """
+        problems: list[StackctlError] = []
+        numbers = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        if not all(math.isfinite(number) for number in numbers if number is not None):  # no range stops ``nan``
+            problems.append(
+                Usage(
+                    "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
+                    hint="leave them out for the likeliest text",
+                )
+            )
+        if self.repetition_penalty == 0:
+            problems.append(Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual"))
+        if any(not text for text in self.stop or ()):
+            problems.append(Usage("--stop is empty", hint="leave it out, or name a text"))
+        raise_all(problems)
+        options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
+        if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
+            output.note(f"without a --temperature the likeliest token is taken: {', '.join(idle)} changes nothing")
 
-    Raises:
-        Usage: an option makes no sense.
-    """
-    if sampling.repetition_penalty == 0:
-        raise Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual")
-    if any(not text for text in sampling.stop):
-        raise Usage("--stop is empty", hint="leave it out, or name a text")
-    options = {"--top-p": sampling.top_p, "--top-k": sampling.top_k, "--min-p": sampling.min_p}
-    if sampling.greedy and (idle := [name for name, value in options.items() if value is not None]):
-        output.note(f"without a --temperature the likeliest token is taken: {', '.join(idle)} changes nothing")
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """The same as the engine takes it."""
+        from stackctl.engine.generation import Sampling
+
+        return Sampling(
+            max_new_tokens, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed,
+            self.raw, self.system, tuple(self.stop or ()),
+        )  # fmt: skip
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | None:
@@ -131,18 +155,17 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
     return prompts
 
 
-def say_what_rounding_costs(stacked: StackedModel, output: Output) -> None:
+def say_what_rounding_costs(
+    stacked: StackedModel, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
+) -> None:
     """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
     if stacked.rounding_error > _EXACT:
         kind = str(stacked.model.dtype).removeprefix("torch.")
-        output.note(
-            f"folding in {kind} rounds {stacked.rounding_error:.2g} of the stack's change away; "
-            "--dtype float32 or --live keeps it"
-        )
+        output.note(f"folding in {kind} rounds {stacked.rounding_error:.2g} of {of}'s change away; {instead} keeps it")
 
 
-def answer_json(stack: str, answer: Generated) -> dict[str, Any]:
-    """One answer as JSON shows it."""
+def answer_json(stack: str, answer: Generated, stacked: StackedModel) -> dict[str, Any]:
+    """One answer as JSON shows it, by the stack that is in use."""
     messages = answer.prompt.messages
     return {
         "stack": stack,
@@ -153,4 +176,5 @@ def answer_json(stack: str, answer: Generated) -> dict[str, Any]:
         "new_tokens": answer.new_tokens,
         "stop": answer.stop,
         "tokens_per_second": round(answer.tokens_per_second, 3),
+        "rounding_error": stacked.rounding_error,
     }
