@@ -139,6 +139,14 @@ def publish_directory(staged: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
+def put_in_place(staged: Path, final: Path) -> None:
+    """Flush a finished file and rename it over ``final``, in a folder that is there."""
+    with staged.open("rb") as stream:
+        os.fsync(stream.fileno())
+    staged.replace(final)
+    fsync_directory(final.parent)
+
+
 def sweep_staging(parent: Path, *, dry_run: bool = False) -> list[Path]:
     """Remove what killed processes left in ``parent``, and return it; what somebody is working on stays."""
     swept = []
@@ -180,6 +188,17 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder that others may look for, so that none of them ever finds half of it.
+
+    Raises:
+        FileNotFoundError: somebody else was quicker.
+    """
+    hidden = path.with_name(f"{_own_prefix()}{os.getpid()}-{path.name}")
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # what cannot be removed, or what a kill leaves, is swept later
 
 
 MAX_TEXT_BYTES = 64 << 20

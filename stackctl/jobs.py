@@ -17,14 +17,14 @@ from typing import Any
 import msgspec
 
 from stackctl import files, ranks
-from stackctl.errors import Failed, Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.locks import locked
 from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.names import BASE
 from stackctl.optional import check_installed
 from stackctl.plan import StackPlan
-from stackctl.registry import Freed, Registry, ResolvedStack
+from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import Base, TrainJob
 from stackctl.tracking import check_trackers
 
@@ -279,15 +279,3 @@ def unfinished_runs(registry: Registry) -> Iterator[dict[str, Any]]:
             saves = run.checkpoints
             step = int(saves[-1].name.rpartition("-")[2]) if saves else 0
             yield {"name": folder.name, "path": str(folder), "step": step, "saves": len(saves), "on": run.on}
-
-
-def drop_runs(registry: Registry, *, dry_run: bool) -> list[Freed]:
-    """Remove unfinished runs with their saves, but for those that go on now."""
-    freed = []
-    for run in unfinished_runs(registry):
-        folder = Path(run["path"])
-        with contextlib.suppress(Failed), RunFolder(folder).held():
-            freed.append(Freed(run["name"], f"unfinished at step {run['step']}", str(folder), files.tree_bytes(folder)))
-            if not dry_run:
-                files.remove_tree(folder)
-    return freed

@@ -57,8 +57,7 @@ def check_trackers(job: TrainJob) -> None:
 
 def log_folder(registry: Registry, name: str) -> Path:
     """Where trackers write about the next version of an adapter; a resumed run goes on there."""
-    adapter = registry.find_adapter(name)
-    return registry.root / "logs" / name / str(adapter.newest().version + 1 if adapter else 1)
+    return registry.root / "logs" / name / str(registry.next_number(name))
 
 
 @contextlib.contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stackctl.bases import converted_models
 from stackctl.cli.common import HOUSE, Context, command
-from stackctl.files import human_bytes, remove_tree, tree_bytes
-from stackctl.jobs import drop_runs, unfinished_runs
+from stackctl.files import human_bytes, tree_bytes
+from stackctl.housekeeping import drop_runs, free_conversions, free_logs, free_tokens
+from stackctl.jobs import unfinished_runs
 from stackctl.output import Result
-from stackctl.registry import Freed
+from stackctl.registry import Freed, Registry
 
 
 def register(app: typer.Typer) -> None:
@@ -22,32 +23,47 @@ def register(app: typer.Typer) -> None:
         runs: Annotated[
             bool, typer.Option("--runs", help="Also the saves of unfinished training, which cannot be resumed then.")
         ] = False,
+        logs: Annotated[
+            bool, typer.Option("--logs", help="Also what --report-to wrote about runs that are finished.")
+        ] = False,
         cache: Annotated[
-            bool, typer.Option("--cache", help="Also models converted from GGUF; they are made again when needed.")
+            bool,
+            typer.Option("--cache", help="Also tokenised data and models converted from GGUF, of every registry."),
         ] = False,
     ) -> Result:
-        """Free the weights of removed versions, and what killed commands left; what an entry needs stays."""
+        """Free the weights of removed versions, and what killed commands left; what an entry needs stays.
+
+        Logs of versions that are gone go along, and tokenised data that was not used for 30 days. What is in the cache
+        is made again when it is needed.
+        """
         registry = context.registry
         freed = drop_runs(registry, dry_run=dry_run) if runs else []
         going = {found.what for found in freed}
         needed = {label for run in unfinished_runs(registry) if run["name"] not in going for label in run["on"]}
         freed += registry.free(needed, dry_run=dry_run)
-        freed += _free_conversions(dry_run) if cache else []
+        freed += free_logs(registry, {found.what for found in freed}, every=logs, dry_run=dry_run)
+        freed += free_tokens(every=cache, dry_run=dry_run)
+        freed += free_conversions(dry_run=dry_run) if cache else []
         total = sum(found.bytes for found in freed)
-        data = {"freed": [found.json() for found in freed], "bytes": total, "dry_run": dry_run}
+        kept = _kept(registry, {found.path for found in freed})
+        data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
         verb = "would free" if dry_run else "freed"
-        said = f"{verb} {human_bytes(total)}" if freed else "nothing to free"
-        return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, said))
+        said = [f"{verb} {human_bytes(total)}" if freed else "nothing to free"]
+        said += [f"kept {human_bytes(size)} of {_KEPT[name]} (--{name})" for name, size in kept.items() if size]
+        return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 
-def _free_conversions(dry_run: bool) -> list[Freed]:
-    freed = []
-    with converted_models() as folder:
-        for model in sorted(folder.glob("gguf-*")):
-            freed.append(Freed(model.name, "converted from GGUF", str(model), tree_bytes(model)))
-            if not dry_run:
-                remove_tree(model)
-    return freed
+_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "tokenised data and converted models"}
+
+
+def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
+    """The bytes of what only an option frees, by its name."""
+    found = {
+        "runs": [Path(run["path"]) for run in unfinished_runs(registry)],
+        "logs": [Path(log.path) for log in free_logs(registry, every=True, dry_run=True)],
+        "cache": [Path(f.path) for f in free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True)],
+    }
+    return {name: sum(tree_bytes(p) for p in places if str(p) not in freed) for name, places in found.items()}
 
 
 def _screen(freed: list[Freed], said: str) -> Any:

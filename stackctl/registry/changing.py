@@ -105,6 +105,11 @@ class Changes(Resolver):
             self._forget(removed, {version.version})
         return version
 
+    def next_number(self, name: str) -> int:
+        """The number that the next version of an adapter gets."""
+        adapter = self.find_adapter(name) or Adapter(name=name, versions=[])
+        return self._next_number(adapter, self.find_removed(name), None, None)
+
     @staticmethod
     def _next_number(adapter: Adapter, removed: Removed, number: int | None, digest: str | None) -> int:
         """The number wished for if it means nothing else, else one more than was ever given."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -141,7 +143,8 @@ def everything(root):
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
-def test_rm_and_gc_say_in_advance_what_they_would_do(shelf, run):
+def test_rm_and_gc_say_in_advance_what_they_would_do(shelf, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
     before = everything(shelf.root)
     would = run("rm", "tone", "--dry-run", "--json").json
     assert would["removed"] == ["tone@1"]
@@ -188,6 +191,62 @@ def test_gc_frees_converted_models_when_it_is_asked(shelf, run, tmp_path, monkey
     found = run("gc", "--cache", "--json").json
     assert [(f["what"], f["bytes"]) for f in found["freed"]] == [("gguf-123", 9)]
     assert [path.name for path in models.iterdir() if path.is_dir()] == ["mine"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache's folder with tokenised data of today and of five weeks ago, 5 bytes each."""
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
+    for name, age in (("0abc", 0), ("1def", 35 * 24 * 3600)):
+        place = tmp_path / "cache" / "tokens" / name
+        place.mkdir(parents=True)
+        (place / "examples.arrow").write_bytes(b"x" * 5)
+        os.utime(place, (time.time() - age, time.time() - age))
+    return tmp_path / "cache"
+
+
+def test_gc_frees_tokenised_data_that_nobody_used_for_long(shelf, run, cache):
+    would = run("gc", "--dry-run", "--json").json
+    assert [(f["what"], f["bytes"]) for f in would["freed"]] == [("tokens/1def", 5)]
+    assert would["kept"] == {"runs": 0, "logs": 0, "cache": 5}
+    assert (cache / "tokens" / "1def").is_dir()
+    assert run("gc", "--json").json == {**would, "dry_run": False}
+    assert [path.name for path in (cache / "tokens").iterdir()] == ["0abc"]
+    assert "--cache" in run("gc").out
+    assert run("gc", "--cache", "-q").out == "tokens/0abc\n"
+    assert list((cache / "tokens").iterdir()) == []
+    assert run("gc").out == "nothing to free\n"
+
+
+def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(shelf, run, cache, monkeypatch):
+    monkeypatch.setattr("stackctl.jobs._HELD_TIMEOUT", 0.05)
+    shutil.rmtree(cache)
+    for label in ("style/1", "tone/1", "tone/2", "chat/1", "instruct/1"):
+        (shelf.root / "logs" / label / "deep").mkdir(parents=True)
+        (shelf.root / "logs" / label / "deep" / "events").write_bytes(b"x" * 3)
+    (shelf.root / "runs" / "chat").mkdir(parents=True)  # its training goes on, or can
+    (shelf.root / "logs" / "Notes of mine").mkdir()
+
+    def left():
+        return sorted(str(path.relative_to(shelf.root / "logs")) for path in (shelf.root / "logs").glob("*/[0-9]*"))
+
+    run("rm", "tone@1")
+    assert {f["what"] for f in run("gc", "--dry-run", "--json").json["freed"]} == {
+        "tone@1",
+        "logs/tone/1",
+        "logs/tone/2",
+    }
+    found = run("gc", "--json").json
+    assert {f["what"] for f in found["freed"]} == {"tone@1", "logs/tone/1", "logs/tone/2"}
+    assert found["kept"] == {"runs": 0, "logs": 6, "cache": 0}
+    assert left() == ["chat/1", "instruct/1", "style/1"]
+    with locked(shelf.root / "runs" / ".style.lock", "the training"):  # the next version is being trained
+        assert {f["what"] for f in run("gc", "--logs", "--json").json["freed"]} == {"logs/instruct/1"}
+    assert left() == ["chat/1", "style/1"]
+    assert {f["what"] for f in run("gc", "--logs", "--runs", "--json").json["freed"]} == {
+        "chat", "logs/chat/1", "logs/style/1",
+    }  # fmt: skip
+    assert left() == [] and (shelf.root / "logs" / "Notes of mine").is_dir()
 
 
 def test_an_empty_registry_lists_nothing(run):
@@ -246,7 +305,7 @@ def test_verify_is_clean_and_then_finds_one_flipped_byte(registry, run, fails, a
     run("add", "instruct", random_adapter(models("llama"), tmp_path / "other", seed=5), "--on", "style")
     run("compose", "style+instruct", "--name", "storyteller")
     clean = run("verify", "--json").json
-    assert clean == {"schema": 1, "checked": 4, "problems": []}
+    assert clean == {"schema": 1, "checked": 4, "problems": [], "restored": []}
     weights = registry / "weights" / "instruct" / "1" / "adapter_model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-3] ^= 1

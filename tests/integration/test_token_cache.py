@@ -67,6 +67,17 @@ def test_what_is_read_back_is_what_was_made(tmp_path: Path, own_cache: Path, mon
     assert len(entries(own_cache)) == 1
 
 
+@pytest.mark.parametrize("name", ["about.json", "examples.arrow"])
+def test_an_entry_of_which_half_is_gone_is_made_again(tmp_path: Path, own_cache: Path, name: str) -> None:
+    path = write(tmp_path / "a.jsonl", CHATS)
+    cached(path)
+    (entry,) = entries(own_cache)
+    (own_cache / entry / name).unlink()
+    cached(path)
+    assert entries(own_cache) == {entry}
+    assert (own_cache / entry / name).is_file()
+
+
 def test_whatever_decides_the_tokens_decides_the_entry(tmp_path: Path, own_cache: Path) -> None:
     path = write(tmp_path / "a.jsonl", CHATS)
     cached(path)

@@ -100,6 +100,14 @@ def test_a_number_is_never_given_twice(registry, going, collect):
     assert registry.verify()[1] == []
 
 
+def test_the_next_number_is_known_in_advance(registry):
+    """Trackers write into a folder of that name while it is trained."""
+    registry.remove("style@2")
+    for name in ("style", "fresh"):
+        expected = registry.next_number(name)
+        assert register(registry, name, seed=9).version == expected
+
+
 def test_a_number_comes_back_for_the_bytes_that_it_was_given_to(registry):
     """A pull brings the number that a version has elsewhere."""
     known = registry.find_adapter("style").newest()

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,16 +21,14 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from stackctl import files
-from stackctl.bases import cache_root
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
 from stackctl.engine.data.examples import Encoded
 from stackctl.engine.data.store import ExampleStore, ExampleWriter
 from stackctl.engine.records import RecordStream
 from stackctl.errors import Usage
+from stackctl.housekeeping import free_tokens, tokens_folder
 
 _EXAMPLES, _ABOUT = "examples.arrow", "about.json"
-_UNUSED_SECONDS = 30 * 24 * 3600
-"""What nobody asked for in so long is removed when something new is kept."""
 
 
 def encode_cached(
@@ -52,14 +49,13 @@ def encode_cached(
     Raises:
         Usage: bad records, a conversation that the template refuses, nothing to learn, or data that changed meanwhile.
     """
-    root = cache_root() / "tokens"
+    root = tokens_folder()
     if not cache or not _can_write(root):
         return encode(records, tokenizer, max_length=max_length, split_long=split_long, reading=reading)
     place = root / _key(records, tokenizer, max_length, split_long)
     if (found := _read(place, records)) is not None:
         return found
-    files.sweep_staging(root)
-    _sweep(root)
+    free_tokens(every=False, dry_run=False)
     with files.staging_directory(root) as staged:
         encoded = Encoded([])
         with ExampleWriter(staged / _EXAMPLES) as writer:
@@ -93,20 +89,11 @@ def _read(place: Path, records: RecordStream) -> Encoded | None:
         records.format, records.count = about.pop("format"), about.pop("count")
         found = Encoded(**{**about, "examples": examples})
         os.utime(place)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         with contextlib.suppress(OSError):
-            files.remove_tree(place)
+            files.discard(place)
         return None
     return found
-
-
-def _sweep(root: Path) -> None:
-    for place in root.glob("[0-9a-f]*"):
-        with contextlib.suppress(OSError):
-            if time.time() - place.stat().st_mtime > _UNUSED_SECONDS:
-                files.remove_tree(place)
 
 
 def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool) -> str:

@@ -1,0 +1,103 @@
+"""What ``gc`` can free beside the registry's weights: unfinished runs, trackers' logs, and what is only a cache.
+
+What is in a cache can be made again, so that it may go at any time: a run that reads it has its files open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stackctl import files
+from stackctl.bases import cache_root, converted_models
+from stackctl.errors import Failed, Usage
+from stackctl.jobs import RunFolder, run_folder, unfinished_runs
+from stackctl.registry import Freed, Registry
+
+_UNUSED_SECONDS = 30 * 24 * 3600
+"""Tokenised data that no run asked for in so long is removed."""
+
+
+def drop_runs(registry: Registry, *, dry_run: bool) -> list[Freed]:
+    """Remove unfinished runs with their saves, but for those that go on now."""
+    freed = []
+    for run in unfinished_runs(registry):
+        folder = Path(run["path"])
+        with contextlib.suppress(Failed), RunFolder(folder).held():
+            freed.append(Freed(run["name"], f"unfinished at step {run['step']}", str(folder), files.tree_bytes(folder)))
+            if not dry_run:
+                files.remove_tree(folder)
+    return freed
+
+
+def free_logs(registry: Registry, gone: Collection[str] = (), *, every: bool, dry_run: bool) -> list[Freed]:
+    """Remove what trackers wrote about versions that are no more, or with ``every`` about all finished runs.
+
+    Args:
+        gone: labels of versions and names of runs that are removed now, or would be.
+    """
+    freed = []
+    for folder in sorted((registry.root / "logs").glob("[!.]*")):
+        with contextlib.suppress(Usage, Failed):  # no name, an entry that cannot be read, or training that goes on
+            if not list(_finished_logs(registry, folder, gone, every)):
+                continue
+            with contextlib.nullcontext() if dry_run else run_folder(registry, folder.name).held():
+                for log in list(_finished_logs(registry, folder, gone, every)):
+                    what = f"logs/{folder.name}/{log.name}"
+                    freed.append(Freed(what, "written by --report-to", str(log), files.tree_bytes(log)))
+                    if not dry_run:
+                        files.remove_tree(log)
+                if not dry_run and not any(folder.iterdir()):
+                    folder.rmdir()
+    return freed
+
+
+def _finished_logs(registry: Registry, folder: Path, gone: Collection[str], every: bool) -> Iterator[Path]:
+    name = folder.name
+    if run_folder(registry, name).path.is_dir() and name not in gone:
+        return
+    adapter = registry.find_adapter(name)
+    versions = [*(adapter.versions if adapter else ()), *registry.find_removed(name).versions]
+    kept = {str(v.version) for v in versions if f"{name}@{v.version}" not in gone}
+    for log in sorted(folder.glob("[0-9]*")):
+        if every or log.name not in kept:
+            yield log
+
+
+def tokens_folder() -> Path:
+    """Where tokenised data is cached."""
+    return cache_root() / "tokens"
+
+
+def free_tokens(*, every: bool, dry_run: bool) -> list[Freed]:
+    """Remove tokenised data that was not used for long, or with ``every`` all of it, and what killed runs left."""
+    freed = list(_left_over(tokens_folder(), dry_run))
+    for folder in sorted(tokens_folder().glob("[0-9a-f]*")):
+        with contextlib.suppress(OSError):  # somebody else cleans up, too, or it is somebody else's
+            used = folder.stat().st_mtime
+            if every or time.time() - used > _UNUSED_SECONDS:
+                size, when = files.tree_bytes(folder), datetime.fromtimestamp(used, UTC).date()
+                if not dry_run:
+                    files.discard(folder)
+                freed.append(Freed(f"tokens/{folder.name[:8]}", f"tokenised data, last used {when}", str(folder), size))
+    return freed
+
+
+def free_conversions(*, dry_run: bool) -> list[Freed]:
+    """Remove models that were converted from GGUF."""
+    with contextlib.nullcontext(cache_root() / "bases") if dry_run else converted_models() as folder:
+        freed = list(_left_over(folder, dry_run))
+        for model in sorted(folder.glob("gguf-*")):
+            freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
+            if not dry_run:
+                files.discard(model)
+    return freed
+
+
+def _left_over(folder: Path, dry_run: bool) -> Iterator[Freed]:
+    sizes = {path: files.tree_bytes(path) for path in folder.glob(f"{files.STAGING_PREFIX}*")}
+    for path in files.sweep_staging(folder, dry_run=dry_run):
+        yield Freed(path.name, "left by a killed process", str(path), sizes.get(path, 0))
