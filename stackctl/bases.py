@@ -16,8 +16,8 @@ from typing import Any
 
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.digests import DigestCache
-from stackctl.errors import Incompatible, NotFound, Usage
-from stackctl.files import existing, read_bounded
+from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.files import existing, read_bounded, sha256_bytes
 from stackctl.locks import locked
 from stackctl.optional import EMBEDDED, PACKAGES
 from stackctl.schema import Base
@@ -118,6 +118,51 @@ def fingerprint(folder: Path) -> str:
         for stream in handles.values():
             stream.close()
     return "sha256:" + digest.hexdigest()
+
+
+_RESTORE = {
+    "folder": "restore it, or register this one under a name of its own: stackctl base add NAME SOURCE",
+    "hub": "remove it from huggingface_hub's cache, so that it is fetched again: hf cache rm model/{source}",
+}
+_CONVERT = "stackctl gc --cache: it is converted again when it is needed"
+
+
+def check_base_folder(folder: Path, base: Base) -> Path:
+    """A folder that holds the model that was registered.
+
+    Raises:
+        NotFound: it is gone, or a file of it is.
+        VerificationFailed: it holds another model, or was changed.
+    """
+    hint = _RESTORE.get(base.kind, _CONVERT).format(source=base.source)
+    try:
+        if fingerprint(check_model_folder(folder)) != base.fingerprint:
+            why = "fingerprints differ"
+        elif template_digest(folder) != base.chat_template:
+            why = "another chat template"
+        else:
+            return folder
+    except NotFound as error:
+        raise NotFound(f"the base '{base.name}' is not whole: {error.message}", hint=hint) from None
+    except (Usage, Incompatible, VerificationFailed) as error:  # what was registered could be read
+        why = error.message
+    raise VerificationFailed(f"{folder} is not the model that was registered as '{base.name}' ({why})", hint=hint)
+
+
+def template_digest(folder: Path) -> str | None:
+    """``sha256:<hex>`` of the one chat template that the tokenizer of a model folder has; None where it has not one.
+
+    Where transformers looks for it: a file of its own, else the tokenizer's configuration.
+    """
+    if (folder / "additional_chat_templates").is_dir():
+        return None
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template: Any = None
+    if file.is_file():
+        template = read_bounded(file).decode(errors="replace").replace("\r\n", "\n")
+    elif config.is_file():
+        template = read_json(config).get("chat_template")
+    return sha256_bytes(template.encode(errors="surrogatepass")) if isinstance(template, str) and template else None
 
 
 def check_model_folder(folder: Path) -> Path:

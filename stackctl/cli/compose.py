@@ -69,6 +69,7 @@ def register(app: typer.Typer) -> None:
         options = _method_options(method, rank, tolerance, density, seed)
         stack = replace(registry.resolve(expression, base=base, fresh=True), method=method, options=options)
         plan = registry.plan(stack).check()
+        registry.check_digests(stack.members)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
@@ -114,7 +115,6 @@ def _measured(registry: Registry, stack: ResolvedStack, plan: StackPlan) -> dict
     """How far a method that is not the exact sum is from it; this one reads the tensors."""
     if plan.method == SUM or not plan.modules:
         return {}
-    registry.check_digests(stack.members)
     from stackctl.engine.combining import measure
 
     found = measure(plan)

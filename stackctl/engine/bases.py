@@ -11,7 +11,6 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -22,6 +21,7 @@ from stackctl.bases import (
     EMBEDDED_HUB_ID,
     EMBEDDED_NAME,
     base_gguf,
+    check_base_folder,
     check_model_folder,
     converted_folder,
     converted_models,
@@ -29,8 +29,9 @@ from stackctl.bases import (
     embedded_gguf,
     fingerprint,
     read_base_tensors,
+    template_digest,
 )
-from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed, first_line
+from stackctl.errors import Incompatible, NotFound, Usage, first_line
 from stackctl.modules import compact_modules
 from stackctl.optional import EMBEDDED
 from stackctl.registry import Registry
@@ -54,6 +55,7 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
         source = path
     elif kind == "hub":
         folder, revision = _download(source, revision, say)
+        check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
         source = EMBEDDED if kind == "wheel" else _portable_path(gguf, registry.root)
@@ -86,8 +88,7 @@ def _portable_path(path: Path, root: Path) -> str:
 def _download(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     from stackctl.hub.client import download_base
 
-    folder, commit = download_base(repo, revision, _HUB_FILES, say)
-    return check_model_folder(folder), commit
+    return download_base(repo, revision, _HUB_FILES, say)
 
 
 def base_folder(base: Base, registry: Registry, say: Say) -> Path:
@@ -98,19 +99,13 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
     """
     if base.kind == "folder":
         folder = (registry.root / (base.path or base.source)).resolve()
-        check_model_folder(folder)
     elif base.kind == "hub":
         folder, _ = _download(base.source, base.revision, say)
     else:
         gguf = base_gguf(base, registry.root)
         assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"
         folder = _converted(gguf, say)
-    if fingerprint(folder) != base.fingerprint:
-        raise VerificationFailed(
-            f"{folder} is not the model that was registered as '{base.name}' (fingerprints differ)",
-            hint="restore it, or register this one under a name of its own: stackctl base add NAME SOURCE",
-        )
-    return folder
+    return check_base_folder(folder, base)
 
 
 def _converted(gguf: Path, say: Say) -> Path:
@@ -159,8 +154,8 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     config = model.config
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)
+    _check_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
-    template = _chat_template(folder)
     output = model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
     return Base(
@@ -176,7 +171,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         dtype=_dtype_name(max(set(dtypes), key=dtypes.count)),
         vocabulary_size=int(text_config.vocab_size),
         context_length=getattr(text_config, "max_position_embeddings", None),
-        chat_template=files.sha256_bytes(template.encode()) if template else None,
+        chat_template=template_digest(folder),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         input_embedding=names.get(id(model.get_input_embeddings())),
         output_embedding=names.get(id(output)),
@@ -223,10 +218,8 @@ def _module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
     return shapes
 
 
-def _chat_template(folder: Path) -> str | None:
+def _check_tokenizer(folder: Path) -> None:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error
-    template = tokenizer.chat_template
-    return template if isinstance(template, str) else None

@@ -332,7 +332,7 @@ def check_pushable(registry: Registry, stack: ResolvedStack) -> None:
     """
     if not stack.members:
         raise Usage(f"'{stack.text}' is the base alone: there is nothing to push", hint="stackctl ls shows adapters")
+    registry.check_digests(stack.members)
     for member in stack.members:
         if not read_checkpoint(registry.weights_path(member.version)).tensors:
             raise Incompatible(f"{member.label} holds no tensors", hint=f"stackctl inspect {member.label}")
-    registry.check_digests(stack.members)

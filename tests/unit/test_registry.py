@@ -9,6 +9,7 @@ import pytest
 from checkpoints import FINGERPRINT, lora_config, make_base, make_registry, register, write_checkpoint
 
 from stackctl import files
+from stackctl.checkpoint import read_checkpoint
 from stackctl.errors import Failed, Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.names import Reference
 from stackctl.registry import Registry, ResolvedStack, find_registry, init_registry
@@ -722,8 +723,11 @@ def test_references(storyteller):
 
 def test_a_refused_adapter_is_refused_by_its_plan(registry, tmp_path):
     folder = write_checkpoint(tmp_path / "dora", lora_config(use_dora=True))
+    digest = read_checkpoint(folder).digest()
     registry.add_version(
-        "dora", lambda n: msgspec.structs.replace(full_version(n), path=str(folder), trained_on=[]), None
+        "dora",
+        lambda n: msgspec.structs.replace(full_version(n), path=str(folder), trained_on=[], digest=digest),
+        None,
     )
     with pytest.raises(Incompatible) as caught:
         registry.plan(registry.resolve("dora")).check()
