@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from stackctl.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
 from stackctl.plan import PlanMember
 from stackctl.registry import Registry, init_registry
@@ -72,6 +74,11 @@ def make_base(name: str = "tiny", fingerprint: str = FINGERPRINT) -> Base:
         architecture="LlamaForCausalLM", parameters=1000, dtype="float32", vocabulary_size=VOCABULARY,
         output_embedding="lm_head", modules=base_modules(),
     )  # fmt: skip
+
+
+def hub_base() -> Base:
+    """The same base, from the Hub: its files are nowhere here, and need not be."""
+    return msgspec.structs.replace(make_base(), kind="hub", source="acme/tiny", hub_id="acme/tiny", path=None)
 
 
 def attention(names: Iterable[str] = ("q_proj", "v_proj"), layers: Iterable[int] = range(LAYERS)) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +11,12 @@ import typer
 from stackctl import files
 from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint
 from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
+from stackctl.copies import copy_checkpoint
 from stackctl.output import Result
 from stackctl.plan import PlanMember
 from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedStack, now
 from stackctl.schema import AdapterVersion, Base
-
-# Trainer's own state (pickles, and as large as the optimizer) is of no use to an adapter; pickles are never copied.
-_COPIED = {".safetensors", ".json", ".jinja", ".jsonl", ".model", ".txt", ".md"}
-_TRAINER_STATE = {"trainer_state.json", "stackctl_counters.json"}
 
 _EXAMPLES = """\
 stackctl add instruct ./output/stage2/instruct --on style
@@ -101,13 +97,6 @@ def _add(
             staged,
             description or None,
         )
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy what belongs to an adapter: weights, configuration, tokenizer and notes; no pickles, no folders."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _COPIED and path.name not in _TRAINER_STATE:
-            shutil.copyfile(path, target / path.name)
 
 
 def _linked_path(folder: Path, root: Path) -> str:

@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         base: BaseOption = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come; fetch no weights.")] = False,
     ) -> Result:
-        """Register what a repo on the Hub holds, pinned to the commit; what is here already is not fetched."""
+        """Register what a repo on the Hub holds, pinned to the commit; what is here whole is not fetched."""
         from stackctl.hub.client import parse_repo
         from stackctl.hub.pull import PullOptions
         from stackctl.hub.pull import pull as pull_repo
@@ -53,7 +53,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _result(pulled: Any) -> Result:
-    shared = {"commit": pulled.commit, "repo": pulled.repo, "added": list(pulled.added), "dry_run": pulled.planned}
+    shared = {
+        "commit": pulled.commit, "repo": pulled.repo, "added": list(pulled.added),
+        "restored": list(pulled.restored), "dry_run": pulled.planned,
+    }  # fmt: skip
     if pulled.stack is not None:
         members = [
             {
@@ -71,10 +74,11 @@ def _result(pulled: Any) -> Result:
         data = {"adapter": pulled.adapter, "version": pulled.version, "digest": pulled.digest}
         label = f"{pulled.adapter}@{pulled.version}"
     what = f"{label} from {pulled.repo} at {pulled.commit[:12]}"
+    news = ", ".join([*pulled.added, *(f"the files of {found}" for found in pulled.restored)])
     if pulled.planned:
-        text = f"would pull {what}: {', '.join(pulled.added) or 'nothing new'}"
-    elif pulled.added:
-        text = f"pulled {what}: {', '.join(pulled.added)}"
+        text = f"would pull {what}: {news or 'nothing new'}"
+    elif news:
+        text = f"pulled {what}: {news}"
     else:
         text = f"nothing to do: {what} is here already"
     return Result({**data, **shared}, label, text)

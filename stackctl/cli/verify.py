@@ -3,36 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from stackctl.bases import check_model_folder, fingerprint
+from stackctl.bases import check_base_folder
 from stackctl.cli.common import KNOW, Context, What, command
-from stackctl.errors import StackctlError, VerificationFailed
+from stackctl.errors import StackctlError, Usage, VerificationFailed
+from stackctl.files import existing
 from stackctl.output import Result
-from stackctl.registry import Registry
+from stackctl.registry import Registry, ResolvedMember
+from stackctl.repairing import Source, find_sources
+from stackctl.repairing import repair as repair_version
 from stackctl.schema import Base
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "verify", example="stackctl verify", panel=KNOW)
-    def verify(context: Context, what: What = None) -> Result:
-        """Rehash everything that is registered, or only what is named; exit code 5 when something is wrong."""
+    @command(app, "verify", example="stackctl verify --repair", panel=KNOW)
+    def verify(
+        context: Context,
+        what: What = None,
+        repair: Annotated[
+            bool,
+            typer.Option(
+                "--repair", help="Bring back what is missing or changed, from wherever files of that digest are."
+            ),
+        ] = False,
+        from_: Annotated[
+            Path | None,
+            typer.Option("--from", help="With --repair: a folder to look for them in first.", metavar="FOLDER"),
+        ] = None,
+    ) -> Result:
+        """Rehash everything that is registered, or only what is named; exit code 5 when something is wrong.
+
+        What is missing or changed, and where it can be had from, is listed. --repair brings it back: from a copy in the
+        registry, or from the repository on the Hub that the entry records. Nothing that is whole is touched.
+        """
+        if from_ is not None and not repair:
+            raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {from_}")
+        if from_ is not None:
+            existing(from_, "the folder")
         registry = context.registry
         asked = registry.resolve(what) if what else None
         only = {member.label for member in asked.members} if asked else None
-        with context.output.progress() as progress:
-            task = progress.add_task("verifying", total=None)
-            checked, problems = registry.verify(only, lambda label: progress.update(task, description=label))
+        damaged: list[ResolvedMember] = []
+        checked, problems = _hash(context, only, damaged)
         problems += _changed_bases(registry, [asked.base.name] if asked else registry.names(Base))
         checked += 1 if asked else 0
-        if not problems:
-            text = f"{checked} entries checked, nothing wrong"
-        else:
-            text = "\n".join(f"{p['what']}: {p['message']}" for p in problems)
-            text += f"\n{checked} entries checked, {len(problems)} problems"
+        sources = find_sources(registry, damaged, from_)
+        restored = []
+        if repair:
+            registry.sweep()
+            restored = _restore(context, damaged, sources, problems)
+        for problem in problems:
+            found = sources.get(problem["what"]) if not repair else None
+            problem["restore"] = found[0].json() if found else None
+        data = {"checked": checked, "problems": problems, "restored": restored}
         code = VerificationFailed.exit_code if problems else 0
-        return Result({"checked": checked, "problems": problems}, "\n".join(p["what"] for p in problems), text, code)
+        return Result(data, "\n".join(p["what"] for p in problems), _screen(data), code)
+
+
+def _hash(context: Context, only: set[str] | None, damaged: list[ResolvedMember]) -> tuple[int, list[dict[str, Any]]]:
+    with context.output.progress() as progress:
+        task = progress.add_task("verifying", total=None)
+        return context.registry.verify(
+            only, lambda label: progress.update(task, description=f"verifying {label}"), damaged.append
+        )
+
+
+def _restore(
+    context: Context,
+    damaged: list[ResolvedMember],
+    sources: dict[str, list[Source]],
+    problems: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Bring back what can be, one version after the other; ``problems`` are then those that are left."""
+    restored = []
+    output = context.output
+    for member in damaged:
+        problem = next(p for p in problems if p["what"] == member.label)
+        try:
+            source = repair_version(
+                context.registry, member, sources[member.label], output.status, progress=output.shows_progress
+            )
+        except StackctlError as error:
+            problem["message"] += f"; {error.message}"
+            continue
+        restored.append({"what": member.label, **source.json()})
+        problems.remove(problem)
+        problems += context.registry.verify({member.label})[1]
+    return restored
+
+
+def _screen(data: dict[str, Any]) -> str:
+    lines = [f"{found['what']}: restored from {found['place']}" for found in data["restored"]]
+    lines += [f"{problem['what']}: {problem['message']}" for problem in data["problems"]]
+    restorable = {p["what"]: p["restore"]["place"] for p in data["problems"] if p["restore"]}
+    count = len(data["problems"])
+    lines.append(f"{data['checked']} entries checked, {f'{count} problems' if count else 'nothing wrong'}")
+    if restorable:
+        lines += [f"{what} can be restored from {place}" for what, place in restorable.items()]
+        lines.append("to restore: stackctl verify --repair")
+    return "\n".join(lines)
 
 
 def _changed_bases(registry: Registry, names: list[str]) -> Iterator[dict[str, str]]:
@@ -45,8 +118,6 @@ def _changed_bases(registry: Registry, names: list[str]) -> Iterator[dict[str, s
         if base is None or base.kind != "folder":
             continue
         try:
-            folder = check_model_folder((registry.root / (base.path or base.source)).resolve())
-            if fingerprint(folder) != base.fingerprint:
-                yield {"what": name, "message": f"{folder} is not the model that was registered (fingerprints differ)"}
+            check_base_folder((registry.root / (base.path or base.source)).resolve(), base)
         except StackctlError as error:
             yield {"what": name, "message": error.message}

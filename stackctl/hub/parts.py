@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,27 @@ class RepoReader:
             description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
             files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
         )  # fmt: skip
+
+    def find(self, digest: str, name: str) -> Part | None:
+        """The adapter of the repo with a digest, looked for under its own name first; None when it holds none.
+
+        Where only the weights will tell, the first one that may be it.
+        """
+        holding = {path.rpartition("/")[0] for path in self.seen.files if path.rpartition("/")[2] == WEIGHTS}
+        folders = [path.rpartition("/")[0] for path in self.seen.files if path.rpartition("/")[2] == CONFIG]
+        for folder in sorted(holding & {*folders}, key=lambda found: (found.rpartition("/")[2] != name, found)):
+            with contextlib.suppress(Incompatible):  # another one that is there as well
+                part = self.part(folder, name)
+                if part.digest in (None, digest):
+                    return part
+        return None
+
+    def fetch(self, part: Part, folder: Path, there: Path | None = None) -> None:
+        """Bring an adapter's files into ``folder``, but for those that ``there`` has already; its config always."""
+        for name, file in part.files.items():
+            have = there / name if there and name != CONFIG else None
+            if have is None or not have.is_file() or (name == WEIGHTS and not file.holds(have)):
+                shutil.copyfile(self.hub.download(file, self.commit), folder / name)
 
     def _no_weights(self, prefix: str) -> Incompatible:
         pickles = sorted(p for p in self.seen.files if p.startswith(prefix) and p.endswith(_PICKLES))

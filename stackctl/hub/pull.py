@@ -1,14 +1,15 @@
 """Pull: what a repo on the Hub holds, as registered versions, pinned to the commit.
 
 Everything small is looked at first (what it is, on which base, whether it is here already), then the weights are
-fetched and checked, and only when all of it is whole is anything registered.
+fetched and checked, and only when all of it is whole is anything registered. What is registered already and has lost
+its files, as in a clone whose weights git leaves out, gets them back and stays the version that it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull brought. ``added`` are the labels that are new here; empty when everything was here already."""
+    """What a pull brought: the labels that are new here, and those that were here without whole files."""
 
     repo: str
     commit: str
@@ -53,6 +54,7 @@ class Pulled:
     stack: str | None = None
     members: tuple[ResolvedMember, ...] = ()
     added: tuple[str, ...] = ()
+    restored: tuple[str, ...] = ()
     planned: bool = False
 
 
@@ -86,6 +88,8 @@ class _Pull:
         self.place = HubSource(repo=hub.repo, commit=self.repo.commit)
 
     def run(self) -> Pulled:
+        if not self.options.dry_run:
+            self.registry.sweep()
         recipe = self.repo.read(STACK, Stack)
         if recipe is not None:
             parts = self._member_parts(recipe)
@@ -111,6 +115,8 @@ class _Pull:
                 return replace(done, added=(part.label,))
             known = brought[0]
             done = replace(done, added=(known.label,))
+        elif self.registry.damaged([known]):
+            done = replace(done, restored=tuple(self._restore({known.label: (known, part)})))
         return replace(
             done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
         )  # fmt: skip
@@ -134,7 +140,7 @@ class _Pull:
     # -- a stack ----------------------------------------------------------------------------------------------------
 
     def _member_parts(self, recipe: Stack) -> list[Part] | None:
-        """The members of a recipe that are not here yet; None when some are neither here nor in the repo."""
+        """The members of a recipe that are not registered here; None when some are neither here nor in the repo."""
         if not recipe.members:
             raise Incompatible(f"the stack in {self.hub.repo} has no members")
         try:
@@ -143,17 +149,21 @@ class _Pull:
         except Usage as error:
             raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
         missing = [m for m in recipe.members if self.registry.find_digest(m.digest) is None]
-        if any(f"{MEMBERS}/{m.adapter}/{CONFIG}" not in self.repo.seen.files for m in missing):
+        if not all(self._holds(member) for member in missing):
             return None
         self._check_stack_name(self.options.name or recipe.name, names)
-        parts = []
         for member in missing:
             self.registry.check_adapter_name(member.adapter)
-            part = self.repo.part(f"{MEMBERS}/{member.adapter}", member.adapter)
-            if part.digest not in (None, member.digest):
-                raise self.repo.other_digest(part.folder)
-            parts.append(replace(part, number=member.version, digest=member.digest))
-        return parts
+        return [self._member_part(member) for member in missing]
+
+    def _holds(self, member: Member) -> bool:
+        return f"{MEMBERS}/{member.adapter}/{CONFIG}" in self.repo.seen.files
+
+    def _member_part(self, member: Member) -> Part:
+        part = self.repo.part(f"{MEMBERS}/{member.adapter}", member.adapter)
+        if part.digest not in (None, member.digest):
+            raise self.repo.other_digest(part.folder)
+        return replace(part, number=member.version, digest=member.digest)
 
     def _check_stack_name(self, name: str, members: list[str]) -> None:
         if name in members or ("+" not in name and self.registry.find_adapter(name) is not None):
@@ -161,6 +171,7 @@ class _Pull:
 
     def _pull_stack(self, recipe: Stack, parts: list[Part]) -> Pulled:
         name = self.options.name or recipe.name
+        restored = self._restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
         if parts:
             first = parts[0]
@@ -169,7 +180,7 @@ class _Pull:
             )  # fmt: skip
             brought = self._bring(parts, base)
         if self.options.dry_run:
-            return replace(self._done([part.label for part in parts]), stack=name)
+            return replace(self._done([part.label for part in parts]), stack=name, restored=tuple(restored))
         added = [member.label for member in brought]
         members = []
         for member in recipe.members:
@@ -192,7 +203,19 @@ class _Pull:
             self.say(f"note: '{name}' was {old} (to have that back: stackctl compose {old} --name NAME)")
         if before is None or before.members != entry.members:
             added = [*added, name]
-        return replace(self._done(added), stack=name, members=tuple(members))
+        return replace(self._done(added), stack=name, members=tuple(members), restored=tuple(restored))
+
+    def _damaged_members(self, recipe: Stack) -> dict[str, tuple[ResolvedMember, Part]]:
+        """The members that are registered here without whole files, with what the repo has of them."""
+        here = {m.digest: found for m in recipe.members if (found := self.registry.find_digest(m.digest))}
+        damaged = {member.version.digest: member for member in self.registry.damaged(here.values())}
+        held = {m.digest: m for m in recipe.members if m.digest in damaged and self._holds(m)}
+        if absent := [member.label for digest, member in damaged.items() if digest not in held]:
+            self.say(
+                f"note: the files of {', '.join(absent)} are missing or changed, and {self.hub.repo} does not hold "
+                "them: stackctl verify --repair"
+            )
+        return {damaged[digest].label: (damaged[digest], self._member_part(member)) for digest, member in held.items()}
 
     # -- fetching and registering -----------------------------------------------------------------------------------
 
@@ -201,9 +224,7 @@ class _Pull:
 
     def _bring(self, parts: list[Part], base: Base) -> list[ResolvedMember]:
         """Fetch and check all parts, then register them, what others stand on first."""
-        for part in parts:
-            for file in part.files.values():
-                self.say(f"  {file.path:<48}  {files.human_bytes(file.size):>9}")
+        self._show(parts)
         outside = self._foundations(parts)
         if self.options.dry_run:
             return []
@@ -212,8 +233,7 @@ class _Pull:
         with contextlib.ExitStack() as stack:
             staged = {part.folder: stack.enter_context(files.staging_directory(weights)) for part in parts}
             for part in parts:
-                for name, file in part.files.items():
-                    shutil.copyfile(self.hub.download(file, self.repo.commit), staged[part.folder] / name)
+                self.repo.fetch(part, staged[part.folder])
             checkpoints = {part.folder: self._checked(part, staged[part.folder], base) for part in parts}
             for part in _foundations_first(parts):
                 on = [format_term((labels | outside)[str(t.reference)], t.weight) for t in _terms(part)]
@@ -224,6 +244,24 @@ class _Pull:
                 if part.entry and member.label != part.label:
                     self.say(f"note: {part.label} is another adapter here; what was pulled is {member.label}")
         return found
+
+    def _show(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            for file in part.files.values():
+                self.say(f"  {file.path:<48}  {files.human_bytes(file.size):>9}")
+
+    def _restore(self, damaged: dict[str, tuple[ResolvedMember, Part]]) -> list[str]:
+        """Give registered versions their files back. Returns their labels.
+
+        Raises:
+            VerificationFailed: what the repo holds is not what was registered.
+        """
+        self._show(part for _, part in damaged.values())
+        for member, part in damaged.values() if not self.options.dry_run else ():
+            with files.staging_directory(self.registry.root / "weights") as staged:
+                self.repo.fetch(part, staged, self.registry.own_folder(member))
+                self.registry.restore(member, staged)
+        return list(damaged)
 
     def _checked(self, part: Part, folder: Path, base: Base) -> Checkpoint:
         """A staged checkpoint, if it has the digest that was promised and fits the base.

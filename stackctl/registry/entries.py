@@ -188,9 +188,13 @@ class Entries:
         """
         with locked(self.root / ".lock", "the registry"):
             self.settings()
-            for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
-                files.sweep_staging(folder)
+            self.sweep()
             yield
+
+    def sweep(self) -> None:
+        """Remove what killed writers left."""
+        for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
+            files.sweep_staging(folder)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stackctl import files
-from stackctl.checkpoint import adapter_digest, read_checkpoint
+from stackctl.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from stackctl.copies import folder_digest
 from stackctl.digests import DigestCache
 from stackctl.errors import (
     Incompatible,
@@ -284,45 +285,54 @@ class Resolver(Entries):
         """The plan of a resolved stack, from its entries and its members' headers.
 
         Raises:
-            NotFound, Incompatible, VerificationFailed: a checkpoint is missing or cannot be read.
+            NotFound, Incompatible, VerificationFailed: a checkpoint is missing, changed, or cannot be read.
         """
-        members = [self._plan_member(member) for member in stack.members]
-        return plan_stack(stack.base, members, stack.method, stack.options)
+        try:
+            members = [self._plan_member(member) for member in stack.members]
+            plan = plan_stack(stack.base, members, stack.method, stack.options)
+        except (NotFound, Incompatible, VerificationFailed):
+            self.check_digests(stack.members)  # a file that was changed is the cause, whatever it led to
+            raise
+        if plan.errors:
+            self.check_digests(stack.members)
+        return plan
 
     def _plan_member(self, member: ResolvedMember) -> PlanMember:
         version = member.version
-        try:
-            checkpoint = read_checkpoint(self.weights_path(version))
-        except NotFound as error:
-            raise NotFound(
-                f"the weights of {member.label} are missing: {error.message}",
-                hint=f"restore {version.path}, or remove the version: stackctl rm {member.label}",
-            ) from None
         return PlanMember(
-            label=member.label, weight=member.weight, checkpoint=checkpoint, adapter=member.adapter.name,
-            version=version.version, digest=version.digest, base=version.base, fingerprint=version.fingerprint,
-            trained_on=tuple(version.trained_on),
+            label=member.label, weight=member.weight, checkpoint=read_checkpoint(self.weights_path(version)),
+            adapter=member.adapter.name, version=version.version, digest=version.digest, base=version.base,
+            fingerprint=version.fingerprint, trained_on=tuple(version.trained_on),
         )  # fmt: skip
+
+    def damaged(self, members: Iterable[ResolvedMember], *, fresh: bool = False) -> list[ResolvedMember]:
+        """Those members whose files are missing or changed; ``fresh`` hashes even files that look unchanged."""
+        cache = DigestCache(self.root)
+        sha256 = files.sha256_file if fresh else cache.sha256
+        found = [m for m in members if folder_digest(self.weights_path(m.version), sha256) != m.version.digest]
+        cache.save()
+        return found
 
     def check_digests(self, members: tuple[ResolvedMember, ...], *, fresh: bool = False) -> None:
         """Compare every member's checkpoint with what was registered; ``fresh`` hashes even files that look unchanged.
 
         Raises:
-            VerificationFailed: with the names of all that changed.
+            VerificationFailed, NotFound: with the names of all that changed, and of all whose files are missing.
         """
-        cache = DigestCache(self.root)
-        changed = []
-        for member in members:
-            checkpoint = read_checkpoint(self.weights_path(member.version))
-            weights = files.sha256_file(checkpoint.weights_path) if fresh else cache.sha256(checkpoint.weights_path)
-            if adapter_digest(checkpoint.config, weights) != member.version.digest:
-                changed.append(member.label)
-        cache.save()
+        damaged = self.damaged(members, fresh=fresh)
+        missing = [member.label for member in damaged if not self._has_files(member)]
+        changed = [member.label for member in damaged if member.label not in missing]
+        hint = f"stackctl verify --repair (or remove it: stackctl rm {(changed + missing + [''])[0]})"
+        problems: list[StackctlError] = []
         if changed:
-            raise VerificationFailed(
-                f"the files of {', '.join(changed)} are not the ones that were registered (digests differ)",
-                hint=f"restore them, or remove and register again: stackctl rm {changed[0]}",
-            )
+            what = f"the files of {', '.join(changed)} are not the ones that were registered (digests differ)"
+            problems.append(VerificationFailed(what, hint=hint))
+        if missing:
+            problems.append(NotFound(f"the files of {', '.join(missing)} are missing", hint=hint))
+        raise_all(problems)
+
+    def _has_files(self, member: ResolvedMember) -> bool:
+        return all((self.weights_path(member.version) / name).is_file() for name in (CONFIG, WEIGHTS))
 
 
 def foundations(version: AdapterVersion | VersionRow) -> tuple[Term, ...]:

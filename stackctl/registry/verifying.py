@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stackctl.errors import (
-    Incompatible,
-    StackctlError,
-)
-from stackctl.registry.removing import Removals
+from stackctl.errors import Incompatible, StackctlError
+from stackctl.files import explain_oserror
 from stackctl.registry.resolving import ResolvedMember, foundations
+from stackctl.registry.restoring import Restorations
 from stackctl.schema import (
     Adapter,
     Base,
@@ -19,18 +17,25 @@ from stackctl.schema import (
 )
 
 
-class Registry(Removals):
+class Registry(Restorations):
     """A registry on disk. Nothing is kept in memory: every question reads the file that answers it."""
 
     def verify(
-        self, only: set[str] | None = None, progress: Callable[[str], None] = lambda _: None
-    ) -> tuple[int, list[dict[str, str]]]:
+        self,
+        only: set[str] | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+        damaged: Callable[[ResolvedMember], None] = lambda _: None,
+    ) -> tuple[int, list[dict[str, Any]]]:
         """Rehash everything registered, or only the labels given.
+
+        Args:
+            progress: is called with the label of each version before it is hashed.
+            damaged: is called with each version whose files are missing or changed.
 
         Returns:
             how many things were checked, and every problem found as ``{"what", "message"}``.
         """
-        problems: list[dict[str, str]] = []
+        problems: list[dict[str, Any]] = []
         checked = 0
 
         def attempt(what: str, check: Callable[[], Any]) -> Any:
@@ -38,7 +43,9 @@ class Registry(Removals):
                 return check()
             except StackctlError as error:
                 problems.append({"what": what, "message": error.message})
-                return None
+            except OSError as error:  # a disk that fails in one place may be whole in others
+                problems.append({"what": what, "message": explain_oserror(error).message})
+            return None
 
         if only is None:
             attempt("registry", self.settings)
@@ -60,12 +67,16 @@ class Registry(Removals):
                     progress(label)
                     checked += 1
                     member = ResolvedMember(adapter, version, 1.0)
-                    attempt(label, lambda m=member: self._verify_version(m))  # type: ignore[misc]
+                    attempt(label, lambda m=member: self._verify_version(m, damaged))  # type: ignore[misc]
         return checked, problems
 
-    def _verify_version(self, member: ResolvedMember) -> None:
+    def _verify_version(self, member: ResolvedMember, damaged: Callable[[ResolvedMember], None]) -> None:
+        try:
+            self.check_digests((member,), fresh=True)
+        except (StackctlError, OSError):
+            damaged(member)
+            raise
         self._plan_member(member)
-        self.check_digests((member,), fresh=True)
         base = self.base(member.version.base)
         if base.fingerprint != member.version.fingerprint:
             raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
