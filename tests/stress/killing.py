@@ -65,6 +65,7 @@ def _be_the_command(
         os.dup2(descriptor, 2)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.chdir(folder)
+        os.environ["STACKCTL_CACHE"] = str(folder / "cache")
         from stackctl.cli import main
 
         sys.argv = ["stackctl", *arguments]

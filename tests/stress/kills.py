@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import make_registry, register, write_checkpoint
+import pytest
+from checkpoints import hub_base, make_registry, register, write_checkpoint
+from hub_server import connect, running_hub
 
 from stackctl.cli import make_app
 from stackctl.registry import Registry
@@ -26,6 +30,10 @@ class Scenario:
     """Given the working folder: whether the command has done its work."""
     code_again: int = 0
     """How the command ends when it was killed after its work was done."""
+    damage: Callable[[Path], None] = lambda _: None
+    """What happens to the working folder before."""
+    damaged: str = ""
+    """The version that ``damage`` leaves without whole files, until the command has done its work."""
 
 
 def adapters(folder: Path, name: str) -> list[int]:
@@ -36,7 +44,7 @@ def adapters(folder: Path, name: str) -> list[int]:
 
 def make_template(folder: Path) -> None:
     """A registry with style@1, style@2, instruct@1 on style@1, the stack ``both``; beside it a checkpoint to add."""
-    registry = make_registry(folder / "registry")
+    registry = make_registry(folder / "registry", hub_base())
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1"], seed=3)
@@ -44,8 +52,39 @@ def make_template(folder: Path) -> None:
     register(registry, "free", seed=6)
     register(registry, "old", seed=5)
     registry.remove("old")
+    shutil.copytree(registry.root / "weights" / "style", folder / "backup" / "style")
     write_checkpoint(folder / "new", seed=4)
     (folder / "new" / "tokenizer.json").write_text("{}")
+
+
+def lose(folder: Path) -> None:
+    """What a clone has of style@2: its entry."""
+    shutil.rmtree(folder / "registry" / "weights" / "style" / "2")
+
+
+def corrupt(folder: Path) -> None:
+    """Both files of style@2 are others now; a file beside them is as it was."""
+    place = folder / "registry" / "weights" / "style" / "2"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (place / name).write_bytes(b"rotten " + (place / name).read_bytes()[7:])
+    (place / "notes.txt").write_text("mine")
+
+
+def _is_whole(folder: Path) -> bool:
+    return Registry(folder / "registry").verify({"style@2"})[1] == []
+
+
+def _fill_cache(folder: Path) -> None:
+    """Logs of a finished run, tokenised data, a converted model."""
+    for place in ("registry/logs/style/2", "cache/tokens/0123abcd", "cache/bases/gguf-1"):
+        (folder / place / "deep").mkdir(parents=True)
+        (folder / place / "file").write_text("x")
+        (folder / place / "deep" / "file").write_text("x")
+
+
+def _is_swept(folder: Path) -> bool:
+    places = ("registry/logs/style", "cache/tokens/0123abcd", "cache/bases/gguf-1", "registry/weights/old")
+    return not any((folder / place).exists() for place in places)
 
 
 LIGHT = (
@@ -62,21 +101,52 @@ LIGHT = (
     Scenario("rm a version", ("rm", "style@2"), lambda f: adapters(f, "style") == [1], code_again=3),
     Scenario("rm an adapter", ("rm", "free"), lambda f: not adapters(f, "free"), code_again=3),
     Scenario("gc", ("gc",), lambda f: not (f / "registry" / "weights" / "old").exists()),
+    Scenario("gc of everything", ("gc", "--runs", "--logs", "--cache"), _is_swept, damage=_fill_cache),
+    Scenario("repair", ("verify", "--repair", "--from", "backup"), _is_whole, damage=lose, damaged="style@2"),
+    Scenario(
+        "repair in place", ("verify", "--repair", "--from", "backup"), _is_whole, damage=corrupt, damaged="style@2"
+    ),
     Scenario("rm a stack", ("rm", "both"), lambda f: Registry(f / "registry").find_stack("both") is None, code_again=3),
 )
+
+
+FROM_HUB = (
+    Scenario("pull", ("pull", "me/style", "--name", "mine"), lambda f: adapters(f, "mine") == [2]),
+    Scenario("pull a stack", ("pull", "me/far"), lambda f: Registry(f / "registry").find_stack("far") is not None),
+    Scenario("pull what is lost", ("pull", "me/style"), _is_whole, damage=lose, damaged="style@2"),
+    Scenario("repair from the Hub", ("verify", "--repair"), _is_whole, damage=corrupt, damaged="style@2"),
+)
+
+
+@contextlib.contextmanager
+def hub_with(template: Path) -> Iterator[None]:
+    """A Hub on this machine that holds style@2 in ``me/style``, and in ``me/far`` a stack of what is not here."""
+    importlib.import_module("stackctl.hub.pull")  # here, as make_app, instead of in each process
+    with running_hub() as server, pytest.MonkeyPatch.context() as patch:
+        connect(server, template.parent / "hf", patch)
+        there = template.parent / "there"
+        registry = make_registry(there / "registry", hub_base())
+        for name, on, seed in (("first", [], 11), ("second", ["first@1"], 12)):
+            register(registry, name, on, seed=seed)
+        registry.save_stack("far", registry.resolve("first+second"))
+        for folder, what, repo in ((there, "far", "me/far"), (template, "style@2", "me/style")):
+            ended = run_command(["push", what, repo, "--members"], folder)
+            assert ended.code == 0, ended.said
+        yield
 
 
 def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) -> tuple[bool, list[str]]:
     """Kill a scenario's command before a step. Returns whether it came to that, and everything that was wrong then."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(template, place, symlinks=True)
+    scenario.damage(place)
     arguments = list(scenario.arguments)
     ended = run_command(arguments, place, step)
     if ended.code is not None:
         wrong = [] if ended.code == 0 else [f"ended with {ended.code}: {ended.said}"]
         return False, [f"{scenario.name}, not killed: {text}" for text in wrong]
-    wrong = list(_wrong(place))
     was_done = scenario.done(place)
+    wrong = list(_wrong(place, but=scenario.damaged))
     again = run_command(arguments, place)
     if again.code != (scenario.code_again if was_done else 0) and again.code != 0:
         wrong.append(f"the same command again ended with {again.code}: {again.said}")
@@ -89,10 +159,11 @@ def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) ->
     return True, [f"{scenario.name}, killed before step {step}: {text}" for text in wrong]
 
 
-def _wrong(place: Path) -> Iterator[str]:
+def _wrong(place: Path, but: str = "") -> Iterator[str]:
     registry = Registry(place / "registry")
     for problem in registry.verify()[1]:
-        yield f"{problem['what']}: {problem['message']}"
+        if problem["what"] != but:
+            yield f"{problem['what']}: {problem['message']}"
 
 
 def _without_entry(root: Path) -> set[Path]:
@@ -107,7 +178,8 @@ def kills(budget: Budget) -> Outcome:
     make_app()  # imports them all here, instead of in each process
     template = budget.folder / "template"
     make_template(template)
-    return _kill_all(budget, template, LIGHT)
+    with hub_with(template):
+        return _kill_all(budget, template, LIGHT + FROM_HUB)
 
 
 def _kill_all(budget: Budget, template: Path, scenarios: tuple[Scenario, ...]) -> Outcome:
@@ -132,6 +204,7 @@ def count_steps(template: Path, folder: Path, scenario: Scenario) -> int:
     place = folder / "counting"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(template, place, symlinks=True)
+    scenario.damage(place)
     ended = run_command(list(scenario.arguments), place)
     assert ended.code == 0, f"{scenario.name} ended with {ended.code}: {ended.said}"
     assert scenario.done(place), scenario.name
