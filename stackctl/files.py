@@ -150,8 +150,8 @@ def put_in_place(staged: Path, final: Path) -> None:
 def sweep_staging(parent: Path, *, dry_run: bool = False) -> list[Path]:
     """Remove what killed processes left in ``parent``, and return it; what somebody is working on stays."""
     swept = []
-    if parent.is_dir():
-        for path in parent.glob(f"{STAGING_PREFIX}*"):
+    for path in children(parent):
+        if path.name.startswith(STAGING_PREFIX):
             with contextlib.suppress(OSError), _abandoned(path) as is_abandoned:
                 if is_abandoned:
                     if not dry_run:
@@ -226,15 +226,24 @@ def read_own_json(path: Path) -> Any:
         return None
 
 
+def children(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing in one that is gone, or is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(folder.iterdir())
+    return []
+
+
 def tree_bytes(path: Path) -> int:
     """The bytes of a file or of all files of a folder; links count as themselves."""
-    sizes = [path.lstat().st_size] if not path.is_dir() or path.is_symlink() else []
-    if path.is_dir() and not path.is_symlink():
-        for found in path.rglob("*"):
-            with contextlib.suppress(OSError):  # gone meanwhile
-                info = found.lstat()
-                sizes += [] if stat.S_ISDIR(info.st_mode) else [info.st_size]
-    return sum(sizes)
+    found = [path] if path.is_symlink() or not path.is_dir() else []
+    if not found:
+        found = [Path(folder, name) for folder, folders, names in os.walk(path) for name in [*folders, *names]]
+    size = 0
+    for each in found:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            info = each.lstat()
+            size += 0 if stat.S_ISDIR(info.st_mode) else info.st_size
+    return size
 
 
 def state(info: os.stat_result) -> tuple[int, int, int, int]:

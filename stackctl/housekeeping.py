@@ -40,9 +40,9 @@ def free_logs(registry: Registry, gone: Collection[str] = (), *, every: bool, dr
         gone: labels of versions and names of runs that are removed now, or would be.
     """
     freed = []
-    for folder in sorted((registry.root / "logs").glob("[!.]*")):
+    for folder in files.children(registry.root / "logs"):
         with contextlib.suppress(Usage, Failed):  # no name, an entry that cannot be read, or training that goes on
-            if not list(_finished_logs(registry, folder, gone, every)):
+            if not list(_finished_logs(registry, folder, gone, every)) and files.children(folder):  # a kill leaves none
                 continue
             with contextlib.nullcontext() if dry_run else run_folder(registry, folder.name).held():
                 for log in list(_finished_logs(registry, folder, gone, every)):
@@ -50,7 +50,7 @@ def free_logs(registry: Registry, gone: Collection[str] = (), *, every: bool, dr
                     freed.append(Freed(what, "written by --report-to", str(log), files.tree_bytes(log)))
                     if not dry_run:
                         files.remove_tree(log)
-                if not dry_run and not any(folder.iterdir()):
+                if not dry_run and folder.is_dir() and not files.children(folder):
                     folder.rmdir()
     return freed
 
@@ -62,8 +62,8 @@ def _finished_logs(registry: Registry, folder: Path, gone: Collection[str], ever
     adapter = registry.find_adapter(name)
     versions = [*(adapter.versions if adapter else ()), *registry.find_removed(name).versions]
     kept = {str(v.version) for v in versions if f"{name}@{v.version}" not in gone}
-    for log in sorted(folder.glob("[0-9]*")):
-        if every or log.name not in kept:
+    for log in files.children(folder):
+        if log.name.isdigit() and (every or log.name not in kept):
             yield log
 
 

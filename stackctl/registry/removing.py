@@ -7,6 +7,7 @@ comes back by a merge still finds it by its digest. Its number stays given for e
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,10 +170,14 @@ class Removals(Changes):
                 return freed
             for removed, staying in going:  # before their weights: what is half gone is nobody's
                 self._write(msgspec.structs.replace(removed, versions=staying))
+            names = set() if (self.root / "weights").is_symlink() else {*files.children(self.root / "weights")}
             for folder in self._weights_without(places):
                 files.remove_tree(folder)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()
+                names.add(folder.parent)
+            for name in names:
+                if name.name[0] != ".":
+                    with contextlib.suppress(OSError):  # it is not empty
+                        name.rmdir()
         return freed
 
     def _weights_without(self, places: set[Path]) -> list[Path]:
@@ -183,20 +188,20 @@ class Removals(Changes):
         """
         weights = self.root / "weights"
         inside = {parent for place in places for parent in (place, *place.parents)}
-        found = [f for f in sorted(weights.glob("[!.]*/[0-9]*")) if f.name.isdigit() and not f.parent.is_symlink()]
+        names = [name for name in files.children(weights) if name.name[0] != "." and not name.is_symlink()]
+        found = [f for name in names for f in files.children(name) if f.name.isdigit()]
         found = [f for f in found if f.is_dir() and f.resolve() not in inside]
         return [f for f in found if (f / CONFIG).is_file()] if weights.is_symlink() else found
 
     def _free_staging(self, dry_run: bool) -> list[Freed]:
         """What killed processes left anywhere in the registry."""
-        left = [p for p in self.root.rglob(f"{files.STAGING_PREFIX}*") if not _within_staging(p.relative_to(self.root))]
+        left: list[Path] = []
+        for folder, folders, names in os.walk(self.root):  # others add and remove meanwhile, which it takes lightly
+            left += [Path(folder, name) for name in [*folders, *names] if name.startswith(files.STAGING_PREFIX)]
+            folders[:] = [name for name in folders if not name.startswith(files.STAGING_PREFIX)]
         sizes = {path: files.tree_bytes(path) for path in left}
         swept = [p for parent in {p.parent for p in left} for p in files.sweep_staging(parent, dry_run=dry_run)]
         return [
             Freed(str(p.relative_to(self.root)), "left by a killed process", str(p), sizes.get(p, 0))
             for p in sorted(swept)
         ]
-
-
-def _within_staging(path: Path) -> bool:
-    return any(part.startswith(files.STAGING_PREFIX) for part in path.parts[:-1])
