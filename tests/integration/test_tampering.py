@@ -21,6 +21,7 @@ LOADING_ADAPTERS = (
     ("compose", "style+instruct", "--name", "again"),
     ("compose", "style+instruct", "--method", "ties", "--name", "tied"),
     ("inspect", "both", "--weights"),
+    ("inspect", "both", "--interference"),
     ("inspect", "instruct", "--verify"),
     ("push", "both", "me/both", "--base-id", "acme/tiny", "--dry-run"),
     ("push", "instruct", "me/instruct", "--base-id", "acme/tiny"),
@@ -48,7 +49,7 @@ def adapter(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(run: Any, models: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """style@1, instruct@1 and their stack ``both`` on a base in ``model``, all of whose digests are remembered."""
-    monkeypatch.setattr("stackctl.digests._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("stackctl.files._SETTLED_SECONDS", 0.0)
     shutil.copytree(models("llama"), tmp_path / "model")
     run("init")
     run("base", "add", "tiny", "model")
