@@ -115,8 +115,9 @@ def stack_info(stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
     }
 
 
-def stack_tree(stack: ResolvedStack, plan: StackPlan) -> Tree:
+def stack_tree(stack: ResolvedStack, plan: StackPlan, *, problems: bool = True) -> Tree:
     """A stack as a tree: the base at the root, members in order, what each was trained on, every problem."""
+    shown = plan.problems if problems else ()
     from rich.text import Text
     from rich.tree import Tree
 
@@ -129,10 +130,10 @@ def stack_tree(stack: ResolvedStack, plan: StackPlan) -> Tree:
         branch = tree.add(Text(f"+ {member.label}{weight}  rank {planned.rank}, {size}"))
         if version.trained_on:
             branch.add(Text(f"trained on {'+'.join(version.trained_on)}", style="dim"))
-        for problem in plan.problems:
+        for problem in shown:
             if problem.member == member.label:
                 branch.add(Text(f"{problem.severity}: {problem.message}", style=_STYLES[problem.severity]))
-    for problem in plan.problems:
+    for problem in shown:
         if problem.member is None:
             tree.add(Text(f"{problem.severity}: {problem.message}", style=_STYLES[problem.severity]))
     return tree
@@ -147,14 +148,22 @@ def facts_tree(title: str, facts: dict[str, Any], problems: list[dict[str, Any]]
     from rich.tree import Tree
 
     tree = Tree(Text(title, style="bold"))
-    for name, value in facts.items():
-        if value not in (None, "", [], {}):
-            tree.add(Text.assemble((f"{name}  ", "dim"), str(value)))
+    told = {name: _told(value) for name, value in facts.items() if value not in (None, "", [], {})}
+    width = max(map(len, told), default=0)
+    for name, value in told.items():
+        tree.add(Text.assemble((f"{name:<{width}}  ", "dim"), value))
     for problem in problems:
         branch = tree.add(Text(f"{problem['severity']}: {problem['message']}", style=_STYLES[problem["severity"]]))
         if problem["hint"]:
             branch.add(Text(problem["hint"], style="dim"))
     return tree
+
+
+def _told(value: Any) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def looks_like_path(what: str) -> bool:

@@ -35,7 +35,7 @@ METHODS = {
     "magnitude_prune": Method("keep the largest entries of each delta, add", "magnitude_prune", ("density", "rank")),
 }
 
-_DEFAULTS: dict[str, float | int] = {"density": 0.5, "seed": 0}
+DEFAULTS: dict[str, float | int] = {"density": 0.5, "seed": 0}
 
 
 def check_method(name: str, options: MethodOptions) -> MethodOptions:
@@ -55,8 +55,8 @@ def check_method(name: str, options: MethodOptions) -> MethodOptions:
         takes = ", ".join(f"--{key}" for key in method.options) or "no options"
         raise Usage(f"--method {name} does not take {', '.join(extra)}", hint=f"it takes {takes}")
     for key in method.options:
-        if values[key] is None and key in _DEFAULTS:
-            values[key] = _DEFAULTS[key]
+        if values[key] is None and key in DEFAULTS:
+            values[key] = DEFAULTS[key]
     if name == "svd":
         if values["rank"] is None:
             raise Usage("--method svd needs a rank", hint="--rank 32, or --rank auto --tolerance 0.01")

@@ -154,6 +154,15 @@ def format_term(reference: str, weight: float) -> str:
     return reference if weight == 1 else f"{reference}:{format_weight(weight)}"
 
 
+def format_sum(terms: Iterable[tuple[str, float]]) -> str:
+    """What a stack of (name, weight) computes: ``W = W_base + 0.7·ΔW_style - ΔW_tone``."""
+    total = "W = W_base"
+    for name, weight in terms:
+        factor = "" if abs(weight) == 1 else f"{format_weight(abs(weight))}·"
+        total += f" {'-' if weight < 0 else '+'} {factor}ΔW_{name}"
+    return total
+
+
 def format_expression(terms: Iterable[object]) -> str:
     """Terms (anything that prints as a term) joined by ``+``; ``base`` when there are none."""
     return "+".join(str(term) for term in terms) or BASE

@@ -104,11 +104,14 @@ class Output:
         elif self.quiet:
             if result.brief:
                 self.text(result.brief + "\n")
-        elif callable(result.screen) and result.paged:
-            screen = console(sys.stdout)
-            paging.show(_pieces(screen, result.screen()), screen.height)
         elif callable(result.screen):
-            console(sys.stdout).print(result.screen(), crop=False)  # a line to copy is whole, however long
+            screen = console(sys.stdout)
+            pieces = _pieces(screen, result.screen())
+            if result.paged:
+                paging.show(pieces, screen.height)
+            else:
+                sys.stdout.writelines(pieces)
+                sys.stdout.flush()
         elif result.screen:
             self.text(printable(result.screen) + "\n")
 
@@ -187,15 +190,21 @@ def _json_list(items: Iterator[Any]) -> Iterator[str]:
     yield "]"
 
 
+_BLANKS = re.compile(r" +\n")
+
+
 def _pieces(screen: Console, what: RenderableType) -> Iterator[str]:
-    """What a console would print, as text, some lines at a time."""
+    """What a console would print, as text, some lines at a time.
+
+    A line to copy is whole, however long, and has no blanks at its end when it is piped.
+    """
     from rich.segment import Segments
 
     segments = iter(screen.render(what))
     while some := list(itertools.islice(segments, _SEGMENTS)):
         with screen.capture() as captured:
             screen.print(Segments(some), end="", crop=False)
-        yield captured.get()
+        yield captured.get() if screen.is_terminal else _BLANKS.sub("\n", captured.get())
 
 
 def console(stream: TextIO) -> Console:

@@ -92,10 +92,9 @@ def best_cells(rows: Sequence[dict[str, Any]]) -> set[tuple[int, str]]:
 
 def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]] = ()) -> RenderableType:
     """A table for each data set, the best of each column marked, and what the paired tests say under them."""
-    from rich.console import Group
     from rich.text import Text
 
-    from stackctl.tables import table
+    from stackctl.tables import spaced, table
 
     parts: list[RenderableType] = []
     blocks = by_data(rows)
@@ -113,8 +112,9 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
         ]
         heads = [f"{column} " if column in _BEST else column for column in COLUMNS]
         parts.append(table(heads, lines, title=source if len(blocks) > 1 else None))
-        parts += [Text(line) for line in sentences([test for test in tests if test["data"] == source])]
-    return Group(*parts)
+        if said := sentences([test for test in tests if test["data"] == source]):
+            parts.append(Text("\n".join(said)))
+    return spaced(parts)
 
 
 def sentences(tests: Sequence[dict[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich import box
 from rich.cells import cell_len, chop_cells
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -18,14 +18,22 @@ from stackctl.heatmap import HeatMap, render_terminal
 NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> Table:
-    """A plain table: no frame, a rule under its head, numbers to the right."""
-    drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, header_style="bold")
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> RenderableType:
+    """A plain table: no frame, a rule under its head, numbers to the right; a title may be wider than it is."""
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column.strip() in NUMERIC else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return drawn
+    return Group(Text(title, style="bold"), drawn) if title else drawn
+
+
+def spaced(parts: Sequence[RenderableType]) -> Group:
+    """What is told together, with an empty line between two of them."""
+    lines: list[RenderableType] = []
+    for part in parts:
+        lines += [part] if not lines else ["", part]
+    return Group(*lines)
 
 
 class Listing:
@@ -43,19 +51,16 @@ class Listing:
         widths = _widths(self._columns)
         for row in self._rows():
             widths = list(map(max, widths, _widths(row)))
-        widths = _fit(widths, options.max_width - between - 2)
+        widths = _fit(widths, options.max_width - between)
         signs = [">" if column.strip() in NUMERIC else "<" for column in self._columns]
-        layout = f" {_GAP.join(f'{{:{sign}{width}}}' for sign, width in zip(signs, widths, strict=True))} "
-        blank = Segment(" " * (sum(widths) + between + 2) + "\n")
-        yield blank
+        layout = _GAP.join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
         for line in _lines(self._columns, widths, layout):
             yield Segment(line, console.get_style("bold"))
             yield Segment.line()
-        yield Segment(f" {'─' * (sum(widths) + between)} \n")
+        yield Segment("─" * (sum(widths) + between) + "\n")
         lines = (line for row in self._rows() for line in _lines(row, widths, layout))
         while some := list(itertools.islice(lines, _LINES)):
             yield Segment("\n".join(some) + "\n")
-        yield blank
 
 
 _GAP = "   "

@@ -10,8 +10,8 @@ import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
 from stackctl.errors import Usage
-from stackctl.methods import METHODS, SUM, check_method
-from stackctl.names import format_term, parse_stack_name
+from stackctl.methods import DEFAULTS, METHODS, SUM, check_method
+from stackctl.names import format_sum, parse_stack_name
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack
@@ -22,6 +22,11 @@ _EXAMPLES = """\
 stackctl compose style:0.7+instruct@2
 stackctl compose style+instruct+tone --method ties --density 0.3
 stackctl compose style+instruct --name storyteller"""
+
+
+def _of(option: str) -> str:
+    """Which methods take an option, for the help."""
+    return "Of " + ", ".join(name for name, method in METHODS.items() if option in method.options)
 
 
 def register(app: typer.Typer) -> None:
@@ -45,20 +50,31 @@ def register(app: typer.Typer) -> None:
         rank: Annotated[
             str | None,
             typer.Option(
-                help="Of all but sum: the rank to cut to; of svd also auto, with --tolerance.", rich_help_panel=_METHOD
+                help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance.", rich_help_panel=_METHOD
             ),
         ] = None,
         tolerance: Annotated[
-            float | None, typer.Option(help="Of svd --rank auto: the relative error allowed.", rich_help_panel=_METHOD)
+            float | None,
+            typer.Option(
+                help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.", rich_help_panel=_METHOD
+            ),
         ] = None,
         density: Annotated[
             float | None,
             typer.Option(
-                help="Of ties, dare and magnitude_prune: the share of entries that are kept; 0.5.",
+                help=f"{_of('density')}: the share of entries that are kept.",
+                show_default=str(DEFAULTS["density"]),
                 rich_help_panel=_METHOD,
             ),
         ] = None,
-        seed: Annotated[int | None, typer.Option(help="Of the random methods; 0.", rich_help_panel=_METHOD)] = None,
+        seed: Annotated[
+            int | None,
+            typer.Option(
+                help=f"{_of('seed')}: the seed of what is dropped.",
+                show_default=str(DEFAULTS["seed"]),
+                rich_help_panel=_METHOD,
+            ),
+        ] = None,
         base: BaseOption = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show it; write nothing.")] = False,
     ) -> Result:
@@ -146,8 +162,8 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
 
     from stackctl.inspection import stack_tree
 
-    terms = " + ".join(["W_base", *(format_term(f"ΔW_{m.adapter.name}", m.weight) for m in stack.members)])
-    head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: W = {terms}"
+    total = format_sum((m.adapter.name, m.weight) for m in stack.members)
+    head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: {total}"
     foot = f"exact sum, rank {data['rank']} at most, {len(plan.modules)} modules"
     if not data["exact"]:
         foot = (
@@ -155,4 +171,4 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
             f"at worst {data.get('worst_relative_error', 0.0):.3g} on {data.get('worst_module')}"
         )
     follow = "" if data["dry_run"] else '\nit is the current stack; next: stackctl generate -p "…"'
-    return Group(Text(head), stack_tree(stack, plan), Text(foot + follow))
+    return Group(Text(head), stack_tree(stack, plan, problems=False), Text(foot + follow))

@@ -69,22 +69,22 @@ def register(app: typer.Typer) -> None:
         }
 
         def screen() -> Any:
-            from rich.console import Group
-
             from stackctl.comparing import render_comparison
             from stackctl.inspection import stack_tree
-            from stackctl.names import format_term
+            from stackctl.names import format_sum
+            from stackctl.tables import spaced
 
             stack, plan = resolve_all(registry, ["storyteller"])[0]
             sizes = ", ".join(f["path"] for f in push["files"])
-            return Group(
-                render_comparison(STACKS, compared.answers),
-                stack_tree(stack, plan),
-                "W = W_base + " + " + ".join(f"ΔW_{format_term(m.adapter.name, m.weight)}" for m in stack.members),
-                "\nloss on held-out records (lower is better)",
-                _loss_table(results),
-                f"ready to push: {sizes}",
-                'next: stackctl generate -p "Tell me about the sea."   stackctl push storyteller YOU/storyteller',
+            return spaced(
+                [
+                    render_comparison(STACKS, compared.answers),
+                    stack_tree(stack, plan),
+                    format_sum((m.adapter.name, m.weight) for m in stack.members),
+                    _loss_table(results),
+                    f"ready to push: {sizes}",
+                    'next: stackctl generate -p "Tell me about the sea."',
+                ]
             )
 
         return Result(data, "storyteller", screen)
@@ -149,4 +149,4 @@ def _loss_table(rows: list[dict[str, Any]]) -> Any:
         [row["stack"], *(Text(f"{row[c]:.3f}", style="bold green" if row[c] == best[c] else "") for c in columns)]
         for row in rows
     ]
-    return table(["stack", *columns], cells)
+    return table(["stack", *columns], cells, title="loss on held-out records (lower is better)")

@@ -107,9 +107,7 @@ def _hub() -> dict[str, Any]:
 
 
 def _screen(data: dict[str, Any]) -> Any:
-    from rich.console import Group
-
-    from stackctl.tables import table
+    from stackctl.tables import spaced, table
 
     rows = [["stackctl", data["stackctl"]], ["system", data["system"]]]
     rows += [["device", _device(device)] for device in data["devices"]]
@@ -125,7 +123,7 @@ def _screen(data: dict[str, Any]) -> Any:
     if data["sizes"]:
         parts.append(_sizes_table(data["sizes"]))
     parts += [f"{p['what']}: {p['message']}; {p['hint']}" for p in data["problems"]]
-    return Group(*parts)
+    return spaced(parts)
 
 
 def _wanted(name: str) -> str:

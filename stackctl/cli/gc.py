@@ -67,9 +67,7 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
 
 
 def _screen(freed: list[Freed], said: str) -> Any:
-    from rich.console import Group
-
-    from stackctl.tables import table
+    from stackctl.tables import spaced, table
 
     rows = [[found.what, found.why, human_bytes(found.bytes)] for found in freed]
-    return Group(table(["what", "why", "size"], rows), said) if rows else said
+    return spaced([table(["what", "why", "size"], rows), said]) if rows else said

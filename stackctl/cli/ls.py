@@ -109,9 +109,7 @@ def _screen(
     runs: list[dict[str, Any]],
     current: str | None,
 ) -> Any:
-    from rich.console import Group
-
-    from stackctl.tables import Listing, table
+    from stackctl.tables import Listing, spaced, table
 
     parts: list[Any] = []
     if len(adapters):
@@ -125,7 +123,7 @@ def _screen(
     if runs:
         rows = [[r["name"], r["step"], f"stackctl train {r['name']} … --resume"] for r in runs]
         parts.append(table(["unfinished", "step", "go on with"], rows))
-    return Group(*parts) if parts else _NOTHING
+    return spaced(parts) if parts else _NOTHING
 
 
 def _version_lines(adapter: AdapterRow) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from stackctl.curve import PICTURE
-from stackctl.names import format_term, format_weight
+from stackctl.names import format_sum, format_term, format_weight
 from stackctl.schema import AdapterVersion
 
 CARD = "README.md"
@@ -312,22 +312,14 @@ def _vllm(base: str, rank: int, name: str, place: str) -> str:
 
 
 def _formula(card: Card) -> str:
-    terms = [(f.weight, f.name) for f in card.foundations] + [(m.weight, m.name) for m in card.members]
-    total = "".join(_formula_term(weight, name) for weight, name in terms)
     lines = [
         "## What it computes",
         "",
         "```text",
-        f"W = W_base{total}",
+        format_sum([(f.name, f.weight) for f in card.foundations] + [(m.name, m.weight) for m in card.members]),
         "ΔW = scaling · B @ A,  scaling = alpha / rank  (alpha / √rank with rsLoRA)",
         "```",
     ]
     if card.is_stack:
         lines += ["", "The members, their versions, digests and weights are pinned in `stack.yaml`."]
     return "\n".join(lines)
-
-
-def _formula_term(weight: float, name: str) -> str:
-    sign = "-" if weight < 0 else "+"
-    factor = "" if abs(weight) == 1 else f"{format_weight(abs(weight))}·"
-    return f" {sign} {factor}ΔW_{name}"

@@ -79,7 +79,7 @@ class Removals(Changes):
         if users := self._standing_on(labels):
             raise Usage(
                 f"{' and '.join(sorted(labels))} cannot be removed: {', '.join(users)} stand on it",
-                hint=f"remove them first: stackctl rm {users[0]}",
+                hint=f"begin with what nothing stands on: stackctl rm {self._free_user(users)}",
             )
         own = (self._own_folder(adapter.name, v) for v in going)
         removal = Removal(
@@ -130,6 +130,10 @@ class Removals(Changes):
             if any(f"{m.adapter}@{m.version}" in labels for m in stack.members)
         ]
         return users
+
+    def _free_user(self, users: list[str]) -> str:
+        """One of them that can be removed at once: stacks can."""
+        return next((user for user in reversed(users) if not self._standing_on({user})), users[-1])
 
     # -- freeing ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stackctl import methods
+from stackctl.methods import SUM
+
 METHODS = {
     "svd": ("--rank", "3"),
     "ties": ("--density", "0.4"),
@@ -17,6 +20,10 @@ METHODS = {
     "dare_ties": ("--density", "0.6"),
     "magnitude_prune": ("--density", "0.5"),
 }
+
+
+def test_every_method_is_tried_here() -> None:
+    assert {SUM, *METHODS} == set(methods.METHODS)
 
 
 @pytest.fixture

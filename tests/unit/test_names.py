@@ -7,6 +7,7 @@ from stackctl.names import (
     Reference,
     Term,
     format_expression,
+    format_sum,
     format_weight,
     parse_expression,
     parse_name,
@@ -131,3 +132,8 @@ def test_long_input_takes_no_time():
     with pytest.raises(Usage):
         parse_expression("a:" + "1" * 200_000 + "x")
     assert len(parse_expression("+".join(["a"] * 20_000))) == 20_000
+
+
+def test_what_a_stack_computes_is_written_as_one_writes_it():
+    assert format_sum([]) == "W = W_base"
+    assert format_sum([("style", 0.7), ("tone", -1), ("x", -2)]) == "W = W_base + 0.7·ΔW_style - ΔW_tone - 2·ΔW_x"

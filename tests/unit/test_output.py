@@ -195,3 +195,15 @@ def test_half_a_character_is_written_as_json_writes_it(monkeypatch):
     Output(json_mode=True).emit(Result({"path": "a\udcff", "name": "\ud800 灯"}, ""))
     stream.flush()
     assert json.loads(stream.buffer.getvalue()) == {"schema": 1, "path": "a\udcff", "name": "\ud800 灯"}
+
+
+def test_tables_begin_at_the_margin_an_empty_line_apart_and_end_without_blanks(capsys):
+    def screen():
+        from stackctl.tables import spaced, table
+
+        return spaced([table(["name", "rank"], [["style", 16]]), table(["base"], [["tiny"]], title="bases"), "done"])
+
+    Output().emit(Result({}, "", screen))
+    rule = "─" * len("style   rank")
+    wanted = ["name    rank", rule, "style     16", "", "bases", "base", "────", "tiny", "", "done"]
+    assert capsys.readouterr().out.splitlines() == wanted

@@ -253,3 +253,17 @@ def test_an_old_registry_has_nothing_removed(registry):
     assert freed(registry) == {}
     registry.remove("style@2")
     assert (registry.root / "removed" / "style.yaml").is_file()
+
+
+def test_what_cannot_be_removed_names_what_to_begin_with(registry):
+    """Following the hints from one refusal to the next takes everything out."""
+    registry.save_stack("both", registry.resolve("style@1+instruct"))
+    asked, removed = ["style@1"], []
+    while asked:
+        try:
+            removed += registry.remove(asked[-1]).removed
+            asked.pop()
+        except Usage as error:
+            asked.append(error.hint.rpartition("stackctl rm ")[2])
+            assert len(asked) < 5
+    assert removed == ["both", "instruct@1", "style@1"]
