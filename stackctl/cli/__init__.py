@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import Current, Group
+from stackctl.cli.completion import join_words
 from stackctl.cli.help_page import WIDTH, option_choices
 from stackctl.errors import Usage, did_you_mean
 
@@ -66,6 +67,7 @@ def main() -> None:
     from stackctl.ranks import make_output
 
     prepare_streams()
+    join_words(os.environ)
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     debug = "--debug" in options
     Current.output = make_output(json_mode="--json" in options)
