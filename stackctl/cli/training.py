@@ -160,8 +160,14 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "stopped_early": run.stopped_early,
     }
     text = f"trained {label} in {run.steps} steps, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
-    text += f"\nnext: stackctl compose {'+'.join([*(m.adapter.name for m in prepared.stack.members), prepared.name])}"
+    text += f"\nnext: {_next(prepared)}"
     return Result(data, label, text)
+
+
+def _next(prepared: PreparedJob) -> str:
+    """What one does with a new adapter: try it, or put it together with what it stands on."""
+    below = [member.adapter.name for member in prepared.stack.members]
+    return f"stackctl compose {'+'.join([*below, prepared.name])}" if below else f"stackctl generate {prepared.name}"
 
 
 def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
