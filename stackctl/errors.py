@@ -86,10 +86,16 @@ def closest(word: str, candidates: list[str] | tuple[str, ...]) -> str | None:
     return found[0] if found else None
 
 
+_ASIDE = 80
+"""Characters of what a hint says besides the nearest word: a long list of all words would bury it."""
+
+
 def did_you_mean(word: str, candidates: list[str] | tuple[str, ...], otherwise: str) -> str:
-    """A hint that names the nearest candidate, else ``otherwise``."""
+    """A hint that names the nearest candidate, and ``otherwise`` when none is near or it is short."""
     near = closest(word, candidates)
-    return f"did you mean '{near}'? ({otherwise})" if near else otherwise
+    if near is None:
+        return otherwise
+    return f"did you mean '{near}'?" + (f" ({otherwise})" if len(otherwise) <= _ASIDE else "")
 
 
 @contextlib.contextmanager

@@ -187,7 +187,7 @@ class Resolver(Entries):
         if text is None:
             text = self.current()
         resolved = self._resolve(text, base, fresh)
-        if base is not None and base != BASE and resolved.base.name != base:
+        if base is not None and base != BASE and resolved.base.name != self.base(base).name:
             raise Incompatible(
                 f"'{text}' stands on the base '{resolved.base.name}', not on '{base}'",
                 hint=f"leave out --base, or train on {base}",

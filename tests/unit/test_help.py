@@ -123,3 +123,26 @@ def test_what_is_missing_is_named_as_the_help_names_it(run: Any) -> None:
     assert "missing argument 'NAME'" in run("add", code=2).err
     assert "missing argument 'PATH'" in run("add", "style", code=2).err
     assert "add NAME PATH [OPTIONS]" in run("add", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("inspect stlye", "did you mean 'style'?"),
+        ("use dou", "did you mean 'duo'?"),
+        ("rm styl", "did you mean 'style'?"),
+        ("base rm tiyn", "did you mean 'tiny'?"),
+        ("train x --on style --data x.jsonl --base tiyn", "did you mean 'tiny'?"),
+        ("compose style+stile", "did you mean 'style'?"),
+    ],
+)
+def test_a_mistyped_name_is_recognised(shelf: Any, run: Any, typed: str, meant: str) -> None:
+    run("compose", "style", "--name", "duo")
+    assert meant in run(*typed.split(), code=3).err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["dta: x.jsonl\n", "train:\n  x: {dta: x.jsonl}\n"])
+def test_a_mistyped_key_is_recognised_without_a_list_of_all(shelf: Any, run: Any, tmp_path: Any, text: str) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    name = [] if text.startswith("train") else ["x"]
+    assert run("train", *name, "--config", "file.yaml", code=2).err.splitlines()[-1] == "hint: did you mean 'data'?"
