@@ -15,7 +15,7 @@ _CUTS = (":", "@", "=")
 
 def join_words(environment: MutableMapping[str, str]) -> None:
     """Put the pieces of each word together, in the variables in which bash hands over what was typed."""
-    if environment.get(VARIABLE) != "complete_bash":
+    if environment.get(VARIABLE) != "complete_bash" or "\n" not in environment.get("COMP_WORDS", ""):
         return
     current = int(environment["COMP_CWORD"])
     words: list[list[str]] = []
