@@ -22,7 +22,7 @@ from tiny import random_adapter
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BLOCK = re.compile(r"^```(?P<language>sh|yaml|json)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(?P<language>sh|console|yaml|json)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SMOLLM2, QWEN3 = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B-Base"
 ELSEWHERE = {
@@ -40,7 +40,6 @@ STYLE = [*BEGIN, "stackctl add style made/style"]
 BOTH = [*STYLE, "stackctl add instruct made/instruct --on style"]
 STORED = [*BOTH, "stackctl compose style+instruct --name storyteller"]
 GIVEN: dict[str, list[str]] = {
-    "README.md": BEGIN,
     "docs/index.md": BEGIN,
     "docs/how-to/replace-instruct.md": [*BOTH, "stackctl add style made/other"],
     "docs/how-to/train-a-third.md": STORED,
@@ -62,14 +61,16 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(m["language"], m["body"]) for m in _BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
 
-def commands(body: str) -> Iterator[list[str]]:
-    """The words of each command of a block, up to a pipe or a redirection."""
+def commands(language: str, body: str) -> Iterator[list[str]]:
+    """The words of each command of a block, up to a pipe or a redirection; a transcript marks them with ``$``."""
+    if language == "console":
+        body = "\n".join(line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ "))
     for line in body.replace("\\\n", " ").splitlines():
         if words := list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(line, comments=True))):
             yield words
 
 
-RUN = [page for page in PAGES if any(language == "sh" for language, _ in blocks(page))]
+RUN = [page for page in PAGES if any(language in ("sh", "console") for language, _ in blocks(page))]
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +142,10 @@ def test_every_command_of_a_page_runs(
     for line in GIVEN.get(str(page.relative_to(ROOT)), []):
         run(*shlex.split(line)[1:])
     for language, body in blocks(page):
-        if language != "sh":
+        if language not in ("sh", "console"):
             write_file(tmp_path, language, body)
             continue
-        for words in commands(body):
+        for words in commands(language, body):
             assert words[0] == "stackctl" or words[0] in ELSEWHERE, f"nobody runs {' '.join(words)}"
             if words[0] == "stackctl":
                 run(*words[1:])

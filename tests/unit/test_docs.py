@@ -126,7 +126,7 @@ def test_commands_in_sentences_have_the_options_they_name(app: Any) -> None:
             command, left = find_command(app, line.split()[1:])
             known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
             unknown = [word for word in left if word.startswith("-") and word.partition("=")[0] not in known]
-            if unknown or (command is app and left[:1] != ["--version"]):
+            if unknown or (command is app and not set(left[:1]) & known):
                 wrong.append(f"{page.relative_to(ROOT)}: {line}")
     assert not wrong, "\n".join(wrong)
 
@@ -171,6 +171,41 @@ def test_the_readme_is_short_and_shows_the_path() -> None:
     assert len(text.splitlines()) <= README_LINES
     assert "make demo" in text
     assert "make test" in text
+
+
+def typed(page: Path) -> list[list[str]]:
+    """The words of every command that a page shows, in order, without what is said about it."""
+    blocks = re.findall(r"^```(sh|console)\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
+    lines = [
+        line.removeprefix("$ ")
+        for language, body in blocks
+        for line in body.replace("\\\n", " ").splitlines()
+        if language == "sh" or line.startswith("$ ")
+    ]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_chinese_readme_keeps_in_step() -> None:
+    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    assert typed(chinese) == typed(english)
+    assert len(typed(english)) > 8
+    assert len(read(chinese).splitlines()) <= README_LINES
+    links = [{m["target"] for m in _LINK.finditer(read(page))} for page in (english, chinese)]
+    assert links[0] - {chinese.name} == links[1] - {english.name, f"{english.name}#the-code"}
+
+
+def test_the_tree_of_the_code_names_what_is_there() -> None:
+    tree = re.search(r"^```\n(stackctl/\n.*?)^```$", read(ROOT / "README.md"), re.MULTILINE | re.DOTALL)
+    assert tree
+    floor, seen = ROOT / "stackctl", 0
+    for line in tree[1].splitlines()[1:]:
+        indent = len(line) - len(line.lstrip())
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        place = {0: ROOT, 2: floor, 4: floor / "engine"}[indent]
+        for name in names:
+            seen += 1
+            assert (place / name).is_dir() if name.endswith("/") else (place / f"{name}.py").is_file(), name
+    assert seen > 40
 
 
 @pages
