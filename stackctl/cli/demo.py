@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
         from stackctl.engine.records import Prompt
         from stackctl.registry import resolve_all
 
-        built = build_recipe(context, recipe)
+        built = build_recipe(context, recipe, resume=True)
         say(built.screen if isinstance(built.screen, str) else "")
         stacks = resolve_all(registry, STACKS)
         say("the same prompts through the base, the style and the stack, and their loss on held-out records")
