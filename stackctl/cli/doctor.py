@@ -140,7 +140,8 @@ def _device(device: dict[str, Any]) -> str:
 def _counted(registry: dict[str, Any] | None) -> str:
     if registry is None:
         return "none here or above: stackctl init"
-    counts = ", ".join(f"{registry[kind]} {kind}" for kind in ("adapters", "stacks", "bases"))
+    kinds = ("adapters", "stacks", "bases")
+    counts = ", ".join(f"{registry[kind]} {kind if registry[kind] != 1 else kind[:-1]}" for kind in kinds)
     return f"{registry['path']}: {counts}"
 
 
