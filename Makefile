@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 MINUTES ?= 30
 
-.PHONY: setup demo test check bench stress docs clean
+.PHONY: setup demo test check bench stress docs outdated clean
 
 setup: $(READY)
 
@@ -42,6 +42,9 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/python -m tools.reference
 	$(BIN)/zensical build --strict
+
+outdated: $(READY)
+	$(BIN)/python -m tools.outdated
 
 clean:
 	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
