@@ -25,7 +25,7 @@ _Setting = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Finite | str
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every registry file begins with."""
 
-    schema: Literal[1] = 1
+    schema: int = SCHEMA
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
+from stackctl import __version__
 from stackctl.errors import NotFound, Usage, did_you_mean
 from stackctl.files import read_bounded
+from stackctl.migrations import migrate
 
 T = TypeVar("T")
 _MAX_DEPTH = 50
@@ -185,6 +187,7 @@ def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: i
     if not isinstance(value, dict):
         raise Usage(f"{source}: expected a mapping of keys to values", hint="write key: value lines")
     if schema is not None:
+        value = migrate(value, type_, schema)
         _check_schema(value, schema, marks, source)
     try:
         return msgspec.convert(value, type_, strict=True)
@@ -200,8 +203,8 @@ def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str)
     source = f"{source}, line {line}, column {column}"
     if isinstance(found, int) and found > schema:
         raise Usage(
-            f"{source}: schema {found} is newer than this stackctl, which reads schema {schema}",
-            hint="upgrade: pip install --upgrade stackctl-lora",
+            f"{source}: schema {found} is newer than stackctl {__version__}, which reads schema {schema} at most",
+            hint="it was written by a later stackctl; upgrade: pip install --upgrade stackctl-lora",
         )
     raise Usage(f"{source}: schema {found!r} is not known, expected {schema}", hint=f"write schema: {schema}")
 

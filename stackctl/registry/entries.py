@@ -122,7 +122,7 @@ class Entries:
         return entry
 
     def _write(self, entry: Base | Adapter | Stack | Removed) -> None:
-        value = msgspec.to_builtins(entry)
+        value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
         files.write_atomic(self._entry_path(type(entry), entry.name), format_yaml(_on_one_line(value)))
 
     def names(self, kind: type) -> list[str]:
@@ -175,7 +175,7 @@ class Entries:
         return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
 
     def _write_settings(self, settings: RegistryFile) -> None:
-        files.write_atomic(self.root / _FILE, format_yaml(msgspec.to_builtins(settings)))
+        files.write_atomic(self.root / _FILE, format_yaml(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
