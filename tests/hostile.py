@@ -176,7 +176,7 @@ _NO_FILES = [
 
 # -- what must hold ---------------------------------------------------------------------------------------------------
 
-_CHANGES = {
+CHANGES = {
     "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
     "os.chmod": 1, "os.chown": 1, "shutil.rmtree": 1, "shutil.move": 2, "shutil.copyfile": 2,
 }  # fmt: skip
@@ -211,10 +211,11 @@ def contain(place: Path, also: Path | None = None) -> None:
             if not isinstance(path, int | None) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 with contextlib.suppress(RuntimeError):  # a link to itself leads nowhere
                     check(Path(os.fsdecode(path)).resolve(), event)
-        elif event in _CHANGES and not isinstance(path := arguments[_CHANGES[event] - 1], int):
+        elif event in CHANGES and not isinstance(path := arguments[CHANGES[event] - 1], int):
             whole = Path(os.fsdecode(path)).absolute()
             check(whole.parent.resolve() / whole.name, event)  # a link that is removed or renamed is not followed
 
+    os.environ["STACKCTL_CACHE"] = str(place / "cache")
     bound()
     sys.addaudithook(hook)
 
@@ -235,7 +236,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if _is_small_file(path) else b"-"
         for path in sorted(folder.rglob("*"))
-        if path.name not in (".lock", ".digests.json")
+        if path.name not in (".lock", ".digests.json") and path.relative_to(folder).parts[0] != "cache"
     }
 
 

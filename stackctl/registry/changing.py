@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,14 +95,20 @@ class Changes(Resolver):
                 if final.exists():  # left by a process that was killed before it wrote the entry
                     files.remove_tree(final)
                 files.publish_directory(staged, final)
-            self._bring_back(version)
-            adapter = self.find_adapter(name) or adapter
-            adapter = msgspec.structs.replace(
-                adapter,
-                versions=sorted([*adapter.versions, version], key=lambda v: v.version),
-                description=adapter.description if description is None else description,
-            )
-            self._write(adapter)
+            try:
+                self._bring_back(version)
+                adapter = self.find_adapter(name) or adapter
+                adapter = msgspec.structs.replace(
+                    adapter,
+                    versions=sorted([*adapter.versions, version], key=lambda v: v.version),
+                    description=adapter.description if description is None else description,
+                )
+                self._write(adapter)
+            except OSError:  # the entry is not there, so its weights shall not fill the disk
+                if staged is not None:
+                    with contextlib.suppress(OSError):
+                        files.remove_tree(self.root / version.path)
+                raise
             self._forget(removed, {version.version})
         return version
 

@@ -20,6 +20,7 @@ JOBS = {
     "hostile files": ("stress.fuzz:files", 2.0),
     "hostile data": ("stress.fuzz:data", 0.5),
     "hostile repos": ("stress.fuzz_hub:repos", 0.5),
+    "refusals": ("stress.refusals:refusals", 0.5),
 }
 """Name to the function ("module:function", imported when its turn comes) and its share of the time."""
 

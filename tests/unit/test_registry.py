@@ -1,5 +1,6 @@
 """The registry: nothing half there, nothing lost, nothing taken for another, every error with a way on."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -743,3 +744,22 @@ def test_nothing_is_changed_when_the_settings_cannot_be_read(run, tmp_path):
     for arguments in (("rm", "both"), ("compose", "style", "--name", "again"), ("base", "rm", "tiny")):
         run(*arguments, code=2)
     assert {path: path.read_bytes() for path in registry.root.rglob("*.yaml")} == before
+
+
+def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch):
+    register(registry, "style")
+    write = files.write_atomic
+
+    def full(path, content):
+        if path.parent.name == "adapters":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            register(registry, "style", seed=1)
+    assert [path.name for path in (registry.root / "weights" / "style").iterdir()] == ["1"]
+    assert [version.version for version in registry.find_adapter("style").versions] == [1]
+    assert register(registry, "style", seed=1).version == 2
+    assert registry.verify()[1] == []
