@@ -17,14 +17,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
-from stackctl.files import read_bounded, sha256_bytes, sha256_file
+from stackctl.files import MAX_TEXT_BYTES, read_bounded, sha256_bytes, sha256_file
 from stackctl.schema import AdapterInfo, Finite, Lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INFO = "adapter_info.json"
 _PREFIX = "base_model.model."
-_MAX_HEADER = 100 << 20
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -72,8 +71,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise damaged("its header is longer than the file")
+            if size < 8 or length > min(size - 8, MAX_TEXT_BYTES):
+                raise damaged("its header is longer than the file, or than any header")
             raw = stream.read(length)
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist") from None
@@ -348,8 +347,8 @@ def read_info(folder: Path) -> AdapterInfo | None:
 
 def describe_lora(config: dict[str, Any]) -> Lora:
     """The part of a PEFT configuration that a registry entry repeats."""
-    known = {name: config[name] for name in Lora.__struct_fields__ if config.get(name) is not None}
-    return msgspec.convert(known, Lora, strict=False)
+    told = {name: config[name] for name in Lora.__struct_fields__ if config.get(name) is not None}
+    return msgspec.convert({"r": _LoraConfig().r, "lora_alpha": _LoraConfig().lora_alpha} | told, Lora, strict=False)
 
 
 def plain_lora_config(ranks: dict[str, int]) -> dict[str, Any]:

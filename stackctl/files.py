@@ -201,8 +201,8 @@ def discard(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)  # what cannot be removed, or what a kill leaves, is swept later
 
 
-MAX_TEXT_BYTES = 64 << 20
-"""More than any file that people write or that describes a model or an adapter."""
+MAX_TEXT_BYTES = 32 << 20
+"""More than any file that people write or that describes a model; parsed, each byte may take twenty of memory."""
 
 
 def read_bounded(path: Path) -> bytes:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from stackctl.checkpoint import (
     Slot,
+    describe_lora,
     find_checkpoint_folder,
     parse_tensor_name,
     read_checkpoint,
@@ -28,6 +29,7 @@ from stackctl.checkpoint import (
     read_info,
 )
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.schema import Lora
 
 
 def entry(start, end, shape=None, dtype="F32"):
@@ -386,3 +388,9 @@ def test_what_a_checkpoint_says_of_itself_may_be_nonsense(tmp_path, text):
 def test_a_rank_that_no_machine_could_hold(tmp_path, change):
     with pytest.raises(Incompatible, match="adapter_config"):
         read_checkpoint(write_checkpoint(tmp_path / "a", lora_config(**change)))
+
+
+def test_what_a_configuration_leaves_out_is_at_pefts_default():
+    config = {key: value for key, value in lora_config().items() if key not in ("r", "lora_alpha")}
+    assert describe_lora(config) == Lora(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    assert describe_lora({**config, "r": None, "lora_alpha": 3}).lora_alpha == 3

@@ -238,7 +238,7 @@ def test_sizes_for_people(size, text):
 
 
 def test_a_file_without_an_end_is_not_read_for_ever(run, tmp_path):
-    with pytest.raises(Usage, match="larger than 64 MiB"):
+    with pytest.raises(Usage, match="larger than 32 MiB"):
         files.read_bounded(Path("/dev/zero"))
     make_registry(tmp_path / "registry", make_base())
     for arguments in (("train", "style", "--config", "/dev/zero"), ("train", "style", "--data", "/dev/zero")):
