@@ -36,10 +36,10 @@ def render_comparison(
 
     from stackctl.beside import SideBySide
 
-    parts: list[RenderableType] = [
-        SideBySide(row[0]["prompt"], names, [answer["text"].strip() for answer in row])
-        for row in by_prompt(names, answers)
-    ]
+    parts: list[RenderableType] = []
+    for row in by_prompt(names, answers):
+        parts += [Text()] if parts else []
+        parts.append(SideBySide(row[0]["prompt"], names, [answer["text"].strip() for answer in row]))
     parts += [render_scores(scores)] if scores else []
     parts += [Text(said, no_wrap=True, overflow="ignore")] if said else []  # a path to copy is whole
     return Group(*parts)

@@ -126,9 +126,9 @@ def test_prompts_go_down_stacks_across_and_what_differs_is_marked() -> None:
     assert page.texts("mark") == ["marked", "was", "four"], "the legend's, and then what differs"
     notes = [" ".join(text.split()) for text in page.texts("p", "about")]
     assert notes == [
-        "7 tokens", "7 tokens · 1 of 4 words differ", "7 tokens · the same words",
+        "7 tokens", "7 tokens · 1 of 4 words differs", "7 tokens · the same words",
         "7 tokens, cut there", "7 tokens, cut there · 0 of 1 words differ, 2 left out",
-        "7 tokens, cut there · 1 of 4 words differ",
+        "7 tokens, cut there · 1 of 4 words differs",
     ]  # fmt: skip
     assert not page.texts("table"), "no data, no table"
 
