@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stackctl.checkpoint import Checkpoint, describe_lora, read_checkpoint
 from stackctl.registry import Registry, init_registry, now
-from stackctl.schema import AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
+from stackctl.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
 
 _WIDTH = 8
 _NAME = "the-one"
@@ -54,8 +54,8 @@ def crowded_registry(folder: Path, adapters: int, versions: int) -> Registry:
     )  # fmt: skip
     registry.save_base(base)
     shared = read_checkpoint(write_checkpoint(folder / "shared", 0))
-    for _ in range(versions):
-        registry.add_version(_NAME, lambda number: _version(_digest(_NAME, number), number, base, shared, root), None)
+    made = [_version(_digest(_NAME, number), number, base, shared, root) for number in range(1, versions + 1)]
+    registry._write(Adapter(name=_NAME, versions=made))
     entry = root / "adapters" / f"{_NAME}.yaml"
     text = entry.read_text()
     entry.unlink()

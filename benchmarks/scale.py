@@ -14,8 +14,10 @@ from benchmarks.crowd import adapter_name, crowded_registry, write_checkpoint
 from benchmarks.timing import Timing, compare, run_command, timed
 from stackctl.registry import Registry
 from stackctl.registry.index import index_path
+from stackctl.schema import HubSource
 
 _FEW = 10
+_DEEP = 2_000
 _COMMAND = [sys.executable, "-m", "stackctl"]
 Candidate = Callable[[], tuple[float, float]]
 
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             for seed, name in enumerate(("style", "instruct"), 1):
                 run_command(_add(registry, name, write_checkpoint(place / name, seed)))
             crowds[count] = registry
+        _show_deep(crowded_registry(Path(folder) / "deep", 1, _DEEP))
         time.sleep(3)  # what is younger than this is read each time
         _show_cold(crowds[options.adapters], options.adapters)
         candidates = {
@@ -78,6 +81,18 @@ def _candidates(registry: Registry, place: Path, count: int) -> dict[str, Candid
         "compose style+instruct": command("compose", "style+instruct"),
         "add": add,
     }
+
+
+def _show_deep(registry: Registry) -> None:
+    """One adapter with a great many versions, which are all in one file."""
+    name, commits = adapter_name(0), map(str, itertools.count())
+
+    def record() -> None:
+        registry.record_push(registry.resolve(name).members[0], HubSource(repo="me/one", commit=next(commits)))
+
+    timings = compare({"resolved": timed(lambda: registry.resolve(name)), "changed": timed(record)}, 3)
+    said = ", ".join(f"{what} in {timing.median:.2f} s" for what, timing in timings.items())
+    print(f"an adapter with {_DEEP:,} versions: {said}")
 
 
 def _show_cold(registry: Registry, adapters: int) -> None:

@@ -6,6 +6,7 @@ A file is taken for unchanged while its :func:`stackctl.files.state` is what it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from pathlib import Path
@@ -20,9 +21,13 @@ class DigestCache:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        known = read_own_json(self._path)
-        self._known: dict[str, list[object]] = known if isinstance(known, dict) else {}
         self._changed = False
+
+    @functools.cached_property
+    def _known(self) -> dict[str, list[object]]:
+        """Read when it is first asked, for ``verify`` asks for none of it, a hundred thousand times."""
+        known = read_own_json(self._path)
+        return known if isinstance(known, dict) else {}
 
     def sha256(self, path: Path) -> str:
         """The hash of a file, from memory if the file is as it was."""

@@ -273,7 +273,7 @@ def _known_fields(type_: Any) -> list[str]:
     return []
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Writes in the order given, quotes whatever :func:`_scalar` would not read back as text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from stackctl.errors import Incompatible, StackctlError
 from stackctl.files import explain_oserror
+from stackctl.names import Reference
 from stackctl.registry.resolving import ResolvedMember, foundations
 from stackctl.registry.restoring import Restorations
 from stackctl.schema import (
@@ -15,6 +17,9 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
+
+_REMEMBERED = 1000
+"""Entries that others stand on, kept while everything is checked: many stand on the same few."""
 
 
 class Registry(Restorations):
@@ -37,6 +42,8 @@ class Registry(Restorations):
         """
         problems: list[dict[str, Any]] = []
         checked = 0
+        base = functools.lru_cache(_REMEMBERED)(self.base)
+        foundation = functools.lru_cache(_REMEMBERED)(self.resolve_adapter)
 
         def attempt(what: str, check: Callable[[], Any]) -> Any:
             try:
@@ -67,18 +74,24 @@ class Registry(Restorations):
                     progress(label)
                     checked += 1
                     member = ResolvedMember(adapter, version, 1.0)
-                    attempt(label, lambda m=member: self._verify_version(m, damaged))  # type: ignore[misc]
+                    attempt(label, lambda m=member: self._verify_version(m, damaged, base, foundation))  # type: ignore[misc]
         return checked, problems
 
-    def _verify_version(self, member: ResolvedMember, damaged: Callable[[ResolvedMember], None]) -> None:
+    def _verify_version(
+        self,
+        member: ResolvedMember,
+        damaged: Callable[[ResolvedMember], None],
+        find_base: Callable[[str], Base],
+        find_foundation: Callable[[Reference], ResolvedMember],
+    ) -> None:
         try:
             self.check_digests((member,), fresh=True)
         except (StackctlError, OSError):
             damaged(member)
             raise
         self._plan_member(member)
-        base = self.base(member.version.base)
+        base = find_base(member.version.base)
         if base.fingerprint != member.version.fingerprint:
             raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
         for term in foundations(member.version):
-            self.resolve_adapter(term.reference)
+            find_foundation(term.reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -256,6 +257,32 @@ def test_what_is_asked_through_the_index(tmp_path, later):
     registry.remove("style@1")
     assert registry.find_digest(made[0].digest) is None
     assert registry.resolve(made[0].digest).text == "style@1", "removed, and its weights are still there"
+
+
+def test_what_reads_every_entry_says_how_far_it_is(tmp_path, later):
+    registry = make_registry(tmp_path / "registry")
+    shares = []
+    registry.show_reading = lambda: contextlib.nullcontext(shares.append)
+    registry.free()
+    assert shares == []
+    for name in ("one", "two"):
+        register(registry, name)
+    registry.free()
+    assert shares == [0.5, 1.0]
+    shares.clear()
+    registry.find_digest("sha256:none")
+    assert shares == [0.0, 0.5, 1.0]
+
+
+def test_verify_reads_what_many_stand_on_once(tmp_path, monkeypatch):
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style")
+    for number in range(20):
+        register(registry, "instruct", ["style@1"], seed=number)
+    read, opened = registry._read, []
+    monkeypatch.setattr(registry, "_read", lambda kind, name: opened.append(name) or read(kind, name))
+    assert registry.verify()[1] == []
+    assert len(opened) <= 6, opened
 
 
 def _write_and_look(root, name, rounds, cache, failures):
