@@ -150,13 +150,12 @@ def put_in_place(staged: Path, final: Path) -> None:
 def sweep_staging(parent: Path, *, dry_run: bool = False) -> list[Path]:
     """Remove what killed processes left in ``parent``, and return it; what somebody is working on stays."""
     swept = []
-    for path in children(parent):
-        if path.name.startswith(STAGING_PREFIX):
-            with contextlib.suppress(OSError), _abandoned(path) as is_abandoned:
-                if is_abandoned:
-                    if not dry_run:
-                        remove_tree(path)
-                    swept.append(path)
+    for path in children(parent, STAGING_PREFIX):
+        with contextlib.suppress(OSError), _abandoned(path) as is_abandoned:
+            if is_abandoned:
+                if not dry_run:
+                    remove_tree(path)
+                swept.append(path)
     return swept
 
 
@@ -226,10 +225,10 @@ def read_own_json(path: Path) -> Any:
         return None
 
 
-def children(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing in one that is gone, or is none."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(folder.iterdir())
+def children(folder: Path, beginning: str = "") -> list[Path]:
+    """What is in a folder and has a name that begins so, by name; nothing in one that is gone, or is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        return [folder / name for name in sorted(each.name for each in found if each.name.startswith(beginning))]
     return []
 
 
