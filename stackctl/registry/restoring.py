@@ -7,7 +7,7 @@ has not been hashed, and no entry changes, but for that of a link, whose files a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,7 @@ from stackctl.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.names import Reference
 from stackctl.registry.removing import Removals
 from stackctl.registry.resolving import ResolvedMember
+from stackctl.registry.rows import VersionRow
 from stackctl.schema import Adapter, AdapterVersion, Removed
 
 
@@ -28,25 +29,34 @@ class Restorations(Removals):
 
     def copies(self, digests: Collection[str]) -> dict[str, list[Path]]:
         """Whole checkpoints of this registry with these digests: of other entries, removed ones, or left by a kill."""
-        places = {self.weights_path(version): version.digest for version in self._all_versions()}
-        likely = [place for place, digest in places.items() if digest in digests]
+        versions = list(self._all_versions())
         cache = DigestCache(self.root)
         found: dict[str, list[Path]] = {}
-        for folder in [*likely, *self._weights_without(set(places))]:
-            digest = folder_digest(folder, cache.sha256)
-            if digest is not None and digest in digests:
-                found.setdefault(digest, []).append(folder)
+
+        def look(folders: Iterable[Path]) -> None:
+            for folder in folders:
+                digest = folder_digest(folder, cache.sha256)
+                if digest is not None and digest in digests:
+                    found.setdefault(digest, []).append(folder)
+
+        look(dict.fromkeys(self.weights_path(version) for version in versions if version.digest in digests))
+        if len(found) < len(set(digests)):
+            look(self._weights_without({self.weights_path(version) for version in versions}))
         cache.save()
         return found
 
-    def _all_versions(self) -> Iterator[AdapterVersion]:
+    def _all_versions(self) -> Iterator[AdapterVersion | VersionRow]:
         """Registered and removed ones; an entry that cannot be read is passed over."""
-        for name in {*self.names(Adapter), *self.names(Removed)}:
+        for name in self.names(Removed):
             with contextlib.suppress(StackctlError):
                 yield from self.find_removed(name).versions
-            with contextlib.suppress(StackctlError):
-                adapter = self.find_adapter(name)
-                yield from adapter.versions if adapter else ()
+        try:
+            yield from [version for row in self.adapter_rows() for version in row.versions]
+        except StackctlError:  # one of them: the others are read without an index
+            for name in self.names(Adapter):
+                with contextlib.suppress(StackctlError):
+                    adapter = self.find_adapter(name)
+                    yield from adapter.versions if adapter else ()
 
     def own_folder(self, member: ResolvedMember) -> Path:
         """Where a version's files lie when they are the registry's own."""
