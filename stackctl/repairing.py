@@ -79,7 +79,7 @@ def repair(registry: Registry, member: ResolvedMember, sources: list[Source], sa
         NotFound, VerificationFailed: there is no source, or none that has them; the message says why of each.
     """
     if not sources:
-        raise NotFound(f"there is no copy of {member.label} here, and its entry records no place on the Hub")
+        raise NotFound("there is no copy of it here, and its entry records no place on the Hub")
     why = []
     for source in sources:
         say(f"restoring {member.label} from {source}")
@@ -93,7 +93,7 @@ def repair(registry: Registry, member: ResolvedMember, sources: list[Source], sa
             return source
         except StackctlError as error:
             why.append(error.message)
-    raise VerificationFailed(f"{member.label} could not be restored: {'; '.join(why)}")
+    raise VerificationFailed(f"it could not be restored: {'; '.join(why)}")
 
 
 def _copy(folder: Path, staged: Path, *, is_its_own: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.bases import check_base_folder
-from stackctl.cli.common import KNOW, Context, What, command
+from stackctl.cli.common import KNOW, Context, command, complete_what
 from stackctl.errors import StackctlError, Usage, VerificationFailed
 from stackctl.files import existing
 from stackctl.output import Result
@@ -23,7 +23,14 @@ def register(app: typer.Typer) -> None:
     @command(app, "verify", example="stackctl verify --repair", panel=KNOW)
     def verify(
         context: Context,
-        what: What = None,
+        what: Annotated[
+            str | None,
+            typer.Argument(
+                help="An adapter, a stack or an expression; everything that is registered when left out.",
+                autocompletion=complete_what,
+                show_default=False,
+            ),
+        ] = None,
         repair: Annotated[
             bool,
             typer.Option(
