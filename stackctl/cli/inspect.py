@@ -10,6 +10,7 @@ import typer
 
 from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
+from stackctl.cli.inspect_page import inspection_page
 from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
 from stackctl.curve import read_curve
 from stackctl.errors import Usage
@@ -21,11 +22,13 @@ from stackctl.inspection import (
     module_table,
     stack_info,
 )
+from stackctl.lineage import read_lineage
 from stackctl.names import parse_expression
 from stackctl.output import Result
+from stackctl.pages import check_page_place, write_page
 from stackctl.plan import PlanMember, StackPlan
 from stackctl.planning import plan_stack
-from stackctl.registry import ResolvedStack
+from stackctl.registry import Registry, ResolvedStack
 from stackctl.serving import serving_recipes
 from stackctl.targets import lint_for
 
@@ -53,9 +56,15 @@ def register(app: typer.Typer) -> None:
         serve: Annotated[
             bool, typer.Option("--serve", help="Show what to type to serve it with vLLM, llama.cpp and Ollama.")
         ] = False,
+        output: Annotated[
+            Path | None,
+            typer.Option(help="Write a page with plots of all this: maps, overlaps, curves, lineage.", metavar="FILE"),
+        ] = None,
     ) -> Result:
         """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
-        wishes = _Wishes(verify, modules, weights, interference, target, curve)
+        if output is not None:
+            check_page_place(output)
+        wishes = _Wishes(verify, modules, weights, interference, target, curve, output)
         if what is not None and looks_like_path(what):
             if serve:
                 raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
@@ -73,11 +82,11 @@ def register(app: typer.Typer) -> None:
                 hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
             )
         plan = registry.plan(stack)
-        if verify or weights or interference:
+        if verify or weights or interference or output:
             registry.check_digests(stack.members, fresh=verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
-        extras = _add_wishes(info, plan, wishes)
+        extras = _add_wishes(info, plan, wishes, registry)
         if serve:
             recipes = serving_recipes(stack, plan, registry.root, named=context.registry_option is not None)
             info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
@@ -94,13 +103,14 @@ class _Wishes:
     interference: bool
     target: str | None
     curve: bool
+    output: Path | None
 
     @property
     def any(self) -> bool:
         return any(astuple(self))
 
 
-def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes) -> Extras:
+def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry: Registry | None = None) -> Extras:
     """Put what was asked for into ``info``, and return what a screen needs besides."""
     if wishes.verify:
         info["verified"] = True
@@ -109,25 +119,28 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes) -> Extra
     found = [p.json() for p in lint_for(wishes.target, plan)] if wishes.target else []
     if wishes.target:
         info |= {"for": wishes.target, "problems": [*info["problems"], *found]}
-    if wishes.weights:
+    norms: list[dict[str, Any]] = []
+    if wishes.weights or wishes.output:
         from stackctl.engine.norms import module_norms
 
-        info["weights"] = module_norms(plan)
+        norms = module_norms(plan)
     measured = None
-    if wishes.interference:
+    if wishes.interference or (wishes.output and len(plan.members) > 1):
         from stackctl.engine.interference import measure_interference
 
         measured = measure_interference(plan)
+    if wishes.weights:
+        info["weights"] = norms
+    if wishes.interference and measured:
         info["interference"] = measured.json()
+    curves = {member.label: read_curve(member.checkpoint.path) for member in plan.members}
     if wishes.curve:
-        info["curves"] = {member.label: _points(member.checkpoint.path) for member in plan.members}
-    return Extras(tuple(found), measured)
-
-
-def _points(folder: Path) -> dict[str, Any]:
-    """A curve as JSON has it."""
-    curve = read_curve(folder)
-    return {"loss": curve.training, "eval_loss": curve.held_out}
+        info["curves"] = {who: {"loss": curve.training, "eval_loss": curve.held_out} for who, curve in curves.items()}
+    if wishes.output:
+        kin = read_lineage(registry) if registry else []
+        write_page(wishes.output, inspection_page(info, plan, norms, curves, measured, kin))
+        info["page"] = str(wishes.output.absolute())
+    return Extras(tuple(found), measured if wishes.interference else None)
 
 
 def _inspect_path(path: Path, wishes: _Wishes) -> Result:
@@ -151,5 +164,5 @@ def _is_one_adapter(stack: ResolvedStack) -> bool:
 
 
 def _result(info: dict[str, Any], screen: Any, notes: tuple[str, ...] = ()) -> Result:
-    name = info.get("stack") or info.get("adapter") or info.get("name") or info.get("path")
+    name = info.get("page") or info.get("stack") or info.get("adapter") or info.get("name") or info.get("path")
     return Result(info, str(name), screen, notes=notes)

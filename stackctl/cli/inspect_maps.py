@@ -19,26 +19,29 @@ def weights_screen(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def interference_screen(found: Interference) -> list[Any]:
     """A line for each pair, maps of those that quarrel most, and what was not compared."""
+    from rich.text import Text
+
     from stackctl.tables import table
 
     parts: list[Any] = []
     pairs = [pair for pair in found.pairs if pair.modules]
     if pairs:
         rows = [_row(pair) for pair in pairs]
-        parts.append(table(["pair", "cosine", "columns", "rows", "quarrel most in layer"], rows, title="interference"))
+        parts.append(Text("\ninterference", style="bold"))
+        parts.append(table(["pair", "cosine", "columns", "rows", "quarrel most in layer"], rows))
         parts.append(_EXPLAINED)
         pairs.sort(key=lambda pair: pair.total.cosine if pair.total.cosine is not None else 1.0)
         for picture in cosine_pictures(pairs[:_MOST_MAPS]):
             parts += _picture(picture)
         if len(pairs) > _MOST_MAPS:
-            parts.append(f"maps of the {_MOST_MAPS} pairs that quarrel most; --json has all {len(pairs)}")
+            parts.append(f"maps of the {_MOST_MAPS} pairs that quarrel most; --output page.html has more")
     parts += [f"{pair.title}: no module that both change" for pair in found.pairs if not pair.modules]
     return [*parts, *_left_out(found.not_compared)]
 
 
 _EXPLAINED = (
     "cosine: -1 against each other, 0 neither, +1 alike. columns, rows: how much of what the one writes and reads lies "
-    "in what the other does, and in brackets how much by chance."
+    "in what the other does, and after the stroke how much by chance."
 )
 
 
@@ -46,7 +49,7 @@ def _row(pair: Pair) -> list[str]:
     total = pair.total
     told = figures(total)
     chance = {"columns": total.column_chance, "rows": total.row_chance}
-    spaces = [told[name] + (f" ({by:.2f})" if by is not None else "") for name, by in chance.items()]
+    spaces = [told[name] + (f"/{by:.2f}" if by is not None else "") for name, by in chance.items()]
     worst = ", ".join(f"{_short(layer)} {signed(cosine, 2)}" for layer, cosine in pair.quarrels)
     return ["\n× ".join(pair.members), told["cosine"], *spaces, worst]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Extras:
 
 def facts_screen(info: dict[str, Any], title: str) -> Any:
     """A base, or a checkpoint by itself."""
-    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for", "curves"}
+    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for", "curves",
+              "page"}  # fmt: skip
     facts = {key.replace("_", " "): value for key, value in info.items() if key not in hidden}
     if "bytes" in facts:
         facts["bytes"] = human_bytes(facts["bytes"])
@@ -52,7 +54,7 @@ def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, ex
 
     parts: list[Any] = []
     if info["kind"] == "adapter":
-        parts.append(facts_tree(f"adapter {info['adapter']}@{info['version']}", _adapter_facts(info), info["problems"]))
+        parts.append(facts_tree(f"adapter {info['adapter']}@{info['version']}", adapter_facts(info), info["problems"]))
         if "curves" not in info:
             parts += _curve_screen(read_curve(Path(info["path"])), height=6)
     else:
@@ -68,11 +70,13 @@ def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, ex
     return Group(*parts)
 
 
-def _adapter_facts(info: dict[str, Any]) -> dict[str, Any]:
+def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's facts by name, those that a person asks for."""
     shown = ("description", "digest", "base", "created", "dtype", "parameters", "rank", "path")
     facts = {key: info[key] for key in shown}
     facts["needs"] = "+".join(info["needs"])
-    facts["targets"] = info["lora"].get("target_modules")
+    targets = info["lora"].get("target_modules")
+    facts["targets"] = ", ".join(targets) if isinstance(targets, list) else targets
     if run := info.get("run"):
         facts["trained"] = (
             f"{run['steps']} steps, {run['supervised_tokens']:,} supervised tokens, loss {run['loss']:.3f}"
@@ -100,6 +104,8 @@ def _wished(info: dict[str, Any], extras: Extras) -> list[Any]:
     if "for" in info:
         found = list(extras.target_problems)
         parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
+    if "page" in info:
+        parts.append(f"wrote {info['page']}")
     return parts
 
 
