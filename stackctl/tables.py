@@ -108,6 +108,25 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+class Branches:
+    """A tree of any length, drawn line by line: for each what leads to it, its name, and a remark, which is cut."""
+
+    def __init__(self, lines: Callable[[], Iterable[tuple[str, str, str]]]) -> None:
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        bold, dim = console.get_style("bold"), console.get_style("dim")
+        for guide, name, remark in self._lines():
+            yield Segment(guide + name, None if guide else bold)
+            if remark:
+                yield Segment("  " + _cut(remark, options.max_width - len(guide) - len(name) - 2), dim)
+            yield Segment.line()
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
 class HeatMapDrawing:
     """A heat map that takes the width, and the colours, that the console has when it is printed."""
 

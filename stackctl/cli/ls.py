@@ -91,15 +91,9 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
 
 
 def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
-    from rich.text import Text
+    from stackctl.tables import Branches
 
-    lines = [
-        Text.assemble(guide, (name, "" if guide else "bold"), (f"  {remark}" if remark else "", "dim"))
-        for guide, name, remark in tree_lines(kin, bases)
-    ]
-    text = Text("\n").join(lines)
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return text if lines else _NOTHING
+    return Branches(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
 
 
 def _screen(

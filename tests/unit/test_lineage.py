@@ -111,3 +111,14 @@ def test_relatives_are_what_one_stands_on_and_what_stands_on_one() -> None:
     ]  # fmt: skip
     assert [one.label for one in relatives(kin, ["c@1"])] == ["a@1", "b@1", "c@1", "x@1", "d@1"]
     assert [one.label for one in relatives(kin, ["z@1"])] == ["z@1"]
+
+
+def test_remarks_are_cut_to_the_screen_and_names_are_not(
+    family: Registry, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = run("ls", "--tree").out.splitlines()
+    assert max(map(len, lines)) == 40
+    assert "│       └── tone@1  rank 2, 2026-01-31;…" in lines
+    monkeypatch.setenv("COLUMNS", "10")
+    assert "│       └── tone@1  …" in run("ls", "--tree").out.splitlines()
