@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import itertools
@@ -83,7 +84,22 @@ def prepare_streams() -> None:
     if not isinstance(sys.stderr, _LineTracker):
         sys.stderr = _LineTracker(sys.stderr)  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # which is what JSON escapes half a character with, too
+        codecs.register_error("stackctl", _written_all_the_same)
+        sys.stdout.reconfigure(errors="stackctl")
+
+
+def _written_all_the_same(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What a stream's encoding lacks: as UTF-8 if that is what it is, else as JSON, too, escapes half a character.
+
+    Under a locale that knows ASCII alone, the names of files come as the bytes of UTF-8, one by one.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    try:
+        written = error.object[error.start : error.end].encode("utf-8", "surrogateescape")
+        written.decode("utf-8")
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+    return written, error.end
 
 
 class Output:

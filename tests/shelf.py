@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import make_base, make_registry, register
 
+from stackctl.output import printable
 from stackctl.registry import Registry
 
 CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verification_failed", 6: "hub"}
@@ -46,7 +47,7 @@ def fails(run: Callable[..., Any]) -> Callable[..., str]:
         assert list(document) == ["schema", "error"]
         assert list(document["error"]) == ["code", "message", "hint"]
         assert document["error"]["code"] == CODES[code]
-        assert " ".join(document["error"]["message"].split()) == lines[-2].removeprefix("error: ")
+        assert printable(" ".join(document["error"]["message"].split())) == lines[-2].removeprefix("error: ")
         assert " ".join(document["error"]["hint"].split()) == lines[-1].removeprefix("hint: ")
         return lines[-2].removeprefix("error: ") + " | " + lines[-1].removeprefix("hint: ")
 
