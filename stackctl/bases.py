@@ -51,6 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         NotFound, Incompatible: no such file, or not an object.
     """
+    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
+        raise Incompatible(f"{path} is no regular file")
     try:
         value = json.loads(read_bounded(path).decode("utf-8-sig"))
     except FileNotFoundError:

@@ -1,10 +1,11 @@
 """A base is recognised by what it is, whatever it is called and however it lies on the disk."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from checkpoints import lora_config, safetensors_bytes, write_checkpoint
+from checkpoints import lora_config, make_registry, register, safetensors_bytes, write_checkpoint
 
 from stackctl import bases
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage
@@ -166,3 +167,16 @@ def test_the_embedded_model_is_found_without_importing_it(monkeypatch):
     assert found is None or found.suffix == ".gguf"
     monkeypatch.setattr(bases, "EMBEDDED", "no-such-distribution")
     assert bases.embedded_gguf() is None
+
+
+def test_a_pipe_in_place_of_a_configuration_is_not_waited_for(run, tmp_path):
+    """The digest of a version is taken of whatever stands in the place of its files."""
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style")
+    config = registry.root / "weights" / "style" / "1" / "adapter_config.json"
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(Incompatible, match="no regular file"):
+        bases.read_json(config)
+    run("inspect", "style", code=3)
+    run("verify", code=5)
