@@ -142,15 +142,15 @@ def mutate_file(name: str, data: bytes, chance: random.Random) -> bytes:
     return by_structure(data, chance) if chance.random() < 0.6 else mutate(data, chance)
 
 
-def damage(path: Path, chance: random.Random, largest: int) -> None:
+def damage(path: Path, chance: random.Random, largest: int, *, pipes: bool = True) -> None:
     """Put something else in a file's place: mostly a mutation of it, sometimes no file at all, or a bomb.
 
-    A bomb has at most ``largest`` bytes.
+    A bomb has at most ``largest`` bytes. A file that is named on the command line may be a pipe, and is waited for.
     """
     kind = chance.random()
     if kind < 0.05:
         path.unlink()
-        chance.choice(_NO_FILES)(path)
+        chance.choice(_NO_FILES if pipes else [make for make in _NO_FILES if make is not os.mkfifo])(path)
     elif kind < 0.08:
         path.write_bytes(chance.choice(BOMBS)(min(largest, 10 ** chance.randrange(3, 9))))
     else:
@@ -169,7 +169,7 @@ _NO_FILES = [
     lambda path: path.symlink_to("/dev/null"),
     lambda path: path.symlink_to(path.name),
     lambda path: path.symlink_to("../" * 20 + "etc/passwd"),
-    lambda path: os.mkfifo(path),
+    os.mkfifo,
     _sparse,
 ]
 

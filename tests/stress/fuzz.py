@@ -113,7 +113,7 @@ def try_one(template: Path, place: Path, budget: Budget, largest: int = 50_000_0
     arguments = budget.random.choice(TARGETS[target])
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(template, place)
-    damage(place / target, budget.random, largest)
+    damage(place / target, budget.random, largest, pipes="--config" not in arguments)
     before = tree(place)
     ended = run_command(list(arguments), place, prepare=contain)
     problem = ill_mannered(ended.code, ended.said) or touched(before, tree(place), failed=bool(ended.code))
