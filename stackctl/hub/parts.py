@@ -111,9 +111,8 @@ class RepoReader:
 
         Where only the weights will tell, the first one that may be it.
         """
-        holding = {path.rpartition("/")[0] for path in self.seen.files if path.rpartition("/")[2] == WEIGHTS}
-        folders = [path.rpartition("/")[0] for path in self.seen.files if path.rpartition("/")[2] == CONFIG]
-        for folder in sorted(holding & {*folders}, key=lambda found: (found.rpartition("/")[2] != name, found)):
+        holding = self._folders(WEIGHTS) & self._folders(CONFIG)
+        for folder in sorted(holding, key=lambda found: (found.rpartition("/")[2] != name, found)):
             with contextlib.suppress(Incompatible):  # another one that is there as well
                 part = self.part(folder, name)
                 if part.digest in (None, digest):
@@ -152,13 +151,18 @@ class RepoReader:
     def _name_of_repo(self) -> str:
         return re.sub(r"[^a-z0-9._-]", "-", self.hub.repo.rpartition("/")[2].lower())[:64]
 
+    def _folders(self, name: str) -> set[str]:
+        """The folders of the repo that hold a file of that name; what begins at a root of its own is in none."""
+        paths = (path for path in self.seen.files if not path.startswith("/"))
+        return {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == name}
+
     def adapter_folder(self) -> str:
         """The folder of the repo that holds the adapter: the root, or the only one that holds one.
 
         Raises:
             Incompatible: none does, or several do.
         """
-        found = sorted(p.rpartition("/")[0] for p in self.seen.files if p.rpartition("/")[2] == CONFIG)
+        found = sorted(self._folders(CONFIG))
         found = [folder for folder in found if not folder.startswith(f"{MEMBERS}/")] or found
         if "" in found or len(found) == 1:
             return "" if "" in found else found[0]

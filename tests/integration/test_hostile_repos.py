@@ -46,3 +46,12 @@ def test_a_file_that_is_named_to_lead_out_stays_in(run: Any, tmp_path: Path, hub
     else:
         new = [key for key in after if key not in before]
         assert new and all(key.startswith("a/b/registry/") for key in new)
+
+
+def test_a_configuration_at_a_root_of_its_own_is_none_of_the_repos(run: Any, tmp_path: Path, hub: HubServer) -> None:
+    registry = make_registry(tmp_path / "registry", make_base())
+    folder = write_checkpoint(tmp_path / "odd")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    hub.repo("acme/odd", {"/adapter_config.json": b"{}", "adapter_model.safetensors": weights})
+    ran = run("pull", "acme/odd", "--registry", registry.root, code=4)
+    assert "holds no PEFT adapter" in ran.err
