@@ -13,6 +13,7 @@ import pytest
 from checkpoints import hub_base, make_registry, register, write_checkpoint
 from hub_server import connect, running_hub
 
+from stackctl.checkpoint import read_checkpoint
 from stackctl.cli import make_app
 from stackctl.registry import Registry
 
@@ -87,6 +88,12 @@ def _is_swept(folder: Path) -> bool:
     return not any((folder / place).exists() for place in places)
 
 
+def _is_exported(folder: Path) -> bool:
+    """A whole adapter, or nothing at all under its name."""
+    out = folder / "out"
+    return out.exists() and read_checkpoint(out).is_lora and all(path.stat().st_size for path in out.iterdir())
+
+
 LIGHT = (
     Scenario("init", ("init", "other"), lambda f: (f / "other" / "registry.yaml").is_file()),
     Scenario("add", ("add", "style", "new"), lambda f: adapters(f, "style") == [1, 2, 3]),
@@ -97,6 +104,7 @@ LIGHT = (
         ("compose", "instruct+style", "--name", "s"),
         lambda f: Registry(f / "registry").find_stack("s") is not None,
     ),
+    Scenario("export", ("export", "both", "--format", "peft", "--out", "out"), _is_exported, code_again=2),
     Scenario("use", ("use", "both"), lambda f: Registry(f / "registry").settings().current == "both"),
     Scenario("rm a version", ("rm", "style@2"), lambda f: adapters(f, "style") == [1], code_again=3),
     Scenario("rm an adapter", ("rm", "free"), lambda f: not adapters(f, "free"), code_again=3),
