@@ -6,7 +6,8 @@ Anything else that is raised is a bug and is reported as one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class StackctlError(Exception):
@@ -105,6 +106,12 @@ def gathering(problems: list[StackctlError]) -> Iterator[None]:
         yield
     except StackctlError as error:
         problems.append(error)
+
+
+def attempt(problems: list[StackctlError], check: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What ``check`` returns; None when it fails, and then why is among ``problems``."""
+    with gathering(problems):
+        return check(*arguments, **options)
 
 
 def raise_all(problems: list[StackctlError]) -> None:

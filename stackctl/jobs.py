@@ -6,6 +6,7 @@ A :class:`PreparedJob` is what the engine trains; a :class:`RunFolder` is where 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from stackctl import files, ranks
+from stackctl import errors, files, ranks
 from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.locks import locked
 from stackctl.methods import SUM
@@ -82,14 +83,7 @@ def prepare_job(
         StackctlError: everything that is wrong with it, at once.
     """
     problems: list[StackctlError] = []
-
-    def attempt(check: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return check(*arguments, **options)
-        except StackctlError as error:
-            problems.append(error)
-            return None
-
+    attempt = functools.partial(errors.attempt, problems)
     attempt(registry.check_adapter_name, name)
     stack = attempt(registry.resolve, job.on or BASE, base=job.base, fresh=fresh)
     plan = attempt(lambda: registry.plan(stack).check()) if stack else None

@@ -118,6 +118,12 @@ class Interference:
     pairs: tuple[Pair, ...]
     not_compared: tuple[NotCompared, ...]
 
+    @property
+    def quarrelling(self) -> list[Pair]:
+        """The pairs that have a module in common, the lowest cosine first and those without any last."""
+        cosines = [(pair, pair.total.cosine) for pair in self.pairs if pair.modules]
+        return [pair for pair, _ in sorted(cosines, key=lambda found: 1.0 if found[1] is None else found[1])]
+
     def json(self) -> dict[str, Any]:
         return {
             "pairs": [pair.json() for pair in self.pairs],

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from stackctl import files
+from stackctl import errors, files
 from stackctl.errors import StackctlError, Usage, raise_all
 from stackctl.jobs import PreparedJob, data_path, parse_targets, prepare_job
 from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
@@ -137,14 +137,7 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
     problems: list[StackctlError] = []
     steps: list[Step] = []
     going: set[str] = set()
-
-    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except StackctlError as error:
-            problems.append(error)
-            return None
-
+    attempt = functools.partial(errors.attempt, problems)
     if recipe.base:
         attempt(registry.base, recipe.base)
     for name in build_order(recipe) if not problems else ():
@@ -183,10 +176,7 @@ def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
         if job.eval_data:
             checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
     for check in checks:
-        try:
-            check()
-        except StackctlError as error:
-            problems.append(error)
+        errors.attempt(problems, check)
     raise_all(problems)
 
 

@@ -134,20 +134,6 @@ def _screen(
     return Group(*parts, *([render_tasks(found)] if found else []))
 
 
-def evaluate_stacks(
-    context: Context,
-    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
-    data: Sequence[str],
-    max_length: int = 1024,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> list[list[Score]]:
-    """The score of each stack on each data set; the base is loaded once."""
-    records = read_data(data)
-    stacked = load_common_base(context, stacks, dtype, device)
-    return _score_sets(context, stacked, stacks, data, records, max_length)
-
-
 def _score_sets(
     context: Context,
     stacked: StackedModel,

@@ -58,12 +58,15 @@ _KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "tokenised data
 
 def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
     """The bytes of what only an option frees, by its name."""
+    runs = [run["path"] for run in unfinished_runs(registry)]
     found = {
-        "runs": [Path(run["path"]) for run in unfinished_runs(registry)],
-        "logs": [Path(log.path) for log in free_logs(registry, every=True, dry_run=True)],
-        "cache": [Path(f.path) for f in free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True)],
+        "logs": free_logs(registry, every=True, dry_run=True),
+        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True),
     }
-    return {name: sum(tree_bytes(p) for p in places if str(p) not in freed) for name, places in found.items()}
+    return {
+        "runs": sum(tree_bytes(Path(path)) for path in runs if path not in freed),
+        **{name: sum(one.bytes for one in places if one.path not in freed) for name, places in found.items()},
+    }
 
 
 def _screen(freed: list[Freed], said: str) -> Any:

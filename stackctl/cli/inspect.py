@@ -133,7 +133,8 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
         info["weights"] = norms
     if wishes.interference and measured:
         info["interference"] = measured.json()
-    curves = {member.label: read_curve(member.checkpoint.path) for member in plan.members}
+    wants_curves = wishes.curve or wishes.output
+    curves = {member.label: read_curve(member.checkpoint.path) for member in plan.members} if wants_curves else {}
     if wishes.curve:
         info["curves"] = {who: {"loss": curve.training, "eval_loss": curve.held_out} for who, curve in curves.items()}
     if wishes.output:

@@ -30,8 +30,7 @@ def interference_screen(found: Interference) -> list[Any]:
         parts.append(Text("\ninterference", style="bold"))
         parts.append(table(["pair", "cosine", "columns", "rows", "quarrel most in layer"], rows))
         parts.append(_EXPLAINED)
-        pairs.sort(key=lambda pair: pair.total.cosine if pair.total.cosine is not None else 1.0)
-        for picture in cosine_pictures(pairs[:_MOST_MAPS]):
+        for picture in cosine_pictures(found.quarrelling[:_MOST_MAPS]):
             parts += _picture(picture)
         if len(pairs) > _MOST_MAPS:
             parts.append(f"maps of the {_MOST_MAPS} pairs that quarrel most; --output page.html has more")

@@ -108,7 +108,7 @@ def _node_look(guide: str, name: str, labels: Sequence[str], removed: set[str]) 
 
 
 def _interference(found: Interference) -> dict[str, Any]:
-    pairs = sorted((p for p in found.pairs if p.modules), key=_cosine)
+    pairs = found.quarrelling
     drawn = pairs[:SERIES]
     return {
         "table": _pair_table(pairs),
@@ -130,11 +130,6 @@ def _interference(found: Interference) -> dict[str, Any]:
             for left in found.not_compared
         ],
     }  # fmt: skip
-
-
-def _cosine(pair: Pair) -> float:
-    cosine = pair.total.cosine
-    return 1.0 if cosine is None else cosine
 
 
 def _pair_table(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:

@@ -20,6 +20,7 @@ from stackctl.errors import (
     Usage,
     VerificationFailed,
     did_you_mean,
+    gathering,
     raise_all,
 )
 from stackctl.methods import SUM
@@ -359,11 +360,9 @@ def resolve_all(
     found: dict[int, tuple[ResolvedStack, StackPlan]] = {}
 
     def attempt(index: int, text: str, on: str | None) -> None:
-        try:
+        with gathering(problems):
             stack = registry.resolve(text, base=on)
             found[index] = (stack, registry.plan(stack).check())
-        except StackctlError as error:
-            problems.append(error)
 
     for index, text in enumerate(expressions):
         if text != BASE:
