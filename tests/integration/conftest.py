@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer, connect, running_hub
 from shelf import fails, shelf  # noqa: F401
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub on this machine, which huggingface_hub takes for the real one."""
+    with running_hub() as server:
+        connect(server, tmp_path / "hf", monkeypatch)
+        yield server
 
 
 @pytest.fixture

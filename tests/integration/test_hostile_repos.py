@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_base, make_registry, write_checkpoint
 from hostile import tree
-from hub_server import HubServer, connect, running_hub
+from hub_server import HubServer
 from stress.fuzz_hub import OUT, make_repos, try_repo
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        connect(server, tmp_path / "hf", monkeypatch)
-        yield server
 
 
 @pytest.mark.parametrize("seed", [0])

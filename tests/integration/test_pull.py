@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,12 @@ from checkpoints import (
     safetensors_bytes,
     write_checkpoint,
 )
-from hub_server import HubServer, connect, running_hub
+from hub_server import HubServer
 
 from stackctl.registry import Registry, init_registry
 from stackctl.schema import AdapterVersion
 
 ID = ("--base-id", "acme/tiny")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        connect(server, tmp_path / "hf", monkeypatch)
-        yield server
 
 
 @pytest.fixture

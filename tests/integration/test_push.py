@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from checkpoints import lora_config, make_registry, register, write_checkpoint
-from hub_server import HubServer, connect, git_oid, running_hub
+from hub_server import HubServer, git_oid
 
 from stackctl.registry import Registry
 from stackctl.schema import Adapter
@@ -18,13 +18,6 @@ from stackctl.schema import Adapter
 ID = ("--base-id", "acme/tiny")
 CHECKPOINT = {"README.md", "adapter.yaml", "adapter_config.json", "adapter_info.json", "adapter_model.safetensors"}
 COMMIT = "POST /api/models/me/style/commit"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        connect(server, tmp_path / "hf", monkeypatch)
-        yield server
 
 
 @pytest.fixture

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import hub_base, make_registry, register
-from hub_server import HubServer, connect, running_hub
+from hub_server import HubServer
 
 from stackctl.registry import Registry
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        connect(server, tmp_path / "hf", monkeypatch)
-        yield server
 
 
 @pytest.fixture

@@ -18,10 +18,7 @@ from stackctl.registry import Registry, index
 from stackctl.registry.rows import adapter_row
 from stackctl.schema import Adapter
 
-
-@pytest.fixture(autouse=True)
-def no_power_cuts(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,7 @@ from stackctl.schema import (
 OTHER = "sha256:" + "0" * 64
 
 
-@pytest.fixture(autouse=True)
-def no_power_cuts(monkeypatch):
-    """Flushing to a real disk takes most of these tests' time and cannot be seen by them."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 
 @pytest.fixture

@@ -12,10 +12,7 @@ from stackctl.errors import NotFound, Usage
 from stackctl.registry import Registry
 from stackctl.schema import Adapter, Member, Removed, Stack
 
-
-@pytest.fixture(autouse=True)
-def no_power_cuts(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 
 @pytest.fixture
