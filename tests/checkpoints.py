@@ -13,7 +13,7 @@ import msgspec
 from stackctl.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
 from stackctl.plan import PlanMember
 from stackctl.registry import Registry, init_registry
-from stackctl.schema import AdapterVersion, Base, Lora, ModuleShape
+from stackctl.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
 
 FINGERPRINT = "sha256:" + "f" * 64
 HIDDEN, VOCABULARY, LAYERS = 8, 32, 2
@@ -166,3 +166,18 @@ def register(
             )  # fmt: skip
 
         return registry.add_version(name, build, staged)
+
+
+def full_version(number: int) -> AdapterVersion:
+    """A version of which every field is filled, with values that a careless writer would spoil."""
+    return AdapterVersion(
+        version=number, digest="sha256:1", path=f"weights/x/{number}", base="tiny", fingerprint=FINGERPRINT,
+        trained_on=["style@1:0.7", "other@2"], created="2026-01-31T12:00:00Z",
+        lora=Lora(r=16, lora_alpha=0.5, target_modules=["on", "1e-5", "no"], rank_pattern={"q.*": 3}, use_rslora=True),
+        parameters=10**12, dtype="bfloat16", bytes=7,
+        data=DataSource(path="a b/ü: x.jsonl", sha256="0" * 64, records=3, format="messages"),
+        settings={"learning_rate": 1e-5, "target_modules": "all-linear", "alpha": None, "pack": False, "seed": 0},
+        run=Run(steps=5, epochs=2.5, loss=1e-7, tokens=9, supervised_tokens=8, seconds=0.1, frozen="fold",
+        eval_loss=1e300),
+        hub=HubSource(repo="me/x", commit="1234567"), versions={"torch": "2.13.0+cpu", "peft": "1.0"},
+    )  # fmt: skip

@@ -47,6 +47,11 @@ TEXTS: list[dict[str, Any]] = [
 ]
 
 
+def interrupt() -> None:
+    """Ctrl-C, for ``at_step``."""
+    raise KeyboardInterrupt
+
+
 def disturb(checkpoint: Path) -> None:
     """Change whatever a checkpoint holds besides factors and copies of the base's weights."""
     file = checkpoint / "adapter_model.safetensors"

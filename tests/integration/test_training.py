@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from house import CHAT, TEXTS
+from house import CHAT, TEXTS, interrupt
 from oracle import distance, factors_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -299,104 +297,3 @@ def test_wrong_usage_is_told_at_once(house: Any) -> None:
     for part in ("nowhere.jsonl", "itself", "q_prj"):
         assert part in every.json["error"]["message"]
     assert h.adapters() == {"style"}
-
-
-# -- going on ---------------------------------------------------------------------------------------------------------
-
-WHOLE_RUN = ("steps", "tokens", "supervised_tokens", "loss", "trainable_parameters", "digest")
-SHAPE = ("--epochs", 4, "--batch-size", 2, "--scheduler", "cosine", "--warmup", 0.2, "--dropout", 0.3)
-LIVELY = (*SHAPE, "--save-steps", 2)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def same_run(h: Any, resumed: Any, whole: Any, name: str = "new") -> None:
-    """The weights, the curve and the numbers of a resumed run are the uninterrupted one's, to the last bit."""
-    assert {key: resumed[key] for key in WHOLE_RUN} == {key: whole[key] for key in WHOLE_RUN}
-    found, wanted = (load_file(h.weights(n) / "adapter_model.safetensors") for n in (name, "whole"))
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    assert h.log(name) == h.log("whole")
-
-
-@pytest.mark.parametrize("frozen", ["fold", "live"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_resumed_run_is_the_uninterrupted_one(house: Any, name: str, frozen: str) -> None:
-    h = house(name)
-    h.add("style", seed=1)
-    style = h.bytes_of("style")
-    options = ("--frozen", frozen, *LIVELY)
-    whole = h.train("whole", *options, on="style")
-    assert whole["steps"] == 12
-    h.at_step(3, interrupt)
-    h.train("new", *options, on="style", code=130)
-    assert h.adapters() == {"style", "whole"}
-    runs = h.run("ls", "--json").json["runs"]
-    assert [(run["name"], run["step"]) for run in runs] == [("new", 2)]
-    h.train("new", *options, "--resume", "--seed", 7, on="style", code=2)
-    h.train("new", *options, "--resume", "--learning-rate", 0.1, on="style", code=2)
-    h.train("new", *options, "--resume", on="style:0.5", code=2)
-    h.train("new", *options, "--resume", on="style", records=CHAT[:4], code=2)
-    h.at_step(0, interrupt)
-    same_run(h, h.train("new", *options, "--resume", on="style"), whole)
-    assert h.bytes_of("style") == style
-    assert h.run("ls", "--json").json["runs"] == []
-
-
-@pytest.mark.parametrize("at", [5, 12])
-def test_ctrl_c_saves_the_step_it_came_in(house: Any, at: int) -> None:
-    h = house()
-    h.add("style", seed=1)
-    whole = h.train("whole", *SHAPE, on="style")
-    h.at_step(at, lambda: os.kill(os.getpid(), signal.SIGINT))
-    error = h.train("new", *SHAPE, on="style", code=130)
-    assert error["error"]["code"] == "interrupted"
-    assert [run["step"] for run in h.run("ls", "--json").json["runs"]] == [at]
-    h.at_step(0, interrupt)
-    same_run(h, h.train("new", *SHAPE, "--resume", on="style"), whole)
-
-
-def test_resuming_twice_and_with_nothing_saved(house: Any) -> None:
-    h = house()
-    h.add("style", seed=1)
-    whole = h.train("whole", *LIVELY, on="style")
-    h.at_step(1, interrupt)
-    h.train("new", *LIVELY, "--resume", on="style", code=130)
-    assert [run["saves"] for run in h.run("ls", "--json").json["runs"]] == [0]
-    h.at_step(5, interrupt)
-    h.train("new", *LIVELY, "--resume", on="style", code=130)
-    h.at_step(9, interrupt)
-    h.train("new", *LIVELY, "--resume", on="style", code=130)
-    h.at_step(0, interrupt)
-    same_run(h, h.train("new", *LIVELY, "--resume", on="style"), whole)
-
-
-_KILLED = """
-import contextlib, os, signal
-import stackctl.cli.progress
-from stackctl.cli import main
-
-@contextlib.contextmanager
-def progress(output, name):
-    yield lambda step, steps, counters: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else None
-
-stackctl.cli.progress.training_progress = progress
-import torch
-torch.set_num_threads(1)
-main()
-"""
-
-
-def test_a_kill_leaves_nothing_half_done(house: Any) -> None:
-    h = house()
-    h.add("style", seed=1)
-    options = ("--rank", 4, "--alpha", 8, "--learning-rate", RATE, *LIVELY)
-    whole = h.train("whole", *options, on="style")
-    command = ["train", "new", "--on", "style", "--data", h.data(), *options, "--json"]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *map(str, command)], cwd=h.folder, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert killed.stdout == b""
-    assert h.adapters() == {"style", "whole"}
-    assert h.run("verify", "--json").json["problems"] == []
-    same_run(h, h.run(*command, "--resume").json, whole)

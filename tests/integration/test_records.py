@@ -1,0 +1,243 @@
+"""Records by shape, out of every kind of file; what is wrong is named by line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from spoken import USER, chat, turns
+
+from stackctl.engine.data import encode
+from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord, read_records
+from stackctl.errors import HubFailure, NotFound, StackctlError, Usage
+from stackctl.files import sha256_file
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
+    return path
+
+
+SHAPES = {
+    "text": ({"text": "Hi."}, TextRecord(1, "Hi.")),
+    "messages": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, None),
+    "conversations": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, None),
+    "prompt": ({"prompt": "q", "completion": "a"}, CompletionRecord(1, "q", "a")),
+    "instruction": ({"instruction": "q", "input": "", "output": "a"}, None),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_read_from_every_kind_of_file(shape: str, tmp_path: Path) -> None:
+    record, expected = SHAPES[shape]
+    expected = expected or chat("q", "a")
+    jsonl = write(tmp_path / "a.jsonl", record, record)
+    listed = write(tmp_path / "a.json", [record, record])
+    lines = write(tmp_path / "b.json", record, record)
+    pq.write_table(pa.Table.from_pylist([record, record]), tmp_path / "a.parquet")
+    for path in (jsonl, listed, lines, tmp_path / "a.parquet"):
+        found = read_records(path)
+        assert (found.format, found.count, found.records[0]) == (shape, 2, expected)
+        assert (found.path, found.sha256) == (str(path), sha256_file(path))
+    assert read_records(str(jsonl)).place(2) == "line 2"
+    assert read_records(listed).place(2) == "record 2"
+
+
+def test_roles_of_sharegpt_become_those_of_chat_templates(tmp_path: Path) -> None:
+    names = ["system", "human", "gpt", "user", "chatgpt", "observation", "model", "tool", "bard"]
+    path = write(tmp_path / "a.jsonl", {"conversations": [{"from": name, "value": "x"} for name in names]})
+    record = read_records(path).records[0]
+    assert isinstance(record, ChatRecord)
+    assert [m["role"] for m in record.messages] == [
+        *("system", "user", "assistant", "user", "assistant", "tool", "assistant", "tool", "assistant")
+    ]
+
+
+def test_the_more_specific_shape_wins_and_other_keys_are_ignored(tmp_path: Path) -> None:
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is …", "id": 7}
+    record = read_records(write(tmp_path / "a.jsonl", alpaca)).records[0]
+    assert record == chat("Add.\n\n1 and 2", "3")
+    ultra = {"prompt": "q", "messages": SHAPES["messages"][0]["messages"]}
+    assert read_records(write(tmp_path / "b.jsonl", ultra)).format == "messages"
+    assert read_records(write(tmp_path / "c.jsonl", {"messages": None, "text": "a"})).format == "text"
+
+
+def test_prompt_and_completion_of_messages_are_a_chat_of_which_the_prompt_is_context(
+    tmp_path: Path, smollm2: Any
+) -> None:
+    few_shot = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    path = write(tmp_path / "a.jsonl", {"prompt": few_shot, "completion": [{"role": "assistant", "content": "four"}]})
+    found = encode(read_records(path), smollm2, max_length=512)
+    assert turns(smollm2, found.examples[0]) == ["four<|im_end|>"]
+
+
+def test_byte_order_mark_crlf_blank_lines_and_u2028_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "a\u2028b"}\r\n\r\n   \n{"text": "c"}'.encode())
+    assert read_records(path).records == [TextRecord(1, "a\u2028b"), TextRecord(4, "c")]
+    path.write_bytes(b"\xef\xbb\xbf" + b'\n\n{"text": 1}\r\n')
+    with pytest.raises(Usage, match="line 3: 'text' is a number, not a string"):
+        read_records(path)
+
+
+def test_a_text_file_holds_documents_separated_by_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\r\nOne,\r\ntwo.\r\n \r\n\r\n  海。\r\n".encode())
+    found = read_records(path)
+    assert (found.format, found.unit) == ("text", "line")
+    assert found.records == [TextRecord(2, "One,\ntwo."), TextRecord(6, "  海。")]
+
+
+GOOD = {"text": "fine"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a" "b"}', r"line 2, column 14: not valid JSON: Expecting ',' delimiter"),
+        ('{"text": "é" "b"}', r"line 2, column 14: not valid JSON"),
+        ('{"text": "a"', r"line 2, column 13: not valid JSON"),
+        ("{'text': 'a'}", r"line 2, column 2: not valid JSON: Expecting property name"),
+        ('{"text": NaN}', r"line 2, column 10: not valid JSON: NaN is not JSON"),
+        ('{"text": "a", "score": -Infinity}', r"line 2, column 25: not valid JSON: -Infinity is not JSON"),
+        (r'{"text": "\ud800"}', r"line 2: not valid JSON: half a character"),
+        ("[" * 100_000, r"line 2: not valid JSON: nested too deeply"),
+        ('["a"]', r"line 2: a list, not an object"),
+        ("7", r"line 2: a number, not an object"),
+        ("{}", r"line 2: of no known shape \(it has nothing\)"),
+        ('{"instruction": "a", "response": "b"}', r"line 2: of no known shape \(it has 'instruction', 'response'\)"),
+        ('{"text": ""}', r"line 2: 'text' is empty"),
+        ('{"text": " \\n\\t"}', r"line 2: 'text' is empty"),
+        ('{"text": null}', r"line 2: 'text' is null, not a string"),
+        ('{"text": 1.5}', r"line 2: 'text' is a number, not a string"),
+        ('{"text": true}', r"line 2: 'text' is a boolean, not a string"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD, line)
+    with pytest.raises(Usage, match=message) as caught:
+        read_records(path)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "has no assistant turn"),
+        ([USER], "has no assistant turn"),
+        ("hello", "'messages' is a string, not a list of messages"),
+        ([USER, "a"], "message 2 is a string, not an object"),
+        ([USER, {"role": "assistant"}], "message 2's 'content' is null, not a string"),
+        ([USER, {"role": "assistant", "content": ""}], "message 2's 'content' is empty"),
+        ([USER, {"role": "assistant", "content": [{"type": "text"}]}], "message 2's 'content' is a list"),
+        ([USER, {"role": "assistent", "content": "a"}], "unknown 'role' 'assistent': did you mean 'assistant'"),
+        ([{"from": "alien", "value": "x"}], "message 1 has the unknown 'from' 'alien'"),
+        ([USER, {"role": "assistant", "content": "a", "tool_calls": [{}]}], "'tool_calls', which is not read"),
+        ([{"content": "a"}], "message 1's 'role' is null"),
+    ],
+)
+def test_a_bad_conversation_is_named(messages: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", SHAPES["messages"][0], "", {"messages": messages})
+    with pytest.raises(Usage, match="line 3: ") as caught:
+        read_records(path)
+    assert message in caught.value.message
+
+
+def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path: Path) -> None:
+    bad = [{"text": ""}, '{"text" 1}', {"messages": []}, {"text": 3}, {"nothing": 1}, {"text": None}, "[]"]
+    with pytest.raises(Usage) as caught:
+        read_records(write(tmp_path / "a.jsonl", GOOD, *bad))
+    for line in ("line 2:", "line 3, column 9:", "line 4:", "line 5:", "line 6:"):
+        assert line in caught.value.message
+    assert "line 7" not in caught.value.message
+    assert caught.value.message.endswith("; and 2 more")
+    assert "has the shape of 'messages', but line 1 that of 'text'" in caught.value.message
+
+
+def test_bad_records_of_lists_and_tables_are_numbered(tmp_path: Path) -> None:
+    with pytest.raises(Usage, match="record 2: 'text' is empty"):
+        read_records(write(tmp_path / "a.json", [GOOD, {"text": ""}]))
+    pq.write_table(pa.table({"text": ["a", "b", None], "score": [1.0, float("nan"), None]}), tmp_path / "a.parquet")
+    with pytest.raises(Usage, match="record 3: of no known shape"):
+        read_records(tmp_path / "a.parquet")
+    with pytest.raises(Usage, match=r"a.json, line 3, column 2: not valid JSON: Expecting ',' delimiter"):
+        read_records(write(tmp_path / "a.json", "[", ' {"text": "a"}', ' {"text": "b"}]'))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "holds no records"),
+        ("a.jsonl", b"\n \n\xef\xbb\xbf"[:3], "holds no records"),
+        ("a.txt", b" \r\n\n", "holds no records"),
+        ("a.json", b"", "is empty"),
+        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"7", "neither a JSON list of records nor JSON Lines"),
+        ("a.json", b'{"data": []}', "is one JSON object, not a list of records"),
+        ("a.parquet", b"PAR1 no, it is not", "not a Parquet file that can be read"),
+        ("a.csv", b"text\na\n", r"no kind of data file that is read \(.csv\)"),
+        ("a", b'{"text": "a"}', "it has no suffix"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "is not UTF-8 .byte 0xe9 on line 2"),
+        ("a.txt", "\ufeffhi".encode("utf-16-le"), "is UTF-16, not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_data_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Usage, match=message):
+        read_records(tmp_path / name)
+
+
+def test_what_is_not_there_is_not_found_and_never_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    for missing in ("chat.jsonl", "examples/chat.jsonl", "a/b/c", "../x", "/no/such", "data/table.CSV"):
+        with pytest.raises(NotFound, match="does not exist"):
+            read_records(missing)
+    with pytest.raises(Usage, match="is a folder"):
+        read_records(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(Usage, match="not a file"):
+        read_records(tmp_path / "pipe.jsonl")
+
+
+def test_a_hub_data_set_is_read_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "a", "n": 1}, {"text": "b", "n": None}])
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or rows)
+    monkeypatch.chdir(tmp_path)
+    found = read_records("org/name.v2:validation")
+    assert (found.count, found.unit, found.path) == (2, "record", "org/name.v2:validation")
+    assert found.sha256.startswith("sha256:")
+    assert read_records("org/name").records == found.records
+    assert asked == [("org/name.v2", "validation"), ("org/name", "train")]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [("DatasetNotFoundError", NotFound), ("DataFilesNotFoundError", Usage), (ConnectionError, HubFailure)],
+)
+def test_a_hub_data_set_that_fails(error: Any, kind: type[StackctlError], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise (getattr(datasets.exceptions, error) if isinstance(error, str) else error)("no")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(kind):
+        read_records("org/no-such")

@@ -1,0 +1,245 @@
+"""Adding, saving and removing: nothing half there, nothing lost, whatever is killed and whoever else writes."""
+
+import errno
+import multiprocessing
+import os
+
+import msgspec
+import pytest
+from checkpoints import full_version, lora_config, make_base, make_registry, register, write_checkpoint
+
+from stackctl import files
+from stackctl.checkpoint import read_checkpoint
+from stackctl.errors import Failed, Incompatible, NotFound, StackctlError, Usage
+from stackctl.names import Reference
+from stackctl.registry import Registry, ResolvedStack
+from stackctl.schema import (
+    Adapter,
+    RegistryFile,
+    Stack,
+)
+
+OTHER = "sha256:" + "0" * 64
+
+
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
+
+
+def test_versions_count_up_and_keep_their_weights(registry):
+    for number in (1, 2, 3):
+        assert register(registry, "style", seed=number).version == number
+    folders = sorted(p.name for p in (registry.root / "weights" / "style").iterdir())
+    assert folders == ["1", "2", "3"]
+    assert registry.verify() == (4, [])
+
+
+class Kill(BaseException):
+    """What a kill looks like from inside."""
+
+
+@pytest.mark.parametrize("moment", ["build", "publish", "entry"])
+def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, moment):
+    register(registry, "style", seed=1)
+    before = registry._entry_path(Adapter, "style").read_bytes()
+
+    def die(*_):
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        if moment == "publish":
+            patch.setattr(files, "publish_directory", die)
+        if moment == "entry":
+            patch.setattr(files, "write_atomic", die)
+        with pytest.raises(Kill):
+            register(registry, "style", seed=2, before_entry=die if moment == "build" else lambda _: None)
+    assert registry._entry_path(Adapter, "style").read_bytes() == before
+    assert registry.resolve("style").pinned == "style@1"
+    assert registry.verify() == (2, [])
+    again = register(registry, "style", seed=3)
+    assert again.version == 2
+    assert registry.verify() == (3, [])
+    assert not list(registry.root.rglob(".tmp-*"))
+
+
+def test_a_first_version_that_was_killed_does_not_exist(registry, monkeypatch):
+    def die(*_):
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", die)
+        with pytest.raises(Kill):
+            register(registry, "style")
+    assert registry.names(Adapter) == []
+    with pytest.raises(NotFound):
+        registry.resolve("style")
+    assert register(registry, "style").version == 1
+    assert registry.verify() == (2, [])
+
+
+def _add_five(root, worker, barrier, results):
+    registry = Registry(root)
+    barrier.wait()
+    for turn in range(5):
+        results.put(register(registry, "style", seed=10 * worker + turn).version)
+
+
+def test_eight_processes_add_five_versions_each(registry):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(8), context.Queue()
+    workers = [
+        context.Process(target=_add_five, args=(registry.root, n, barrier, results), daemon=True) for n in range(8)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    versions = [results.get(timeout=5) for _ in range(40)]
+    assert sorted(versions) == list(range(1, 41))
+    assert [v.version for v in registry.find_adapter("style").versions] == list(range(1, 41))
+    assert len({v.digest for v in registry.find_adapter("style").versions}) == 40
+    assert registry.verify() == (41, [])
+
+
+def test_a_held_lock_is_an_error_and_readers_go_on(storyteller, monkeypatch):
+    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
+    with storyteller.lock():
+        assert storyteller.resolve("storyteller").members
+        with pytest.raises(Failed):
+            storyteller.use("storyteller")
+
+
+def test_links_point_outside_and_are_left_alone(registry, tmp_path):
+    outside = write_checkpoint(tmp_path / "ou tside" / "é")
+    from stackctl.checkpoint import read_checkpoint
+
+    digest = read_checkpoint(outside).digest()
+    for name, path in (("rel", os.path.relpath(outside, registry.root)), ("abs", str(outside))):
+        registry.add_version(
+            name, lambda n, p=path: msgspec.structs.replace(full_version(n), digest=digest, path=p, trained_on=[]), None
+        )
+        assert registry.weights_path(registry.find_adapter(name).newest()) == outside.resolve()
+        assert registry.verify({f"{name}@1"}) == (1, [])
+        registry.remove(name)
+    assert (outside / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", ["weights/style/1", "weights", "weights/style", ".", "weights/../bases"])
+def test_removing_a_link_into_the_registry_removes_nothing_of_others(registry, path):
+    register(registry, "style")
+    registry.add_version("linked", lambda n: msgspec.structs.replace(full_version(n), path=path, trained_on=[]), None)
+    registry.remove("linked")
+    assert registry.verify() == (2, [])
+
+
+def test_rm_refuses_while_something_stands_on_it(storyteller):
+    with pytest.raises(Usage) as caught:
+        storyteller.remove("style")
+    assert "instruct@1" in caught.value.message
+    assert "storyteller" in caught.value.message
+    with pytest.raises(Usage):
+        storyteller.remove("style@1")
+    with pytest.raises(Usage):
+        storyteller.remove_base("tiny")
+    assert storyteller.remove("storyteller").removed == ("storyteller",)
+    assert storyteller.remove("instruct@1").removed == ("instruct@1",)
+    assert storyteller.remove("style").removed == ("style@1",)
+    storyteller.remove_base("tiny")
+    assert storyteller.settings() == RegistryFile()
+
+
+def test_rm_of_one_version(registry):
+    register(registry, "style", seed=1)
+    register(registry, "style", seed=2)
+    register(registry, "instruct", ["style@1:0.5"])
+    assert registry.remove("style@2").removed == ("style@2",)
+    assert registry.resolve("style").pinned == "style@1"
+    with pytest.raises(Usage):
+        registry.remove("style")
+    with pytest.raises(NotFound):
+        registry.remove("style@2")
+
+
+def test_an_adapter_may_be_removed_with_its_own_later_versions(registry):
+    register(registry, "style", seed=1)
+    registry.add_version("style", lambda n: msgspec.structs.replace(full_version(n), trained_on=["style@1"]), None)
+    with pytest.raises(Usage):
+        registry.remove("style@1")
+    assert registry.remove("style").removed == ("style@1", "style@2")
+
+
+@pytest.mark.parametrize("text", ["base", "style+instruct", "style:0.5", "tiny", "storyteller@1"])
+def test_what_rm_does_not_remove(storyteller, text):
+    with pytest.raises(StackctlError) as caught:
+        storyteller.remove(text)
+    assert caught.value.exit_code in (2, 3)
+    assert storyteller.verify() == (4, [])
+
+
+def test_similar_names_are_different_things(registry):
+    for name in ("foo", "foobar", "foo-1"):
+        register(registry, name)
+    register(registry, "upper", ["foobar@1"])
+    assert registry.remove("foo").removed == ("foo@1",)
+    assert registry.verify() == (4, [])
+    with pytest.raises(Usage):
+        registry.remove("foobar")
+
+
+def test_saving_a_stack_whose_member_is_gone(storyteller):
+    resolved = storyteller.resolve("instruct")
+    storyteller.remove("storyteller")
+    storyteller.remove("instruct")
+    with pytest.raises(NotFound):
+        storyteller.save_stack("late", resolved)
+    assert storyteller.names(Stack) == []
+    assert isinstance(resolved, ResolvedStack)
+
+
+def test_references(storyteller):
+    assert storyteller.resolve_adapter(Reference("style")).label == "style@1"
+    with pytest.raises(NotFound):
+        storyteller.resolve_adapter(Reference("style", 9))
+
+
+def test_a_refused_adapter_is_refused_by_its_plan(registry, tmp_path):
+    folder = write_checkpoint(tmp_path / "dora", lora_config(use_dora=True))
+    digest = read_checkpoint(folder).digest()
+    registry.add_version(
+        "dora",
+        lambda n: msgspec.structs.replace(full_version(n), path=str(folder), trained_on=[], digest=digest),
+        None,
+    )
+    with pytest.raises(Incompatible) as caught:
+        registry.plan(registry.resolve("dora")).check()
+    assert "DoRA" in caught.value.message
+
+
+def test_nothing_is_changed_when_the_settings_cannot_be_read(run, tmp_path):
+    registry = make_registry(tmp_path / "registry", make_base())
+    register(registry, "style")
+    run("compose", "style", "--name", "both")
+    (registry.root / "registry.yaml").write_text("schema: [1\n")
+    before = {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
+    for arguments in (("rm", "both"), ("compose", "style", "--name", "again"), ("base", "rm", "tiny")):
+        run(*arguments, code=2)
+    assert {path: path.read_bytes() for path in registry.root.rglob("*.yaml")} == before
+
+
+def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch):
+    register(registry, "style")
+    write = files.write_atomic
+
+    def full(path, content):
+        if path.parent.name == "adapters":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            register(registry, "style", seed=1)
+    assert [path.name for path in (registry.root / "weights" / "style").iterdir()] == ["1"]
+    assert [version.version for version in registry.find_adapter("style").versions] == [1]
+    assert register(registry, "style", seed=1).version == 2
+    assert registry.verify()[1] == []
