@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,14 @@ class House:
 
     def at_step(self, step: int, act: Callable[[], None]) -> None:
         """Do something in the middle of a training, right after one of its steps."""
+        self.at_steps({step: act})
+
+    def at_steps(self, acts: Mapping[int, Callable[[], None]]) -> None:
+        """The same after several steps."""
 
         @contextlib.contextmanager
         def progress(output: Any, name: str) -> Any:
-            yield lambda done, steps, counters: act() if done == step else None
+            yield lambda done, steps, counters: acts.get(done, lambda: None)()
 
         self._monkeypatch.setattr("stackctl.cli.progress.training_progress", progress)
 
