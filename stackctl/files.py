@@ -27,6 +27,7 @@ STAGING_PREFIX = ".tmp-"
 """Whatever carries this prefix is unfinished work of some process and may be swept once that process is gone."""
 
 _CHUNK = 1 << 20
+_FIRST = 64 << 10
 _STALE_AFTER_SECONDS = 24 * 3600
 _SETTLED_SECONDS = 2.0
 """A file system's clock may give two changes one time, when one follows the other at once."""
@@ -211,7 +212,9 @@ def read_bounded(path: Path) -> bytes:
         Usage: it has more than ``MAX_TEXT_BYTES``. OSError: as for any file.
     """
     with path.open("rb") as stream:
-        data = stream.read(MAX_TEXT_BYTES + 1)
+        data = stream.read(_FIRST)
+        if len(data) == _FIRST:  # memory for all that might come costs more than reading what most files have
+            data += stream.read(MAX_TEXT_BYTES + 1 - _FIRST)
     if len(data) > MAX_TEXT_BYTES:
         raise Usage(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB", hint="this is another kind of file")
     return data

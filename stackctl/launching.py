@@ -29,7 +29,8 @@ from stackctl import files, ranks
 from stackctl.errors import Failed, Interrupted, StackctlError, Terminated, Usage
 from stackctl.jobs import PreparedJob
 from stackctl.output import Output, Result
-from stackctl.yamlfile import convert, parse_yaml, read_text
+from stackctl.yamlfile import convert, read_text
+from stackctl.yamltext import parse_yaml
 
 _OWN_CONFIG = {
     "compute_environment": "LOCAL_MACHINE",

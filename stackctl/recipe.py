@@ -19,7 +19,8 @@ from stackctl.jobs import PreparedJob, data_path, parse_targets, prepare_job
 from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
-from stackctl.yamlfile import convert, parse_yaml, read_text
+from stackctl.yamlfile import convert, read_text
+from stackctl.yamltext import parse_yaml
 
 FILE = "stackctl.yaml"
 

@@ -23,7 +23,7 @@ from stackctl.hub.remote import Content
 from stackctl.names import Reference, parse_expression
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
-from stackctl.yamlfile import format_yaml, parse_yaml
+from stackctl.yamltext import format_yaml, parse_yaml
 
 STACK = "stack.yaml"
 ADAPTER = "adapter.yaml"

@@ -29,7 +29,7 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
-from stackctl.yamlfile import Flow, format_yaml, read_yaml
+from stackctl.yamlfile import read_yaml
 
 E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"
@@ -67,7 +67,7 @@ def init_registry(folder: Path) -> bool:
         files.make_directory(folder / name)
     files.sweep_staging(folder)
     _ignore_in_git(folder / ".gitignore")
-    files.write_atomic(folder / _FILE, format_yaml({"schema": SCHEMA, "current": None, "defaults": {}}))
+    files.write_atomic(folder / _FILE, _text({"schema": SCHEMA, "current": None, "defaults": {}}))
     return True
 
 
@@ -123,7 +123,7 @@ class Entries:
 
     def _write(self, entry: Base | Adapter | Stack | Removed) -> None:
         value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
-        files.write_atomic(self._entry_path(type(entry), entry.name), format_yaml(_on_one_line(value)))
+        files.write_atomic(self._entry_path(type(entry), entry.name), _text(value))
 
     def names(self, kind: type) -> list[str]:
         """The names of all entries of a kind, in alphabetical order, without reading them."""
@@ -181,7 +181,7 @@ class Entries:
         return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
 
     def _write_settings(self, settings: RegistryFile) -> None:
-        files.write_atomic(self.root / _FILE, format_yaml(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
+        files.write_atomic(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -203,17 +203,13 @@ class Entries:
             files.sweep_staging(folder)
 
 
+def _text(entry: dict[str, Any]) -> str:
+    """The text of an entry's file. What it takes is imported only here: most commands write nothing."""
+    from stackctl.registry.layout import format_entry
+
+    return format_entry(entry)
+
+
 @contextlib.contextmanager
 def _show_nothing() -> Iterator[Callable[[float], None]]:
     yield lambda share: None
-
-
-def _on_one_line(value: Any, depth: int = 0) -> Any:
-    """Small mappings without mappings inside are written on one line, which people and diffs read best."""
-    if isinstance(value, dict):
-        inner = {key: _on_one_line(item, depth + 1) for key, item in value.items()}
-        flat = depth > 1 and inner and not any(isinstance(item, dict) for item in inner.values())
-        return Flow(inner) if flat and len(str(inner)) < 400 else inner
-    if isinstance(value, list):
-        return [_on_one_line(item, depth + (0 if isinstance(item, dict) else 1)) for item in value]
-    return value

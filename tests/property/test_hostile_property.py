@@ -21,13 +21,13 @@ from stress.fuzz import make_data, make_template, try_data, try_one
 from stress.killing import run_command
 from stress.runner import Budget
 
-from stackctl import yamlfile
+from stackctl import yamltext
 from stackctl.checkpoint import read_checkpoint, read_header
 from stackctl.errors import StackctlError, Usage, VerificationFailed
 from stackctl.names import parse_expression, parse_name, parse_stack_name
 from stackctl.plan import PlanMember
 from stackctl.planning import plan_stack
-from stackctl.yamlfile import parse_yaml
+from stackctl.yamltext import parse_yaml
 
 CHANCE = st.randoms(use_true_random=False)
 
@@ -111,7 +111,7 @@ def test_yaml_is_a_value_or_an_error_with_its_place(text: str) -> None:
 )
 def test_yaml_of_more_values_than_a_file_has(monkeypatch: pytest.MonkeyPatch, make: Callable[[int], str]) -> None:
     """Each costs memory, however few bytes it has in the file."""
-    monkeypatch.setattr(yamlfile, "_MOST_VALUES", 1000)
+    monkeypatch.setattr(yamltext, "MOST_VALUES", 1000)
     assert parse_yaml(make(600), "f")[0]
     with pytest.raises(Usage, match="more than 1,000 values"):
         parse_yaml(make(1100), "f")

@@ -4,8 +4,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stackctl.errors import Usage
-from stackctl.registry.entries import _on_one_line
-from stackctl.yamlfile import Flow, format_yaml, parse_yaml
+from stackctl.registry.layout import on_one_line
+from stackctl.yamltext import Flow, format_yaml, parse_yaml
 
 NASTY = [
     "", " ", "  x", "x  ", "on", "no", "yes", "null", "~", "true", "1", "1e-5", "-0", "+.5", ".inf", "-.nan", "0x1",
@@ -52,7 +52,7 @@ def test_every_nasty_string_in_every_place():
         check({text: text})
         check({"a": [text, {"b": text, text: [text]}]})
         check([[text], text])
-        check(_on_one_line({"a": {"b": {"c": text, "d" + text: text}}}))
+        check(on_one_line({"a": {"b": {"c": text, "d" + text: text}}}))
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,13 +68,13 @@ def test_round_trip(value):
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(texts, values, max_size=4))
 def test_round_trip_in_the_layout_of_the_registry(value):
-    text = format_yaml(_on_one_line(value))
+    text = format_yaml(on_one_line(value))
     assert same(value, parse_yaml(text, "f")[0]), text
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(texts, scalars, max_size=5))
-def test_round_trip_on_one_line(value):
+def test_round_tripon_one_line(value):
     check({"a": Flow(value), "b": [Flow(value)]})
 
 

@@ -248,3 +248,10 @@ def test_a_file_without_an_end_is_not_read_for_ever(run, tmp_path):
     (endless / "adapter_config.json").unlink()
     (endless / "adapter_config.json").symlink_to("/dev/zero")
     run("add", "endless", endless, code=4)
+
+
+@pytest.mark.parametrize("size", [0, 1, files._FIRST - 1, files._FIRST, files._FIRST + 1, 3 * files._FIRST])
+def test_a_file_of_any_size_is_read_whole(tmp_path, size):
+    data = bytes(n % 251 for n in range(size))
+    (tmp_path / "file").write_bytes(data)
+    assert files.read_bounded(tmp_path / "file") == data

@@ -11,7 +11,8 @@ import pytest
 
 from stackctl.errors import NotFound, Usage
 from stackctl.schema import Adapter, Recipe, Stack
-from stackctl.yamlfile import convert, format_yaml, parse_yaml, read_text, read_yaml
+from stackctl.yamlfile import convert, read_text, read_yaml
+from stackctl.yamltext import format_yaml, parse_yaml
 
 
 def parse(text):
@@ -139,7 +140,7 @@ def test_one_document_may_be_marked():
 def test_deep_nesting_neither_crashes_nor_hangs(opening, close):
     """In a process of its own, since libyaml's composer overflows the C stack: 100,000 brackets are a segfault."""
     program = (
-        "import sys; from stackctl.yamlfile import parse_yaml; from stackctl.errors import Usage\n"
+        "import sys; from stackctl.yamltext import parse_yaml; from stackctl.errors import Usage\n"
         f"text = {opening!r} * 100_000 + {close!r} * (']' * 100_000)\n"
         "try: parse_yaml(text, 'f')\n"
         "except Usage as error: print('refused')\n"
@@ -326,3 +327,20 @@ def test_order_and_words_are_kept_in_writing():
 
 def test_a_missing_key_is_named():
     assert "versions" in refusal("schema: 1\nname: x\n", Adapter, schema=1).message
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "what"),
+    [
+        ("version: one", "line 5, column 12", "versions.0.version: expected `int`, got `str`"),
+        ("verison: 1", "line 5, column 12", "unknown key 'verison'"),
+        ("version: 1\n  version: 1", "line 6, column 3", "the key 'version' stands twice"),
+        ("version: -1", "line 5, column 12", "versions.0.version: expected `int` >= 0"),
+    ],
+)
+def test_what_is_as_stackctl_writes_it_and_wrong_is_named_with_its_place(tmp_path, line, place, what):
+    path = tmp_path / "style.yaml"
+    path.write_text(f"schema: 1\nname: style\ndescription: ''\nversions:\n- {line}\n  digest: sha256:0\n")
+    with pytest.raises(Usage) as caught:
+        read_yaml(path, Adapter, schema=1)
+    assert caught.value.message == f"{path}, {place}: {what}"
