@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         checkpoint = read_checkpoint(folder)
         stack = registry.resolve(on or "base", base=base)
         plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
-        known = _already_there(registry, name, checkpoint.digest(), stack)
+        known = registry.find_same(name, checkpoint.digest(), stack)
         version = known or _add(registry, name, checkpoint, stack, link, description)
         label = f"{name}@{version.version}"
         data = {
@@ -66,16 +66,6 @@ def register(app: typer.Typer) -> None:
         text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
         notes = tuple(p.message for p in plan.problems)
         return Result(data, label, text, notes=notes)
-
-
-def _already_there(registry: Registry, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
-    """The version that is the same bytes on the same stack, so that adding twice changes nothing."""
-    adapter = registry.find_adapter(name)
-    on = [str(member) for member in stack.members]
-    for version in adapter.versions if adapter else ():
-        if (version.digest, version.fingerprint, version.trained_on) == (digest, stack.base.fingerprint, on):
-            return version
-    return None
 
 
 def _add(

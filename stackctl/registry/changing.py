@@ -112,6 +112,15 @@ class Changes(Resolver):
             self._forget(removed, {version.version})
         return version
 
+    def find_same(self, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
+        """The version of an adapter that is the same bytes on the same stack."""
+        adapter = self.find_adapter(name)
+        wanted = (digest, stack.base.fingerprint, [str(member) for member in stack.members])
+        for version in adapter.versions if adapter else ():
+            if (version.digest, version.fingerprint, version.trained_on) == wanted:
+                return version
+        return None
+
     def next_number(self, name: str) -> int:
         """The number that the next version of an adapter gets."""
         adapter = self.find_adapter(name) or Adapter(name=name, versions=[])

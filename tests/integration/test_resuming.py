@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from house import CHAT, interrupt
 from safetensors.torch import load_file
+from stress.trainings import ANY_MOMENT, PLACES, kill_and_resume, make_template
+
+from stackctl.jobs import run_folder
 
 WHOLE_RUN = ("steps", "tokens", "supervised_tokens", "loss", "trainable_parameters", "digest")
 SHAPE = ("--epochs", 4, "--batch-size", 2, "--scheduler", "cosine", "--warmup", 0.2, "--dropout", 0.3)
@@ -78,31 +82,32 @@ def test_resuming_twice_and_with_nothing_saved(house: Any) -> None:
     same_run(h, h.train("new", *LIVELY, "--resume", on="style"), whole)
 
 
-_KILLED = """
-import contextlib, os, signal
-import stackctl.cli.progress
-from stackctl.cli import main
-
-@contextlib.contextmanager
-def progress(output, name):
-    yield lambda step, steps, counters: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else None
-
-stackctl.cli.progress.training_progress = progress
-import torch
-torch.set_num_threads(1)
-main()
-"""
-
-
-def test_a_kill_leaves_nothing_half_done(house: Any) -> None:
+def test_a_run_that_was_cut_off_after_it_was_registered_is_not_registered_twice(
+    house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h = house()
-    h.add("style", seed=1)
-    options = ("--rank", 4, "--alpha", 8, "--learning-rate", 0.003, *LIVELY)
-    whole = h.train("whole", *options, on="style")
-    command = ["train", "new", "--on", "style", "--data", h.data(), *options, "--json"]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *map(str, command)], cwd=h.folder, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert killed.stdout == b""
-    assert h.adapters() == {"style", "whole"}
-    assert h.run("verify", "--json").json["problems"] == []
-    same_run(h, h.run(*command, "--resume").json, whole)
+    remove = shutil.rmtree
+
+    def cut_off(path: Any, **options: Any) -> None:
+        if path == run_folder(h.registry, "new").path:
+            monkeypatch.setattr(shutil, "rmtree", remove)
+            interrupt()
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    h.train("new", *LIVELY, code=130)
+    assert h.adapters() == {"new"}
+    resumed = h.train("new", *LIVELY, "--resume")
+    assert (resumed["version"], resumed["steps"]) == (1, 12)
+    assert h.run("ls", "--json").json["runs"] == []
+    assert h.train("new", *LIVELY)["version"] == 2, "a training that is no resumed one is another version"
+
+
+def test_a_kill_leaves_nothing_half_done(models: Any, tmp_path: Path) -> None:
+    """SIGKILL in a save, while registering and at any moment. ``make stress`` does it for longer."""
+    template = tmp_path / "template"
+    whole = make_template(template, models("llama"))
+    moments = [*PLACES, ANY_MOMENT]
+    kills, wrong = kill_and_resume(template, tmp_path / "place", whole, moments, random.Random(0))
+    assert not wrong
+    assert kills.keys() >= PLACES.keys()

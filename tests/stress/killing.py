@@ -6,10 +6,10 @@ could leave half done lies between two of them. Nothing in the product knows of 
 
 from __future__ import annotations
 
-import mmap
+import multiprocessing
 import os
+import re
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,59 +17,91 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _STEPS = ("open", "os.", "shutil.", "fcntl.")
+_SERVER = multiprocessing.get_context("forkserver")
+"""A process that has torch loaded and nothing running, and forks commands of the engine off itself."""
+_SERVER.set_forkserver_preload(["stackctl.engine.training"])
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Right before the ``number``-th step on the disk, counted from one, of those on a path that ``place`` matches."""
+
+    number: int
+    place: str = ""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How it ended: the exit code (None when it was killed), the steps that it made, and what it said."""
+    """How it ended: the exit code (None when it was killed), the path of each step that it made, and what it said."""
 
     code: int | None
-    steps: int
+    steps: tuple[str, ...]
     said: str
 
 
 def run_command(
     arguments: list[str],
     folder: Path,
-    kill_before: int | None = None,
+    kill: Kill | None = None,
     prepare: Callable[[Path], None] = lambda _: None,
 ) -> Ended:
-    """Run ``stackctl ARGUMENTS`` in ``folder``; with ``kill_before`` only up to that step, counted from one.
+    """Run ``stackctl ARGUMENTS`` in ``folder``, up to the kill if there is to be one.
 
     ``prepare`` is called with the folder in the process that will be the command.
     """
-    log = folder.parent / f"{folder.name}.log"
-    counter = mmap.mmap(-1, 8)
     child = os.fork()
     if not child:
-        _be_the_command(arguments, folder, kill_before, prepare, log, counter)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    steps = struct.unpack("q", counter)[0]
-    return Ended(None if status == -signal.SIGKILL else status, steps, log.read_text(errors="replace"))
+        _be_the_command(arguments, folder, kill, prepare)
+    return _ended(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), folder)
 
 
-def _be_the_command(
-    arguments: list[str],
-    folder: Path,
-    kill_before: int | None,
-    prepare: Callable[[Path], None],
-    log: Path,
-    counter: mmap.mmap,
-) -> NoReturn:
+def run_engine(arguments: list[str], folder: Path, kill: Kill | float | None = None) -> Ended:
+    """The same for a command of the engine, in one thread; a number kills it after so many seconds.
+
+    It is forked off a process in which torch has never worked: one in which it has is no good for that any more.
+    """
+    child = _SERVER.Process(
+        target=_be_the_command, args=(arguments, folder, kill if isinstance(kill, Kill) else None, _one_thread)
+    )
+    child.start()
+    child.join(kill if isinstance(kill, float) else None)
+    child.kill()
+    child.join()
+    assert child.exitcode is not None
+    return _ended(child.exitcode, folder)
+
+
+def _one_thread(_: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _ended(status: int, folder: Path) -> Ended:
+    said, steps = (path.read_text(errors="replace") for path in _journals(folder))
+    return Ended(None if status == -signal.SIGKILL else status, tuple(steps.splitlines()), said)
+
+
+def _journals(folder: Path) -> tuple[Path, Path]:
+    """The files of what a command in ``folder`` says, and of its steps."""
+    return folder.parent / f"{folder.name}.log", folder.parent / f"{folder.name}.steps"
+
+
+def _be_the_command(arguments: list[str], folder: Path, kill: Kill | None, prepare: Callable[[Path], None]) -> NoReturn:
     code = 99
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        said, steps = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in _journals(folder))
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.chdir(folder)
         os.environ["STACKCTL_CACHE"] = str(folder / "cache")
         from stackctl.cli import main
 
         sys.argv = ["stackctl", *arguments]
-        _arm(str(folder), kill_before, counter)
+        _arm(str(folder), kill, steps)
         prepare(folder)
         main()
     except SystemExit as ended:
@@ -83,24 +115,30 @@ def _be_the_command(
         os._exit(code)
 
 
-def _arm(folder: str, kill_before: int | None, counter: mmap.mmap) -> None:
-    steps = 0
+def _arm(folder: str, kill: Kill | None, journal: int) -> None:
+    """Write each step's path into ``journal``, and die before one of them. A flush belongs to the path before it."""
+    left = kill.number if kill else 0
+    last = ""
 
-    def step() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == kill_before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        counter[:] = struct.pack("q", steps)
+    def step(path: str) -> None:
+        nonlocal left, last
+        last = path
+        if kill and re.search(kill.place, path):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.write(journal, f"{path!r}\n".encode())
 
     def hook(event: str, arguments: Any) -> None:
-        if event.startswith(_STEPS) and any(str(a).startswith(folder) for a in arguments if isinstance(a, str | Path)):
-            step()
+        if event.startswith(_STEPS):
+            path = next((str(a) for a in arguments if isinstance(a, str | Path) and str(a).startswith(folder)), None)
+            if path is not None:
+                step(path)
 
     fsync = os.fsync
 
     def counted(descriptor: int) -> None:
-        step()
+        step(last)
         fsync(descriptor)
 
     os.fsync = counted

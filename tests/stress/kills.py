@@ -17,7 +17,7 @@ from stackctl.checkpoint import read_checkpoint
 from stackctl.cli import make_app
 from stackctl.registry import Registry
 
-from .killing import run_command
+from .killing import Kill, run_command
 from .runner import Budget, Outcome
 
 
@@ -149,7 +149,7 @@ def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) ->
     shutil.copytree(template, place, symlinks=True)
     scenario.damage(place)
     arguments = list(scenario.arguments)
-    ended = run_command(arguments, place, step)
+    ended = run_command(arguments, place, Kill(step))
     if ended.code is not None:
         wrong = [] if ended.code == 0 else [f"ended with {ended.code}: {ended.said}"]
         return False, [f"{scenario.name}, not killed: {text}" for text in wrong]
@@ -163,7 +163,7 @@ def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) ->
     wrong += _wrong(place)
     wrong += [f"{path.relative_to(place)} was left" for path in place.rglob(".tmp-*")]
     run_command(["gc"], place)
-    wrong += [*_wrong(place), *(f"gc left {path}" for path in _without_entry(place / "registry"))]
+    wrong += [*_wrong(place), *(f"gc left {path}" for path in weights_without_entry(place / "registry"))]
     return True, [f"{scenario.name}, killed before step {step}: {text}" for text in wrong]
 
 
@@ -174,7 +174,7 @@ def _wrong(place: Path, but: str = "") -> Iterator[str]:
             yield f"{problem['what']}: {problem['message']}"
 
 
-def _without_entry(root: Path) -> set[Path]:
+def weights_without_entry(root: Path) -> set[Path]:
     """Weights that belong to nothing: after ``gc`` there are none."""
     registry = Registry(root)
     known = {registry.weights_path(version) for adapter in registry.adapters() for version in adapter.versions}
@@ -216,4 +216,4 @@ def count_steps(template: Path, folder: Path, scenario: Scenario) -> int:
     ended = run_command(list(scenario.arguments), place)
     assert ended.code == 0, f"{scenario.name} ended with {ended.code}: {ended.said}"
     assert scenario.done(place), scenario.name
-    return ended.steps
+    return len(ended.steps)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 JOBS = {
     "kills": ("stress.kills:kills", 2.0),
+    "killed trainings": ("stress.trainings:trainings", 1.0),
     "writers": ("stress.writers:writers", 1.0),
     "hostile files": ("stress.fuzz:files", 2.0),
     "hostile data": ("stress.fuzz:data", 0.5),

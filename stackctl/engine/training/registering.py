@@ -37,16 +37,21 @@ def register_version(
     corpus: Corpus,
     outcome: Run,
     counters: Counters,
+    *,
+    resume: bool,
 ) -> AdapterVersion:
-    """Write the checkpoint beside its place, read it back, and register it."""
+    """Write the checkpoint beside its place, read it back, and register it.
+
+    A run that is resumed may have been killed right after it was registered: then it is not registered twice.
+    """
     weights = registry.root / "weights"
     with files.staging_directory(weights) as staged:
         save_adapter(model, staged, state)
         tokenizer.save_pretrained(staged)
         points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
         (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))
-        _check_saved(prepared, staged)
-        return registry.add_version(
+        digest = _check_saved(prepared, staged)
+        return (resume and registry.find_same(prepared.name, digest, prepared.stack)) or registry.add_version(
             prepared.name,
             lambda number: _entry(prepared, registry, staged, number, corpus, outcome),
             staged,
@@ -54,8 +59,8 @@ def register_version(
         )
 
 
-def _check_saved(prepared: PreparedJob, staged: Path) -> None:
-    """What was written is a whole adapter that fits the base and holds numbers.
+def _check_saved(prepared: PreparedJob, staged: Path) -> str:
+    """What was written is a whole adapter that fits the base and holds numbers. Returns its digest.
 
     Raises:
         VerificationFailed: it is not.
@@ -68,6 +73,7 @@ def _check_saved(prepared: PreparedJob, staged: Path) -> None:
     with MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             tensors.factors(module)
+    return checkpoint.digest()
 
 
 def _entry(

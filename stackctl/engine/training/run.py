@@ -140,7 +140,9 @@ def _train(
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
     )
-    version = register_version(prepared, registry, model, state, stacked.tokenizer, corpus, outcome, counters)
+    version = register_version(
+        prepared, registry, model, state, stacked.tokenizer, corpus, outcome, counters, resume=resume
+    )
     return Trained(version, counters, trainable)
 
 
