@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ from typing import Any
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
-from stackctl.files import existing, read_bounded, sha256_bytes
+from stackctl.files import existing, read_bounded, sha256_bytes, sha256_file
 from stackctl.locks import locked
 from stackctl.optional import EMBEDDED, PACKAGES
 from stackctl.schema import Base
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""The files that say how text becomes tokens; a folder has some of them, and its chat template besides."""
 
 _SAMPLE = 256
 # What loading and saving a model changes in its configuration without changing the model.
@@ -123,32 +130,42 @@ def fingerprint(folder: Path) -> str:
 
 
 _RESTORE = {
-    "folder": "restore it, or register this one under a name of its own: stackctl base add NAME SOURCE",
+    "folder": "restore it, or register it as it is now: stackctl base add {name} {folder}",
     "hub": "remove it from huggingface_hub's cache, so that it is fetched again: hf cache rm model/{source}",
 }
 _CONVERT = "stackctl gc --cache: it is converted again when it is needed"
 
 
 def check_base_folder(folder: Path, base: Base) -> Path:
-    """A folder that holds the model that was registered.
+    """A folder that holds the model that was registered, with its tokenizer.
 
     Raises:
         NotFound: it is gone, or a file of it is.
         VerificationFailed: it holds another model, or was changed.
     """
-    hint = _RESTORE.get(base.kind, _CONVERT).format(source=base.source)
+    name = "NAME"  # another model wants a name of its own
     try:
         if fingerprint(check_model_folder(folder)) != base.fingerprint:
             why = "fingerprints differ"
         elif template_digest(folder) != base.chat_template:
-            why = "another chat template"
+            why, name = "another chat template", base.name
+        elif base.tokenizer is not None and tokenizer_digest(folder) != base.tokenizer:
+            why, name = "other files of its tokenizer", base.name
         else:
             return folder
     except NotFound as error:
-        raise NotFound(f"the base '{base.name}' is not whole: {error.message}", hint=hint) from None
+        raise NotFound(
+            f"the base '{base.name}' is not whole: {error.message}", hint=_way_back(base, name, folder)
+        ) from None
     except (Usage, Incompatible, VerificationFailed) as error:  # what was registered could be read
         why = error.message
-    raise VerificationFailed(f"{folder} is not the model that was registered as '{base.name}' ({why})", hint=hint)
+    raise VerificationFailed(
+        f"{folder} is not the model that was registered as '{base.name}' ({why})", hint=_way_back(base, name, folder)
+    )
+
+
+def _way_back(base: Base, name: str, folder: Path) -> str:
+    return _RESTORE.get(base.kind, _CONVERT).format(source=base.source, name=name, folder=shlex.quote(str(folder)))
 
 
 def template_digest(folder: Path) -> str | None:
@@ -165,6 +182,12 @@ def template_digest(folder: Path) -> str | None:
     elif config.is_file():
         template = read_json(config).get("chat_template")
     return sha256_bytes(template.encode(errors="surrogatepass")) if isinstance(template, str) and template else None
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """``sha256:<hex>`` of the names and bytes of a model folder's tokenizer files."""
+    found = [(name, sha256_file(folder / name)) for name in TOKENIZER if (folder / name).is_file()]
+    return sha256_bytes(json.dumps(found).encode())
 
 
 def check_model_folder(folder: Path) -> Path:

@@ -266,12 +266,13 @@ def sha256_bytes(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """``sha256:<hex>`` of a file, read in pieces."""
+def sha256_file(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
+    """``sha256:<hex>`` of a file, read in pieces; ``read`` is called with the bytes of each."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(_CHUNK):
             digest.update(piece)
+            read(len(piece))
     return "sha256:" + digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from stackctl.bases import cache_root, converted_models
 from stackctl.errors import Failed, Usage
 from stackctl.jobs import RunFolder, run_folder, unfinished_runs
 from stackctl.registry import Freed, Registry
+from stackctl.registry.index import indices_folder
 
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Tokenised data that no run asked for in so long is removed."""
@@ -94,6 +95,20 @@ def free_conversions(*, dry_run: bool) -> list[Freed]:
             freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
             if not dry_run:
                 files.discard(model)
+    return freed
+
+
+def free_indices(*, dry_run: bool) -> list[Freed]:
+    """Remove what is remembered of the entries of every registry."""
+    freed = list(_left_over(indices_folder(), dry_run))
+    for index in files.children(indices_folder()):
+        if index.suffix != ".msgpack":
+            continue
+        with contextlib.suppress(OSError):  # somebody else cleans up, too, or it is somebody else's
+            size = index.stat().st_size
+            if not dry_run:
+                index.unlink()
+            freed.append(Freed(f"index/{index.stem[:8]}", "what is remembered of entries", str(index), size))
     return freed
 
 

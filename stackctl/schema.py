@@ -57,8 +57,9 @@ class ModuleShape(Part, frozen=True, kw_only=True):
 class Base(Entry, frozen=True, kw_only=True):
     """``bases/NAME.yaml``: a base model, recognised by its fingerprint.
 
-    ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``modules`` maps names, with
-    ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
+    ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``tokenizer`` is None where the
+    tokenizer's files are made here (out of a GGUF), and in entries of stackctl 0.1 before there was such a field.
+    ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Base(Entry, frozen=True, kw_only=True):
     vocabulary_size: Count
     context_length: Count | None = None
     chat_template: str | None = None
+    tokenizer: str | None = None
     tied_embeddings: bool = False
     input_embedding: str | None = None
     output_embedding: str | None = None

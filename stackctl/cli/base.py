@@ -59,12 +59,17 @@ def register(app: typer.Typer) -> None:
         from stackctl.engine.models import quiet_libraries
 
         quiet_libraries()
+        before = registry.find_base(name)
         base = make_base(name, source, revision, registry, context.output.status)
         registry.save_base(base)
         folder = base_folder(base, registry, context.output.status)
+        changed = before is not None and (
+            before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)
+        )
         data = {**base_json(base, registry), "path": str(folder)}
         size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
-        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}")
+        notes = (f"the tokenizer of {name} is another one than the one that was registered",) if changed else ()
+        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=notes)
 
     @command(group, "ls", example="stackctl base ls --json")
     def ls(context: Context) -> Result:

@@ -9,7 +9,7 @@ import typer
 
 from stackctl.cli.common import HOUSE, Context, command
 from stackctl.files import human_bytes, tree_bytes
-from stackctl.housekeeping import drop_runs, free_conversions, free_logs, free_tokens
+from stackctl.housekeeping import drop_runs, free_conversions, free_indices, free_logs, free_tokens
 from stackctl.jobs import unfinished_runs
 from stackctl.output import Result
 from stackctl.registry import Freed, Registry
@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
         ] = False,
         cache: Annotated[
             bool,
-            typer.Option("--cache", help="Also tokenised data and models converted from GGUF, of every registry."),
+            typer.Option(
+                "--cache", help="Also tokenised data, models converted from GGUF, indices: of every registry."
+            ),
         ] = False,
     ) -> Result:
         """Free the weights of removed versions, and what killed commands left; what an entry needs stays.
@@ -43,7 +45,7 @@ def register(app: typer.Typer) -> None:
         freed += registry.free(needed, dry_run=dry_run)
         freed += free_logs(registry, {found.what for found in freed}, every=logs, dry_run=dry_run)
         freed += free_tokens(every=cache, dry_run=dry_run)
-        freed += free_conversions(dry_run=dry_run) if cache else []
+        freed += [*free_conversions(dry_run=dry_run), *free_indices(dry_run=dry_run)] if cache else []
         total = sum(found.bytes for found in freed)
         kept = _kept(registry, {found.path for found in freed})
         data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
@@ -53,7 +55,7 @@ def register(app: typer.Typer) -> None:
         return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 
-_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "tokenised data and converted models"}
+_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "tokenised data, converted models and indices"}
 
 
 def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
@@ -61,7 +63,7 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
     runs = [run["path"] for run in unfinished_runs(registry)]
     found = {
         "logs": free_logs(registry, every=True, dry_run=True),
-        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True),
+        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True) + free_indices(dry_run=True),
     }
     return {
         "runs": sum(tree_bytes(Path(path)) for path in runs if path not in freed),

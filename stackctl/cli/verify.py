@@ -13,7 +13,7 @@ from stackctl.cli.common import KNOW, Context, command, complete_what
 from stackctl.errors import StackctlError, Usage, VerificationFailed
 from stackctl.files import existing
 from stackctl.output import Result
-from stackctl.registry import Registry, ResolvedMember
+from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.repairing import Source, find_sources
 from stackctl.repairing import repair as repair_version
 from stackctl.schema import Base
@@ -53,9 +53,8 @@ def register(app: typer.Typer) -> None:
             existing(from_, "the folder")
         registry = context.registry
         asked = registry.resolve(what) if what else None
-        only = {member.label for member in asked.members} if asked else None
         damaged: list[ResolvedMember] = []
-        checked, problems = _hash(context, only, damaged)
+        checked, problems = _hash(context, asked, damaged)
         problems += _changed_bases(registry, [asked.base.name] if asked else registry.names(Base))
         checked += 1 if asked else 0
         sources = find_sources(registry, damaged, from_)
@@ -71,11 +70,26 @@ def register(app: typer.Typer) -> None:
         return Result(data, "\n".join(p["what"] for p in problems), _screen(data), code)
 
 
-def _hash(context: Context, only: set[str] | None, damaged: list[ResolvedMember]) -> tuple[int, list[dict[str, Any]]]:
-    with context.output.progress() as progress:
-        task = progress.add_task("verifying", total=None)
-        return context.registry.verify(
-            only, lambda label: progress.update(task, description=f"verifying {label}"), damaged.append
+def _hash(
+    context: Context, asked: ResolvedStack | None, damaged: list[ResolvedMember]
+) -> tuple[int, list[dict[str, Any]]]:
+    registry = context.registry
+    only = {member.label for member in asked.members} if asked else None
+    if not context.output.shows_progress:
+        return registry.verify(only, damaged=damaged.append)
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    total = sum(m.version.bytes for m in asked.members) if asked else registry.bytes_to_verify()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with context.output.progress(*columns) as progress:
+        task = progress.add_task("verifying", total=total)
+        return registry.verify(
+            only,
+            lambda label: progress.update(task, description=f"verifying {label}"),
+            damaged.append,
+            lambda count: progress.advance(task, count),
         )
 
 

@@ -30,6 +30,7 @@ from stackctl.bases import (
     fingerprint,
     read_base_tensors,
     template_digest,
+    tokenizer_digest,
 )
 from stackctl.errors import Incompatible, NotFound, Usage, first_line
 from stackctl.modules import compact_modules
@@ -172,6 +173,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         vocabulary_size=int(text_config.vocab_size),
         context_length=getattr(text_config, "max_position_embeddings", None),
         chat_template=template_digest(folder),
+        tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         input_embedding=names.get(id(model.get_input_embeddings())),
         output_embedding=names.get(id(output)),

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from stackctl.bases import EMBEDDED_HUB_ID, read_json
+from stackctl.bases import EMBEDDED_HUB_ID, TOKENIZER, read_json
 from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.errors import Incompatible, StackctlError, Usage
@@ -29,15 +29,11 @@ STACK = "stack.yaml"
 ADAPTER = "adapter.yaml"
 MEMBERS = "members"
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *TOKENIZER)
+_CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+_TOKENIZER = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
+CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *_TOKENIZER)
 """The files of a checkpoint that travel. Nothing else does, in either direction: what is not here is not fetched."""
 
-_CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 _KNOWN_FACTS = {EMBEDDED_HUB_ID: Facts(license="apache-2.0", language=("en",))}
 
 
@@ -265,7 +261,7 @@ def bundle_stack(
     content: dict[str, Content] = {WEIGHTS: out / WEIGHTS, CONFIG: _published_config(out, base_id)}
     newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
-    content |= {file: source / file for file in TOKENIZER if (source / file).is_file()}
+    content |= {file: source / file for file in _TOKENIZER if (source / file).is_file()}
     if "tokenizer_config.json" in content:
         content["tokenizer_config.json"] = _published_tokenizer_config(source / "tokenizer_config.json")
     content[STACK] = format_yaml(_recipe(registry, stack, name)).encode()
@@ -291,7 +287,7 @@ def bundle_stack(
 
 def _tokenizer_rank(registry: Registry, member: ResolvedMember) -> bool:
     folder = registry.weights_path(member.version)
-    return any((folder / name).is_file() for name in TOKENIZER)
+    return any((folder / name).is_file() for name in _TOKENIZER)
 
 
 def _has_tokenizer(content: dict[str, Content]) -> bool:

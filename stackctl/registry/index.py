@@ -68,9 +68,14 @@ def entry_name(entry: os.DirEntry[str]) -> str:
     return entry.name.removesuffix(".yaml")
 
 
+def indices_folder() -> Path:
+    """Where the indices of every registry are kept."""
+    return cache_root() / "index"
+
+
 def index_path(folder: Path) -> Path:
     """Where the index of a folder of entries is kept."""
-    return cache_root() / "index" / f"{files.sha256_bytes(os.fsencode(folder)).removeprefix('sha256:')[:24]}.msgpack"
+    return indices_folder() / f"{files.sha256_bytes(os.fsencode(folder)).removeprefix('sha256:')[:24]}.msgpack"
 
 
 def read_rows(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -306,21 +307,29 @@ class Resolver(Entries):
             fingerprint=version.fingerprint, trained_on=tuple(version.trained_on),
         )  # fmt: skip
 
-    def damaged(self, members: Iterable[ResolvedMember], *, fresh: bool = False) -> list[ResolvedMember]:
-        """Those members whose files are missing or changed; ``fresh`` hashes even files that look unchanged."""
+    def damaged(
+        self, members: Iterable[ResolvedMember], *, fresh: bool = False, read: Callable[[int], None] = lambda _: None
+    ) -> list[ResolvedMember]:
+        """Those members whose files are missing or changed; ``fresh`` hashes even files that look unchanged.
+
+        Args:
+            read: is called with the bytes that were hashed freshly, piece by piece.
+        """
         cache = DigestCache(self.root)
-        sha256 = files.sha256_file if fresh else cache.sha256
+        sha256 = functools.partial(files.sha256_file, read=read) if fresh else cache.sha256
         found = [m for m in members if folder_digest(self.weights_path(m.version), sha256) != m.version.digest]
         cache.save()
         return found
 
-    def check_digests(self, members: tuple[ResolvedMember, ...], *, fresh: bool = False) -> None:
-        """Compare every member's checkpoint with what was registered; ``fresh`` hashes even files that look unchanged.
+    def check_digests(
+        self, members: tuple[ResolvedMember, ...], *, fresh: bool = False, read: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Compare every member's checkpoint with what was registered; ``fresh`` and ``read`` as of :meth:`damaged`.
 
         Raises:
             VerificationFailed, NotFound: with the names of all that changed, and of all whose files are missing.
         """
-        damaged = self.damaged(members, fresh=fresh)
+        damaged = self.damaged(members, fresh=fresh, read=read)
         missing = [member.label for member in damaged if not self._has_files(member)]
         changed = [member.label for member in damaged if member.label not in missing]
         hint = f"stackctl verify --repair (or remove it: stackctl rm {(changed + missing + [''])[0]})"

@@ -50,6 +50,9 @@ class Restorations(Removals):
         for name in self.names(Removed):
             with contextlib.suppress(StackctlError):
                 yield from self.find_removed(name).versions
+        yield from self._registered_versions()
+
+    def _registered_versions(self) -> Iterator[AdapterVersion | VersionRow]:
         try:
             yield from [version for row in self.adapter_rows() for version in row.versions]
         except StackctlError:  # one of them: the others are read without an index

@@ -30,12 +30,14 @@ class Registry(Restorations):
         only: set[str] | None = None,
         progress: Callable[[str], None] = lambda _: None,
         damaged: Callable[[ResolvedMember], None] = lambda _: None,
+        read: Callable[[int], None] = lambda _: None,
     ) -> tuple[int, list[dict[str, Any]]]:
         """Rehash everything registered, or only the labels given.
 
         Args:
             progress: is called with the label of each version before it is hashed.
             damaged: is called with each version whose files are missing or changed.
+            read: is called with the bytes that were hashed, piece by piece; :meth:`bytes_to_verify` is about their sum.
 
         Returns:
             how many things were checked, and every problem found as ``{"what", "message"}``.
@@ -74,18 +76,23 @@ class Registry(Restorations):
                     progress(label)
                     checked += 1
                     member = ResolvedMember(adapter, version, 1.0)
-                    attempt(label, lambda m=member: self._verify_version(m, damaged, base, foundation))  # type: ignore[misc]
+                    attempt(label, lambda m=member: self._verify_version(m, damaged, read, base, foundation))  # type: ignore[misc]
         return checked, problems
+
+    def bytes_to_verify(self) -> int:
+        """How much there is to hash, as the entries say that can be read."""
+        return sum(version.bytes for version in self._registered_versions())
 
     def _verify_version(
         self,
         member: ResolvedMember,
         damaged: Callable[[ResolvedMember], None],
+        read: Callable[[int], None],
         find_base: Callable[[str], Base],
         find_foundation: Callable[[Reference], ResolvedMember],
     ) -> None:
         try:
-            self.check_digests((member,), fresh=True)
+            self.check_digests((member,), fresh=True, read=read)
         except (StackctlError, OSError):
             damaged(member)
             raise

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import FINGERPRINT, make_base, register
@@ -216,6 +217,23 @@ def test_gc_frees_tokenised_data_that_nobody_used_for_long(shelf, run, cache):
     assert run("gc", "--cache", "-q").out == "tokens/0abc\n"
     assert list((cache / "tokens").iterdir()) == []
     assert run("gc").out == "nothing to free\n"
+
+
+def test_gc_frees_indices_when_it_is_asked_and_they_are_made_again(shelf, run, cache, monkeypatch):
+    monkeypatch.setattr("stackctl.registry.index._WORTH_KEEPING", 1)
+    monkeypatch.setattr("stackctl.registry.index.time", SimpleNamespace(time=lambda: time.time() + 10))
+    listed = run("ls", "--json").json
+    (index,) = (cache / "index").iterdir()
+    size = index.stat().st_size
+    (cache / "index" / "notes.txt").write_text("mine")
+    assert run("gc", "--json").json["kept"]["cache"] == 5 + size
+    freed = {f["what"]: f["bytes"] for f in run("gc", "--cache", "--dry-run", "--json").json["freed"]}
+    assert freed == {"tokens/0abc": 5, f"index/{index.stem[:8]}": size}
+    assert index.is_file()
+    assert {f["what"]: f["bytes"] for f in run("gc", "--cache", "--json").json["freed"]} == freed
+    assert [path.name for path in (cache / "index").iterdir()] == ["notes.txt"]
+    assert run("ls", "--json").json == listed
+    assert index.is_file()
 
 
 def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(shelf, run, cache, monkeypatch):

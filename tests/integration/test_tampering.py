@@ -73,6 +73,8 @@ TAMPERED: dict[str, tuple[str, bytes | int, bytes]] = {
     "a weight of the base": ("model/model.safetensors", -3, b""),
     "the base's configuration": ("model/config.json", b'"rms_norm_eps": 1', b'"rms_norm_eps": 2'),
     "a brace of it": ("model/config.json", b"{", b"["),
+    "the base's tokenizer": ("model/tokenizer.json", b'"BPE"', b'"BPX"'),
+    "its settings": ("model/tokenizer_config.json", b"eos_token", b"eos_tokem"),
     "the base's chat template": ("model/chat_template.jinja", b"content", b"c0ntent"),
 }
 """What is changed: the file, and the byte of it that is flipped or the text that becomes another of that length."""
@@ -112,6 +114,30 @@ def test_a_changed_file_is_5_and_named(project: Path, run: Any, what: str, set_b
     assert {p: p.read_bytes() for p in (project / "registry").rglob("*.yaml")} == registry
     found = run("verify", "--json", code=5).json["problems"]
     assert [problem["what"] for problem in found] == ["tiny" if is_base else "instruct@1"]
+
+
+def test_a_tokenizer_that_was_changed_on_purpose_is_registered_again(project: Path, run: Any) -> None:
+    path = project / "model" / "tokenizer_config.json"
+    assert run("base", "add", "tiny", "model").err == ""
+    path.write_text(path.read_text() + "\n")
+    (problem,) = run("verify", "--json", code=5).json["problems"]
+    assert "other files of its tokenizer" in problem["message"]
+    hint = run("generate", "style", "-p", "x", code=5).err.splitlines()[-1]
+    assert hint.endswith(f"stackctl base add tiny {project / 'model'}")
+    assert "another one than the one that was registered" in run("base", "add", "tiny", project / "model").err
+    assert run("verify", "--json").json["problems"] == []
+    assert run("base", "add", "tiny", "model").err == ""
+
+
+def test_a_base_that_was_registered_before_tokenizers_were_recorded_stays_good(project: Path, run: Any) -> None:
+    entry = project / "registry" / "bases" / "tiny.yaml"
+    lines = entry.read_text().splitlines(keepends=True)
+    entry.write_text("".join(line for line in lines if not line.startswith("tokenizer: sha256:")))
+    assert len(entry.read_text().splitlines()) == len(lines) - 1
+    (project / "model" / "tokenizer_config.json").write_text("{}")
+    assert run("verify", "--json").json["problems"] == []
+    assert run("base", "add", "tiny", "model").err == ""
+    assert entry.read_text().count("tokenizer: sha256:") == 1
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

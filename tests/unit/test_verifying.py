@@ -1,0 +1,63 @@
+"""verify: what is hashed, and how far it says that it is."""
+
+from __future__ import annotations
+
+import os
+import pty
+
+import pytest
+from checkpoints import hub_base, make_registry, register
+
+
+@pytest.fixture
+def registry(tmp_path):
+    registry = make_registry(tmp_path / "registry", hub_base())
+    register(registry, "style", seed=1)
+    register(registry, "style", seed=2)
+    register(registry, "instruct", ["style@1"], seed=3)
+    return registry
+
+
+def weights(registry, label):
+    name, _, number = label.partition("@")
+    return registry.root / "weights" / name / number / "adapter_model.safetensors"
+
+
+def test_every_byte_that_is_hashed_is_counted(registry):
+    read, whole = [], [weights(registry, label).stat().st_size for label in ("instruct@1", "style@1", "style@2")]
+    assert registry.verify(read=read.append) == (4, [])
+    assert read == whole
+    tensors = sum(version.bytes for name in ("instruct", "style") for version in registry.find_adapter(name).versions)
+    assert registry.bytes_to_verify() == tensors
+    assert 0 < tensors < sum(whole), "a header is not counted in entries"
+
+
+def test_the_sum_is_known_where_an_entry_cannot_be_read(registry):
+    instruct = registry.find_adapter("instruct").newest().bytes
+    (registry.root / "adapters" / "style.yaml").write_text("broken")
+    assert registry.bytes_to_verify() == instruct
+
+
+def test_large_files_are_counted_piece_by_piece(registry, monkeypatch):
+    monkeypatch.setattr("stackctl.files._CHUNK", 100)
+    size, read = weights(registry, "style@1").stat().st_size, []
+    registry.verify({"style@1"}, read=read.append)
+    assert sum(read) == size
+    assert read[:2] == [100, 100]
+
+
+def test_a_terminal_shows_how_much_of_how_much(registry, run, monkeypatch, tmp_path):
+    """The bar is drawn on a pseudo-terminal; what verify found goes to stdout as ever."""
+    monkeypatch.setenv("STACKCTL_REGISTRY", str(registry.root))
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as screen:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr("sys.stderr", screen)
+        ran = run("verify")
+        screen.flush()
+        shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert ran.out == "4 entries checked, nothing wrong\n"
+    assert "verifying style@2" in shown
+    assert "kB" in shown or "bytes" in shown
+    assert "/s" in shown
