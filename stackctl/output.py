@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from stackctl import paging
 from stackctl.errors import StackctlError
+from stackctl.screen import Painted, laid_out, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _PIPED_WIDTH = 160
 """Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
-_CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
+_REMEMBERED = 600
+"""Seconds that say how fast something goes; rich's 30 know nothing where a step takes as long."""
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _SEGMENTS = 50
 """How many pieces of rich's are turned into text at once."""
 
@@ -58,11 +61,6 @@ class Result:
     paged: bool = False
 
 
-def printable(text: str) -> str:
-    """Text that may be other people's, fit to be shown: what would speak to the terminal is written as an escape."""
-    return _CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
-
-
 class _LineTracker:
     """stderr that knows whether the cursor is at the start of a line (other people's progress bars leave it amid)."""
 
@@ -71,8 +69,8 @@ class _LineTracker:
         self.at_start = True
 
     def write(self, text: str) -> int:
-        if text:
-            self.at_start = text.endswith("\n")
+        if shown := _ESCAPE.sub("", text):
+            self.at_start = shown.endswith("\n")
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -129,7 +127,7 @@ class Output:
                 sys.stdout.writelines(pieces)
                 sys.stdout.flush()
         elif result.screen:
-            self.text(printable(result.screen) + "\n")
+            self.text(laid_out(printable(result.screen), sys.stdout) + "\n")
 
     def line_json(self, document: dict[str, Any]) -> None:
         """One JSON document on one line of stdout; what is an iterator becomes a list, written item by item."""
@@ -160,25 +158,26 @@ class Output:
     def status(self, text: str) -> None:
         """What is being done now, on stderr; not with ``-q``."""
         if not self.quiet:
-            self._line(printable(text))
+            self._line(text if isinstance(text, Painted) else printable(text))
 
     def _line(self, text: str) -> None:
         start = "" if getattr(sys.stderr, "at_start", True) else "\n"
-        sys.stderr.write(f"{start}{text}\n")
+        shown = text if isinstance(text, Painted) else laid_out(text, sys.stderr)
+        sys.stderr.write(f"{start}{shown}\n")
         sys.stderr.flush()
 
     def error(self, error: StackctlError) -> None:
         """``error:`` and ``hint:`` on stderr; with ``--json`` the same on stdout."""
         message = printable(" ".join(error.message.split()))
-        self._line(styled("error:", "1;31", sys.stderr) + f" {message}")
+        self._line(f"error: {message}")
         hint = error.hint or _HINTS.get(error.code, "run it again with --debug to see where it happened")
-        self._line(styled("hint:", "1;36", sys.stderr) + f" {printable(' '.join(hint.split()))}")
+        self._line(f"hint: {printable(' '.join(hint.split()))}")
         if self.json_mode:
             self.line_json({"error": {"code": error.code, "message": error.message, "hint": hint}})
 
     @contextlib.contextmanager
-    def progress(self, *columns: Any) -> Iterator[Progress]:
-        """A rich progress bar on stderr; it shows nothing when stderr is no terminal or with ``-q``.
+    def progress(self, *columns: Any, stays: bool = False) -> Iterator[Progress]:
+        """A rich progress bar on stderr, gone afterwards unless it ``stays``; none without a terminal, or with ``-q``.
 
         Left to itself, rich would send to stderr what a command prints on stdout while a bar is up.
         """
@@ -187,7 +186,10 @@ class Output:
         screen = console(sys.stderr)
         disabled = self.quiet or not screen.is_terminal
         shown = columns or Progress.get_default_columns()
-        with Progress(*shown, console=screen, disable=disabled, redirect_stdout=False) as progress:
+        with Progress(
+            *shown, console=screen, disable=disabled, redirect_stdout=False, transient=not stays,
+            speed_estimate_period=_REMEMBERED,
+        ) as progress:  # fmt: skip
             yield progress
 
     @property
@@ -240,13 +242,3 @@ def console(stream: TextIO) -> Console:
     return Printable(
         file=stream, width=width, color_system=colours, highlight=False, markup=False, soft_wrap=False, emoji=False
     )  # fmt: skip
-
-
-def colours_on(stream: TextIO) -> bool:
-    """Whether text may be coloured: on a terminal that can, and not where NO_COLOR forbids it."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
-
-
-def styled(text: str, code: str, stream: TextIO) -> str:
-    """Text with a terminal's code for a colour or for bold, where ``stream`` may have one."""
-    return f"\033[{code}m{text}\033[0m" if colours_on(stream) else text

@@ -11,7 +11,7 @@ import inspect
 import sys
 from typing import Any
 
-from stackctl.output import styled
+from stackctl.screen import styled
 
 COMMON = "Common"
 """The group of options that every command has; it comes last."""

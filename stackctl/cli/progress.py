@@ -60,7 +60,7 @@ def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int,
                 "speed": counters.tokens_per_second,
             }
             if not state:  # begun at the first step, so that notes before it do not tear the bar
-                progress = stack.enter_context(output.progress(*columns))
+                progress = stack.enter_context(output.progress(*columns, stays=True))
                 state.update(bar=progress, task=progress.add_task(f"training {name}", total=steps, **fields))
             state["bar"].update(state["task"], completed=step, total=steps, **fields)
 

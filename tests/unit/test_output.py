@@ -18,7 +18,8 @@ from stackctl.errors import (
     Usage,
     VerificationFailed,
 )
-from stackctl.output import Output, Result, console, prepare_streams, printable
+from stackctl.output import Output, Result, console, prepare_streams
+from stackctl.screen import Painted, printable
 
 RESULT = Result({"name": "灯", "loss": 1.5}, "brief", "screen", notes=("mind this",))
 ERRORS = [Failed, Usage, NotFound, Incompatible, VerificationFailed, HubFailure, Interrupted, StackctlError]
@@ -103,15 +104,16 @@ def test_exit_codes_are_those_of_the_contract():
     assert len({kind.code for kind in ERRORS[:-1]}) == 7
 
 
-@pytest.mark.parametrize("left", ["50%|#####     |", "\r50%", "done\n", ""])
+@pytest.mark.parametrize("left", ["50%|#####     |", "\r50%", "done\n", "", "done\n\x1b[?25h"])
 def test_an_error_starts_a_line_wherever_a_progress_bar_left_the_cursor(monkeypatch, left):
     written = io.StringIO()
     monkeypatch.setattr(sys, "stderr", written)
     prepare_streams()
     sys.stderr.write(left)
     Output().error(Failed("cut", hint="again"))
-    assert "error: cut" in written.getvalue().splitlines()
-    assert "\n\n" not in written.getvalue()
+    shown = written.getvalue().replace("\x1b[?25h", "")
+    assert "error: cut" in shown.splitlines()
+    assert "\n\n" not in shown
 
 
 def test_tracking_twice_is_tracking_once(monkeypatch):
@@ -138,6 +140,47 @@ def test_no_color_leaves_no_escape_on_a_terminal(monkeypatch, no_color):
     monkeypatch.setattr(sys, "stderr", screen)
     Output().error(Failed("x", hint="y"))
     assert ("\x1b[" in screen.getvalue()) is not bool(no_color)
+
+
+def on_terminal(monkeypatch, columns=40):
+    """stderr as a terminal of that many columns, with colours."""
+    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+def test_labels_have_colours_whoever_says_them(monkeypatch):
+    screen = on_terminal(monkeypatch)
+    output = Output()
+    output.note("mind this")
+    output.status("note: mind that")
+    output.status("wrote a note: here")
+    output.error(Failed("x", hint="y"))
+    assert screen.getvalue().splitlines() == [
+        "\x1b[1;33mnote:\x1b[0m mind this",
+        "\x1b[1;33mnote:\x1b[0m mind that",
+        "wrote a note: here",
+        "\x1b[1;31merror:\x1b[0m x",
+        "\x1b[1;36mhint:\x1b[0m y",
+    ]
+
+
+def test_a_terminal_breaks_no_word_and_no_command(monkeypatch):
+    screen = on_terminal(monkeypatch, columns=20)
+    monkeypatch.setenv("NO_COLOR", "1")
+    command = "go on with: stackctl train --resume style --data style.jsonl"
+    Output().status(f"  these words are many\n{command}\nand\n{'x' * 30}")
+    assert screen.getvalue().splitlines() == ["  these words are", "  many", command, "and", "x" * 30]
+
+
+def test_our_own_colours_reach_the_terminal_and_nobody_elses(monkeypatch):
+    screen = on_terminal(monkeypatch)
+    Output().status(Painted("\x1b[32mlearned\x1b[0m"))
+    Output().status("\x1b[32mnot ours")
+    assert screen.getvalue() == "\x1b[32mlearned\x1b[0m\n\\x1b[32mnot ours\n"
 
 
 def test_what_is_piped_is_not_cut(monkeypatch):

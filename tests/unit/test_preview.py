@@ -35,3 +35,19 @@ def test_what_is_long_is_shown_from_both_ends() -> None:
 def test_data_does_not_steer_the_terminal() -> None:
     assert render_preview([("\033[2Jgone\r\t", True)], colours=False) == "  │ ⟦\\x1b[2Jgone\\r\\t⟧"
     assert render_preview([("海\u3000面 é", True)], colours=False) == "  │ ⟦海\u3000面 é⟧"
+
+
+def test_lines_end_between_words_where_the_terminal_ends() -> None:
+    parts = [("one two three four", False), (" five six", True)]
+    assert render_preview(parts, colours=False, width=15).split("\n") == [
+        "  │ one two",
+        "  │ three four⟦",
+        "  │ five six⟧",
+    ]
+    assert render_preview([("海面" * 5, True)], colours=True, width=12).split("\n") == [
+        "  │ \033[32m海面海面\033[0m",
+        "  │ \033[32m海面海面\033[0m",
+        "  │ \033[32m海面\033[0m",
+    ]
+    long = render_preview([("a" * 30, True)], colours=True, width=14)
+    assert [line.count("a") for line in long.split("\n")] == [10, 10, 10]

@@ -14,8 +14,8 @@ from stackctl.engine.data.cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.errors import Usage
 from stackctl.jobs import PreparedJob
-from stackctl.output import colours_on
 from stackctl.preview import Part, render_preview
+from stackctl.screen import Painted, colours_on, width_of
 
 Say = Callable[[str], None]
 _NAMED = 20
@@ -66,7 +66,8 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
-    say(render_preview(preview_parts(encoded.examples[0], tokenizer), colours=colours))
+    parts = preview_parts(encoded.examples[0], tokenizer)
+    say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
     rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation)
 
