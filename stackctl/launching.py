@@ -239,6 +239,7 @@ def _follow(
             if signals.word and not signals.told:
                 workers.ask(signals.word)
                 signals.told = True
+                output.note(ranks.ENDING)
             ended = launcher.poll() is not None
             try:
                 message = workers.messages.get(timeout=0.1)

@@ -28,6 +28,10 @@ asked for, and the command that goes on after an interruption; as JSON."""
 HOST = "127.0.0.1"
 
 
+ENDING = "it ends after this step and is saved; a second Ctrl-C ends it at once, without saving"
+"""What is said when a run is asked to stop."""
+
+
 def rank() -> int:
     """This process among those of the run: 0 unless a launcher says otherwise."""
     return int(os.environ["RANK"]) if is_launched() else 0

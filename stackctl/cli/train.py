@@ -13,10 +13,11 @@ import typer
 
 from stackctl.cli.common import MACHINE, PATH, Context, command, complete_bases, complete_what
 from stackctl.cli.config import JobFile, is_recipe, read_job
-from stackctl.cli.training import dry_run_result, trained_result
+from stackctl.cli.training import dry_run_result, trained_result, with_next
 from stackctl.errors import StackctlError, Usage
 from stackctl.jobs import PreparedJob, prepare_job
 from stackctl.output import Result
+from stackctl.plain import plain
 from stackctl.recipe import (
     FILE,
     RecipeFile,
@@ -85,7 +86,7 @@ def register(app: typer.Typer) -> None:
         prepared = _prepare(context, name, found, given)
         if dry_run:
             return dry_run_result(context, prepared)
-        return trained_result(context, prepared, resume=resume)
+        return with_next(trained_result(context, prepared, resume=resume), prepared)
 
     train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in _parameters()}
@@ -188,7 +189,7 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$.")
         option = "--" + place.rstrip("`").replace("_", "-")
-        raise Usage(f"{option}: {message[:1].lower()}{message[1:]}", hint="stackctl train --help") from None
+        raise Usage(f"{option}: {plain(message)}", hint="stackctl train --help") from None
     return prepare_job(context.registry, name, job, fresh=fresh)
 
 
@@ -231,7 +232,9 @@ def build_recipe(
         try:
             if step.kind == "adapter":
                 prepared = prepare_recipe_job(found, registry, step.name)
-                built.append(trained_result(context, prepared, resume=resume).json)
+                trained = trained_result(context, prepared, resume=resume)
+                context.output.status(str(trained.screen))
+                built.append(trained.json)
             else:
                 built.append(_compose(found, registry, step.name))
         except StackctlError as error:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -103,7 +106,14 @@ def typed_again() -> str:
     typed = sys.argv[1:]
     if typed[:1] == ["train"] and "--resume" not in typed:
         typed = ["train", "--resume", *typed[1:]]
-    return shlex.join(["stackctl", *typed])
+    return shlex.join([*_program(), *typed])
+
+
+def _program() -> list[str]:
+    """stackctl as a shell finds it here: by its name, else by the path that it was called by."""
+    if shutil.which("stackctl") or Path(sys.argv[0]).name == "stackctl" == sys.argv[0]:
+        return ["stackctl"]
+    return [sys.executable, "-m", "stackctl"] if sys.argv[0].endswith(".py") else [sys.argv[0]]
 
 
 def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
@@ -159,15 +169,18 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "kept_step": run.kept_step,
         "stopped_early": run.stopped_early,
     }
-    text = f"trained {label} in {run.steps} steps, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
-    text += f"\nnext: {_next(prepared)}"
+    steps = f"{run.steps} step{'s' if run.steps != 1 else ''}"
+    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
     return Result(data, label, text)
 
 
-def _next(prepared: PreparedJob) -> str:
-    """What one does with a new adapter: try it, or put it together with what it stands on."""
+def with_next(result: Result, prepared: PreparedJob) -> Result:
+    """The result, and what one does with a new adapter: try it, or put it together with what it stands on."""
+    if ranks.is_worker():  # the command that launched it says so
+        return result
     below = [member.adapter.name for member in prepared.stack.members]
-    return f"stackctl compose {'+'.join([*below, prepared.name])}" if below else f"stackctl generate {prepared.name}"
+    then = f"compose {'+'.join([*below, prepared.name])}" if below else f"generate {prepared.name}"
+    return replace(result, screen=f"{result.screen}\nnext: stackctl {then}")
 
 
 def _improvement(run: Run, curve: list[dict[str, float]]) -> str:

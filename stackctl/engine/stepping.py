@@ -51,9 +51,10 @@ class StepGuard(TrainerCallback):
     ``stopped`` is the signal that ended the training, on any of the ranks, else 0.
     """
 
-    def __init__(self, trainer: StackTrainer, progress: Progress) -> None:
+    def __init__(self, trainer: StackTrainer, progress: Progress, say: Callable[[str], None]) -> None:
         self._trainer = trainer
         self._progress = progress
+        self._say = say
         self._started = 0.0
         self._before = 0.0
         self._rate = 0.0
@@ -81,6 +82,8 @@ class StepGuard(TrainerCallback):
         if self._asked and not ranks.is_launched():  # a launcher passes on what the terminal has sent already
             raise KeyboardInterrupt
         self._asked = number
+        with contextlib.suppress(RuntimeError):  # it came while something was written, which cannot be entered twice
+            self._say(f"note: {ranks.ENDING}")
 
     def _wish(self) -> int:
         """The signal by which this rank was asked to stop; 0 when it was not."""

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ class StackTrainer(Trainer):
         as_rows: bool,
         bfloat16: bool,
         progress: Progress,
+        say: Callable[[str], None],
         held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
@@ -128,7 +130,7 @@ class StackTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is normalised over the whole step already
         for printer in (PrinterCallback, ProgressCallback):  # they print on stdout, which belongs to the result
             self.remove_callback(printer)
-        self.guard = StepGuard(self, progress)
+        self.guard = StepGuard(self, progress, say)
         self.add_callback(self.guard)
         if held_out:
             self.add_callback(held_out)

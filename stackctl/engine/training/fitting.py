@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 
 import torch
 from peft import PeftModel
@@ -46,6 +47,7 @@ def run_trainer(
     resume: bool,
     again: str,
     progress: Progress,
+    say: Callable[[str], None],
     held_out: HeldOut | None,
 ) -> None:
     job = prepared.job
@@ -92,6 +94,7 @@ def run_trainer(
         as_rows=as_rows,
         bfloat16=bfloat16,
         progress=progress,
+        say=say,
         held_out=held_out,
     )
     saves = run.checkpoints if resume else []

@@ -113,7 +113,7 @@ def _train(
     as_rows = choose_layout(model, examples, longest=longest) == "apart"
     held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
     with tracking(prepared.job, log_folder(registry, prepared.name), say):
-        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, again, progress, held_out)
+        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, again, progress, say, held_out)
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
