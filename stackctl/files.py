@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -21,13 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stackctl.errors import Failed, NotFound, Usage
+from stackctl.errors import Failed, NotFound, Usage, closest
 
 STAGING_PREFIX = ".tmp-"
 """Whatever carries this prefix is unfinished work of some process and may be swept once that process is gone."""
 
 _CHUNK = 1 << 20
 _FIRST = 64 << 10
+_LOOKED_AT = 1000
+"""Names in a folder that a mistyped one is compared with."""
 _STALE_AFTER_SECONDS = 24 * 3600
 _SETTLED_SECONDS = 2.0
 """A file system's clock may give two changes one time, when one follows the other at once."""
@@ -304,10 +307,19 @@ def existing(path: Path, what: str) -> Path:
         NotFound: nothing is.
     """
     if not path.exists():
-        raise NotFound(
-            f"{what} {path} does not exist", hint="check the path; it may be relative to the working directory"
-        )
+        raise missing(path, what)
     return path
+
+
+def missing(path: Path, what: str = "") -> NotFound:
+    """The error that something typed is not there; its hint names what is called nearly so beside it."""
+    near = None
+    with contextlib.suppress(OSError), os.scandir(path.parent) as found:
+        near = closest(path.name, [each.name for each in itertools.islice(found, _LOOKED_AT)])
+    hint = "check the path; it may be relative to the working directory"
+    return NotFound(
+        f"{what} {path} does not exist".strip(), hint=f"did you mean '{path.with_name(near)}'?" if near else hint
+    )
 
 
 def check_place(path: Path, option: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from stackctl import errors, files, ranks
-from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.locks import locked
 from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
@@ -114,9 +114,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
             raise Usage(f"the data {data} is {kind}", hint="give a .jsonl, .json, .parquet or .txt file")
         return str(path)
     if path.suffix or data.count("/") != 1 or data.startswith((".", "/", "~")):
-        raise NotFound(
-            f"the data {data} does not exist", hint="check the path; it is relative to the working directory"
-        )
+        raise files.missing(path, "the data file")
     return data
 
 

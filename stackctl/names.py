@@ -154,13 +154,18 @@ def format_term(reference: str, weight: float) -> str:
     return reference if weight == 1 else f"{reference}:{format_weight(weight)}"
 
 
-def format_sum(terms: Iterable[tuple[str, float]]) -> str:
-    """What a stack of (name, weight) computes: ``W = W_base + 0.7·ΔW_style - ΔW_tone``."""
-    total = "W = W_base"
+def format_sum(terms: Iterable[tuple[str, float]], method: str | None = None) -> str:
+    """What a stack of (name, weight) computes: ``W = W_base + 0.7·ΔW_style - ΔW_tone``.
+
+    With a ``method`` other than the sum: ``W = W_base + ties(0.7·ΔW_style - ΔW_tone)``.
+    """
+    total = ""
     for name, weight in terms:
         factor = "" if abs(weight) == 1 else f"{format_weight(abs(weight))}·"
         total += f" {'-' if weight < 0 else '+'} {factor}ΔW_{name}"
-    return total
+    if method:
+        total = f" + {method}({total.removeprefix(' + ').strip()})"
+    return f"W = W_base{total}"
 
 
 def format_expression(terms: Iterable[object]) -> str:

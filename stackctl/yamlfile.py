@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from stackctl import __version__
-from stackctl.errors import NotFound, Usage, did_you_mean
-from stackctl.files import read_bounded
+from stackctl.errors import Usage, did_you_mean
+from stackctl.files import missing, read_bounded
 from stackctl.migrations import migrate
+from stackctl.plain import plain
 from stackctl.quickyaml import read_quickly
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
+        raise missing(path) from None
     except IsADirectoryError:
         raise Usage(f"{path} is a folder, not a file") from None
     except UnicodeDecodeError as error:
@@ -112,9 +113,7 @@ def _explain(
             f"{where}: unknown key '{unknown[1]}'", hint=did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
         )
     dotted = ".".join(str(part) for part in full)
-    return Usage(
-        f"{where}: {dotted + ': ' if dotted else ''}{message[:1].lower()}{message[1:]}", hint="mend that value"
-    )
+    return Usage(f"{where}: {dotted + ': ' if dotted else ''}{plain(message)}", hint="mend that value")
 
 
 def _parse_location(location: str) -> KeyPath:

@@ -14,6 +14,7 @@ from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import join_words
 from stackctl.cli.help_page import WIDTH, option_choices
 from stackctl.errors import Usage, did_you_mean
+from stackctl.plain import plain
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
@@ -119,15 +120,17 @@ def _typed_command() -> str | None:
 
 def _usage_error(error: Any) -> Usage:
     """What typer says of a command line, in the voice of all other errors."""
-    message = error.format_message().rstrip(".")
+    message = plain(error.format_message())
     context: Any = getattr(error, "ctx", None)
-    hint = f"{context.command_path} --help" if context else "stackctl --help"
+    typed = _typed_command()
+    named = f"stackctl {typed}" if typed in _COMMANDS else "stackctl"
+    hint = f"{context.command_path if context else named} --help"
     if hasattr(error, "possibilities"):  # an option that there is not
         names = [name for p in context.command.get_params(context) for name in (*p.opts, *p.secondary_opts)]
         message, hint = f"there is no option {error.option_name}", did_you_mean(error.option_name, names, hint)
         if hasattr(context.command, "commands"):
             hint = f"options come after the command: {context.command_path} COMMAND {error.option_name}"
     elif (parameter := getattr(error, "param", None)) and (choices := option_choices(parameter)):
-        typed = re.match("'([^']*)' is not one of", str(error.message))
-        hint = did_you_mean(typed[1], choices, hint) if typed else hint
-    return Usage(message[:1].lower() + message[1:], hint=hint)
+        word = re.match("'([^']*)' is not one of", str(error.message))
+        hint = did_you_mean(word[1], choices, hint) if word else hint
+    return Usage(message, hint=hint)

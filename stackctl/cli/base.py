@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stackctl.bases import parse_source
 from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
 from stackctl.output import Result
 from stackctl.registry import Registry
@@ -54,6 +55,7 @@ def register(app: typer.Typer) -> None:
         from stackctl.names import parse_name
 
         parse_name(name, "base name")
+        parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
         from stackctl.engine.bases import base_folder, make_base
         from stackctl.engine.models import quiet_libraries

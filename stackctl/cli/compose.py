@@ -13,6 +13,7 @@ from stackctl.errors import Usage
 from stackctl.methods import DEFAULTS, METHODS, SUM, check_method
 from stackctl.names import format_sum, parse_stack_name
 from stackctl.output import Result
+from stackctl.plain import plain
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import MethodOptions
@@ -121,9 +122,7 @@ def _method_options(
         options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$.")
-        raise Usage(
-            f"--{place.rstrip('`')}: {message[:1].lower()}{message[1:]}", hint="stackctl compose --help"
-        ) from None
+        raise Usage(f"--{place.rstrip('`')}: {plain(message)}", hint="stackctl compose --help") from None
     return check_method(method, options)
 
 
@@ -162,7 +161,7 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
 
     from stackctl.inspection import stack_tree
 
-    total = format_sum((m.adapter.name, m.weight) for m in stack.members)
+    total = format_sum(((m.adapter.name, m.weight) for m in stack.members), None if data["exact"] else plan.method)
     head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: {total}"
     foot = f"exact sum, rank {data['rank']} at most, {len(plan.modules)} modules"
     if not data["exact"]:

@@ -60,10 +60,13 @@ def register(app: typer.Typer) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise Usage(f"{out} already exists", hint="choose another folder, or remove it first")
         if modelfile and format_ != "gguf":
-            raise Usage("--modelfile belongs to --format gguf", hint=f"--format gguf --modelfile --out {out}")
+            raise Usage(
+                "--modelfile belongs to --format gguf",
+                hint=f"stackctl export {stack.text} --format gguf --modelfile --out {out}",
+            )
         wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
         if wanted not in _DTYPES[format_]:
-            raise Usage(f"{format_} is not written in {dtype}", hint=f"--dtype {' or '.join(_DTYPES[format_])}")
+            raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
         registry.check_digests(stack.members)
         report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
         digests = report.pop("digests", {})

@@ -51,7 +51,9 @@ def register(app: typer.Typer) -> None:
         data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
         verb = "would free" if dry_run else "freed"
         said = [f"{verb} {human_bytes(total)}" if freed else "nothing to free"]
-        said += [f"kept {human_bytes(size)} of {_KEPT[name]} (--{name})" for name, size in kept.items() if size]
+        said += [
+            f"kept {human_bytes(size)} of {_KEPT[name]}: stackctl gc --{name}" for name, size in kept.items() if size
+        ]
         return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 

@@ -121,12 +121,16 @@ def _screen(data: dict[str, Any]) -> str:
     lines = [f"{found['what']}: restored from {found['place']}" for found in data["restored"]]
     lines += [f"{problem['what']}: {problem['message']}" for problem in data["problems"]]
     restorable = {p["what"]: p["restore"]["place"] for p in data["problems"] if p["restore"]}
-    count = len(data["problems"])
-    lines.append(f"{data['checked']} entries checked, {f'{count} problems' if count else 'nothing wrong'}")
+    wrong = _counted(len(data["problems"]), "problem", "problems") if data["problems"] else "nothing wrong"
+    lines.append(f"{_counted(data['checked'], 'entry', 'entries')} checked, {wrong}")
     if restorable:
         lines += [f"{what} can be restored from {place}" for what, place in restorable.items()]
         lines.append("to restore: stackctl verify --repair")
     return "\n".join(lines)
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _changed_bases(registry: Registry, names: list[str]) -> Iterator[dict[str, str]]:

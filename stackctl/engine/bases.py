@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from stackctl import files
 from stackctl.bases import (
     EMBEDDED_HUB_ID,
-    EMBEDDED_NAME,
     base_gguf,
     check_base_folder,
     check_model_folder,
@@ -28,11 +27,12 @@ from stackctl.bases import (
     embedded_file,
     embedded_gguf,
     fingerprint,
+    parse_source,
     read_base_tensors,
     template_digest,
     tokenizer_digest,
 )
-from stackctl.errors import Incompatible, NotFound, Usage, first_line
+from stackctl.errors import Incompatible, first_line
 from stackctl.modules import compact_modules
 from stackctl.optional import EMBEDDED
 from stackctl.registry import Registry
@@ -48,14 +48,16 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     Raises:
         NotFound, Usage, Incompatible, HubFailure: the source is missing, or is no causal LM that can be used.
     """
-    kind, source = _parse_source(name, source)
+    kind, source = parse_source(name, source)
+    if kind == "embedded":
+        kind, source = ("wheel", EMBEDDED) if embedded_gguf() else ("hub", EMBEDDED_HUB_ID)
     path: str | None = None
     if kind == "folder":
         folder = check_model_folder(Path(source)).resolve()
         path = _portable_path(folder, registry.root)
         source = path
     elif kind == "hub":
-        folder, revision = _download(source, revision, say)
+        folder, revision = _download(name, source, revision, say)
         check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
@@ -64,32 +66,16 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     return _describe(name, kind, source, revision, path, folder)
 
 
-def _parse_source(name: str, source: str | None) -> tuple[str, str]:
-    if source is None:
-        if name != EMBEDDED_NAME:
-            raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
-        return ("wheel", EMBEDDED) if embedded_gguf() else ("hub", EMBEDDED_HUB_ID)
-    path = Path(source)
-    if path.suffix.lower() == ".gguf":
-        files.existing(path, "the file")
-        return "gguf", source
-    if path.exists():
-        return "folder", source
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
-        return "hub", source
-    raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
-
-
 def _portable_path(path: Path, root: Path) -> str:
     """Relative to the registry when both lie in one project, so that the project can move; else absolute."""
     project = root.parent
     return os.path.relpath(path, root) if path.is_relative_to(project) else str(path)
 
 
-def _download(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
+def _download(name: str, repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     from stackctl.hub.client import download_base
 
-    return download_base(repo, revision, _HUB_FILES, say)
+    return download_base(name, repo, revision, _HUB_FILES, say)
 
 
 def base_folder(base: Base, registry: Registry, say: Say) -> Path:
@@ -101,7 +87,7 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
     if base.kind == "folder":
         folder = (registry.root / (base.path or base.source)).resolve()
     elif base.kind == "hub":
-        folder, _ = _download(base.source, base.revision, say)
+        folder, _ = _download(base.name, base.source, base.revision, say)
     else:
         gguf = base_gguf(base, registry.root)
         assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"

@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -218,13 +219,15 @@ def _throw_away(path: Path) -> None:
         damaged.unlink(missing_ok=True)
 
 
-def download_base(repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
+def download_base(name: str, repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
     """A base model's files in huggingface_hub's cache, and their commit; a commit that is there asks nobody.
+
+    ``name`` is what the base is called here, for hints.
 
     Raises:
         NotFound, HubFailure, VerificationFailed: it is not there; it cannot be fetched; other bytes arrived.
     """
-    again = f"stackctl base add NAME {repo}"
+    again = shlex.join(["stackctl", "base", "add", name, repo, *(["--revision", revision] if revision else [])])
     with open_hub(parse_repo(repo), again=again, writes=False, say=say, progress=sys.stderr.isatty()) as hub:
         if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, [*patterns])):
             return kept, revision

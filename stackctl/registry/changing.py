@@ -227,7 +227,9 @@ class Changes(Resolver):
         with self.lock():
             stack = self.find_stack(name)
             if not stack:
-                near = did_you_mean(name, self.names(Stack), f"compose it first: stackctl compose {name}")
+                if self.find_adapter(name):
+                    raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name}")
+                near = did_you_mean(name, self.names(Stack), "stackctl ls shows what there is")
                 raise NotFound(f"there is no stack '{name}'", hint=near)
             self._set_current(name)
         return stack

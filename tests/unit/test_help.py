@@ -146,3 +146,41 @@ def test_a_mistyped_key_is_recognised_without_a_list_of_all(shelf: Any, run: Any
     (tmp_path / "file.yaml").write_text(text)
     name = [] if text.startswith("train") else ["x"]
     assert run("train", *name, "--config", "file.yaml", code=2).err.splitlines()[-1] == "hint: did you mean 'data'?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said", "hint"),
+    [
+        ("generate base -p x --top-p 2", "2.0 is not between 0 and 1", "stackctl generate --help"),
+        ("generate base -p x --max-new-tokens 0", "0 is less than 1", "stackctl generate --help"),
+        ("train x --rank many", "'many' is no whole number", "stackctl train --help"),
+        ("train x --rank 0 --data x.jsonl", "--rank: expected a whole number >= 1", "stackctl train --help"),
+        ("train x --learning-rate fast", "'fast' is no number", "stackctl train --help"),
+        ("generate base -p", "-p needs a value", "stackctl generate --help"),
+        ("ls style", "there is nothing that 'style' could mean here", "stackctl ls --help"),
+        ("base add other", "a source for 'other' is missing", "stackctl base add other org/model (or a folder)"),
+        ("export style --modelfile --out x", "--modelfile belongs to --format gguf",
+         "stackctl export style --format gguf --modelfile --out x"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_plain_words(shelf: Any, run: Any, typed: str, said: str, hint: str) -> None:
+    error, way_on = run(*typed.split(), code=2).err.splitlines()
+    assert said in error
+    assert way_on == f"hint: {hint}"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["train x --data {}", "train x --config {}", "eval style --data {}", "generate style --prompts {}"],
+)
+def test_a_mistyped_file_is_recognised(shelf: Any, run: Any, tmp_path: Any, typed: str) -> None:
+    (tmp_path / "harbour.jsonl").touch()
+    ran = run(*typed.format("harbuor.jsonl").split(), code=3)
+    assert "harbuor.jsonl does not exist" in ran.err
+    assert ran.err.splitlines()[-1] == "hint: did you mean 'harbour.jsonl'?"
+
+
+def test_an_adapter_is_no_stack_to_use(shelf: Any, run: Any) -> None:
+    error, hint = run("use", "style", code=3).err.splitlines()
+    assert error == "error: 'style' is an adapter, and no stack"
+    assert hint == "hint: stackctl compose style"

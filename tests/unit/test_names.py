@@ -137,3 +137,5 @@ def test_long_input_takes_no_time():
 def test_what_a_stack_computes_is_written_as_one_writes_it():
     assert format_sum([]) == "W = W_base"
     assert format_sum([("style", 0.7), ("tone", -1), ("x", -2)]) == "W = W_base + 0.7·ΔW_style - ΔW_tone - 2·ΔW_x"
+    assert format_sum([("style", 0.7), ("tone", -1)], "ties") == "W = W_base + ties(0.7·ΔW_style - ΔW_tone)"
+    assert format_sum([("style", -1), ("tone", 1)], "ties") == "W = W_base + ties(- ΔW_style + ΔW_tone)"

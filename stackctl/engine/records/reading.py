@@ -15,7 +15,8 @@ from stackctl.engine.records import sources
 from stackctl.engine.records.kinds import BadRecord, Format, Record, RecordSet, Unit
 from stackctl.engine.records.shapes import PARSERS, SHAPE_HINT, checked_shape
 from stackctl.engine.records.sources import KINDS_HINT
-from stackctl.errors import NotFound, Usage
+from stackctl.errors import Usage
+from stackctl.files import missing
 
 _NO_HUB_ID = re.compile(
     r".*\.(jsonl|json|parquet|txt|csv|tsv|jsonlines|ndjson|arrow|gz|zst|bz2|xz|zip|yaml|yml|md|xlsx)", re.IGNORECASE
@@ -116,9 +117,7 @@ def open_records(source: str | Path) -> RecordStream:
     if not path.exists():
         if (hub := _HUB_ID.fullmatch(name)) and not _NO_HUB_ID.fullmatch(name):
             return RecordStream(sources.open_hub(hub["name"], hub["split"]))
-        raise NotFound(
-            f"the data file {name} does not exist", hint="check the path; it may be relative to the working directory"
-        )
+        raise missing(path, "the data file")
     readers: dict[str, Callable[[Path, str], sources.Source]] = {
         ".jsonl": sources.open_json_lines,
         ".json": sources.open_json,
