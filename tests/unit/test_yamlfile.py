@@ -332,10 +332,10 @@ def test_a_missing_key_is_named():
 @pytest.mark.parametrize(
     ("line", "place", "what"),
     [
-        ("version: one", "line 5, column 12", "versions.0.version: expected `int`, got `str`"),
+        ("version: one", "line 5, column 12", "versions.0.version: expected a whole number, got text"),
         ("verison: 1", "line 5, column 12", "unknown key 'verison'"),
         ("version: 1\n  version: 1", "line 6, column 3", "the key 'version' stands twice"),
-        ("version: -1", "line 5, column 12", "versions.0.version: expected `int` >= 0"),
+        ("version: -1", "line 5, column 12", "versions.0.version: expected a whole number >= 0"),
     ],
 )
 def test_what_is_as_stackctl_writes_it_and_wrong_is_named_with_its_place(tmp_path, line, place, what):
