@@ -127,3 +127,30 @@ def test_an_existing_folder_is_not_touched(house: Any) -> None:
     (h.folder / "out" / "mine.txt").write_text("mine")
     export(h, "style", code=2)
     assert [p.name for p in (h.folder / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_sum_is_exact_in_float32_alone(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1)
+    assert export(h, "style").json["exact"] is True
+    rounded = h.run("export", "style", "--format", "model", "--out", h.folder / "half", "--dtype", "bfloat16", "--json")
+    assert rounded.json["exact"] is False
+
+
+def test_a_method_is_measured_against_the_exact_sum(house: Any) -> None:
+    """As of the other formats, and as ``compose`` said."""
+    h = house("gpt2")
+    h.add("style", seed=1, target_modules=["c_attn"], fan_in_fan_out=True)
+    h.add("instruct", seed=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    said = h.run("compose", "style+instruct", "--name", "s", "--method", "ties", "--density", "0.4", "--json").json
+    report = export(h, "s").json
+    assert report["exact"] is False
+    assert report["max_relative_error"] == pytest.approx(said["worst_relative_error"], rel=1e-3)
+    written, base = load_file(h.folder / "out" / "model.safetensors"), load_file(h.base / "model.safetensors")
+    worst = 0.0
+    for name in h.plan("s").modules:
+        exact = oracle.exact_delta([(h.paths["style"], 1.0), (h.paths["instruct"], 1.0)], name)
+        stored = next(key for key in base if name.endswith(key.removesuffix(".weight")))
+        made = (written[stored].double() - base[stored].double()).T  # GPT-2 stores (in, out)
+        worst = max(worst, float((made - exact).norm() / exact.norm()))
+    assert report["max_relative_error"] == pytest.approx(worst, rel=1e-3)

@@ -14,6 +14,7 @@ from torch import Tensor
 from stackctl import files
 from stackctl.bases import read_json, weight_files
 from stackctl.checkpoint import DTYPE_NAMES, TensorInfo, read_header
+from stackctl.engine import algebra
 from stackctl.engine.combining import module_delta
 from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
@@ -46,8 +47,8 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
     No more than one tensor is in memory at a time. Tied embeddings of which the stack touches one are untied.
 
     Returns:
-        ``rank``; ``max_relative_error``, the worst module's ‖(W' - W) - ΔW‖ / ‖ΔW‖ with ΔW the exact delta of the
-        stack's method: what rounding to the dtype lost; ``exact``: whether the method is the sum; ``digests``, the
+        ``rank``; ``max_relative_error``, the worst module's ‖(W' - W) - ΔW‖ / ‖ΔW‖ with ΔW the exact sum: what rounding
+        to the dtype lost, and what the method is away from the sum; ``exact``: a sum in float32; ``digests``, the
         ``sha256:<hex>`` of the shards.
 
     Raises:
@@ -64,7 +65,9 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
         _write_side_files(plan, base, staged, shards, untied=untied, dtype=dtype)
         _check_written(staged, shards)
         files.publish_directory(staged, out)
-    return {"rank": plan.rank, "max_relative_error": worst, "exact": plan.method == SUM, "digests": digests}
+    changed = [source for sources in shards.values() for source in sources if source.module or source.replacement]
+    exact = plan.method == SUM and all(source.dtype in ("F32", "F64") for source in changed)
+    return {"rank": plan.rank, "max_relative_error": worst, "exact": exact, "digests": digests}
 
 
 def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_Source]], bool]:
@@ -134,10 +137,13 @@ def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: l
             else:
                 weight = tensors.read(source.path, source.info)
             if source.module is not None:
-                delta = module_delta(plan, source.module, tensors.factors(source.module))
-                delta = delta if source.module.type == "Linear" else delta.T  # the others store (in, out)
+                factors = tensors.factors(source.module)
+                delta = module_delta(plan, source.module, factors)
+                wished = delta if plan.method == SUM else algebra.delta(factors)
+                if source.module.type != "Linear":  # the others store (in, out)
+                    delta, wished = delta.T, wished.T
                 summed = (weight.float() + delta).to(wanted)
-                worst = max(worst, _lost(weight, delta, summed))
+                worst = max(worst, _lost(weight, wished, summed))
                 weight = summed
             writer.write(source.name, tensor_bytes(source.name, weight.to(wanted)))
     return worst, writer.check()
