@@ -31,7 +31,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-Role = Literal["A", "B", "base_weight", "lora_bias", "magnitude", "saved", "bias", "unknown"]
+Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "saved", "bias", "unknown"]
 
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -134,8 +134,9 @@ _SUFFIXES: tuple[tuple[str, Role], ...] = (
     (r"\.lora_embedding_B(?:\.[^.]+)?", "B"),
     (r"\.lora_B(?:\.[^.]+)?\.bias", "lora_bias"),
     (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", "magnitude"),
-    (r"\.base_layer\.weight", "base_weight"),
+    (r"\.base_layer\.weight", "aside"),
     (r"\.base_layer\.bias", "bias"),
+    (r"\.lora_velora_embed(?:\.[^.]+)?", "aside"),  # what VeLoRA's backward pass projects on; no forward one does
 )
 _SLOTS = tuple((re.compile(rf"(?P<module>.+?){suffix}"), role) for suffix, role in _SUFFIXES)
 
@@ -181,12 +182,12 @@ class Checkpoint:
         """What a tensor is, by its name and by what the configuration says of its module."""
         slot = parse_tensor_name(name)
         if slot.role == "bias" and name.endswith(".base_layer.bias") and self.config.get("bias", "none") == "none":
-            return replace(slot, role="base_weight")
+            return replace(slot, role="aside")
         if slot.role not in ("saved", "bias"):
             return slot
         # bias="all" writes the biases of a saved module thrice: under its own name and under both of its wrapper's.
         if self.config.get("bias") == "all" and slot.module.endswith((".modules_to_save", ".original_module")):
-            return replace(slot, role="base_weight")
+            return replace(slot, role="aside")
         # PEFT wraps the modules whose names end so, and saves everything below them, biases too.
         if any(f"{saved}." in f"{slot.module}." for saved in self.config.get("modules_to_save") or ()):
             return replace(slot, role="saved")
@@ -204,7 +205,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of trained values: what PEFT copied from the base does not count."""
-        return sum(math.prod(t.shape) for n, t in self.tensors.items() if self.slots[n].role != "base_weight")
+        return sum(math.prod(t.shape) for n, t in self.tensors.items() if self.slots[n].role != "aside")
 
     @property
     def dtype(self) -> str:

@@ -11,6 +11,7 @@ from stackctl.plan import PlanMember, Problem, Replacement
 from stackctl.schema import Base, ModuleShape
 
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEPT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 # Keys of LoraConfig that change nothing about what B and A mean once they are trained.
 _HARMLESS = {
@@ -103,6 +104,15 @@ def refusals(member: PlanMember) -> list[Problem]:
                 label,
             )
         )
+    elif init not in _KEPT_BASE:
+        problems.append(
+            Problem(
+                "unknown_init",
+                f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base",
+                "pip install --upgrade stackctl-lora, or convert it to a plain LoRA",
+                label,
+            )
+        )
     if config.get("bias", "none") != "none" and member.weight not in (0, 1):
         problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
     if config.get("modules_to_save") and member.weight not in (0, 1):
@@ -170,6 +180,7 @@ def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, 
     fits = f"use it on the base it was trained on, not on {base.name}"
     add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
     add("unknown_modules", [m for m in pairs if m not in known], f"modules that {base.name} does not have", fits)
+    add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
     expected = expected_targets(checkpoint.config, known, base.output_embedding)
     if expected is not None:
         found = {m for m in pairs if m in known}
@@ -181,6 +192,16 @@ def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, 
             again,
         )
     return problems
+
+
+def _missing_whole(member: PlanMember, known: dict[str, ModuleShape]) -> list[str]:
+    """Modules that were trained as a whole, by the configuration, and of which there is no tensor."""
+    saved = [slot.module for slot in member.checkpoint.slots.values() if slot.role == "saved"]
+    return [
+        name
+        for name in member.checkpoint.config.get("modules_to_save") or ()
+        if any(module.endswith(name) for module in known) and not any(name in module for module in saved)
+    ]
 
 
 def _misshapen(member: PlanMember, known: dict[str, ModuleShape] | None) -> tuple[list[str], list[str]]:

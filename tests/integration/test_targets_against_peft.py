@@ -135,6 +135,7 @@ LLAMA_CONFIGS = {
     "all biases": {"target_modules": ["q_proj"], "bias": "all"},
     "lora biases": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "velora": {"target_modules": ["q_proj"], "velora_config": {"num_groups": 4}},
 }  # fmt: skip
 GPT2_CONFIGS = {
     "list": {"target_modules": ["c_attn"], "fan_in_fan_out": True},

@@ -196,7 +196,8 @@ def test_any_json_is_read_or_refused(tmp_path_factory, header, size):
         ("base_model.model.q.lora_B.default.bias", "q", "lora_bias"),
         ("base_model.model.q.lora_magnitude_vector", "q", "magnitude"),
         ("base_model.model.q.lora_magnitude_vector.default.weight", "q", "magnitude"),
-        ("base_model.model.embed.base_layer.weight", "embed", "base_weight"),
+        ("base_model.model.embed.base_layer.weight", "embed", "aside"),
+        ("base_model.model.q.lora_velora_embed", "q", "aside"),
         ("base_model.model.q.base_layer.bias", "q", "bias"),
         ("base_model.model.q.bias", "q", "bias"),
         ("base_model.model.lm_head.weight", "lm_head", "saved"),
@@ -230,7 +231,7 @@ def test_what_nothing_explains_is_not_taken_for_a_saved_module():
 def test_the_bias_of_a_copied_base_layer_is_a_copy():
     names = {"base_model.model.lm_head.base_layer.bias": (32,), "base_model.model.lm_head.base_layer.weight": (32, 8)}
     copied = memory_checkpoint(lora_config(), names)
-    assert {slot.role for slot in copied.slots.values()} == {"base_weight"}
+    assert {slot.role for slot in copied.slots.values()} == {"aside"}
     assert copied.parameters == 0
     trained = memory_checkpoint(lora_config(bias="lora_only"), names)
     assert trained.slots["base_model.model.lm_head.base_layer.bias"].role == "bias"

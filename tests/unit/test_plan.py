@@ -145,9 +145,14 @@ def test_adapters_that_changed_their_base_are_refused(init):
     assert codes(planned(lora_config(init_lora_weights=init))) == ["changed_base"]
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_other_beginnings_are_fine(init):
     assert not planned(lora_config(init_lora_weights=init)).problems
+
+
+@pytest.mark.parametrize("init", ["wonder", "pisa", {"x": 1}, 7])
+def test_a_beginning_from_the_future_may_have_changed_its_base(init):
+    assert codes(planned(lora_config(init_lora_weights=init))) == ["unknown_init"]
 
 
 def test_an_option_from_the_future_is_refused_and_one_that_is_off_is_not():
@@ -184,6 +189,14 @@ def test_a_missing_factor_is_told_apart_from_a_missing_module():
 )  # fmt: skip
 def test_extra_tensors(name):
     assert codes(planned(tensors=lora_tensors() | {name: (HIDDEN,)})) == ["extra_tensors"]
+
+
+def test_whole_modules_that_are_missing():
+    """Those that the base has: a name that fits nothing there saves nothing."""
+    assert codes(planned(lora_config(modules_to_save=["lm_head"]))) == ["missing_tensors"]
+    assert not planned(lora_config(modules_to_save=["classifier"])).problems
+    there = lora_tensors() | {f"{P}lm_head.weight": (32, HIDDEN)}
+    assert not planned(lora_config(modules_to_save=["lm_head"]), there).problems
 
 
 def test_tensors_for_modules_that_are_not_targeted():
