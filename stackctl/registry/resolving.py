@@ -217,12 +217,22 @@ class Resolver(Entries):
         is_name = len(terms) == 1 and only.version is None and terms[0].weight == 1
         if is_name and not self._is_taken(only.name) and (named := self.find_base(only.name)):
             return ResolvedStack(text, named, ())
-        members = tuple(member for term in terms for member in self._expand(term))
+        members = self._members(terms)
         bases = {member.version.base for member in members}
         if len(bases) > 1:
             which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
             raise Incompatible(f"the members stand on different bases: {which}", hint="use adapters of one base")
         return ResolvedStack(text, self.base(bases.pop()), members)
+
+    def _members(self, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:
+        """The members of all terms; everything that is wrong with any of them is told at once."""
+        problems: list[StackctlError] = []
+        members: list[ResolvedMember] = []
+        for term in terms:
+            with gathering(problems):
+                members += self._expand(term)
+        raise_all(problems)
+        return tuple(members)
 
     def _stored(self, text: str) -> Stack | None:
         """The stored stack that an expression is the name of."""
