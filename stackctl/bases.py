@@ -168,6 +168,19 @@ def _way_back(base: Base, name: str, folder: Path) -> str:
     return _RESTORE.get(base.kind, _CONVERT).format(source=base.source, name=name, folder=shlex.quote(str(folder)))
 
 
+def check_linked_base(base: Base, root: Path) -> None:
+    """Hash a base that lies in a folder of somebody's.
+
+    Raises:
+        NotFound, VerificationFailed: as of :func:`check_base_folder`.
+        Usage: it lies in a cache, where it is hashed whenever it is loaded.
+    """
+    if base.kind != "folder":
+        what = f"'{base.name}' lies in a cache, where it is hashed whenever it is loaded"
+        raise Usage(what, hint=f"stackctl generate base --base {base.name} -p TEXT")
+    check_base_folder((root / (base.path or base.source)).resolve(), base)
+
+
 def template_digest(folder: Path) -> str | None:
     """``sha256:<hex>`` of the one chat template that the tokenizer of a model folder has; None where it has not one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,8 +11,7 @@ from stackctl.errors import Usage
 from stackctl.files import human_bytes, read_bounded
 from stackctl.methods import SUM
 from stackctl.names import format_weight
-from stackctl.plan import PlanMember, Problem, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.plan import Problem, StackPlan
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Base
 
@@ -42,14 +40,14 @@ def base_info(base: Base) -> dict[str, Any]:
     return {"kind": "base", **{k: v for k, v in msgspec.to_builtins(base).items() if k not in ("schema", "kind")}}
 
 
-def checkpoint_info(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
-    plan = plan_stack(None, [PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)])
+def checkpoint_info(checkpoint: Checkpoint, plan: StackPlan) -> dict[str, Any]:
+    """What a checkpoint says of itself, and which base of the registry, if any, it was held against."""
     info: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path.resolve()),
         "digest": checkpoint.digest(),
         "base": checkpoint.config.get("base_model_name_or_path"),
+        "checked_on": plan.base.name if plan.base else None,
         "parameters": checkpoint.parameters,
         "dtype": checkpoint.dtype,
         "bytes": checkpoint.bytes,
@@ -167,5 +165,5 @@ def _told(value: Any) -> str:
 
 
 def looks_like_path(what: str) -> bool:
-    """Whether somebody means a folder rather than a name: it has a slash, or is a folder here and no name could be."""
-    return "/" in what or "\\" in what or what in (".", "..") or (Path(what) / "adapter_config.json").is_file()
+    """Whether a text can only be a folder."""
+    return "/" in what or "\\" in what or what in (".", "..")

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from stackctl import files
-from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint
+from stackctl.belonging import named_base, recognise_base
+from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
 from stackctl.copies import copy_checkpoint
 from stackctl.output import Result
@@ -48,7 +49,8 @@ def register(app: typer.Typer) -> None:
         registry.check_adapter_name(name)
         folder = find_checkpoint_folder(path)
         checkpoint = read_checkpoint(folder)
-        stack = registry.resolve(on or "base", base=base)
+        own = None if on or base else recognise_base(registry, checkpoint.config, read_info(folder))
+        stack = registry.resolve(on or "base", base=own.name if own else base)
         plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
         known = registry.find_same(name, checkpoint.digest(), stack)
         version = known or _add(registry, name, checkpoint, stack, link, description)
@@ -64,8 +66,11 @@ def register(app: typer.Typer) -> None:
         where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
         said = f"{label} is registered already" if known else f"registered {label}"
         text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
-        notes = tuple(p.message for p in plan.problems)
-        return Result(data, label, text, notes=notes)
+        notes = [p.message for p in plan.problems]
+        if not (own or on or base) and (said_base := named_base(checkpoint.config)):
+            told = f"its base is '{said_base}', which is not registered; it goes onto '{stack.base.name}'"
+            notes.append(f"{told} (--base chooses another)")
+        return Result(data, label, text, notes=tuple(notes))
 
 
 def _add(

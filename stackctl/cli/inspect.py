@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
+from stackctl.bases import check_linked_base
+from stackctl.belonging import recognise_base
+from stackctl.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
 from stackctl.cli.inspect_page import inspection_page
 from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
 from stackctl.curve import read_curve
-from stackctl.errors import Usage
+from stackctl.errors import NotFound, Usage
 from stackctl.inspection import (
     adapter_info,
     base_info,
@@ -29,6 +32,7 @@ from stackctl.pages import check_page_place, write_page
 from stackctl.plan import PlanMember, StackPlan
 from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedStack
+from stackctl.schema import Adapter, Base, Stack
 from stackctl.serving import serving_recipes
 from stackctl.targets import lint_for
 
@@ -65,16 +69,19 @@ def register(app: typer.Typer) -> None:
         if output is not None:
             check_page_place(output)
         wishes = _Wishes(verify, modules, weights, interference, target, curve, output)
-        if what is not None and looks_like_path(what):
+        if what is not None and _means_folder(what, context):
             if serve:
                 raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
-            return _inspect_path(Path(what), wishes)
+            return _inspect_path(Path(what), wishes, context, base)
         registry = context.registry
         stack = registry.resolve(what, base=base)
         if not stack.members and stack.name is None:
-            if wishes.any or serve:
+            if dataclasses.replace(wishes, verify=False).any or serve:
                 raise Usage("a base has no deltas to look at", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
+            if verify:
+                check_linked_base(stack.base, registry.root)
+                info["verified"] = True
             return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
         if interference and len(stack.members) < 2:
             raise Usage(
@@ -144,15 +151,36 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
     return Extras(tuple(found), measured if wishes.interference else None)
 
 
-def _inspect_path(path: Path, wishes: _Wishes) -> Result:
+def _means_folder(what: str, context: Context) -> bool:
+    """Whether a text means a PEFT folder; where something registered is called so as well, that is meant."""
+    if looks_like_path(what) or not (Path(what) / CONFIG).is_file():
+        return looks_like_path(what)
+    try:
+        return all(what not in context.registry.names(kind) for kind in (Adapter, Stack, Base))
+    except NotFound:  # no registry
+        return True
+
+
+def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Base | None:
+    """The base to hold a folder against: the one that was asked for, else the one that it names, if that is here."""
+    if asked is not None:
+        return context.registry.base(asked)
+    try:
+        return recognise_base(context.registry, checkpoint.config, read_info(checkpoint.path))
+    except NotFound:  # no registry
+        return None
+
+
+def _inspect_path(path: Path, wishes: _Wishes, context: Context, base: str | None) -> Result:
     """A PEFT folder by itself, registered or not: there is no digest to compare with."""
     if wishes.verify:
         raise Usage("--verify compares with what was registered", hint=f"register it first: stackctl add NAME {path}")
     if wishes.interference:
         raise Usage("--interference is between the members of a stack", hint="stackctl inspect STACK --interference")
     checkpoint = read_checkpoint(find_checkpoint_folder(path))
-    info = checkpoint_info(checkpoint)
-    plan = plan_stack(None, [PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)])
+    member = PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)
+    plan = plan_stack(_own_base(checkpoint, context, base), [member])
+    info = checkpoint_info(checkpoint, plan)
     extras = _add_wishes(info, plan, wishes)
     return _result(info, lambda: checkpoint_screen(info, extras))
 

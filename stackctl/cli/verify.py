@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.bases import check_base_folder
+from stackctl.bases import check_linked_base
 from stackctl.cli.common import KNOW, Context, command, complete_what
 from stackctl.errors import StackctlError, Usage, VerificationFailed
 from stackctl.files import existing
@@ -143,6 +143,6 @@ def _changed_bases(registry: Registry, names: list[str]) -> Iterator[dict[str, s
         if base is None or base.kind != "folder":
             continue
         try:
-            check_base_folder((registry.root / (base.path or base.source)).resolve(), base)
+            check_linked_base(base, registry.root)
         except StackctlError as error:
             yield {"what": name, "message": error.message}

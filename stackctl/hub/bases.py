@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from stackctl.belonging import is_called, named_base
 from stackctl.errors import Incompatible, NotFound
 from stackctl.registry import Registry
 from stackctl.schema import AdapterInfo, AdapterVersion, Base, Stack
@@ -30,7 +30,7 @@ def find_base(
     if asked is not None:
         return registry.base(asked)
     bases = list(registry.bases())
-    hub_id = str(config.get("base_model_name_or_path") or (info.base_hub_id if info else "") or "")
+    hub_id = named_base(config) or (info.base_hub_id if info else None) or ""
     fingerprint = (
         entry.fingerprint if entry else recipe.fingerprint if recipe else info.base_fingerprint if info else ""
     )
@@ -49,7 +49,7 @@ def find_base(
             )
         raise NotFound(f"its base '{name}' ({hub_id}) is not registered here", hint=offer)
     for base in bases:
-        if hub_id and (hub_id in (base.hub_id, base.source) or _is_folder(registry, base, hub_id)):
+        if is_called(base, hub_id, registry):
             return base
     unnamed = [base for base in bases if base.hub_id is None]
     if not unnamed:
@@ -65,11 +65,3 @@ def _short(hub_id: str) -> str:
     """A base's name here, made from its name on the Hub."""
     last = hub_id.rstrip("/").rpartition("/")[2].lower()
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)[:64].strip("-._")
-
-
-def _is_folder(registry: Registry, base: Base, text: str) -> bool:
-    return (
-        bool(base.path)
-        and Path(text).is_absolute()
-        and (registry.root / str(base.path)).resolve() == Path(text).resolve()
-    )

@@ -169,3 +169,25 @@ def test_the_digest_does_not_change_with_the_bases_name_in_the_configuration(reg
     assert run("add", "style", folder, "--json").json["digest"] == digest
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))
     assert run("add", "style", folder, "--json").json["digest"] != digest
+
+
+def test_the_base_is_the_one_that_the_checkpoint_names(registry, run, models, tmp_path):
+    """Two models of one shape: nothing in the tensors would tell a wrong base."""
+    twin = models("llama", seed=9)
+    run("base", "add", "twin", twin)
+    path = random_adapter(twin, tmp_path / "theirs")
+    assert run("add", "style", path, "--json").json["base"] == "twin"
+    assert run("add", "style", path, "--base", "tiny", "--json").json["base"] == "tiny"
+    assert run("add", "on", path, "--on", "style", "--json").json["base"] == "tiny"
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "who/knows"}))
+    ran = run("add", "other", path, "--json")
+    assert ran.json["base"] == "tiny"
+    assert "who/knows" in ran.err
+
+
+def test_a_saved_module_that_is_missing_is_4(registry, fails, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    assert "lm_head" in fails("add", "style", folder, code=4)

@@ -79,6 +79,7 @@ def test_a_changed_base_folder_is_5(run, fails, models, tmp_path, adapter):
     run("init")
     folder = shutil.copytree(models("llama"), tmp_path / "model")
     run("base", "add", "tiny", folder)
+    assert run("inspect", "tiny", "--verify", "--json").json["verified"] is True
     run("add", "style", adapter)
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -91,6 +92,7 @@ def test_a_changed_base_folder_is_5(run, fails, models, tmp_path, adapter):
         ("train", "more", "--on", "style", "--data", "x.jsonl", "--max-steps", "1"),
     ):
         fails(*command, code=5)
+    fails("inspect", "tiny", "--verify", code=5)
     found = run("verify", "--json", code=5).json["problems"]
     assert [problem["what"] for problem in found] == ["tiny"]
     assert run("ls", "--json").json["adapters"][0]["versions"][0]["version"] == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from checkpoints import register, write_checkpoint
+from checkpoints import lora_config, lora_tensors, register, write_checkpoint
 
 
 def members(document):
@@ -120,6 +122,11 @@ def test_a_plus_in_a_name_must_be_the_expressions_own(shelf, run, fails):
     assert run("compose", "base", "--base", "tiny", "--name", "plain", "--json").json["members"] == []
 
 
+def test_every_name_that_is_missing_is_named(shelf, fails):
+    told = fails("compose", "styel+nosuch+instruct@7", code=3)
+    assert all(word in told for word in ("styel", "nosuch", "instruct@7", "did you mean 'style'"))
+
+
 # -- inspect ----------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +153,34 @@ def test_inspect_lists_every_problem_and_still_ends_well(shelf, run, tmp_path):
     warned = run("inspect", "instruct+tone", "--json").json["problems"]
     assert [p["severity"] for p in warned] == ["warning"]
     assert "style@1" in warned[0]["message"]
+
+
+def test_a_folder_is_held_against_the_base_that_it_names_or_that_is_asked_for(shelf, run, fails, tmp_path):
+    """What ``add`` would say, ``inspect`` says before."""
+    tensors = lora_tensors()
+    del tensors[next(name for name in tensors if "lora_A" in name)]
+    del tensors[next(name for name in tensors if "lora_B" in name)]
+    folder = write_checkpoint(tmp_path / "somewhere", lora_config(), tensors)
+    found = run("inspect", folder, "--json").json
+    assert (found["checked_on"], found["problems"]) == (None, [])
+    found = run("inspect", folder, "--base", "tiny", "--json").json
+    assert found["checked_on"] == "tiny"
+    assert [p["code"] for p in found["problems"]] == ["missing_tensors"]
+    assert found["problems"][0]["message"].partition(": ")[2] in fails("add", "style", folder, "--base", "tiny", code=4)
+    base = shelf.base("tiny")
+    write_checkpoint(folder, lora_config(base_model_name_or_path=base.hub_id or base.source), tensors)
+    assert run("inspect", folder, "--json").json["checked_on"] == "tiny"
+    fails("inspect", folder, "--base", "nosuch", code=3)
+
+
+def test_a_folder_that_is_called_like_an_adapter_does_not_hide_it(shelf, run, tmp_path):
+    write_checkpoint(tmp_path / "style")
+    write_checkpoint(tmp_path / "unknown")
+    assert run("inspect", "style", "--json").json["kind"] == "adapter"
+    assert run("inspect", "./style", "--json").json["kind"] == "checkpoint"
+    assert run("inspect", "unknown", "--json").json["kind"] == "checkpoint"
+    shutil.rmtree(shelf.root)
+    assert run("inspect", "style", "--json").json["kind"] == "checkpoint"
 
 
 def test_paths_in_json_are_absolute(shelf, run, tmp_path, monkeypatch):

@@ -1,0 +1,63 @@
+"""Which base a checkpoint belongs to, by what it says of itself."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import make_base
+from msgspec.structs import replace
+
+from stackctl.belonging import is_called, recognise_base
+from stackctl.registry import Registry
+from stackctl.schema import AdapterInfo, Defaults, RegistryFile
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """A registry with two bases of one shape: ``mine``, in a folder, and ``theirs``, from the Hub."""
+    found = [
+        replace(make_base("mine", "sha256:1"), kind="folder", source="../model", path="../model", hub_id=None),
+        replace(make_base("theirs", "sha256:2"), kind="hub", source="them/model", path=None, hub_id="them/model"),
+    ]
+    registry = Registry(tmp_path / "registry")
+    registry.bases = lambda: iter(found)
+    registry.settings = lambda: RegistryFile(current=None, defaults=Defaults(base="theirs"))
+    (tmp_path / "model").mkdir()
+    return registry
+
+
+def info(fingerprint):
+    return AdapterInfo(adapter="style", version=1, base="x", base_fingerprint=fingerprint)
+
+
+def test_by_its_name_on_the_hub_or_its_folder(bases, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for name, wanted in {
+        "them/model": "theirs", str(tmp_path / "model"): "mine", str(tmp_path / "link"): "mine",
+        f"{tmp_path}/registry/../model/": "mine",
+    }.items():  # fmt: skip
+        found = recognise_base(bases, {"base_model_name_or_path": name}, None)
+        assert found and found.name == wanted
+
+
+def test_a_fingerprint_counts_for_more_than_a_name(bases):
+    config = {"base_model_name_or_path": "them/model"}
+    assert recognise_base(bases, config, info("sha256:1")).name == "mine"
+    assert recognise_base(bases, config, info("sha256:3")) is None
+    assert recognise_base(bases, config, info("")).name == "theirs"
+
+
+def test_of_two_that_are_the_same_model_the_default_one(bases):
+    first, second = bases.bases()
+    bases.bases = lambda: iter([replace(first, fingerprint=second.fingerprint), second])
+    assert recognise_base(bases, {}, info(second.fingerprint)).name == "theirs"
+
+
+@pytest.mark.parametrize("name", ["me/model", "", None, 7, ["them/model"], "/a\0b", "\ud800", "x" * 10_000])
+def test_whatever_else_a_configuration_says_is_no_base_of_these(bases, name):
+    assert recognise_base(bases, {"base_model_name_or_path": name}, None) is None
+
+
+def test_links_in_a_circle_are_nobodys_folder(bases, tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert not is_called(next(bases.bases()), str(tmp_path / "a"), bases)
