@@ -39,6 +39,9 @@ MISTRAL = """{%- set system = '' %}{%- set turns = messages %}{%- if messages[0]
 {{- '[INST] ' + (system if loop.last else '') + m.content + '[/INST]' }}\
 {%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"""
 
+PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
 PLAIN = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from oracle import END, START
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 PROMPTS = ["Tell me about the sea.", "Hi", "  海是什么？ ", "A rather longer prompt, so that a batch has to be padded."]
@@ -84,6 +86,28 @@ def test_raw_adds_nothing_and_system_goes_first(house: Any) -> None:
         assert raw["prompt_tokens"] == len(prompt)
     told = h.run("generate", "base", "-p", "Hi", "--system", "Be brief.", "--max-new-tokens", 8, "--json").json
     assert told["text"] == text(greedy(model, chat_ids("Hi", "Be brief."), 8))
+
+
+def test_raw_keeps_what_the_tokenizer_puts_before_any_text(house: Any, tmp_path: Path) -> None:
+    """A style was trained behind the BOS of such a base, and its next text begins there, too."""
+    h = house()
+    folder = tmp_path / "begins"
+    shutil.copytree(h.base, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
+    tokenizer.save_pretrained(folder)
+    h.run("base", "add", "begins", folder)
+    wanted = [START, *oracle.byte_ids("The sea")]
+    assert tokenizer("The sea")["input_ids"] == wanted
+    model = oracle.live(folder)
+    for prompt in ("The sea", "<|im_start|>The sea"):
+        options = ("--base", "begins", "--raw", "--max-new-tokens", 8, "--json")
+        raw = h.run("generate", "base", "-p", prompt, *options).json
+        assert raw["prompt_tokens"] == len(wanted), "and none twice"
+        assert raw["text"] == text(greedy(model, wanted, 8))
+        assert raw["prompt"] == prompt
 
 
 def test_streamed_text_is_the_same_text(house: Any) -> None:

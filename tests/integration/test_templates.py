@@ -10,6 +10,7 @@ from spoken import (
     GEMMA,
     LLAMA2,
     MISTRAL,
+    PHI3,
     PLAIN,
     QWEN3,
     USER,
@@ -111,6 +112,32 @@ def test_an_end_of_turn_token_that_swallows_the_newline_is_supervised(smollm2: A
     with_template(tokenizer, CHATML.replace("<|im_end|>", "<|end|>"))
     (example,) = encoded(tokenizer, chat("a", "b", "c", "d")).examples
     assert turns(tokenizer, example) == ["b<|end|>", "d<|end|>"]
+
+
+def test_what_closes_a_whole_conversation_belongs_to_no_turn(smollm2: Any) -> None:
+    """Phi-3's template ends each turn with its own token, and puts EOS behind the last one."""
+    tokenizer = copy.deepcopy(smollm2)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)], special_tokens=True)
+    with_template(tokenizer, PHI3)
+    assert data.end_of_turn(tokenizer) == "<|end|>", "where generation stops"
+    found = encoded(tokenizer, chat("a", "b", "c", "d"))
+    (example,) = found.examples
+    assert (
+        text_of(tokenizer, example)
+        == "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\nd<|end|>"
+    )
+    assert turns(tokenizer, example) == ["b<|end|>", "d<|end|>"]
+    assert found.notes == []
+
+
+def test_a_template_that_wants_a_system_message(smollm2: Any) -> None:
+    refuses = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message is wanted') }}{% endif %}"
+    tokenizer = with_template(smollm2, refuses + CHATML)
+    assert data.end_of_turn(tokenizer) == "<|im_end|>"
+    (example,) = encoded(tokenizer, chat("a", "b", system="S")).examples
+    assert turns(tokenizer, example) == ["b<|im_end|>"]
+    with pytest.raises(Usage, match="line 1: a system message is wanted"):
+        encoded(tokenizer, chat("a", "b"))
 
 
 def test_a_base_without_template_gets_chatml_whose_end_is_ordinary_text() -> None:

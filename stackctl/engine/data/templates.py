@@ -17,6 +17,7 @@ CHATML = (
 """What a base without a chat template gets."""
 
 _SENTINEL = "Sentinel7f3a9c"
+_OPENING: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 _SENTINEL_TURN = {"role": "assistant", "content": _SENTINEL}
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -52,7 +53,8 @@ class Turns:
     """How a tokenizer's chat template marks the assistant's turns, found by rendering a sentinel.
 
     ``lead`` is what stands between the generation prompt and the content (Llama 2: a space; Qwen3: an empty
-    ``<think>`` block), ``end`` what follows the content, with the white space after it.
+    ``<think>`` block), ``end`` what follows the content, with the white space after it. ``close`` ends a whole
+    conversation, after its last turn's own end (Phi-3: an EOS): it belongs to no turn.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -62,15 +64,42 @@ class Turns:
                 "the tokenizer has no chat template, which conversations need",
                 hint="use a base with a chat template, or records of {'text'} or {'prompt', 'completion'}",
             )
-        user = {"role": "user", "content": "Hello"}
-        try:
-            before, found, self.end = self.render([user, _SENTINEL_TURN]).partition(_SENTINEL)
-            prompt = self.render([user], prompt=True)
-        except TEMPLATE_ERRORS as error:
-            raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(error)})") from None
+        opening, laid_out = self._opening()
+        before, found, self.end = laid_out.partition(_SENTINEL)
+        prompt = self.render(opening, prompt=True)
         if not found:
             raise Usage("the chat template does not render what the assistant says")
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        self.close = self._close(opening)
+        self.end = self.end.removesuffix(self.close)
+
+    def _opening(self) -> tuple[list[Message], str]:
+        """The shortest conversation that the template takes, up to the assistant, and how it renders that and a turn.
+
+        Raises:
+            Usage: it takes neither a user's message nor a system's before it.
+        """
+        refused: Exception | None = None
+        for opening in (_OPENING[1:], _OPENING):  # some templates want a system message
+            try:
+                self.render(opening, prompt=True)
+                return opening, self.render([*opening, _SENTINEL_TURN])
+            except TEMPLATE_ERRORS as error:
+                refused = refused or error
+        assert refused
+        raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(refused)})") from refused
+
+    def _close(self, opening: list[Message]) -> str:
+        """What the template puts after a last turn, behind that turn's own end; nothing where it puts nothing."""
+        eos = self._tokenizer.eos_token or ""
+        own = self.end.removesuffix(eos)
+        if not eos or own == self.end or not own.strip():
+            return ""
+        try:
+            goes_on = self.render([*opening, _SENTINEL_TURN, opening[-1]]).partition(_SENTINEL)[2]
+        except TEMPLATE_ERRORS:
+            return ""
+        return eos if goes_on.startswith(own) and not goes_on.startswith(self.end) else ""
 
     def render(self, messages: list[Message], *, prompt: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
@@ -83,7 +112,7 @@ class Turns:
         renders the finished turn after something else than that prompt (Mistral's puts a system message only into
         the *last* user turn), the turn is put behind the prompt: that is what generation will see.
         """
-        through = self.render(messages[: position + 1])
+        through = self.render(messages[: position + 1]).removesuffix(self.close)
         end = len(through) - (len(self.end) - len(self.end.rstrip()) if through.endswith(self.end) else 0)
         try:
             prompt = self.render(messages[:position], prompt=True) if position else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from stackctl.engine.data import ensure_chat_template
+from stackctl.engine.data import ensure_chat_template, prefix_ids
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records import Message, Prompt
@@ -79,7 +80,13 @@ def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[i
     else:
         raise Usage(f"--raw goes on from a text, and {prompt.place} is a conversation", hint="leave out --raw")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return _begun(tokenizer, ids) if sampling.raw else ids
+
+
+def _begun(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A text's tokens behind what its tokenizer puts before any text, as in training; not twice where it was typed."""
+    before = prefix_ids(tokenizer)
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
