@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import Current, Group
-from stackctl.cli.completion import join_words
+from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
 from stackctl.errors import Usage, did_you_mean
 from stackctl.plain import plain
@@ -68,12 +68,13 @@ def main() -> None:
     from stackctl.ranks import make_output
 
     prepare_streams()
-    join_words(os.environ)
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     debug = "--debug" in options
     Current.output = make_output(json_mode="--json" in options)
     try:
-        code = typer.main.get_command(make_app(_typed_command())).main(prog_name="stackctl", standalone_mode=False)
+        with completing(os.environ):
+            app = typer.main.get_command(make_app(_typed_command()))
+            code = app.main(prog_name="stackctl", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt

@@ -7,11 +7,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-from typer.models import ArgumentInfo
+from typer.models import ArgumentInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import reading_progress
@@ -126,8 +126,9 @@ def command(
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for key, (annotation, default) in _COMMON.items()
         ]
-        for parameter in own:
+        for parameter in [*own, *added]:
             _name_in_capitals(parameter)
+            _leave_paths_to_the_shell(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
@@ -160,15 +161,33 @@ def _name_in_capitals(parameter: inspect.Parameter) -> None:
             info.metavar = name if parameter.default is inspect.Parameter.empty else f"[{name}]"
 
 
+def _leave_paths_to_the_shell(parameter: inspect.Parameter) -> None:
+    """typer answers a path that is being typed with itself; shells that get no answer complete files."""
+    type_, *infos = get_args(parameter.annotation)
+    if Path in (type_, *get_args(type_)):
+        for info in infos:
+            if isinstance(info, ParameterInfo):
+                info.autocompletion = _nothing
+
+
+def _nothing() -> list[str]:
+    return []
+
+
 # -- arguments that several commands have, with their completion ----------------------------------------------------
 
 
 def completions(registry: Registry, incomplete: str, *kinds: str) -> list[str]:
-    """An expression as far as it was typed, with each name that its last term could become."""
+    """An expression as far as it was typed, with each name, or version, that its last term could become."""
     from stackctl.schema import Adapter, Base, Stack
 
     types = {"adapters": Adapter, "stacks": Stack, "bases": Base}
     head, plus, tail = incomplete.rpartition("+")
+    name, at, _ = tail.partition("@")
+    if at:
+        adapter = registry.find_adapter(name) if name in registry.names(Adapter) and "adapters" in kinds else None
+        found = [f"{name}@{version.version}" for version in reversed(adapter.versions)] if adapter else []
+        return [f"{head}{plus}{label}" for label in found if label.startswith(tail)]
     names = [name for kind in kinds for name in registry.names(types[kind])]
     return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
 
