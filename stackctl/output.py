@@ -161,7 +161,8 @@ class Output:
             self._line(text if isinstance(text, Painted) else printable(text))
 
     def _line(self, text: str) -> None:
-        start = "" if getattr(sys.stderr, "at_start", True) else "\n"
+        beside_a_bar = hasattr(sys.stderr, "rich_proxied_file")  # rich makes room above it
+        start = "" if beside_a_bar or getattr(sys.stderr, "at_start", True) else "\n"
         shown = text if isinstance(text, Painted) else laid_out(text, sys.stderr)
         sys.stderr.write(f"{start}{shown}\n")
         sys.stderr.flush()

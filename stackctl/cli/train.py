@@ -238,8 +238,9 @@ def build_recipe(
             else:
                 built.append(_compose(found, registry, step.name))
         except StackctlError as error:
-            done = f"{', '.join(_labels(built))} is built and stays; " if built else ""
-            context.output.note(f"{done}the same command goes on with what is left")
+            if built:
+                done = ", ".join(_labels(built))
+                context.output.note(f"{done} is built and stays; the same command goes on with what is left")
             raise type(error)(f"{step.name}: {error.message}", hint=error.hint) from error
     names = _labels(built)
     return Result({"plan": plan, "built": built}, "\n".join(names), f"built {', '.join(names)}")

@@ -98,6 +98,8 @@ def run_trainer(
         held_out=held_out,
     )
     saves = run.checkpoints if resume else []
+    if saves:
+        say(f"going on after step {saves[-1].name.rpartition('-')[2]}")
     if saves and held_out:
         trainer.restore(saves[-1])
         if held_out.is_over:  # killed between the last step and the registering
