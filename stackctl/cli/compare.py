@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 stackctl compare base style --prompts prompts.txt --data heldout.jsonl --output report.html
+stackctl compare style style:0.5 -p "Tell me of rain." --temperature 0.8 --seed 1
 stackctl compare base style style+instruct -p "Tell me of rain.\""""
 
 

@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
 _TASKS = "Tasks of lm-evaluation-harness"
 _BATCH = 8
+_EXAMPLES = """\
+stackctl eval style+instruct --against style --data heldout.jsonl
+stackctl eval base style+instruct --task arc_easy --limit 200
+stackctl eval base style style+instruct --data heldout.jsonl"""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "eval", example="stackctl eval base style style+instruct --data heldout.jsonl", panel=PATH)
+    @command(app, "eval", example=_EXAMPLES, panel=PATH)
     def evaluate(
         context: Context,
         what: Annotated[

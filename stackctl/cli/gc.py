@@ -16,7 +16,7 @@ from stackctl.registry import Freed, Registry
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "gc", example="stackctl gc --dry-run", panel=HOUSE)
+    @command(app, "gc", example="stackctl gc --runs --logs\nstackctl gc --dry-run", panel=HOUSE)
     def gc(
         context: Context,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be freed; free nothing.")] = False,

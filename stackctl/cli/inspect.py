@@ -36,9 +36,17 @@ from stackctl.schema import Adapter, Base, Stack
 from stackctl.serving import serving_recipes
 from stackctl.targets import lint_for
 
+_EXAMPLES = """\
+stackctl inspect ./output/checkpoint-531
+stackctl inspect style --weights
+stackctl inspect style+instruct --interference
+stackctl inspect storyteller --serve
+stackctl inspect storyteller --output storyteller.html
+stackctl inspect style+instruct"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "inspect", example="stackctl inspect style+instruct", panel=KNOW)
+    @command(app, "inspect", example=_EXAMPLES, panel=KNOW)
     def inspect(
         context: Context,
         what: What = None,

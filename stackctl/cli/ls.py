@@ -22,7 +22,7 @@ _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "ls", example="stackctl ls --json", panel=KNOW)
+    @command(app, "ls", example="stackctl ls --tree\nstackctl ls --json", panel=KNOW)
     def ls(
         context: Context,
         tree: Annotated[

@@ -13,9 +13,14 @@ from stackctl.errors import Usage
 from stackctl.files import sha256_bytes
 from stackctl.output import Result
 
+_EXAMPLES = """\
+stackctl pull me/storyteller
+stackctl pull somebody/some-lora --name borrowed --base smollm2
+stackctl pull me/storyteller@v1 --dry-run"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "pull", example="stackctl pull me/storyteller@v1", panel=SHARE)
+    @command(app, "pull", example=_EXAMPLES, panel=SHARE)
     def pull(
         context: Context,
         repo: Annotated[

@@ -17,8 +17,8 @@ from stackctl.schema import PushTarget
 _REPO, _CARD = "The repo", "The model card"
 _EXAMPLES = """\
 stackctl push storyteller me/storyteller --dry-run
-stackctl push storyteller me/storyteller --members --tag v1
-stackctl push storyteller me/storyteller --private"""
+stackctl push storyteller me/storyteller --private
+stackctl push storyteller me/storyteller --members --tag v2"""
 
 
 def register(app: typer.Typer) -> None:

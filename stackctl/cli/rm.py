@@ -12,7 +12,7 @@ from stackctl.output import Result
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "rm", example="stackctl rm instruct@1", panel=HOUSE)
+    @command(app, "rm", example="stackctl rm storyteller --dry-run\nstackctl rm instruct@1", panel=HOUSE)
     def rm(
         context: Context,
         reference: Annotated[

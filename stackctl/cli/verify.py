@@ -18,9 +18,14 @@ from stackctl.repairing import Source, find_sources
 from stackctl.repairing import repair as repair_version
 from stackctl.schema import Base
 
+_EXAMPLES = """\
+stackctl verify storyteller
+stackctl verify --repair --from backup/weights
+stackctl verify --repair"""
+
 
 def register(app: typer.Typer) -> None:
-    @command(app, "verify", example="stackctl verify --repair", panel=KNOW)
+    @command(app, "verify", example=_EXAMPLES, panel=KNOW)
     def verify(
         context: Context,
         what: Annotated[

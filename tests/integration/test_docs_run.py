@@ -16,9 +16,12 @@ from typing import Any
 
 import oracle
 import pytest
+import typer
 from house import CHAT, TEXTS
 from hub_server import HubServer, connect, running_hub
 from tiny import random_adapter
+
+from stackctl.cli import make_app
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -156,3 +159,28 @@ def tag_as_a_reader_would(hub: HubServer) -> None:
     """Pages pull ``me/storyteller@v1``: whatever was pushed there carries that tag."""
     if repo := hub.repos.get("me/storyteller"):
         repo.refs["v1"] = repo.head
+
+
+# -- the help ---------------------------------------------------------------------------------------------------------
+
+HELP = ("push", "pull", "inspect", "compare", "eval", "ls", "verify", "compose", "use", "gc")
+"""Commands whose examples are run one after the other, with two adapters and their stack in place."""
+NOT_HERE = {"stackctl eval base style+instruct --task arc_easy --limit 200": "its records are on the Hub: test_harness"}
+
+
+def test_the_examples_of_the_help_run(
+    run: Callable[..., Any], made: dict[str, Path], hub: HubServer, tmp_path: Path
+) -> None:
+    commands: Any = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
+    lay_out(tmp_path, ROOT / "docs" / "reference" / "cli.md", made)
+    (tmp_path / "backup" / "weights").mkdir(parents=True)
+    for line in [*STORED, "stackctl add instruct made/other --on style", "stackctl add tone made/other"]:
+        run(*shlex.split(line)[1:])
+    seen = 0
+    for name in HELP:
+        for line in commands[name].epilog.splitlines():
+            if line not in NOT_HERE:
+                run(*shlex.split(line)[1:])
+                tag_as_a_reader_would(hub)
+                seen += 1
+    assert seen > 20
