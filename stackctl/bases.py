@@ -207,7 +207,7 @@ def check_model_folder(folder: Path) -> Path:
     """A folder that could be a base.
 
     Raises:
-        NotFound, Usage, Incompatible: not there, a file, an adapter, or without configuration or weights.
+        NotFound, Usage, Incompatible: not there, a file, an adapter, or without weights or a valid configuration.
     """
     if not folder.exists():
         raise NotFound(f"{folder} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
@@ -217,6 +217,7 @@ def check_model_folder(folder: Path) -> Path:
         if (folder / "adapter_config.json").is_file():
             raise Usage(f"{folder} is an adapter, not a base", hint=f"stackctl add NAME {folder}")
         raise Incompatible(f"{folder} has no config.json", hint="give a folder with config.json, tokenizer and weights")
+    read_json(folder / "config.json")
     weight_files(folder)
     return folder
 

@@ -32,8 +32,10 @@ from stackctl.bases import (
     template_digest,
     tokenizer_digest,
 )
+from stackctl.checkpoint import TensorInfo
+from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.errors import Incompatible, first_line
-from stackctl.modules import compact_modules
+from stackctl.modules import compact_modules, natural_order
 from stackctl.optional import EMBEDDED
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
@@ -141,6 +143,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     config = model.config
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)
+    _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
     _check_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
     output = model.get_output_embeddings()
@@ -204,6 +207,38 @@ def _module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
         if parameter.ndim == 3:  # experts of a mixture, kept in one parameter
             shapes[name] = ModuleShape(type="Parameter", shape=list(parameter.shape))
     return shapes
+
+
+def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:
+    """Hold the headers of a folder's weights against its configuration, by transformers' own rules; no data is read.
+
+    What is missing, transformers makes up at random when it loads the model, and only warns.
+
+    Raises:
+        Incompatible: tensors are missing, or have other shapes.
+    """
+    if getattr(model.config, "quantization_config", None):
+        return  # whose tensors are not the model's until they are unpacked
+    empty = {
+        name: torch.empty(info.shape, dtype=TORCH_DTYPES.get(info.dtype), device="meta")
+        for name, info in tensors.items()
+    }
+    _, found = type(model).from_pretrained(
+        None, config=model.config, state_dict=empty, device_map={"": "meta"}, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    problems = []
+    for names, what in (
+        (found["missing_keys"], "has no weights for"),
+        ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
+    ):
+        if names:
+            shown = sorted(names, key=natural_order)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            problems.append(f"{what} {', '.join(shown[:3])}{more}")
+    if problems:
+        hint = "config.json and the weights are not of one model: get both again from where they came"
+        raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
 
 
 def _check_tokenizer(folder: Path) -> None:

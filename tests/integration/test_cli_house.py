@@ -67,6 +67,34 @@ def test_a_folder_that_is_no_base_is_refused(registry, fails, adapter, models, t
     fails("base", "add", "x", "pickled", code=4)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_hidden_layers", 3, "no weights for model.layers.2."),  # transformers would make it up, and only warn
+        ("intermediate_size", 72, "other shapes"),
+        ("attention_bias", True, "no weights for model.layers.0.self_attn."),
+        ("tie_word_embeddings", True, None),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_refused(run, fails, models, tmp_path, key, value, told):
+    run("init")
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    if told:
+        assert told in fails("base", "add", "x", "model", code=4)
+    else:
+        run("base", "add", "x", "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_base_with_a_broken_configuration_is_4(run, fails, models, tmp_path, text):
+    run("init")
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert "config.json" in fails("base", "add", "x", "model", code=4)
+
+
 def test_base_rm_refuses_while_adapters_stand_on_it(shelf, run, fails):
     assert "foreign" in fails("base", "rm", "other", code=2)
     run("rm", "foreign")
