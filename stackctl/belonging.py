@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stackctl.bases import base_gguf, converted_folder
+from stackctl.errors import NotFound
 from stackctl.registry import Registry
 from stackctl.schema import AdapterInfo, Base
 
@@ -33,9 +35,13 @@ def recognise_base(registry: Registry, config: dict[str, Any], info: AdapterInfo
 
 
 def _is_its_folder(base: Base, name: str, registry: Registry) -> bool:
-    if not base.path:
-        return False
     try:
-        return Path(name).resolve() == (registry.root / base.path).resolve()
-    except (ValueError, RuntimeError):  # NUL, half a character, or links in a circle: somebody else's words
+        folder = Path(name).resolve()
+        if base.path:
+            return folder == (registry.root / base.path).resolve()
+        if folder.parent.name != "bases":  # where the cache keeps what was converted; else nothing need be hashed
+            return False
+        gguf = base_gguf(base, registry.root)
+    except (ValueError, RuntimeError, NotFound):  # NUL, half a character, links in a circle; a file that is gone
         return False
+    return gguf is not None and folder == converted_folder(gguf).resolve()

@@ -6,6 +6,7 @@ import pytest
 from checkpoints import make_base
 from msgspec.structs import replace
 
+from stackctl.bases import converted_folder
 from stackctl.belonging import is_called, recognise_base
 from stackctl.registry import Registry
 from stackctl.schema import AdapterInfo, Defaults, RegistryFile
@@ -55,6 +56,17 @@ def test_of_two_that_are_the_same_model_the_default_one(bases):
 @pytest.mark.parametrize("name", ["me/model", "", None, 7, ["them/model"], "/a\0b", "\ud800", "x" * 10_000])
 def test_whatever_else_a_configuration_says_is_no_base_of_these(bases, name):
     assert recognise_base(bases, {"base_model_name_or_path": name}, None) is None
+
+
+def test_what_a_gguf_file_was_converted_to_is_its_base_s_folder(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    base = replace(make_base("small"), kind="gguf", source="../model.gguf", path=None, hub_id=None)
+    folder = converted_folder(tmp_path / "model.gguf")
+    assert is_called(base, str(folder), bases)
+    assert not is_called(base, str(folder.with_name("gguf-0")), bases)
+    (tmp_path / "model.gguf").unlink()
+    assert not is_called(base, str(folder), bases)
 
 
 def test_links_in_a_circle_are_nobodys_folder(bases, tmp_path):
