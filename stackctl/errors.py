@@ -119,10 +119,14 @@ def raise_all(problems: list[StackctlError]) -> None:
 
     The first problem gives the code; its siblings are joined to it.
     """
-    if not problems:
-        return
+    if problems:
+        raise joined(problems)
+
+
+def joined(problems: list[StackctlError]) -> StackctlError:
+    """One error of one or more."""
     first = problems[0]
     if len(problems) == 1:
-        raise first
+        return first
     hints = dict.fromkeys(p.hint for p in problems if p.hint)
-    raise type(first)("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
+    return type(first)("; ".join(p.message for p in problems), hint="; ".join(hints) or None)

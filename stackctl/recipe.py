@@ -60,6 +60,7 @@ def read_recipe(path: Path) -> RecipeFile:
     checks: list[tuple[Callable[[str], Any], str]] = [
         *((parse_name, name) for name in recipe.train),
         *((parse_expression, job.on) for job in recipe.train.values() if job.on),
+        *((parse_expression, text) for text in [recipe.push and recipe.push.stack] if text),
         *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
     ]
     for check, text in checks:
@@ -115,8 +116,12 @@ def build_order(recipe: Recipe) -> list[str]:
 
 def _needs(recipe: Recipe, name: str) -> list[Reference]:
     """What a part of the recipe names in its expression."""
-    expression = recipe.train[name].on if name in recipe.train else recipe.stacks[name]
+    expression = _expression(recipe, name)
     return [term.reference for term in parse_expression(expression)] if expression else []
+
+
+def _expression(recipe: Recipe, name: str) -> str | None:
+    return recipe.train[name].on if name in recipe.train else recipe.stacks[name]
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,17 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
         if why:
             going.add(name)
         steps.append(Step(kind, name, why))
+    if recipe.push and recipe.push.stack:
+        for needed in _made_elsewhere(recipe, recipe.push.stack):
+            attempt(registry.resolve, str(needed))
     raise_all(problems)
     return steps
+
+
+def _made_elsewhere(recipe: Recipe, expression: str | None) -> list[Reference]:
+    """What an expression names that is no part of the recipe."""
+    named = [term.reference for term in parse_expression(expression)] if expression else []
+    return [needed for needed in named if needed.name not in recipe.train and needed.name not in recipe.stacks]
 
 
 def _is_there(registry: Registry, reference: Reference) -> bool:
@@ -168,8 +182,7 @@ def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
     recipe, problems = found.recipe, list[StackctlError]()
     checks: list[Callable[[], Any]] = [
         functools.partial(registry.resolve, str(needed))
-        for needed in _needs(recipe, name)
-        if needed.name not in recipe.train and needed.name not in recipe.stacks
+        for needed in _made_elsewhere(recipe, _expression(recipe, name))
     ]
     if name in recipe.train:
         job = recipe.train[name]

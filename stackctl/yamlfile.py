@@ -5,6 +5,7 @@ What the text may be, :mod:`stackctl.yamltext` says; most files need only a quic
 
 from __future__ import annotations
 
+import itertools
 import re
 import typing
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from stackctl import __version__
-from stackctl.errors import Usage, did_you_mean
+from stackctl.errors import StackctlError, Usage, did_you_mean, joined
 from stackctl.files import missing, read_bounded
 from stackctl.migrations import migrate
 from stackctl.plain import plain
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from stackctl.yamltext import KeyPath, Marks
 
 T = TypeVar("T")
+_MOST = 10
+"""Problems of one file that are named."""
 
 
 def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
@@ -60,7 +63,7 @@ def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: i
     """Fit a parsed document to a msgspec type; errors name the place and the nearest known key.
 
     Raises:
-        Usage: it does not fit.
+        Usage: it does not fit; the first ten places where it does not are named.
     """
     value, marks = parsed
     if not isinstance(value, dict):
@@ -71,7 +74,40 @@ def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: i
     try:
         return msgspec.convert(value, type_, strict=True)
     except msgspec.ValidationError as error:
-        raise _explain(error, value, type_, (), marks, source) from None
+        raise joined(_explain_all(error, value, type_, marks, source)) from None
+
+
+def _explain_all(
+    error: msgspec.ValidationError, value: Any, type_: Any, marks: Marks, source: str
+) -> list[StackctlError]:
+    """Everything that does not fit. msgspec names one thing at a time, so each is left out to see the next."""
+    problems: list[StackctlError] = []
+    left_out: set[KeyPath] = set()
+    while len(problems) < _MOST:
+        problem, place = _explain(error, value, type_, (), marks, source)
+        lacks = re.search(r"missing required field `(.+)`", str(error))
+        if not (lacks and (*place, lacks[1]) in left_out):
+            problems.append(problem)
+        place = tuple(itertools.takewhile(lambda part: isinstance(part, str), place))  # a list goes as a whole
+        if not place or place in left_out:
+            break  # nothing is left to look at
+        left_out.add(place)
+        value = _without(value, place)
+        try:
+            msgspec.convert(value, type_, strict=True)
+        except msgspec.ValidationError as another:
+            error = another
+        else:
+            break
+    return problems
+
+
+def _without(value: Any, place: KeyPath) -> Any:
+    """A document without what stands at a place in it."""
+    if not isinstance(value, dict):
+        return value
+    first, *rest = place
+    return {k: _without(v, tuple(rest)) if k == first else v for k, v in value.items() if k != first or rest}
 
 
 def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str) -> None:
@@ -90,7 +126,8 @@ def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str)
 
 def _explain(
     error: msgspec.ValidationError, value: Any, type_: Any, prefix: KeyPath, marks: Marks, source: str
-) -> Usage:
+) -> tuple[Usage, KeyPath]:
+    """What an error of msgspec's says, and the place that it means."""
     message, _, location = str(error).partition(" - at ")
     before, in_mapping, _ = location.partition("[...]")
     path = _parse_location(before)
@@ -109,11 +146,11 @@ def _explain(
     where = f"{source}, line {line}, column {column}"
     if unknown:
         known = _known_fields(_type_at(type_, path))
-        return Usage(
-            f"{where}: unknown key '{unknown[1]}'", hint=did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
-        )
+        hint = did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
+        return Usage(f"{where}: unknown key '{unknown[1]}'", hint=hint), full
     dotted = ".".join(str(part) for part in full)
-    return Usage(f"{where}: {dotted + ': ' if dotted else ''}{plain(message)}", hint="mend that value")
+    said = f"{where}: {dotted + ': ' if dotted else ''}{plain(message)}"
+    return Usage(said, hint="mend that value"), full
 
 
 def _parse_location(location: str) -> KeyPath:

@@ -12,7 +12,7 @@ from typing import Any
 
 from stackctl import files
 from stackctl.checkpoint import find_checkpoint_folder, read_checkpoint
-from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean
+from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean, gathering, raise_all
 from stackctl.names import parse_expression, parse_name
 from stackctl.registry import Registry
 from stackctl.schema import Adapter, Base, Recipe, Stack, TrainJob
@@ -75,12 +75,15 @@ def read_job(path: Path, registry: Registry) -> JobFile:
         raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
     if "train" in value:
         raise Usage(f"{path} is a recipe of several adapters", hint=f"build it: stackctl train --config {path}")
-    values = _rename(value, marks, path)
+    problems: list[StackctlError] = []
+    values = _rename(value, marks, path, problems)
     ignored = tuple(key for key in _OLDER_IGNORED if values.pop(key, None) is not None)
     name = values.pop("name", None)
     if name is not None:
         parse_name(str(name))
-    convert((values, marks), TrainJob, str(path))
+    with gathering(problems):
+        convert((values, marks), TrainJob, str(path))
+    raise_all(problems)
     if values.get("base") and not set(_OLDER_BASE).isdisjoint(value):
         values["base"] = _base_of(registry, values["base"])
     if values.get("on") and not set(_OLDER_ON).isdisjoint(value):
@@ -88,22 +91,26 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     return JobFile({k: v for k, v in values.items() if v not in (None, "")}, name, ignored)
 
 
-def _rename(value: dict[str, Any], marks: Marks, path: Path) -> dict[str, Any]:
-    """Older keys by their present names; ``marks`` follow them."""
+def _rename(value: dict[str, Any], marks: Marks, path: Path, problems: list[StackctlError]) -> dict[str, Any]:
+    """Older keys by their present names; ``marks`` follow them. What is unknown or given twice is a problem."""
     renamed: dict[str, Any] = {}
     for key, item in value.items():
         own = _OLDER_KEYS.get(key, key)
         line, column = marks.get((key,), (1, 1))
         if own not in _OWN and own not in _OLDER_IGNORED:
-            raise Usage(
+            problem = Usage(
                 f"{path}, line {line}, column {column}: unknown key '{key}'",
                 hint=did_you_mean(key, [*_OWN, *_OLDER_KEYS], f"known: {', '.join(_OWN)}"),
             )
+            problems.append(problem)
+            continue
         if own in renamed:
-            raise Usage(
+            problem = Usage(
                 f"{path}, line {line}, column {column}: '{own}' is given twice, once as '{key}'",
                 hint="remove one of them",
             )
+            problems.append(problem)
+            continue
         renamed[own] = item
         marks[(own,)] = (line, column)
     return renamed

@@ -140,3 +140,12 @@ def test_a_configuration_may_name_its_adapter(older, run, fails):
     assert planned(run, "--config", older(name="instruct"))["adapter"] == "instruct"
     assert planned(run, "other", "--config", older(name="instruct"))["adapter"] == "other"
     assert "stackctl train NAME --config" in fails("train", "--config", older(), code=2)
+
+
+def test_unknown_keys_and_wrong_values_are_named_together(project, fails):
+    (project / "job.yaml").write_text("data: x.jsonl\nlearning_rat: 1e-5\nepoch: 3\nrank: -1\nlora_r: 4\n")
+    found = fails("train", "style", "--config", "job.yaml", code=2)
+    for said in ("line 2", "'learning_rat'", "line 3", "'epoch'", "line 4", "rank: expected", "'rank' is given twice"):
+        assert said in found
+    assert "'learning_rate'" in found
+    assert "'epochs'" in found

@@ -8,7 +8,7 @@ from checkpoints import make_registry, register
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.errors import Usage
+from stackctl.errors import NotFound, Usage
 from stackctl.recipe import build_order, plan_recipe, read_recipe
 from stackctl.schema import Recipe, TrainJob
 
@@ -57,3 +57,20 @@ def test_settings_in_an_entry_that_are_none_are_named(tmp_path, settings):
     with pytest.raises(Usage, match="style") as caught:
         plan_recipe(read_recipe(tmp_path / "stackctl.yaml"), registry)
     assert caught.value.hint
+
+
+def test_a_push_of_what_is_nowhere_is_found_before_anything_is_trained(tmp_path):
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style")
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    recipe = tmp_path / "stackctl.yaml"
+    text = "base: tiny\ntrain: {{mine: {{data: {}}}}}\nstacks: {{both: mine}}\npush: {{stack: {}, repo: me/x}}\n"
+    for target in ("both", "mine", "style+mine:0.5", "style@1"):
+        recipe.write_text(text.format("data.jsonl", f"'{target}'"))
+        assert [step.name for step in plan_recipe(read_recipe(recipe), registry)] == ["mine", "both"]
+    recipe.write_text(text.format("none.jsonl", "both+nosuch"))
+    with pytest.raises(NotFound, match=r"none\.jsonl.*'nosuch'"):
+        plan_recipe(read_recipe(recipe), registry)
+    recipe.write_text(text.format("data.jsonl", "a++b"))
+    with pytest.raises(Usage, match=r"a\+\+b"):
+        read_recipe(recipe)

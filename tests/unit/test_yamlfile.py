@@ -344,3 +344,28 @@ def test_what_is_as_stackctl_writes_it_and_wrong_is_named_with_its_place(tmp_pat
     with pytest.raises(Usage) as caught:
         read_yaml(path, Adapter, schema=1)
     assert caught.value.message == f"{path}, {place}: {what}"
+
+
+def test_everything_that_does_not_fit_is_named_at_once():
+    found = refusal(
+        "base: tiny\ntrian: 5\ntrain:\n  a: {data: x, rank: -3, learning_rat: 1, target_modules: [1, 2]}\n"
+        "  b: {on: a, epochs: many}\nstacks: {s: 5}\npush: {stack: s}\n",
+        Recipe,
+    )
+    lines = [problem.partition(",")[2].partition(",")[0].strip() for problem in found.message.split("; ")]
+    assert lines == ["line 2", "line 4", "line 4", "line 4", "line 5", "line 6", "line 7"]
+    for word in ("trian", "a.rank", "learning_rat", "target_modules", "b.epochs", "stacks.s", "repo"):
+        assert word in found.message
+    assert "'train'" in found.hint
+    assert "'learning_rate'" in found.hint
+
+
+def test_a_field_that_is_wrong_is_not_missing_too():
+    found = refusal("schema: 1\nname: 5\nversions: [{version: x}]\n", Adapter, schema=1)
+    assert "missing" not in found.message.partition("versions")[0]
+    assert found.message.count("f.yaml") == 2
+
+
+def test_of_many_problems_the_first_are_named():
+    text = "train:\n" + "".join(f"  a{n}: {{rank: -1}}\n" for n in range(1000))
+    assert refusal(text, Recipe).message.count("rank") == 10
