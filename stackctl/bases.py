@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stackctl.caches import cache_root
 from stackctl.checkpoint import TensorInfo, read_header
 from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
@@ -35,13 +35,6 @@ TOKENIZER = (
 _SAMPLE = 256
 # What loading and saving a model changes in its configuration without changing the model.
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
-
-
-def cache_root() -> Path:
-    """Where converted models and tokenised data are kept."""
-    if value := os.environ.get("STACKCTL_CACHE"):
-        return Path(value)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stackctl"
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,7 +138,12 @@ _SUFFIXES: tuple[tuple[str, Role], ...] = (
     (r"\.base_layer\.bias", "bias"),
     (r"\.lora_velora_embed(?:\.[^.]+)?", "aside"),  # what VeLoRA's backward pass projects on; no forward one does
 )
-_SLOTS = tuple((re.compile(rf"(?P<module>.+?){suffix}"), role) for suffix, role in _SUFFIXES)
+
+
+@cache
+def _slots() -> tuple[tuple[re.Pattern[str], Role], ...]:
+    """Compiled when the first name is asked for: most commands ask for none, and it takes as long as they do."""
+    return tuple((re.compile(rf"(?P<module>.+?){suffix}"), role) for suffix, role in _SUFFIXES)
 
 
 def parse_tensor_name(name: str) -> Slot:
@@ -147,7 +152,7 @@ def parse_tensor_name(name: str) -> Slot:
     PEFT writes names without the adapter's; raw state dicts carry it (``lora_A.default.weight``); both are read.
     """
     bare = name.removeprefix(_PREFIX)
-    for pattern, role in _SLOTS:
+    for pattern, role in _slots():
         if match := pattern.fullmatch(bare):
             return Slot(match["module"], role)
     if bare.endswith(".bias"):

@@ -27,6 +27,8 @@ from stackctl.errors import Failed, NotFound, Usage, closest
 STAGING_PREFIX = ".tmp-"
 """Whatever carries this prefix is unfinished work of some process and may be swept once that process is gone."""
 
+_LONGEST_NAME = 300
+"""Characters of a path that a message shows; what is longer is cut in the middle."""
 _CHUNK = 1 << 20
 _FIRST = 64 << 10
 _LOOKED_AT = 1000
@@ -339,7 +341,10 @@ def check_place(path: Path, option: str) -> None:
 
 def explain_oserror(error: OSError) -> Failed:
     """An operating-system error as one sentence and a way on."""
-    where = f" ({error.filename})" if error.filename else ""
+    name = str(error.filename or "")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 :]}"
+    where = f" ({name})" if name else ""
     hints = {
         errno.ENOSPC: "free some space and run the command again; nothing was registered",
         errno.EDQUOT: "free some of your quota and run the command again; nothing was registered",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.registry import Registry, VersionRow, version_row
+from stackctl.registry import Entries, VersionRow, version_row
 from stackctl.schema import Removed
 
 _DEEPEST = 24
@@ -40,7 +40,7 @@ class Kin:
         }  # fmt: skip
 
 
-def read_lineage(registry: Registry) -> list[Kin]:
+def read_lineage(registry: Entries) -> list[Kin]:
     """Every version that a registry has or had, adapters in alphabetical order, versions in theirs."""
     found: dict[str, Kin] = {}
     for name in registry.names(Removed):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 from typing import Any
@@ -61,6 +60,8 @@ class Link:
     """A worker's line to the command that launched it."""
 
     def __init__(self, text: str) -> None:
+        import socket
+
         told = json.loads(text)
         self.processes: int = told["processes"]
         self.again: str = told["again"]

@@ -9,7 +9,7 @@ import textwrap
 from typing import TextIO
 
 _USUAL_WIDTH = 80
-_CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan")
 """As terminals number them."""
 LABELS = {"error": "red", "warning": "yellow", "note": "yellow", "hint": "cyan"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.cells import cell_len, chop_cells
@@ -13,7 +14,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from stackctl.heatmap import HeatMap, render_terminal
+if TYPE_CHECKING:
+    from stackctl.heatmap import HeatMap
 
 NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
@@ -135,5 +137,7 @@ class HeatMapDrawing:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         colours = console.color_system not in (None, "standard")  # sixteen colours have no shades
+        from stackctl.heatmap import render_terminal
+
         for line in render_terminal(self._heat, options.max_width, colours=colours):
             yield Text.assemble(*line, no_wrap=True, overflow="ignore")

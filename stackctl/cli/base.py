@@ -9,7 +9,7 @@ import typer
 from stackctl.bases import parse_source
 from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
 from stackctl.output import Result
-from stackctl.registry import Registry
+from stackctl.registry import Entries
 from stackctl.schema import Base
 
 _EXAMPLES = """\
@@ -18,7 +18,7 @@ stackctl base add mine ./models/mine
 stackctl base add qwen3 Qwen/Qwen3-8B-Base --revision main"""
 
 
-def base_json(base: Base, registry: Registry) -> dict[str, Any]:
+def base_json(base: Base, registry: Entries) -> dict[str, Any]:
     """A base as ``base ls`` and ``ls`` show it."""
     return {
         "name": base.name,
@@ -76,7 +76,7 @@ def register(app: typer.Typer) -> None:
     @command(group, "ls", example="stackctl base ls --json")
     def ls(context: Context) -> Result:
         """List the base models."""
-        registry = context.registry
+        registry = context.entries
         rows = [base_json(base, registry) for base in registry.bases()]
 
         def screen() -> Any:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,8 +18,11 @@ from stackctl.cli.progress import reading_progress
 from stackctl.errors import Usage, did_you_mean
 from stackctl.output import Output, Result
 from stackctl.ranks import make_output
-from stackctl.registry import Registry
 
+if TYPE_CHECKING:
+    from stackctl.registry import Entries, Registry
+
+E = TypeVar("E", bound="Entries")
 PATH = "The path"
 KNOW = "To know"
 SHARE = "To share"
@@ -65,9 +68,21 @@ class Context:
     @functools.cached_property
     def registry(self) -> Registry:
         """The registry in use; an error with a hint when there is none."""
-        registry = Registry.open(self.registry_option)
-        registry.show_reading = functools.partial(reading_progress, self.output)
-        return registry
+        from stackctl.registry import Registry
+
+        return self._open(Registry)
+
+    @functools.cached_property
+    def entries(self) -> Entries:
+        """The entries of the registry in use, for a command that resolves nothing and starts the sooner."""
+        from stackctl.registry import Entries
+
+        return self._open(Entries)
+
+    def _open(self, kind: type[E]) -> E:
+        opened = kind.open(self.registry_option)
+        opened.show_reading = functools.partial(reading_progress, self.output)
+        return opened
 
 
 class Current:
@@ -177,7 +192,7 @@ def _nothing() -> list[str]:
 # -- arguments that several commands have, with their completion ----------------------------------------------------
 
 
-def completions(registry: Registry, incomplete: str, *kinds: str) -> list[str]:
+def completions(entries: Entries, incomplete: str, *kinds: str) -> list[str]:
     """An expression as far as it was typed, with each name, or version, that its last term could become."""
     from stackctl.schema import Adapter, Base, Stack
 
@@ -185,19 +200,20 @@ def completions(registry: Registry, incomplete: str, *kinds: str) -> list[str]:
     head, plus, tail = incomplete.rpartition("+")
     name, at, _ = tail.partition("@")
     if at:
-        adapter = registry.find_adapter(name) if name in registry.names(Adapter) and "adapters" in kinds else None
+        adapter = entries.find_adapter(name) if name in entries.names(Adapter) and "adapters" in kinds else None
         found = [f"{name}@{version.version}" for version in reversed(adapter.versions)] if adapter else []
         return [f"{head}{plus}{label}" for label in found if label.startswith(tail)]
-    names = [name for kind in kinds for name in registry.names(types[kind])]
+    names = [name for kind in kinds for name in entries.names(types[kind])]
     return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
 
 
 def _complete(*kinds: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
         from stackctl.errors import StackctlError
+        from stackctl.registry import Entries
 
         try:
-            return completions(Registry.open(), incomplete, *kinds)
+            return completions(Entries.open(), incomplete, *kinds)
         except StackctlError:
             return []
 

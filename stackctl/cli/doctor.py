@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from stackctl import __version__, machine
-from stackctl.bases import cache_root
+from stackctl.caches import cache_root
 from stackctl.cli.common import KNOW, Context, command
 from stackctl.errors import StackctlError
 from stackctl.files import human_bytes

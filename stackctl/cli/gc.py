@@ -10,9 +10,9 @@ import typer
 from stackctl.cli.common import HOUSE, Context, command
 from stackctl.files import human_bytes, tree_bytes
 from stackctl.housekeeping import drop_runs, free_conversions, free_indices, free_logs, free_tokens
-from stackctl.jobs import unfinished_runs
 from stackctl.output import Result
 from stackctl.registry import Freed, Registry
+from stackctl.runs import unfinished_runs
 
 
 def register(app: typer.Typer) -> None:

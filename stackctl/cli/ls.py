@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackctl.cli.base import base_json
 from stackctl.cli.common import KNOW, Context, command
 from stackctl.files import human_bytes
-from stackctl.jobs import unfinished_runs
-from stackctl.lineage import Kin, read_lineage, tree_lines
 from stackctl.names import BASE, format_term
 from stackctl.output import Result
 from stackctl.registry import AdapterRow, Rows
+from stackctl.runs import unfinished_runs
 from stackctl.schema import Stack
+
+if TYPE_CHECKING:
+    from stackctl.lineage import Kin
 
 _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
@@ -33,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
         The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
         """
-        registry = context.registry
+        registry = context.entries
         root, current = str(registry.root), registry.settings().current
         adapters, stacks = registry.adapter_rows(), registry.stack_rows()
         bases = [base_json(base, registry) for base in registry.bases()]
@@ -48,6 +50,8 @@ def register(app: typer.Typer) -> None:
         }
         names = [*adapters.names, *stacks.names, *(base["name"] for base in bases)]
         if tree:
+            from stackctl.lineage import read_lineage
+
             kin = read_lineage(registry)
             data["lineage"] = [one.json() for one in kin]
             roots = [base["name"] for base in bases]
@@ -91,6 +95,7 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
 
 
 def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
+    from stackctl.lineage import tree_lines
     from stackctl.tables import Branches
 
     return Branches(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from stackctl import __version__, files
-from stackctl.bases import cache_root
+from stackctl.caches import cache_root
 
 Row = TypeVar("Row")
 _MADE_BY = f"{__version__} index 1"

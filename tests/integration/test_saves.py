@@ -13,7 +13,7 @@ import pytest
 from house import CHAT, TEXTS, interrupt
 
 from stackctl import jobs
-from stackctl.jobs import run_folder
+from stackctl.runs import run_folder
 
 SAVED = ("--save-steps", 2, "--dropout", 0.3, "--scheduler", "cosine", "--batch-size", 2)
 KINDS = {

@@ -1,12 +1,14 @@
 """The light floor stays light: in a process of its own, each of its modules imports nothing heavy."""
 
 import ast
+import os
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import make_registry, register
 
 import stackctl
 
@@ -77,3 +79,28 @@ def test_imports_point_one_way(name):
 def test_nobody_imports_click():
     for path in ROOT.rglob("*.py"):
         assert not {m for m in imports_at_module_level(path) if m.partition(".")[0] == "click"}, path
+
+
+@pytest.mark.parametrize(
+    ("words", "unneeded"),
+    [
+        (["ls"], ["stackctl.plan", "stackctl.checkpoint", "stackctl.registry.resolving", "yaml", "socket"]),
+        (["ls", "-q"], ["rich", "stackctl.plan", "stackctl.checkpoint", "yaml"]),
+        (["rm", "sty"], ["rich", "stackctl.registry.resolving", "yaml"]),
+    ],
+    ids=["ls", "ls -q", "completing"],
+)
+def test_what_a_quick_command_does_not_need_it_does_not_import(tmp_path, words, unneeded):
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style")
+    environment = {"STACKCTL_REGISTRY": str(registry.root), "STACKCTL_CACHE": str(tmp_path), "PATH": os.environ["PATH"]}
+    if words[-1] == "sty":
+        environment |= {"_STACKCTL_COMPLETE": "complete_bash", "COMP_WORDS": "stackctl rm sty", "COMP_CWORD": "2"}
+        words = []
+    program = (
+        "import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        f"sys.argv = ['stackctl', *{words!r}]\nfrom stackctl.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, "style" in done.stdout) == (0, True), done.stderr
+    assert not set(unneeded) & set(done.stderr.split())

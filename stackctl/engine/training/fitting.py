@@ -19,7 +19,8 @@ from stackctl.engine.trainer import StackTrainer
 from stackctl.engine.training.corpus import Corpus
 from stackctl.engine.training.watching import HeldOut, evaluation_steps
 from stackctl.errors import Failed, Interrupted, Terminated
-from stackctl.jobs import PreparedJob, RunFolder
+from stackctl.jobs import PreparedJob
+from stackctl.runs import RunFolder
 from stackctl.schema import TrainJob
 from stackctl.tracking import parse_trackers
 

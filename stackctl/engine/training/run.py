@@ -25,8 +25,9 @@ from stackctl.engine.training.layout import choose_layout
 from stackctl.engine.training.registering import register_version
 from stackctl.engine.training.watching import HeldOut
 from stackctl.errors import Usage
-from stackctl.jobs import PreparedJob, RunFolder, changed_since, run_folder
+from stackctl.jobs import PreparedJob, changed_since
 from stackctl.registry import Registry
+from stackctl.runs import RunFolder, run_folder
 from stackctl.schema import AdapterVersion, Run
 from stackctl.tracking import log_folder, tracking
 
