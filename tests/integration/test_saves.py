@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from house import CHAT, TEXTS, interrupt
 
-from stackctl import jobs
+from stackctl import runs
 from stackctl.runs import run_folder
 
 SAVED = ("--save-steps", 2, "--dropout", 0.3, "--scheduler", "cosine", "--batch-size", 2)
@@ -144,7 +144,7 @@ def test_other_settings_are_named_with_what_they_were(house: Any) -> None:
 
 def test_two_runs_of_one_name_are_one_too_many(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h = house()
-    monkeypatch.setattr(jobs, "_HELD_TIMEOUT", 0.1)
+    monkeypatch.setattr(runs, "_HELD_TIMEOUT", 0.1)
     with run_folder(h.registry, "new").held():
         message = h.train("new", "--max-steps", 1, code=1)["error"]["message"]
     assert f"process {os.getpid()} on" in message
