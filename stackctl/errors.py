@@ -33,6 +33,10 @@ class Usage(StackctlError):
     exit_code = 2
 
 
+class MergeConflict(Usage):
+    """A file in which git left both sides of a merge."""
+
+
 class NotFound(StackctlError):
     """A name, a version, a file or a repository that is not there."""
 

@@ -69,6 +69,7 @@ def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None
 
 def _this_process() -> bytes:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_LONGEST_COMMAND]
+    command = command.encode(errors="backslashreplace").decode()  # a file's name need not be Unicode
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return msgspec.json.encode(Holder(os.getpid(), platform.node(), command, since)) + b"\n"
 

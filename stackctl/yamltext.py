@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from stackctl.errors import Usage
+from stackctl.errors import MergeConflict, Usage
 from stackctl.yamlscalar import parse_scalar
 
 _MAX_DEPTH = 50
@@ -63,7 +63,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
     except yaml.MarkedYAMLError as error:
         if conflict := _CONFLICT.search(text):
             line = text.count("\n", 0, conflict.start()) + 1
-            raise Usage(
+            raise MergeConflict(
                 f"{source}, line {line}: an unresolved merge conflict", hint="resolve it in your editor, then try again"
             ) from None
         mark = error.problem_mark or error.context_mark

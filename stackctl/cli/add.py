@@ -13,6 +13,7 @@ from stackctl.belonging import named_base, recognise_base
 from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
 from stackctl.copies import copy_checkpoint
+from stackctl.errors import Usage
 from stackctl.output import Result
 from stackctl.plan import PlanMember
 from stackctl.planning import plan_stack
@@ -95,6 +96,12 @@ def _add(
 
 
 def _linked_path(folder: Path, root: Path) -> str:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise Usage(
+            f"the name of {folder} is not Unicode, and entries are", hint="leave out --link, so that it is copied"
+        ) from None
     return os.path.relpath(folder, root) if folder.is_relative_to(root.parent) else str(folder)
 
 

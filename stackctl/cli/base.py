@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.bases import parse_source
 from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
 from stackctl.output import Result
 from stackctl.registry import Entries
@@ -52,6 +51,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Register a base model: recognised from then on by its fingerprint."""
+        from stackctl.bases import parse_source
         from stackctl.names import parse_name
 
         parse_name(name, "base name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -12,10 +13,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from stackctl import files
-from stackctl.errors import (
-    NotFound,
-    Usage,
-)
+from stackctl.errors import MergeConflict, NotFound, Usage
 from stackctl.locks import locked
 from stackctl.methods import check_method
 from stackctl.names import parse_name, parse_stack_name
@@ -34,6 +32,7 @@ from stackctl.yamlfile import read_yaml
 E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"
 _FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks", Removed: "removed"}
+_KEEP_ONE_SIDE = "keep one side, register the other's weights anew: git checkout --ours {path}; stackctl add {name} DIR"
 _IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", ".digests.json")
 
 
@@ -108,7 +107,12 @@ class Entries:
         path = self._entry_path(kind, name)
         if not path.is_file():
             return None
-        entry = read_yaml(path, kind, schema=SCHEMA)
+        try:
+            entry = read_yaml(path, kind, schema=SCHEMA)
+        except MergeConflict as conflict:
+            if kind is Adapter:
+                conflict.hint = _KEEP_ONE_SIDE.format(path=shlex.quote(str(path)), name=name)
+            raise
         if entry.name != name:
             raise Usage(
                 f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or mend the name"
@@ -118,7 +122,10 @@ class Entries:
         if isinstance(entry, Adapter):
             numbers = [version.version for version in entry.versions]
             if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
-                raise Usage(f"{path}: versions must be there, distinct and ascending", hint="mend the file")
+                raise Usage(
+                    f"{path}: versions must be there, distinct and ascending",
+                    hint="give each a number of its own: a version is what lies in weights/NAME/NUMBER",
+                )
         return entry
 
     def _write(self, entry: Base | Adapter | Stack | Removed) -> None:
@@ -190,8 +197,10 @@ class Entries:
         What killed writers left is swept on the way.
 
         Raises:
-            Usage: ``registry.yaml`` cannot be read: a change that ends with it would stop halfway.
+            NotFound, Usage: ``registry.yaml`` is gone or cannot be read: a change that ends with it would stop halfway.
         """
+        if not (self.root / _FILE).is_file():
+            raise NotFound(f"{self.root / _FILE} is gone", hint=f"stackctl init {shlex.quote(str(self.root))}")
         with locked(self.root / ".lock", "the registry"):
             self.settings()
             self.sweep()

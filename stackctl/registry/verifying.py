@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from stackctl.checkpoint import read_info
 from stackctl.errors import Incompatible, StackctlError
 from stackctl.files import explain_oserror
 from stackctl.names import Reference
@@ -13,6 +14,7 @@ from stackctl.registry.resolving import ResolvedMember, foundations
 from stackctl.registry.restoring import Restorations
 from stackctl.schema import (
     Adapter,
+    AdapterInfo,
     Base,
     Removed,
     Stack,
@@ -100,5 +102,19 @@ class Registry(Restorations):
         base = find_base(member.version.base)
         if base.fingerprint != member.version.fingerprint:
             raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
-        for term in foundations(member.version):
-            find_foundation(term.reference)
+        below = [find_foundation(term.reference) for term in foundations(member.version)]
+        _check_foundations(member, below, read_info(self.weights_path(member.version)))
+
+
+def _check_foundations(member: ResolvedMember, below: list[ResolvedMember], info: AdapterInfo | None) -> None:
+    """What a version was trained on is what now has that number: a merge may have given it to something else.
+
+    Raises:
+        Incompatible: it is not. Only what training said of itself is compared; who adds a checkpoint says on what.
+    """
+    if member.version.run is None or info is None or f"{info.adapter}@{info.version}" != member.label:
+        return
+    trained_on = {f"{one.adapter}@{one.version}": one.digest for one in info.trained_on}
+    for found in below:
+        if trained_on.get(found.label, found.version.digest) != found.version.digest:
+            raise Incompatible(f"{member.label} was trained on another {found.label} than the one that is here now")
