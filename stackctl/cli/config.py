@@ -153,13 +153,14 @@ def _stack_of(registry: Registry, text: str) -> str:
             return text  # a name that is not there: resolving it names the nearest one
         raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {text}")
     checkpoint = read_checkpoint(find_checkpoint_folder(folder))
-    place = checkpoint.path.resolve()
-    for adapter in registry.adapter_rows():
-        for version in adapter.versions:
-            if registry.weights_path(version) == place:
-                return f"{adapter.name}@{version.version}"
-    if known := registry.find_digest(checkpoint.digest()):
-        return known.label
+    place, digest = checkpoint.path.resolve(), checkpoint.digest()
+    rows = [(f"{row.name}@{version.version}", version) for row in registry.adapter_rows() for version in row.versions]
+    known = [(label, version) for label, version in rows if version.digest == digest]
+    for label, version in known or rows:  # what was changed since is known by its place alone
+        if registry.weights_path(version) == place:
+            return label
+    if known:
+        return known[0][0]
     raise NotFound(f"stage1_adapter_path: {text} is not registered", hint=f"stackctl add style {text}")
 
 

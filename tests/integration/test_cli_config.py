@@ -8,6 +8,8 @@ import shutil
 import pytest
 from tiny import random_adapter
 
+from stackctl.registry import Registry
+
 RECIPE = "base: tiny\ntrain: {style: {data: data/style.jsonl}}\n"
 
 
@@ -149,3 +151,15 @@ def test_unknown_keys_and_wrong_values_are_named_together(project, fails):
         assert said in found
     assert "'learning_rate'" in found
     assert "'epochs'" in found
+
+
+def test_a_folder_is_looked_for_where_its_digest_is(older, run, models, project, monkeypatch):
+    """A place is resolved link by link, which takes seconds for a hundred thousand versions."""
+    run("add", "another", random_adapter(models("llama"), project / "elsewhere", r=2, seed=4))
+    resolve, places = Registry.weights_path, []
+    monkeypatch.setattr(Registry, "weights_path", lambda self, v: places.append(v.path) or resolve(self, v))
+    folder = project / "registry" / "weights" / "style" / "1"
+    assert planned(run, "x", "--config", older(stage1_adapter_path=str(folder)))["on"] == ["style@1"]
+    assert set(places) == {"weights/style/1"}
+    (folder / "adapter_model.safetensors").write_bytes(b"changed")
+    run("train", "x", "--dry-run", "--config", older(stage1_adapter_path=str(folder)), code=5)
