@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl import ranks
-from stackctl.bases import read_base_tensors, weight_files
-from stackctl.engine.bases import base_folder, empty_model
+from stackctl.bases import read_base_tensors
+from stackctl.engine.bases import base_folder
+from stackctl.engine.converting import load_converting
 from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, delta_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.errors import Incompatible
+from stackctl.machine import return_freed_memory
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry
 from stackctl.schema import Base
@@ -220,8 +221,10 @@ def load_base(
     folder = base_folder(base, registry, say)
     where = choose_device(device)
     plain = choose_dtype(dtype, where, base)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return_freed_memory()  # reading a large vocabulary takes three times what stays of it; the weights come after it
     if where.type == "cpu" and dtype != "nf4" and DTYPES.get(base.dtype) not in (None, plain):
-        model = _read_converting(folder, plain)
+        model = load_converting(folder, plain)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -234,27 +237,7 @@ def load_base(
         )
     model.requires_grad_(False)
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return StackedModel(base, folder, model, tokenizer, where)
-
-
-def _read_converting(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model in another dtype than that of its files, whose tensors are read one by one.
-
-    transformers maps files into memory. Where nothing is converted the mapped pages are the weights; here they would be
-    in memory beside them, all at once: three times the weights for bfloat16 out of float32.
-    """
-    empty = empty_model(folder)
-    with contextlib.ExitStack() as files:
-        tensors = {}
-        for path in weight_files(folder):
-            file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
-            tensors.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
-        model: PreTrainedModel = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
-    model.name_or_path = model.config.name_or_path = str(folder)
-    with contextlib.suppress(OSError):  # many models have none
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model
 
 
 def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:

@@ -30,8 +30,8 @@ class OpenFiles:
             stream.close()
         self._files.clear()
 
-    def read_into(self, path: Path, info: TensorInfo, buffer: memoryview) -> None:
-        """Fill ``buffer``, which has the tensor's size, with its bytes.
+    def read_into(self, path: Path, info: TensorInfo, buffer: memoryview, offset: int = 0) -> None:
+        """Fill ``buffer`` with a tensor's bytes, from its byte ``offset`` on.
 
         Raises:
             VerificationFailed: they are not there.
@@ -39,7 +39,7 @@ class OpenFiles:
         stream = self._files.get(path)
         if stream is None:
             stream = self._files[path] = path.open("rb")
-        stream.seek(info.start)
+        stream.seek(info.start + offset)
         if stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
             raise VerificationFailed(f"{path} ends within {info.name}", hint="restore the file from where it came")
 
