@@ -9,7 +9,7 @@ import importlib
 import itertools
 import sys
 
-NAMES = ("startup", "scale", "export", "training", "generation")
+NAMES = ("startup", "scale", "export", "training", "generation", "evaluation")
 
 
 def main() -> None:

@@ -43,12 +43,12 @@ def main(runs: int = 5) -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = _prepare(folder)
+        base = prepare(folder)
         _speed(folder, base, runs)
         _start(folder, base, max(1, runs // 2))
 
 
-def _prepare(folder: Path) -> str:
+def prepare(folder: Path) -> str:
     """A registry with SmolLM2 and four rank-16 adapters that change it a little; returns the base's folder."""
 
     def call(*arguments: str) -> str:

@@ -128,12 +128,13 @@ def compare_stacks(
     answering: Answering | None = None,
 ) -> Compared:
     """The answers of every stack to every prompt and its scores; the base is loaded once, each stack is used once."""
-    from stackctl.engine.evaluation import score_stack
+    from stackctl.engine.evaluation import Scoring
     from stackctl.engine.generation import generate
 
     measured, answering, output = measured or Measured(), answering or Answering(), context.output
     stacked = load_common_base(context, stacks, answering.dtype, answering.device)
     sets = tokenise_data(context, stacked, measured.sources, measured.records, measured.max_length)
+    scoring = Scoring(stacked, sets)
     answers: list[list[dict[str, Any]]] = []
     scores = []
     with output.progress() as progress:
@@ -146,7 +147,7 @@ def compare_stacks(
             for answer in generate(stacked, prompts, sampling, batch_size=answering.batch_size):
                 answers[-1].append(answer_json(stack.text, answer, stacked))
                 progress.advance(task)
-            scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
+            scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)))
     by_prompt = [answers[column][row] for row in range(len(prompts)) for column in range(len(stacks))]
     rows = scores_json([stack.text for stack, _ in stacks], measured.sources, scores)
     precision = f"{str(stacked.model.dtype).removeprefix('torch.')} on {stacked.device.type}"

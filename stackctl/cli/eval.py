@@ -146,15 +146,16 @@ def _score_sets(
     records: Sequence[RecordSet],
     max_length: int,
 ) -> list[list[Score]]:
-    from stackctl.engine.evaluation import score_stack
+    from stackctl.engine.evaluation import Scoring
 
     sets = tokenise_data(context, stacked, data, records, max_length)
+    scoring = Scoring(stacked, sets)
     scores = []
     with context.output.progress() as progress:
         task = progress.add_task("evaluating", total=len(stacks) * sum(len(found.examples) for found in sets))
         for stack, plan in stacks:
             stacked.use(plan)
-            scores.append(score_stack(stacked, stack.text, sets, lambda count: progress.advance(task, count)))
+            scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)))
     return scores
 
 

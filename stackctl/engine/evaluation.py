@@ -1,22 +1,32 @@
-"""Loss and next-token accuracy on supervised tokens, of a model as it stands, record by record."""
+"""Loss and next-token accuracy on supervised tokens, of a model as it stands, for each record.
+
+Records of like length share a row, where attention can keep them apart without a mask; there is no padding. What
+shares a row is decided by the records, not by their order, so that the numbers are the same in any order.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
+from stackctl.engine.layout import choose_layout
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
 from stackctl.engine.significance import RecordScore, ratio_error
-from stackctl.engine.trainer import supervised_logits
+from stackctl.engine.trainer import causal_lm, supervised_logits
 from stackctl.errors import Failed
 
 Progress = Callable[[int], None]
+_LOOKS = 3
+"""Forward passes that it takes to see whether a model can keep records in a row apart."""
+_ROW = 512
+"""Tokens of the records in a row: products of a good size, and no more logits than a record of this length has."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +89,50 @@ def tokenise_for(
     return DataSet(source, encoded.examples, encoded.owners)
 
 
-def score_stack(
-    stacked: StackedModel, name: str, sets: Sequence[DataSet], progress: Progress | None = None
-) -> list[Score]:
-    """What the stack that is folded in makes of each data set; ``name`` is what errors call it.
+class Scoring:
+    """Scores one stack after the other on the same data sets."""
 
-    Raises:
-        Failed: a loss is no number.
-    """
-    scores = [_score(stacked, data, progress) for data in sets]
-    for data, score in zip(sets, scores, strict=True):
-        if not math.isfinite(score.loss):
-            raise Failed(f"the loss of {name} on {data.source} is not a finite number", hint="use smaller weights")
-    return scores
+    def __init__(self, stacked: StackedModel, sets: Sequence[DataSet]) -> None:
+        self._stacked, self._sets = stacked, sets
+        self._attention: str | None = None
+
+    def score(self, name: str, progress: Progress | None = None) -> list[Score]:
+        """What the stack that is folded in makes of each data set; ``name`` is what errors call it.
+
+        Raises:
+            Failed: a loss is no number.
+        """
+        with self._sharing() as sharing:
+            scores = [_score(self._stacked, data, progress, sharing) for data in self._sets]
+        for data, score in zip(self._sets, scores, strict=True):
+            if not math.isfinite(score.loss):
+                raise Failed(f"the loss of {name} on {data.source} is not a finite number", hint="use smaller weights")
+        return scores
+
+    @contextlib.contextmanager
+    def _sharing(self) -> Iterator[bool]:
+        """Whether records share rows while the body runs; the model has its own attention again afterwards."""
+        examples = [example for data in self._sets for example in data.examples]
+        if sum(len(rows_of(data.examples)) for data in self._sets) + _LOOKS > len(examples):
+            yield False
+            return
+        inner = causal_lm(self._stacked.model)
+        own = inner.config._attn_implementation
+        try:
+            if self._attention is None:  # the architecture decides, and no stack changes that
+                layout = choose_layout(inner, examples, longest=max(len(example.input_ids) for example in examples))
+                self._attention = inner.config._attn_implementation if layout in ("segments", "flash") else ""
+            elif self._attention:
+                inner.set_attn_implementation(self._attention)
+            yield bool(self._attention)
+        finally:
+            inner.set_attn_implementation(own)
 
 
-def _score(stacked: StackedModel, data: DataSet, progress: Progress | None) -> Score:
+def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, sharing: bool) -> Score:
     by_record: dict[int, list[RecordScore]] = {}
-    for owner, part in zip(data.owners, score_examples(stacked.model, data.examples, progress), strict=True):
+    parts = score_examples(stacked.model, data.examples, progress, sharing=sharing)
+    for owner, part in zip(data.owners, parts, strict=True):
         by_record.setdefault(owner, []).append(part)
     return Score([_joined(parts) for parts in by_record.values()])
 
@@ -109,23 +145,46 @@ def _joined(parts: Sequence[RecordScore]) -> RecordScore:
 
 
 def score_examples(
-    model: torch.nn.Module, examples: Sequence[Example], progress: Progress | None = None
+    model: torch.nn.Module, examples: Sequence[Example], progress: Progress | None = None, *, sharing: bool = False
 ) -> list[RecordScore]:
-    """The score of each example, each alone in its row.
+    """The score of each example, each alone in its row, or ``sharing`` one with others of like length.
 
-    One at a time: no padding, no mask and no neighbour, so that a number does not depend on the batch.
+    There is no padding, and nothing of a neighbour in what an example sees, so that sharing changes a loss by rounding
+    alone.
     """
     device = next(model.parameters()).device
-    scores = []
+    scores: dict[int, RecordScore] = {}
     with evaluating(model):
-        for example in examples:
-            batch = {key: value.to(device) for key, value in collate([example]).items()}
+        for row in rows_of(examples) if sharing else [[number] for number in range(len(examples))]:
+            part = [examples[number] for number in row]
+            batch = {key: value.to(device) for key, value in collate(part).items()}
             logits, labels = supervised_logits(model, batch).float(), batch["labels"]  # (K, vocabulary), (K,)
-            loss = float(functional.cross_entropy(logits, labels, reduction="sum").double())
-            scores.append(RecordScore(loss, labels.numel(), int((logits.argmax(-1) == labels).sum())))
+            counts = [example.supervised for example in part]
+            losses = functional.cross_entropy(logits, labels, reduction="none").double().split(counts)
+            right = (logits.argmax(-1) == labels).split(counts)
+            for number, count, loss, correct in zip(row, counts, losses, right, strict=True):
+                scores[number] = RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))
             if progress:
-                progress(1)
-    return scores
+                progress(len(row))
+    return [scores[number] for number in range(len(examples))]
+
+
+def rows_of(examples: Sequence[Example]) -> list[list[int]]:
+    """Which examples share a row, by number: those of like length, up to 512 tokens; a longer one stands alone."""
+    rows: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(examples)), key=lambda n: _place(examples[n])):
+        length = len(examples[number].input_ids)
+        if length > room:
+            rows.append([])
+            room = max(_ROW, length)
+        rows[-1].append(number)
+        room -= length
+    return rows
+
+
+def _place(example: Example) -> tuple[int, Sequence[int], Sequence[int]]:
+    return len(example.input_ids), example.input_ids, example.labels
 
 
 def record_losses(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:

@@ -12,6 +12,10 @@ import torch
 from house import CHAT, TEXTS
 from transformers import AutoTokenizer
 
+from stackctl.engine.data import Example, encode
+from stackctl.engine.evaluation import DataSet, Scoring, rows_of
+from stackctl.engine.records import read_records
+
 ROWS = {
     "base": [],
     "style": [("style", 1)],
@@ -180,3 +184,51 @@ def test_records_with_nothing_to_learn_are_said_and_do_not_count(house: Any) -> 
     (row,) = ran.json["results"]
     assert (row["records"], row["tokens"], row["standard_error"]) == (1, 2, None)
     assert "1 of 2 records" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [("llama", True), ("qwen3", True), ("gpt2", True), ("neox", True), ("mixtral", True), ("leaking", False)],
+)
+def test_a_record_scores_what_it_scores_alone(house: Any, name: str, shares: bool) -> None:
+    """Whatever else there is, in whatever order; where a model mixes the records of a row, none share one."""
+    h = house("llama" if name == "leaking" else name)
+    stacked = h.load()
+    if name == "leaking":
+        inner = stacked.model.get_input_embeddings()
+        inner.register_forward_hook(lambda _, __, output: output + 0.1 * output.cumsum(1))
+    records = [{"text": text["text"] * times} for text in TEXTS for times in (1, 3, 7)]
+    examples = encode(read_records(str(h.data(records))), stacked.tokenizer, max_length=600).examples
+    assert len(rows_of(examples)) < len(examples) / 2
+    own = stacked.model.config._attn_implementation
+    alone = [alone_score(stacked.model, example) for example in examples]
+    passes: list[int] = []
+    stacked.model.register_forward_hook(lambda *_: passes.append(1))
+
+    def scored(given: Any) -> list[Any]:
+        data = DataSet("data", given, list(range(len(given))))
+        return Scoring(stacked, [data]).score("base")[0].records
+
+    found = scored(examples)
+    assert (len(passes) < len(examples)) == shares
+    assert [score.loss for score in found] == pytest.approx([loss for loss, _ in alone], rel=1e-6)
+    assert [score.correct for score in found] == [correct for _, correct in alone]
+    assert scored(examples[::-1])[::-1] == found, "bit by bit"
+    assert stacked.model.config._attn_implementation == own
+
+
+def alone_score(model: Any, example: Any) -> tuple[float, int]:
+    """By the model itself, without anything of ours: summed loss, and how many tokens were the likeliest."""
+    with torch.no_grad():
+        log_shares = model(input_ids=torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
+    asked = [(place - 1, label) for place, label in enumerate(example.labels) if place and label >= 0]
+    loss = -sum(float(log_shares[place, label]) for place, label in asked)
+    return loss, sum(int(log_shares[place].argmax()) == label for place, label in asked)
+
+
+def test_a_row_has_a_bound_and_a_longer_record_stands_alone() -> None:
+    lengths = [700, 100, 300, 5, 90, 512, 200, 7]
+    rows = rows_of([Example([1] * length, [1] * length) for length in lengths])
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 or sum(lengths[n] for n in row) <= 512 for row in rows)
+    assert rows == [[3, 7, 4, 1, 6], [2], [5], [0]]

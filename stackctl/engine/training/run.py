@@ -13,6 +13,7 @@ from stackctl import files, ranks
 from stackctl.engine import data as data_module
 from stackctl.engine import group, proofs
 from stackctl.engine.data import Reading
+from stackctl.engine.layout import choose_layout
 from stackctl.engine.live import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
 from stackctl.engine.stepping import Counters, Progress
@@ -21,7 +22,6 @@ from stackctl.engine.training.attaching import attach_new, freeze_stack
 from stackctl.engine.training.corpus import Corpus, read_corpus
 from stackctl.engine.training.estimating import estimate_job
 from stackctl.engine.training.fitting import run_trainer
-from stackctl.engine.training.layout import choose_layout
 from stackctl.engine.training.registering import register_version
 from stackctl.engine.training.watching import HeldOut
 from stackctl.errors import Usage
