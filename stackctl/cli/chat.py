@@ -17,7 +17,7 @@ from stackctl.output import Output
 from stackctl.registry import Registry, ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Sampling
+    from stackctl.engine.generation import Remembered, Sampling
     from stackctl.engine.models import StackedModel
 
 Message = dict[str, str]
@@ -34,6 +34,7 @@ class Chat:
     sampling: Sampling
     live: bool = False
     messages: list[Message] = field(default_factory=list)
+    _remembered: Remembered | None = None
     _left_out: int = 0
     _answers: int = 0
 
@@ -88,7 +89,7 @@ class Chat:
         return text
 
     def _answer(self, line: str, heard: list[str]) -> None:
-        from stackctl.engine.generation import fit_conversation, generate_reply
+        from stackctl.engine.generation import Remembered, fit_conversation, generate_reply
         from stackctl.engine.records import Prompt
 
         if self.sampling.raw:
@@ -101,13 +102,14 @@ class Chat:
         if sampling.seed is not None:  # each answer of a chat is another draw
             sampling = replace(sampling, seed=sampling.seed + self._answers)
         self._answers += 1
+        self._remembered = self._remembered or Remembered()
 
         def hear(piece: str) -> None:
             heard.append(piece)
             self.output.speech(piece)
 
         try:
-            answer = generate_reply(self.stacked, prompt, sampling, hear)
+            answer = generate_reply(self.stacked, prompt, sampling, hear, self._remembered)
         finally:
             if heard:
                 self.output.text("\n")
@@ -138,6 +140,7 @@ class Chat:
     def reset(self, _: str) -> None:
         self.messages.clear()
         self._left_out = 0
+        self._remembered = None
         self.output.status("forgotten what was said")
 
     def system(self, text: str) -> None:

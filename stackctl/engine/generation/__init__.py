@@ -2,7 +2,8 @@
 
 from stackctl.engine.generation.ends import end_tokens
 from stackctl.engine.generation.prompts import fit_conversation
+from stackctl.engine.generation.remembering import Remembered
 from stackctl.engine.generation.running import Generated, generate, generate_reply
 from stackctl.engine.generation.sampling import Sampling
 
-__all__ = ["Generated", "Sampling", "end_tokens", "fit_conversation", "generate", "generate_reply"]
+__all__ = ["Generated", "Remembered", "Sampling", "end_tokens", "fit_conversation", "generate", "generate_reply"]

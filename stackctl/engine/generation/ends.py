@@ -144,12 +144,21 @@ class Answer:
 
 
 class Answering(StoppingCriteria):
-    """Hands every new token to its row's answer, and says which rows are finished."""
+    """Hands every new token to its row's answer, and says which rows are finished.
+
+    ``computed``: the tokens of a single row that went through the model, which the newest did not yet.
+    """
 
     def __init__(self, answers: Sequence[Answer], start: int) -> None:
         self._answers, self._seen = answers, start
+        self._ids = torch.empty(1, 0, dtype=torch.int64)
+
+    @property
+    def computed(self) -> list[int]:
+        return self._ids[0, :-1].tolist()
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        self._ids = input_ids
         for answer, row in zip(self._answers, input_ids[:, self._seen :].tolist(), strict=True):
             for token in row:
                 answer.add(token)

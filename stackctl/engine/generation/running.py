@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.engine.generation.ends import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.generation.prompts import encode_prompts
+from stackctl.engine.generation.remembering import Remembered
 from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import Prompt
@@ -45,8 +46,11 @@ def generate(
     *,
     batch_size: int = 8,
     on_text: OnText | None = None,
+    remembered: Remembered | None = None,
 ) -> Iterator[Generated]:
     """Answer prompts, in order; with ``on_text`` one by one, each streamed as it comes.
+
+    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one.
 
     Raises:
         Usage: a prompt is empty or does not fit the context.
@@ -58,9 +62,8 @@ def generate(
     waiting: dict[int, Generated] = {}
     following = 0
     for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
-        answers = _answer(
-            [prompts[i] for i in rows], [encoded[i] for i in rows], [seeds[i] for i in rows], stacked, sampling, on_text
-        )
+        asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
+        answers = _answer(asked, ids, [seeds[i] for i in rows], stacked, sampling, on_text, remembered)
         waiting.update(zip(rows, answers, strict=True))
         while following in waiting:
             yield waiting.pop(following)
@@ -86,6 +89,7 @@ def _answer(
     stacked: StackedModel,
     sampling: Sampling,
     on_text: OnText | None,
+    remembered: Remembered | None,
 ) -> list[Generated]:
     """One batch, padded on the left; transformers counts positions from each row's first real token."""
     width = max(len(ids) for ids in batch)
@@ -101,15 +105,22 @@ def _answer(
         pad_token_id=pad,
         use_cache=True,
     )
+    answering = Answering(answers, width)
     started = time.perf_counter()
-    with evaluating(stacked.model), _without_defaults(stacked.model):
-        stacked.model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=processors(sampling, [len(ids) for ids in batch], seeds),
-            stopping_criteria=StoppingCriteriaList([Answering(answers, width)]),
-        )
+    cache = remembered.begin(stacked, batch[0]) if remembered else None
+    try:
+        with evaluating(stacked.model), _without_defaults(stacked.model):
+            stacked.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors(sampling, [len(ids) for ids in batch], seeds),
+                stopping_criteria=StoppingCriteriaList([answering]),
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+    finally:
+        if remembered:
+            remembered.keep(answering.computed)
     for answer in answers:
         answer.finish()
     seconds = time.perf_counter() - started
@@ -137,6 +148,8 @@ def _pad_token(stacked: StackedModel) -> int:
     return 0
 
 
-def generate_reply(stacked: StackedModel, prompt: Prompt, sampling: Sampling, on_text: OnText) -> Generated:
+def generate_reply(
+    stacked: StackedModel, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
+) -> Generated:
     """The answer to one prompt, streamed."""
-    return next(generate(stacked, [prompt], sampling, on_text=on_text))
+    return next(generate(stacked, [prompt], sampling, on_text=on_text, remembered=remembered))

@@ -1,0 +1,156 @@
+"""Turns of a chat that take up what was computed of those before: the same text as from nothing, in less work."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import Gemma3TextConfig, Lfm2Config, LlamaConfig, MistralConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from stackctl.engine.generation import Remembered, Sampling, generate_reply
+from stackctl.engine.models import load_base
+from stackctl.engine.records import Prompt
+from stackctl.registry import Registry
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 257,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "window": MistralConfig(**SMALL, sliding_window=16),
+    "some windows": Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "convolution": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "dynamic": LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+}  # fmt: skip
+SAMPLING = Sampling(max_new_tokens=12)
+TURNS = ["Tell me about the sea.", "And at night?", "海是什么？"]
+
+
+@pytest.fixture
+def other(run: Any, tmp_path: Path) -> Any:
+    """A loaded base of one of ``CONFIGS``."""
+
+    def load(name: str) -> Any:
+        torch.manual_seed(0)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](copy.deepcopy(CONFIGS[name]))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+        model.save_pretrained(tmp_path / "other")
+        tiny_tokenizer().save_pretrained(tmp_path / "other")
+        run("init")
+        run("base", "add", "other", tmp_path / "other")
+        registry = Registry(tmp_path / "registry")
+        return load_base(registry.base("other"), registry)
+
+    return load
+
+
+class Talk:
+    """A conversation, and how many tokens went through the model for the last answer before its first token."""
+
+    def __init__(self, stacked: Any) -> None:
+        self.stacked, self.remembered = stacked, Remembered()
+        self.widths: list[int] = []
+        stacked.model.register_forward_pre_hook(
+            lambda _, __, given: self.widths.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+
+    def answer(self, messages: list[dict[str, str]], hear: Any = lambda _: None) -> Any:
+        self.widths.clear()
+        return generate_reply(self.stacked, prompt(messages), SAMPLING, hear, self.remembered)
+
+    def from_nothing(self, messages: list[dict[str, str]]) -> Any:
+        return generate_reply(self.stacked, prompt(messages), SAMPLING, lambda _: None)
+
+
+def prompt(messages: list[dict[str, str]]) -> Prompt:
+    return Prompt(messages[-1]["content"], messages)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma", *CONFIGS])
+def test_the_text_of_every_turn_is_that_from_nothing(house: Any, other: Any, name: str) -> None:
+    talk = Talk(other(name) if name in CONFIGS else house(name).load())
+    messages: list[dict[str, str]] = []
+    before = 0
+    for number, text in enumerate(TURNS):
+        messages = [*messages, user(text)]
+        found = talk.answer(messages)
+        first, tokens = talk.widths[0], found.prompt_tokens
+        wanted = talk.from_nothing(messages)
+        assert (found.text, found.new_tokens, found.stop) == (wanted.text, wanted.new_tokens, wanted.stop)
+        if name not in CONFIGS:
+            assert first <= tokens - before, "the prompt before is not computed again"
+        elif name in ("convolution", "dynamic"):
+            assert first == tokens, "these keep a state that cannot be taken up"
+        before = tokens
+        messages = [*messages, said(found.text)]
+        if not number:
+            again = talk.answer(messages[:-1])
+            assert again.text == found.text
+            assert talk.widths[0] == (1 if name not in CONFIGS else tokens)
+
+
+def test_another_stack_another_beginning_and_back(house: Any) -> None:
+    h = house()
+    h.add("style", seed=1)
+    stacked = h.load()
+    style, bare = h.plan("style"), h.plan("base")
+    talk = Talk(stacked)
+    for plan in (style, bare, style):
+        stacked.use(plan)
+        asked = [user(TURNS[0])]
+        assert talk.answer(asked).text == talk.from_nothing(asked).text
+    asked = [{"role": "system", "content": "Be brief."}, user(TURNS[0])]
+    assert talk.answer(asked).text == talk.from_nothing(asked).text
+
+
+def test_what_was_stopped_is_taken_up_where_it_was_whole(house: Any) -> None:
+    """Ctrl-C between two tokens, and in the middle of a forward pass, when some layers know a token more."""
+    talk = Talk(house().load())
+    asked = [user(TURNS[0])]
+    wanted = talk.from_nothing(asked)
+    assert wanted.new_tokens == 12
+    heard: list[str] = []
+
+    def stop(piece: str) -> None:
+        heard.append(piece)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.answer(asked, stop)
+    assert talk.answer(asked).text == wanted.text
+    assert talk.widths[0] == 1
+
+    passes: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    layer = talk.stacked.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        talk.answer(asked)
+    layer.remove()
+    assert talk.answer(asked).text == wanted.text
+    assert talk.widths[0] == 1
+    longer = [*asked, said(wanted.text), user(TURNS[1])]
+    assert talk.answer(longer).text == talk.from_nothing(longer).text
