@@ -14,8 +14,10 @@ from stackctl.names import format_weight
 from stackctl.plan import Problem, StackPlan
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Base
+from stackctl.screen import LABELS
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from rich.tree import Tree
 
 
@@ -130,14 +132,18 @@ def stack_tree(stack: ResolvedStack, plan: StackPlan, *, problems: bool = True) 
             branch.add(Text(f"trained on {'+'.join(version.trained_on)}", style="dim"))
         for problem in shown:
             if problem.member == member.label:
-                branch.add(Text(f"{problem.severity}: {problem.message}", style=_STYLES[problem.severity]))
+                branch.add(_labelled(problem.severity, problem.message))
     for problem in shown:
         if problem.member is None:
-            tree.add(Text(f"{problem.severity}: {problem.message}", style=_STYLES[problem.severity]))
+            tree.add(_labelled(problem.severity, problem.message))
     return tree
 
 
-_STYLES = {"error": "bold red", "warning": "yellow"}
+def _labelled(label: str, message: str) -> Text:
+    """What is said of a stack, with the label and the colour that it has everywhere else."""
+    from rich.text import Text
+
+    return Text.assemble((f"{label}:", f"bold {LABELS[label]}"), f" {message}")
 
 
 def facts_tree(title: str, facts: dict[str, Any], problems: list[dict[str, Any]]) -> Tree:
@@ -149,11 +155,11 @@ def facts_tree(title: str, facts: dict[str, Any], problems: list[dict[str, Any]]
     told = {name: _told(value) for name, value in facts.items() if value not in (None, "", [], {})}
     width = max(map(len, told), default=0)
     for name, value in told.items():
-        tree.add(Text.assemble((f"{name:<{width}}  ", "dim"), value))
+        tree.add(Text.assemble((f"{name:<{width}}  ", "dim"), value.replace("\n", "\n" + " " * (width + 2))))
     for problem in problems:
-        branch = tree.add(Text(f"{problem['severity']}: {problem['message']}", style=_STYLES[problem["severity"]]))
+        branch = tree.add(_labelled(problem["severity"], problem["message"]))
         if problem["hint"]:
-            branch.add(Text(problem["hint"], style="dim"))
+            branch.add(_labelled("hint", problem["hint"]))
     return tree
 
 
@@ -161,7 +167,9 @@ def _told(value: Any) -> str:
     """A value as a person reads it."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def looks_like_path(what: str) -> bool:
