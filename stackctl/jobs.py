@@ -128,7 +128,10 @@ def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:
 def _check_watching(job: TrainJob) -> None:
     given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
     if given and not job.eval_data:
-        raise Usage(f"{' and '.join(given)} need held-out records to look at", hint="name them: --eval-data FILE.jsonl")
+        need = "needs" if len(given) == 1 else "need"
+        raise Usage(
+            f"{' and '.join(given)} {need} held-out records to look at", hint="name them: --eval-data FILE.jsonl"
+        )
 
 
 def _check_precision(job: TrainJob) -> None:

@@ -21,7 +21,12 @@ Precision = Literal["float32", "autocast", "half", "nf4"]
 
 _WEIGHT = {"float32": 4.0, "autocast": 4.0, "half": 2.0, "nf4": 0.516}  # nf4: its scales are 8 bits a 64 weights
 _VALUE = {"float32": 4.0, "autocast": 3.0, "half": 2.0, "nf4": 2.0}
-_LOGIT = {"float32": 8.0, "autocast": 10.0, "half": 10.0, "nf4": 10.0}
+_LOGIT = 12
+"""A logit's log-probability and, where the backward pass begins, the gradients of the loss and of the softmax."""
+_LIBRARIES = 500_000_000
+"""Python with torch and its family."""
+_HOLES = 0.6
+"""By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
 _EXPERTS = 2
@@ -44,6 +49,8 @@ class Memory:
     activations: int
     checkpointed: int
     logits: int
+    libraries: int
+    holes: int
     loading: int
     processes: int
     sharded: bool
@@ -53,7 +60,7 @@ class Memory:
     def total(self) -> int:
         """The most that is needed at once: while training, or before the base is sharded."""
         trained = self.adapter + self.gradients + self.optimizer
-        return max(self.base + trained + self.kept + self.logits, self.loading)
+        return max(self.base + trained + self.kept + self.logits + self.holes, self.loading) + self.libraries
 
     @property
     def kept(self) -> int:
@@ -73,13 +80,14 @@ class Memory:
         }
 
     def render(self, available: int, *, shared: bool) -> str:
-        """A line for a person."""
+        """Two lines for a person."""
         parts = {"base": self.base, "adapter and optimizer": self.adapter + self.gradients + self.optimizer}
-        parts |= {"activations": self.kept, "logits": self.logits}
+        parts |= {"activations": self.kept, "logits": self.logits, "holes": self.holes, "libraries": self.libraries}
+        parts = {name: size for name, size in parts.items() if size}
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         verdict = "" if self.fits(available, shared=shared) else ", which is more than there is"
         told = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
-        return f"memory: about {human_bytes(self.total)}{each} ({told}) of {human_bytes(available)}{verdict}"
+        return f"memory: about {human_bytes(self.total)}{each} of {human_bytes(available)}{verdict}\n  {told}"
 
 
 def estimate_memory(
@@ -94,6 +102,7 @@ def estimate_memory(
     processes: int = 1,
     sharded: bool = False,
     checkpointing: bool = False,
+    heap: bool = False,
 ) -> Memory:
     """The memory of one training process.
 
@@ -103,6 +112,7 @@ def estimate_memory(
         live_rank: the summed rank of a frozen stack that is kept live.
         sharded: FSDP, which gives each process a part of everything that is stored.
         checkpointing: activations inside a layer are computed again for the backward pass instead of kept.
+        heap: tensors are in main memory, whose heap has holes after some steps.
     """
     modules = expand_modules(base.modules)
     shards = processes if sharded else 1
@@ -114,6 +124,7 @@ def estimate_memory(
     four_bits = sum(out * width for out, width in in_layers.values()) if precision == "nf4" else 0
     plain = 2.0 if precision == "nf4" else _WEIGHT[precision]
     weights = int(four_bits * _WEIGHT["nf4"] + (base.parameters - four_bits) * plain)
+    cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
     largest = sum(out * width for out, width in in_layers.values()) / layers * plain
     per_rank = sum(sum(modules[name].shape) for name in targets)
     trained = rank * per_rank
@@ -124,18 +135,22 @@ def estimate_memory(
     share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in in_layers}
     kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
     wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
-    kept += layers * (3 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
+    kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
     casts = sum(modules[name].shape[1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
     low = (rank + live_rank) * len(targets) * 4
     activations = int(tokens * (kept * value + casts + low))
+    checkpointed = int(tokens * layers * hidden * value) + activations // layers
+    logits = supervised * base.vocabulary_size * _LOGIT
     return Memory(
-        base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + live // shards,
+        base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
         gradients=trained * 4 // shards,
         optimizer=trained * _OPTIMIZER // shards,
         activations=activations,
-        checkpointed=int(tokens * layers * hidden * value) + activations // layers,
-        logits=int(supervised * base.vocabulary_size * _LOGIT[precision]),
+        checkpointed=checkpointed,
+        logits=logits,
+        libraries=_LIBRARIES,
+        holes=int(_HOLES * ((checkpointed if checkpointing else activations) + logits)) if heap else 0,
         loading=weights if sharded else 0,
         processes=processes,
         sharded=sharded,

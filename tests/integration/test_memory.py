@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -56,7 +58,7 @@ def estimate(base: Base, **kind: Any) -> Memory:
     )
 
 
-def kept_for_backward(model: Any) -> int:
+def kept_for_backward(model: Any, *, autocast: bool) -> int:
     """Bytes that a forward pass keeps, each storage once, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -67,29 +69,35 @@ def kept_for_backward(model: Any) -> int:
         return tensor
 
     labels = [-100] * (TOKENS - SUPERVISED) + [5] * SUPERVISED
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
         supervised_loss(model, collate([Example([7] * TOKENS, labels)]))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("precision", ["float32", "half"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*itertools.product(CONFIGS, ["float32", "half"]), ("llama", "autocast"), ("qwen3", "autocast")],
+)
 def test_the_estimate_is_near_what_a_model_keeps(base_of: Any, name: str, precision: str) -> None:
     base, folder = base_of(name)
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision == "half" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     fans = {"fan_in_fan_out": True} if name == "gpt2" else {}
     adapted = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", **fans))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     found = estimate(base, precision=precision)
-    assert found.base == pytest.approx(weights, rel=0.01)
+    linear = [module.get_base_layer() for module in adapted.modules() if isinstance(module, LoraLayer)]
+    linear.append(model.get_output_embeddings())
+    cast = sum(layer.weight.numel() for layer in linear) * 2 if precision == "autocast" else 0
+    assert found.base == pytest.approx(weights + cast, rel=0.01)
     assert found.adapter == sum(parameter.numel() * 4 for parameter in trained)
     assert found.gradients == found.adapter
     assert found.optimizer == 2 * found.adapter
-    kept = kept_for_backward(adapted)
+    kept = kept_for_backward(adapted, autocast=precision == "autocast")
     log_probabilities = SUPERVISED * base.vocabulary_size * 4
-    assert found.activations == pytest.approx(kept - log_probabilities, rel=TOLERANCE)
+    assert found.activations == pytest.approx(kept - cast - log_probabilities, rel=TOLERANCE)
     assert found.logits >= log_probabilities
 
 
@@ -99,6 +107,9 @@ def test_more_of_everything_costs_more(base_of: Any) -> None:
     assert estimate(base, precision="nf4").base < estimate(base, precision="half").base < one.base
     assert estimate(base, live_rank=16).total > one.total
     assert one.checkpointed < one.activations
+    on_a_cpu = estimate(base, heap=True)
+    assert on_a_cpu.total - one.total == on_a_cpu.holes > 0
+    assert estimate(base, heap=True, checkpointing=True).holes < on_a_cpu.holes
     many, each = estimate(base, processes=8), estimate(base, processes=8, sharded=True)
     assert many.total == one.total, "DDP has everything everywhere"
     assert each.optimizer == one.optimizer // 8
@@ -118,7 +129,7 @@ def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeyp
     assert one["processes"] == 1
     assert one["activations"] < all_["activations"]
     assert one["total"] == sum(
-        one[key] for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits")
+        one[key] for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits", "holes", "libraries")
     )
     two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
     assert two["processes"] == 2

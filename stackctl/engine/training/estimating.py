@@ -54,6 +54,7 @@ def estimate_job(
         processes=processes,
         sharded=sharded,
         checkpointing=checkpointing or job.gradient_checkpointing,
+        heap=device.type == "cpu",
     )
     if device.type == "cuda":
         return Estimate(memory, torch.cuda.mem_get_info(device)[0], shared=False)
