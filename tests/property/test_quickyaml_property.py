@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_yamlfile_property import same, scalars, texts, values
+from odd import same, scalars, texts, values
 
 from stackctl.errors import Usage
 from stackctl.quickyaml import read_quickly
