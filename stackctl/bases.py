@@ -20,7 +20,7 @@ from stackctl.digests import DigestCache
 from stackctl.errors import Incompatible, NotFound, Usage, VerificationFailed
 from stackctl.files import existing, read_bounded, sha256_bytes, sha256_file
 from stackctl.locks import locked
-from stackctl.optional import EMBEDDED, PACKAGES
+from stackctl.machine.optional import EMBEDDED, PACKAGES
 from stackctl.schema import Base
 
 EMBEDDED_NAME = "smollm2"

@@ -15,9 +15,9 @@ from stackctl import files
 from stackctl.bases import converted_models
 from stackctl.caches import cache_root
 from stackctl.errors import Failed, Usage
+from stackctl.jobs.runs import RunFolder, run_folder, unfinished_runs
 from stackctl.registry import Freed, Registry
 from stackctl.registry.index import indices_folder
-from stackctl.runs import RunFolder, run_folder, unfinished_runs
 
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Tokenised data that no run asked for in so long is removed."""

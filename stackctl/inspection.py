@@ -14,7 +14,7 @@ from stackctl.names import format_weight
 from stackctl.plan import Problem, StackPlan
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.schema import Base
-from stackctl.screen import LABELS
+from stackctl.showing.screen import LABELS
 
 if TYPE_CHECKING:
     from rich.text import Text

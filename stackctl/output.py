@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from stackctl import paging
 from stackctl.errors import StackctlError
-from stackctl.screen import Painted, laid_out, printable
+from stackctl.showing import paging
+from stackctl.showing.screen import Painted, laid_out, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -15,12 +15,12 @@ import msgspec
 
 from stackctl import errors, files
 from stackctl.errors import StackctlError, Usage, raise_all
-from stackctl.jobs import PreparedJob, data_path, parse_targets, prepare_job
+from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
 from stackctl.names import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
-from stackctl.yamlfile import convert, read_text
-from stackctl.yamltext import parse_yaml
+from stackctl.strictyaml.reading import convert, read_text
+from stackctl.strictyaml.text import parse_yaml
 
 FILE = "stackctl.yaml"
 

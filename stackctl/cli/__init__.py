@@ -64,8 +64,8 @@ def make_app(command: str | None = None) -> typer.Typer:
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
     from stackctl.errors import Interrupted, StackctlError
+    from stackctl.jobs.ranks import make_output
     from stackctl.output import prepare_streams
-    from stackctl.ranks import make_output
 
     prepare_streams()
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]

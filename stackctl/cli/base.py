@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
         rows = [base_json(base, registry) for base in registry.bases()]
 
         def screen() -> Any:
-            from stackctl.tables import table
+            from stackctl.showing.tables import table
 
             return table(
                 ["base", "source", "architecture", "parameters", "dtype"],

@@ -16,8 +16,8 @@ from typer.models import ArgumentInfo, ParameterInfo
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import reading_progress
 from stackctl.errors import Usage, did_you_mean
+from stackctl.jobs.ranks import make_output
 from stackctl.output import Output, Result
-from stackctl.ranks import make_output
 
 if TYPE_CHECKING:
     from stackctl.registry import Entries, Registry

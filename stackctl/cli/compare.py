@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl import pages
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
 from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompting import (
@@ -21,12 +20,13 @@ from stackctl.cli.prompting import (
     read_prompts,
     say_what_rounding_costs,
 )
-from stackctl.comparing import comparison_page, render_comparison, settings_of
 from stackctl.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
-from stackctl.scores import scores_json
+from stackctl.showing import pages
+from stackctl.showing.comparing import comparison_page, render_comparison, settings_of
+from stackctl.showing.scores import scores_json
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling

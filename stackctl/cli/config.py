@@ -16,8 +16,8 @@ from stackctl.errors import NotFound, StackctlError, Usage, did_you_mean, gather
 from stackctl.names import parse_expression, parse_name
 from stackctl.registry import Registry
 from stackctl.schema import Adapter, Base, Recipe, Stack, TrainJob
-from stackctl.yamlfile import convert, read_text
-from stackctl.yamltext import Marks, parse_yaml
+from stackctl.strictyaml.reading import convert, read_text
+from stackctl.strictyaml.text import Marks, parse_yaml
 
 _OLDER_BASE = ("base_model_name", "base_model", "base_model_name_or_path", "model_name_or_path", "model_name")
 _OLDER_ON = ("stage1_adapter_path",)

@@ -69,10 +69,10 @@ def register(app: typer.Typer) -> None:
         }
 
         def screen() -> Any:
-            from stackctl.comparing import render_comparison
             from stackctl.inspection import stack_tree
             from stackctl.names import format_sum
-            from stackctl.tables import spaced
+            from stackctl.showing.comparing import render_comparison
+            from stackctl.showing.tables import spaced
 
             stack, plan = resolve_all(registry, ["storyteller"])[0]
             sizes = ", ".join(f["path"] for f in push["files"])
@@ -141,7 +141,7 @@ def _table_rows(losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _loss_table(rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
-    from stackctl.tables import table
+    from stackctl.showing.tables import table
 
     columns = [key for key in rows[0] if key != "stack"]
     best = {column: min(row[column] for row in rows) for column in columns}

@@ -7,15 +7,16 @@ from typing import Any
 
 import typer
 
-from stackctl import __version__, machine
+from stackctl import __version__
 from stackctl.caches import cache_root
 from stackctl.cli.common import KNOW, Context, command
 from stackctl.errors import StackctlError
 from stackctl.files import human_bytes
-from stackctl.memory import Precision
-from stackctl.optional import PACKAGES
+from stackctl.machine import resources as machine
+from stackctl.machine.memory import Precision
+from stackctl.machine.optional import PACKAGES
+from stackctl.machine.sizes import RANK, SIZES, TOKENS, needs
 from stackctl.output import Result
-from stackctl.sizes import RANK, SIZES, TOKENS, needs
 
 
 def register(app: typer.Typer) -> None:
@@ -107,7 +108,7 @@ def _hub() -> dict[str, Any]:
 
 
 def _screen(data: dict[str, Any]) -> Any:
-    from stackctl.tables import spaced, table
+    from stackctl.showing.tables import spaced, table
 
     rows = [["stackctl", data["stackctl"]], ["system", data["system"]]]
     rows += [["device", _device(device)] for device in data["devices"]]
@@ -148,7 +149,7 @@ def _counted(registry: dict[str, Any] | None) -> str:
 def _sizes_table(rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
-    from stackctl.tables import table
+    from stackctl.showing.tables import table
 
     def cell(found: dict[str, Any]) -> Text:
         style, sign = ("green", "yes") if found["fits"] else ("red", "no ")

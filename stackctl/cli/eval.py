@@ -11,12 +11,12 @@ from stackctl.cli.common import PATH, BaseOption, Context, command, complete_wha
 from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompting import DEVICE, DTYPE
 from stackctl.errors import Usage
-from stackctl.optional import check_installed
+from stackctl.machine.optional import check_installed
 from stackctl.output import Result
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
-from stackctl.scores import comparison_json, render_scores, scores_json
-from stackctl.tasks import TaskScore, render_tasks
+from stackctl.showing.scores import comparison_json, render_scores, scores_json
+from stackctl.showing.tasks import TaskScore, render_tasks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

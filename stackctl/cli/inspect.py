@@ -15,7 +15,6 @@ from stackctl.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
 from stackctl.cli.inspect_page import inspection_page
 from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
-from stackctl.curve import read_curve
 from stackctl.errors import NotFound, Usage
 from stackctl.inspection import (
     adapter_info,
@@ -28,12 +27,13 @@ from stackctl.inspection import (
 from stackctl.lineage import read_lineage
 from stackctl.names import parse_expression
 from stackctl.output import Result
-from stackctl.pages import check_page_place, write_page
 from stackctl.plan import PlanMember, StackPlan
 from stackctl.planning import plan_stack
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import Adapter, Base, Stack
 from stackctl.serving import serving_recipes
+from stackctl.showing.curve import read_curve
+from stackctl.showing.pages import check_page_place, write_page
 from stackctl.targets import lint_for
 
 _EXAMPLES = """\

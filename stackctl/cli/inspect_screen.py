@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
-from stackctl.curve import Curve, read_curve, render_terminal
 from stackctl.files import human_bytes
 from stackctl.inspection import facts_tree, stack_tree
-from stackctl.overlaps import Interference
 from stackctl.plan import StackPlan
 from stackctl.registry import ResolvedStack
 from stackctl.serving import TITLES
+from stackctl.showing.curve import Curve, read_curve, render_terminal
+from stackctl.showing.overlaps import Interference
 
 _CURVE_WIDTH = 80
 """Columns of a loss curve: what every terminal has."""
@@ -127,7 +127,7 @@ def _curve_screen(curve: Curve, height: int) -> list[Any]:
 
 
 def _module_screen(rows: list[dict[str, Any]]) -> Any:
-    from stackctl.tables import table
+    from stackctl.showing.tables import table
 
     cells = [
         [

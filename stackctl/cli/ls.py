@@ -11,10 +11,10 @@ import typer
 from stackctl.cli.base import base_json
 from stackctl.cli.common import KNOW, Context, command
 from stackctl.files import human_bytes
+from stackctl.jobs.runs import unfinished_runs
 from stackctl.names import BASE, format_term
 from stackctl.output import Result
 from stackctl.registry import AdapterRow, Rows
-from stackctl.runs import unfinished_runs
 from stackctl.schema import Stack
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
 
 def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
     from stackctl.lineage import tree_lines
-    from stackctl.tables import Branches
+    from stackctl.showing.tables import Branches
 
     return Branches(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
 
@@ -108,7 +108,7 @@ def _screen(
     runs: list[dict[str, Any]],
     current: str | None,
 ) -> Any:
-    from stackctl.tables import Listing, spaced, table
+    from stackctl.showing.tables import Listing, spaced, table
 
     parts: list[Any] = []
     if len(adapters):

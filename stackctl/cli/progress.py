@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stackctl import ranks
+from stackctl.jobs import ranks
 from stackctl.output import Output
 
 _PATIENCE, _BETWEEN_LINES = 1.0, 10.0

@@ -15,7 +15,7 @@ from stackctl.cli.common import MACHINE, PATH, Context, command, complete_bases,
 from stackctl.cli.config import JobFile, is_recipe, read_job
 from stackctl.cli.training import dry_run_result, trained_result, with_next
 from stackctl.errors import StackctlError, Usage
-from stackctl.jobs import PreparedJob, prepare_job
+from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.output import Result
 from stackctl.plain import plain
 from stackctl.recipe import (
@@ -258,6 +258,6 @@ def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]
 
 
 def _plan_table(steps: list[Step]) -> Any:
-    from stackctl.tables import table
+    from stackctl.showing.tables import table
 
     return table(["what", "name", "to do"], [[s.kind, s.name, s.why or "up to date"] for s in steps])

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from stackctl import ranks
 from stackctl.cli.common import Context
-from stackctl.jobs import PreparedJob
-from stackctl.launching import Launch, launch_training, plan_launch
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.launching import Launch, launch_training, plan_launch
 from stackctl.output import Result
 from stackctl.schema import Run
 

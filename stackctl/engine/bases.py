@@ -35,8 +35,8 @@ from stackctl.bases import (
 from stackctl.checkpoint import TensorInfo
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.errors import Incompatible, first_line
+from stackctl.machine.optional import EMBEDDED
 from stackctl.modules import compact_modules, natural_order
-from stackctl.optional import EMBEDDED
 from stackctl.registry import Registry
 from stackctl.schema import Base, ModuleShape
 

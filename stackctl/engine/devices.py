@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stackctl.machine import cores, main_memory
+from stackctl.machine.resources import cores, main_memory
 
 
 def describe_devices() -> list[dict[str, Any]]:

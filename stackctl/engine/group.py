@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 
-from stackctl import ranks
 from stackctl.errors import Failed
+from stackctl.jobs import ranks
 
 
 def join(device: torch.device) -> None:

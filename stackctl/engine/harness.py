@@ -28,7 +28,7 @@ from stackctl.errors import (
     first_line,
     raise_all,
 )
-from stackctl.tasks import TaskScore
+from stackctl.showing.tasks import TaskScore
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stackctl import ranks
 from stackctl.bases import read_base_tensors
 from stackctl.engine.bases import base_folder
 from stackctl.engine.converting import load_converting
@@ -27,7 +26,8 @@ from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, delta_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.errors import Incompatible
-from stackctl.machine import return_freed_memory
+from stackctl.jobs import ranks
+from stackctl.machine.resources import return_freed_memory
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry
 from stackctl.schema import Base

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stackctl import ranks
 from stackctl.errors import Failed
+from stackctl.jobs import ranks
 
 if TYPE_CHECKING:
     from stackctl.engine.trainer import StackTrainer

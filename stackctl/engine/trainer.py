@@ -30,7 +30,7 @@ from stackctl.engine.attention import SEGMENTS
 from stackctl.engine.group import WholeSteps, like, wait, whole
 from stackctl.engine.stepping import Counters, Progress, StepGuard
 from stackctl.errors import Failed, first_line
-from stackctl.runs import RunFolder
+from stackctl.jobs.runs import RunFolder
 
 if TYPE_CHECKING:
     from stackctl.engine.training.watching import HeldOut

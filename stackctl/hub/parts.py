@@ -17,7 +17,7 @@ from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
 from stackctl.hub.client import Hub
 from stackctl.hub.remote import RemoteFile, Snapshot
 from stackctl.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
-from stackctl.yamlfile import read_yaml
+from stackctl.strictyaml.reading import read_yaml
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

@@ -27,7 +27,7 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
-from stackctl.yamlfile import read_yaml
+from stackctl.strictyaml.reading import read_yaml
 
 E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"

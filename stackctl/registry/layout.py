@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stackctl.yamltext import Flow, format_yaml
+from stackctl.strictyaml.text import Flow, format_yaml
 
 
 def format_entry(entry: dict[str, Any]) -> str:

@@ -267,7 +267,7 @@ def test_gc_frees_indices_when_it_is_asked_and_they_are_made_again(shelf, run, c
 
 
 def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(shelf, run, cache, monkeypatch):
-    monkeypatch.setattr("stackctl.runs._HELD_TIMEOUT", 0.05)
+    monkeypatch.setattr("stackctl.jobs.runs._HELD_TIMEOUT", 0.05)
     shutil.rmtree(cache)
     for label in ("style/1", "tone/1", "tone/2", "chat/1", "instruct/1"):
         (shelf.root / "logs" / label / "deep").mkdir(parents=True)

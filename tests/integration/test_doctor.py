@@ -33,7 +33,7 @@ def test_it_needs_no_registry(run: Any) -> None:
 
 def test_a_missing_package_is_exit_code_1(run: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(
-        "stackctl.machine.packages", lambda: ({"torch": None}, ["torch>=2.6 is needed, and is missing"])
+        "stackctl.machine.resources.packages", lambda: ({"torch": None}, ["torch>=2.6 is needed, and is missing"])
     )
     ran = run("doctor", "--json", code=1)
     assert [p["message"] for p in ran.json["problems"]] == ["torch>=2.6 is needed, and is missing"]

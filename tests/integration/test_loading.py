@@ -52,7 +52,7 @@ from pathlib import Path
 from stackctl.engine.generation import Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
-from stackctl.machine import return_freed_memory
+from stackctl.machine.resources import return_freed_memory
 from stackctl.registry import Registry
 
 registry = Registry(Path(sys.argv[1]))

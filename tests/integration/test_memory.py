@@ -14,10 +14,10 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl import machine
 from stackctl.engine.data import Example, collate
 from stackctl.engine.trainer import supervised_loss
-from stackctl.memory import Memory, estimate_memory
+from stackctl.machine import resources as machine
+from stackctl.machine.memory import Memory, estimate_memory
 from stackctl.modules import expand_modules, expected_targets
 from stackctl.registry import Registry
 from stackctl.schema import Base

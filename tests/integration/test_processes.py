@@ -11,7 +11,7 @@ import pytest
 from house import CHAT, TEXTS
 from oracle import distance, factors_of
 
-from stackctl import ranks
+from stackctl.jobs import ranks
 
 # 197 records in steps of four: the last step of an epoch is short, and one of the two processes has nothing to do.
 RECORDS = [CHAT[i % len(CHAT)] for i in range(197)]

@@ -21,13 +21,13 @@ from stress.fuzz import make_data, make_template, try_data, try_one
 from stress.killing import run_command
 from stress.runner import Budget
 
-from stackctl import yamltext
 from stackctl.checkpoint import read_checkpoint, read_header
 from stackctl.errors import StackctlError, Usage, VerificationFailed
 from stackctl.names import parse_expression, parse_name, parse_stack_name
 from stackctl.plan import PlanMember
 from stackctl.planning import plan_stack
-from stackctl.yamltext import parse_yaml
+from stackctl.strictyaml import text as yamltext
+from stackctl.strictyaml.text import parse_yaml
 
 CHANCE = st.randoms(use_true_random=False)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from odd import same, scalars, texts, values
 
 from stackctl.errors import Usage
-from stackctl.quickyaml import read_quickly
 from stackctl.registry.layout import format_entry
 from stackctl.schema import Adapter, AdapterVersion, DataSource, Lora, Run, TrainSettings
-from stackctl.yamltext import format_yaml, parse_yaml
+from stackctl.strictyaml.quick import read_quickly
+from stackctl.strictyaml.text import format_yaml, parse_yaml
 
 FROZEN = sorted((Path(__file__).parent.parent / "frozen").glob("*/registry/**/*.yaml"))
 VERSIONS = [

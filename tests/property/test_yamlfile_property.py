@@ -6,7 +6,7 @@ from odd import NASTY, same, scalars, texts, values
 
 from stackctl.errors import Usage
 from stackctl.registry.layout import on_one_line
-from stackctl.yamltext import Flow, format_yaml, parse_yaml
+from stackctl.strictyaml.text import Flow, format_yaml, parse_yaml
 
 
 def check(value):

@@ -17,7 +17,7 @@ from stackctl.errors import StackctlError
 from stackctl.files import sha256_file
 from stackctl.registry import Registry
 from stackctl.schema import DataSource, Run, TrainSettings
-from stackctl.yamltext import format_yaml
+from stackctl.strictyaml.text import format_yaml
 
 from . import kills
 from .killing import run_command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.differences import compare_words
+from stackctl.showing.differences import compare_words
 
 
 def marked(first: str, text: str) -> list[str]:

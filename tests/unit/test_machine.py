@@ -2,7 +2,7 @@
 
 import pytest
 
-from stackctl import machine
+from stackctl.machine import resources as machine
 
 
 def test_there_is_memory_and_a_processor():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stackctl.errors import Incompatible
-from stackctl.optional import EMBEDDED, PACKAGES, check_installed
+from stackctl.machine.optional import EMBEDDED, PACKAGES, check_installed
 
 ROOT = Path(__file__).parent.parent.parent
 

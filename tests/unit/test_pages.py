@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from webpage import Page
 
-from stackctl import __version__, pages
+from stackctl import __version__
 from stackctl.errors import NotFound, StackctlError, Usage
+from stackctl.showing import pages
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackctl import paging
+from stackctl.showing import paging
 
 UPPER = "tr a-z A-Z"
 

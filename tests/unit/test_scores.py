@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stackctl.output import console
-from stackctl.scores import best_cells, by_data, render_scores, sentence
+from stackctl.showing.scores import best_cells, by_data, render_scores, sentence
 
 
 def row(stack: str, loss: float, **values: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from stackctl.engine.live import LIVE, attach_live
 from stackctl.engine.models import StackedModel
 from stackctl.engine.trainer import ADAPTER
-from stackctl.jobs import PreparedJob
+from stackctl.jobs.job import PreparedJob
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.schema import ModuleShape
 

@@ -13,9 +13,9 @@ from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
 from stackctl.engine.data.cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.errors import Usage
-from stackctl.jobs import PreparedJob
-from stackctl.preview import Part, render_preview
-from stackctl.screen import Painted, colours_on, width_of
+from stackctl.jobs.job import PreparedJob
+from stackctl.showing.preview import Part, render_preview
+from stackctl.showing.screen import Painted, colours_on, width_of
 
 Say = Callable[[str], None]
 _NAMED = 20

@@ -9,9 +9,9 @@ import torch
 
 from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.corpus import Corpus
-from stackctl.jobs import PreparedJob
-from stackctl.machine import main_memory
-from stackctl.memory import Memory, Precision, estimate_memory
+from stackctl.jobs.job import PreparedJob
+from stackctl.machine.memory import Memory, Precision, estimate_memory
+from stackctl.machine.resources import main_memory
 from stackctl.modules import expand_modules, expected_targets
 
 

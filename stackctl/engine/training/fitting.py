@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
 
-from stackctl import ranks
 from stackctl.engine import data as data_module
 from stackctl.engine.data import Example
 from stackctl.engine.stepping import Counters, Progress
@@ -19,10 +18,11 @@ from stackctl.engine.trainer import StackTrainer
 from stackctl.engine.training.corpus import Corpus
 from stackctl.engine.training.watching import HeldOut, evaluation_steps
 from stackctl.errors import Failed, Interrupted, Terminated
-from stackctl.jobs import PreparedJob
-from stackctl.runs import RunFolder
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.runs import RunFolder
+from stackctl.jobs.tracking import parse_trackers
 from stackctl.schema import TrainJob
-from stackctl.tracking import parse_trackers
 
 
 def _all_steps(job: TrainJob, rows: int) -> int:

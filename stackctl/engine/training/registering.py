@@ -14,18 +14,18 @@ from torch import Tensor
 from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
-from stackctl.curve import LOG, PICTURE, read_curve, render_svg
 from stackctl.engine.records import RecordStream
 from stackctl.engine.stepping import Counters
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.trainer import save_adapter
 from stackctl.engine.training.corpus import Corpus
 from stackctl.errors import VerificationFailed
-from stackctl.jobs import PreparedJob
+from stackctl.jobs.job import PreparedJob
 from stackctl.plan import PlanMember
 from stackctl.planning import plan_stack
 from stackctl.registry import Registry, now
 from stackctl.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
+from stackctl.showing.curve import LOG, PICTURE, read_curve, render_svg
 
 
 def register_version(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import set_seed
 
-from stackctl import files, ranks
+from stackctl import files
 from stackctl.engine import data as data_module
 from stackctl.engine import group, proofs
 from stackctl.engine.data import Reading
@@ -25,11 +25,12 @@ from stackctl.engine.training.fitting import run_trainer
 from stackctl.engine.training.registering import register_version
 from stackctl.engine.training.watching import HeldOut
 from stackctl.errors import Usage
-from stackctl.jobs import PreparedJob, changed_since
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob, changed_since
+from stackctl.jobs.runs import RunFolder, run_folder
+from stackctl.jobs.tracking import log_folder, tracking
 from stackctl.registry import Registry
-from stackctl.runs import RunFolder, run_folder
 from stackctl.schema import AdapterVersion, Run
-from stackctl.tracking import log_folder, tracking
 
 Say = Callable[[str], None]
 

@@ -94,7 +94,7 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
     """A table for each data set, the best of each column marked, and what the paired tests say under them."""
     from rich.text import Text
 
-    from stackctl.tables import spaced, table
+    from stackctl.showing.tables import spaced, table
 
     parts: list[RenderableType] = []
     blocks = by_data(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from stackctl.curve.points import Curve, thinned, ticks
+from stackctl.showing.curve.points import Curve, thinned, ticks
 
 PICTURE = "training_loss.svg"
 """The picture beside an adapter's weights and in a card."""

@@ -13,16 +13,17 @@ from typing import Any
 
 import msgspec
 
-from stackctl import errors, files, ranks
+from stackctl import errors, files
 from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.jobs import ranks
+from stackctl.jobs.tracking import check_trackers
+from stackctl.machine.optional import check_installed
 from stackctl.methods import SUM
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.names import BASE
-from stackctl.optional import check_installed
 from stackctl.plan import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.schema import Base, TrainJob
-from stackctl.tracking import check_trackers
 
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stackctl.errors import StackctlError, Usage, did_you_mean, raise_all
-from stackctl.optional import check_installed
+from stackctl.machine.optional import check_installed
 from stackctl.registry import Registry
 from stackctl.schema import TrainJob
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stackctl.curve.points import ticks
-from stackctl.heatmap import HeatMap, short_names
-from stackctl.maps import signed
+from stackctl.showing.curve.points import ticks
+from stackctl.showing.heatmap import HeatMap, short_names
+from stackctl.showing.maps import signed
 
 _LETTER = 7.0
 """Width of a letter as drawn, about."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stackctl.heatmap import Grid, HeatMap, arrange
-from stackctl.overlaps import Overlap, Pair, pool
+from stackctl.showing.heatmap import Grid, HeatMap, arrange
+from stackctl.showing.overlaps import Overlap, Pair, pool
 
 _FAINTEST = 0.1
 """The top of a map of cosines is at least this: two deltas that have nothing to do with each other shall not look like

@@ -1,6 +1,7 @@
 """Files of strict YAML, read into types: every error names the file, the line and the column.
 
-What the text may be, :mod:`stackctl.yamltext` says; most files need only a quick look (:mod:`stackctl.quickyaml`).
+What the text may be, :mod:`stackctl.strictyaml.text` says; most files need only a quick look
+(:mod:`stackctl.strictyaml.quick`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from stackctl.errors import StackctlError, Usage, did_you_mean, joined
 from stackctl.files import missing, read_bounded
 from stackctl.migrations import migrate
 from stackctl.plain import plain
-from stackctl.quickyaml import read_quickly
+from stackctl.strictyaml.quick import read_quickly
 
 if TYPE_CHECKING:
-    from stackctl.yamltext import KeyPath, Marks
+    from stackctl.strictyaml.text import KeyPath, Marks
 
 T = TypeVar("T")
 _MOST = 10
@@ -42,7 +43,7 @@ def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
             return msgspec.convert(quick, type_, strict=True)
         except msgspec.ValidationError:
             pass  # what is wrong with it, and where, is found out below
-    from stackctl.yamltext import parse_yaml
+    from stackctl.strictyaml.text import parse_yaml
 
     return convert(parse_yaml(text, str(path)), type_, str(path), schema=schema)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from stackctl.heatmap import HeatMap
+    from stackctl.showing.heatmap import HeatMap
 
 NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
@@ -137,7 +137,7 @@ class HeatMapDrawing:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         colours = console.color_system not in (None, "standard")  # sixteen colours have no shades
-        from stackctl.heatmap import render_terminal
+        from stackctl.showing.heatmap import render_terminal
 
         for line in render_terminal(self._heat, options.max_width, colours=colours):
             yield Text.assemble(*line, no_wrap=True, overflow="ignore")

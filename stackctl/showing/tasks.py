@@ -46,7 +46,7 @@ def render_tasks(scores: Sequence[TaskScore]) -> RenderableType:
     """A table with the stacks of each metric under one another, the best marked."""
     from rich.text import Text
 
-    from stackctl.tables import table
+    from stackctl.showing.tables import table
 
     rows = []
     for task, metric in dict.fromkeys((score.task, score.label) for score in scores):

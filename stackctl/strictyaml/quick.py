@@ -1,9 +1,9 @@
 """A quick look at YAML: what stackctl writes itself, read twenty times as fast as by libyaml.
 
 A parser that can say where every value stands makes objects of every sign, which takes a third of a millisecond for one
-version of an adapter. Almost every entry is as :func:`stackctl.yamltext.format_yaml` wrote it, and for that form a few
-regular expressions do. Whatever is not of that form, or only might mean something else, is left to the strict parser:
-nothing is refused here, and nothing explained.
+version of an adapter. Almost every entry is as :func:`stackctl.strictyaml.text.format_yaml` wrote it, and for that form
+a few regular expressions do. Whatever is not of that form, or only might mean something else, is left to the strict
+parser: nothing is refused here, and nothing explained.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import re
 from typing import Any
 
-from stackctl.yamlscalar import parse_scalar
+from stackctl.strictyaml.scalar import parse_scalar
 
 
 class _Doubt(Exception):

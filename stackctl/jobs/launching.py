@@ -25,12 +25,13 @@ from typing import Annotated, Any
 
 import msgspec
 
-from stackctl import files, ranks
+from stackctl import files
 from stackctl.errors import Failed, Interrupted, StackctlError, Terminated, Usage
-from stackctl.jobs import PreparedJob
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob
 from stackctl.output import Output, Result
-from stackctl.yamlfile import convert, read_text
-from stackctl.yamltext import parse_yaml
+from stackctl.strictyaml.reading import convert, read_text
+from stackctl.strictyaml.text import parse_yaml
 
 _OWN_CONFIG = {
     "compute_environment": "LOCAL_MACHINE",

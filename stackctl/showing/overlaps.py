@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.heatmap import Place, place
+from stackctl.showing.heatmap import Place, place
 
 MOST_QUARRELS = 3
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stackctl.heatmap.grid import Cell, Grid, short_names
+from stackctl.showing.heatmap.grid import Cell, Grid, short_names
 
 Line = list[tuple[str, str]]
 """Pieces of a line, each with its style as rich names it."""

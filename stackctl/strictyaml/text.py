@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from stackctl.errors import MergeConflict, Usage
-from stackctl.yamlscalar import parse_scalar
+from stackctl.strictyaml.scalar import parse_scalar
 
 _MAX_DEPTH = 50
 MOST_VALUES = 1_000_000

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackctl.differences import compare_words
 from stackctl.names import BASE
-from stackctl.scores import COLUMNS, best_cells, by_data, cells, render_scores
+from stackctl.showing.differences import compare_words
+from stackctl.showing.scores import COLUMNS, best_cells, by_data, cells, render_scores
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +34,7 @@ def render_comparison(
     from rich.console import Group
     from rich.text import Text
 
-    from stackctl.beside import SideBySide
+    from stackctl.showing.beside import SideBySide
 
     parts: list[RenderableType] = []
     for row in by_prompt(names, answers):
@@ -52,7 +52,7 @@ def comparison_page(
     settings: Sequence[tuple[str, str]],
 ) -> str:
     """One page: prompts down, stacks across, what differs from the first stack's answer marked, scores, settings."""
-    from stackctl.pages import render_page
+    from stackctl.showing.pages import render_page
 
     prompts = [
         {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stackctl.memory import Precision, estimate_memory
+from stackctl.machine.memory import Precision, estimate_memory
 from stackctl.modules import expand_modules, expected_targets
 from stackctl.schema import Base, ModuleShape
 

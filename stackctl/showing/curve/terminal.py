@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 
-from stackctl.curve.points import Curve, Point, thinned
+from stackctl.showing.curve.points import Curve, Point, thinned
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """The bits of a braille character: four rows of two dots."""

@@ -1,0 +1,1 @@
+"""This machine: what it has, and what of a model it can hold."""
