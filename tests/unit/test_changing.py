@@ -13,14 +13,7 @@ from stackctl.checkpoint import read_checkpoint
 from stackctl.errors import Failed, Incompatible, NotFound, StackctlError, Usage
 from stackctl.names import Reference
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import (
-    Adapter,
-    RegistryFile,
-    Stack,
-)
-
-OTHER = "sha256:" + "0" * 64
-
+from stackctl.schema import Adapter, RegistryFile, Stack
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

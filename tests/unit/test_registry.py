@@ -8,16 +8,7 @@ from checkpoints import full_version, make_base, register
 
 from stackctl.errors import NotFound, Usage
 from stackctl.registry import Registry, find_registry, init_registry
-from stackctl.schema import (
-    Adapter,
-    Base,
-    Defaults,
-    RegistryFile,
-    Stack,
-)
-
-OTHER = "sha256:" + "0" * 64
-
+from stackctl.schema import Adapter, Base, Defaults, RegistryFile, Stack
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
