@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
 from stackctl.engine.layout import choose_layout
+from stackctl.engine.logits import causal_lm, supervised_logits
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
 from stackctl.engine.significance import RecordScore, ratio_error
-from stackctl.engine.trainer import causal_lm, supervised_logits
 from stackctl.errors import Failed
 
 Progress = Callable[[int], None]

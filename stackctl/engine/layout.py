@@ -17,9 +17,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from stackctl.engine.attention import SEGMENTS
 from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.models import evaluating
-from stackctl.engine.proofs import difference
-from stackctl.engine.trainer import causal_lm, supervised_logits
 
 Layout = Literal["segments", "flash", "mask", "apart"]
 """Attention record by record; flash attention's own; a mask of all pairs in the row; or records run one by one."""

@@ -13,8 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from stackctl.engine.adapter import ADAPTER
+from stackctl.engine.logits import difference
 from stackctl.engine.models import evaluating
-from stackctl.engine.trainer import ADAPTER
 from stackctl.errors import VerificationFailed
 
 _PROBE_TOKENS = 64
@@ -31,11 +32,6 @@ def probe(model: torch.nn.Module, tokens: Tensor) -> Tensor:
         device = next(model.parameters()).device
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
         return logits.float().cpu()
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 def check_active(without: Tensor, with_stack: Tensor, expression: str) -> float:

@@ -6,8 +6,6 @@ only what would otherwise be silently wrong here (DESIGN: the traps).
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -16,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl import files
-from stackctl.checkpoint import CONFIG, WEIGHTS
-from stackctl.engine.attention import SEGMENTS
-from stackctl.engine.group import WholeSteps, like, wait, whole
+from stackctl.checkpoint import WEIGHTS
+from stackctl.engine.adapter import adapter_state, named_parameters, save_adapter
+from stackctl.engine.group import WholeSteps, like, wait
+from stackctl.engine.logits import supervised_loss
 from stackctl.engine.stepping import Counters, Progress, StepGuard
 from stackctl.errors import Failed, first_line
 from stackctl.jobs.runs import RunFolder
@@ -35,72 +32,7 @@ from stackctl.jobs.runs import RunFolder
 if TYPE_CHECKING:
     from stackctl.engine.training.watching import HeldOut
 
-ADAPTER = "default"
-"""The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
 _COUNTERS = "stackctl_counters.json"
-_WRAPPER = "_checkpoint_wrapped_module."
-"""What accelerate's activation checkpointing puts into the names of everything inside a layer."""
-
-
-def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:
-    """Summed cross-entropy of a collated micro-batch; logits are computed only where a label is.
-
-    ``inputs``: input_ids and position_ids (1, T), keep (K,), labels (K,), as :func:`stackctl.engine.data.collate`
-    makes them. ``as_rows`` runs the examples one by one, for models that cannot keep documents in one row apart.
-    """
-    if as_rows:
-        return torch.stack([supervised_loss(model, part) for part in _split(inputs)]).sum()
-    logits = supervised_logits(model, inputs)
-    return functional.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
-
-
-def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits (K, vocabulary) at the positions that predict a supervised token."""
-    keep = inputs["keep"]
-    arguments: dict[str, Any] = {
-        "input_ids": inputs["input_ids"],
-        "position_ids": inputs["position_ids"],
-        "use_cache": False,
-        "return_dict": True,
-    }
-    accepted = inspect.signature(causal_lm(model).forward).parameters
-    if "position_ids" not in accepted:
-        del arguments["position_ids"]
-    if causal_lm(model).config._attn_implementation == SEGMENTS:
-        starts = _starts(inputs["position_ids"])
-        arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
-    if "logits_to_keep" in accepted:
-        logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
-        return logits
-    return model(**arguments).logits[0, keep]
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model under whatever wraps it (DDP, PEFT)."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _starts(positions: Tensor) -> list[int]:
-    """Where the records of a row begin, and where the row ends."""
-    return [*torch.nonzero(positions[0] == 0).flatten().tolist(), positions.numel()]
-
-
-def _split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The examples of a collated row, each as a row of its own."""
-    parts = []
-    for start, end in itertools.pairwise(_starts(inputs["position_ids"])):
-        inside = (inputs["keep"] >= start) & (inputs["keep"] < end)
-        if bool(inside.any()):
-            parts.append(
-                {
-                    "input_ids": inputs["input_ids"][:, start:end],
-                    "position_ids": inputs["position_ids"][:, start:end],
-                    "keep": inputs["keep"][inside] - start,
-                    "labels": inputs["labels"][inside],
-                }
-            )
-    return parts
 
 
 class StackTrainer(Trainer):
@@ -238,7 +170,7 @@ class StackTrainer(Trainer):
 
     def restore(self, folder: Path, model: nn.Module | None = None) -> None:
         """The adapter in training, the numbers of the run and the best weights so far, out of a save."""
-        parameters = _adapter_parameters(self.accelerator.unwrap_model(model or self.model))
+        parameters = named_parameters(self.accelerator.unwrap_model(model or self.model))
         saved = load_file(folder / WEIGHTS)
         if saved.keys() != parameters.keys():
             raise Failed(f"{folder} is not a save of this run", hint="start it again without --resume")
@@ -249,34 +181,3 @@ class StackTrainer(Trainer):
             setattr(self.counters, name, value)
         if self.held_out:
             self.held_out.load(folder, self.args.process_index)
-
-
-def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter in training, by the names that they have in a checkpoint."""
-    return {name.replace(f".{ADAPTER}", "").replace(_WRAPPER, ""): p for name, p in trained_parameters(model)}
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter in training by its names in the model; where it is sharded, every rank has to ask."""
-    return {name: whole(p.detach()) for name, p in trained_parameters(model)}
-
-
-def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What learns, with its names in the model as it is wrapped."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write :func:`adapter_state` as a PEFT checkpoint at ``folder``'s root, in float32."""
-    model.save_pretrained(
-        folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
-    )
-    if any(_WRAPPER in name for name in state):  # PEFT finds tensors by the wrapped names only, and writes those
-        tensors = load_file(folder / WEIGHTS)
-        save_file({name.replace(_WRAPPER, ""): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    config = folder / CONFIG
-    settings = json.loads(config.read_text())
-    if isinstance(settings.get("target_modules"), list):  # a set inside PEFT, and so in another order in each process
-        settings["target_modules"].sort()
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed

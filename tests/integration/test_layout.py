@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.engine import attention
 from stackctl.engine.data import IGNORED, Example, collate
 from stackctl.engine.layout import choose_layout
-from stackctl.engine.trainer import supervised_loss
+from stackctl.engine.logits import supervised_loss
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.data import Example, collate
-from stackctl.engine.trainer import supervised_loss
+from stackctl.engine.logits import supervised_loss
 from stackctl.machine import resources as machine
 from stackctl.machine.memory import Memory, estimate_memory
 from stackctl.modules import expand_modules, expected_targets

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from stackctl.engine.adapter import ADAPTER
 from stackctl.engine.live import LIVE, attach_live
 from stackctl.engine.models import StackedModel
-from stackctl.engine.trainer import ADAPTER
 from stackctl.jobs.job import PreparedJob
 from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
 from stackctl.schema import ModuleShape

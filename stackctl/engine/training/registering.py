@@ -14,10 +14,10 @@ from torch import Tensor
 from stackctl import __version__, files
 from stackctl.bases import EMBEDDED_HUB_ID
 from stackctl.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.engine.adapter import save_adapter
 from stackctl.engine.records import RecordStream
 from stackctl.engine.stepping import Counters
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.trainer import save_adapter
 from stackctl.engine.training.corpus import Corpus
 from stackctl.errors import VerificationFailed
 from stackctl.jobs.job import PreparedJob

@@ -12,12 +12,12 @@ from transformers import set_seed
 from stackctl import files
 from stackctl.engine import data as data_module
 from stackctl.engine import group, proofs
+from stackctl.engine.adapter import adapter_state
 from stackctl.engine.data import Reading
 from stackctl.engine.layout import choose_layout
 from stackctl.engine.live import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
 from stackctl.engine.stepping import Counters, Progress
-from stackctl.engine.trainer import adapter_state
 from stackctl.engine.training.attaching import attach_new, freeze_stack
 from stackctl.engine.training.corpus import Corpus, read_corpus
 from stackctl.engine.training.estimating import estimate_job

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stackctl.engine.adapter import trained_parameters
 from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.stepping import Counters
-from stackctl.engine.trainer import StackTrainer, trained_parameters
+from stackctl.engine.trainer import StackTrainer
 from stackctl.errors import Failed
 from stackctl.schema import TrainJob
 
