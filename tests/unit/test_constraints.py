@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import tomllib
@@ -31,6 +32,7 @@ def declared() -> list[Requirement]:
     return [Requirement(text) for text in texts]
 
 
+@functools.cache
 def is_installed(name: str) -> bool:
     try:
         return bool(importlib.metadata.version(name))
@@ -38,6 +40,7 @@ def is_installed(name: str) -> bool:
         return False
 
 
+@functools.cache
 def needed() -> dict[str, str]:
     """Every package that the declared ones pull in, as they are installed, and what pulls it in."""
     found: dict[str, str] = {}
