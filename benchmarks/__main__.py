@@ -20,7 +20,7 @@ def main() -> None:
     for name in names or NAMES:
         print(f"\n== {name}", flush=True)
         module = importlib.import_module(f"benchmarks.{name}")
-        module.main(options) if options else module.main()
+        module.main(options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.generation import prepare
-from benchmarks.timing import compare, show, timed
+from benchmarks.timing import compare, parse_runs, show, timed
 from benchmarks.training import write_chats
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ _PADDED = 8
 _ALONE = "one by one"
 
 
-def main(runs: int = 3) -> None:
+def main(options: Sequence[str] = ()) -> None:
+    runs = parse_runs(options, "evaluation", 3)
     from stackctl.engine.data import encode
     from stackctl.engine.evaluation import DataSet, Scoring, score_examples
     from stackctl.engine.models import load_base, quiet_libraries

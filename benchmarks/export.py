@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.big import big_registry
-from benchmarks.timing import compare, run_command, show, timed
+from benchmarks.timing import compare, parse_runs, run_command, show, timed
 
 _PEFT_WAY = """
 import sys
@@ -25,7 +26,8 @@ model.save_pretrained(out, selected_adapters=["ab"])
 """
 
 
-def main(runs: int = 3) -> None:
+def main(options: Sequence[str] = ()) -> None:
+    runs = parse_runs(options, "export", 3)
     with tempfile.TemporaryDirectory() as folder:
         _beside_copying(Path(folder), runs)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.export import random_adapter
-from benchmarks.timing import compare, run_command, show
+from benchmarks.timing import compare, parse_runs, run_command, show
 
 _DEPTHS = (1, 2, 4)
 _TOKENS = 48
@@ -37,7 +37,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[
 """What one writes by hand; it ends at the first token."""
 
 
-def main(runs: int = 5) -> None:
+def main(options: Sequence[str] = ()) -> None:
+    runs = parse_runs(options, "generation", 5)
     from stackctl.engine.models import quiet_libraries
 
     quiet_libraries()

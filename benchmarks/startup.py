@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.big import big_registry
-from benchmarks.timing import compare, run_command, show
+from benchmarks.timing import compare, parse_runs, run_command, show
 
 _IMPORTS = "import typer, yaml, rich.console"
 
 
-def main(runs: int = 11) -> None:
+def main(options: Sequence[str] = ()) -> None:
+    runs = parse_runs(options, "startup", 11)
     with tempfile.TemporaryDirectory() as folder:
         registry = big_registry(Path(folder), rank=4)
         stackctl = [sys.executable, "-m", "stackctl"]

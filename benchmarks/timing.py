@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -92,3 +93,11 @@ def show(timings: Mapping[str, Timing], reference: str) -> None:
     print(f"{'':44}{'median s':>10}{'ratio':>8}{'peak MB':>9}")
     for name, timing in timings.items():
         print(f"{name:44}{timing.median:10.3f}{timing.median / base:8.2f}{timing.peak_mb:9.0f}")
+
+
+def parse_runs(options: Sequence[str], name: str, default: int) -> int:
+    """``--runs N`` of a benchmark that takes nothing else."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
+    parser.add_argument("--runs", type=int, default=default, help=f"how often each candidate runs ({default})")
+    runs: int = parser.parse_args(options).runs
+    return runs
