@@ -92,6 +92,11 @@ def test_what_hostile_files_say_is_text(stack: Any) -> None:
     save_file(bad, folder / "adapter_model.safetensors", {"format": "pt"})
     stack.run("inspect", folder, "--output", "page.html")
     page = read(stack.folder / "page.html")
+    assert any(HOSTILE in problem for problem in page.texts("p"))  # its base has no such modules
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "nobody/knows"}))
+    stack.run("inspect", folder, "--output", "page.html")
+    page = read(stack.folder / "page.html")
     assert any(HOSTILE in title for title in page.texts("title"))
 
 
