@@ -313,6 +313,11 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
+def portable_path(path: Path, root: Path) -> str:
+    """Relative to a registry's ``root`` when both lie in one project, so that the project can move; else absolute."""
+    return os.path.relpath(path, root) if path.is_relative_to(root.parent) else str(path)
+
+
 def missing(path: Path, what: str = "") -> NotFound:
     """The error that something typed is not there; its hint names what is called nearly so beside it."""
     near = None

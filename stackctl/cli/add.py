@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -102,7 +101,7 @@ def _linked_path(folder: Path, root: Path) -> str:
         raise Usage(
             f"the name of {folder} is not Unicode, and entries are", hint="leave out --link, so that it is copied"
         ) from None
-    return os.path.relpath(folder, root) if folder.is_relative_to(root.parent) else str(folder)
+    return files.portable_path(folder, root)
 
 
 def entry(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:

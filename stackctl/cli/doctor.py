@@ -17,6 +17,7 @@ from stackctl.machine.memory import Precision
 from stackctl.machine.optional import PACKAGES
 from stackctl.machine.sizes import RANK, SIZES, TOKENS, needs
 from stackctl.output import Result
+from stackctl.showing.screen import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -116,7 +117,7 @@ def _screen(data: dict[str, Any]) -> Any:
     rows += [[name, data["packages"].get(name) or "missing"] for name in shown]
     rows += [[name, version or _wanted(name)] for name, version in data["optional"].items()]
     rows += [[f"disk, {name}", f"{human_bytes(d['free'])} free in {d['path']}"] for name, d in data["disk"].items()]
-    rows.append(["registry", _counted(data["registry"])])
+    rows.append(["registry", _what_is_there(data["registry"])])
     hub = data["hub"]
     token = "a token is there" if hub["token"] else "no token: reading what is public works; hf auth login"
     rows.append(["Hub", hub["endpoint"] + ", " + ("offline (HF_HUB_OFFLINE)" if hub["offline"] else token)])
@@ -138,11 +139,10 @@ def _device(device: dict[str, Any]) -> str:
     return f"{device['type']}: {device['name']}, {memory}, {bfloat16}"
 
 
-def _counted(registry: dict[str, Any] | None) -> str:
+def _what_is_there(registry: dict[str, Any] | None) -> str:
     if registry is None:
         return "none here or above: stackctl init"
-    kinds = ("adapters", "stacks", "bases")
-    counts = ", ".join(f"{registry[kind]} {kind if registry[kind] != 1 else kind[:-1]}" for kind in kinds)
+    counts = ", ".join(counted(registry[f"{kind}s"], kind) for kind in ("adapter", "stack", "base"))
     return f"{registry['path']}: {counts}"
 
 

@@ -161,8 +161,10 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
 
 def _means_folder(what: str, context: Context) -> bool:
     """Whether a text means a PEFT folder; where something registered is called so as well, that is meant."""
-    if looks_like_path(what) or not (Path(what) / CONFIG).is_file():
-        return looks_like_path(what)
+    if looks_like_path(what):
+        return True
+    if not (Path(what) / CONFIG).is_file():
+        return False
     try:
         return all(what not in context.registry.names(kind) for kind in (Adapter, Stack, Base))
     except NotFound:  # no registry

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.launching import Launch, launch_training, plan_launch
 from stackctl.output import Result
 from stackctl.schema import Run
+from stackctl.showing.screen import counted
 
 _LARGEST_LOSS = 20.0
 """Above it (nats) perplexity is a number that says nothing."""
@@ -111,7 +111,7 @@ def typed_again() -> str:
 
 def _program() -> list[str]:
     """stackctl as a shell finds it here: by its name, else by the path that it was called by."""
-    if shutil.which("stackctl") or Path(sys.argv[0]).name == "stackctl" == sys.argv[0]:
+    if shutil.which("stackctl") or sys.argv[0] == "stackctl":
         return ["stackctl"]
     return [sys.executable, "-m", "stackctl"] if sys.argv[0].endswith(".py") else [sys.argv[0]]
 
@@ -169,7 +169,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "kept_step": run.kept_step,
         "stopped_early": run.stopped_early,
     }
-    steps = f"{run.steps} step{'s' if run.steps != 1 else ''}"
+    steps = counted(run.steps, "step")
     text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
     return Result(data, label, text)
 

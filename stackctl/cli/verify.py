@@ -17,6 +17,7 @@ from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.repairing import Source, find_sources
 from stackctl.repairing import repair as repair_version
 from stackctl.schema import Base
+from stackctl.showing.screen import counted
 
 _EXAMPLES = """\
 stackctl verify storyteller
@@ -126,16 +127,12 @@ def _screen(data: dict[str, Any]) -> str:
     lines = [f"{found['what']}: restored from {found['place']}" for found in data["restored"]]
     lines += [f"{problem['what']}: {problem['message']}" for problem in data["problems"]]
     restorable = {p["what"]: p["restore"]["place"] for p in data["problems"] if p["restore"]}
-    wrong = _counted(len(data["problems"]), "problem", "problems") if data["problems"] else "nothing wrong"
-    lines.append(f"{_counted(data['checked'], 'entry', 'entries')} checked, {wrong}")
+    wrong = counted(len(data["problems"]), "problem") if data["problems"] else "nothing wrong"
+    lines.append(f"{counted(data['checked'], 'entry', 'entries')} checked, {wrong}")
     if restorable:
         lines += [f"{what} can be restored from {place}" for what, place in restorable.items()]
         lines.append("to restore: stackctl verify --repair")
     return "\n".join(lines)
-
-
-def _counted(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
 
 
 def _changed_bases(registry: Registry, names: list[str]) -> Iterator[dict[str, str]]:

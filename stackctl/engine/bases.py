@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,22 +55,16 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     path: str | None = None
     if kind == "folder":
         folder = check_model_folder(Path(source)).resolve()
-        path = _portable_path(folder, registry.root)
+        path = files.portable_path(folder, registry.root)
         source = path
     elif kind == "hub":
         folder, revision = _download(name, source, revision, say)
         check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
-        source = EMBEDDED if kind == "wheel" else _portable_path(gguf, registry.root)
+        source = EMBEDDED if kind == "wheel" else files.portable_path(gguf, registry.root)
         folder = _converted(gguf, say)
     return _describe(name, kind, source, revision, path, folder)
-
-
-def _portable_path(path: Path, root: Path) -> str:
-    """Relative to the registry when both lie in one project, so that the project can move; else absolute."""
-    project = root.parent
-    return os.path.relpath(path, root) if path.is_relative_to(project) else str(path)
 
 
 def _download(name: str, repo: str, revision: str | None, say: Say) -> tuple[Path, str]:

@@ -46,15 +46,19 @@ def _fit(line: list[_Sign], width: int | None) -> Iterator[list[_Sign]]:
     start = columns = 0
     space = -1
     for place, (sign, _) in enumerate(line):
-        columns += 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+        columns += _columns(sign)
         if width and columns > width and place > start:
             cut = place if sign == " " or space <= start else space
             yield line[start:cut]
             start = cut + (line[cut][0] == " ")
-            columns = sum(2 if unicodedata.east_asian_width(s) in "WF" else 1 for s, _ in line[start : place + 1])
+            columns = sum(_columns(taken) for taken, _ in line[start : place + 1])
         if sign == " ":
             space = place
     yield line[start:]
+
+
+def _columns(sign: str) -> int:
+    return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
 
 
 def _painted(row: list[_Sign]) -> str:

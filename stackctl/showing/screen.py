@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number of things: ``1 entry``, ``2 entries``; ``several`` is ``one`` with an s where it is left out."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 class Painted(str):
     """Text with colours of our own; what is not ours in it was made fit to be shown already."""
 

@@ -39,7 +39,6 @@ _PAIR = rf"({_KEY}): ({_FLOW_SCALAR}|{_FLOW_LIST}|\{{\}})"
 
 _is_key = re.compile(_BLOCK_KEY).fullmatch
 _is_block_scalar = re.compile(rf"{_PLAIN}(?:[: ]?[{_SIGNS},'-]++)*+").fullmatch
-_is_flow_scalar = re.compile(_FLOW_PLAIN).fullmatch
 _is_quoted = re.compile(_QUOTED).fullmatch
 _is_list = re.compile(_FLOW_LIST).fullmatch
 _is_mapping = re.compile(rf"\{{(?:{_PAIR}(?:, {_PAIR})*+)?+\}}").fullmatch
