@@ -181,3 +181,10 @@ def full_version(number: int) -> AdapterVersion:
         eval_loss=1e300),
         hub=HubSource(repo="me/x", commit="1234567"), versions={"torch": "2.13.0+cpu", "peft": "1.0"},
     )  # fmt: skip
+
+
+def register_three(registry: Registry) -> None:
+    """style@1 and style@2, and instruct@1, which was trained on the first of them."""
+    register(registry, "style", seed=1)
+    register(registry, "style", seed=2)
+    register(registry, "instruct", ["style@1"], seed=3)

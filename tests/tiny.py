@@ -26,7 +26,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 260
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -38,10 +38,11 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+"""What the configurations of small models have in common."""
 
 
 def _config(name: str) -> Any:
-    sizes = dict(_SIZES)
+    sizes = dict(SIZES)
     if name == "gpt2":
         return GPT2Config(
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256,

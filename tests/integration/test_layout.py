@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import SIZES
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -18,11 +19,7 @@ from stackctl.engine.data import IGNORED, Example, collate
 from stackctl.engine.layout import choose_layout
 from stackctl.engine.logits import supervised_loss
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 256, "eos_token_id": 257,
-    "pad_token_id": 257,
-}  # fmt: skip
+_SMALL = SIZES | {"max_position_embeddings": 256}
 CONFIGS: dict[str, Any] = {
     "phi": PhiConfig(**_SMALL, resid_pdrop=0.0, embd_pdrop=0.0),
     "mistral, window 16": MistralConfig(**_SMALL, sliding_window=16),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import SIZES, tiny_tokenizer
 from transformers import Gemma3TextConfig, Lfm2Config, LlamaConfig, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -17,18 +17,13 @@ from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
 from stackctl.registry import Registry
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257,
-    "pad_token_id": 257,
-}  # fmt: skip
 CONFIGS: dict[str, Any] = {
-    "window": MistralConfig(**SMALL, sliding_window=16),
+    "window": MistralConfig(**SIZES, sliding_window=16),
     "some windows": Gemma3TextConfig(
-        **SMALL, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+        **SIZES, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
     ),
-    "convolution": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
-    "dynamic": LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+    "convolution": Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+    "dynamic": LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
 }  # fmt: skip
 SAMPLING = Sampling(max_new_tokens=12)
 TURNS = ["Tell me about the sea.", "And at night?", "海是什么？"]

@@ -5,7 +5,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import make_base, make_registry, register
+from checkpoints import make_base, make_registry, register, register_three
 
 from stackctl import files
 from stackctl.errors import NotFound, Usage
@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_power_cuts")
 @pytest.fixture
 def registry(tmp_path):
     registry = make_registry(tmp_path / "registry", make_base())
-    register(registry, "style", seed=1)
-    register(registry, "style", seed=2)
-    register(registry, "instruct", ["style@1"], seed=3)
+    register_three(registry)
     return registry
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import lora_config, make_base, make_registry, register, write_checkpoint
+from checkpoints import lora_config, make_base, make_registry, register, register_three, write_checkpoint
 
 from stackctl.copies import folder_digest
 from stackctl.errors import NotFound, VerificationFailed
@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_power_cuts")
 @pytest.fixture
 def registry(tmp_path):
     registry = make_registry(tmp_path / "registry", make_base())
-    register(registry, "style", seed=1)
-    register(registry, "style", seed=2)
-    register(registry, "instruct", ["style@1"], seed=3)
+    register_three(registry)
     (weights(registry) / "tokenizer.json").write_text("mine")
     return registry
 

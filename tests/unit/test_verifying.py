@@ -6,15 +6,13 @@ import os
 import pty
 
 import pytest
-from checkpoints import hub_base, make_registry, register
+from checkpoints import hub_base, make_registry, register_three
 
 
 @pytest.fixture
 def registry(tmp_path):
     registry = make_registry(tmp_path / "registry", hub_base())
-    register(registry, "style", seed=1)
-    register(registry, "style", seed=2)
-    register(registry, "instruct", ["style@1"], seed=3)
+    register_three(registry)
     return registry
 
 
