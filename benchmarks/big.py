@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from stackctl.checkpoint import describe_lora, read_checkpoint
-from stackctl.engine.streaming import SafetensorsWriter
+from stackctl.core.schema import AdapterVersion, Base, ModuleShape
+from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import tensor_bytes
+from stackctl.lora.checkpoint import describe_lora, read_checkpoint
 from stackctl.registry import Registry, init_registry, now
-from stackctl.schema import AdapterVersion, Base, ModuleShape
 
 _SHAPES = {
     "self_attn.q_proj": (4096, 4096),

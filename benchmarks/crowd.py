@@ -8,9 +8,9 @@ import os
 import struct
 from pathlib import Path
 
-from stackctl.checkpoint import Checkpoint, describe_lora, read_checkpoint
+from stackctl.core.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
+from stackctl.lora.checkpoint import Checkpoint, describe_lora, read_checkpoint
 from stackctl.registry import Registry, init_registry, now
-from stackctl.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
 
 _WIDTH = 8
 _NAME = "the-one"

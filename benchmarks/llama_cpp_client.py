@@ -27,15 +27,15 @@ from unittest import mock
 import gguf as gguf_format
 import torch
 
-from stackctl.bases import EMBEDDED_NAME, embedded_gguf
-from stackctl.checkpoint import read_checkpoint
-from stackctl.engine.bases import base_folder, make_base
+from stackctl.engine.base_files import base_folder, make_base
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture
+from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.registry import Registry, init_registry
-from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture
+from stackctl.registry.base_models import EMBEDDED_NAME, embedded_gguf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import random_adapter

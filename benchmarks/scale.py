@@ -12,9 +12,9 @@ from pathlib import Path
 
 from benchmarks.crowd import adapter_name, crowded_registry, write_checkpoint
 from benchmarks.timing import Timing, compare, run_command, timed
+from stackctl.core.schema import HubSource
 from stackctl.registry import Registry
 from stackctl.registry.index import index_path
-from stackctl.schema import HubSource
 
 _FEW = 10
 _DEEP = 2_000

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from stackctl.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
-from stackctl.plan import PlanMember
+from stackctl.core.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
+from stackctl.lora.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
+from stackctl.plan.model import PlanMember
 from stackctl.registry import Registry, init_registry
-from stackctl.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
 
 FINGERPRINT = "sha256:" + "f" * 64
 HIDDEN, VOCABULARY, LAYERS = 8, 32, 2
@@ -149,7 +149,7 @@ def register(
     before_entry: Callable[[int], None] = lambda _: None,
 ) -> AdapterVersion:
     """Add one more version of an adapter, with weights of its own."""
-    from stackctl.files import staging_directory
+    from stackctl.storage.files import staging_directory
 
     with staging_directory(registry.root / "weights" / name) as staged:
         checkpoint = read_checkpoint(write_checkpoint(staged, seed=seed))

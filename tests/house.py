@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_adapter
 
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.plan import StackPlan
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry
 
 CHAT: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import make_base, make_registry, register
 
 from stackctl.registry import Registry
-from stackctl.showing.screen import printable
+from stackctl.render.terminal import printable
 
 CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verification_failed", 6: "hub"}
 

@@ -13,8 +13,8 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.errors import Usage, did_you_mean
-from stackctl.plain import plain
+from stackctl.core.errors import Usage, did_you_mean
+from stackctl.core.library_messages import plain
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
@@ -63,9 +63,9 @@ def make_app(command: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
-    from stackctl.errors import Interrupted, StackctlError
+    from stackctl.core.errors import Interrupted, StackctlError
     from stackctl.jobs.ranks import make_output
-    from stackctl.output import prepare_streams
+    from stackctl.render.output import prepare_streams
 
     prepare_streams()
     options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
@@ -93,7 +93,7 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        from stackctl.files import explain_oserror
+        from stackctl.storage.files import explain_oserror
 
         failed = explain_oserror(error)
         Current.output.error(failed)

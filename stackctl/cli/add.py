@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from stackctl import files
-from stackctl.belonging import named_base, recognise_base
-from stackctl.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
-from stackctl.copies import copy_checkpoint
-from stackctl.errors import Usage
-from stackctl.output import Result
-from stackctl.plan import PlanMember
-from stackctl.planning import plan_stack
+from stackctl.core.errors import Usage
+from stackctl.core.schema import AdapterVersion, Base
+from stackctl.lora.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
 from stackctl.registry import Registry, ResolvedStack, now
-from stackctl.schema import AdapterVersion, Base
+from stackctl.registry.base_matching import named_base, recognise_base
+from stackctl.registry.checkpoint_copies import copy_checkpoint
+from stackctl.render.output import Result
+from stackctl.storage import files
 
 _EXAMPLES = """\
 stackctl add instruct ./output/stage2/instruct --on style

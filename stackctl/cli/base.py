@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
-from stackctl.output import Result
+from stackctl.core.schema import Base
 from stackctl.registry import Entries
-from stackctl.schema import Base
+from stackctl.render.output import Result
 
 _EXAMPLES = """\
 stackctl base add smollm2
@@ -51,13 +51,13 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Register a base model: recognised from then on by its fingerprint."""
-        from stackctl.bases import parse_source
-        from stackctl.names import parse_name
+        from stackctl.core.expressions import parse_name
+        from stackctl.registry.base_models import parse_source
 
         parse_name(name, "base name")
         parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
-        from stackctl.engine.bases import base_folder, make_base
+        from stackctl.engine.base_files import base_folder, make_base
         from stackctl.engine.models import quiet_libraries
 
         quiet_libraries()
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
         rows = [base_json(base, registry) for base in registry.bases()]
 
         def screen() -> Any:
-            from stackctl.showing.tables import table
+            from stackctl.render.tables import table
 
             return table(
                 ["base", "source", "architecture", "parameters", "dtype"],

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from stackctl import files
 from stackctl.cli.common import completions
-from stackctl.cli.prompting import say_what_rounding_costs
-from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean
-from stackctl.names import BASE
-from stackctl.output import Output
+from stackctl.cli.prompt_options import say_what_rounding_costs
+from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
+from stackctl.core.expressions import BASE
 from stackctl.registry import Registry, ResolvedStack
+from stackctl.render.output import Output
+from stackctl.storage import files
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Remembered, Sampling

@@ -15,9 +15,9 @@ from typer.models import ArgumentInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import reading_progress
-from stackctl.errors import Usage, did_you_mean
+from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
-from stackctl.output import Output, Result
+from stackctl.render.output import Output, Result
 
 if TYPE_CHECKING:
     from stackctl.registry import Entries, Registry
@@ -194,7 +194,7 @@ def _nothing() -> list[str]:
 
 def completions(entries: Entries, incomplete: str, *kinds: str) -> list[str]:
     """An expression as far as it was typed, with each name, or version, that its last term could become."""
-    from stackctl.schema import Adapter, Base, Stack
+    from stackctl.core.schema import Adapter, Base, Stack
 
     types = {"adapters": Adapter, "stacks": Stack, "bases": Base}
     head, plus, tail = incomplete.rpartition("+")
@@ -209,7 +209,7 @@ def completions(entries: Entries, incomplete: str, *kinds: str) -> list[str]:
 
 def _complete(*kinds: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
-        from stackctl.errors import StackctlError
+        from stackctl.core.errors import StackctlError
         from stackctl.registry import Entries
 
         try:

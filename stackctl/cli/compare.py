@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
-from stackctl.cli.loading import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
-from stackctl.cli.prompting import (
+from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
+from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
     PROMPTS,
@@ -20,13 +20,13 @@ from stackctl.cli.prompting import (
     read_prompts,
     say_what_rounding_costs,
 )
-from stackctl.errors import StackctlError, Usage, gathering, raise_all
-from stackctl.output import Result
-from stackctl.plan import StackPlan
+from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
-from stackctl.showing import pages
-from stackctl.showing.comparing import comparison_page, render_comparison, settings_of
-from stackctl.showing.scores import scores_json
+from stackctl.render import html as pages
+from stackctl.render.comparison import comparison_page, render_comparison, settings_of
+from stackctl.render.eval_table import scores_json
+from stackctl.render.output import Result
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling

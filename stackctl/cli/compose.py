@@ -9,14 +9,14 @@ import msgspec
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
-from stackctl.errors import Usage
-from stackctl.methods import DEFAULTS, METHODS, SUM, check_method
-from stackctl.names import format_sum, parse_stack_name
-from stackctl.output import Result
-from stackctl.plain import plain
-from stackctl.plan import StackPlan
+from stackctl.core.errors import Usage
+from stackctl.core.expressions import format_sum, parse_stack_name
+from stackctl.core.library_messages import plain
+from stackctl.core.schema import MethodOptions
+from stackctl.plan.methods import DEFAULTS, METHODS, SUM, check_method
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import MethodOptions
+from stackctl.render.output import Result
 
 _METHOD = "The method"
 _EXAMPLES = """\
@@ -130,7 +130,7 @@ def _measured(registry: Registry, stack: ResolvedStack, plan: StackPlan) -> dict
     """How far a method that is not the exact sum is from it; this one reads the tensors."""
     if plan.method == SUM or not plan.modules:
         return {}
-    from stackctl.engine.combining import measure
+    from stackctl.engine.merging import measure
 
     found = measure(plan)
     return {
@@ -159,7 +159,7 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from stackctl.inspection import stack_tree
+    from stackctl.cli.inspect_facts import stack_tree
 
     total = format_sum(((m.adapter.name, m.weight) for m in stack.members), None if data["exact"] else plan.method)
     head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: {total}"

@@ -8,14 +8,14 @@ from typing import Any
 
 import typer
 
-from stackctl import files
-from stackctl.bases import EMBEDDED_NAME
 from stackctl.cli.common import PATH, Context, command
-from stackctl.errors import NotFound, Usage
-from stackctl.output import Result
-from stackctl.recipe import FILE, RecipeFile, read_recipe
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.schema import Base
+from stackctl.jobs.recipe import FILE, RecipeFile, read_recipe
 from stackctl.registry import Registry, find_registry, init_registry
-from stackctl.schema import Base
+from stackctl.registry.base_models import EMBEDDED_NAME
+from stackctl.render.output import Result
+from stackctl.storage import files
 
 PROMPTS = ("Tell me about the sea.", "How do I keep bread fresh?", "Describe a morning in a town by the water.")
 STACKS = ("base", "style", "style+instruct")
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
         from stackctl.cli.compare import Measured, compare_stacks
-        from stackctl.cli.loading import read_data
+        from stackctl.cli.load_stacks import read_data
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
@@ -69,10 +69,10 @@ def register(app: typer.Typer) -> None:
         }
 
         def screen() -> Any:
-            from stackctl.inspection import stack_tree
-            from stackctl.names import format_sum
-            from stackctl.showing.comparing import render_comparison
-            from stackctl.showing.tables import spaced
+            from stackctl.cli.inspect_facts import stack_tree
+            from stackctl.core.expressions import format_sum
+            from stackctl.render.comparison import render_comparison
+            from stackctl.render.tables import spaced
 
             stack, plan = resolve_all(registry, ["storyteller"])[0]
             sizes = ", ".join(f["path"] for f in push["files"])
@@ -119,7 +119,7 @@ def _check_free(registry: Registry, recipe: RecipeFile) -> None:
 
 
 def _add_base(registry: Registry, say: Any) -> Base:
-    from stackctl.engine.bases import make_base
+    from stackctl.engine.base_files import make_base
     from stackctl.engine.models import quiet_libraries
 
     quiet_libraries()
@@ -141,7 +141,7 @@ def _table_rows(losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _loss_table(rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     columns = [key for key in rows[0] if key != "stack"]
     best = {column: min(row[column] for row in rows) for column in columns}

@@ -8,16 +8,16 @@ from typing import Any
 import typer
 
 from stackctl import __version__
-from stackctl.caches import cache_root
 from stackctl.cli.common import KNOW, Context, command
-from stackctl.errors import StackctlError
-from stackctl.files import human_bytes
+from stackctl.core.errors import StackctlError
 from stackctl.machine import resources as machine
-from stackctl.machine.memory import Precision
-from stackctl.machine.optional import PACKAGES
-from stackctl.machine.sizes import RANK, SIZES, TOKENS, needs
-from stackctl.output import Result
-from stackctl.showing.screen import counted
+from stackctl.machine.memory_estimate import Precision
+from stackctl.machine.optional_packages import PACKAGES
+from stackctl.machine.reference_models import RANK, SIZES, TOKENS, needs
+from stackctl.render.output import Result
+from stackctl.render.terminal import counted
+from stackctl.storage.cache_folder import cache_root
+from stackctl.storage.files import human_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -64,7 +64,7 @@ def _disks(context: Context) -> dict[str, dict[str, Any]]:
 
 def _registry(context: Context, problems: list[dict[str, str]]) -> dict[str, Any] | None:
     """The registry in use, if there is one; an entry in it that cannot be read is a problem."""
-    from stackctl.schema import Adapter, Base, Stack
+    from stackctl.core.schema import Adapter, Base, Stack
 
     try:
         registry = context.registry
@@ -109,7 +109,7 @@ def _hub() -> dict[str, Any]:
 
 
 def _screen(data: dict[str, Any]) -> Any:
-    from stackctl.showing.tables import spaced, table
+    from stackctl.render.tables import spaced, table
 
     rows = [["stackctl", data["stackctl"]], ["system", data["system"]]]
     rows += [["device", _device(device)] for device in data["devices"]]
@@ -149,7 +149,7 @@ def _what_is_there(registry: dict[str, Any] | None) -> str:
 def _sizes_table(rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     def cell(found: dict[str, Any]) -> Text:
         style, sign = ("green", "yes") if found["fits"] else ("red", "no ")

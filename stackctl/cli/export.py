@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from stackctl.cli.common import SHARE, BaseOption, Context, What, command
-from stackctl.errors import Usage
-from stackctl.files import human_bytes, sha256_file
-from stackctl.output import Result
-from stackctl.plan import StackPlan
+from stackctl.core.errors import Usage
+from stackctl.plan.model import StackPlan
+from stackctl.render.output import Result
+from stackctl.storage.files import human_bytes, sha256_file
 
 _DTYPES = {
     "peft": ("float32", "bfloat16", "float16"),
@@ -95,11 +95,11 @@ def _carry_out(
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype)
-    from stackctl.bases import base_gguf
-    from stackctl.engine.bases import base_folder
+    from stackctl.engine.base_files import base_folder
     from stackctl.engine.export.gguf import export_gguf
     from stackctl.engine.export.model import export_model
     from stackctl.engine.models import quiet_libraries
+    from stackctl.registry.base_models import base_gguf
 
     quiet_libraries()
     assert plan.base is not None, "a resolved stack stands on a base"

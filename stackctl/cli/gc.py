@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import HOUSE, Context, command
-from stackctl.files import human_bytes, tree_bytes
-from stackctl.housekeeping import drop_runs, free_conversions, free_indices, free_logs, free_tokens
-from stackctl.jobs.runs import unfinished_runs
-from stackctl.output import Result
 from stackctl.registry import Freed, Registry
+from stackctl.registry.garbage_collection import drop_runs, free_conversions, free_indices, free_logs, free_tokens
+from stackctl.registry.run_folders import unfinished_runs
+from stackctl.render.output import Result
+from stackctl.storage.files import human_bytes, tree_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -74,7 +74,7 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
 
 
 def _screen(freed: list[Freed], said: str) -> Any:
-    from stackctl.showing.tables import spaced, table
+    from stackctl.render.tables import spaced, table
 
     rows = [[found.what, found.why, human_bytes(found.bytes)] for found in freed]
     return spaced([table(["what", "why", "size"], rows), said]) if rows else said

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl import files
 from stackctl.cli.common import MACHINE, PATH, BaseOption, Context, What, command
 from stackctl.cli.progress import counting
-from stackctl.cli.prompting import (
+from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
     PROMPTS,
@@ -21,8 +20,9 @@ from stackctl.cli.prompting import (
     read_prompts,
     say_what_rounding_costs,
 )
-from stackctl.errors import Usage
-from stackctl.output import SCHEMA, Output, Result
+from stackctl.core.errors import Usage
+from stackctl.render.output import SCHEMA, Output, Result
+from stackctl.storage import files
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Generated, Sampling

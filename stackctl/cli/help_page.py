@@ -11,7 +11,7 @@ import inspect
 import sys
 from typing import Any
 
-from stackctl.showing.screen import styled
+from stackctl.render.terminal import styled
 
 COMMON = "Common"
 """The group of options that every command has; it comes last."""

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import HOUSE, Context, command
-from stackctl.output import Result
 from stackctl.registry import init_registry
+from stackctl.render.output import Result
 
 
 def register(app: typer.Typer) -> None:

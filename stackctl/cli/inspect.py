@@ -9,14 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.bases import check_linked_base
-from stackctl.belonging import recognise_base
-from stackctl.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.cli.common import KNOW, BaseOption, Context, What, command
-from stackctl.cli.inspect_page import inspection_page
-from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
-from stackctl.errors import NotFound, Usage
-from stackctl.inspection import (
+from stackctl.cli.inspect_facts import (
     adapter_info,
     base_info,
     checkpoint_info,
@@ -24,17 +18,23 @@ from stackctl.inspection import (
     module_table,
     stack_info,
 )
-from stackctl.lineage import read_lineage
-from stackctl.names import parse_expression
-from stackctl.output import Result
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.cli.inspect_page import inspection_page
+from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.expressions import parse_expression
+from stackctl.core.schema import Adapter, Base, Stack
+from stackctl.lora.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
+from stackctl.plan.build import plan_stack
+from stackctl.plan.lint import lint_for
+from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import Adapter, Base, Stack
-from stackctl.serving import serving_recipes
-from stackctl.showing.curve import read_curve
-from stackctl.showing.pages import check_page_place, write_page
-from stackctl.targets import lint_for
+from stackctl.registry.base_matching import recognise_base
+from stackctl.registry.base_models import check_linked_base
+from stackctl.registry.lineage import read_lineage
+from stackctl.render.html import check_page_place, write_page
+from stackctl.render.loss_curve import read_curve
+from stackctl.render.output import Result
+from stackctl.serving.commands import serving_recipes
 
 _EXAMPLES = """\
 stackctl inspect ./output/checkpoint-531

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stackctl.showing.maps import Picture, cosine_pictures, figures, norm_pictures, signed
-from stackctl.showing.overlaps import Interference, NotCompared, Pair
+from stackctl.render.interference import Interference, NotCompared, Pair
+from stackctl.render.module_maps import Picture, cosine_pictures, figures, norm_pictures, signed
 
 _MOST_MAPS = 3
 """Pairs whose maps are drawn: those with the lowest cosines. The table has all."""
@@ -21,7 +21,7 @@ def interference_screen(found: Interference) -> list[Any]:
     """A line for each pair, maps of those that quarrel most, and what was not compared."""
     from rich.text import Text
 
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     parts: list[Any] = []
     pairs = [pair for pair in found.pairs if pair.modules]
@@ -75,7 +75,7 @@ def _left_out(not_compared: Sequence[NotCompared]) -> list[str]:
 def _picture(picture: Picture) -> list[Any]:
     from rich.text import Text
 
-    from stackctl.showing.tables import HeatMapDrawing
+    from stackctl.render.tables import HeatMapDrawing
 
     parts: list[Any] = []
     for heat in picture.maps:

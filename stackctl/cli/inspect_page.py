@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.cli.inspect_screen import adapter_facts
-from stackctl.files import human_bytes
-from stackctl.lineage import Kin, relatives, tree_lines
-from stackctl.names import format_weight
-from stackctl.plan import StackPlan
-from stackctl.showing.curve import Curve, render_svg
-from stackctl.showing.maps import Picture, cosine_pictures, figures, norm_pictures, signed
-from stackctl.showing.overlaps import Interference, Overlap, Pair
-from stackctl.showing.pages import render_page
-from stackctl.showing.plots import SERIES, Plot, heat_plot, line_plot, matrix_plot, tree_plot
+from stackctl.core.expressions import format_weight
+from stackctl.plan.model import StackPlan
+from stackctl.registry.lineage import Kin, relatives, tree_lines
+from stackctl.render.html import render_page
+from stackctl.render.interference import Interference, Overlap, Pair
+from stackctl.render.loss_curve import Curve, render_svg
+from stackctl.render.module_maps import Picture, cosine_pictures, figures, norm_pictures, signed
+from stackctl.render.page_plots import SERIES, Plot, heat_plot, line_plot, matrix_plot, tree_plot
+from stackctl.storage.files import human_bytes
 
 _MOST_MAPS = 10
 """Pairs whose maps are drawn, those with the lowest cosines first."""

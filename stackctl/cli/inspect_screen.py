@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stackctl.cli.inspect_facts import facts_tree, stack_tree
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
-from stackctl.files import human_bytes
-from stackctl.inspection import facts_tree, stack_tree
-from stackctl.plan import StackPlan
+from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack
-from stackctl.serving import TITLES
-from stackctl.showing.curve import Curve, read_curve, render_terminal
-from stackctl.showing.overlaps import Interference
+from stackctl.render.interference import Interference
+from stackctl.render.loss_curve import Curve, read_curve, render_terminal
+from stackctl.serving.commands import TITLES
+from stackctl.storage.files import human_bytes
 
 _CURVE_WIDTH = 80
 """Columns of a loss curve: what every terminal has."""
@@ -127,7 +127,7 @@ def _curve_screen(curve: Curve, height: int) -> list[Any]:
 
 
 def _module_screen(rows: list[dict[str, Any]]) -> Any:
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     cells = [
         [

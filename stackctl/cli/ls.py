@@ -10,15 +10,15 @@ import typer
 
 from stackctl.cli.base import base_json
 from stackctl.cli.common import KNOW, Context, command
-from stackctl.files import human_bytes
-from stackctl.jobs.runs import unfinished_runs
-from stackctl.names import BASE, format_term
-from stackctl.output import Result
+from stackctl.core.expressions import BASE, format_term
+from stackctl.core.schema import Stack
 from stackctl.registry import AdapterRow, Rows
-from stackctl.schema import Stack
+from stackctl.registry.run_folders import unfinished_runs
+from stackctl.render.output import Result
+from stackctl.storage.files import human_bytes
 
 if TYPE_CHECKING:
-    from stackctl.lineage import Kin
+    from stackctl.registry.lineage import Kin
 
 _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         }
         names = [*adapters.names, *stacks.names, *(base["name"] for base in bases)]
         if tree:
-            from stackctl.lineage import read_lineage
+            from stackctl.registry.lineage import read_lineage
 
             kin = read_lineage(registry)
             data["lineage"] = [one.json() for one in kin]
@@ -95,8 +95,8 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
 
 
 def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
-    from stackctl.lineage import tree_lines
-    from stackctl.showing.tables import Branches
+    from stackctl.registry.lineage import tree_lines
+    from stackctl.render.tables import Branches
 
     return Branches(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
 
@@ -108,7 +108,7 @@ def _screen(
     runs: list[dict[str, Any]],
     current: str | None,
 ) -> Any:
-    from stackctl.showing.tables import Listing, spaced, table
+    from stackctl.render.tables import Listing, spaced, table
 
     parts: list[Any] = []
     if len(adapters):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.jobs import ranks
-from stackctl.output import Output
+from stackctl.render.output import Output
 
 _PATIENCE, _BETWEEN_LINES = 1.0, 10.0
 """Seconds before reading shows how far it is, and between two lines where no bar can be drawn."""

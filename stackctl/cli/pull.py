@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import SHARE, BaseOption, Context, command
-from stackctl.errors import Usage
-from stackctl.files import sha256_bytes
-from stackctl.output import Result
+from stackctl.core.errors import Usage
+from stackctl.render.output import Result
+from stackctl.storage.files import sha256_bytes
 
 _EXAMPLES = """\
 stackctl pull me/storyteller

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import SHARE, Context, command, complete_what
-from stackctl.errors import Usage
-from stackctl.output import Result
+from stackctl.core.errors import Usage
+from stackctl.core.schema import PushTarget
 from stackctl.registry import Registry
-from stackctl.schema import PushTarget
+from stackctl.render.output import Result
 
 _REPO, _CARD = "The repo", "The model card"
 _EXAMPLES = """\
@@ -134,7 +134,7 @@ def _target(registry: Registry, what: str | None, repo: str | None) -> PushTarge
 
 
 def _recipe_target() -> PushTarget | None:
-    from stackctl.recipe import find_recipe, read_recipe
+    from stackctl.jobs.recipe import find_recipe, read_recipe
 
     path = find_recipe()
     return read_recipe(path).recipe.push if path else None

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import HOUSE, Context, command, complete_adapters
-from stackctl.files import human_bytes
-from stackctl.output import Result
+from stackctl.render.output import Result
+from stackctl.storage.files import human_bytes
 
 
 def register(app: typer.Typer) -> None:

@@ -12,13 +12,13 @@ import msgspec
 import typer
 
 from stackctl.cli.common import MACHINE, PATH, Context, command, complete_bases, complete_what
-from stackctl.cli.config import JobFile, is_recipe, read_job
-from stackctl.cli.training import dry_run_result, trained_result, with_next
-from stackctl.errors import StackctlError, Usage
+from stackctl.cli.train_one import dry_run_result, trained_result, with_next
+from stackctl.core.errors import StackctlError, Usage
+from stackctl.core.library_messages import plain
+from stackctl.core.schema import TrainJob
+from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
-from stackctl.output import Result
-from stackctl.plain import plain
-from stackctl.recipe import (
+from stackctl.jobs.recipe import (
     FILE,
     RecipeFile,
     Step,
@@ -29,7 +29,7 @@ from stackctl.recipe import (
     resolve_recipe_stack,
 )
 from stackctl.registry import Registry
-from stackctl.schema import TrainJob
+from stackctl.render.output import Result
 
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
@@ -258,6 +258,6 @@ def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]
 
 
 def _plan_table(steps: list[Step]) -> Any:
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     return table(["what", "name", "to do"], [[s.kind, s.name, s.why or "up to date"] for s in steps])

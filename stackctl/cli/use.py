@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import HOUSE, Context, command, complete_stacks
-from stackctl.output import Result
+from stackctl.render.output import Result
 
 
 def register(app: typer.Typer) -> None:

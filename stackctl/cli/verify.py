@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.bases import check_linked_base
 from stackctl.cli.common import KNOW, Context, command, complete_what
-from stackctl.errors import StackctlError, Usage, VerificationFailed
-from stackctl.files import existing
-from stackctl.output import Result
+from stackctl.core.errors import StackctlError, Usage, VerificationFailed
+from stackctl.core.schema import Base
+from stackctl.hub.repair import Source, find_sources
+from stackctl.hub.repair import repair as repair_version
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
-from stackctl.repairing import Source, find_sources
-from stackctl.repairing import repair as repair_version
-from stackctl.schema import Base
-from stackctl.showing.screen import counted
+from stackctl.registry.base_models import check_linked_base
+from stackctl.render.output import Result
+from stackctl.render.terminal import counted
+from stackctl.storage.files import existing
 
 _EXAMPLES = """\
 stackctl verify storyteller

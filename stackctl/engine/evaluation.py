@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from stackctl.core.errors import Failed
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
-from stackctl.engine.layout import choose_layout
 from stackctl.engine.logits import causal_lm, supervised_logits
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
+from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.significance import RecordScore, ratio_error
-from stackctl.errors import Failed
 
 Progress = Callable[[int], None]
 _LOOKS = 3

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra
-from stackctl.engine.combining import combine
-from stackctl.plan import ModulePlan, StackPlan
+from stackctl.engine.merging import combine
+from stackctl.plan.model import ModulePlan, StackPlan
 
 _BLOCK = 1 << 18
 """Elements of a block on a CPU, a megabyte in float32."""

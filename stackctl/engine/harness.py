@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.engine.models import StackedModel, quiet_libraries
-from stackctl.errors import (
+from stackctl.core.errors import (
     Failed,
     HubFailure,
     Incompatible,
@@ -28,7 +27,8 @@ from stackctl.errors import (
     first_line,
     raise_all,
 )
-from stackctl.showing.tasks import TaskScore
+from stackctl.engine.models import StackedModel, quiet_libraries
+from stackctl.render.task_scores import TaskScore
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000

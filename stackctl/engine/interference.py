@@ -28,8 +28,8 @@ from torch import Tensor
 
 from stackctl.engine import algebra
 from stackctl.engine.tensors import MemberTensors
-from stackctl.plan import StackPlan
-from stackctl.showing.overlaps import Interference, ModuleOverlap, NotCompared, Overlap, Pair
+from stackctl.plan.model import StackPlan
+from stackctl.render.interference import Interference, ModuleOverlap, NotCompared, Overlap, Pair
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stackctl.engine.attention import SEGMENTS
+from stackctl.engine.segment_attention import SEGMENTS
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:

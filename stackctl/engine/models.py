@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stackctl.bases import read_base_tensors
-from stackctl.engine.bases import base_folder
-from stackctl.engine.converting import load_converting
+from stackctl.core.errors import Incompatible
+from stackctl.core.schema import Base
+from stackctl.engine.base_files import base_folder
 from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, delta_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
-from stackctl.errors import Incompatible
+from stackctl.engine.weight_conversion import load_converting
 from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
-from stackctl.plan import StackPlan
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry
-from stackctl.schema import Base
+from stackctl.registry.base_models import read_base_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Say = Callable[[str], None]
@@ -121,7 +121,9 @@ class StackedModel:
         self.restore()
         self.plan = plan
         if live and plan.members:
-            from stackctl.engine.live import attach_live  # peft takes seconds to import, and folding needs none of it
+            from stackctl.engine.live_adapter import (
+                attach_live,  # peft takes seconds to import, and folding needs none of it
+            )
 
             attach_live(self.model, plan)
             self._live = True
@@ -150,7 +152,7 @@ class StackedModel:
     def restore(self) -> None:
         """Take the stack out: the weights that it was folded into are read from the base's files again."""
         if self._live:
-            from stackctl.engine.live import detach_live
+            from stackctl.engine.live_adapter import detach_live
 
             detach_live(self.model)
             self._live = False

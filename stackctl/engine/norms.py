@@ -8,7 +8,7 @@ import torch
 
 from stackctl.engine import algebra
 from stackctl.engine.tensors import MemberTensors
-from stackctl.plan import StackPlan
+from stackctl.plan.model import StackPlan
 
 
 def module_norms(plan: StackPlan) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stackctl.checkpoint import TensorInfo
+from stackctl.core.errors import VerificationFailed
 from stackctl.engine import algebra
-from stackctl.engine.reading import OpenFiles, not_finite
-from stackctl.errors import VerificationFailed
-from stackctl.plan import ModulePlan, StackPlan
+from stackctl.engine.tensor_bytes import OpenFiles, not_finite
+from stackctl.lora.checkpoint import TensorInfo
+from stackctl.plan.model import ModulePlan, StackPlan
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -14,16 +14,16 @@ from typing import Any
 
 import msgspec
 
-from stackctl.bases import EMBEDDED_HUB_ID, TOKENIZER, read_json
-from stackctl.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
-from stackctl.errors import Incompatible, StackctlError, Usage
+from stackctl.core.errors import Incompatible, StackctlError, Usage
+from stackctl.core.expressions import Reference, parse_expression
+from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
 from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
-from stackctl.hub.remote import Content
-from stackctl.names import Reference, parse_expression
+from stackctl.hub.remote_files import Content
+from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
-from stackctl.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
-from stackctl.showing.curve import LOG, PICTURE, read_curve, render_svg
-from stackctl.strictyaml.text import format_yaml, parse_yaml
+from stackctl.registry.base_models import EMBEDDED_HUB_ID, TOKENIZER, read_json
+from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_svg
+from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
 STACK = "stack.yaml"
 ADAPTER = "adapter.yaml"

@@ -10,9 +10,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from stackctl.names import format_sum, format_term, format_weight
-from stackctl.schema import AdapterVersion
-from stackctl.showing.curve import PICTURE
+from stackctl.core.expressions import format_sum, format_term, format_weight
+from stackctl.core.schema import AdapterVersion
+from stackctl.render.loss_curve import PICTURE
 
 CARD = "README.md"
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
-from stackctl.files import human_bytes
+from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.hub.errors import Attempt, explain_status, explained, retry_after, scrub
-from stackctl.hub.remote import Content, RemoteFile, Snapshot
+from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
+from stackctl.storage.files import human_bytes
 
 Say = Callable[[str], None]
 TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.errors import HubFailure, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage, VerificationFailed
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 _SECRETS = (

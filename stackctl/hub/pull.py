@@ -15,19 +15,27 @@ from pathlib import Path
 
 import msgspec
 
-from stackctl import files
-from stackctl.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
-from stackctl.errors import Incompatible, NotFound, Usage
-from stackctl.hub.bases import find_base
+from stackctl.core.errors import Incompatible, NotFound, Usage
+from stackctl.core.expressions import (
+    Reference,
+    Term,
+    format_term,
+    parse_expression,
+    parse_name,
+    parse_reference,
+    parse_stack_name,
+)
+from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
+from stackctl.hub.base_lookup import find_base
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import Hub, Say, open_hub
-from stackctl.hub.parts import Part, RepoReader
-from stackctl.hub.remote import Snapshot
-from stackctl.names import Reference, Term, format_term, parse_expression, parse_name, parse_reference, parse_stack_name
-from stackctl.plan import PlanMember
-from stackctl.planning import plan_stack
+from stackctl.hub.remote_files import Snapshot
+from stackctl.hub.repo_contents import Part, RepoReader
+from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
 from stackctl.registry import Registry, ResolvedMember, now
-from stackctl.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
+from stackctl.storage import files
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stackctl.errors import HubFailure, NotFound, Usage, VerificationFailed
-from stackctl.files import human_bytes
+from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
+from stackctl.core.schema import HubSource
 from stackctl.hub.bundle import (
     Wishes,
     bundle_adapter,
@@ -27,9 +27,9 @@ from stackctl.hub.bundle import (
 )
 from stackctl.hub.card import CARD, Facts
 from stackctl.hub.client import Hub, Say, open_hub
-from stackctl.hub.remote import Content, Snapshot, sha256
+from stackctl.hub.remote_files import Content, Snapshot, sha256
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import HubSource
+from stackctl.storage.files import human_bytes
 
 Status = Literal["new", "changed", "unchanged", "removed"]
 

@@ -13,17 +13,18 @@ from typing import Any
 
 import msgspec
 
-from stackctl import errors, files
-from stackctl.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core import errors
+from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core.expressions import BASE
+from stackctl.core.schema import Base, TrainJob
 from stackctl.jobs import ranks
-from stackctl.jobs.tracking import check_trackers
-from stackctl.machine.optional import check_installed
-from stackctl.methods import SUM
-from stackctl.modules import ALL_LINEAR, expand_modules, expected_targets
-from stackctl.names import BASE
-from stackctl.plan import StackPlan
+from stackctl.jobs.trackers import check_trackers
+from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, expected_targets
+from stackctl.machine.optional_packages import check_installed
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import Base, TrainJob
+from stackctl.storage import files
 
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 

@@ -17,9 +17,9 @@ import sys
 import threading
 from typing import Any
 
-from stackctl import errors
-from stackctl.errors import Failed, StackctlError
-from stackctl.output import Output, Result
+from stackctl.core import errors
+from stackctl.core.errors import Failed, StackctlError
+from stackctl.render.output import Output, Result
 
 LINK = "STACKCTL_LINK"
 """In a worker's environment: the port and the secret of the command that launched it, the number of processes that it

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stackctl.registry.index import Rows
     from stackctl.registry.removing import Freed
     from stackctl.registry.resolving import ResolvedMember, ResolvedStack, resolve_all
-    from stackctl.registry.rows import AdapterRow, VersionRow, version_row
+    from stackctl.registry.summaries import AdapterRow, VersionRow, version_row
     from stackctl.registry.verifying import Registry
 
 __all__ = [
@@ -38,7 +38,7 @@ _MODULES = {
     "index": ("Rows",),
     "removing": ("Freed",),
     "resolving": ("ResolvedMember", "ResolvedStack", "resolve_all"),
-    "rows": ("AdapterRow", "VersionRow", "version_row"),
+    "summaries": ("AdapterRow", "VersionRow", "version_row"),
     "verifying": ("Registry",),
 }
 

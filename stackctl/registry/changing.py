@@ -8,16 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from stackctl import files
-from stackctl.errors import (
+from stackctl.core.errors import (
     NotFound,
     Usage,
     did_you_mean,
 )
-from stackctl.names import Reference, parse_name, parse_stack_name
-from stackctl.registry.entries import now
-from stackctl.registry.resolving import ResolvedMember, ResolvedStack, Resolver, foundations
-from stackctl.schema import (
+from stackctl.core.expressions import Reference, parse_name, parse_stack_name
+from stackctl.core.schema import (
     Adapter,
     AdapterVersion,
     Base,
@@ -27,6 +24,9 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
+from stackctl.registry.entries import now
+from stackctl.registry.resolving import ResolvedMember, ResolvedStack, Resolver, foundations
+from stackctl.storage import files
 
 
 class Changes(Resolver):

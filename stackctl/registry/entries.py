@@ -12,14 +12,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from stackctl import files
-from stackctl.errors import MergeConflict, NotFound, Usage
-from stackctl.locks import locked
-from stackctl.methods import check_method
-from stackctl.names import parse_name, parse_stack_name
-from stackctl.registry.index import Row, Rows, entry_files, entry_name, read_rows
-from stackctl.registry.rows import AdapterRow, adapter_row
-from stackctl.schema import (
+from stackctl.core.errors import MergeConflict, NotFound, Usage
+from stackctl.core.expressions import parse_name, parse_stack_name
+from stackctl.core.schema import (
     SCHEMA,
     Adapter,
     Base,
@@ -27,7 +22,12 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
-from stackctl.strictyaml.reading import read_yaml
+from stackctl.plan.methods import check_method
+from stackctl.registry.index import Row, Rows, entry_files, entry_name, read_rows
+from stackctl.registry.summaries import AdapterRow, adapter_row
+from stackctl.storage import files
+from stackctl.storage.locks import locked
+from stackctl.storage.yaml_files import read_yaml
 
 E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"
@@ -214,7 +214,7 @@ class Entries:
 
 def _text(entry: dict[str, Any]) -> str:
     """The text of an entry's file. What it takes is imported only here: most commands write nothing."""
-    from stackctl.registry.layout import format_entry
+    from stackctl.registry.entry_text import format_entry
 
     return format_entry(entry)
 

@@ -18,8 +18,9 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from stackctl import __version__, files
-from stackctl.caches import cache_root
+from stackctl import __version__
+from stackctl.storage import files
+from stackctl.storage.cache_folder import cache_root
 
 Row = TypeVar("Row")
 _MADE_BY = f"{__version__} index 1"

@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 
-from stackctl import files
-from stackctl.checkpoint import CONFIG
-from stackctl.errors import Usage
-from stackctl.names import BASE, Reference, parse_expression
+from stackctl.core.errors import Usage
+from stackctl.core.expressions import BASE, Reference, parse_expression
+from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
+from stackctl.lora.checkpoint import CONFIG
 from stackctl.registry.changing import Changes
 from stackctl.registry.resolving import foundations
-from stackctl.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
+from stackctl.storage import files
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stackctl import files
-from stackctl.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from stackctl.copies import folder_digest
-from stackctl.digests import DigestCache
-from stackctl.errors import (
+from stackctl.core.errors import (
     Incompatible,
     NotFound,
     StackctlError,
@@ -24,13 +20,8 @@ from stackctl.errors import (
     gathering,
     raise_all,
 )
-from stackctl.methods import SUM
-from stackctl.names import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
-from stackctl.registry.entries import Entries
-from stackctl.registry.rows import AdapterRow, VersionRow
-from stackctl.schema import (
+from stackctl.core.expressions import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
+from stackctl.core.schema import (
     Adapter,
     AdapterVersion,
     Base,
@@ -38,6 +29,15 @@ from stackctl.schema import (
     Removed,
     Stack,
 )
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.registry.checkpoint_copies import folder_digest
+from stackctl.registry.entries import Entries
+from stackctl.registry.summaries import AdapterRow, VersionRow
+from stackctl.storage import files
+from stackctl.storage.hash_cache import DigestCache
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
 

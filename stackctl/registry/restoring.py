@@ -12,16 +12,16 @@ from pathlib import Path
 
 import msgspec
 
-from stackctl import files
-from stackctl.checkpoint import CONFIG, WEIGHTS, adapter_digest, read_config
-from stackctl.copies import folder_digest
-from stackctl.digests import DigestCache
-from stackctl.errors import NotFound, StackctlError, VerificationFailed
-from stackctl.names import Reference
+from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
+from stackctl.core.expressions import Reference
+from stackctl.core.schema import Adapter, AdapterVersion, Removed
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest, read_config
+from stackctl.registry.checkpoint_copies import folder_digest
 from stackctl.registry.removing import Removals
 from stackctl.registry.resolving import ResolvedMember
-from stackctl.registry.rows import VersionRow
-from stackctl.schema import Adapter, AdapterVersion, Removed
+from stackctl.registry.summaries import VersionRow
+from stackctl.storage import files
+from stackctl.storage.hash_cache import DigestCache
 
 
 class Restorations(Removals):

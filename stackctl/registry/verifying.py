@@ -6,19 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from stackctl.checkpoint import read_info
-from stackctl.errors import Incompatible, StackctlError
-from stackctl.files import explain_oserror
-from stackctl.names import Reference
-from stackctl.registry.resolving import ResolvedMember, foundations
-from stackctl.registry.restoring import Restorations
-from stackctl.schema import (
+from stackctl.core.errors import Incompatible, StackctlError
+from stackctl.core.expressions import Reference
+from stackctl.core.schema import (
     Adapter,
     AdapterInfo,
     Base,
     Removed,
     Stack,
 )
+from stackctl.lora.checkpoint import read_info
+from stackctl.registry.resolving import ResolvedMember, foundations
+from stackctl.registry.restoring import Restorations
+from stackctl.storage.files import explain_oserror
 
 _REMEMBERED = 1000
 """Entries that others stand on, kept while everything is checked: many stand on the same few."""

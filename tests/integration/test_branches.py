@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from checkpoints import register, write_checkpoint
 
-from stackctl.schema import AdapterInfo, CheckpointMember, Run
+from stackctl.core.schema import AdapterInfo, CheckpointMember, Run
 
 
 @pytest.fixture

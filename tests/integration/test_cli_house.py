@@ -13,8 +13,8 @@ import pytest
 from checkpoints import FINGERPRINT, make_base, register
 from tiny import random_adapter
 
-from stackctl.locks import locked
 from stackctl.registry import Registry
+from stackctl.storage.locks import locked
 
 
 @pytest.fixture(scope="session")
@@ -267,7 +267,7 @@ def test_gc_frees_indices_when_it_is_asked_and_they_are_made_again(shelf, run, c
 
 
 def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(shelf, run, cache, monkeypatch):
-    monkeypatch.setattr("stackctl.jobs.runs._HELD_TIMEOUT", 0.05)
+    monkeypatch.setattr("stackctl.registry.run_folders._HELD_TIMEOUT", 0.05)
     shutil.rmtree(cache)
     for label in ("style/1", "tone/1", "tone/2", "chat/1", "instruct/1"):
         (shelf.root / "logs" / label / "deep").mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from tiny import random_adapter
 
-from stackctl.errors import StackctlError
+from stackctl.core.errors import StackctlError
 
 TOLERANCE = 1e-5
 """Of the stack's effect, in float32 (DESIGN: the traps)."""

@@ -23,17 +23,17 @@ from tiny import random_adapter
 from transformers import Gemma2Config, Gemma3TextConfig, GraniteConfig, SmolLM3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.checkpoint import read_checkpoint
-from stackctl.engine.bases import make_base
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.schema import MethodOptions
+from stackctl.engine.base_files import make_base
 from stackctl.engine.export import gguf as engine
 from stackctl.engine.export.gguf import export_gguf
-from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
-from stackctl.methods import check_method
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.lint import GGUF_ARCHITECTURES
+from stackctl.plan.methods import check_method
+from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.registry import Registry, init_registry
-from stackctl.schema import MethodOptions
-from stackctl.targets import GGUF_ARCHITECTURES
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 """Of the tiny models."""

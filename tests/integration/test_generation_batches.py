@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.generation.running import batches
+from stackctl.engine.generation.answering import batches
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records import Prompt
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stackctl.checkpoint import read_checkpoint
 from stackctl.engine.interference import measure_interference
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
-from stackctl.showing.overlaps import ModuleOverlap, Pair
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.render.interference import ModuleOverlap, Pair
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Module to A (rank, in) and B (out, rank)."""

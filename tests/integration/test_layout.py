@@ -14,10 +14,10 @@ from tiny import SIZES
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.engine import attention
+from stackctl.engine import segment_attention as attention
 from stackctl.engine.data import IGNORED, Example, collate
-from stackctl.engine.layout import choose_layout
 from stackctl.engine.logits import supervised_loss
+from stackctl.engine.row_layout import choose_layout
 
 _SMALL = SIZES | {"max_position_embeddings": 256}
 CONFIGS: dict[str, Any] = {

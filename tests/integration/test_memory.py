@@ -14,13 +14,13 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate
 from stackctl.engine.logits import supervised_loss
+from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
-from stackctl.machine.memory import Memory, estimate_memory
-from stackctl.modules import expand_modules, expected_targets
+from stackctl.machine.memory_estimate import Memory, estimate_memory
 from stackctl.registry import Registry
-from stackctl.schema import Base
 
 TOLERANCE = 0.25
 """What docs/how-to/many-gpus.md promises."""
@@ -133,6 +133,6 @@ def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeyp
     )
     two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
     assert two["processes"] == 2
-    monkeypatch.setattr("stackctl.engine.training.estimating.main_memory", lambda: machine.Memory(1000, 1000))
+    monkeypatch.setattr("stackctl.engine.training.memory.main_memory", lambda: machine.Memory(1000, 1000))
     told = h.run("train", "new", "--data", data, "--dry-run")
     assert "which is more than there is" in told.out

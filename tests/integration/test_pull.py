@@ -20,8 +20,8 @@ from checkpoints import (
 )
 from hub_server import HubServer
 
+from stackctl.core.schema import AdapterVersion
 from stackctl.registry import Registry, init_registry
-from stackctl.schema import AdapterVersion
 
 ID = ("--base-id", "acme/tiny")
 
@@ -266,7 +266,7 @@ def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp
 def test_a_small_file_that_is_not_small_is_not_fetched(
     run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("stackctl.hub.parts.MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr("stackctl.hub.repo_contents.MAX_TEXT_BYTES", 5000)
     hub.repo("acme/huge", {**plain_repo(tmp_path), path: b" " * 6000})
     before = tree(there)
     assert path in run("pull", "acme/huge", "--registry", there.root, "--json", code=4).json["error"]["message"]

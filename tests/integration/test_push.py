@@ -12,8 +12,8 @@ import yaml
 from checkpoints import lora_config, make_registry, register, write_checkpoint
 from hub_server import HubServer, git_oid
 
+from stackctl.core.schema import Adapter
 from stackctl.registry import Registry
-from stackctl.schema import Adapter
 
 ID = ("--base-id", "acme/tiny")
 CHECKPOINT = {"README.md", "adapter.yaml", "adapter_config.json", "adapter_info.json", "adapter_model.safetensors"}

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from spoken import USER, chat, turns
 
+from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage
 from stackctl.engine.data import encode
 from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord, read_records
-from stackctl.errors import HubFailure, NotFound, StackctlError, Usage
-from stackctl.files import sha256_file
+from stackctl.storage.files import sha256_file
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -15,7 +15,7 @@ from house import CHAT, interrupt
 from safetensors.torch import load_file
 from stress.trainings import ANY_MOMENT, PLACES, kill_and_resume, make_template
 
-from stackctl.jobs.runs import run_folder
+from stackctl.registry.run_folders import run_folder
 
 WHOLE_RUN = ("steps", "tokens", "supervised_tokens", "loss", "trainable_parameters", "digest")
 SHAPE = ("--epochs", 4, "--batch-size", 2, "--scheduler", "cosine", "--warmup", 0.2, "--dropout", 0.3)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from house import CHAT, TEXTS, interrupt
 
-from stackctl.jobs import runs
-from stackctl.jobs.runs import run_folder
+from stackctl.registry import run_folders as runs
+from stackctl.registry.run_folders import run_folder
 
 SAVED = ("--save-steps", 2, "--dropout", 0.3, "--scheduler", "cosine", "--batch-size", 2)
 KINDS = {

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stackctl import migrations
-from stackctl.errors import Usage
+from stackctl.core import migrations
+from stackctl.core.errors import Usage
+from stackctl.core.schema import SCHEMA, Adapter, Removed, Stack
 from stackctl.registry import Registry, entries
-from stackctl.schema import SCHEMA, Adapter, Removed, Stack
 
 FROZEN = Path(__file__).parent.parent / "frozen"
 Run = Callable[..., Any]

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from stackctl.checkpoint import read_checkpoint
-from stackctl.modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
-from stackctl.plan import PlanMember
-from stackctl.planning import plan_stack
-from stackctl.schema import Base, ModuleShape
+from stackctl.core.schema import Base, ModuleShape
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.target_modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 32}
 LLAMA = SMALL | {"intermediate_size": 24, "num_hidden_layers": 3, "num_key_value_heads": 1}
@@ -318,7 +318,7 @@ def test_experts_of_transformers_5_are_refused(config, tmp_path):
 
 def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):
     """A newer PEFT adds keys: what is off must stay silent, and every key of today must be known."""
-    from stackctl.refusals import _HARMLESS, _REFUSED
+    from stackctl.plan.validate import _HARMLESS, _REFUSED
 
     inject("llama", {"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
     assert set(read_checkpoint(tmp_path).config) <= _HARMLESS | set(_REFUSED)
@@ -329,7 +329,7 @@ ADAPTER_NAMES = ["keys", "lora", "0", "a-b", "weight", "base_layer"]
 
 @pytest.mark.parametrize("name", ADAPTER_NAMES)
 def test_raw_state_dicts_carry_the_adapters_name(name):
-    from stackctl.checkpoint import parse_tensor_name
+    from stackctl.lora.checkpoint import parse_tensor_name
 
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
     try:

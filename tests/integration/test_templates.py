@@ -25,10 +25,10 @@ from spoken import (
 )
 from tokenizers import AddedToken
 
+from stackctl.core.errors import Usage
 from stackctl.engine import data
 from stackctl.engine.data import CHATML, encode, ensure_chat_template
 from stackctl.engine.records import ChatRecord
-from stackctl.errors import Usage
 
 
 def test_qwen3_changes_earlier_turns_so_each_turn_is_an_example(smollm2: Any) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from tiny import CHATML, tiny_tokenizer
 
-from stackctl.engine.data import Encoded, cache, encode, one_by_one, pack
-from stackctl.engine.data.cache import encode_cached
+from stackctl.core.errors import Usage
+from stackctl.engine.data import Encoded, encode, one_by_one, pack
+from stackctl.engine.data import token_cache as cache
+from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import open_records, read_records
-from stackctl.errors import Usage
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "answer " * (n % 5 + 1)}]}

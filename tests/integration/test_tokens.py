@@ -10,9 +10,9 @@ import pytest
 from spoken import PLAIN, USER, byte_level, chat, encoded, sentencepiece_like, text_of, turns, with_template
 from tokenizers import processors
 
+from stackctl.core.errors import Usage
 from stackctl.engine.data import CHATML, IGNORED
 from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord
-from stackctl.errors import Usage
 
 
 def test_a_text_is_supervised_whole_and_ends_with_eos(smollm2: Any) -> None:

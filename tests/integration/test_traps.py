@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tiny import random_adapter, tiny_tokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from stackctl.engine import proofs
-from stackctl.engine.training import attaching, registering, run
-from stackctl.errors import StackctlError, VerificationFailed
-from stackctl.plan import Problem
+from stackctl.core.errors import StackctlError, VerificationFailed
+from stackctl.engine.training import attach as attaching
+from stackctl.engine.training import proofs, run
+from stackctl.engine.training import register as registering
+from stackctl.plan.model import Problem
 
 
 def two_adapters(h: Any) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from stackctl.engine.generation.ends import Answer, TokenText
+from stackctl.engine.generation.stopping import Answer, TokenText
 
 tokenizer: Any = functools.cache(tiny_tokenizer)
 tokens = st.lists(st.integers(0, 256), max_size=40) | st.text(max_size=20).map(

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from stackctl.bases import embedded_gguf
 from stackctl.engine.data import IGNORED, Example, collate, encode, pack
 from stackctl.engine.records import ChatRecord, CompletionRecord, RecordSet, TextRecord
+from stackctl.registry.base_models import embedded_gguf
 
 EXPENSIVE = settings(max_examples=150, deadline=None)
 PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "\n", "\n\n", " ", "  ", "😀", "👩‍👩‍👧", "你好", "é"]

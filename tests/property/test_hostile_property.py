@@ -17,17 +17,17 @@ from checkpoints import lora_config, make_base, make_registry, write_checkpoint
 from hostile import BOMBS, bound, mutate_json, mutate_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stackctl.storage import yaml_text
 from stress.fuzz import make_data, make_template, try_data, try_one
 from stress.killing import run_command
 from stress.runner import Budget
 
-from stackctl.checkpoint import read_checkpoint, read_header
-from stackctl.errors import StackctlError, Usage, VerificationFailed
-from stackctl.names import parse_expression, parse_name, parse_stack_name
-from stackctl.plan import PlanMember
-from stackctl.planning import plan_stack
-from stackctl.strictyaml import text as yamltext
-from stackctl.strictyaml.text import parse_yaml
+from stackctl.core.errors import StackctlError, Usage, VerificationFailed
+from stackctl.core.expressions import parse_expression, parse_name, parse_stack_name
+from stackctl.lora.checkpoint import read_checkpoint, read_header
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
+from stackctl.storage.yaml_text import parse_yaml
 
 CHANCE = st.randoms(use_true_random=False)
 
@@ -111,7 +111,7 @@ def test_yaml_is_a_value_or_an_error_with_its_place(text: str) -> None:
 )
 def test_yaml_of_more_values_than_a_file_has(monkeypatch: pytest.MonkeyPatch, make: Callable[[int], str]) -> None:
     """Each costs memory, however few bytes it has in the file."""
-    monkeypatch.setattr(yamltext, "MOST_VALUES", 1000)
+    monkeypatch.setattr(yaml_text, "MOST_VALUES", 1000)
     assert parse_yaml(make(600), "f")[0]
     with pytest.raises(Usage, match="more than 1,000 values"):
         parse_yaml(make(1100), "f")

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.modules import compact_modules, expand_modules
-from stackctl.schema import ModuleShape
+from stackctl.core.schema import ModuleShape
+from stackctl.lora.target_modules import compact_modules, expand_modules
 
 parts = st.sampled_from(["a", "layers", "q_proj", "0", "1", "2", "3", "10", "007", "1x", "²", "٣", "-1", "1-2"])
 names = st.lists(parts, min_size=1, max_size=5).map(".".join)

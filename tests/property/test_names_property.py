@@ -5,8 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.errors import Usage
-from stackctl.names import (
+from stackctl.core.errors import Usage
+from stackctl.core.expressions import (
     Reference,
     Term,
     format_expression,

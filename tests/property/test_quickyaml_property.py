@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from odd import same, scalars, texts, values
 
-from stackctl.errors import Usage
-from stackctl.registry.layout import format_entry
-from stackctl.schema import Adapter, AdapterVersion, DataSource, Lora, Run, TrainSettings
-from stackctl.strictyaml.quick import read_quickly
-from stackctl.strictyaml.text import format_yaml, parse_yaml
+from stackctl.core.errors import Usage
+from stackctl.core.schema import Adapter, AdapterVersion, DataSource, Lora, Run, TrainSettings
+from stackctl.registry.entry_text import format_entry
+from stackctl.storage.yaml_fast import read_quickly
+from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
 FROZEN = sorted((Path(__file__).parent.parent / "frozen").glob("*/registry/**/*.yaml"))
 VERSIONS = [

@@ -28,12 +28,12 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackctl.checkpoint import describe_lora, read_checkpoint, read_header
+from stackctl.core.schema import AdapterVersion
 from stackctl.engine.export.peft import export_peft
-from stackctl.plan import PlanMember, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.lora.checkpoint import describe_lora, read_checkpoint, read_header
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.registry import Registry
-from stackctl.schema import AdapterVersion
 
 BASE = make_base()
 KINDS = ["q_proj", "v_proj", "up_proj", "embed_tokens", "lm_head"]

@@ -4,9 +4,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from odd import NASTY, same, scalars, texts, values
 
-from stackctl.errors import Usage
-from stackctl.registry.layout import on_one_line
-from stackctl.strictyaml.text import Flow, format_yaml, parse_yaml
+from stackctl.core.errors import Usage
+from stackctl.registry.entry_text import on_one_line
+from stackctl.storage.yaml_text import Flow, format_yaml, parse_yaml
 
 
 def check(value):

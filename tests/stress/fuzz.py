@@ -13,11 +13,11 @@ import msgspec
 from hostile import bound, contain, damage, ill_mannered, mutate, mutate_json_line, tree
 
 from stackctl.cli import make_app
-from stackctl.errors import StackctlError
-from stackctl.files import sha256_file
+from stackctl.core.errors import StackctlError
+from stackctl.core.schema import DataSource, Run, TrainSettings
 from stackctl.registry import Registry
-from stackctl.schema import DataSource, Run, TrainSettings
-from stackctl.strictyaml.text import format_yaml
+from stackctl.storage.files import sha256_file
+from stackctl.storage.yaml_text import format_yaml
 
 from . import kills
 from .killing import run_command

@@ -13,8 +13,8 @@ import pytest
 from checkpoints import hub_base, make_registry, register, write_checkpoint
 from hub_server import connect, running_hub
 
-from stackctl.checkpoint import read_checkpoint
 from stackctl.cli import make_app
+from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.registry import Registry
 
 from .killing import Kill, run_command

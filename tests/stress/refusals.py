@@ -16,8 +16,8 @@ from typing import Any
 from hostile import CHANGES, ill_mannered, tree
 
 from stackctl.cli import make_app
-from stackctl.files import STAGING_PREFIX
 from stackctl.registry import Registry
+from stackctl.storage.files import STAGING_PREFIX
 
 from .killing import run_command
 from .kills import LIGHT, Scenario, count_steps, make_template

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from checkpoints import lora_config, make_registry, register, safetensors_bytes, write_checkpoint
 
-from stackctl import bases
-from stackctl.errors import Incompatible, NotFound, StackctlError, Usage
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
+from stackctl.registry import base_models as bases
 
 TENSORS = {"model.embed_tokens.weight": (32, 8), "model.layers.0.q.weight": (8, 8), "lm_head.weight": (32, 8)}
 CONFIG = {

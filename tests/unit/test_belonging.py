@@ -6,10 +6,10 @@ import pytest
 from checkpoints import make_base
 from msgspec.structs import replace
 
-from stackctl.bases import converted_folder
-from stackctl.belonging import is_called, recognise_base
+from stackctl.core.schema import AdapterInfo, Defaults, RegistryFile
 from stackctl.registry import Registry
-from stackctl.schema import AdapterInfo, Defaults, RegistryFile
+from stackctl.registry.base_matching import is_called, recognise_base
+from stackctl.registry.base_models import converted_folder
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import ast
 import pytest
 import yaml
 
+from stackctl.core.schema import AdapterVersion, DataSource, Lora, Run
 from stackctl.hub.bundle import combine_facts, facts_of_card, is_ours
 from stackctl.hub.card import Card, CardMember, Facts, Foundation, render_card
-from stackctl.schema import AdapterVersion, DataSource, Lora, Run
 
 
 def version(number: int = 1, rank: int = 16, data: str | None = "chat.jsonl", **changes: object) -> AdapterVersion:

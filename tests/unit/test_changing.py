@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from checkpoints import full_version, lora_config, make_base, make_registry, register, write_checkpoint
 
-from stackctl import files
-from stackctl.checkpoint import read_checkpoint
-from stackctl.errors import Failed, Incompatible, NotFound, StackctlError, Usage
-from stackctl.names import Reference
+from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, Usage
+from stackctl.core.expressions import Reference
+from stackctl.core.schema import Adapter, RegistryFile, Stack
+from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.schema import Adapter, RegistryFile, Stack
+from stackctl.storage import files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -104,7 +104,7 @@ def test_a_held_lock_is_an_error_and_readers_go_on(storyteller, monkeypatch):
 
 def test_links_point_outside_and_are_left_alone(registry, tmp_path):
     outside = write_checkpoint(tmp_path / "ou tside" / "é")
-    from stackctl.checkpoint import read_checkpoint
+    from stackctl.lora.checkpoint import read_checkpoint
 
     digest = read_checkpoint(outside).digest()
     for name, path in (("rel", os.path.relpath(outside, registry.root)), ("abs", str(outside))):

@@ -18,7 +18,9 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackctl.checkpoint import (
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.schema import Lora
+from stackctl.lora.checkpoint import (
     Slot,
     describe_lora,
     find_checkpoint_folder,
@@ -28,8 +30,6 @@ from stackctl.checkpoint import (
     read_header,
     read_info,
 )
-from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
-from stackctl.schema import Lora
 
 
 def entry(start, end, shape=None, dtype="F32"):
@@ -125,7 +125,7 @@ def test_headers_that_lie(tmp_path, lie):
 def test_a_shape_of_a_million_dimensions_is_not_multiplied(tmp_path, monkeypatch):
     """It would be a number of millions of digits."""
     multiplied = []
-    monkeypatch.setattr("stackctl.checkpoint.math.prod", multiplied.append)
+    monkeypatch.setattr("stackctl.lora.checkpoint.math.prod", multiplied.append)
     with pytest.raises(VerificationFailed, match="malformed"):
         header_of(tmp_path, raw_safetensors({"a": entry(0, 8, [2**62] * 1_000_000)}, b"\0" * 8))
     assert not multiplied

@@ -9,8 +9,8 @@ import pytest
 from rich.cells import cell_len
 from webpage import Page
 
-from stackctl.output import console
-from stackctl.showing.comparing import comparison_page, render_comparison
+from stackctl.render.comparison import comparison_page, render_comparison
+from stackctl.render.output import console
 
 PROSE = "The sea was grey in the morning, and the boats lay still. Nobody came down to the harbour until noon. " * 3
 CHINESE = "海面很静，没有风，船都停在港口里，直到中午也没有人来。" * 6

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.showing.curve import Curve, parse_curve, read_curve, render_svg, render_terminal
-from stackctl.showing.curve.points import thinned
+from stackctl.render.loss_curve import Curve, parse_curve, read_curve, render_svg, render_terminal
+from stackctl.render.loss_curve.log import thinned
 
 NUMBERS = st.sampled_from([0.0, 1.0, -5.0, 1e308, -1e308, 5e-324, 2**70, 1e15]) | st.floats() | st.integers()
 SVG = "{http://www.w3.org/2000/svg}"

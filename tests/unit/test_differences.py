@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.showing.differences import compare_words
+from stackctl.render.text_diff import compare_words
 
 
 def marked(first: str, text: str) -> list[str]:

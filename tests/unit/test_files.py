@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from checkpoints import make_base, make_registry, write_checkpoint
 
-from stackctl import files
-from stackctl.errors import NotFound, Usage
+from stackctl.core.errors import NotFound, Usage
+from stackctl.storage import files
 
 
 def names_in(folder):
@@ -96,7 +96,7 @@ def test_publishing_into_an_empty_folder(tmp_path):
 
 LEAVE_BEHIND = """
 import os, pathlib, signal, sys
-from stackctl import files
+from stackctl.storage import files
 folder = pathlib.Path(sys.argv[1])
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 pathlib.Path.replace = os.replace

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from stackctl.showing.heatmap import HeatMap, Place, arrange, place, render_terminal, short_names
+from stackctl.render.heatmap import HeatMap, Place, arrange, place, render_terminal, short_names
 
 LLAMA = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import make_registry, register
 
-from stackctl import files
-from stackctl.errors import Usage
+from stackctl.core.errors import Usage
+from stackctl.core.schema import Adapter
 from stackctl.registry import Registry, index
-from stackctl.registry.rows import adapter_row
-from stackctl.schema import Adapter
+from stackctl.registry.summaries import adapter_row
+from stackctl.storage import files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from checkpoints import make_registry, register, write_checkpoint
 
-from stackctl import files
+from stackctl.core.schema import DataSource, TrainSettings
 from stackctl.registry import Registry
-from stackctl.schema import DataSource, TrainSettings
+from stackctl.storage import files
 
 HEAVY = {
     "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "prompt_toolkit", "safetensors",

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from stackctl.errors import Failed, Usage
-from stackctl.locks import locked
+from stackctl.core.errors import Failed, Usage
+from stackctl.storage.locks import locked
 
 
 def test_a_lock_held_elsewhere_is_an_error_with_a_way_on(tmp_path, monkeypatch):
     program = (
-        "import sys, time, pathlib; from stackctl.locks import locked\n"
+        "import sys, time, pathlib; from stackctl.storage.locks import locked\n"
         "with locked(pathlib.Path(sys.argv[1]), 'x'):\n  print('held', flush=True); sys.stdin.read()\n"
     )
     path = tmp_path / "deep" / ".lock"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import stackctl
-from stackctl.errors import Usage
-from stackctl.methods import METHODS, check_method
-from stackctl.schema import MethodOptions
+from stackctl.core.errors import Usage
+from stackctl.core.schema import MethodOptions
+from stackctl.plan.methods import METHODS, check_method
 
 
 def test_every_method_names_a_function_of_the_algebra() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from stackctl.errors import Usage
-from stackctl.modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
-from stackctl.schema import ModuleShape
+from stackctl.core.errors import Usage
+from stackctl.core.schema import ModuleShape
+from stackctl.lora.target_modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
 
 LINEAR = ModuleShape(type="Linear", shape=[8, 8])
 WIDE = ModuleShape(type="Linear", shape=[16, 8])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from stackctl.errors import Usage
-from stackctl.names import (
+from stackctl.core.errors import Usage
+from stackctl.core.expressions import (
     Reference,
     Term,
     format_expression,

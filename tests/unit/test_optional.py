@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stackctl.errors import Incompatible
-from stackctl.machine.optional import EMBEDDED, PACKAGES, check_installed
+from stackctl.core.errors import Incompatible
+from stackctl.machine.optional_packages import EMBEDDED, PACKAGES, check_installed
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from stackctl.errors import (
+from stackctl.core.errors import (
     Failed,
     HubFailure,
     Incompatible,
@@ -18,8 +18,8 @@ from stackctl.errors import (
     Usage,
     VerificationFailed,
 )
-from stackctl.output import Output, Result, console, prepare_streams
-from stackctl.showing.screen import Painted, printable
+from stackctl.render.output import Output, Result, console, prepare_streams
+from stackctl.render.terminal import Painted, printable
 
 RESULT = Result({"name": "灯", "loss": 1.5}, "brief", "screen", notes=("mind this",))
 ERRORS = [Failed, Usage, NotFound, Incompatible, VerificationFailed, HubFailure, Interrupted, StackctlError]
@@ -71,7 +71,7 @@ def test_a_list_of_any_length_is_written_as_it_is_made(capsys):
 
 
 def test_a_screen_may_be_drawn(capsys):
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     Output().emit(Result({}, "", lambda: table(["stack", "loss"], [["a[b]c", 1.5], [":smile:", 2]], "title")))
     out = capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_our_own_colours_reach_the_terminal_and_nobody_elses(monkeypatch):
 
 
 def test_what_is_piped_is_not_cut(monkeypatch):
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     monkeypatch.delenv("COLUMNS", raising=False)
     pipe = io.StringIO()
@@ -205,7 +205,7 @@ HOSTILE = "the voice\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\ud800"
 def test_what_others_wrote_cannot_speak_to_the_terminal(capsys):
     from rich.text import Text
 
-    from stackctl.showing.tables import table
+    from stackctl.render.tables import table
 
     output = Output()
     screens = (HOSTILE, lambda: table(["name", HOSTILE], [["x", Text(HOSTILE)]]))
@@ -242,7 +242,7 @@ def test_half_a_character_is_written_as_json_writes_it(monkeypatch):
 
 def test_tables_begin_at_the_margin_an_empty_line_apart_and_end_without_blanks(capsys):
     def screen():
-        from stackctl.showing.tables import spaced, table
+        from stackctl.render.tables import spaced, table
 
         return spaced([table(["name", "rank"], [["style", 16]]), table(["base"], [["tiny"]], title="bases"), "done"])
 

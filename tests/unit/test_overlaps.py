@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.showing.maps import cosine_pictures, norm_pictures
-from stackctl.showing.overlaps import ModuleOverlap, Overlap, Pair, pool
+from stackctl.render.interference import ModuleOverlap, Overlap, Pair, pool
+from stackctl.render.module_maps import cosine_pictures, norm_pictures
 
 
 def overlap(cosine: float | None, norms: tuple[float, float] = (1.0, 1.0), columns: float | None = 0.5) -> Overlap:

@@ -8,8 +8,8 @@ import pytest
 from webpage import Page
 
 from stackctl import __version__
-from stackctl.errors import NotFound, StackctlError, Usage
-from stackctl.showing import pages
+from stackctl.core.errors import NotFound, StackctlError, Usage
+from stackctl.render import html as pages
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackctl.showing import paging
+from stackctl.render import pager as paging
 
 UPPER = "tr a-z A-Z"
 

@@ -7,8 +7,8 @@ from checkpoints import lora_config, make_base, make_registry, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.errors import Incompatible
-from stackctl.patterns import pattern
+from stackctl.core.errors import Incompatible
+from stackctl.lora.safe_regex import pattern
 
 NAME = "model.layers.0.self_attn.q_proj"
 

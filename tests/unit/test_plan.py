@@ -13,8 +13,8 @@ from checkpoints import (
     memory_checkpoint,
 )
 
-from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.planning import plan_stack
+from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.plan.build import plan_stack
 
 BASE = make_base()
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -57,7 +57,7 @@ def test_modules_come_in_natural_order():
     shape = next(iter(modules.values())).shape
     import msgspec
 
-    from stackctl.schema import ModuleShape
+    from stackctl.core.schema import ModuleShape
 
     base = msgspec.structs.replace(base, modules={n: ModuleShape(type="Linear", shape=shape) for n in modules})
     tensors = {}
@@ -331,7 +331,7 @@ def test_foundations_may_stand_in_any_order():
 def test_a_damaged_member_is_a_failed_verification():
     from dataclasses import replace
 
-    from stackctl.plan import Problem
+    from stackctl.plan.model import Problem
 
     plan = replace(plan_stack(BASE, []), problems=(Problem("damaged", "x is damaged"),))
     with pytest.raises(VerificationFailed):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.showing.heatmap import HeatMap, arrange
-from stackctl.showing.plots import Plot, heat_plot, line_plot, matrix_plot, tree_plot
+from stackctl.render.heatmap import HeatMap, arrange
+from stackctl.render.page_plots import Plot, heat_plot, line_plot, matrix_plot, tree_plot
 
 
 def heat_map(values: dict[str, float | None], top: float, **more: object) -> HeatMap:

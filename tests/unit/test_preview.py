@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stackctl.showing.preview import render_preview
+from stackctl.render.record_preview import render_preview
 
 CHAT = [("user\nHi.\nassistant\n", False), ("Well met.\nFriend.<end>", True), ("\n", False), ("Bye.", True)]
 

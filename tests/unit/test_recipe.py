@@ -8,9 +8,9 @@ from checkpoints import make_registry, register
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.errors import NotFound, Usage
-from stackctl.recipe import build_order, plan_recipe, read_recipe
-from stackctl.schema import Recipe, TrainJob
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.schema import Recipe, TrainJob
+from stackctl.jobs.recipe import build_order, plan_recipe, read_recipe
 
 
 def chain(length: int) -> Recipe:

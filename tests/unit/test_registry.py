@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from checkpoints import full_version, make_base, register
 
-from stackctl.errors import NotFound, Usage
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
 from stackctl.registry import Registry, find_registry, init_registry
-from stackctl.schema import Adapter, Base, Defaults, RegistryFile, Stack
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 from checkpoints import make_base, make_registry, register, register_three
 
-from stackctl import files
-from stackctl.errors import NotFound, Usage
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.schema import Adapter, Member, Removed, Stack
 from stackctl.registry import Registry
-from stackctl.schema import Adapter, Member, Removed, Stack
+from stackctl.storage import files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from checkpoints import full_version, make_base, make_registry, register, write_checkpoint
 
-from stackctl.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
-from stackctl.schema import Adapter, Base, RegistryFile, Stack
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.schema import Adapter, Base, RegistryFile, Stack
 
 OTHER = "sha256:" + "0" * 64
 

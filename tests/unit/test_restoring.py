@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from checkpoints import lora_config, make_base, make_registry, register, register_three, write_checkpoint
 
-from stackctl.copies import folder_digest
-from stackctl.errors import NotFound, VerificationFailed
-from stackctl.files import staging_directory
-from stackctl.names import Reference
+from stackctl.core.errors import NotFound, VerificationFailed
+from stackctl.core.expressions import Reference
+from stackctl.core.schema import Adapter
+from stackctl.hub.repair import find_sources, repair
 from stackctl.registry import Registry
-from stackctl.repairing import find_sources, repair
-from stackctl.schema import Adapter
+from stackctl.registry.checkpoint_copies import folder_digest
+from stackctl.storage.files import staging_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stackctl.output import console
-from stackctl.showing.scores import best_cells, by_data, render_scores, sentence
+from stackctl.render.eval_table import best_cells, by_data, render_scores, sentence
+from stackctl.render.output import console
 
 
 def row(stack: str, loss: float, **values: Any) -> dict[str, Any]:

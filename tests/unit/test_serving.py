@@ -8,12 +8,12 @@ import pytest
 from checkpoints import lora_config, lora_tensors, make_base, member, memory_checkpoint
 from shelf import fails, shelf  # noqa: F401
 
-from stackctl.bases import converted_folder
 from stackctl.cli import make_app
-from stackctl.planning import plan_stack
+from stackctl.plan.build import plan_stack
+from stackctl.plan.lint import TARGETS, VLLM_RANKS
 from stackctl.registry import ResolvedStack
-from stackctl.serving import TITLES, serving_recipes
-from stackctl.targets import TARGETS, VLLM_RANKS
+from stackctl.registry.base_models import converted_folder
+from stackctl.serving.commands import TITLES, serving_recipes
 
 BASE = make_base()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stackctl.machine.sizes import SIZES, needs
+from stackctl.machine.reference_models import SIZES, needs
 
 PUBLISHED = {
     "135M": 134_515_008, "1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248, "14B": 14_768_307_200,

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from stackctl.checkpoint import read_header
-from stackctl.engine import streaming
-from stackctl.engine.streaming import SafetensorsWriter
-from stackctl.errors import VerificationFailed
+from stackctl.core.errors import VerificationFailed
+from stackctl.engine import safetensors_writer as streaming
+from stackctl.engine.safetensors_writer import SafetensorsWriter
+from stackctl.lora.checkpoint import read_header
 
 LAYOUT = [("a", "F32", (2, 3)), ("b.weight", "BF16", (5,)), ("none", "F16", (0, 4)), ("c", "I64", (1, 1, 2))]
 BYTES = [bytes(range(24)), bytes(range(10)), b"", bytes(range(100, 116))]

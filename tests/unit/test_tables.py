@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from stackctl.showing.tables import Listing, table
+from stackctl.render.tables import Listing, table
 
 COLUMNS = ["  stack", "base", "rank", "trained on"]
 WORDS = st.text(st.sampled_from("abz-_.@:+019灯ü "), max_size=12).map(str.strip)

@@ -4,10 +4,10 @@ import msgspec
 import pytest
 from checkpoints import attention, base_modules, lora_config, lora_tensors, make_base, member, memory_checkpoint
 
-from stackctl.errors import Usage
-from stackctl.planning import plan_stack
-from stackctl.schema import MethodOptions, ModuleShape
-from stackctl.targets import GGUF_ARCHITECTURES, TARGETS, VLLM_RANKS, lint_for
+from stackctl.core.errors import Usage
+from stackctl.core.schema import MethodOptions, ModuleShape
+from stackctl.plan.build import plan_stack
+from stackctl.plan.lint import GGUF_ARCHITECTURES, TARGETS, VLLM_RANKS, lint_for
 
 BASE = msgspec.structs.replace(make_base(), input_embedding="model.embed_tokens")
 TIED = msgspec.structs.replace(BASE, tied_embeddings=True)

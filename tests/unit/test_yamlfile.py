@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from stackctl.errors import NotFound, Usage
-from stackctl.schema import Adapter, Recipe, Stack
-from stackctl.strictyaml.reading import convert, read_text, read_yaml
-from stackctl.strictyaml.text import format_yaml, parse_yaml
+from stackctl.core.errors import NotFound, Usage
+from stackctl.core.schema import Adapter, Recipe, Stack
+from stackctl.storage.yaml_files import convert, read_text, read_yaml
+from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
 
 def parse(text):
@@ -140,7 +140,7 @@ def test_one_document_may_be_marked():
 def test_deep_nesting_neither_crashes_nor_hangs(opening, close):
     """In a process of its own, since libyaml's composer overflows the C stack: 100,000 brackets are a segfault."""
     program = (
-        "import sys; from stackctl.strictyaml.text import parse_yaml; from stackctl.errors import Usage\n"
+        "import sys; from stackctl.storage.yaml_text import parse_yaml; from stackctl.core.errors import Usage\n"
         f"text = {opening!r} * 100_000 + {close!r} * (']' * 100_000)\n"
         "try: parse_yaml(text, 'f')\n"
         "except Usage as error: print('refused')\n"

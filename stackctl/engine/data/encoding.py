@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stackctl.core.errors import Usage, first_line
+from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, Turns
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
-from stackctl.engine.data.templates import TEMPLATE_ERRORS, Turns
-from stackctl.engine.data.tokenising import Tokenise
+from stackctl.engine.data.tokenize import Tokenise
 from stackctl.engine.records import CompletionRecord, Record, RecordSet, RecordStream, TextRecord
-from stackctl.errors import Usage, first_line
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from stackctl.checkpoint import TensorInfo
-from stackctl.engine.reading import OpenFiles, not_finite
-from stackctl.errors import VerificationFailed
-from stackctl.plan import ModulePlan, StackPlan
+from stackctl.core.errors import VerificationFailed
+from stackctl.engine.tensor_bytes import OpenFiles, not_finite
+from stackctl.lora.checkpoint import TensorInfo
+from stackctl.plan.model import ModulePlan, StackPlan
 
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

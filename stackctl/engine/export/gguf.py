@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackctl import files
-from stackctl.bases import read_json
+from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine import algebra
-from stackctl.engine.combining import module_pair
+from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors, all_finite
-from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.methods import SUM
-from stackctl.plan import ModulePlan, StackPlan
-from stackctl.targets import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
+from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.registry.base_models import read_json
+from stackctl.storage import files
 
 _DTYPES = {
     "float32": (torch.float32, np.float32, gguf.LlamaFileType.ALL_F32),

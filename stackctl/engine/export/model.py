@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackctl import files
-from stackctl.bases import read_json, weight_files
-from stackctl.checkpoint import DTYPE_NAMES, TensorInfo, read_header
+from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine import algebra
-from stackctl.engine.combining import module_delta
-from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
+from stackctl.engine.merging import module_delta
+from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
-from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.methods import SUM
-from stackctl.plan import ModulePlan, Replacement, StackPlan
+from stackctl.lora.checkpoint import DTYPE_NAMES, TensorInfo, read_header
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import ModulePlan, Replacement, StackPlan
+from stackctl.registry.base_models import read_json, weight_files
+from stackctl.storage import files
 
 _INDEX = "model.safetensors.index.json"
 _ALONGSIDE = ("*.json", "*.jinja", "*.model", "*.txt")

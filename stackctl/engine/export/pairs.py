@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from stackctl.engine import algebra
-from stackctl.engine.combining import module_pair
+from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
-from stackctl.plan import ModulePlan, StackPlan
+from stackctl.plan.model import ModulePlan, StackPlan
 
 
 def found_ranks(plan: StackPlan) -> dict[str, int]:

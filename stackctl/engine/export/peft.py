@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stackctl import files
-from stackctl.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpoint
-from stackctl.engine.streaming import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.errors import Incompatible, VerificationFailed
-from stackctl.methods import SUM
-from stackctl.plan import ModulePlan, PlanMember, StackPlan
-from stackctl.planning import plan_stack
+from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
+from stackctl.storage import files
 
 _PREFIX = "base_model.model."
 

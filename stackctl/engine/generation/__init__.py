@@ -1,9 +1,9 @@
 """Text from a base with a stack on it: prompts to tokens, how tokens are chosen, where an answer ends, the run."""
 
-from stackctl.engine.generation.ends import end_tokens
+from stackctl.engine.generation.answering import Generated, generate, generate_reply
+from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import fit_conversation
-from stackctl.engine.generation.remembering import Remembered
-from stackctl.engine.generation.running import Generated, generate, generate_reply
 from stackctl.engine.generation.sampling import Sampling
+from stackctl.engine.generation.stopping import end_tokens
 
 __all__ = ["Generated", "Remembered", "Sampling", "end_tokens", "fit_conversation", "generate", "generate_reply"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.engine.data import ensure_chat_template, prefix_ids
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records import Message, Prompt
-from stackctl.errors import StackctlError, Usage, raise_all
 
 _SHOWN = 5
 

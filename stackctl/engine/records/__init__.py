@@ -1,8 +1,8 @@
 """Records from files and from the Hub, checked before anything is computed."""
 
-from stackctl.engine.records.kinds import ChatRecord, CompletionRecord, Format, Message, Record, RecordSet, TextRecord
-from stackctl.engine.records.prompts import Prompt, read_prompt_file
-from stackctl.engine.records.reading import RecordStream, open_records, read_records
+from stackctl.engine.records.prompt_files import Prompt, read_prompt_file
+from stackctl.engine.records.read import RecordStream, open_records, read_records
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, Format, Message, Record, RecordSet, TextRecord
 
 __all__ = [
     "ChatRecord",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stackctl.engine.records.kinds import (
+from stackctl.core.errors import did_you_mean
+from stackctl.engine.records.types import (
     BadRecord,
     ChatRecord,
     CompletionRecord,
@@ -14,7 +15,6 @@ from stackctl.engine.records.kinds import (
     Record,
     TextRecord,
 )
-from stackctl.errors import did_you_mean
 
 _SHAPES: dict[Format, tuple[str, ...]] = {
     # The more specific come first: published Alpaca files carry a "text" as well, UltraChat a "prompt".

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stackctl import files
-from stackctl.engine.records.kinds import BadRecord, Unit
+from stackctl.core.errors import HubFailure, NotFound, Usage, first_line
 from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
-from stackctl.errors import HubFailure, NotFound, Usage, first_line
+from stackctl.engine.records.types import BadRecord, Unit
+from stackctl.storage import files
 
 KINDS_HINT = "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), text (.txt) or a Hub data set (org/name)"
 _ROWS = 1024

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from stackctl.engine.records.kinds import BadRecord
+from stackctl.engine.records.types import BadRecord
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:

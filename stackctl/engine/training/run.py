@@ -9,28 +9,29 @@ from dataclasses import dataclass
 
 from transformers import set_seed
 
-from stackctl import files
+from stackctl.core.errors import Usage
+from stackctl.core.schema import AdapterVersion, Run
 from stackctl.engine import data as data_module
-from stackctl.engine import group, proofs
-from stackctl.engine.adapter import adapter_state
 from stackctl.engine.data import Reading
-from stackctl.engine.layout import choose_layout
-from stackctl.engine.live import LIVE
+from stackctl.engine.live_adapter import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
-from stackctl.engine.stepping import Counters, Progress
-from stackctl.engine.training.attaching import attach_new, freeze_stack
-from stackctl.engine.training.corpus import Corpus, read_corpus
-from stackctl.engine.training.estimating import estimate_job
-from stackctl.engine.training.fitting import run_trainer
-from stackctl.engine.training.registering import register_version
-from stackctl.engine.training.watching import HeldOut
-from stackctl.errors import Usage
+from stackctl.engine.row_layout import choose_layout
+from stackctl.engine.training import distributed as group
+from stackctl.engine.training import proofs
+from stackctl.engine.training.adapter import adapter_state
+from stackctl.engine.training.attach import attach_new, freeze_stack
+from stackctl.engine.training.callbacks import Counters, Progress
+from stackctl.engine.training.dataset import Corpus, read_corpus
+from stackctl.engine.training.early_stopping import HeldOut
+from stackctl.engine.training.loop import run_trainer
+from stackctl.engine.training.memory import estimate_job
+from stackctl.engine.training.register import register_version
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
-from stackctl.jobs.runs import RunFolder, run_folder
-from stackctl.jobs.tracking import log_folder, tracking
+from stackctl.jobs.trackers import log_folder, tracking
 from stackctl.registry import Registry
-from stackctl.schema import AdapterVersion, Run
+from stackctl.registry.run_folders import RunFolder, run_folder
+from stackctl.storage import files
 
 Say = Callable[[str], None]
 

@@ -1,0 +1,69 @@
+"""What eval and compare have in common: several stacks on one base that is loaded once, and data to measure them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stackctl.cli.common import Context
+from stackctl.core.errors import StackctlError, gathering, raise_all
+from stackctl.plan.model import StackPlan
+from stackctl.registry import ResolvedStack
+
+if TYPE_CHECKING:
+    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.records import RecordSet
+
+DATA = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.", metavar="FILE"
+    ),
+]
+MAX_LENGTH = Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")]
+
+
+def read_data(sources: Sequence[str]) -> list[RecordSet]:
+    """The records of some data sets.
+
+    Raises:
+        StackctlError: everything that is wrong with any of them, at once.
+    """
+    from stackctl.engine.records import read_records
+
+    found, problems = [], list[StackctlError]()
+    for source in sources:
+        with gathering(problems):
+            found.append(read_records(source))
+    raise_all(problems)
+    return found
+
+
+def load_common_base(
+    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], dtype: str, device: str
+) -> StackedModel:
+    """The base that some stacks stand on, once the bytes of all their members are known to be what was registered.
+
+    Raises:
+        VerificationFailed, NotFound, Incompatible: they are not, or the base cannot be loaded.
+    """
+    from stackctl.engine.models import load_base
+
+    for stack, _ in stacks:
+        context.registry.check_digests(stack.members)
+    return load_base(stacks[0][0].base, context.registry, dtype=dtype, device=device, say=context.output.status)
+
+
+def tokenise_data(
+    context: Context, stacked: StackedModel, sources: Sequence[str], records: Sequence[RecordSet], max_length: int
+) -> list[DataSet]:
+    """Data sets in the base's tokens; notes say what was cut or left out."""
+    from stackctl.engine.evaluation import tokenise_for
+
+    note = context.output.note
+    return [
+        tokenise_for(stacked, found, source, max_length, note) for source, found in zip(sources, records, strict=True)
+    ]

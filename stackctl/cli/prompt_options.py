@@ -1,0 +1,180 @@
+"""What generate and compare have in common: the prompts, how they are answered, an answer as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from stackctl.cli.common import MACHINE
+from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.render.output import Output
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation import Generated, Sampling
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.records import Prompt
+
+_ANSWERS, _SAMPLING = "The answers", "Sampling"
+"""Groups of options in the help."""
+_EXACT = 1e-3
+"""The share of a stack's change that may go without a word."""
+
+PROMPT = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT"),
+]
+PROMPTS = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of prompts: one a line, or JSON Lines of {'prompt'} or {'messages'} (.jsonl, .json).",
+        metavar="FILE",
+    ),
+]
+MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
+DTYPE = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision of the weights.", rich_help_panel=MACHINE),
+]
+DEVICE = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.", rich_help_panel=MACHINE)
+]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How to answer. Each field is an option of generate and of compare, with its help and its default."""
+
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_ANSWERS
+        ),
+    ] = False
+    system: Annotated[
+        str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_SAMPLING)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample from tokens at least this likely beside the likeliest.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_SAMPLING)
+    ] = None
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = (
+        None
+    )
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_ANSWERS)
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_ANSWERS)
+    ] = 8
+    dtype: DTYPE = "auto"
+    device: DEVICE = "auto"
+
+    def check(self, output: Output) -> None:
+        """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
+
+        Raises:
+            Usage: an option makes no sense.
+        """
+        problems: list[StackctlError] = []
+        numbers = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        if not all(math.isfinite(number) for number in numbers if number is not None):  # no range stops ``nan``
+            problems.append(
+                Usage(
+                    "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
+                    hint="leave them out for the likeliest text",
+                )
+            )
+        if self.repetition_penalty == 0:
+            problems.append(Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual"))
+        if any(not text for text in self.stop or ()):
+            problems.append(Usage("--stop is empty", hint="leave it out, or name a text"))
+        raise_all(problems)
+        options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
+        if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
+            output.note(f"without a --temperature the likeliest token is taken: {', '.join(idle)} changes nothing")
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """The same as the engine takes it."""
+        from stackctl.engine.generation import Sampling
+
+        return Sampling(
+            max_new_tokens, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed,
+            self.raw, self.system, tuple(self.stop or ()),
+        )  # fmt: skip
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | None:
+    """The prompts that were asked for; None means: chat, for nobody gave any and this is a terminal.
+
+    Raises:
+        NotFound, Usage: none were given, one is empty, or the file cannot be read.
+    """
+    from stackctl.engine.records import Prompt, read_prompt_file
+
+    several = len(given or ()) > 1
+    prompts = [
+        Prompt(text, place=f"prompt {number}" if several else "the prompt")
+        for number, text in enumerate(given or (), 1)
+    ]
+    if file is not None:
+        prompts += read_prompt_file(file)
+    if given is None and file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            return None
+        prompts = [Prompt(sys.stdin.read().removesuffix("\n"))]
+    empty = [prompt.place for prompt in prompts if not prompt.text.strip()]
+    if empty or not prompts:
+        what = "; ".join(f"{place} is empty" for place in empty) or f"{file} holds no prompts"
+        raise Usage(what, hint='give one with -p "…", --prompts FILE or on standard input')
+    return prompts
+
+
+def say_what_rounding_costs(
+    stacked: StackedModel, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
+) -> None:
+    """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
+    if stacked.rounding_error > _EXACT:
+        kind = str(stacked.model.dtype).removeprefix("torch.")
+        output.note(f"folding in {kind} rounds {stacked.rounding_error:.2g} of {of}'s change away; {instead} keeps it")
+
+
+def answer_json(stack: str, answer: Generated, stacked: StackedModel) -> dict[str, Any]:
+    """One answer as JSON shows it, by the stack that is in use."""
+    messages = answer.prompt.messages
+    return {
+        "stack": stack,
+        "prompt": answer.prompt.text,
+        **({"messages": messages} if messages is not None else {}),
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "stop": answer.stop,
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+        "rounding_error": stacked.rounding_error,
+    }

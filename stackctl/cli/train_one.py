@@ -1,0 +1,206 @@
+"""One adapter: what training it would take, training it here or in several processes, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from stackctl.cli.common import Context
+from stackctl.core.schema import Run
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.launch import Launch, launch_training, plan_launch
+from stackctl.render.output import Result
+from stackctl.render.terminal import counted
+
+_LARGEST_LOSS = 20.0
+"""Above it (nats) perplexity is a number that says nothing."""
+
+
+def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
+    """A job's corpus, and the base's tokenizer that it was read with; the base itself is not loaded."""
+    from transformers import AutoTokenizer
+
+    from stackctl.cli.progress import reading_progress
+    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.data import ensure_chat_template
+    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.training import read_corpus
+
+    quiet_libraries()
+    folder = base_folder(prepared.base, context.registry, context.output.status)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    ensure_chat_template(tokenizer)
+    with reading_progress(context.output) as reading:
+        return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer
+
+
+def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
+    """Check a job down to its tokens, and say what would be trained; nothing is written."""
+    from stackctl.engine.training import preview_parts
+
+    launch = plan_launch(prepared)
+    corpus, tokenizer = _check_data(context, prepared)
+    job = prepared.job
+    processes = launch.processes if launch else ranks.world_size()
+    batch = job.batch_size * job.gradient_accumulation * processes
+    memory = _estimate(prepared, corpus, launch)
+    steps = job.max_steps or round(-(-len(corpus.rows) // batch) * job.epochs)
+    data = {
+        "adapter": prepared.name,
+        "base": prepared.base.name,
+        "on": prepared.trained_on,
+        "records": corpus.records.count,
+        "tokens": corpus.encoded.tokens,
+        "supervised_tokens": corpus.encoded.supervised_tokens,
+        "supervised_share": corpus.encoded.supervised_tokens / corpus.encoded.tokens,
+        "truncated": corpus.encoded.truncated,
+        "unsupervised": corpus.encoded.unsupervised,
+        "preview": [
+            {"text": text, "supervised": learned}
+            for text, learned in preview_parts(corpus.encoded.examples[0], tokenizer)
+        ],
+        "steps": steps,
+        "memory": memory.as_json(),
+        "settings": msgspec.to_builtins(job.settings()),
+        "dry_run": True,
+    }
+    on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
+    text = (
+        f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
+        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch\n{memory}"
+    )
+    return Result(data, prepared.name, text)
+
+
+def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch) -> None:
+    """What is wrong with the data is found here and told once, and what memory it will take."""
+    corpus, _ = _check_data(context, prepared)
+    context.output.status(str(_estimate(prepared, corpus, launch)))
+
+
+def _estimate(prepared: PreparedJob, corpus: Any, launch: Launch | None) -> Any:
+    from stackctl.engine.training import estimate_job
+
+    if launch is None:
+        return estimate_job(prepared, corpus, processes=ranks.world_size())
+    return estimate_job(
+        prepared,
+        corpus,
+        processes=launch.processes,
+        sharded=launch.sharded,
+        checkpointing=launch.checkpointing,
+    )
+
+
+def typed_again() -> str:
+    """What was typed, with ``--resume``: the command that goes on, ready to paste."""
+    if linked := ranks.link():
+        return linked.again
+    typed = sys.argv[1:]
+    if typed[:1] == ["train"] and "--resume" not in typed:
+        typed = ["train", "--resume", *typed[1:]]
+    return shlex.join([*_program(), *typed])
+
+
+def _program() -> list[str]:
+    """stackctl as a shell finds it here: by its name, else by the path that it was called by."""
+    if shutil.which("stackctl") or sys.argv[0] == "stackctl":
+        return ["stackctl"]
+    return [sys.executable, "-m", "stackctl"] if sys.argv[0].endswith(".py") else [sys.argv[0]]
+
+
+def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
+    """Train a prepared job, here or in several processes, and say what came of it."""
+    from stackctl.cli.progress import reading_progress, training_progress
+
+    ranks.check_number()
+    for note in prepared.stack.notes:
+        context.output.note(note)
+    launch = plan_launch(prepared)
+    if launch:
+        _check_before_launch(context, prepared, launch)
+    with reading_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
+        if launch:
+            root = context.registry.root
+            again = typed_again()
+            return launch_training(launch, prepared, root, context.output, progress, resume=resume, again=again)
+        from stackctl.engine.training import train_adapter
+
+        done = train_adapter(
+            prepared,
+            context.registry,
+            resume=resume,
+            again=typed_again(),
+            say=context.output.status,
+            progress=progress,
+            reading=reading,
+        )
+    if done is None:
+        return Result({}, "")
+    version, run = done.version, done.version.run
+    assert run is not None, "training always records its run"
+    label = f"{prepared.name}@{version.version}"
+    speed = run.tokens / run.seconds if run.seconds else 0.0
+    data = {
+        "adapter": prepared.name,
+        "version": version.version,
+        "digest": version.digest,
+        "path": str(context.registry.weights_path(version)),
+        "base": prepared.base.name,
+        "on": version.trained_on,
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "loss": run.loss,
+        "tokens_per_second": speed,
+        "trainable_parameters": done.trainable_parameters,
+        "processes": run.processes,
+        "frozen": run.frozen,
+        "frozen_error": run.frozen_error,
+        "eval_loss_before": run.eval_loss_before,
+        "eval_loss": run.eval_loss,
+        "kept_step": run.kept_step,
+        "stopped_early": run.stopped_early,
+    }
+    steps = counted(run.steps, "step")
+    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
+    return Result(data, label, text)
+
+
+def with_next(result: Result, prepared: PreparedJob) -> Result:
+    """The result, and what one does with a new adapter: try it, or put it together with what it stands on."""
+    if ranks.is_worker():  # the command that launched it says so
+        return result
+    below = [member.adapter.name for member in prepared.stack.members]
+    then = f"compose {'+'.join([*below, prepared.name])}" if below else f"generate {prepared.name}"
+    return replace(result, screen=f"{result.screen}\nnext: stackctl {then}")
+
+
+def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
+    """What the run was good for, in a line or two."""
+    first, last = curve[0]["loss"], curve[-1]["loss"]
+    text = f"loss of a step {_change(first, last)}"
+    before, after = run.eval_loss_before, run.eval_loss
+    if before is None or after is None:
+        return text
+    text += f"\nheld-out loss {_change(before, after)}"
+    if max(before, after) < _LARGEST_LOSS:
+        text += f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+    if run.kept_step != run.steps or run.stopped_early:
+        stopped = f", stopped early after {run.steps}" if run.stopped_early else f" of {run.steps}"
+        text += f"; kept: the weights of step {run.kept_step}{stopped}"
+    if after >= before:
+        text += "\nnote: nothing was gained on the held-out records; try a lower --learning-rate, or other data"
+    return text
+
+
+def _change(before: float, after: float) -> str:
+    per_cent = f" ({(after - before) / before:+.0%})" if before > 0 else ""
+    return f"{before:.3f} -> {after:.3f}{per_cent}"

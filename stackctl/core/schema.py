@@ -1,0 +1,341 @@
+"""The typed shape of every registry entry, recipe and training configuration; no I/O.
+
+Keys that PEFT and the Hub use are used verbatim (``r``, ``lora_alpha``). Unknown keys are errors. The settings of
+training stand here once: the command line, ``--config`` and ``stackctl.yaml`` are all made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+"""The version of every file that stackctl writes."""
+
+_HUGE = 1e300
+Finite = Annotated[float, Meta(ge=-_HUGE, le=_HUGE)]
+"""A number that is neither NaN nor infinite."""
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""How many; no more than any machine could hold, so that it can be divided and shown."""
+_Setting = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Finite | str | list[str] | None
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every registry file begins with."""
+
+    schema: int = SCHEMA
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A piece of an entry: what is at its default is not written."""
+
+
+class Defaults(Part, frozen=True, kw_only=True):
+    base: str | None = None
+
+
+class RegistryFile(Entry, frozen=True, kw_only=True):
+    """``registry.yaml``: which stack and which base are meant when none is named."""
+
+    current: str | None = None
+    defaults: Defaults = msgspec.field(default_factory=Defaults)
+
+
+class ModuleShape(Part, frozen=True, kw_only=True):
+    """One kind of module of a base, of which there may be many.
+
+    ``shape`` is that of its delta: (out, in) for Linear and Conv1D (whose weight is stored transposed),
+    (vocabulary, dimension) for Embedding, the parameter's own shape for Parameter.
+    """
+
+    type: Literal["Linear", "Conv1D", "Embedding", "Parameter", "Other"]
+    shape: list[Count]
+
+
+class Base(Entry, frozen=True, kw_only=True):
+    """``bases/NAME.yaml``: a base model, recognised by its fingerprint.
+
+    ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``tokenizer`` is None where the
+    tokenizer's files are made here (out of a GGUF), and in entries of stackctl 0.1 before there was such a field.
+    ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
+    """
+
+    name: str
+    kind: Literal["wheel", "gguf", "folder", "hub"]
+    source: str
+    revision: str | None = None
+    fingerprint: str
+    path: str | None = None
+    hub_id: str | None = None
+    architecture: str
+    parameters: Count
+    dtype: str
+    vocabulary_size: Count
+    context_length: Count | None = None
+    chat_template: str | None = None
+    tokenizer: str | None = None
+    tied_embeddings: bool = False
+    input_embedding: str | None = None
+    output_embedding: str | None = None
+    modules: dict[str, ModuleShape]
+
+
+class Lora(Part, frozen=True, kw_only=True):
+    """The keys of PEFT's LoraConfig that say what an adapter is."""
+
+    r: Count
+    lora_alpha: Finite
+    target_modules: list[str] | str | None = None
+    rank_pattern: dict[str, Count] = msgspec.field(default_factory=dict)
+    alpha_pattern: dict[str, Finite] = msgspec.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class DataSource(Part, frozen=True, kw_only=True):
+    """What an adapter was trained on: enough to recognise it, not the data itself."""
+
+    path: str
+    sha256: str
+    records: Count
+    format: str
+
+
+class Run(Part, frozen=True, kw_only=True):
+    """How training went. ``loss`` is the mean over the run's supervised tokens.
+
+    With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
+    """
+
+    steps: Count
+    epochs: Finite
+    loss: Finite
+    tokens: Count
+    supervised_tokens: Count
+    seconds: Finite
+    frozen: Literal["none", "fold", "live"]
+    frozen_error: Finite | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    processes: Count = 1
+    eval_loss_before: Finite | None = None
+    eval_loss: Finite | None = None
+    kept_step: Count | None = None
+    stopped_early: bool = False
+
+
+class HubSource(Part, frozen=True, kw_only=True):
+    """A place on the Hub: a repository at one commit."""
+
+    repo: str
+    commit: str
+
+
+class AdapterVersion(Part, frozen=True, kw_only=True):
+    """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
+
+    ``hub`` is where it was pulled from, ``pushed`` where it was pushed to last.
+    """
+
+    version: Count
+    digest: str
+    path: str
+    base: str
+    fingerprint: str
+    trained_on: list[str] = msgspec.field(default_factory=list)
+    created: str
+    lora: Lora
+    parameters: Count
+    dtype: str
+    bytes: Count = 0
+    data: DataSource | None = None
+    eval_data: DataSource | None = None
+    settings: dict[str, _Setting] | None = None
+    run: Run | None = None
+    hub: HubSource | None = None
+    pushed: HubSource | None = None
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Adapter(Entry, frozen=True, kw_only=True):
+    """``adapters/NAME.yaml``: every version of one adapter, newest last."""
+
+    name: str
+    description: str = ""
+    versions: list[AdapterVersion]
+
+    def newest(self) -> AdapterVersion:
+        return self.versions[-1]
+
+
+class GivenNumber(Part, frozen=True, kw_only=True):
+    """A version number that was given, and to what: it is never given to anything else."""
+
+    version: Count
+    digest: str
+
+
+class Removed(Entry, frozen=True, kw_only=True):
+    """``removed/NAME.yaml``: what an adapter had once. ``versions`` are those whose weights are still there."""
+
+    name: str
+    given: list[GivenNumber]
+    versions: list[AdapterVersion] = msgspec.field(default_factory=list)
+
+
+class Member(Part, frozen=True, kw_only=True):
+    """One member of a stack, pinned."""
+
+    adapter: str
+    version: Count
+    digest: str
+    weight: Finite = 1.0
+
+
+class MethodOptions(Part, frozen=True, kw_only=True):
+    """What a method of composing takes; which of it, :mod:`stackctl.plan.methods` says."""
+
+    rank: Annotated[int, Meta(ge=1)] | Literal["auto"] | None = None
+    tolerance: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    density: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Stack(Entry, frozen=True, kw_only=True):
+    """``stacks/NAME.yaml``: a recipe, never a copy of tensors."""
+
+    name: str
+    base: str
+    fingerprint: str
+    method: str = "sum"
+    options: MethodOptions = msgspec.field(default_factory=MethodOptions)
+    members: list[Member]
+    created: str
+
+
+Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides what training makes of given data, with its one default."""
+
+    rank: Rank = 16
+    alpha: Annotated[float, Meta(gt=0, le=_HUGE, description="LoRA alpha; twice the rank if left out.")] | None = None
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout before the new adapter.")] = 0.0
+    target_modules: Annotated[
+        list[str] | str, Meta(description="Modules to adapt: names joined by ',', a regular expression, or all-linear.")
+    ] = "all-linear"
+    use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
+    epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
+    max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
+    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = 8
+    gradient_accumulation: Annotated[int, Meta(ge=1, description="Micro-batches in an optimizer step.")] = 1
+    max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
+    pack: Annotated[
+        bool, Meta(description="Join text records into full sequences of --max-length, documents kept apart.")
+    ] = False
+    learning_rate: Annotated[float, Meta(gt=0, le=_HUGE, description="Peak learning rate.")] = 2e-4
+    scheduler: Annotated[
+        Literal["linear", "cosine", "constant", "constant_with_warmup"],
+        Meta(description="How the learning rate goes."),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Meta(ge=0, le=_HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
+    ] = 0.03
+    weight_decay: Annotated[float, Meta(ge=0, le=_HUGE, description="Weight decay of AdamW.")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "nf4"],
+        Meta(
+            description="Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, "
+            "multiplied in bfloat16 where that is faster; nf4 needs the extra [quant]."
+        ),
+    ] = "auto"
+    frozen: Annotated[
+        Literal["auto", "fold", "live"],
+        Meta(description="The frozen stack: folded into the base in memory, or kept live beside it."),
+    ] = "auto"
+    eval_steps: (
+        Annotated[
+            int, Meta(ge=1, description="Optimizer steps between looks at --eval-data; a tenth of the run if left out.")
+        ]
+        | None
+    ) = None
+    keep: Annotated[
+        Literal["best", "last"],
+        Meta(description="With --eval-data: which weights are registered, those with the lowest loss or the last."),
+    ] = "best"
+    patience: (
+        Annotated[int, Meta(ge=1, description="Stop after so many looks at --eval-data in a row without a lower loss.")]
+        | None
+    ) = None
+
+    def effective_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter to train, as a recipe or ``--config`` says it."""
+
+    on: str | None = None
+    base: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    description: str = ""
+    save_steps: Annotated[int, Meta(ge=1)] | None = None
+    report_to: list[str] | str | None = None
+    num_processes: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    accelerate_config: str | None = None
+    cache: bool = True
+    gradient_checkpointing: bool = False
+
+    @property
+    def held_out_decides(self) -> bool:
+        """Whether the held-out records have a say in which weights come out."""
+        return self.eval_data is not None and (self.keep == "best" or self.patience is not None)
+
+    def settings(self) -> TrainSettings:
+        return TrainSettings(**{name: getattr(self, name) for name in TrainSettings.__struct_fields__})
+
+
+class PushTarget(Part, frozen=True, kw_only=True):
+    stack: str | None = None
+    repo: str
+    base_id: str | None = None
+    private: bool = False
+
+
+class Recipe(Part, frozen=True, kw_only=True):
+    """``stackctl.yaml``: what to train, on what, and what to make of it."""
+
+    base: str | None = None
+    train: dict[str, TrainJob] = msgspec.field(default_factory=dict)
+    stacks: dict[str, str] = msgspec.field(default_factory=dict)
+    push: PushTarget | None = None
+
+
+class CheckpointMember(Part, frozen=True, kw_only=True):
+    """One adapter that a checkpoint stands on; ``repo`` is where it lives on the Hub, when that was known."""
+
+    adapter: str
+    version: Count
+    digest: str
+    weight: Finite = 1.0
+    repo: str | None = None
+
+
+class AdapterInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """``adapter_info.json``: what a checkpoint that was copied elsewhere says of itself."""
+
+    schema: int = 1
+    adapter: str
+    version: Count
+    base: str
+    base_fingerprint: str
+    trained_on: list[CheckpointMember] = msgspec.field(default_factory=list)
+    base_hub_id: str | None = None
+    chat_template: str | None = None
+    usage: str = ""
+    created_by: str = ""

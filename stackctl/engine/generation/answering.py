@@ -1,0 +1,155 @@
+"""Answer prompts with a model as it stands: in batches of like length, or one by one and streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from stackctl.engine.generation.prefix_cache import Remembered
+from stackctl.engine.generation.prompts import encode_prompts
+from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
+from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
+from stackctl.engine.models import StackedModel, evaluating
+from stackctl.engine.records import Prompt
+
+_WINDOW = 16
+"""Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``."""
+
+    prompt: Prompt
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    stop: str
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+def generate(
+    stacked: StackedModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    on_text: OnText | None = None,
+    remembered: Remembered | None = None,
+) -> Iterator[Generated]:
+    """Answer prompts, in order; with ``on_text`` one by one, each streamed as it comes.
+
+    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one.
+
+    Raises:
+        Usage: a prompt is empty or does not fit the context.
+    """
+    encoded = encode_prompts(stacked, prompts, sampling)
+    seeds = row_seeds(sampling.seed, map(tuple, encoded))
+    limit = stacked.base.context_length
+    longest = limit - sampling.max_new_tokens if limit else None
+    waiting: dict[int, Generated] = {}
+    following = 0
+    for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
+        asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
+        answers = _answer(asked, ids, [seeds[i] for i in rows], stacked, sampling, on_text, remembered)
+        waiting.update(zip(rows, answers, strict=True))
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:
+    """Which prompts to answer together, by number: those of like length among every so many.
+
+    One that is longer than ``longest``, whose answer the context may cut short, stands alone.
+    """
+    for start in range(0, len(lengths), size * _WINDOW):
+        window = range(start, min(start + size * _WINDOW, len(lengths)))
+        fitting = sorted((i for i in window if longest is None or lengths[i] <= longest), key=lambda i: lengths[i])
+        together = [fitting[at : at + size] for at in range(0, len(fitting), size)]
+        yield from sorted([*together, *([i] for i in window if i not in set(fitting))], key=min)
+
+
+def _answer(
+    prompts: Sequence[Prompt],
+    batch: Sequence[list[int]],
+    seeds: list[int],
+    stacked: StackedModel,
+    sampling: Sampling,
+    on_text: OnText | None,
+    remembered: Remembered | None,
+) -> list[Generated]:
+    """One batch, padded on the left; transformers counts positions from each row's first real token."""
+    width = max(len(ids) for ids in batch)
+    pad = _pad_token(stacked)
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=stacked.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=stacked.device)
+    limit = stacked.base.context_length
+    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
+    answers = [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in batch]
+    config = GenerationConfig(
+        max_new_tokens=min(sampling.max_new_tokens, limit - width) if limit else sampling.max_new_tokens,
+        do_sample=False,  # the draw is a processor of ours, and leaves one token to choose
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    answering = Answering(answers, width)
+    started = time.perf_counter()
+    cache = remembered.begin(stacked, batch[0]) if remembered else None
+    try:
+        with evaluating(stacked.model), _without_defaults(stacked.model):
+            stacked.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors(sampling, [len(ids) for ids in batch], seeds),
+                stopping_criteria=StoppingCriteriaList([answering]),
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+    finally:
+        if remembered:
+            remembered.keep(answering.computed)
+    for answer in answers:
+        answer.finish()
+    seconds = time.perf_counter() - started
+    return [
+        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds)
+        for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _pad_token(stacked: StackedModel) -> int:
+    tokenizer = stacked.tokenizer
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def generate_reply(
+    stacked: StackedModel, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
+) -> Generated:
+    """The answer to one prompt, streamed."""
+    return next(generate(stacked, [prompt], sampling, on_text=on_text, remembered=remembered))

@@ -1,0 +1,85 @@
+"""What a model has computed of a conversation, kept so that the next prompt is computed from where it differs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from stackctl.engine.models import StackedModel
+from stackctl.plan.model import StackPlan
+
+_CHANGING = ("dynamic", "longrope")
+"""Rotary positions whose frequencies depend on how long the text is: what was computed for a shorter one is not that
+of a longer one."""
+
+
+class Remembered:
+    """Keys and values of the tokens that went through a model last, under the stack that was used then.
+
+    They are taken up again as far as the next prompt begins with the same tokens, if the stack is still the same. What
+    cannot be cut to that length (a window that has moved on, a recurrent state) is computed again.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._cache: DynamicCache | None = None
+        self._plan: StackPlan | None = None
+
+    def begin(self, stacked: StackedModel, ids: Sequence[int]) -> DynamicCache | None:
+        """The cache to answer a prompt with, which holds its beginning; None for a model that keeps something else.
+
+        At least one token is left to compute. Call ``keep`` with what went through the model when it is answered.
+        """
+        cache, self._cache = self._cache, None
+        if cache is not None and self._plan is stacked.plan:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False))
+            length = min(len(list(same)), len(ids) - 1)
+            if length and _cut(cache, length):
+                self._cache = cache
+        if self._cache is None:
+            self._plan, self._cache = stacked.plan, _new_cache(stacked)
+        return self._cache
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """These went through the model whole; whatever the cache holds beyond them is cut off.
+
+        Nothing is kept when that cannot be done, as after Ctrl-C in the middle of a layer.
+        """
+        self._ids = list(ids)
+        if self._cache is not None and not (ids and _cut(self._cache, len(ids))):
+            self._cache = None
+
+
+def _new_cache(stacked: StackedModel) -> DynamicCache | None:
+    model = stacked.model
+    if not model._supports_default_dynamic_cache() or _positions_change(stacked):
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
+
+
+def _positions_change(stacked: StackedModel) -> bool:
+    kinds: list[str] = []
+    for module in stacked.model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds += kind.values() if isinstance(kind, dict) else [kind] if isinstance(kind, str) else []
+    return any(changing in kind for kind in kinds for changing in _CHANGING)
+
+
+def _cut(cache: DynamicCache, length: int) -> bool:
+    """Leave the first ``length`` tokens in every layer; whether that was possible."""
+    for layer in cache.layers:
+        surplus = layer.get_seq_length() - length
+        if surplus < 0:
+            return False
+        try:
+            if surplus:
+                layer.crop(-surplus)
+        except RuntimeError:  # a window that has moved on
+            return False
+        if layer.get_seq_length() != length or layer.keys.shape[-2] != layer.values.shape[-2]:
+            return False
+    return True

@@ -1,0 +1,85 @@
+"""What a plan's method makes of each module's factors: as a full delta to fold, or as a pair to write.
+
+The sum never forms more than it must; the other methods are looked up in :mod:`stackctl.plan.methods` and measured
+against the exact sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackctl.engine import algebra
+from stackctl.engine.tensors import MemberTensors
+from stackctl.plan.methods import METHODS, SUM
+from stackctl.plan.model import ModulePlan, StackPlan
+
+
+def combine(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair | Tensor:
+    """A module's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one."""
+    function = getattr(algebra, METHODS[plan.method].function)
+    if plan.method == SUM:
+        pair: algebra.Pair = function(factors)
+        return pair
+    result: algebra.Pair | Tensor = function(factors, **_options(plan, module))
+    return result
+
+
+def _options(plan: StackPlan, module: ModulePlan) -> dict[str, Any]:
+    """The method's options, with a seed of the module's own, so that the order of modules changes nothing."""
+    options = {key: getattr(plan.options, key) for key in plan.options.__struct_fields__}
+    if options["seed"] is not None:
+        name = hashlib.sha256(f"{options['seed']} {module.name}".encode()).digest()
+        options["seed"] = int.from_bytes(name[:7], "little")
+    return options
+
+
+def module_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
+    """The full delta (out, in) in float32."""
+    if plan.method == SUM:
+        return algebra.delta(factors)
+    made = combine(plan, module, factors)
+    return made if isinstance(made, Tensor) else made[1] @ made[0]
+
+
+def module_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
+    """The delta as a pair; a full matrix is cut to the rank that the plan gives the module."""
+    made = combine(plan, module, factors)
+    return algebra.factorise(made, plan.rank_of(module)) if isinstance(made, Tensor) else made
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a method's result is from the exact sum: ‖made - sum‖ / ‖sum‖ over all modules, and the worst one."""
+
+    relative_error: float
+    worst: float
+    worst_module: str
+    rank: int
+
+
+def measure(plan: StackPlan) -> Measured:
+    """Compare a plan's method with the exact sum, module by module, in float64."""
+    lost = total = worst = 0.0
+    worst_module, rank = "", 0
+    with torch.no_grad(), MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            factors = tensors.factors(module)
+            exact = algebra.concatenate(factors)
+            made = combine(plan, module, factors)
+            norm = algebra.product_norm(*exact)
+            if isinstance(made, Tensor):
+                gap = float((made.double() - algebra.delta(factors, torch.float64)).norm())
+                rank = max(rank, min(made.shape))
+            else:
+                gap = algebra.relative_error(exact, made) * norm
+                rank = max(rank, made[0].shape[0])
+            lost, total = lost + gap**2, total + norm**2
+            if norm and gap / norm > worst:
+                worst, worst_module = gap / norm, module.name
+    return Measured((lost / total) ** 0.5 if total else 0.0, worst, worst_module, rank)

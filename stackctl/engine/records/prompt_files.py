@@ -1,0 +1,100 @@
+"""Prompts from a file: texts, or conversations that wait for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stackctl.core.errors import Usage
+from stackctl.engine.records.shapes import instruction_text, messages_of, text_of
+from stackctl.engine.records.sources import lines_of
+from stackctl.engine.records.strict_json import parse_json, parse_lines
+from stackctl.engine.records.types import BadRecord, Message
+from stackctl.storage.files import existing
+
+_HINT = 'a record is {"prompt"}, {"messages": [{"role", "content"}]}, {"instruction", "input"} or a string'
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked.
+
+    ``text`` is the prompt as it was given, or the last message of a conversation; ``messages`` the conversation, which
+    ends with what is to be answered, or None; ``place`` names it in errors.
+    """
+
+    text: str
+    messages: list[Message] | None = None
+    place: str = "the prompt"
+
+
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """Every prompt of a file: JSON Lines or a JSON list by its suffix, else one prompt on each line that is not blank.
+
+    A conversation that ends with the assistant, as records of training do, is asked again without that last answer.
+
+    Raises:
+        NotFound, Usage: no such file, or some lines hold no prompt (the first five are named).
+    """
+    if existing(path, "the file of prompts").is_dir():
+        raise Usage(f"{path} is a folder, not a file of prompts", hint=_HINT)
+    if path.is_char_device() or path.is_block_device():  # some never end
+        raise Usage(f"{path} is a device, not a file of prompts", hint=_HINT)
+    data = b"\n".join(lines_of(path, str(path)))
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        lines = enumerate((line.removesuffix("\r") for line in data.decode().split("\n")), 1)
+        return [Prompt(line, place=f"{path}, line {number}") for number, line in lines if line.strip()]
+    values: Iterable[tuple[int, Any]]
+    unit: Literal["line", "record"]
+    values, unit = _values(data, path)
+    prompts, problems = [], []
+    for number, value in values:
+        try:
+            if isinstance(value, BadRecord):
+                raise value
+            prompts.append(_prompt(value, f"{path}, {unit} {number}"))
+        except BadRecord as error:
+            problems.append(f"{unit} {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise Usage(f"{path}: {'; '.join(problems[:_SHOWN])}{more}", hint=_HINT)
+    return prompts
+
+
+def _values(data: bytes, path: Path) -> tuple[Iterable[tuple[int, Any]], Literal["line", "record"]]:
+    if not data.lstrip().startswith(b"["):
+        return parse_lines(data.split(b"\n")), "line"
+    try:
+        return enumerate(parse_json(data), 1), "record"
+    except BadRecord as error:
+        raise Usage(
+            f"{path}, line {error.line or 1}: {error}", hint="repair the JSON, or give one record per line"
+        ) from None
+
+
+def _prompt(value: Any, place: str) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(text_of(value, "the prompt"), place=place)
+    if not isinstance(value, dict):
+        raise BadRecord("no prompt")
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(value.get(key), list):
+            return conversation(messages_of(value[key], f"'{key}'"), place)
+    if value.get("prompt") is not None:
+        return Prompt(text_of(value["prompt"], "'prompt'"), place=place)
+    if value.get("instruction") is not None:
+        return Prompt(instruction_text(value), place=place)
+    raise BadRecord(f"no prompt (it has {', '.join(repr(key) for key in list(value)[:6]) or 'nothing'})")
+
+
+def conversation(messages: list[Message], place: str) -> Prompt:
+    """A conversation as a prompt: up to the last turn that is not the assistant's."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if not any(message["role"] not in ("assistant", "system", "developer") for message in messages[:end]):
+        raise BadRecord("no message that could be answered")
+    return Prompt(messages[end - 1]["content"], messages[:end], place)

@@ -1,0 +1,142 @@
+"""Records from files and from the Hub, checked before anything is computed.
+
+What is wrong with a file is said at once and by line, so that one run of the command is enough to repair it. Nothing
+is repaired silently: a record that is dropped or guessed at changes what the model learns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stackctl.core.errors import Usage
+from stackctl.engine.records import sources
+from stackctl.engine.records.shapes import PARSERS, SHAPE_HINT, checked_shape
+from stackctl.engine.records.sources import KINDS_HINT
+from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
+from stackctl.storage.files import missing
+
+_NO_HUB_ID = re.compile(
+    r".*\.(jsonl|json|parquet|txt|csv|tsv|jsonlines|ndjson|arrow|gz|zst|bz2|xz|zip|yaml|yml|md|xlsx)", re.IGNORECASE
+)
+"""What ends like this is a file that is missing, not a Hub data set, though ``data/chat.jsonl`` could be both."""
+_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>[\w.\[\]:%-]+))?", re.ASCII)
+_SHOWN = 5
+
+
+@dataclass
+class RecordStream:
+    """The records of one source, read and checked as they are asked for, so that memory holds a few at a time.
+
+    ``format`` and ``count`` are known when ``records`` has ended; otherwise as :class:`RecordSet`. ``share`` is how
+    much of the source was read, from 0 to 1.
+    """
+
+    source: sources.Source
+    format: Format = "text"
+    count: int = 0
+    share: float = 0.0
+
+    @property
+    def path(self) -> str:
+        return self.source.name
+
+    @property
+    def sha256(self) -> str:
+        return self.source.sha256
+
+    @property
+    def unit(self) -> Unit:
+        return self.source.unit
+
+    def place(self, number: int) -> str:
+        """``line 3``: where a record stands, for messages."""
+        return f"{self.unit} {number}"
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """Every record, from the first. Once one was bad no more come, but the rest is read to name all that are bad.
+
+        Raises:
+            Usage: there are no records, or some are bad (the first five are named).
+        """
+        problems: list[str] = []
+        first: tuple[Format, int] | None = None
+        self.count = bad = 0
+        for number, value in self.source.values(self._seen):
+            try:
+                if isinstance(value, BadRecord):
+                    raise value
+                shape = checked_shape(value)
+                first = first or (shape, number)
+                if shape != first[0]:
+                    raise BadRecord(f"has the shape of '{shape}', but {self.place(first[1])} that of '{first[0]}'")
+                record = PARSERS[shape](number, value)
+            except BadRecord as error:
+                bad += 1
+                if bad <= _SHOWN:
+                    column = f", column {error.column}" if error.column else ""
+                    problems.append(f"{self.place(number)}{column}: {error}")
+                continue
+            if not bad:
+                self.format, self.count = shape, self.count + 1
+                yield record
+        if bad:
+            more = f"; and {bad - _SHOWN} more" if bad > _SHOWN else ""
+            raise Usage(f"{self.path}: {'; '.join(problems)}{more}", hint=SHAPE_HINT)
+        if not self.count:
+            raise Usage(f"{self.path} holds no records", hint=SHAPE_HINT)
+
+    def _seen(self, share: float) -> None:
+        self.share = share
+
+    def peek_format(self) -> Format | None:
+        """The shape of the first record that has one."""
+        for _, value in self.source.values(lambda _: None):
+            try:
+                return checked_shape(value)
+            except BadRecord:
+                continue
+        return None
+
+
+def open_records(source: str | Path) -> RecordStream:
+    """The records of a file or of a Hub data set: ``org/name``, which is ``org/name:train``, or another split.
+
+    A ``.txt`` file holds documents separated by blank lines: a record per line would cut prose into sentences, and one
+    record per file could not be shuffled. Text whose paragraphs belong together is better given as ``{"text"}``.
+
+    Raises:
+        NotFound: there is no such file or data set.
+        Usage: the wrong kind of file.
+        HubFailure: the Hub could not be asked.
+    """
+    name, path = str(source), Path(source)
+    if not path.exists():
+        if (hub := _HUB_ID.fullmatch(name)) and not _NO_HUB_ID.fullmatch(name):
+            return RecordStream(sources.open_hub(hub["name"], hub["split"]))
+        raise missing(path, "the data file")
+    readers: dict[str, Callable[[Path, str], sources.Source]] = {
+        ".jsonl": sources.open_json_lines,
+        ".json": sources.open_json,
+        ".parquet": sources.open_parquet,
+        ".txt": sources.open_text,
+    }
+    if not path.is_file():
+        raise Usage(f"{name} is {'a folder' if path.is_dir() else 'not a file'}, not a data file", hint=KINDS_HINT)
+    if (suffix := path.suffix.lower()) not in readers:
+        raise Usage(f"{name} is no kind of data file that is read ({suffix or 'it has no suffix'})", hint=KINDS_HINT)
+    return RecordStream(readers[suffix](path, name))
+
+
+def read_records(source: str | Path) -> RecordSet:
+    """All records of a source at once; see :func:`open_records`.
+
+    Raises:
+        NotFound, Usage, HubFailure: as there, or there are no records, or bad ones.
+    """
+    stream = open_records(source)
+    records = list(stream.records)
+    return RecordSet(records, stream.format, stream.path, stream.sha256, stream.count, stream.unit)

@@ -1,0 +1,80 @@
+"""How the records of a micro-batch share a row: the fastest way that leaves a model's numbers what they are.
+
+Models differ in what they make of records in a row, so this looks instead of believing: two records are put through
+the model together, and each by itself with the model's own attention, and the logits must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import is_flash_attn_2_available
+
+from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.logits import causal_lm, difference, supervised_logits
+from stackctl.engine.models import evaluating
+from stackctl.engine.segment_attention import SEGMENTS
+
+Layout = Literal["segments", "flash", "mask", "apart"]
+"""Attention record by record; flash attention's own; a mask of all pairs in the row; or records run one by one."""
+
+_IMPLEMENTATIONS: dict[Layout, str] = {"flash": "flash_attention_2", "segments": SEGMENTS}
+_TOKENS = 48
+_BEYOND = 32
+"""By how much a probe is longer than what a model attends to at once, so that a window that was lost shows."""
+
+
+def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int) -> Layout:
+    """Give ``model`` the fastest attention that agrees with its own, and say which that is.
+
+    ``longest`` is the length in tokens of the longest record to come.
+    """
+    inner = causal_lm(model)
+    own = inner.config._attn_implementation
+    pair = _probe(inner, examples, longest)
+    with evaluating(model):
+        apart = torch.cat([_logits(model, [example]) for example in pair])
+        tolerance = 1e-3 if apart.dtype == torch.float32 else 3e-2
+
+        def agrees() -> bool:
+            return difference(_logits(model, pair).float(), apart.float()) <= tolerance
+
+        for layout in _faster(inner, own):
+            with contextlib.suppress(TypeError, ImportError):  # a forward, or a machine, that cannot take it
+                inner.set_attn_implementation(_IMPLEMENTATIONS[layout])
+                if agrees():
+                    return layout
+            inner.set_attn_implementation(own)
+        return "mask" if agrees() else "apart"
+
+
+def _faster(inner: nn.Module, own: str) -> Iterator[Layout]:
+    """What may take the place of PyTorch's attention; a model that runs another one has its reasons."""
+    if own == "sdpa":
+        if inner.device.type == "cuda" and inner.dtype != torch.float32 and is_flash_attn_2_available():
+            yield "flash"
+        yield "segments"
+
+
+def _probe(inner: nn.Module, examples: Sequence[Example], longest: int) -> list[Example]:
+    """Two records made of the data's tokens, the first longer than any window that a record of the data exceeds."""
+    config = inner.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    exceeded = [window + _BEYOND for window in windows if isinstance(window, int) and window < longest]
+    tokens = itertools.cycle([token for example in examples[:2] for token in example.input_ids])
+    pair = []
+    for length in (max([_TOKENS, *exceeded]), _TOKENS // 2):
+        ids = list(itertools.islice(tokens, min(length, longest)))
+        pair.append(Example(ids, [IGNORED, *ids[1:]]))
+    return pair
+
+
+def _logits(model: nn.Module, rows: list[Example]) -> Tensor:
+    device = next(model.parameters()).device
+    batch: dict[str, Any] = {key: value.to(device) for key, value in collate(rows).items()}
+    return supervised_logits(model, batch)

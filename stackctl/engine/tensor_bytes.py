@@ -1,0 +1,53 @@
+"""Bytes of tensors, read from safetensors files by their place in the file. No torch.
+
+Not mapped: a mapped file counts as memory once it was touched, and an export shall need no more than one module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from stackctl.core.errors import VerificationFailed
+from stackctl.lora.checkpoint import TensorInfo
+from stackctl.plan.model import StackPlan
+
+
+class OpenFiles:
+    """Open files to read from; each is opened once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in self._files.values():
+            stream.close()
+        self._files.clear()
+
+    def read_into(self, path: Path, info: TensorInfo, buffer: memoryview, offset: int = 0) -> None:
+        """Fill ``buffer`` with a tensor's bytes, from its byte ``offset`` on.
+
+        Raises:
+            VerificationFailed: they are not there.
+        """
+        stream = self._files.get(path)
+        if stream is None:
+            stream = self._files[path] = path.open("rb")
+        stream.seek(info.start + offset)
+        if stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            raise VerificationFailed(f"{path} ends within {info.name}", hint="restore the file from where it came")
+
+
+def not_finite(plan: StackPlan, member: int, info: TensorInfo) -> VerificationFailed:
+    """The error of a member whose tensor holds NaN or infinity."""
+    label = plan.members[member].label
+    return VerificationFailed(
+        f"{label} holds values that are not finite numbers, in {info.name}",
+        hint=f"use an earlier version, or train {plan.members[member].adapter or label} again",
+    )

@@ -1,0 +1,49 @@
+"""The adapter in training: its parameters, their names, and how they become a PEFT checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stackctl.engine.training.distributed import whole
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS
+
+ADAPTER = "default"
+"""The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
+_WRAPPER = "_checkpoint_wrapped_module."
+"""What accelerate's activation checkpointing puts into the names of everything inside a layer."""
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter in training, by the names that they have in a checkpoint."""
+    return {name.replace(f".{ADAPTER}", "").replace(_WRAPPER, ""): p for name, p in trained_parameters(model)}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter in training by its names in the model; where it is sharded, every rank has to ask."""
+    return {name: whole(p.detach()) for name, p in trained_parameters(model)}
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What learns, with its names in the model as it is wrapped."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write :func:`adapter_state` as a PEFT checkpoint at ``folder``'s root, in float32."""
+    model.save_pretrained(
+        folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
+    )
+    if any(_WRAPPER in name for name in state):  # PEFT finds tensors by the wrapped names only, and writes those
+        tensors = load_file(folder / WEIGHTS)
+        save_file({name.replace(_WRAPPER, ""): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    config = folder / CONFIG
+    settings = json.loads(config.read_text())
+    if isinstance(settings.get("target_modules"), list):  # a set inside PEFT, and so in another order in each process
+        settings["target_modules"].sort()
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed

@@ -1,0 +1,81 @@
+"""A job's data, read and tokenised, and what a person should know about it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stackctl.core.errors import Usage
+from stackctl.engine import data as data_module
+from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
+from stackctl.engine.data.token_cache import encode_cached
+from stackctl.engine.records import RecordStream, open_records
+from stackctl.jobs.job import PreparedJob
+from stackctl.render.record_preview import Part, render_preview
+from stackctl.render.terminal import Painted, colours_on, width_of
+
+Say = Callable[[str], None]
+_NAMED = 20
+"""How many records a note names."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A job's data, read and tokenised."""
+
+    records: RecordStream
+    encoded: Encoded
+    rows: Rows
+    """What one place of a micro-batch holds: one record, or a packed sequence of several."""
+    held_out: RecordStream | None
+    evaluation: Encoded | None
+
+
+def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Reading = lambda _: None) -> Corpus:
+    """Read and tokenise a job's data, and say what a person should know about it.
+
+    Raises:
+        NotFound, Usage: it is missing, malformed, or nothing in it can be learned from.
+    """
+    job, context = prepared.job, prepared.base.context_length
+    length = min(job.max_length, context or job.max_length)
+    if length < job.max_length:
+        say(f"--max-length {job.max_length} is more than {prepared.base.name} reads at once: {length} is used")
+    records = open_records(prepared.data)
+    if job.pack and (shape := records.peek_format()) not in ("text", None):
+        raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
+
+    def encode(source: RecordStream, **options: Any) -> Encoded:
+        return encode_cached(source, tokenizer, max_length=length, cache=job.cache, reading=reading, **options)
+
+    encoded = encode(records, split_long=job.pack)
+    held_out = open_records(prepared.eval_data) if prepared.eval_data else None
+    evaluation = encode(held_out) if held_out else None
+    for note in encoded.notes:
+        say(f"note: {note}")
+    if encoded.truncated:
+        say(f"note: {encoded.truncated} of {records.count} records were cut to {length} tokens (--max-length)")
+    if encoded.unsupervised:
+        more = ", …" if len(encoded.unsupervised) > _NAMED else ""
+        named = ", ".join(map(str, encoded.unsupervised[:_NAMED])) + more
+        say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
+    share = encoded.supervised_tokens / max(encoded.tokens, 1)
+    say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
+    colours = colours_on(sys.stderr)
+    say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
+    parts = preview_parts(encoded.examples[0], tokenizer)
+    say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
+    rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
+    return Corpus(records, encoded, rows, held_out, evaluation)
+
+
+def preview_parts(example: Example, tokenizer: Any) -> list[Part]:
+    """The text of an example, special tokens and all, in pieces that are learned or not."""
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), learned)
+        for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    ]

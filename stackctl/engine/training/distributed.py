@@ -1,0 +1,95 @@
+"""The processes that train together: joined once, in step at every point where one of them writes.
+
+Alone, a process is a group of one, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import Sampler
+
+from stackctl.core.errors import Failed
+from stackctl.jobs import ranks
+
+
+def join(device: torch.device) -> None:
+    """Join the group that the launcher made.
+
+    Raises:
+        Failed: the group is not what was launched.
+    """
+    if not ranks.is_launched():
+        return
+    if device.type == "cpu":  # else accelerate takes the processes for one each, having found no GPU
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # --dtype says it, and autocast is where the loss is computed
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # the proofs need a whole base on each rank, once
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes != ranks.world_size():
+        raise Failed(f"{ranks.world_size()} processes were launched, and {state.num_processes} found one another")
+
+
+def is_sharded() -> bool:
+    """Whether accelerate will shard the model over the group."""
+    return ranks.is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The body runs on rank 0, and on the others when that is done: caches are made once."""
+    if ranks.world_size() == 1:
+        yield
+        return
+    with PartialState().main_process_first():
+        yield
+
+
+def wait() -> None:
+    """Go on when all of the group are here."""
+    if ranks.world_size() > 1:
+        PartialState().wait_for_everyone()
+
+
+class WholeSteps(Sampler[int]):
+    """The order of one process, in which every step has the same number of micro-batches on each rank.
+
+    accelerate deals whole micro-batches to the ranks in turn, and would fill the last step up by repeating records.
+    Here places are filled up with the number ``size``, which means nothing: an epoch sees each record once.
+    """
+
+    def __init__(self, size: int, places: int, seed: int) -> None:
+        """``size``: records; ``places``: records of one micro-batch of all ranks together."""
+        self._order = SeedableRandomSampler(range(size), data_seed=seed)
+        self._size = size
+        self._missing = -size % places
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order
+        yield from [self._size] * self._missing
+
+    def __len__(self) -> int:
+        return self._size + self._missing
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter as one tensor, gathered if it is sharded; then every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, value: Tensor) -> Any:
+    """``value``, sharded as ``tensor`` is."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return value.to(tensor.device)

@@ -1,0 +1,139 @@
+"""Held-out records during a run: their loss at intervals, the weights that were best, and when to stop.
+
+Trainer decides when to look (``eval_steps``) and reports what was found. Which weights were best is kept here, in
+memory and with each save: Trainer would save optimizer and all at every look, and load the best weights into the first
+active adapter, which may be a frozen one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stackctl.core.errors import Failed
+from stackctl.core.schema import TrainJob
+from stackctl.engine.data import Example
+from stackctl.engine.evaluation import record_losses, supervised_count
+from stackctl.engine.training.adapter import trained_parameters
+from stackctl.engine.training.callbacks import Counters
+from stackctl.engine.training.trainer import StackTrainer
+
+_LOOKS = 10
+"""How often a run looks at held-out records unless told otherwise."""
+_BEST = "best_{rank}.safetensors"
+
+
+def evaluation_steps(job: TrainJob, steps: int) -> int:
+    """Optimizer steps between two looks at the held-out records."""
+    return job.eval_steps or max(1, steps // _LOOKS)
+
+
+class HeldOut(TrainerCallback):
+    """The held-out records of a run.
+
+    ``looks`` has an entry for each look: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
+    tokens; the first is of step 0, before anything is learned. The list is that of the run's counters, with which it is
+    saved and restored.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], job: TrainJob, counters: Counters, say: Callable[[str], None]
+    ) -> None:
+        self._examples = examples
+        self._tokens = supervised_count(examples)
+        self._keeps_best = job.keep == "best"
+        self._patience = job.patience
+        self._counters = counters
+        self._say = say
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def looks(self) -> list[dict[str, float]]:
+        return self._counters.looks
+
+    # -- what was found -------------------------------------------------------------------------------------------
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The look with the lowest loss, the earliest of equal ones; step 0 has nothing to keep."""
+        return min((look for look in self.looks if look["step"]), key=lambda look: look["eval_loss"], default=None)
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The look at the weights that are registered."""
+        return self.best if self._keeps_best and self.best else self.looks[-1]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether ``patience`` looks in a row found nothing better."""
+        learned = [look for look in self.looks if look["step"]]
+        if self._patience is None or self.best is None:
+            return False
+        return len(learned) - 1 - learned.index(self.best) >= self._patience
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def look(self, trainer: StackTrainer) -> float:
+        """The loss of the model as it stands. Each process reads its share, and all of them know the result.
+
+        Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
+        processes together.
+
+        Raises:
+            Failed: the loss is no number.
+        """
+        processes, rank = trainer.args.world_size, trainer.args.process_index
+        share = -(-len(self._examples) // processes)
+        places = [rank + processes * turn for turn in range(share)]
+        losses = record_losses(trainer.model_wrapped, [self._examples[p % len(self._examples)] for p in places])
+        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
+        loss = trainer.sum_over_processes([own])[0] / max(self._tokens, 1)
+        step = trainer.state.global_step
+        if not math.isfinite(loss):
+            raise Failed(
+                f"the held-out loss after step {step} is not a finite number",
+                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
+            )
+        self.looks.append({"step": step, "eval_loss": loss})
+        self._say(f"step {step}: held-out loss {loss:.3f}")
+        if self._keeps_best and self.best is self.looks[-1]:
+            self._best = {
+                name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(trainer.model)
+            }
+        return loss
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step >= state.max_steps:  # whatever the interval: the last weights are looked at
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if self.is_over:
+            control.should_training_stop = True
+
+    # -- the best weights -----------------------------------------------------------------------------------------
+
+    def use_kept(self, model: nn.Module) -> None:
+        """Put the weights that are to be registered into the model."""
+        with torch.no_grad():
+            for name, parameter in trained_parameters(model) if self._best else ():
+                _local(parameter).copy_(self._best[name])
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write the best weights so far beside a save; with sharding each process has a part of them."""
+        if self._best:
+            save_file(self._best, folder / _BEST.format(rank=rank))
+
+    def load(self, folder: Path, rank: int) -> None:
+        file = folder / _BEST.format(rank=rank)
+        self._best = load_file(file) if file.is_file() else {}
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that is sharded as a DTensor; else all of it."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

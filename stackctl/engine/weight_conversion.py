@@ -1,0 +1,68 @@
+"""Load a model in another dtype than that of its files: each tensor is read and converted a piece at a time.
+
+transformers maps files into memory. Where nothing is converted the mapped pages are the weights; here they would be in
+memory beside them, all at once. Tensors that are read whole before they are converted cost less, but the largest of
+them, an embedding, is there twice, and the allocator keeps much of what was freed between the ones that stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from stackctl.engine.base_files import empty_model
+from stackctl.engine.tensor_bytes import OpenFiles
+from stackctl.engine.tensors import TORCH_DTYPES
+from stackctl.lora.checkpoint import TensorInfo
+from stackctl.registry.base_models import read_base_tensors
+
+_PIECE = 1 << 20
+"""Bytes that are read at once."""
+
+
+class Unread:
+    """A tensor of a file, as transformers' loader takes one: ``tensor[...].to(device, dtype)`` makes it.
+
+    Nothing is read before its dtype is known, and then straight into memory of that dtype.
+    """
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        self._path, self._info = path, info
+
+    def __getitem__(self, _: object) -> Unread:
+        return self
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        """The whole tensor, converted.
+
+        Raises:
+            VerificationFailed: the file ends within it.
+        """
+        info = self._info
+        made = torch.empty(info.shape, device=device, dtype=dtype)
+        size = info.end - info.start
+        if not size:
+            return made
+        buffer = bytearray(min(size, _PIECE))
+        piece = torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype])
+        places = made.view(-1).split(len(piece))
+        with OpenFiles() as files:  # of its own: the loader makes several at a time
+            for offset, place in zip(range(0, size, len(buffer)), places, strict=True):
+                files.read_into(self._path, info, memoryview(buffer)[: len(place) * piece.element_size()], offset)
+                place.copy_(piece[: len(place)])
+        return made
+
+
+def load_converting(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder on the CPU in ``dtype``; what it must keep in float32 stays so, as transformers has it."""
+    empty = empty_model(folder)
+    tensors = {name: Unread(*place) for name, place in read_base_tensors(folder).items()}
+    model: PreTrainedModel = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    with contextlib.suppress(OSError):  # many models have none
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model

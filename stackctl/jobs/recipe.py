@@ -1,0 +1,285 @@
+"""``stackctl.yaml``: what to train, on what, in which order, and what of it is out of date.
+
+Out of date means other bytes of data, other settings, another base or a newer version underneath; never a file's time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from stackctl.core import errors
+from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
+from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
+from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
+from stackctl.registry import Registry, ResolvedStack
+from stackctl.storage import files
+from stackctl.storage.yaml_files import convert, read_text
+from stackctl.storage.yaml_text import parse_yaml
+
+FILE = "stackctl.yaml"
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe and where it stands (its data paths are relative to that folder)."""
+
+    recipe: Recipe
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def job(self, name: str) -> TrainJob:
+        """A job of the recipe, on the recipe's base when it names none itself."""
+        job = self.recipe.train[name]
+        on_base = job.on is None or job.on == BASE
+        return msgspec.structs.replace(job, base=self.recipe.base) if on_base and not job.base else job
+
+
+def find_recipe() -> Path | None:
+    """The nearest ``stackctl.yaml`` from the working directory upward."""
+    here = Path.cwd()
+    return next((p / FILE for p in (here, *here.parents) if (p / FILE).is_file()), None)
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """Read and check a recipe by itself: its names, and that nothing stands on itself.
+
+    Raises:
+        NotFound, Usage: it is not there, or anything in it is wrong, all at once.
+    """
+    recipe = convert(parse_yaml(read_text(path), str(path)), Recipe, str(path))
+    problems: list[StackctlError] = []
+    checks: list[tuple[Callable[[str], Any], str]] = [
+        *((parse_name, name) for name in recipe.train),
+        *((parse_expression, job.on) for job in recipe.train.values() if job.on),
+        *((parse_expression, text) for text in [recipe.push and recipe.push.stack] if text),
+        *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
+    ]
+    for check, text in checks:
+        try:
+            check(text)
+        except StackctlError as error:
+            problems.append(Usage(f"{path}: {error.message}", hint=error.hint))
+    problems += [
+        Usage(f"{path}: '{name}' is both an adapter and a stack", hint="give the stack another name")
+        for name in set(recipe.train) & set(recipe.stacks)
+    ]
+    raise_all(problems)
+    try:
+        build_order(recipe)
+    except Usage as error:
+        raise Usage(f"{path}: {error.message}", hint=error.hint) from None
+    return RecipeFile(recipe, path.absolute())
+
+
+def _check_stack_name(name: str, expression: str) -> None:
+    """A stack's name that holds a '+' is that of its expression."""
+    parse_stack_name(name)
+    names = "+".join(term.reference.name for term in parse_expression(expression))
+    if "+" in name and name != names:
+        raise Usage(f"the stack '{name}' is not called what it is, {names}", hint="use a name without '+'")
+
+
+def build_order(recipe: Recipe) -> list[str]:
+    """The names of adapters and stacks, each after all that it stands on; stacks as late as they can be.
+
+    Raises:
+        Usage: some stand on one another in a circle.
+    """
+    parts = dict.fromkeys((*recipe.train, *recipe.stacks))
+    needs = {name: [n.name for n in _needs(recipe, name) if n.name in parts] for name in parts}
+    order: dict[str, None] = {}
+    for first in parts:
+        visiting = {first: iter(needs[first])} if first not in order else {}
+        while visiting:
+            name, left = next(reversed(visiting.items()))
+            needed = next((n for n in left if n not in order), None)
+            if needed is None:
+                order[name] = None
+                del visiting[name]
+            elif needed in visiting:
+                names = list(visiting)
+                circle = " -> ".join([*names[names.index(needed) :], needed])
+                raise Usage(f"parts of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
+            else:
+                visiting[needed] = iter(needs[needed])
+    return list(order)
+
+
+def _needs(recipe: Recipe, name: str) -> list[Reference]:
+    """What a part of the recipe names in its expression."""
+    expression = _expression(recipe, name)
+    return [term.reference for term in parse_expression(expression)] if expression else []
+
+
+def _expression(recipe: Recipe, name: str) -> str | None:
+    return recipe.train[name].on if name in recipe.train else recipe.stacks[name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do: an adapter to train or a stack to compose. ``why`` is None when it is up to date."""
+
+    kind: Literal["adapter", "stack"]
+    name: str
+    why: str | None
+
+
+def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -> list[Step]:
+    """What of a recipe is out of date, in the order of doing it. Nothing is loaded or changed.
+
+    Raises:
+        StackctlError: everything that would stop the building later, at once.
+    """
+    recipe = found.recipe
+    problems: list[StackctlError] = []
+    steps: list[Step] = []
+    going: set[str] = set()
+    attempt = functools.partial(errors.attempt, problems)
+    if recipe.base:
+        attempt(registry.base, recipe.base)
+    for name in build_order(recipe) if not problems else ():
+        kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
+        newer = [needed for needed in _needs(recipe, name) if needed.name in going and not _is_there(registry, needed)]
+        if newer:
+            attempt(_check_ahead, found, registry, name)
+            why = f"{newer[0]} is made anew"
+        else:
+            why = attempt(_why_train if kind == "adapter" else _why_compose, found, registry, name)
+            why = "--force" if force and kind == "adapter" else why
+        if why:
+            going.add(name)
+        steps.append(Step(kind, name, why))
+    if recipe.push and recipe.push.stack:
+        for needed in _made_elsewhere(recipe, recipe.push.stack):
+            attempt(registry.resolve, str(needed))
+    raise_all(problems)
+    return steps
+
+
+def _made_elsewhere(recipe: Recipe, expression: str | None) -> list[Reference]:
+    """What an expression names that is no part of the recipe."""
+    named = [term.reference for term in parse_expression(expression)] if expression else []
+    return [needed for needed in named if needed.name not in recipe.train and needed.name not in recipe.stacks]
+
+
+def _is_there(registry: Registry, reference: Reference) -> bool:
+    """Whether a certain version is meant, and exists: what is made anew beside it changes nothing."""
+    adapter = registry.find_adapter(reference.name) if reference.version is not None else None
+    return adapter is not None and any(version.version == reference.version for version in adapter.versions)
+
+
+def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
+    """What can be known of a part before that is made which it stands on."""
+    recipe, problems = found.recipe, list[StackctlError]()
+    checks: list[Callable[[], Any]] = [
+        functools.partial(registry.resolve, str(needed))
+        for needed in _made_elsewhere(recipe, _expression(recipe, name))
+    ]
+    if name in recipe.train:
+        job = recipe.train[name]
+        checks.append(functools.partial(data_path, job.data, found.folder, name))
+        if job.eval_data:
+            checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
+    for check in checks:
+        errors.attempt(problems, check)
+    raise_all(problems)
+
+
+def prepare_recipe_job(found: RecipeFile, registry: Registry, name: str) -> PreparedJob:
+    return prepare_job(registry, name, found.job(name), folder=found.folder, fresh=True)
+
+
+def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
+    adapter = registry.find_adapter(name)
+    prepared = prepare_recipe_job(found, registry, name)
+    if not adapter:
+        return "not trained yet"
+    newest = adapter.newest()
+    known = _outcome(_settings_of(name, newest), watched=newest.eval_data is not None)
+    settings = _outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
+    changed = [key for key, value in settings.items() if key in known and known[key] != value]
+    if changed:
+        return f"other {', '.join(changed)}"
+    path = Path(prepared.data)
+    if not newest.data or (path.is_file() and files.sha256_file(path) != newest.data.sha256):
+        return "other data"
+    if _other_held_out(prepared, newest):
+        return "other held-out data"
+    if newest.fingerprint != prepared.base.fingerprint:
+        return "another base"
+    if newest.trained_on != prepared.trained_on:
+        return (
+            f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
+        )
+    if not registry.weights_path(newest).is_dir():
+        return "its weights are missing"
+    return None
+
+
+def _settings_of(name: str, version: AdapterVersion) -> TrainSettings:
+    """The settings that a version was trained with; what its entry leaves out was at its default.
+
+    Raises:
+        Usage: they are none.
+    """
+    told = {key: value for key, value in (version.settings or {}).items() if key in TrainSettings.__struct_fields__}
+    try:
+        return msgspec.convert(told, TrainSettings)
+    except msgspec.ValidationError as error:
+        raise Usage(
+            f"the settings of {name}@{version.version} cannot be read: {error}",
+            hint=f"mend adapters/{name}.yaml in the registry",
+        ) from None
+
+
+def _outcome(settings: TrainSettings, *, watched: bool) -> dict[str, Any]:
+    """Settings in a form that is equal where training makes the same of them."""
+    told: dict[str, Any] = msgspec.to_builtins(settings)
+    targets = parse_targets(told["target_modules"])
+    told["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    told["alpha"] = told["alpha"] if told["alpha"] is not None else 2 * told["rank"]
+    ignored = () if watched else ("eval_steps", "keep", "patience")
+    return {key: value for key, value in told.items() if key not in ignored}
+
+
+def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:
+    """Whether held-out records that have a say in which weights come out are others now.
+
+    Versions that did not record them yet were made when they had none.
+    """
+    known = newest.eval_data
+    if not prepared.job.held_out_decides:
+        return known is not None and prepared.eval_data is None
+    if known is None:
+        return newest.run is None or newest.run.eval_loss is None
+    path = Path(prepared.eval_data or "")
+    return path.is_file() and files.sha256_file(path) != known.sha256
+
+
+def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:
+    """A stack of the recipe by the newest versions of what it names."""
+    expression = found.recipe.stacks[name]
+    return registry.resolve(expression, base=found.recipe.base if expression == BASE else None, fresh=True)
+
+
+def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None:
+    resolved = resolve_recipe_stack(found, registry, name)
+    registry.plan(resolved).check()
+    stack = registry.find_stack(name)
+    if not stack:
+        return "not composed yet"
+    wanted = [(m.adapter.name, m.version.version, m.version.digest, m.weight) for m in resolved.members]
+    same = wanted == [(m.adapter, m.version, m.digest, m.weight) for m in stack.members]
+    if stack.method != resolved.method:
+        return f"composed by {stack.method}"
+    return None if same and stack.fingerprint == resolved.base.fingerprint else "other members"

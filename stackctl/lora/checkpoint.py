@@ -1,0 +1,380 @@
+"""A PEFT checkpoint by its config and its safetensors *header*: names and shapes, never tensors.
+
+Formats: PEFT's ``adapter_config.json`` (src/peft/config.py, src/peft/tuners/lora/config.py) and the safetensors
+header (https://github.com/huggingface/safetensors#format): eight bytes of little-endian length, then JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.core.schema import AdapterInfo, Finite, Lora
+from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded, sha256_bytes, sha256_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+INFO = "adapter_info.json"
+_PREFIX = "base_model.model."
+
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "saved", "bias", "unknown"]
+
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _HeaderEntry(msgspec.Struct):
+    """One entry of a header; few dimensions, so that multiplying them takes no time."""
+
+    dtype: str
+    shape: Annotated[list[_Size], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[_Size, _Size]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file: where its bytes are, counted from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of a safetensors file, checked against the file's size.
+
+    Raises:
+        NotFound: no such file.
+        VerificationFailed: the header lies, overlaps or is cut off.
+    """
+
+    def damaged(why: str) -> VerificationFailed:
+        return VerificationFailed(f"{path} is damaged: {why}", hint="restore the file from where it came")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_TEXT_BYTES):
+                raise damaged("its header is longer than the file, or than any header")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):
+        raise damaged("its header is not JSON, or names something twice") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a mapping")
+    tensors = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        tensors[name] = _tensor_info(name, info, 8 + length, damaged)
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+        if tensor.start != end:
+            raise damaged(f"the bytes of {tensor.name[:80]!r} overlap others or leave a hole")
+        end = tensor.end
+    if end != size:
+        raise damaged(f"it has {size} bytes where its header says {end}")
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are distinct and can be written down; readers differ in which duplicate they take."""
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("duplicate name")
+    "".join(mapping).encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    return mapping
+
+
+def _tensor_info(name: str, info: Any, data_start: int, damaged: Any) -> TensorInfo:
+    try:
+        entry = msgspec.convert(info, _HeaderEntry, strict=True)
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for half a character
+        raise damaged(f"its header's entry {name[:80]!r} is malformed") from None
+    dtype, shape, (start, end) = entry.dtype, entry.shape, entry.data_offsets
+    if dtype not in DTYPE_BYTES:
+        raise damaged(f"the dtype {dtype[:20]!r} of {name[:80]!r} is not known")
+    if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise damaged(f"the size of {name[:80]!r} does not fit its shape")
+    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What a tensor's name says: the module it belongs to, and its part in that module's LoRA."""
+
+    module: str
+    role: Role
+
+
+_SUFFIXES: tuple[tuple[str, Role], ...] = (
+    (r"\.lora_A(?:\.[^.]+)?\.weight", "A"),
+    (r"\.lora_B(?:\.[^.]+)?\.weight", "B"),
+    (r"\.lora_embedding_A(?:\.[^.]+)?", "A"),
+    (r"\.lora_embedding_B(?:\.[^.]+)?", "B"),
+    (r"\.lora_B(?:\.[^.]+)?\.bias", "lora_bias"),
+    (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", "magnitude"),
+    (r"\.base_layer\.weight", "aside"),
+    (r"\.base_layer\.bias", "bias"),
+    (r"\.lora_velora_embed(?:\.[^.]+)?", "aside"),  # what VeLoRA's backward pass projects on; no forward one does
+)
+
+
+@cache
+def _slots() -> tuple[tuple[re.Pattern[str], Role], ...]:
+    """Compiled when the first name is asked for: most commands ask for none, and it takes as long as they do."""
+    return tuple((re.compile(rf"(?P<module>.+?){suffix}"), role) for suffix, role in _SUFFIXES)
+
+
+def parse_tensor_name(name: str) -> Slot:
+    """``base_model.model.a.b.lora_A.weight`` to module ``a.b``, role A.
+
+    PEFT writes names without the adapter's; raw state dicts carry it (``lora_A.default.weight``); both are read.
+    """
+    bare = name.removeprefix(_PREFIX)
+    for pattern, role in _slots():
+        if match := pattern.fullmatch(bare):
+            return Slot(match["module"], role)
+    if bare.endswith(".bias"):
+        return Slot(bare.removesuffix(".bias"), "bias")
+    return Slot(bare.rpartition(".")[0] or bare, "unknown" if "lora_" in bare else "saved")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A PEFT checkpoint on disk.
+
+    ``config`` is ``adapter_config.json`` as it stands; ``tensors`` the header of the weights.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def is_lora(self) -> bool:
+        return str(self.config.get("peft_type", "")).upper() == "LORA"
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        return {name: self._slot(name) for name in self.tensors}
+
+    def _slot(self, name: str) -> Slot:
+        """What a tensor is, by its name and by what the configuration says of its module."""
+        slot = parse_tensor_name(name)
+        if slot.role == "bias" and name.endswith(".base_layer.bias") and self.config.get("bias", "none") == "none":
+            return replace(slot, role="aside")
+        if slot.role not in ("saved", "bias"):
+            return slot
+        # bias="all" writes the biases of a saved module thrice: under its own name and under both of its wrapper's.
+        if self.config.get("bias") == "all" and slot.module.endswith((".modules_to_save", ".original_module")):
+            return replace(slot, role="aside")
+        # PEFT wraps the modules whose names end so, and saves everything below them, biases too.
+        if any(f"{saved}." in f"{slot.module}." for saved in self.config.get("modules_to_save") or ()):
+            return replace(slot, role="saved")
+        return slot if slot.role == "bias" else replace(slot, role="unknown")
+
+    @cached_property
+    def pairs(self) -> dict[str, dict[str, TensorInfo]]:
+        """Module name to its ``A`` and ``B`` (either may be missing in a damaged checkpoint)."""
+        pairs: dict[str, dict[str, TensorInfo]] = {}
+        for name, slot in self.slots.items():
+            if slot.role in ("A", "B"):
+                pairs.setdefault(slot.module, {})[slot.role] = self.tensors[name]
+        return pairs
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values: what PEFT copied from the base does not count."""
+        return sum(math.prod(t.shape) for n, t in self.tensors.items() if self.slots[n].role != "aside")
+
+    @property
+    def dtype(self) -> str:
+        names = sorted({DTYPE_NAMES.get(t.dtype, t.dtype) for t in self.tensors.values()})
+        return "+".join(names)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.end - t.start for t in self.tensors.values())
+
+    def digest(self) -> str:
+        """Digest of the weights and of the configuration without ``base_model_name_or_path``.
+
+        A base is called one thing on this disk and another on the Hub; the adapter is the same.
+        """
+        return adapter_digest(self.config, sha256_file(self.weights_path))
+
+
+def adapter_digest(config: dict[str, Any], weights: str) -> str:
+    """The digest of a checkpoint by its configuration and the ``sha256:<hex>`` of its weights."""
+    told = {key: value for key, value in config.items() if key != "base_model_name_or_path"}
+    canonical = json.dumps({"config": told, "weights": weights}, sort_keys=True, ensure_ascii=False)
+    return sha256_bytes(canonical.encode(errors="surrogatepass"))
+
+
+def find_checkpoint_folder(path: Path) -> Path:
+    """The folder that holds ``adapter_config.json``: ``path`` itself, or the only sub-folder that has one.
+
+    ``save_pretrained(selected_adapters=["instruct"])`` writes into ``path/instruct/``, which is such a sub-folder.
+
+    Raises:
+        NotFound: ``path`` does not exist.
+        Usage: it is a file, or holds several checkpoints.
+        Incompatible: it holds no PEFT checkpoint.
+    """
+    if not path.exists():
+        raise NotFound(f"{path} does not exist", hint="give the folder that holds adapter_config.json")
+    if not path.is_dir():
+        raise Usage(f"{path} is a file", hint="give the folder that holds adapter_config.json")
+    if (path / CONFIG).is_file():
+        return path
+    nested = sorted({p.parent for p in path.glob(f"*/{CONFIG}")} | {p.parent for p in path.glob(f"*/*/{CONFIG}")})
+    if len(nested) == 1:
+        return nested[0]
+    if nested:
+        names = ", ".join(str(p.relative_to(path)) for p in nested)
+        raise Usage(f"{path} holds several checkpoints: {names}", hint=f"name one, for example {nested[-1]}")
+    raise Incompatible(f"{path} holds no PEFT checkpoint", hint=f"a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` as a mapping.
+
+    Raises:
+        NotFound, Incompatible: it is missing, or is no PEFT configuration.
+    """
+    path = folder / CONFIG
+    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
+        raise Incompatible(f"{path} is no regular file", hint="restore it from where it came")
+    try:
+        config = json.loads(read_bounded(path).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist", hint="restore the checkpoint, or remove the version") from None
+    except (ValueError, RecursionError) as error:
+        raise Incompatible(f"{path} is not valid JSON ({error})", hint="restore it from where it came") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise Incompatible(
+            f"{path} is no PEFT configuration: it has no peft_type", hint="is this a model, not an adapter?"
+        )
+    if str(config["peft_type"]).upper() == "LORA":
+        _check_lora_config(config, path)
+    return config
+
+
+_Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
+class _LoraConfig(msgspec.Struct):
+    """The keys of PEFT's LoraConfig that decide what its tensors mean, by their types."""
+
+    r: _Rank = 8
+    lora_alpha: Finite = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+
+    @property
+    def expressions(self) -> list[str]:
+        """Everything that PEFT uses as a regular expression."""
+        texts = [t for t in (self.target_modules, self.exclude_modules, self.layers_pattern) if isinstance(t, str)]
+        lists = (self.modules_to_save, self.layers_pattern, self.rank_pattern, self.alpha_pattern)
+        return texts + [text for found in lists if found and not isinstance(found, str) for text in found]
+
+
+def _check_lora_config(config: dict[str, Any], path: Path) -> None:
+    hint = "mend it, or restore the checkpoint from where it was made"
+    try:
+        typed = msgspec.convert(config, _LoraConfig, strict=True)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a character
+        raise Incompatible(f"{path}: {error}", hint=hint) from None
+    for text in typed.expressions:
+        try:
+            re.compile(f"({text})")
+        except (re.error, OverflowError, RecursionError):
+            raise Incompatible(f"{path}: '{text[:80]}' is not a regular expression", hint=hint) from None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's configuration and header.
+
+    Raises:
+        NotFound, Incompatible, VerificationFailed: missing, only pickled weights, or damaged.
+    """
+    config = read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise Incompatible(
+                f"{folder} has only adapter_model.bin, a pickle, which can execute code",
+                hint="save it again with safe_serialization=True, where it was made",
+            )
+        raise Incompatible(f"{folder} has no {WEIGHTS}", hint="give a folder that PEFT's save_pretrained wrote")
+    return Checkpoint(folder, config, read_header(folder / WEIGHTS))
+
+
+def read_info(folder: Path) -> AdapterInfo | None:
+    """What a checkpoint says of itself in ``adapter_info.json``; None where there is none that can be read."""
+    path = folder / INFO
+    try:
+        return msgspec.json.decode(read_bounded(path), type=AdapterInfo) if path.is_file() else None
+    except (OSError, ValueError, Usage, msgspec.DecodeError, RecursionError):
+        return None
+
+
+def describe_lora(config: dict[str, Any]) -> Lora:
+    """The part of a PEFT configuration that a registry entry repeats."""
+    told = {name: config[name] for name in Lora.__struct_fields__ if config.get(name) is not None}
+    return msgspec.convert({"r": _LoraConfig().r, "lora_alpha": _LoraConfig().lora_alpha} | told, Lora, strict=False)
+
+
+def plain_lora_config(ranks: dict[str, int]) -> dict[str, Any]:
+    """PEFT's configuration of one plain LoRA with these ranks: alpha = rank on every module, so that scaling is one.
+
+    No rsLoRA, no DoRA, no bias, no dropout: what every reader of PEFT's format understands alike.
+    """
+    rank = max(ranks.values(), default=1)
+    other = {re.escape(name): value for name, value in ranks.items() if value != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+    }

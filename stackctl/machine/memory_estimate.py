@@ -1,0 +1,169 @@
+"""What a training will need of memory, from a base's entry and the settings alone.
+
+An estimate in bytes for one process, made before anything is loaded: what is exact (parameters, gradients, the
+optimizer's state) is counted, and what depends on the architecture (activations) is taken as a Llama-like layer has
+them. A test holds it against what a model really keeps for its backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from stackctl.core.schema import Base
+from stackctl.lora.target_modules import expand_modules
+from stackctl.storage.files import human_bytes
+
+Precision = Literal["float32", "autocast", "half", "nf4"]
+"""Weights and products in float32; products in bfloat16; weights of two bytes; of four bits."""
+
+_WEIGHT = {"float32": 4.0, "autocast": 4.0, "half": 2.0, "nf4": 0.516}  # nf4: its scales are 8 bits a 64 weights
+_VALUE = {"float32": 4.0, "autocast": 3.0, "half": 2.0, "nf4": 2.0}
+_LOGIT = 12
+"""A logit's log-probability and, where the backward pass begins, the gradients of the loss and of the softmax."""
+_LIBRARIES = 500_000_000
+"""Python with torch and its family."""
+_HOLES = 0.6
+"""By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
+_OPTIMIZER = 8
+"""AdamW: two values of float32 for each that is trained."""
+_EXPERTS = 2
+"""Experts that see a token, in a mixture whose entry does not say."""
+_GATHERED = 2
+"""Layers that FSDP holds whole at once: the one at work, and the next."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in each process. ``checkpointed`` is what activations take with activation checkpointing.
+
+    ``loading``: before FSDP shards it, each process holds the whole base once.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    checkpointed: int
+    logits: int
+    libraries: int
+    holes: int
+    loading: int
+    processes: int
+    sharded: bool
+    checkpointing: bool
+
+    @property
+    def total(self) -> int:
+        """The most that is needed at once: while training, or before the base is sharded."""
+        trained = self.adapter + self.gradients + self.optimizer
+        return max(self.base + trained + self.kept + self.logits + self.holes, self.loading) + self.libraries
+
+    @property
+    def kept(self) -> int:
+        """What activations take in this run."""
+        return self.checkpointed if self.checkpointing else self.activations
+
+    def fits(self, available: int, *, shared: bool) -> bool:
+        """Whether ``available`` bytes are enough; ``shared`` by all processes, as a machine's RAM is."""
+        return self.total * (self.processes if shared else 1) <= available
+
+    def as_json(self, available: int, *, shared: bool) -> dict[str, int | bool]:
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "total": self.total,
+            "available": available,
+            "fits": self.fits(available, shared=shared),
+        }
+
+    def render(self, available: int, *, shared: bool) -> str:
+        """Two lines for a person."""
+        parts = {"base": self.base, "adapter and optimizer": self.adapter + self.gradients + self.optimizer}
+        parts |= {"activations": self.kept, "logits": self.logits, "holes": self.holes, "libraries": self.libraries}
+        parts = {name: size for name, size in parts.items() if size}
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        verdict = "" if self.fits(available, shared=shared) else ", which is more than there is"
+        told = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
+        return f"memory: about {human_bytes(self.total)}{each} of {human_bytes(available)}{verdict}\n  {told}"
+
+
+def estimate_memory(
+    base: Base,
+    *,
+    rank: int,
+    targets: Collection[str],
+    tokens: int,
+    supervised: int,
+    precision: Precision,
+    live_rank: int = 0,
+    processes: int = 1,
+    sharded: bool = False,
+    checkpointing: bool = False,
+    heap: bool = False,
+) -> Memory:
+    """The memory of one training process.
+
+    Args:
+        targets: full names of the modules that the adapter stands on.
+        tokens, supervised: of the largest micro-batch.
+        live_rank: the summed rank of a frozen stack that is kept live.
+        sharded: FSDP, which gives each process a part of everything that is stored.
+        checkpointing: activations inside a layer are computed again for the backward pass instead of kept.
+        heap: tensors are in main memory, whose heap has holes after some steps.
+    """
+    modules = expand_modules(base.modules)
+    shards = processes if sharded else 1
+    linear = {name: shape.shape for name, shape in modules.items() if shape.type in ("Linear", "Conv1D")}
+    in_layers = {name: shape for name, shape in linear.items() if name != base.output_embedding}
+    hidden = next((shape.shape[1] for shape in modules.values() if shape.type == "Embedding"), 0)
+    layers = max(1, len({layer for name in in_layers if (layer := _layer(name)) is not None}))
+
+    four_bits = sum(out * width for out, width in in_layers.values()) if precision == "nf4" else 0
+    plain = 2.0 if precision == "nf4" else _WEIGHT[precision]
+    weights = int(four_bits * _WEIGHT["nf4"] + (base.parameters - four_bits) * plain)
+    cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
+    largest = sum(out * width for out, width in in_layers.values()) / layers * plain
+    per_rank = sum(sum(modules[name].shape) for name in targets)
+    trained = rank * per_rank
+    live = live_rank * sum(sum(shape) for shape in in_layers.values()) * 4
+
+    value = _VALUE[precision]
+    experts = Counter(filter(None, map(_kind, in_layers)))
+    share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in in_layers}
+    kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
+    wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
+    kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
+    casts = sum(modules[name].shape[1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
+    low = (rank + live_rank) * len(targets) * 4
+    activations = int(tokens * (kept * value + casts + low))
+    checkpointed = int(tokens * layers * hidden * value) + activations // layers
+    logits = supervised * base.vocabulary_size * _LOGIT
+    return Memory(
+        base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
+        adapter=trained * 4 // shards,
+        gradients=trained * 4 // shards,
+        optimizer=trained * _OPTIMIZER // shards,
+        activations=activations,
+        checkpointed=checkpointed,
+        logits=logits,
+        libraries=_LIBRARIES,
+        holes=int(_HOLES * ((checkpointed if checkpointing else activations) + logits)) if heap else 0,
+        loading=weights if sharded else 0,
+        processes=processes,
+        sharded=sharded,
+        checkpointing=checkpointing,
+    )
+
+
+def _layer(name: str) -> str | None:
+    """What tells a layer from its neighbours: the first index in a module's name."""
+    return next((part for part in name.split(".") if part.isdecimal()), None)
+
+
+def _kind(name: str) -> tuple[str, str] | None:
+    """A mixture's place and which of an expert's modules this is; None where all tokens pass."""
+    head, experts, rest = name.partition(".experts.")
+    return (head, rest.partition(".")[2]) if experts else None

@@ -1,0 +1,65 @@
+"""The ways to compose a stack, as data: what each is called, takes, and where its function stands.
+
+A method is a small pure function in :mod:`stackctl.engine.algebra`; this table is what ``compose --method`` lists,
+and costs no torch. ``sum`` is exact; every other one is an approximation or a different thing on purpose, and its
+distance from the exact sum is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stackctl.core.errors import Usage, did_you_mean
+from stackctl.core.schema import MethodOptions
+
+SUM = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to compose. ``function`` is its name in the algebra; ``options`` what it takes beside the members."""
+
+    about: str
+    function: str
+    options: tuple[str, ...] = ()
+    low_rank: bool = False
+    """Its result is a pair of factors; of the others it is a full matrix."""
+
+
+METHODS = {
+    SUM: Method("the exact sum of the deltas", "concatenate", low_rank=True),
+    "svd": Method("the sum, cut to a rank where that loses least", "truncate", ("rank", "tolerance"), low_rank=True),
+    "ties": Method("trim, elect signs, average what agrees", "ties", ("density", "rank")),
+    "dare_linear": Method("drop entries at random, rescale the rest, add", "dare_linear", ("density", "seed", "rank")),
+    "dare_ties": Method("drop entries at random, then elect signs", "dare_ties", ("density", "seed", "rank")),
+    "magnitude_prune": Method("keep the largest entries of each delta, add", "magnitude_prune", ("density", "rank")),
+}
+
+DEFAULTS: dict[str, float | int] = {"density": 0.5, "seed": 0}
+
+
+def check_method(name: str, options: MethodOptions) -> MethodOptions:
+    """A method's options with its defaults filled in.
+
+    Raises:
+        Usage: there is no such method, or it does not take (or lacks) one of the options.
+    """
+    method = METHODS.get(name)
+    if method is None:
+        raise Usage(
+            f"there is no method '{name}'", hint=did_you_mean(name, list(METHODS), f"one of {', '.join(METHODS)}")
+        )
+    values = {key: getattr(options, key) for key in MethodOptions.__struct_fields__}
+    extra = [f"--{key}" for key, value in values.items() if value is not None and key not in method.options]
+    if extra:
+        takes = ", ".join(f"--{key}" for key in method.options) or "no options"
+        raise Usage(f"--method {name} does not take {', '.join(extra)}", hint=f"it takes {takes}")
+    for key in method.options:
+        if values[key] is None and key in DEFAULTS:
+            values[key] = DEFAULTS[key]
+    if name == "svd":
+        if values["rank"] is None:
+            raise Usage("--method svd needs a rank", hint="--rank 32, or --rank auto --tolerance 0.01")
+        if (values["rank"] == "auto") != (values["tolerance"] is not None):
+            raise Usage("--rank auto and --tolerance belong together", hint="--rank auto --tolerance 0.01")
+    return MethodOptions(**values)

@@ -1,0 +1,139 @@
+"""What a stack is, module by module, and all that stands in its way. Pure: no disk, no tensors.
+
+A plan is the whole truth about a stack before anything is loaded: for every module which members stand on it, with
+which factors, ranks and scalings. Fold, export, inspect and every refusal are made from it.
+:func:`stackctl.plan.build.plan_stack` makes one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.core.expressions import format_term
+from stackctl.core.schema import Base, MethodOptions
+from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.plan.methods import METHODS, SUM
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that stands in the way (``error``), or that a person should know (``warning``)."""
+
+    code: str
+    message: str
+    hint: str = ""
+    member: str | None = None
+    severity: Literal["error", "warning"] = "error"
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "code": self.code, "severity": self.severity, "member": self.member,
+            "message": self.message, "hint": self.hint,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanMember:
+    """One adapter version with its weight. ``label`` is ``style@1``; ``trained_on`` its own members, by label."""
+
+    label: str
+    weight: float
+    checkpoint: Checkpoint
+    adapter: str = ""
+    version: int = 0
+    digest: str = ""
+    base: str = ""
+    fingerprint: str = ""
+    trained_on: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank on any module."""
+        shapes = [pair["A"].shape for pair in self.checkpoint.pairs.values() if "A" in pair]
+        return max((shape[0] for shape in shapes if shape), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A member's share of one module: ΔW = weight · scaling · B @ A, with A (rank, in) and B (out, rank)."""
+
+    member: int
+    a: TensorInfo
+    b: TensorInfo
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """All that stands on one module. ``shape`` is the delta's: (out, in), of an Embedding (vocabulary, dimension)."""
+
+    name: str
+    type: str
+    shape: tuple[int, int]
+    factors: tuple[Factor, ...]
+
+    @property
+    def rank(self) -> int:
+        return sum(factor.rank for factor in self.factors)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A parameter that a member brings whole (``modules_to_save``, trained biases)."""
+
+    member: int
+    parameter: str
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """What a stack is, module by module. Members of weight zero are listed and contribute nothing."""
+
+    base: Base | None
+    members: tuple[PlanMember, ...]
+    modules: dict[str, ModulePlan]
+    replacements: tuple[Replacement, ...] = ()
+    problems: tuple[Problem, ...] = field(default=())
+    method: str = SUM
+    options: MethodOptions = field(default_factory=MethodOptions)
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(p for p in self.problems if p.severity == "error")
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the stack has on any module."""
+        return max((self.rank_of(module) for module in self.modules.values()), default=0)
+
+    def rank_of(self, module: ModulePlan) -> int:
+        """The rank of the pair that is written for a module (with ``svd --rank auto``: at most that)."""
+        if self.method == SUM:
+            return module.rank
+        wanted = self.options.rank if isinstance(self.options.rank, int) else module.rank
+        own = module.rank if METHODS[self.method].low_rank else min(module.shape)
+        return min(wanted, own, *module.shape)
+
+    @cached_property
+    def expression(self) -> str:
+        return "+".join(format_term(m.label, m.weight) for m in self.members) or "base"
+
+    def check(self) -> StackPlan:
+        """This plan, if nothing stands in its way.
+
+        Raises:
+            Incompatible, VerificationFailed: with every problem in one message.
+        """
+        if not self.errors:
+            return self
+        damaged = all(p.code == "damaged" for p in self.errors)
+        kind = VerificationFailed if damaged else Incompatible
+        raise kind(
+            "; ".join(p.message for p in self.errors),
+            hint="; ".join(dict.fromkeys(p.hint for p in self.errors if p.hint)) or None,
+        )

@@ -1,0 +1,264 @@
+"""Why members cannot be stacked, or not as they are: every problem that a plan may have. Pure: no disk, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stackctl.core.expressions import format_term
+from stackctl.core.schema import Base, ModuleShape
+from stackctl.lora.checkpoint import DTYPE_NAMES
+from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
+from stackctl.plan.model import PlanMember, Problem, Replacement
+
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEPT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+
+# Keys of LoraConfig that change nothing about what B and A mean once they are trained.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+}  # fmt: skip
+
+NEWEST_PEFT = "0.21"
+"""Whose options of a LoRA were all looked at; a newer one may have more."""
+
+_REFUSED = {
+    "use_dora": "is DoRA, whose effect is not a sum of deltas",
+    "trainable_token_indices": "trains single token embeddings (trainable_token_indices)",
+    "target_parameters": "adapts parameters instead of modules (target_parameters)",
+    "lora_bias": "has a bias in its B factor (lora_bias)",
+    "layer_replication": "replicates layers of the base (layer_replication)",
+    "alora_invocation_tokens": "is an activated LoRA, on only after its invocation tokens",
+    "use_qalora": "is a QA-LoRA, whose factors have other shapes",
+    "use_bdlora": "is a block-diagonal LoRA",
+    "arrow_config": "routes between adapters (arrow_config)",
+    "kasa_config": "is a KaSA adapter, whose effect is not a sum of deltas",
+    "monteclora_config": "is a MonteCLoRA adapter, whose effect is not a sum of deltas",
+}
+
+
+def same_adapter_twice(members: Sequence[PlanMember]) -> list[Problem]:
+    problems, seen = [], dict[str, str]()
+    for member in members:
+        key = member.adapter or member.label
+        if key in seen:
+            problems.append(
+                Problem(
+                    "same_adapter_twice",
+                    f"the adapter '{key}' stands in the stack twice ({seen[key]} and {member.label})",
+                    "name it once, with the weight it shall have",
+                    member.label,
+                )
+            )
+        seen.setdefault(key, member.label)
+    return problems
+
+
+def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Problem]:
+    bases = {member.base for member in members if member.base}
+    if len(bases) > 1:
+        which = ", ".join(f"{m.label} on {m.base}" for m in members)
+        return [Problem("unlike_bases", f"the members stand on different bases: {which}", "use adapters of one base")]
+    return [
+        Problem(
+            "other_base",
+            f"{member.label} was trained on another model than the base '{base.name}' now is (fingerprints differ)",
+            f"register that model under another name, or train {member.adapter} again",
+            member.label,
+        )
+        for member in members
+        if base and member.fingerprint and member.fingerprint != base.fingerprint
+    ]
+
+
+def refusals(member: PlanMember) -> list[Problem]:
+    """What cannot be summed, by the configuration alone."""
+    config, label = member.checkpoint.config, member.label
+    if not member.checkpoint.is_lora:
+        what = f"{label} is of PEFT type {config.get('peft_type')}, not LORA"
+        return [Problem("not_lora", what, "only LoRA adapters can be stacked", label)]
+    problems = [
+        Problem(key, f"{label} {why}", f"train {member.adapter or label} again as a plain LoRA", label)
+        for key, why in _REFUSED.items()
+        if config.get(key)
+    ]
+    if config.get("ensure_weight_tying") and (config.get("modules_to_save") or _stands_on_embedding(member)):
+        problems.append(
+            Problem(
+                "ensure_weight_tying",
+                f"{label} trains the embedding and the head as one (ensure_weight_tying)",
+                f"train {member.adapter or label} again without that option",
+                label,
+            )
+        )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_CHANGED_BASE):
+        problems.append(
+            Problem(
+                "changed_base",
+                f"{label} was initialised with {init}, which changed the base it was trained on",
+                "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion",
+                label,
+            )
+        )
+    elif init not in _KEPT_BASE:
+        problems.append(
+            Problem(
+                "unknown_init",
+                f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base",
+                "pip install --upgrade stackctl-lora, or convert it to a plain LoRA",
+                label,
+            )
+        )
+    if config.get("bias", "none") != "none" and member.weight not in (0, 1):
+        problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
+    if config.get("modules_to_save") and member.weight not in (0, 1):
+        problems.append(_not_weighable(label, "whole modules (modules_to_save)"))
+    problems += [
+        Problem(
+            "unknown_key",
+            f"{label} was saved by PEFT {str(config.get('peft_version', '?'))[:20]} with '{key[:60]}', which is not "
+            f"known here: the options of PEFT up to {NEWEST_PEFT} are",
+            "pip install --upgrade stackctl-lora, or train it without that option",
+            label,
+        )
+        for key, value in config.items()
+        if key not in _HARMLESS and key not in _REFUSED and value not in (None, False, [], {}, "")
+    ]
+    return problems
+
+
+def _stands_on_embedding(member: PlanMember) -> bool:
+    return any("lora_embedding" in name for name in member.checkpoint.tensors)
+
+
+def _not_weighable(label: str, what: str) -> Problem:
+    return Problem(
+        "not_weighable", f"{label} carries {what}, which have no weight", f"use {label} with weight 1", label
+    )
+
+
+def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, base: Base | None) -> list[Problem]:
+    """Missing, extra and misshapen tensors of one member."""
+    label, checkpoint, problems = member.label, member.checkpoint, list[Problem]()
+
+    def add(code: str, names: list[str], what: str, hint: str) -> None:
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            problems.append(Problem(code, f"{label}: {what}: {shown}", hint, label))
+
+    pairs = checkpoint.pairs
+    again = "register the checkpoint again from where it was made"
+    if not pairs and not checkpoint.config.get("target_parameters"):
+        problems.append(Problem("no_tensors", f"{label} holds no LoRA tensors", again, label))
+    add(
+        "missing_tensors",
+        [m for m, pair in pairs.items() if set(pair) != {"A", "B"}],
+        "one factor is missing of",
+        again,
+    )
+    floats = [n for n, t in checkpoint.tensors.items() if t.dtype not in DTYPE_NAMES]
+    add("dtype", floats, "not a floating-point tensor", again)
+    extra = [n for n, slot in checkpoint.slots.items() if slot.role == "unknown"]
+    if checkpoint.config.get("trainable_token_indices"):
+        extra = [n for n in extra if "trainable_tokens" not in n]
+    if checkpoint.config.get("bias", "none") == "none":
+        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "bias"]
+    if not checkpoint.config.get("use_dora"):
+        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "magnitude"]
+    if not checkpoint.config.get("lora_bias"):
+        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "lora_bias"]
+    add("extra_tensors", extra, "tensors that its configuration does not explain", again)
+    wrong_rank, wrong_shape = _misshapen(member, known)
+    add("rank", wrong_rank, "the rank in its tensors is not the one in its configuration", again)
+    if known is None or base is None:
+        add("shape", wrong_shape, "factors that do not fit each other", again)
+        return problems
+    fits = f"use it on the base it was trained on, not on {base.name}"
+    add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
+    add("unknown_modules", [m for m in pairs if m not in known], f"modules that {base.name} does not have", fits)
+    add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
+    expected = expected_targets(checkpoint.config, known, base.output_embedding)
+    if expected is not None:
+        found = {m for m in pairs if m in known}
+        add("missing_tensors", sorted(expected - found, key=natural_order), "tensors are missing for", again)
+        add(
+            "extra_tensors",
+            sorted(found - expected, key=natural_order),
+            "tensors for modules that it does not target",
+            again,
+        )
+    return problems
+
+
+def _missing_whole(member: PlanMember, known: dict[str, ModuleShape]) -> list[str]:
+    """Modules that were trained as a whole, by the configuration, and of which there is no tensor."""
+    saved = [slot.module for slot in member.checkpoint.slots.values() if slot.role == "saved"]
+    return [
+        name
+        for name in member.checkpoint.config.get("modules_to_save") or ()
+        if any(module.endswith(name) for module in known) and not any(name in module for module in saved)
+    ]
+
+
+def _misshapen(member: PlanMember, known: dict[str, ModuleShape] | None) -> tuple[list[str], list[str]]:
+    wrong_rank, wrong_shape = [], []
+    for module, pair in member.checkpoint.pairs.items():
+        if set(pair) != {"A", "B"}:
+            continue
+        a, b = pair["A"].shape, pair["B"].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+            wrong_shape.append(f"{module} (A {list(a)}, B {list(b)})")
+            continue
+        if a[0] != lora_rank(member.checkpoint.config, module):
+            wrong_rank.append(f"{module} ({a[0]}, not {lora_rank(member.checkpoint.config, module)})")
+        if known is None or module not in known:
+            continue
+        shape = known[module]
+        fits = [a[1], b[0]] if shape.type == "Embedding" else [b[0], a[1]]
+        is_embedding = "lora_embedding" in pair["A"].name
+        if fits != shape.shape or is_embedding != (shape.type == "Embedding"):
+            wrong_shape.append(f"{module} ({fits}, not {shape.shape})")
+    return wrong_rank, wrong_shape
+
+
+def clashing_replacements(replacements: Sequence[Replacement], members: Sequence[PlanMember]) -> list[Problem]:
+    """Two members that bring the same parameter, or whole modules of their own, which nothing has seen together."""
+    owners: dict[str, list[str]] = {}
+    savers = {r.member for r in replacements if members[r.member].checkpoint.config.get("modules_to_save")}
+    for replacement in replacements:
+        owners.setdefault(replacement.parameter, []).append(members[replacement.member].label)
+    clashes = {parameter: labels for parameter, labels in owners.items() if len(labels) > 1}
+    if not clashes and len(savers) > 1:
+        clashes = {r.parameter: [members[r.member].label] for r in replacements if r.member in savers}
+    if not clashes:
+        return []
+    labels = sorted({label for found in clashes.values() for label in found})
+    names = ", ".join(sorted(clashes)[:3])
+    what = f"{' and '.join(labels)} each bring their own {names} (modules_to_save or bias)"
+    return [Problem("modules_to_save", what, "only one member of a stack may carry whole modules")]
+
+
+def missing_foundations(members: Sequence[PlanMember]) -> list[Problem]:
+    """A warning where a member stands without what it was trained on, or on another version of it."""
+    present = {m.adapter: format_term(m.label, m.weight) for m in members}
+    problems = []
+    for member in members:
+        for needed in member.trained_on if member.weight != 0 else ():
+            name = needed.partition("@")[0]
+            if present.get(name) == needed:
+                continue
+            instead = f", here {present[name]} is" if name in present else ""
+            problems.append(
+                Problem(
+                    "foundation",
+                    f"{member.label} was trained on {needed}{instead or ', which is not in this stack'}",
+                    f"for what was trained, compose {'+'.join([*member.trained_on, member.label])}",
+                    member.label,
+                    "warning",
+                )
+            )
+    return problems

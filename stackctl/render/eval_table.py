@@ -1,0 +1,138 @@
+"""What ``eval`` found, as JSON, as a table, and in plain words. No tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from stackctl.engine.evaluation import Score
+    from stackctl.engine.significance import PairedTest
+
+NOISE = 0.05
+"""A difference that chance alone shows more often than this is called none."""
+_BEST = {"loss": min, "perplexity": min, "accuracy": max}
+COLUMNS = ("stack", "loss", "±", "perplexity", "accuracy", "tokens", "records")
+
+
+def score_json(stack: str, source: str, score: Score) -> dict[str, Any]:
+    """A row of ``results``; what is no finite number is null."""
+    return {
+        "stack": stack,
+        "data": source,
+        "loss": score.loss,
+        "standard_error": score.standard_error,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
+        "accuracy": score.accuracy,
+        "tokens": score.tokens,
+        "records": len(score.records),
+    }
+
+
+def scores_json(names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
+    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack."""
+    return [
+        score_json(name, source, score)
+        for name, found in zip(names, scores, strict=True)
+        for source, score in zip(data, found, strict=True)
+    ]
+
+
+def comparison_json(stack: str, against: str, source: str, test: PairedTest) -> dict[str, Any]:
+    """A row of ``comparisons``."""
+    return {
+        "stack": stack,
+        "against": against,
+        "data": source,
+        "difference": test.difference,
+        "standard_error": test.standard_error,
+        "p_value": test.p_value,
+        "records": test.records,
+        "better": None if test.p_value > NOISE else stack if test.difference < 0 else against,
+    }
+
+
+def by_data(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each data set, in the order in which the sets were given."""
+    order = list(dict.fromkeys(row["data"] for row in rows))
+    found = sorted(rows, key=lambda row: order.index(row["data"]))  # stable: the stacks keep their order
+    return [(source, list(group)) for source, group in groupby(found, key=lambda row: row["data"])]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row's texts, one for each of ``COLUMNS``."""
+    error, perplexity = row["standard_error"], row["perplexity"]
+    return [
+        row["stack"],
+        f"{row['loss']:.4f}",
+        "" if error is None else f"{error:.4f}",
+        "inf" if perplexity is None else f"{perplexity:.3f}",
+        f"{row['accuracy']:.1%}",
+        f"{row['tokens']:,}",
+        f"{row['records']:,}",
+    ]
+
+
+def best_cells(rows: Sequence[dict[str, Any]]) -> set[tuple[int, str]]:
+    """(row, column) of the best values in each column, as far as they are shown; none where all are alike."""
+    texts = [dict(zip(COLUMNS, cells(row), strict=True)) for row in rows]
+    found = set()
+    for column, choose in _BEST.items():
+        values = [math.inf if row[column] is None else row[column] for row in rows]
+        winner = texts[values.index(choose(values))][column]
+        alike = {index for index, text in enumerate(texts) if text[column] == winner}
+        if len(alike) < len(rows):
+            found |= {(index, column) for index in alike}
+    return found
+
+
+def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]] = ()) -> RenderableType:
+    """A table for each data set, the best of each column marked, and what the paired tests say under them."""
+    from rich.text import Text
+
+    from stackctl.render.tables import spaced, table
+
+    parts: list[RenderableType] = []
+    blocks = by_data(rows)
+    for source, block in blocks:
+        best = best_cells(block)
+
+        def drawn(index: int, column: str, text: str, best: set[tuple[int, str]] = best) -> Text:
+            if column not in _BEST:
+                return Text(text)
+            return Text(f"{text}*", "bold green") if (index, column) in best else Text(f"{text} ")
+
+        lines = [
+            [drawn(index, column, text) for column, text in zip(COLUMNS, cells(row), strict=True)]
+            for index, row in enumerate(block)
+        ]
+        heads = [f"{column} " if column in _BEST else column for column in COLUMNS]
+        parts.append(table(heads, lines, title=source if len(blocks) > 1 else None))
+        if said := sentences([test for test in tests if test["data"] == source]):
+            parts.append(Text("\n".join(said)))
+    return spaced(parts)
+
+
+def sentences(tests: Sequence[dict[str, Any]]) -> list[str]:
+    """What paired tests say, a sentence each; a stack against itself only when there is nothing else to say."""
+    others = [test for test in tests if test["stack"] != test["against"]]
+    return [sentence(test) for test in others or tests]
+
+
+def sentence(test: dict[str, Any]) -> str:
+    """What one paired test says, in plain words."""
+    stack, other, records = test["stack"], test["against"], test["records"]
+    if stack == other:
+        return f"{stack} against itself: no difference"
+    error = test["standard_error"]
+    gap = f"{abs(test['difference']):.3g}" + (f" ± {error:.2g}" if error is not None else "") + " nats"
+    chance = f"p = {test['p_value']:.2g}" if test["p_value"] >= 0.001 else "p < 0.001"
+    if test["better"] is None:
+        shown = f"these {records} records" if records > 1 else "a single record"
+        return f"{stack} and {other}: no difference that {shown} can show ({gap} apart, {chance})"
+    worse = other if test["better"] == stack else stack
+    return f"{test['better']} is better than {worse} by {gap} ({chance}, {records} records)"

@@ -1,0 +1,68 @@
+"""Self-contained HTML pages: one file, no network, no script, light and dark. jinja2 is imported when one is made.
+
+A page is a template of ``templates/`` that extends ``shell.html``. Everything that is put into it is escaped; nothing
+in it can load, send or run anything (the content security policy of the shell forbids it).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackctl import __version__
+from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.storage import files
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SUFFIXES = (".html", ".htm")
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def check_page_place(path: Path) -> None:
+    """Where a page is to go is known to be possible before anything is computed.
+
+    Raises:
+        StackctlError: everything that is wrong with it, at once.
+    """
+    problems: list[StackctlError] = []
+    if path.suffix.lower() not in SUFFIXES:
+        problems.append(Usage(f"--output {path} is not the name of a page", hint="name a file that ends with .html"))
+    with gathering(problems):
+        files.check_place(path, "--output")
+    raise_all(problems)
+
+
+def render_page(template: str, *, title: str, **values: Any) -> str:
+    """A whole page of ``templates/<template>``, with the values that it names.
+
+    Raises:
+        jinja2.UndefinedError: the template names a value that was not given.
+    """
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return _environment().get_template(template).render(title=title, version=__version__, made=made, **values)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page, whole or not at all. What no text can hold (NUL, half a pair of surrogates) is a question mark.
+
+    Raises:
+        OSError: as for any file.
+    """
+    files.write_atomic(path, html.replace("\0", "?").encode("utf-8", "replace"))
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,1 @@
+"""Serving stacks: with stackctl, and with other programs."""

@@ -1,0 +1,188 @@
+"""Files of strict YAML, read into types: every error names the file, the line and the column.
+
+What the text may be, :mod:`stackctl.storage.yaml_text` says; most files need only a quick look
+(:mod:`stackctl.storage.yaml_fast`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from stackctl import __version__
+from stackctl.core.errors import StackctlError, Usage, did_you_mean, joined
+from stackctl.core.library_messages import plain
+from stackctl.core.migrations import migrate
+from stackctl.storage.files import missing, read_bounded
+from stackctl.storage.yaml_fast import read_quickly
+
+if TYPE_CHECKING:
+    from stackctl.storage.yaml_text import KeyPath, Marks
+
+T = TypeVar("T")
+_MOST = 10
+"""Problems of one file that are named."""
+
+
+def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
+    """Read a strict YAML file into a msgspec type.
+
+    Raises:
+        NotFound: there is no such file.
+        Usage: it is not strict YAML, does not fit the type, or is of another schema.
+    """
+    text = read_text(path)
+    quick = read_quickly(text)
+    if quick is not None and (schema is None or quick.get("schema") == schema):
+        try:
+            return msgspec.convert(quick, type_, strict=True)
+        except msgspec.ValidationError:
+            pass  # what is wrong with it, and where, is found out below
+    from stackctl.storage.yaml_text import parse_yaml
+
+    return convert(parse_yaml(text, str(path)), type_, str(path), schema=schema)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file of reasonable size, with or without byte-order mark, with any line ends."""
+    try:
+        return read_bounded(path).decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise missing(path) from None
+    except IsADirectoryError:
+        raise Usage(f"{path} is a folder, not a file") from None
+    except UnicodeDecodeError as error:
+        raise Usage(f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from None
+
+
+def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: int | None = None) -> T:
+    """Fit a parsed document to a msgspec type; errors name the place and the nearest known key.
+
+    Raises:
+        Usage: it does not fit; the first ten places where it does not are named.
+    """
+    value, marks = parsed
+    if not isinstance(value, dict):
+        raise Usage(f"{source}: expected a mapping of keys to values", hint="write key: value lines")
+    if schema is not None:
+        value = migrate(value, type_, schema)
+        _check_schema(value, schema, marks, source)
+    try:
+        return msgspec.convert(value, type_, strict=True)
+    except msgspec.ValidationError as error:
+        raise joined(_explain_all(error, value, type_, marks, source)) from None
+
+
+def _explain_all(
+    error: msgspec.ValidationError, value: Any, type_: Any, marks: Marks, source: str
+) -> list[StackctlError]:
+    """Everything that does not fit. msgspec names one thing at a time, so each is left out to see the next."""
+    problems: list[StackctlError] = []
+    left_out: set[KeyPath] = set()
+    while len(problems) < _MOST:
+        problem, place = _explain(error, value, type_, (), marks, source)
+        lacks = re.search(r"missing required field `(.+)`", str(error))
+        if not (lacks and (*place, lacks[1]) in left_out):
+            problems.append(problem)
+        place = tuple(itertools.takewhile(lambda part: isinstance(part, str), place))  # a list goes as a whole
+        if not place or place in left_out:
+            break  # nothing is left to look at
+        left_out.add(place)
+        value = _without(value, place)
+        try:
+            msgspec.convert(value, type_, strict=True)
+        except msgspec.ValidationError as another:
+            error = another
+        else:
+            break
+    return problems
+
+
+def _without(value: Any, place: KeyPath) -> Any:
+    """A document without what stands at a place in it."""
+    if not isinstance(value, dict):
+        return value
+    first, *rest = place
+    return {k: _without(v, tuple(rest)) if k == first else v for k, v in value.items() if k != first or rest}
+
+
+def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str) -> None:
+    found = value.get("schema")
+    if found == schema and not isinstance(found, bool):
+        return
+    line, column = marks.get(("schema",), (1, 1))
+    source = f"{source}, line {line}, column {column}"
+    if isinstance(found, int) and found > schema:
+        raise Usage(
+            f"{source}: schema {found} is newer than stackctl {__version__}, which reads schema {schema} at most",
+            hint="it was written by a later stackctl; upgrade: pip install --upgrade stackctl-lora",
+        )
+    raise Usage(f"{source}: schema {found!r} is not known, expected {schema}", hint=f"write schema: {schema}")
+
+
+def _explain(
+    error: msgspec.ValidationError, value: Any, type_: Any, prefix: KeyPath, marks: Marks, source: str
+) -> tuple[Usage, KeyPath]:
+    """What an error of msgspec's says, and the place that it means."""
+    message, _, location = str(error).partition(" - at ")
+    before, in_mapping, _ = location.partition("[...]")
+    path = _parse_location(before)
+    if in_mapping:  # msgspec does not say under which key, so look for it
+        item_type = _type_at(type_, (*path, ""))
+        for key, item in _value_at(value, path).items():
+            try:
+                msgspec.convert(item, item_type, strict=True)
+            except msgspec.ValidationError as inner:
+                return _explain(inner, item, item_type, (*prefix, *path, key), marks, source)
+    unknown = re.search(r"unknown field `(.+)`", message)
+    found = full = (*prefix, *path, unknown[1]) if unknown else (*prefix, *path)
+    while found and found not in marks:
+        found = found[:-1]
+    line, column = marks.get(found, (1, 1))
+    where = f"{source}, line {line}, column {column}"
+    if unknown:
+        known = _known_fields(_type_at(type_, path))
+        hint = did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
+        return Usage(f"{where}: unknown key '{unknown[1]}'", hint=hint), full
+    dotted = ".".join(str(part) for part in full)
+    said = f"{where}: {dotted + ': ' if dotted else ''}{plain(message)}"
+    return Usage(said, hint="mend that value"), full
+
+
+def _parse_location(location: str) -> KeyPath:
+    """``$.versions[0].lora`` to ``("versions", 0, "lora")``."""
+    found = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", location)
+    return tuple(int(index) if index else name for name, index in found)
+
+
+def _value_at(value: Any, path: KeyPath) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
+def _type_at(type_: Any, path: KeyPath) -> Any:
+    """The type that a type's document has at a path; unions and annotations are looked through."""
+    for part in path:
+        for candidate in (type_, *typing.get_args(type_)):
+            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+                fields = {field.encode_name: field.type for field in msgspec.structs.fields(candidate)}
+                type_ = fields.get(str(part), type_)
+                break
+            if typing.get_origin(candidate) in (dict, list):
+                type_ = typing.get_args(candidate)[-1]
+                break
+    return type_
+
+
+def _known_fields(type_: Any) -> list[str]:
+    """The keys that a type knows, for "did you mean"."""
+    for candidate in (type_, *typing.get_args(type_)):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return [field.encode_name for field in msgspec.structs.fields(candidate)]
+    return []

@@ -1,0 +1,170 @@
+"""Strict YAML as text: what people mean, and nothing that surprises them.
+
+The core schema of YAML 1.2: ``on`` and ``no`` are words, ``1e-5`` is a number. Duplicate keys, tags, anchors,
+several documents and NUL are refused. Every error names the file, the line and the column.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from stackctl.core.errors import MergeConflict, Usage
+from stackctl.storage.yaml_scalars import parse_scalar
+
+_MAX_DEPTH = 50
+MOST_VALUES = 1_000_000
+"""Each takes some 500 bytes of memory and two of a file."""
+
+_CONFLICT = re.compile(r"^(?:<{7} |={7}$|>{7} )", re.MULTILINE)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_TAGS = "tag:yaml.org,2002:"
+
+KeyPath = tuple[str | int, ...]
+Marks = dict[KeyPath, tuple[int, int]]
+
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
+    """Parse one strict YAML document.
+
+    Values are built from the parser's events: libyaml's own composer recurses without a limit, in C.
+
+    Returns:
+        the value, and the (line, column), counted from 1, of every value by its path; a mapping or a sequence under
+        a key stands where its key does.
+
+    Raises:
+        Usage: it is not strict YAML.
+    """
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        line = _line(text, "\0")
+        raise Usage(f"{source}, line {line}: a NUL character", hint="the file is damaged or not text")
+    marks: Marks = {}
+    events = yaml.parse(text, Loader=_Loader)
+    try:
+        next(events)  # the stream begins
+        if isinstance(next(events), yaml.StreamEndEvent):
+            return None, marks
+        value = _value(events, next(events), (), marks, source)
+        next(events)  # the document ends
+        if not isinstance(event := next(events), yaml.StreamEndEvent):
+            raise _fail(source, event, "a second document begins", "keep one document to a file")
+        return value, marks
+    except yaml.MarkedYAMLError as error:
+        if conflict := _CONFLICT.search(text):
+            line = text.count("\n", 0, conflict.start()) + 1
+            raise MergeConflict(
+                f"{source}, line {line}: an unresolved merge conflict", hint="resolve it in your editor, then try again"
+            ) from None
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = error.problem or error.context or "not valid YAML"
+        raise Usage(f"{source}{where}: {what}", hint="mend the file at that place") from None
+    except (yaml.reader.ReaderError, UnicodeEncodeError):
+        found = _UNPRINTABLE.search(text)
+        where = f", line {_line(text, found[0])}" if found else ""
+        raise Usage(f"{source}{where}: a control character", hint="remove it, or write it as an escape") from None
+
+
+def _line(text: str, sign: str) -> int:
+    return text.count("\n", 0, text.index(sign)) + 1
+
+
+def _fail(source: str, event: Any, what: str, hint: str) -> Usage:
+    return Usage(f"{source}, line {event.start_mark.line + 1}, column {event.start_mark.column + 1}: {what}", hint=hint)
+
+
+def _value(events: Iterator[Any], event: Any, path: KeyPath, marks: Marks, source: str) -> Any:
+    """The value that begins with ``event``; ``events`` is left behind its last one."""
+    _refuse_indirection(event, source)
+    if len(path) > _MAX_DEPTH:
+        raise _fail(source, event, "nested too deep", "make the file flatter")
+    marks.setdefault(path, _place(event))
+    if len(marks) > MOST_VALUES:
+        raise _fail(source, event, f"more than {MOST_VALUES:,} values", "this is another kind of file")
+    if isinstance(event, yaml.ScalarEvent):
+        return parse_scalar(event.value) if event.implicit[0] else event.value
+    if isinstance(event, yaml.SequenceStartEvent):
+        items: list[Any] = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            items.append(_value(events, item, (*path, len(items)), marks, source))
+        return items
+    result: dict[str, Any] = {}
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        if isinstance(key, yaml.CollectionStartEvent):
+            raise _fail(source, key, "a key must be plain text", "write key: value")
+        _refuse_indirection(key, source)
+        name = key.value
+        if name in result:
+            raise _fail(source, key, f"the key '{name}' stands twice", "remove one of them")
+        item = next(events)
+        if isinstance(item, yaml.CollectionStartEvent):
+            marks[(*path, name)] = _place(key)
+        result[name] = _value(events, item, (*path, name), marks, source)
+    return result
+
+
+def _refuse_indirection(event: Any, source: str) -> None:
+    """Anchors let a few bytes stand for gigabytes, tags name types to build, and nobody needs either here."""
+    if isinstance(event, yaml.AliasEvent) or event.anchor:
+        raise _fail(source, event, "anchors and aliases are not allowed", "write the value out")
+    if event.tag:
+        raise _fail(source, event, f"the tag {event.tag} is not allowed", "remove the tag")
+
+
+def _place(event: Any) -> tuple[int, int]:
+    return event.start_mark.line + 1, event.start_mark.column + 1
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Writes in the order given, quotes whatever :func:`parse_scalar` would not read back as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class Flow(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+def _represent_str(dumper: Any, text: str) -> Any:
+    text = _SURROGATE.sub("\ufffd", text)  # a file name that is not Unicode; YAML has no way to write it
+    if not isinstance(parse_scalar(text), str):
+        return dumper.represent_scalar(f"{_TAGS}str", text, style="'")
+    if any(c in text for c in "\x85\u2028\u2029\r"):  # line breaks to YAML, so only escapes keep them
+        return dumper.represent_scalar(f"{_TAGS}str", text, style='"')
+    return dumper.represent_scalar(f"{_TAGS}str", text, style="|" if "\n" in text else None)
+
+
+def _plain(dumper: Any, text: str) -> Any:
+    return dumper.represent_scalar(f"{_TAGS}str", text)
+
+
+_Dumper.add_representer(str, _represent_str)
+_Dumper.add_representer(bool, lambda d, v: _plain(d, "true" if v else "false"))
+_Dumper.add_representer(int, lambda d, v: _plain(d, str(v)))
+_Dumper.add_representer(float, lambda d, v: _plain(d, _float_text(v)))
+_Dumper.add_representer(type(None), lambda d, _: _plain(d, "null"))
+_Dumper.add_representer(Flow, lambda d, v: d.represent_mapping(f"{_TAGS}map", v.items(), flow_style=True))
+_Dumper.add_implicit_resolver(f"{_TAGS}str", re.compile(r"(?s).*"), None)
+
+
+def _float_text(value: float) -> str:
+    return repr(value) if math.isfinite(value) else repr(value).replace("inf", ".inf").replace("nan", ".nan")
+
+
+def format_yaml(value: Any) -> str:
+    """A value as strict YAML that :func:`parse_yaml` reads back unchanged."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
