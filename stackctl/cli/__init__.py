@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -13,8 +14,9 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.core.errors import Usage, did_you_mean
+from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean
 from stackctl.core.library_messages import plain
+from stackctl.jobs.ranks import make_output
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
@@ -63,14 +65,10 @@ def make_app(command: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
-    from stackctl.core.errors import Interrupted, StackctlError
-    from stackctl.jobs.ranks import make_output
     from stackctl.render.output import prepare_streams
 
     prepare_streams()
-    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    debug = "--debug" in options
-    Current.output = make_output(json_mode="--json" in options)
+    Current.output, Current.debug = make_output(), False
     try:
         with completing(os.environ):
             app = typer.main.get_command(make_app(_typed_command()))
@@ -79,37 +77,31 @@ def main() -> None:
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt
         sys.stdout.flush()
-    except StackctlError as error:
-        if debug:
-            raise
-        Current.output.error(error)
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        Current.output.error(Interrupted("interrupted", hint="run the command again to go on"))
-        code = Interrupted.exit_code
     except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
-        if debug:
-            raise
+    except (Exception, KeyboardInterrupt) as error:
+        if Current.debug:
+            traceback.print_exc()
+        told = _as_ours(error)
+        Current.output.error(told)
+        code = told.exit_code
+    sys.exit(code)
+
+
+def _as_ours(error: BaseException) -> StackctlError:
+    """Whatever ended a command, as one of the project's errors."""
+    if isinstance(error, StackctlError):
+        return error
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return Interrupted("interrupted", hint="run the command again to go on")
+    if isinstance(error, OSError):
         from stackctl.storage.files import explain_oserror
 
-        failed = explain_oserror(error)
-        Current.output.error(failed)
-        code = failed.exit_code
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, typer.TyperException):
-            Current.output.error(_usage_error(error))
-            code = Usage.exit_code
-        else:
-            Current.output.error(
-                StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
-            )
-            code = 1
-    sys.exit(code)
+        return explain_oserror(error)
+    if isinstance(error, typer.TyperException):
+        return _usage_error(error)
+    return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
 
 
 def _typed_command() -> str | None:

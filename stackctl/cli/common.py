@@ -89,13 +89,47 @@ class Current:
     """The command that is running, so that the outermost error handler knows how to speak."""
 
     output = Output()
+    debug = False
+
+    @classmethod
+    def parse(cls, command: Any, context: Any, words: list[str]) -> None:
+        """Take ``--json``, ``--quiet`` and ``--debug`` from a command line in which all else may be wrong.
+
+        What is wrong with it is told as they say, so they are known first. Each level of a command line is parsed by
+        its own rules, the innermost last: only there is it known that in ``-m --json`` a message was meant.
+        """
+        parser = command.make_parser(context)
+        parser.ignore_unknown_options = parser.allow_interspersed_args = True
+        if hasattr(command, "commands"):
+            for key, names in _SPEAKING.items():
+                parser.add_option(None, names, dest=key, action="store_const", const=True)
+        strict, context.resilient_parsing = context.resilient_parsing, True
+        try:
+            found, _, _ = parser.parse_args(list(words))
+        finally:
+            context.resilient_parsing = strict
+        json_mode, quiet, cls.debug = (bool(found.get(key)) for key in _SPEAKING)
+        cls.output = make_output(json_mode=json_mode, quiet=quiet)
 
 
-class Command(HelpPage, TyperCommand):
+_SPEAKING = {"json_mode": ["--json"], "quiet": ["--quiet", "-q"], "debug": ["--debug"]}
+"""The common options that say how a command speaks."""
+
+
+class Page(HelpPage):
+    """What stackctl's commands and groups have in common."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        Current.parse(self, context, args)
+        parsed: list[str] = super().parse_args(context, args)  # type: ignore[misc]
+        return parsed
+
+
+class Command(Page, TyperCommand):
     """A command of stackctl."""
 
 
-class Group(HelpPage, TyperGroup):
+class Group(Page, TyperGroup):
     """A group of commands: stackctl itself, and ``stackctl base``."""
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
@@ -127,8 +161,8 @@ def command(
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            common = {key: values.pop(key) for key in _COMMON}
-            output = Current.output = make_output(json_mode=common["json_mode"], quiet=common["quiet"])
+            common = {key: values.pop(key) for key in _COMMON}  # of these, Current has read all but the registry
+            output = Current.output
             for key, group in groups.items():
                 values[key] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
             result = function(Context(output, common["registry"]), **values)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Annotated, Any
 
 import typer
 
 from stackctl.cli.common import SHARE, BaseOption, Context, command
+from stackctl.core.command_line import typed
 from stackctl.core.errors import Usage
 from stackctl.render.output import Result
 from stackctl.storage.files import sha256_bytes
@@ -45,9 +45,8 @@ def register(app: typer.Typer) -> None:
         if at and not revision:
             raise Usage(f"'{repo}' ends too early", hint="write REPO@REVISION, for example me/storyteller@v1")
         repo_id = parse_repo(place)
-        again = ["stackctl", "pull", f"{repo_id}{at}{revision}", *(["--name", name] if name else [])]
         options = PullOptions(
-            again=shlex.join(again),
+            again=typed(),
             revision=revision or None,
             name=name,
             base=base,

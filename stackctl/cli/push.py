@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from typing import Annotated, Any
 
 import typer
 
 from stackctl.cli.common import SHARE, Context, command, complete_what
+from stackctl.core.command_line import typed
 from stackctl.core.errors import Usage
 from stackctl.core.schema import PushTarget
 from stackctl.registry import Registry
@@ -80,14 +80,10 @@ def register(app: typer.Typer) -> None:
         target = _target(registry, what, repo)
         stack = registry.resolve(target.stack)
         repo_id = parse_repo(target.repo)
-        flags = {"--private": private, "--create-pr": create_pr, "--members": members}
-        values = {"--revision": revision, "--tag": tag, "--base-id": base_id}
-        again = ["stackctl", "push", stack.text, repo_id, *(flag for flag, on in flags.items() if on)]
-        again += [word for option, value in values.items() if value for word in (option, value)]
         options = PushOptions(
-            again=shlex.join(again),
+            again=typed(),
             wishes=Wishes(
-                base_id=target.base_id,
+                base_id=target.base_id if base_id is None else base_id,
                 facts=Facts(license_, tuple(language or ()), tuple(dataset or ())),
                 members=members,
             ),
@@ -99,8 +95,6 @@ def register(app: typer.Typer) -> None:
             dry_run=dry_run,
             progress=output.shows_progress,
         )
-        if base_id is not None:
-            options = dataclasses.replace(options, wishes=dataclasses.replace(options.wishes, base_id=base_id))
         return _result(push_stack(registry, stack, repo_id, options, output.status), stack.notes)
 
     command(app, "push", example=_EXAMPLES, panel=SHARE)(push)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import shutil
 import sys
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 
 from stackctl.cli.common import Context
+from stackctl.core.command_line import typed
 from stackctl.core.schema import Run
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
@@ -103,17 +103,10 @@ def typed_again() -> str:
     """What was typed, with ``--resume``: the command that goes on, ready to paste."""
     if linked := ranks.link():
         return linked.again
-    typed = sys.argv[1:]
-    if typed[:1] == ["train"] and "--resume" not in typed:
-        typed = ["train", "--resume", *typed[1:]]
-    return shlex.join([*_program(), *typed])
-
-
-def _program() -> list[str]:
-    """stackctl as a shell finds it here: by its name, else by the path that it was called by."""
-    if shutil.which("stackctl") or sys.argv[0] == "stackctl":
-        return ["stackctl"]
-    return [sys.executable, "-m", "stackctl"] if sys.argv[0].endswith(".py") else [sys.argv[0]]
+    words = list(typed().words)
+    if sys.argv[1:2] == ["train"] and "--resume" not in words:
+        words.insert(len(words) - len(sys.argv[2:]), "--resume")
+    return shlex.join(words)
 
 
 def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:

@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 
+from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, StackctlError, Usage
 from stackctl.core.expressions import Reference, parse_expression
+from stackctl.core.hub_ids import is_hub_id, parse_dataset_id
 from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
-from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, is_hub_dataset, render_card
+from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, render_card
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
@@ -83,14 +85,14 @@ def combine_facts(asked: Facts, standing: Facts, base_id: str) -> Facts:
     )
 
 
-def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None, again: str) -> str:
+def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None, again: CommandLine) -> str:
     """The Hub id of a stack's base.
 
     Raises:
         Usage: nobody knows it, or what was asked for is no Hub id.
     """
     if asked is not None:
-        if not _looks_like_hub_id(asked) or Path(asked).exists():
+        if not is_hub_id(asked) or Path(asked).exists():
             raise Usage(f"--base-id '{asked}' is not a Hub id", hint="write owner/name, as on the model's page")
         return asked
     base = stack.base
@@ -103,16 +105,12 @@ def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None,
         known = (read_info(folder) or AdapterInfo(adapter="", version=1, base="", base_fingerprint="")).base_hub_id
         if known is None and member.version.hub is not None:  # it came from the Hub, so what it says was true there
             known = read_config(folder).get("base_model_name_or_path")
-        if isinstance(known, str) and _looks_like_hub_id(known):
+        if isinstance(known, str) and is_hub_id(known):
             return known
     raise Usage(
         f"the base '{base.name}' is not from the Hub, so others could not load what you push",
-        hint=f"say which model on the Hub it is: {again} --base-id OWNER/NAME",
+        hint=f"say which model on the Hub it is: {again.having('--base-id', 'OWNER/NAME')}",
     )
-
-
-def _looks_like_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None and ".." not in text
 
 
 # -- an adapter -----------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def _published(member: ResolvedMember) -> Any:
 
 
 def _published_data(data: DataSource | None) -> DataSource | None:
-    if data is None or is_hub_dataset(data.path):
+    if data is None or parse_dataset_id(data.path):
         return data
     inside = not _is_local(data.path) and ".." not in PurePath(data.path).parts
     return data if inside else msgspec.structs.replace(data, path=PurePath(data.path).name)

@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass, field
 
 from stackctl.core.expressions import format_sum, format_term, format_weight
+from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import AdapterVersion
+from stackctl.plan.lint import vllm_max_rank
 from stackctl.render.loss_curve import PICTURE
 
 CARD = "README.md"
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Words that YAML 1.1 (PyYAML, so huggingface_hub) and YAML 1.2 (the Hub) read differently: Norwegian is one.
 _AMBIGUOUS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none"}
 
@@ -111,13 +112,8 @@ def _word(text: str) -> str:
 
 def _datasets(card: Card) -> tuple[str, ...]:
     """The data sets on the Hub: those that were given, and those that training read from there."""
-    trained = [m.version.data.path for m in card.members if m.version.data and is_hub_dataset(m.version.data.path)]
+    trained = [found[0] for m in card.members if m.version.data and (found := parse_dataset_id(m.version.data.path))]
     return tuple(dict.fromkeys([*card.facts.datasets, *trained]))
-
-
-def is_hub_dataset(path: str) -> bool:
-    """Whether the ``path`` of a data source names a data set on the Hub (a file has a suffix, or no owner)."""
-    return re.fullmatch(r"\w[\w.-]*/[\w-]+", path) is not None
 
 
 # -- what it is -----------------------------------------------------------------------------------------------------
@@ -299,7 +295,7 @@ def _python(name: str) -> str:
 def _vllm_lines(card: Card) -> list[str]:
     name = card.name.replace("+", "-")
     if not card.foundations:
-        return [_vllm(card.base_id, next((r for r in _VLLM_RANKS if r >= card.rank), card.rank), name, card.repo)]
+        return [_vllm(card.base_id, vllm_max_rank(card.rank) or card.rank, name, card.repo)]
     place = f"./{name}-peft"
     return [
         f"stackctl export {_expression(card)} --format peft --out {place}  # says the rank, for the next line",

@@ -11,7 +11,6 @@ import contextlib
 import fnmatch
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
+from stackctl.core.hub_ids import is_hub_id
 from stackctl.hub.errors import Attempt, explain_status, explained, retry_after, scrub
 from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
 from stackctl.storage.files import human_bytes
@@ -45,18 +46,10 @@ def parse_repo(text: str) -> str:
     Raises:
         Usage: it is neither.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     for prefix in ("https://huggingface.co/", "https://hf.co/", "hf://"):
         text = text.removeprefix(prefix)
     repo = text.strip("/")
-    try:
-        validate_repo_id(repo)
-        valid = repo.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
+    if not is_hub_id(repo):
         raise Usage(f"'{text}' is not the id of a repo", hint="write owner/name, for example me/storyteller")
     return repo
 
@@ -219,16 +212,13 @@ def _throw_away(path: Path) -> None:
         damaged.unlink(missing_ok=True)
 
 
-def download_base(name: str, repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
+def download_base(repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
     """A base model's files in huggingface_hub's cache, and their commit; a commit that is there asks nobody.
-
-    ``name`` is what the base is called here, for hints.
 
     Raises:
         NotFound, HubFailure, VerificationFailed: it is not there; it cannot be fetched; other bytes arrived.
     """
-    again = shlex.join(["stackctl", "base", "add", name, repo, *(["--revision", revision] if revision else [])])
-    with open_hub(parse_repo(repo), again=again, writes=False, say=say, progress=sys.stderr.isatty()) as hub:
+    with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=sys.stderr.isatty()) as hub:
         if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, [*patterns])):
             return kept, revision
         seen = hub.find(revision)
@@ -240,7 +230,7 @@ def download_base(name: str, repo: str, revision: str | None, patterns: Sequence
 
 
 @contextlib.contextmanager
-def open_hub(repo: str, *, again: str, writes: bool, say: Say, progress: bool = False) -> Iterator[Hub]:
+def open_hub(repo: str, *, again: CommandLine, writes: bool, say: Say, progress: bool = False) -> Iterator[Hub]:
     """Work with a repo; huggingface_hub is made quiet, and impatient, for as long as that lasts."""
     import huggingface_hub
     from huggingface_hub import constants
@@ -254,8 +244,9 @@ def open_hub(repo: str, *, again: str, writes: bool, say: Say, progress: bool = 
             stack.callback(logging.set_verbosity, level)
         if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             stack.enter_context(disable_progress_bars())
-        huggingface_hub.set_client_factory(lambda: _make_client(attempt, say))
-        stack.callback(huggingface_hub.set_client_factory, huggingface_hub.utils._http.default_client_factory)
+        hooks = huggingface_hub.get_session().event_hooks  # huggingface_hub's own: offline mode is one of them
+        huggingface_hub.set_client_factory(lambda: _make_client(attempt, say, hooks))
+        stack.callback(huggingface_hub.set_client_factory, lambda: _plain_client(hooks))
         yield Hub(huggingface_hub.HfApi(library_name="stackctl", library_version=_version()), attempt, say)
 
 
@@ -265,33 +256,37 @@ def _version() -> str:
     return __version__
 
 
-def _make_client(attempt: Attempt, say: Say) -> Any:
+def _plain_client(hooks: Any) -> Any:
+    """A client as huggingface_hub makes it."""
+    import httpx2
+
+    return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
+
+
+def _make_client(attempt: Attempt, say: Say, hooks: Any) -> Any:
     """huggingface_hub's client, which gives up on a silent server and on one that asks for too much patience."""
     import httpx2
-    from huggingface_hub.utils._http import default_client_factory  # not public, and it keeps offline mode offline
 
-    client: Any = default_client_factory()
     patience = _Patience(attempt, say)
-    send = client.send
 
-    def patient_send(request: Any, **options: Any) -> Any:
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_SECONDS)
-        try:
-            response = send(request, **options)
-        except httpx2.TimeoutException as error:
-            raise HubFailure(
-                f"{attempt.host} was silent for {TIMEOUT_SECONDS:.0f} s",
-                hint=f"try again (STACKCTL_HUB_TIMEOUT sets the seconds to wait): {attempt.again}",
-            ) from error
-        except httpx2.TransportError:
-            patience.count_break(f"{request.method} {request.url}")
-            raise
-        if response.status_code in (408, 409, 429) or response.status_code >= 500:
-            patience.count(f"{request.method} {request.url}", response)
-        return response
+    class ImpatientClient(httpx2.Client):
+        def send(self, request: Any, **options: Any) -> Any:
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_SECONDS)
+            try:
+                response = super().send(request, **options)
+            except httpx2.TimeoutException as error:
+                raise HubFailure(
+                    f"{attempt.host} was silent for {TIMEOUT_SECONDS:.0f} s",
+                    hint=f"try again (STACKCTL_HUB_TIMEOUT sets the seconds to wait): {attempt.again}",
+                ) from error
+            except httpx2.TransportError:
+                patience.count_break(f"{request.method} {request.url}")
+                raise
+            if response.status_code in (408, 409, 429) or response.status_code >= 500:
+                patience.count(f"{request.method} {request.url}", response)
+            return response
 
-    client.send = patient_send
-    return client
+    return ImpatientClient(event_hooks=hooks, follow_redirects=True, timeout=None)
 
 
 class _Patience:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.command_line import CommandLine
+from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 _SECRETS = (
@@ -31,7 +32,7 @@ class Attempt:
 
     repo: str
     host: str
-    again: str
+    again: CommandLine
     revision: str | None = None
     writes: bool = False
 
@@ -62,7 +63,7 @@ def explained(attempt: Attempt) -> Iterator[None]:
     """Turn whatever the client raises inside into the project's errors; nothing of ours belongs in the body.
 
     Raises:
-        NotFound, HubFailure, VerificationFailed, Usage: see :func:`explain`.
+        NotFound, HubFailure, VerificationFailed: see :func:`explain`.
     """
     import httpx2
 
@@ -96,7 +97,7 @@ def _scrubbed(error: BaseException) -> BaseException:
 def explain(error: BaseException, attempt: Attempt) -> StackctlError:
     """An error of the client as one of ours."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     links = _chain(error)
     for link in links:
@@ -106,10 +107,6 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
             return HubFailure(
                 f"huggingface_hub is in offline mode, so {attempt.repo} cannot be reached",
                 hint=f"HF_HUB_OFFLINE=0 {attempt.again}",
-            )
-        if isinstance(link, HFValidationError):
-            return Usage(
-                f"'{attempt.repo}' is not the id of a repo", hint="write owner/name, for example me/storyteller"
             )
     for link in links:
         if isinstance(link, HfHubHTTPError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage
 from stackctl.core.expressions import (
     Reference,
@@ -42,7 +43,7 @@ from stackctl.storage import files
 class PullOptions:
     """How a pull is done. ``again`` is the command line that repeats it, for hints."""
 
-    again: str
+    again: CommandLine
     revision: str | None = None
     name: str | None = None
     base: str | None = None
@@ -143,7 +144,8 @@ class _Pull:
         try:
             self.registry.check_adapter_name(name)
         except Usage as error:
-            raise Usage(error.message, hint=f"choose another name: {self.options.again} --name NAME") from None
+            hint = f"choose another name: {self.options.again.having('--name', 'NAME')}"
+            raise Usage(error.message, hint=hint) from None
 
     # -- a stack ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,8 @@ class _Pull:
 
     def _check_stack_name(self, name: str, members: list[str]) -> None:
         if name in members or ("+" not in name and self.registry.find_adapter(name) is not None):
-            raise Usage(f"'{name}' is the name of an adapter", hint=f"name the stack: {self.options.again} --name NAME")
+            hint = f"name the stack: {self.options.again.having('--name', 'NAME')}"
+            raise Usage(f"'{name}' is the name of an adapter", hint=hint)
 
     def _pull_stack(self, recipe: Stack, parts: list[Part]) -> Pulled:
         name = self.options.name or recipe.name
@@ -194,7 +197,7 @@ class _Pull:
         for member in recipe.members:
             found = self.registry.find_digest(member.digest)
             if found is None:
-                raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=self.options.again)
+                raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=str(self.options.again))
             members.append(ResolvedMember(found.adapter, found.version, member.weight))
         own = self.registry.base(members[0].version.base)
         entry = Stack(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.core.schema import HubSource
 from stackctl.hub.bundle import (
@@ -38,7 +39,7 @@ Status = Literal["new", "changed", "unchanged", "removed"]
 class PushOptions:
     """How a push is done. ``again`` is the command line that repeats it, for hints."""
 
-    again: str
+    again: CommandLine
     wishes: Wishes = field(default_factory=Wishes)
     private: bool = False
     revision: str | None = None
@@ -124,7 +125,7 @@ def prepare(registry: Registry, stack: ResolvedStack, repo: str, wishes: Wishes)
     Raises:
         Usage, Incompatible, VerificationFailed: it cannot be pushed as it is.
     """
-    options = PushOptions(f"stackctl push {stack.text} {repo}", wishes)
+    options = PushOptions(CommandLine(("stackctl", "push", stack.text, repo)), wishes)
     check_pushable(registry, stack)
     base_id = resolve_base_id(registry, stack, wishes.base_id, options.again)
     facts = combine_facts(wishes.facts, Facts(), base_id)
@@ -191,7 +192,8 @@ def _check_may_create(hub: Hub, options: PushOptions) -> None:
             hint=f"hf repo branch create {hub.repo} {options.revision}",
         )
     if options.create_pr or options.revision not in (None, "main"):
-        raise NotFound(f"there is no repo {hub.repo} (or you may not see it)", hint=f"stackctl push {hub.repo}")
+        first = options.again.without("--create-pr").without("--revision", value=True)
+        raise NotFound(f"there is no repo {hub.repo} (or you may not see it)", hint=f"make it first: {first}")
 
 
 def _standing_facts(hub: Hub, seen: Snapshot) -> Facts:
@@ -230,7 +232,7 @@ def _show(files: tuple[PushedFile, ...], repo: str, say: Say) -> None:
 # -- after the commit -----------------------------------------------------------------------------------------------
 
 
-def _check_arrived(now: Snapshot, content: dict[str, Content], deleted: list[str], again: str) -> None:
+def _check_arrived(now: Snapshot, content: dict[str, Content], deleted: list[str], again: CommandLine) -> None:
     """Compare the digests that the Hub has with the files here.
 
     Raises:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stackctl.core.command_line import typed
 from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.lora.checkpoint import INFO, WEIGHTS
 from stackctl.registry import Registry, ResolvedMember
 from stackctl.registry.checkpoint_copies import checkpoint_folders, copy_checkpoint, folder_digest
 from stackctl.storage import files
 
-_AGAIN = "stackctl verify --repair"
 Say = Callable[[str], None]
 
 
@@ -110,7 +110,7 @@ def _fetch(registry: Registry, member: ResolvedMember, place: str, staged: Path,
     from stackctl.hub.repo_contents import RepoReader
 
     repo, _, commit = place.partition("@")
-    with open_hub(parse_repo(repo), again=_AGAIN, writes=False, say=say, progress=progress) as hub:
+    with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=progress) as hub:
         reader = RepoReader(hub, hub.at(commit))
         part = reader.find(member.version.digest, member.adapter.name)
         if part is None:

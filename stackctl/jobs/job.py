@@ -16,6 +16,7 @@ import msgspec
 from stackctl.core import errors
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.core.expressions import BASE
+from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base, TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.trackers import check_trackers
@@ -106,7 +107,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
             kind = "a folder" if path.is_dir() else "no regular file"
             raise Usage(f"the data {data} is {kind}", hint="give a .jsonl, .json, .parquet or .txt file")
         return str(path)
-    if path.suffix or data.count("/") != 1 or data.startswith((".", "/", "~")):
+    if parse_dataset_id(data) is None:
         raise files.missing(path, "the data file")
     return data
 

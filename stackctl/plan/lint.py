@@ -170,14 +170,19 @@ def _lint_vllm(plan: StackPlan, dtype: str | None) -> list[Problem]:
     return problems
 
 
+def vllm_max_rank(rank: int) -> int | None:
+    """The least ``--max-lora-rank`` with which vLLM serves an adapter of this rank; None where there is none."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
 def _vllm_rank(plan: StackPlan) -> list[Problem]:
     rank = plan.rank
-    if rank > VLLM_RANKS[-1]:
+    needed = vllm_max_rank(rank)
+    if needed is None:
         what = f"the stack has rank {rank}, and vLLM serves at most {VLLM_RANKS[-1]}"
         hint = f"compose it with --method svd --rank {VLLM_RANKS[-1]}, or use fewer members"
         return [Problem("vllm_rank", what, hint)]
     if rank > _VLLM_DEFAULT_RANK:
-        needed = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
         what = f"the stack has rank {rank}, and vLLM serves at most {_VLLM_DEFAULT_RANK} unless it is told otherwise"
         return [Problem("vllm_rank", what, f"vllm serve … --max-lora-rank {needed}", severity="warning")]
     return []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
+from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import TensorInfo, read_header
 from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
@@ -231,7 +232,7 @@ def parse_source(name: str, source: str | None) -> tuple[str, str]:
         return "gguf", source
     if path.exists():
         return "folder", source
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and source.replace("/", "").strip():
+    if is_hub_id(source):
         return "hub", source
     raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.schema import Base
-from stackctl.plan.lint import VLLM_RANKS, gguf_file_name, lint_for
+from stackctl.plan.lint import gguf_file_name, lint_for, vllm_max_rank
 from stackctl.plan.model import Problem, StackPlan
 from stackctl.registry import ResolvedStack
 from stackctl.registry.base_models import base_gguf, converted_folder
@@ -65,9 +65,8 @@ _Told = tuple[list[list[str]], list[str]]
 
 def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
     out = _free(f"{name}-peft")
-    rank = next(allowed for allowed in VLLM_RANKS if allowed >= plan.rank)
     serve = ["vllm", "serve", base.source, "--enable-lora", "--lora-modules", f"{name}={out}"]
-    serve += ["--max-lora-rank", str(rank)]
+    serve += ["--max-lora-rank", str(vllm_max_rank(plan.rank))]
     notes = [f"ask for the model '{name}'; every network interface is listened on unless --host says otherwise"]
     if base.kind != "hub":
         gguf = base_gguf(base, root)

@@ -400,7 +400,7 @@ def test_offline_a_silent_server_and_a_dry_run(
     assert not hub.requests("GET /me/style/resolve/main/adapter_model.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     error = run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]
-    assert error["hint"] == "HF_HUB_OFFLINE=0 stackctl pull me/style"
+    assert error["hint"] == f"HF_HUB_OFFLINE=0 stackctl pull me/style --registry {there.root} --json"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 0.3)
     hub.fail("adapter_model", delay=30.0)
@@ -412,8 +412,14 @@ def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
     from stackctl.hub.client import download_base
 
     hub.repo("acme/tiny", {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"})
-    folder, commit = download_base("tiny", "acme/tiny", None, ["*.json", "*.safetensors"], lambda _: None)
+    folder, commit = download_base("acme/tiny", None, ["*.json", "*.safetensors"], lambda _: None)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     hub.trace.clear()
-    assert download_base("tiny", "acme/tiny", commit, ["*.json", "*.safetensors"], lambda _: None) == (folder, commit)
+    assert download_base("acme/tiny", commit, ["*.json", "*.safetensors"], lambda _: None) == (folder, commit)
     assert hub.trace == []
+
+
+def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], hub: HubServer, there: Any) -> None:
+    words = ["pull", "me/style@v1", "--name", "mine", "--base", "tiny", "--registry", str(there.root)]
+    hub.fail("GET /api/models/me/style", 503, times=99)
+    assert shlex.join(["stackctl", *words]) in run(*words, code=6).err.splitlines()[-1]

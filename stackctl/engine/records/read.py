@@ -6,23 +6,18 @@ is repaired silently: a record that is dropped or guessed at changes what the mo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stackctl.core.errors import Usage
+from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.engine.records import sources
 from stackctl.engine.records.shapes import PARSERS, SHAPE_HINT, checked_shape
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
 from stackctl.storage.files import missing
 
-_NO_HUB_ID = re.compile(
-    r".*\.(jsonl|json|parquet|txt|csv|tsv|jsonlines|ndjson|arrow|gz|zst|bz2|xz|zip|yaml|yml|md|xlsx)", re.IGNORECASE
-)
-"""What ends like this is a file that is missing, not a Hub data set, though ``data/chat.jsonl`` could be both."""
-_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>[\w.\[\]:%-]+))?", re.ASCII)
 _SHOWN = 5
 
 
@@ -115,8 +110,8 @@ def open_records(source: str | Path) -> RecordStream:
     """
     name, path = str(source), Path(source)
     if not path.exists():
-        if (hub := _HUB_ID.fullmatch(name)) and not _NO_HUB_ID.fullmatch(name):
-            return RecordStream(sources.open_hub(hub["name"], hub["split"]))
+        if found := parse_dataset_id(name):
+            return RecordStream(sources.open_hub(*found))
         raise missing(path, "the data file")
     readers: dict[str, Callable[[Path, str], sources.Source]] = {
         ".jsonl": sources.open_json_lines,

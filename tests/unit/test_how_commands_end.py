@@ -1,0 +1,91 @@
+"""How every kind of error ends a command: its exit code, its two lines, and with --debug the traceback besides."""
+
+import errno
+
+import pytest
+
+from stackctl.cli.common import Context
+from stackctl.core import errors
+from stackctl.core.command_line import CommandLine, typed
+from stackctl.core.errors import StackctlError
+
+
+def _kinds(kind: type[StackctlError]) -> list[type[StackctlError]]:
+    return [kind, *(below for inner in kind.__subclasses__() for below in _kinds(inner))]
+
+
+OTHERS = [(OSError(errno.ENOSPC, "disk"), 1), (FileNotFoundError(2, "gone"), 1), (ValueError("odd"), 1)]
+OTHERS += [(KeyError("k"), 1), (RecursionError(), 1), (KeyboardInterrupt(), 130)]
+CASES = [(kind("it went wrong", hint="do this"), kind.exit_code) for kind in _kinds(StackctlError)] + OTHERS
+
+
+@pytest.mark.parametrize(("error", "code"), CASES, ids=lambda value: type(value).__name__)
+def test_debug_adds_the_traceback_and_changes_nothing_else(run, monkeypatch, error, code):
+    def fail(_: Context) -> None:
+        raise error
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    told = run("use", "style", "--json", code=code)
+    debugged = run("use", "style", "--json", "--debug", code=code)
+    assert "Traceback" not in told.err
+    assert debugged.err.startswith("Traceback")
+    assert debugged.err.endswith(told.err)
+    assert told.err.count("\n") == 2
+    assert debugged.json == told.json
+    assert set(told.json["error"]) == {"code", "message", "hint"}
+
+
+def test_every_documented_exit_code_is_one_of_a_kind():
+    assert {kind.exit_code for kind in _kinds(StackctlError)} == {1, 2, 3, 4, 5, 6, 130, 143}
+    assert {kind.code for kind in _kinds(StackctlError)} >= {"usage", "not_found", "incompatible", "hub"}
+    assert errors.HubFailure.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("ls", "--jsn"), ("nosuch",), ("--nope",), ("base", "nosuch"), ("base", "--nope"), ("train", "--alpha"), ("rm",)],
+)
+def test_a_command_line_that_cannot_be_read_is_told_as_it_asks(run, words):
+    end = 1 if words[-1] == "--alpha" else len(words)
+    told = run(*words[:end], "--json", *words[end:], code=2)
+    assert told.json["error"]["code"] == "usage"
+    assert "Traceback" not in told.err
+    assert "Traceback" in run(*words[:end], "--debug", *words[end:], code=2).err
+
+
+@pytest.mark.parametrize("words", [("push", "-m", "--json"), ("push", "-m", "--debug"), ("compose", "--", "--json")])
+def test_a_value_that_looks_like_an_option_is_none(run, words):
+    told = run(*words, code=3)
+    assert told.out == ""
+    assert "Traceback" not in told.err
+
+
+# -- the command to type again ----------------------------------------------------------------------------------------
+
+
+def test_what_was_typed_is_repeated_quoted(monkeypatch):
+    words = ["stackctl", "push", "style", "me/style", "-m", "it's new", "--license", "mit", "--language", "en"]
+    monkeypatch.setattr("sys.argv", words)
+    assert str(typed()) == "stackctl push style me/style -m 'it'\"'\"'s new' --license mit --language en"
+
+
+@pytest.mark.parametrize(
+    ("typed", "then"),
+    [
+        ("pull me/a", "pull me/a --name NAME"),
+        ("pull me/a --name x --dry-run", "pull me/a --name NAME --dry-run"),
+        ("pull --name=x me/a", "pull --name NAME me/a"),
+        ("pull --base b -- me/a", "pull --base b --name NAME -- me/a"),
+    ],
+)
+def test_an_option_takes_the_place_of_the_one_that_was_given(typed, then):
+    line = CommandLine(tuple(typed.split()))
+    assert str(line.having("--name", "NAME")) == then
+    assert line.having("--name", "NAME").having("--name", "NAME") == line.having("--name", "NAME")
+    assert "--name" not in line.having("--name", "NAME").without("--name", value=True).words
+
+
+def test_a_switch_is_given_once():
+    line = CommandLine(("verify", "--repair", "x"))
+    assert line.having("--repair") == line
+    assert str(line.without("--repair")) == "verify x"
