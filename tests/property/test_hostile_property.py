@@ -17,7 +17,6 @@ from checkpoints import lora_config, make_base, make_registry, write_checkpoint
 from hostile import BOMBS, bound, mutate_json, mutate_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stackctl.storage import yaml_text
 from stress.fuzz import make_data, make_template, try_data, try_one
 from stress.killing import run_command
 from stress.runner import Budget
@@ -27,6 +26,7 @@ from stackctl.core.expressions import parse_expression, parse_name, parse_stack_
 from stackctl.lora.checkpoint import read_checkpoint, read_header
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
+from stackctl.storage import yaml_text
 from stackctl.storage.yaml_text import parse_yaml
 
 CHANCE = st.randoms(use_true_random=False)
