@@ -81,8 +81,15 @@ class Context:
 
     def _open(self, kind: type[E]) -> E:
         opened = kind.open(self.registry_option)
+        opened.fetch_base = _fetch_base
         opened.show_reading = functools.partial(reading_progress, self.output)
         return opened
+
+
+def _fetch_base(repo: str, revision: str | None, say: Callable[[str], None]) -> tuple[Path, str]:
+    from stackctl.hub.client import download_base
+
+    return download_base(repo, revision, say)
 
 
 class Current:

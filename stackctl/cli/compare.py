@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
+from stackctl.cli.eval_table import scores_json
 from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
     PROMPTS,
-    Answering,
+    GenerateOptions,
     answer_json,
     read_prompts,
     say_what_rounding_costs,
@@ -24,8 +26,6 @@ from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
 from stackctl.render import html as pages
-from stackctl.render.comparison import comparison_page, render_comparison, settings_of
-from stackctl.render.eval_table import scores_json
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         max_new_tokens: MAX_NEW = 128,
         *,
-        answering: Answering,
+        answering: GenerateOptions,
         base: BaseOption = None,
     ) -> Result:
         """Put the same prompts through several stacks, side by side; the base is loaded once.
@@ -82,7 +82,7 @@ def register(app: typer.Typer) -> None:
             records = read_data(data or ())
         raise_all(problems)
         sampling = answering.sampling(max_new_tokens)
-        measured = Measured(data or (), records, max_length)
+        measured = HeldOut(data or (), records, max_length)
         found = compare_stacks(context, stacks, asked, sampling, measured, answering)
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
         document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
@@ -102,7 +102,7 @@ def _asked(prompts: list[Prompt] | None) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class HeldOut:
     """What the stacks are measured on besides: the names of data sets, their records, the longest in tokens."""
 
     sources: Sequence[str] = ()
@@ -124,14 +124,14 @@ def compare_stacks(
     stacks: Sequence[tuple[ResolvedStack, StackPlan]],
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    measured: Measured | None = None,
-    answering: Answering | None = None,
+    measured: HeldOut | None = None,
+    answering: GenerateOptions | None = None,
 ) -> Compared:
     """The answers of every stack to every prompt and its scores; the base is loaded once, each stack is used once."""
     from stackctl.engine.evaluation import Scoring
     from stackctl.engine.generation import generate
 
-    measured, answering, output = measured or Measured(), answering or Answering(), context.output
+    measured, answering, output = measured or HeldOut(), answering or GenerateOptions(), context.output
     stacked = load_common_base(context, stacks, answering.dtype, answering.device)
     sets = tokenise_data(context, stacked, measured.sources, measured.records, measured.max_length)
     scoring = Scoring(stacked, sets)

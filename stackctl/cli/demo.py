@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         _check_free(registry, recipe)
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
-        from stackctl.cli.compare import Measured, compare_stacks
+        from stackctl.cli.compare import HeldOut, compare_stacks
         from stackctl.cli.load_stacks import read_data
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         stacks = resolve_all(registry, STACKS)
         say("the same prompts through the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        prompts, measured = [Prompt(text) for text in PROMPTS], Measured(held_out, read_data(held_out))
+        prompts, measured = [Prompt(text) for text in PROMPTS], HeldOut(held_out, read_data(held_out))
         compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
         results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")
@@ -69,9 +69,9 @@ def register(app: typer.Typer) -> None:
         }
 
         def screen() -> Any:
+            from stackctl.cli.comparison import render_comparison
             from stackctl.cli.inspect_facts import stack_tree
             from stackctl.core.expressions import format_sum
-            from stackctl.render.comparison import render_comparison
             from stackctl.render.tables import spaced
 
             stack, plan = resolve_all(registry, ["storyteller"])[0]

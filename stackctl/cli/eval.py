@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompt_options import DEVICE, DTYPE
 from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
-from stackctl.render.eval_table import comparison_json, render_scores, scores_json
 from stackctl.render.output import Result
-from stackctl.render.task_scores import TaskScore, render_tasks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stackctl.engine.evaluation import Score
-    from stackctl.engine.harness import Harness
+    from stackctl.engine.harness import Harness, TaskScore
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import RecordSet
 

@@ -15,13 +15,13 @@ from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
     PROMPTS,
-    Answering,
+    GenerateOptions,
     answer_json,
     read_prompts,
     say_what_rounding_costs,
 )
 from stackctl.core.errors import Usage
-from stackctl.render.output import SCHEMA, Output, Result
+from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import files
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         max_new_tokens: MAX_NEW = 256,
         *,
-        answering: Answering,
+        answering: GenerateOptions,
         live: Annotated[
             bool,
             typer.Option(
@@ -141,7 +141,7 @@ def _answer(
 
 
 def _line(document: dict[str, Any]) -> str:
-    return json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps({"schema": JSON_SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _text(answer: Generated, *, titled: bool) -> str:

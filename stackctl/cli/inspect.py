@@ -34,7 +34,7 @@ from stackctl.registry.lineage import read_lineage
 from stackctl.render.html import check_page_place, write_page
 from stackctl.render.loss_curve import read_curve
 from stackctl.render.output import Result
-from stackctl.serving.commands import serving_recipes
+from stackctl.serving.commands import serve_commands
 
 _EXAMPLES = """\
 stackctl inspect ./output/checkpoint-531
@@ -56,7 +56,9 @@ def register(app: typer.Typer) -> None:
         weights: Annotated[bool, typer.Option("--weights", help="Draw ‖ΔW‖ of every layer and module.")] = False,
         interference: Annotated[
             bool,
-            typer.Option("--interference", help="Show how the members of a stack overlap, and where they quarrel."),
+            typer.Option(
+                "--interference", help="Show how much the members of a stack overlap, and where they are opposed."
+            ),
         ] = False,
         target: Annotated[
             Literal["vllm", "gguf", "ollama"] | None,
@@ -93,7 +95,7 @@ def register(app: typer.Typer) -> None:
             return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
         if interference and len(stack.members) < 2:
             raise Usage(
-                f"{stack.text} has one member, and nothing for it to quarrel with",
+                f"{stack.text} has one member; interference takes two",
                 hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
             )
         plan = registry.plan(stack)
@@ -103,7 +105,7 @@ def register(app: typer.Typer) -> None:
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
         extras = _add_wishes(info, plan, wishes, registry)
         if serve:
-            recipes = serving_recipes(stack, plan, registry.root, named=context.registry_option is not None)
+            recipes = serve_commands(stack, plan, registry.root, named=context.registry_option is not None)
             info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
         return _result(info, lambda: stack_screen(info, stack, plan, extras), stack.notes)
 

@@ -1,12 +1,98 @@
-"""The maps of ``stackctl inspect`` on a terminal: ``--weights`` and ``--interference``."""
+"""The maps of ``stackctl inspect``: the norms of deltas by layer and module, and the cosines of pairs of members.
+
+``--weights`` and ``--interference`` show them on a terminal; a page draws the same maps.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from stackctl.render.interference import Interference, NotCompared, Pair
-from stackctl.render.module_maps import Picture, cosine_pictures, figures, norm_pictures, signed
+from stackctl.lora.module_grid import arrange
+from stackctl.render.heat_map import HeatMap
+from stackctl.render.terminal import signed
+
+if TYPE_CHECKING:
+    from stackctl.engine.overlaps import Interference, NotCompared, Overlap, PairOverlap
+
+_FAINTEST = 0.1
+"""The top of a map of cosines is at least this: two deltas that have nothing to do with each other shall not look
+opposed."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A map for each block of layers under a title, and what there is to say of each module outside of layers."""
+
+    title: str
+    maps: tuple[HeatMap, ...]
+    outside: tuple[tuple[str, str], ...]
+
+
+def norm_pictures(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """‖ΔW‖ of a stack, and of each member where there are several, all on one scale.
+
+    ``rows`` are those of ``inspect --weights``. To the right of each kind of module stands the norm over all layers.
+    """
+    members = list(dict.fromkeys(label for row in rows for label in row["members"]))
+    wanted = {"the sum": {row["module"]: float(row["norm"]) for row in rows}} if len(members) > 1 else {}
+    for label in members:
+        wanted[label] = {row["module"]: float(row["members"][label]) for row in rows if label in row["members"]}
+    return _on_one_scale([_norm_picture(f"‖ΔW‖ of {title}", norms) for title, norms in wanted.items()], 0.0)
+
+
+def _norm_picture(title: str, norms: Mapping[str, float]) -> Picture:
+    grids, outside = arrange(norms)
+    maps = []
+    for grid in grids:
+        values = {cell: math.hypot(*(norms[name] for name in names)) for cell, names in grid.cells.items()}
+        overall = [math.hypot(*(value for (k, _), value in values.items() if k == kind)) for kind in grid.kinds]
+        maps.append(HeatMap(grid, values, 0.0, beside={"all": [f"{value:.3g}" for value in overall]}))
+    return Picture(title, tuple(maps), tuple((module, f"{norms[module]:.3g}") for module in outside))
+
+
+def cosine_pictures(pairs: Sequence[PairOverlap]) -> list[Picture]:
+    """Where two members are against each other, for each of some pairs, all on one scale.
+
+    To the right of each kind of module stand the cosine over all layers, and the mean overlaps of columns and rows.
+    """
+    return _on_one_scale([_cosine_picture(pair) for pair in pairs], _FAINTEST)
+
+
+def _cosine_picture(pair: PairOverlap) -> Picture:
+    overlaps = {found.module: found.overlap for found in pair.modules}
+    cells = pair.pooled(lambda at: (at.block, at.kind, at.layer))
+    kinds = pair.pooled(lambda at: (at.block, at.kind))
+    grids, outside = arrange(overlaps)
+    maps = []
+    for grid in grids:
+        values = {(kind, layer): cells[grid.block, kind, layer].cosine for kind, layer in grid.cells}
+        told = [figures(kinds[grid.block, kind]) for kind in grid.kinds]
+        beside = {heading: [kind[heading] for kind in told] for heading in ("cosine", "columns", "rows")}
+        maps.append(HeatMap(grid, values, 0.0, signed=True, beside=beside))
+    lines = ((module, ", ".join(f"{k} {v}" for k, v in figures(overlaps[module]).items())) for module in outside)
+    return Picture(pair.title, tuple(maps), tuple(lines))
+
+
+def _on_one_scale(pictures: Sequence[Picture], least: float) -> list[Picture]:
+    """The same pictures with the largest number of all as the top of each."""
+    values = [abs(value) for p in pictures for m in p.maps for value in m.values.values() if value is not None]
+    top = max([least, *values])
+    return [replace(p, maps=tuple(replace(heat, top=top) for heat in p.maps)) for p in pictures]
+
+
+def figures(overlap: Overlap) -> dict[str, str]:
+    """An overlap's numbers for a person; a dash where a delta is nought."""
+    return {
+        "cosine": "-" if overlap.cosine is None else signed(overlap.cosine, 3),
+        "columns": "-" if overlap.columns is None else f"{overlap.columns:.2f}",
+        "rows": "-" if overlap.rows is None else f"{overlap.rows:.2f}",
+    }
+
+
+# -- on a terminal -----------------------------------------------------------------------------------------------------
 
 _MOST_MAPS = 3
 """Pairs whose maps are drawn: those with the lowest cosines. The table has all."""
@@ -18,7 +104,7 @@ def weights_screen(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def interference_screen(found: Interference) -> list[Any]:
-    """A line for each pair, maps of those that quarrel most, and what was not compared."""
+    """A line for each pair, maps of the most opposed pairs, and what was not compared."""
     from rich.text import Text
 
     from stackctl.render.tables import table
@@ -28,12 +114,12 @@ def interference_screen(found: Interference) -> list[Any]:
     if pairs:
         rows = [_row(pair) for pair in pairs]
         parts.append(Text("\ninterference", style="bold"))
-        parts.append(table(["pair", "cosine", "columns", "rows", "quarrel most in layer"], rows))
+        parts.append(table(["pair", "cosine", "columns", "rows", "most opposed in layer"], rows))
         parts.append(_EXPLAINED)
-        for picture in cosine_pictures(found.quarrelling[:_MOST_MAPS]):
+        for picture in cosine_pictures(found.most_opposed_first[:_MOST_MAPS]):
             parts += _picture(picture)
         if len(pairs) > _MOST_MAPS:
-            parts.append(f"maps of the {_MOST_MAPS} pairs that quarrel most; --output page.html has more")
+            parts.append(f"maps of the {_MOST_MAPS} most opposed pairs; --output page.html has more")
     parts += [f"{pair.title}: no module that both change" for pair in found.pairs if not pair.modules]
     return [*parts, *_left_out(found.not_compared)]
 
@@ -44,12 +130,12 @@ _EXPLAINED = (
 )
 
 
-def _row(pair: Pair) -> list[str]:
+def _row(pair: PairOverlap) -> list[str]:
     total = pair.total
     told = figures(total)
     chance = {"columns": total.column_chance, "rows": total.row_chance}
     spaces = [told[name] + (f"/{by:.2f}" if by is not None else "") for name, by in chance.items()]
-    worst = ", ".join(f"{_short(layer)} {signed(cosine, 2)}" for layer, cosine in pair.quarrels)
+    worst = ", ".join(f"{_short(layer)} {signed(cosine, 2)}" for layer, cosine in pair.most_opposed)
     return ["\n× ".join(pair.members), told["cosine"], *spaces, worst]
 
 

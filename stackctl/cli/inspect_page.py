@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stackctl.cli.inspect_maps import Picture, cosine_pictures, figures, norm_pictures
 from stackctl.cli.inspect_screen import adapter_facts
 from stackctl.core.expressions import format_weight
 from stackctl.plan.model import StackPlan
 from stackctl.registry.lineage import Kin, relatives, tree_lines
 from stackctl.render.html import render_page
-from stackctl.render.interference import Interference, Overlap, Pair
-from stackctl.render.loss_curve import Curve, render_svg
-from stackctl.render.module_maps import Picture, cosine_pictures, figures, norm_pictures, signed
+from stackctl.render.loss_curve import Curve, render_curve_svg
 from stackctl.render.page_plots import SERIES, Plot, heat_plot, line_plot, matrix_plot, tree_plot
+from stackctl.render.terminal import signed
 from stackctl.storage.files import human_bytes
+
+if TYPE_CHECKING:
+    from stackctl.engine.overlaps import Interference, Overlap, PairOverlap
 
 _MOST_MAPS = 10
 """Pairs whose maps are drawn, those with the lowest cosines first."""
@@ -49,7 +52,7 @@ def inspection_page(
         members=_members(plan) if len(plan.members) > 1 else None,
         norms=[_plots(picture) for picture in norm_pictures(norms)],
         tree=_tree(kin, [member.label for member in plan.members]),
-        curves=render_svg(drawn),
+        curves=render_curve_svg(drawn),
         interference=_interference(interference) if interference else None,
     )
 
@@ -108,7 +111,7 @@ def _node_look(guide: str, name: str, labels: Sequence[str], removed: set[str]) 
 
 
 def _interference(found: Interference) -> dict[str, Any]:
-    pairs = found.quarrelling
+    pairs = found.most_opposed_first
     drawn = pairs[:SERIES]
     return {
         "table": _pair_table(pairs),
@@ -132,32 +135,32 @@ def _interference(found: Interference) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pair_table(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:
+def _pair_table(pairs: Sequence[PairOverlap]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for pair in pairs:
         total = pair.total
         told = figures(total)
-        worst = ", ".join(f"{layer} ({signed(cosine, 3)})" for layer, cosine in pair.quarrels)
-        modules = f"{len(pair.modules)} of {len(pair.modules) + sum(pair.alone)}"
+        worst = ", ".join(f"{layer} ({signed(cosine, 3)})" for layer, cosine in pair.most_opposed)
+        modules = f"{len(pair.modules)} of {len(pair.modules) + sum(pair.unshared)}"
         rows.append(
             [pair.title, told["cosine"], _with_chance(told["columns"], total.column_chance),
              _with_chance(told["rows"], total.row_chance), modules, worst]
         )  # fmt: skip
-    return ["pair", "cosine", "columns", "rows", "shared modules", "quarrel most in"], rows
+    return ["pair", "cosine", "columns", "rows", "shared modules", "most opposed in"], rows
 
 
 def _with_chance(share: str, chance: float | None) -> str:
     return share if chance is None else f"{share} ({chance:.2f})"
 
 
-def _matrix(pairs: Sequence[Pair]) -> Plot:
+def _matrix(pairs: Sequence[PairOverlap]) -> Plot:
     members = list(dict.fromkeys(member for pair in pairs for member in pair.members))
     values = {(members.index(p.members[0]), members.index(p.members[1])): p.total.cosine for p in pairs}
     top = max([0.1, *(abs(value) for value in values.values() if value is not None)])
     return matrix_plot("cosines of every two members", members, values, top)
 
 
-def _by_layer(pair: Pair, name: str) -> list[tuple[int, float | None]]:
+def _by_layer(pair: PairOverlap, name: str) -> list[tuple[int, float | None]]:
     """One number of a pair's layers; blocks of layers with the same numbers are taken together."""
     by_number = pair.pooled(lambda where: None if where.layer is None else str(where.layer))
     return sorted((int(number), _number(overlap, name)) for number, overlap in by_number.items())

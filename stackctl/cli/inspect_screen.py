@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackctl.cli.inspect_facts import facts_tree, stack_tree
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
 from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack
-from stackctl.render.interference import Interference
-from stackctl.render.loss_curve import Curve, read_curve, render_terminal
+from stackctl.render.loss_curve import Curve, read_curve, render_curve
 from stackctl.serving.commands import TITLES
 from stackctl.storage.files import human_bytes
+
+if TYPE_CHECKING:
+    from stackctl.engine.overlaps import Interference
 
 _CURVE_WIDTH = 80
 """Columns of a loss curve: what every terminal has."""
@@ -123,7 +125,7 @@ def _recipe_screen(title: str, recipe: dict[str, Any]) -> Any:
 def _curve_screen(curve: Curve, height: int) -> list[Any]:
     from rich.text import Text
 
-    return [Text(line, no_wrap=True) for line in render_terminal(curve, _CURVE_WIDTH, height)]
+    return [Text(line, no_wrap=True) for line in render_curve(curve, _CURVE_WIDTH, height)]
 
 
 def _module_screen(rows: list[dict[str, Any]]) -> Any:

@@ -96,9 +96,9 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
 
 def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
     from stackctl.registry.lineage import tree_lines
-    from stackctl.render.tables import Branches
+    from stackctl.render.tables import TreeLines
 
-    return Branches(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
+    return TreeLines(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
 
 
 def _screen(
@@ -108,14 +108,14 @@ def _screen(
     runs: list[dict[str, Any]],
     current: str | None,
 ) -> Any:
-    from stackctl.render.tables import Listing, spaced, table
+    from stackctl.render.tables import StreamedTable, spaced, table
 
     parts: list[Any] = []
     if len(adapters):
         columns = ["adapter", "base", "trained on", "rank", "size", "loss", "created"]
-        parts.append(Listing(columns, lambda: (line for adapter in adapters for line in _version_lines(adapter))))
+        parts.append(StreamedTable(columns, lambda: (line for adapter in adapters for line in _version_lines(adapter))))
     if len(stacks):
-        parts.append(Listing(["  stack", "base", "members"], lambda: (_stack_line(s, current) for s in stacks)))
+        parts.append(StreamedTable(["  stack", "base", "members"], lambda: (_stack_line(s, current) for s in stacks)))
     if bases:
         rows = [[b["name"], b["source"], f"{b['parameters']:,}", b["dtype"]] for b in bases]
         parts.append(table(["base", "source", "parameters", "dtype"], rows))

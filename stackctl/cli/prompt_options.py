@@ -46,7 +46,7 @@ DEVICE = Annotated[
 
 
 @dataclass(frozen=True)
-class Answering:
+class GenerateOptions:
     """How to answer. Each field is an option of generate and of compare, with its help and its default."""
 
     raw: Annotated[

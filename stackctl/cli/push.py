@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stackctl.cli.common import SHARE, Context, command, complete_what
-from stackctl.core.command_line import typed
+from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
 from stackctl.core.schema import PushTarget
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry
 from stackctl.render.output import Result
 
@@ -70,8 +72,8 @@ def register(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; send nothing.")] = False,
     ) -> Result:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
-        from stackctl.hub.bundle import Wishes
-        from stackctl.hub.card import Facts
+        from stackctl.hub.bundle import BundleOptions
+        from stackctl.hub.card import CardFacts
         from stackctl.hub.client import parse_repo
         from stackctl.hub.push import PushOptions
         from stackctl.hub.push import push as push_stack
@@ -82,9 +84,10 @@ def register(app: typer.Typer) -> None:
         repo_id = parse_repo(target.repo)
         options = PushOptions(
             again=typed(),
-            wishes=Wishes(
+            export=_export,
+            bundle=BundleOptions(
                 base_id=target.base_id if base_id is None else base_id,
-                facts=Facts(license_, tuple(language or ()), tuple(dataset or ())),
+                facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
                 members=members,
             ),
             private=private or target.private,
@@ -105,11 +108,17 @@ def register(app: typer.Typer) -> None:
 
 def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
     """What a push would send, as JSON shows it; asks nobody."""
-    from stackctl.hub.bundle import Wishes
-    from stackctl.hub.push import prepare
+    from stackctl.hub.push import PushOptions, prepare
 
-    files = prepare(registry, registry.resolve(what), repo, Wishes())
+    options = PushOptions(CommandLine(("stackctl", "push", what, repo)), _export)
+    files = prepare(registry, registry.resolve(what), repo, options)
     return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}
+
+
+def _export(plan: StackPlan, out: Path) -> None:
+    from stackctl.engine.export.peft import export_peft
+
+    export_peft(plan, out)
 
 
 def _target(registry: Registry, what: str | None, repo: str | None) -> PushTarget:

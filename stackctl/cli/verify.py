@@ -11,7 +11,7 @@ import typer
 from stackctl.cli.common import KNOW, Context, command, complete_what
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
-from stackctl.hub.repair import Source, find_sources
+from stackctl.hub.repair import RepairSource, find_sources
 from stackctl.hub.repair import repair as repair_version
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.registry.base_models import check_linked_base
@@ -102,7 +102,7 @@ def _hash(
 def _restore(
     context: Context,
     damaged: list[ResolvedMember],
-    sources: dict[str, list[Source]],
+    sources: dict[str, list[RepairSource]],
     problems: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Bring back what can be, one version after the other; ``problems`` are then those that are left."""

@@ -39,7 +39,6 @@ from stackctl.registry.base_models import (
 )
 from stackctl.storage import files
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 Say = Callable[[str], None]
 
 
@@ -58,19 +57,13 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
         path = files.portable_path(folder, registry.root)
         source = path
     elif kind == "hub":
-        folder, revision = _download(source, revision, say)
+        folder, revision = registry.fetch_base(source, revision, say)
         check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
         source = EMBEDDED if kind == "wheel" else files.portable_path(gguf, registry.root)
         folder = _converted(gguf, say)
     return _describe(name, kind, source, revision, path, folder)
-
-
-def _download(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
-    from stackctl.hub.client import download_base
-
-    return download_base(repo, revision, _HUB_FILES, say)
 
 
 def base_folder(base: Base, registry: Registry, say: Say) -> Path:
@@ -82,7 +75,7 @@ def base_folder(base: Base, registry: Registry, say: Say) -> Path:
     if base.kind == "folder":
         folder = (registry.root / (base.path or base.source)).resolve()
     elif base.kind == "hub":
-        folder, _ = _download(base.source, base.revision, say)
+        folder, _ = registry.fetch_base(base.source, base.revision, say)
     else:
         gguf = base_gguf(base, registry.root)
         assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"

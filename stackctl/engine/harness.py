@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,40 @@ from stackctl.core.errors import (
     raise_all,
 )
 from stackctl.engine.models import StackedModel, quiet_libraries
-from stackctl.render.task_scores import TaskScore
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000
 """How often the harness draws records again for the error of a metric that is no mean."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task, or of a group of tasks.
+
+    ``filter`` is how the harness picked an answer out of what the model wrote, ``none`` where it did not.
+    ``standard_error`` is the harness's own, None where it has none. ``higher_is_better`` is None where the task does
+    not say.
+    """
+
+    stack: str
+    task: str
+    metric: str
+    filter: str
+    value: float
+    standard_error: float | None
+    higher_is_better: bool | None
+    records: int
+    num_fewshot: int | None
+    version: str | None
+
+    def json(self) -> dict[str, Any]:
+        """A row of ``tasks``."""
+        return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """The metric, with the filter where there is one."""
+        return self.metric if self.filter == "none" else f"{self.metric} ({self.filter})"
 
 
 @dataclass

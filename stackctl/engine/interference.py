@@ -1,4 +1,4 @@
-"""How the members of a stack lie to each other, pair by pair and module by module, from the factors alone.
+"""How much the members of a stack interfere, pair by pair and module by module, from the factors alone.
 
 For two deltas ΔW₁ and ΔW₂ on one module, with ranks k₁ and k₂ and singular value decompositions ΔWᵢ = Uᵢ Σᵢ Vᵢᵀ:
 
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra
+from stackctl.engine.overlaps import Interference, ModuleOverlap, NotCompared, Overlap, PairOverlap
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.model import StackPlan
-from stackctl.render.interference import Interference, ModuleOverlap, NotCompared, Overlap, Pair
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding."""
@@ -81,10 +81,12 @@ def _left_out(plan: StackPlan) -> Iterator[NotCompared]:
         yield NotCompared(label, replacement.parameter, "it comes whole (modules_to_save or bias), not as a delta")
 
 
-def _pair(plan: StackPlan, touched: Mapping[int, int], members: tuple[int, int], overlaps: list[ModuleOverlap]) -> Pair:
+def _pair(
+    plan: StackPlan, touched: Mapping[int, int], members: tuple[int, int], overlaps: list[ModuleOverlap]
+) -> PairOverlap:
     first, second = members
     labels = plan.members[first].label, plan.members[second].label
-    return Pair(labels, tuple(overlaps), (touched[first] - len(overlaps), touched[second] - len(overlaps)))
+    return PairOverlap(labels, tuple(overlaps), (touched[first] - len(overlaps), touched[second] - len(overlaps)))
 
 
 @dataclass(frozen=True)

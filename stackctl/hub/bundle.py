@@ -19,12 +19,12 @@ from stackctl.core.errors import Incompatible, StackctlError, Usage
 from stackctl.core.expressions import Reference, parse_expression
 from stackctl.core.hub_ids import is_hub_id, parse_dataset_id
 from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
-from stackctl.hub.card import CARD, Card, CardMember, Facts, Foundation, render_card
+from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, render_card
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.registry.base_models import EMBEDDED_HUB_ID, TOKENIZER, read_json
-from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_svg
+from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
 from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
 STACK = "stack.yaml"
@@ -36,16 +36,25 @@ _TOKENIZER = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
 CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *_TOKENIZER)
 """The files of a checkpoint that travel. Nothing else does, in either direction: what is not here is not fetched."""
 
-_KNOWN_FACTS = {EMBEDDED_HUB_ID: Facts(license="apache-2.0", language=("en",))}
+_KNOWN_FACTS = {EMBEDDED_HUB_ID: CardFacts(license="apache-2.0", language=("en",))}
 
 
 @dataclass(frozen=True)
-class Wishes:
+class BundleOptions:
     """What a person says about a push that the registry does not know."""
 
     base_id: str | None = None
-    facts: Facts = field(default_factory=Facts)
+    facts: CardFacts = field(default_factory=CardFacts)
     members: bool = False
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where files go up to, the base's id on the Hub, and what the card says besides."""
+
+    repo: str
+    base_id: str
+    facts: CardFacts = field(default_factory=CardFacts)
 
 
 def is_ours(path: str) -> bool:
@@ -55,17 +64,17 @@ def is_ours(path: str) -> bool:
     return path in {*CHECKPOINT, STACK, ADAPTER, PICTURE}
 
 
-def facts_of_card(text: str) -> Facts:
+def facts_of_card(text: str) -> CardFacts:
     """License, languages and data sets of a card that stands in a repo; nothing where it cannot be read."""
     match = re.match(r"---\s*\n(.*?\n)---\s*(?:\n|$)", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
     try:
         values = parse_yaml(match[1], CARD)[0] if match else {}
     except StackctlError:
-        return Facts()
+        return CardFacts()
     if not isinstance(values, dict):
-        return Facts()
+        return CardFacts()
     found = values.get("license")
-    return Facts(
+    return CardFacts(
         found if isinstance(found, str) else None, _texts(values.get("language")), _texts(values.get("datasets"))
     )
 
@@ -75,10 +84,10 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(item for item in values if isinstance(item, str))
 
 
-def combine_facts(asked: Facts, standing: Facts, base_id: str) -> Facts:
+def combine_facts(asked: CardFacts, standing: CardFacts, base_id: str) -> CardFacts:
     """What was asked for now, else what stands in the repo, else what is known of the base."""
-    known = _KNOWN_FACTS.get(base_id, Facts())
-    return Facts(
+    known = _KNOWN_FACTS.get(base_id, CardFacts())
+    return CardFacts(
         asked.license or standing.license or known.license,
         asked.language or standing.language or known.language,
         asked.datasets or standing.datasets,
@@ -116,21 +125,19 @@ def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None,
 # -- an adapter -----------------------------------------------------------------------------------------------------
 
 
-def bundle_adapter(
-    registry: Registry, member: ResolvedMember, base: Base, repo: str, base_id: str, facts: Facts
-) -> dict[str, Content]:
+def bundle_adapter(registry: Registry, member: ResolvedMember, base: Base, to: Destination) -> dict[str, Content]:
     """The files of one adapter: its checkpoint at the root, its entry, its card."""
-    content = checkpoint_files(registry, member, base, base_id)
+    content = checkpoint_files(registry, member, base, to.base_id)
     curve = _picture([(member, registry.weights_path(member.version))])
-    info = _published_info(registry, member, base, base_id, {})
+    info = _published_info(registry, member, base, to.base_id, {})
     card = Card(
         name=member.adapter.name,
-        repo=repo,
-        base_id=base_id,
+        repo=to.repo,
+        base_id=to.base_id,
         members=(CardMember(member.adapter.name, _published(member), description=member.adapter.description),),
         rank=max(member.version.lora.r, *member.version.lora.rank_pattern.values(), 0),
-        foundations=tuple(Foundation(m.adapter, m.version, m.weight, m.digest, m.repo) for m in info.trained_on),
-        facts=facts,
+        foundations=tuple(TrainedOn(m.adapter, m.version, m.weight, m.digest, m.repo) for m in info.trained_on),
+        facts=to.facts,
         has_picture=curve is not None,
         has_tokenizer=_has_tokenizer(content),
         has_chat_template=bool(_CHAT_TEMPLATES & set(content)),
@@ -243,20 +250,17 @@ def _foundations(
 
 
 def bundle_stack(
-    registry: Registry, stack: ResolvedStack, name: str, repo: str, base_id: str, facts: Facts, *, members: bool,
-    folder: Path,
-) -> dict[str, Content]:  # fmt: skip
+    registry: Registry, stack: ResolvedStack, name: str, to: Destination, exported: Path, *, members: bool
+) -> dict[str, Content]:
     """The files of a stack: the one adapter that is its sum, the recipe, the card, and its members if asked for.
 
     Args:
-        folder: where the sum may be written; it must last until the push is over.
+        exported: the folder with the stack as one PEFT adapter; it must last until the push is over.
     """
-    from stackctl.engine.export.peft import export_peft
-
-    plan = registry.plan(stack).check()
-    out = folder / "sum"
-    export_peft(plan, out)
-    content: dict[str, Content] = {WEIGHTS: out / WEIGHTS, CONFIG: _published_config(out, base_id)}
+    content: dict[str, Content] = {
+        WEIGHTS: exported / WEIGHTS,
+        CONFIG: _published_config(exported, to.base_id),
+    }
     newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
     content |= {file: source / file for file in _TOKENIZER if (source / file).is_file()}
@@ -265,11 +269,11 @@ def bundle_stack(
     content[STACK] = format_yaml(_recipe(registry, stack, name)).encode()
     if members:
         for member in stack.members:
-            own = checkpoint_files(registry, member, stack.base, base_id, {m.label: repo for m in stack.members})
+            own = checkpoint_files(registry, member, stack.base, to.base_id, {m.label: to.repo for m in stack.members})
             content |= {f"{MEMBERS}/{member.adapter.name}/{file}": what for file, what in own.items()}
     curve = _picture([(m, registry.weights_path(m.version)) for m in stack.members])
     card = Card(
-        name=name, repo=repo, base_id=base_id, rank=plan.rank, is_stack=True, facts=facts,
+        name=name, repo=to.repo, base_id=to.base_id, rank=read_config(exported)["r"], is_stack=True, facts=to.facts,
         members=tuple(
             CardMember(
                 m.adapter.name, _published(m), m.weight, m.adapter.description,
@@ -311,7 +315,7 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
 
 
 def _picture(places: list[tuple[ResolvedMember, Path]]) -> str | None:
-    return render_svg({member.label: read_curve(folder) for member, folder in places})
+    return render_curve_svg({member.label: read_curve(folder) for member, folder in places})
 
 
 def _picture_file(picture: str | None) -> dict[str, Content]:

@@ -22,7 +22,7 @@ _AMBIGUOUS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a person knows and the registry does not; kept from the card that stands in the repo when not given."""
 
     license: str | None = None
@@ -46,7 +46,7 @@ class CardMember:
 
 
 @dataclass(frozen=True)
-class Foundation:
+class TrainedOn:
     """An adapter that the card's adapter was trained on. ``repo`` is where it lives, when that is known."""
 
     name: str
@@ -70,8 +70,8 @@ class Card:
     members: tuple[CardMember, ...]
     rank: int
     is_stack: bool = False
-    foundations: tuple[Foundation, ...] = ()
-    facts: Facts = field(default_factory=Facts)
+    foundations: tuple[TrainedOn, ...] = ()
+    facts: CardFacts = field(default_factory=CardFacts)
     has_picture: bool = False
     has_tokenizer: bool = False
     has_chat_template: bool = False

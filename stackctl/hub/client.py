@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,21 +212,24 @@ def _throw_away(path: Path) -> None:
         damaged.unlink(missing_ok=True)
 
 
-def download_base(repo: str, revision: str | None, patterns: Sequence[str], say: Say) -> tuple[Path, str]:
+_BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def download_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     """A base model's files in huggingface_hub's cache, and their commit; a commit that is there asks nobody.
 
     Raises:
         NotFound, HubFailure, VerificationFailed: it is not there; it cannot be fetched; other bytes arrived.
     """
     with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=sys.stderr.isatty()) as hub:
-        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, [*patterns])):
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, _BASE_FILES)):
             return kept, revision
         seen = hub.find(revision)
         if seen is None or seen.commit is None:
             raise NotFound(f"there is no model '{repo}' at {hub.url}", hint="check the name; if private: hf auth login")
-        size = sum(f.size for f in seen.files.values() if any(fnmatch.fnmatch(f.path, p) for p in patterns))
+        size = sum(f.size for f in seen.files.values() if any(fnmatch.fnmatch(f.path, p) for p in _BASE_FILES))
         say(f"fetching {repo} at {seen.commit[:12]} ({human_bytes(size)})")
-        return hub.download_folder(seen, [*patterns]), seen.commit
+        return hub.download_folder(seen, _BASE_FILES), seen.commit
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from stackctl.hub.base_lookup import find_base
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import Hub, Say, open_hub
 from stackctl.hub.remote_files import Snapshot
-from stackctl.hub.repo_contents import Part, RepoReader
+from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
@@ -130,7 +130,7 @@ class _Pull:
             done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
         )  # fmt: skip
 
-    def _known(self, part: Part) -> ResolvedMember | None:
+    def _known(self, part: RepoAdapter) -> ResolvedMember | None:
         """The same adapter in this registry: under the name that was asked for, else under any."""
         if part.digest is None:
             return None
@@ -149,7 +149,7 @@ class _Pull:
 
     # -- a stack ----------------------------------------------------------------------------------------------------
 
-    def _member_parts(self, recipe: Stack) -> list[Part] | None:
+    def _member_parts(self, recipe: Stack) -> list[RepoAdapter] | None:
         """The members of a recipe that are not registered here; None when some are neither here nor in the repo."""
         if not recipe.members:
             raise Incompatible(f"the stack in {self.hub.repo} has no members")
@@ -169,7 +169,7 @@ class _Pull:
     def _holds(self, member: Member) -> bool:
         return f"{MEMBERS}/{member.adapter}/{CONFIG}" in self.repo.seen.files
 
-    def _member_part(self, member: Member) -> Part:
+    def _member_part(self, member: Member) -> RepoAdapter:
         part = self.repo.part(f"{MEMBERS}/{member.adapter}", member.adapter)
         if part.digest not in (None, member.digest):
             raise self.repo.other_digest(part.folder)
@@ -180,7 +180,7 @@ class _Pull:
             hint = f"name the stack: {self.options.again.having('--name', 'NAME')}"
             raise Usage(f"'{name}' is the name of an adapter", hint=hint)
 
-    def _pull_stack(self, recipe: Stack, parts: list[Part]) -> Pulled:
+    def _pull_stack(self, recipe: Stack, parts: list[RepoAdapter]) -> Pulled:
         name = self.options.name or recipe.name
         restored = self._restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
@@ -216,7 +216,7 @@ class _Pull:
             added = [*added, name]
         return replace(self._done(added), stack=name, members=tuple(members), restored=tuple(restored))
 
-    def _damaged_members(self, recipe: Stack) -> dict[str, tuple[ResolvedMember, Part]]:
+    def _damaged_members(self, recipe: Stack) -> dict[str, tuple[ResolvedMember, RepoAdapter]]:
         """The members that are registered here without whole files, with what the repo has of them."""
         here = {m.digest: found for m in recipe.members if (found := self.registry.find_digest(m.digest))}
         damaged = {member.version.digest: member for member in self.registry.damaged(here.values())}
@@ -233,7 +233,7 @@ class _Pull:
     def _done(self, added: list[str]) -> Pulled:
         return Pulled(self.hub.repo, self.repo.commit, added=tuple(added), planned=self.options.dry_run)
 
-    def _bring(self, parts: list[Part], base: Base) -> list[ResolvedMember]:
+    def _bring(self, parts: list[RepoAdapter], base: Base) -> list[ResolvedMember]:
         """Fetch and check all parts, then register them, what others stand on first."""
         self._show(parts)
         outside = self._foundations(parts)
@@ -256,12 +256,12 @@ class _Pull:
                     self.say(f"note: {part.label} is another adapter here; what was pulled is {member.label}")
         return found
 
-    def _show(self, parts: Iterable[Part]) -> None:
+    def _show(self, parts: Iterable[RepoAdapter]) -> None:
         for part in parts:
             for file in part.files.values():
                 self.say(f"  {file.path:<48}  {files.human_bytes(file.size):>9}")
 
-    def _restore(self, damaged: dict[str, tuple[ResolvedMember, Part]]) -> list[str]:
+    def _restore(self, damaged: dict[str, tuple[ResolvedMember, RepoAdapter]]) -> list[str]:
         """Give registered versions their files back. Returns their labels.
 
         Raises:
@@ -274,7 +274,7 @@ class _Pull:
                 self.registry.restore(member, staged)
         return list(damaged)
 
-    def _checked(self, part: Part, folder: Path, base: Base) -> Checkpoint:
+    def _checked(self, part: RepoAdapter, folder: Path, base: Base) -> Checkpoint:
         """A staged checkpoint, if it has the digest that was promised and fits the base.
 
         Raises:
@@ -286,7 +286,7 @@ class _Pull:
         plan_stack(base, [PlanMember(part.name, 1.0, checkpoint, part.name)]).check()
         return checkpoint
 
-    def _foundations(self, parts: list[Part]) -> dict[str, str]:
+    def _foundations(self, parts: list[RepoAdapter]) -> dict[str, str]:
         """What the parts were trained on and do not bring themselves: its label there to its label here.
 
         Raises:
@@ -301,7 +301,7 @@ class _Pull:
                     found[label] = self._foundation(part, label, told.get(label))
         return found
 
-    def _foundation(self, part: Part, label: str, told: CheckpointMember | None) -> str:
+    def _foundation(self, part: RepoAdapter, label: str, told: CheckpointMember | None) -> str:
         digest = told.digest if told else ""
         if digest and (here := self.registry.find_digest(digest)):
             return here.label
@@ -322,7 +322,7 @@ class _Pull:
             hint=f"{where}, then: {self.options.again}",
         )
 
-    def _register(self, part: Part, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
+    def _register(self, part: RepoAdapter, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
         peft = part.config.get("peft_version")
         entry = part.entry or AdapterVersion(
             version=1, digest="", path="", base="", fingerprint="", created=now(), lora=describe_lora(part.config),
@@ -342,14 +342,14 @@ class _Pull:
         return self.registry.add_version(part.name, build, staged, described, number=part.number, digest=digest)
 
 
-def _terms(part: Part) -> tuple[Term, ...]:
+def _terms(part: RepoAdapter) -> tuple[Term, ...]:
     """What a part was trained on, by the names of where it was made."""
     return parse_expression("+".join(part.entry.trained_on)) if part.entry and part.entry.trained_on else ()
 
 
-def _foundations_first(parts: list[Part]) -> list[Part]:
+def _foundations_first(parts: list[RepoAdapter]) -> list[RepoAdapter]:
     """The parts in an order in which each comes after those of them that it was trained on."""
-    waiting, ordered = {part.label: part for part in parts}, list[Part]()
+    waiting, ordered = {part.label: part for part in parts}, list[RepoAdapter]()
     while waiting:
         ready = [
             part for part in waiting.values()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,8 @@ from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.core.schema import HubSource
 from stackctl.hub.bundle import (
-    Wishes,
+    BundleOptions,
+    Destination,
     bundle_adapter,
     bundle_stack,
     check_pushable,
@@ -26,21 +27,28 @@ from stackctl.hub.bundle import (
     is_ours,
     resolve_base_id,
 )
-from stackctl.hub.card import CARD, Facts
+from stackctl.hub.card import CARD, CardFacts
 from stackctl.hub.client import Hub, Say, open_hub
 from stackctl.hub.remote_files import Content, Snapshot, sha256
+from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.storage.files import human_bytes
 
+Export = Callable[[StackPlan, Path], object]
 Status = Literal["new", "changed", "unchanged", "removed"]
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How a push is done. ``again`` is the command line that repeats it, for hints."""
+    """How a push is done.
+
+    ``again`` is the command line that repeats it, for hints. ``export`` writes a stack as one PEFT adapter into a new
+    folder; an adapter is pushed as it lies.
+    """
 
     again: CommandLine
-    wishes: Wishes = field(default_factory=Wishes)
+    export: Export
+    bundle: BundleOptions = field(default_factory=BundleOptions)
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
@@ -81,7 +89,7 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
         NotFound, HubFailure: the repo's branch is not there; the Hub or the network said no.
     """
     check_pushable(registry, stack)
-    base_id = resolve_base_id(registry, stack, options.wishes.base_id, options.again)
+    base_id = resolve_base_id(registry, stack, options.bundle.base_id, options.again)
     what = _name(stack)
     with (
         tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder,
@@ -91,13 +99,12 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
             hub.require_login()
         seen, facts = _look(hub, options, say)
         there = seen or Snapshot()
-        if _came_from_here(stack, repo, there, options.wishes):
+        if _came_from_here(stack, repo, there, options.bundle):
             kept = tuple(PushedFile(f.path, f.size, f.sha256, "unchanged") for f in there.files.values())
             return _finish(registry, stack, hub, options, Pushed(what, repo, there.commit, "", kept, "unchanged"))
         say(f"preparing {what}")
-        content = _bundle(
-            registry, stack, repo, base_id, combine_facts(options.wishes.facts, facts, base_id), options, Path(folder)
-        )
+        to = Destination(repo, base_id, combine_facts(options.bundle.facts, facts, base_id))
+        content = _bundle(registry, stack, to, options, Path(folder))
         files = tuple(_compare(content, there))
         _show(files, repo, say)
         add = {file.path: content[file.path] for file in files if file.status in ("new", "changed")}
@@ -119,18 +126,17 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
         return _finish(registry, stack, hub, options, pushed)
 
 
-def prepare(registry: Registry, stack: ResolvedStack, repo: str, wishes: Wishes) -> tuple[PushedFile, ...]:
+def prepare(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptions) -> tuple[PushedFile, ...]:
     """What a push of a stack to a new repo would send; asks nobody.
 
     Raises:
         Usage, Incompatible, VerificationFailed: it cannot be pushed as it is.
     """
-    options = PushOptions(CommandLine(("stackctl", "push", stack.text, repo)), wishes)
     check_pushable(registry, stack)
-    base_id = resolve_base_id(registry, stack, wishes.base_id, options.again)
-    facts = combine_facts(wishes.facts, Facts(), base_id)
+    base_id = resolve_base_id(registry, stack, options.bundle.base_id, options.again)
+    to = Destination(repo, base_id, combine_facts(options.bundle.facts, CardFacts(), base_id))
     with tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder:
-        return tuple(_compare(_bundle(registry, stack, repo, base_id, facts, options, Path(folder)), Snapshot()))
+        return tuple(_compare(_bundle(registry, stack, to, options, Path(folder)), Snapshot()))
 
 
 def _name(stack: ResolvedStack) -> str:
@@ -152,25 +158,25 @@ def _message(stack: ResolvedStack, what: str) -> str:
 
 
 def _bundle(
-    registry: Registry, stack: ResolvedStack, repo: str, base_id: str, facts: Facts, options: PushOptions, folder: Path
+    registry: Registry, stack: ResolvedStack, to: Destination, options: PushOptions, folder: Path
 ) -> dict[str, Content]:
     if _is_adapter(stack):
-        return bundle_adapter(registry, stack.members[0], stack.base, repo, base_id, facts)
-    return bundle_stack(
-        registry, stack, _name(stack), repo, base_id, facts, members=options.wishes.members, folder=folder
-    )
+        return bundle_adapter(registry, stack.members[0], stack.base, to)
+    exported = folder / "sum"
+    options.export(registry.plan(stack).check(), exported)
+    return bundle_stack(registry, stack, _name(stack), to, exported, members=options.bundle.members)
 
 
 # -- before the commit ----------------------------------------------------------------------------------------------
 
 
-def _look(hub: Hub, options: PushOptions, say: Say) -> tuple[Snapshot | None, Facts]:
+def _look(hub: Hub, options: PushOptions, say: Say) -> tuple[Snapshot | None, CardFacts]:
     """The repo as it is (None: not there) and what its card says. A dry run goes on without the Hub."""
     try:
         seen = hub.find(options.revision)
         if seen is None:
             _check_may_create(hub, options)
-            return None, Facts()
+            return None, CardFacts()
         if options.private and seen.private is False:
             raise Usage(
                 f"{hub.repo} is there already and public, so --private would hide nothing",
@@ -181,7 +187,7 @@ def _look(hub: Hub, options: PushOptions, say: Say) -> tuple[Snapshot | None, Fa
         if not options.dry_run:
             raise
         say(f"{error.message}: everything is shown as new")
-        return None, Facts()
+        return None, CardFacts()
 
 
 def _check_may_create(hub: Hub, options: PushOptions) -> None:
@@ -196,15 +202,15 @@ def _check_may_create(hub: Hub, options: PushOptions) -> None:
         raise NotFound(f"there is no repo {hub.repo} (or you may not see it)", hint=f"make it first: {first}")
 
 
-def _standing_facts(hub: Hub, seen: Snapshot) -> Facts:
+def _standing_facts(hub: Hub, seen: Snapshot) -> CardFacts:
     if CARD not in seen.files or seen.commit is None:
-        return Facts()
+        return CardFacts()
     return facts_of_card(hub.download(seen.files[CARD], seen.commit).read_text(errors="replace"))
 
 
-def _came_from_here(stack: ResolvedStack, repo: str, there: Snapshot, wishes: Wishes) -> bool:
+def _came_from_here(stack: ResolvedStack, repo: str, there: Snapshot, bundle: BundleOptions) -> bool:
     """Whether this is what a pull brought from that very commit: what somebody else wrote there stays as it is."""
-    if not _is_adapter(stack) or there.commit is None or wishes != Wishes():
+    if not _is_adapter(stack) or there.commit is None or bundle != BundleOptions():
         return False
     return stack.members[0].version.hub == HubSource(repo=repo, commit=there.commit)
 
@@ -254,7 +260,7 @@ def _finish(registry: Registry, stack: ResolvedStack, hub: Hub, options: PushOpt
     if options.tag:
         hub.tag(options.tag, pushed.commit)
     if not pushed.pull_request and options.revision in (None, "main"):
-        held = stack.members if _is_adapter(stack) or options.wishes.members else ()
+        held = stack.members if _is_adapter(stack) or options.bundle.members else ()
         for member in held:
             if member.version.hub != HubSource(repo=pushed.repo, commit=pushed.commit):
                 with contextlib.suppress(NotFound):  # somebody removed it meanwhile

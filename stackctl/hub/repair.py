@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class RepairSource:
     """Where a version's files are; ``place`` is a folder, or REPO@COMMIT on the Hub."""
 
     kind: Literal["folder", "registry", "hub"]
@@ -38,7 +38,7 @@ class Source:
 
 def find_sources(
     registry: Registry, members: Collection[ResolvedMember], folder: Path | None = None
-) -> dict[str, list[Source]]:
+) -> dict[str, list[RepairSource]]:
     """The sources of each version, by its label, the nearest first; those on the Hub as recorded, asking nobody.
 
     Args:
@@ -52,9 +52,9 @@ def find_sources(
         version = member.version
         places = dict.fromkeys(f"{place.repo}@{place.commit}" for place in (version.hub, version.pushed) if place)
         found[member.label] = [
-            *(Source("folder", str(path)) for path in named.get(version.digest, ())),
-            *(Source("registry", str(path)) for path in here.get(version.digest, ())),
-            *(Source("hub", place) for place in places),
+            *(RepairSource("folder", str(path)) for path in named.get(version.digest, ())),
+            *(RepairSource("registry", str(path)) for path in here.get(version.digest, ())),
+            *(RepairSource("hub", place) for place in places),
         ]
     return found
 
@@ -69,7 +69,9 @@ def _copies_in(folder: Path, members: Collection[ResolvedMember]) -> dict[str, l
     return found
 
 
-def repair(registry: Registry, member: ResolvedMember, sources: list[Source], say: Say, *, progress: bool) -> Source:
+def repair(
+    registry: Registry, member: ResolvedMember, sources: list[RepairSource], say: Say, *, progress: bool
+) -> RepairSource:
     """Bring a version's files back from the first of its sources that has them, and return that.
 
     Args:

@@ -23,7 +23,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Part:
+class RepoAdapter:
     """One adapter of a repo, as far as its small files tell.
 
     ``entry`` and ``info`` are None where stackctl did not write it; ``digest`` where only the weights will tell.
@@ -80,7 +80,7 @@ class RepoReader:
             said = error.message.rpartition(f"/{path.rpartition('/')[2]}")[2].lstrip(":, ")
             raise Incompatible(f"{path} of {self.hub.repo} cannot be read: {said}", hint=error.hint) from None
 
-    def part(self, folder: str, name: str | None = None) -> Part:
+    def part(self, folder: str, name: str | None = None) -> RepoAdapter:
         """An adapter of the repo, by its configuration and its entry; ``name`` is what it shall be called here.
 
         Raises:
@@ -99,14 +99,14 @@ class RepoReader:
         digest = adapter_digest(config, f"sha256:{weights}") if weights else None
         if entry and digest and entry.digest != digest:
             raise self.other_digest(folder)
-        return Part(
+        return RepoAdapter(
             folder=folder, name=name or (adapter.name if adapter else self._name_of_repo()),
             number=entry.version if entry else 1, config=config, entry=entry, info=self._info(prefix),
             description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
             files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
         )  # fmt: skip
 
-    def find(self, digest: str, name: str) -> Part | None:
+    def find(self, digest: str, name: str) -> RepoAdapter | None:
         """The adapter of the repo with a digest, looked for under its own name first; None when it holds none.
 
         Where only the weights will tell, the first one that may be it.
@@ -119,7 +119,7 @@ class RepoReader:
                     return part
         return None
 
-    def fetch(self, part: Part, folder: Path, there: Path | None = None) -> None:
+    def fetch(self, part: RepoAdapter, folder: Path, there: Path | None = None) -> None:
         """Bring an adapter's files into ``folder``, but for those that ``there`` has already; its config always."""
         for name, file in part.files.items():
             have = there / name if there and name != CONFIG else None

@@ -25,7 +25,7 @@ _LOGIT = 12
 """A logit's log-probability and, where the backward pass begins, the gradients of the loss and of the softmax."""
 _LIBRARIES = 500_000_000
 """Python with torch and its family."""
-_HOLES = 0.6
+_FRAGMENTATION = 0.6
 """By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
@@ -36,7 +36,7 @@ _GATHERED = 2
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes in each process. ``checkpointed`` is what activations take with activation checkpointing.
 
     ``loading``: before FSDP shards it, each process holds the whole base once.
@@ -50,7 +50,7 @@ class Memory:
     checkpointed: int
     logits: int
     libraries: int
-    holes: int
+    fragmentation: int
     loading: int
     processes: int
     sharded: bool
@@ -60,7 +60,7 @@ class Memory:
     def total(self) -> int:
         """The most that is needed at once: while training, or before the base is sharded."""
         trained = self.adapter + self.gradients + self.optimizer
-        return max(self.base + trained + self.kept + self.logits + self.holes, self.loading) + self.libraries
+        return max(self.base + trained + self.kept + self.logits + self.fragmentation, self.loading) + self.libraries
 
     @property
     def kept(self) -> int:
@@ -82,7 +82,12 @@ class Memory:
     def render(self, available: int, *, shared: bool) -> str:
         """Two lines for a person."""
         parts = {"base": self.base, "adapter and optimizer": self.adapter + self.gradients + self.optimizer}
-        parts |= {"activations": self.kept, "logits": self.logits, "holes": self.holes, "libraries": self.libraries}
+        parts |= {
+            "activations": self.kept,
+            "logits": self.logits,
+            "fragmentation": self.fragmentation,
+            "libraries": self.libraries,
+        }
         parts = {name: size for name, size in parts.items() if size}
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         verdict = "" if self.fits(available, shared=shared) else ", which is more than there is"
@@ -103,7 +108,7 @@ def estimate_memory(
     sharded: bool = False,
     checkpointing: bool = False,
     heap: bool = False,
-) -> Memory:
+) -> MemoryEstimate:
     """The memory of one training process.
 
     Args:
@@ -112,7 +117,7 @@ def estimate_memory(
         live_rank: the summed rank of a frozen stack that is kept live.
         sharded: FSDP, which gives each process a part of everything that is stored.
         checkpointing: activations inside a layer are computed again for the backward pass instead of kept.
-        heap: tensors are in main memory, whose heap has holes after some steps.
+        heap: tensors are in main memory, whose heap is fragmented after some steps.
     """
     modules = expand_modules(base.modules)
     shards = processes if sharded else 1
@@ -141,7 +146,7 @@ def estimate_memory(
     activations = int(tokens * (kept * value + casts + low))
     checkpointed = int(tokens * layers * hidden * value) + activations // layers
     logits = supervised * base.vocabulary_size * _LOGIT
-    return Memory(
+    return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
         gradients=trained * 4 // shards,
@@ -150,7 +155,7 @@ def estimate_memory(
         checkpointed=checkpointed,
         logits=logits,
         libraries=_LIBRARIES,
-        holes=int(_HOLES * ((checkpointed if checkpointing else activations) + logits)) if heap else 0,
+        fragmentation=int(_FRAGMENTATION * ((checkpointed if checkpointing else activations) + logits)) if heap else 0,
         loading=weights if sharded else 0,
         processes=processes,
         sharded=sharded,

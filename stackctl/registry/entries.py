@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from stackctl.core.errors import MergeConflict, NotFound, Usage
+from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.schema import (
     SCHEMA,
@@ -84,14 +84,24 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+FetchBase = Callable[[str, str | None, Callable[[str], None]], tuple[Path, str]]
+"""A repo on the Hub, its revision and what to tell people with, to the folder of its files here and the commit."""
+
+
+def _cannot_fetch(repo: str, revision: str | None, say: Callable[[str], None]) -> tuple[Path, str]:
+    raise HubFailure(f"the base {repo} is on the Hub, and nothing says how to fetch it")
+
+
 class Entries:
     """A registry on disk. Nothing is kept in memory: every question reads the file that answers it.
 
+    ``fetch_base`` gets the files of a base that is on the Hub; whoever opens the registry says how.
     ``show_reading`` makes what shows how far a reading of many entries is: a function of the share, 0 to 1.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.fetch_base: FetchBase = _cannot_fetch
         self.show_reading: Callable[[], contextlib.AbstractContextManager[Callable[[float], None]]] = _show_nothing
 
     @classmethod

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
-SCHEMA = 1
+JSON_SCHEMA = 1
 _PIPED_WIDTH = 160
 """Columns when nobody's terminal says otherwise: wide enough that piped tables are not cut."""
 _REMEMBERED = 600
@@ -131,7 +131,7 @@ class Output:
 
     def line_json(self, document: dict[str, Any]) -> None:
         """One JSON document on one line of stdout; what is an iterator becomes a list, written item by item."""
-        whole = {"schema": SCHEMA, **document}
+        whole = {"schema": JSON_SCHEMA, **document}
         before = "{"
         for key, value in [(k, v if isinstance(v, Iterator) else [_json(v)]) for k, v in whole.items()]:
             sys.stdout.write(f"{before}{_json(key)}: ")

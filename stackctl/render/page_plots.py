@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stackctl.render.heatmap import HeatMap, short_names
-from stackctl.render.loss_curve.log import ticks
-from stackctl.render.module_maps import signed
+from stackctl.lora.module_grid import short_names
+from stackctl.render.heat_map import HeatMap
+from stackctl.render.loss_curve import ticks
+from stackctl.render.terminal import signed
 
 _LETTER = 7.0
 """Width of a letter as drawn, about."""

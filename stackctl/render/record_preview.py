@@ -6,7 +6,7 @@ import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-Part = tuple[str, bool]
+Span = tuple[str, bool]
 """Some text, and whether it is learned."""
 
 _Sign = tuple[str, bool]
@@ -16,7 +16,7 @@ _HEAD, _TAIL, _PARTS = 160, 80, 12
 """Characters of a part that are shown from its beginning and from its end, and how many parts are shown."""
 
 
-def render_preview(parts: Sequence[Part], *, colours: bool, width: int | None = None) -> str:
+def render_preview(parts: Sequence[Span], *, colours: bool, width: int | None = None) -> str:
     """Lines with a bar before each; long parts are shown from both ends, and of many parts the first ones.
 
     Lines are broken between words to fit ``width`` columns. Control characters other than a newline are shown by their

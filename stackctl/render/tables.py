@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from stackctl.render.heatmap import HeatMap
+    from stackctl.render.heat_map import HeatMap
 
 NUMERIC = {"parameters", "rank", "loss", "±", "perplexity", "accuracy", "tokens", "records", "weight", "size", "step"}
 
@@ -38,7 +38,7 @@ def spaced(parts: Sequence[RenderableType]) -> Group:
     return Group(*lines)
 
 
-class Listing:
+class StreamedTable:
     """A table of any length, drawn row by row: it looks as :func:`table`, for which rich needs all of it at once.
 
     ``rows`` is called twice, to measure and to draw. What is too wide for its column is broken with no regard to words.
@@ -110,7 +110,7 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-class Branches:
+class TreeLines:
     """A tree of any length, drawn line by line: for each what leads to it, its name, and a remark, which is cut."""
 
     def __init__(self, lines: Callable[[], Iterable[tuple[str, str, str]]]) -> None:
@@ -137,7 +137,7 @@ class HeatMapDrawing:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         colours = console.color_system not in (None, "standard")  # sixteen colours have no shades
-        from stackctl.render.heatmap import render_terminal
+        from stackctl.render.heat_map import render_heat_map
 
-        for line in render_terminal(self._heat, options.max_width, colours=colours):
+        for line in render_heat_map(self._heat, options.max_width, colours=colours):
             yield Text.assemble(*line, no_wrap=True, overflow="ignore")

@@ -71,3 +71,9 @@ def _labelled(line: str, stream: TextIO) -> str:
 def styled(text: str, code: str, stream: TextIO) -> str:
     """Text with a terminal's code for a colour or for bold, where ``stream`` may have one."""
     return f"\033[{code}m{text}\033[0m" if colours_on(stream) else text
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, which nothing that rounds to nought has."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]

@@ -23,7 +23,7 @@ TITLES = {"vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ServeCommands:
     """How one program serves a stack: the lines to type, in order; none where ``problems`` has an error."""
 
     lines: tuple[str, ...]
@@ -34,7 +34,9 @@ class Recipe:
         return {"lines": list(self.lines), "notes": list(self.notes), "problems": [p.json() for p in self.problems]}
 
 
-def serving_recipes(stack: ResolvedStack, plan: StackPlan, root: Path, *, named: bool = False) -> dict[str, Recipe]:
+def serve_commands(
+    stack: ResolvedStack, plan: StackPlan, root: Path, *, named: bool = False
+) -> dict[str, ServeCommands]:
     """Per target how to serve a stack of the registry in ``root``; ``named``: the lines have to say where that is.
 
     Raises:
@@ -51,11 +53,11 @@ def serving_recipes(stack: ResolvedStack, plan: StackPlan, root: Path, *, named:
                 Problem("nothing", f"{plan.expression} adds nothing to the base: there is nothing to serve")
             )
         if any(problem.severity == "error" for problem in problems):
-            recipes[target] = Recipe((), (), tuple(problems))
+            recipes[target] = ServeCommands((), (), tuple(problems))
             continue
         lines, notes = recipe(export, name, plan, stack.base, root)
         said = tuple(p for p in problems if p.code != "vllm_rank")  # which the line heeds
-        recipes[target] = Recipe(tuple(shlex.join(line) for line in lines), tuple(notes), said)
+        recipes[target] = ServeCommands(tuple(shlex.join(line) for line in lines), tuple(notes), said)
     return recipes
 
 

@@ -43,7 +43,7 @@ def test_a_stack_is_shown_whole(stack: Any) -> None:
     page = read(stack.folder / "page.html")
     assert page.texts("h1") == ["stack storyteller"]
     assert page.texts("h2") == [
-        "Members", "Who stands on whom", "Where the weights change", "How the members lie to each other",
+        "Members", "Who stands on whom", "Where the weights change", "Interference between members",
         "Losses of the training",
     ]  # fmt: skip
     titles = page.texts("title")
@@ -72,7 +72,7 @@ def test_an_adapter_and_a_checkpoint_have_pages_too(stack: Any) -> None:
     stack.run("inspect", "style", "--output", "style.html", "--weights")
     page = read(stack.folder / "style.html")
     assert page.texts("h1") == ["adapter style@1"]
-    assert "How the members lie to each other" not in page.texts("h2")
+    assert "Interference between members" not in page.texts("h2")
     assert "Losses of the training" in page.texts("h2")
     stack.run("inspect", stack.paths["tone"], "--output", "tone.html")
     page = read(stack.folder / "tone.html")

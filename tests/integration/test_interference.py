@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from stackctl.engine.interference import measure_interference
+from stackctl.engine.overlaps import ModuleOverlap, PairOverlap
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.render.interference import ModuleOverlap, Pair
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Module to A (rank, in) and B (out, rank)."""
@@ -49,7 +49,7 @@ def member(folder: Path, name: str, pairs: Factors, weight: float = 1.0, **confi
     return PlanMember(f"{name}@1", weight, read_checkpoint(path), adapter=name)
 
 
-def measured(*members: PlanMember) -> Pair:
+def measured(*members: PlanMember) -> PairOverlap:
     plan = plan_stack(None, members)
     found = measure_interference(plan)
     assert not found.not_compared
@@ -97,7 +97,7 @@ def test_the_whole_pair_is_one_matrix_of_blocks(tmp_path: Path) -> None:
     one, other = (np.concatenate([dense(f[m], 2.0).ravel() for m in (Q, V)]) for f in (style, instruct))
     assert pair.total.cosine == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), abs=1e-9)
     assert pair.total.norms == pytest.approx((np.linalg.norm(one), np.linalg.norm(other)))
-    assert [name for name, _ in pair.quarrels] == [
+    assert [name for name, _ in pair.most_opposed] == [
         name for name, _ in sorted(((n, o.cosine) for n, o in pair.layers.items()), key=lambda found: found[1])
     ]
 
@@ -149,7 +149,7 @@ def test_an_untrained_delta_has_no_direction(tmp_path: Path) -> None:
     assert overlap[Q].norms[0] == 0
     assert (overlap[Q].cosine, overlap[Q].columns, overlap[Q].rows) == (None, None, None)
     assert overlap[V].cosine is not None
-    assert "model.layers.0" not in dict(pair.quarrels)
+    assert "model.layers.0" not in dict(pair.most_opposed)
     json.dumps(pair.json(), allow_nan=False)
 
 
@@ -180,7 +180,7 @@ def test_only_shared_modules_are_compared_and_the_others_counted(tmp_path: Path)
     members = member(tmp_path, "a", factors(1, Q)), member(tmp_path, "b", factors(2, V, Q)), member(
         tmp_path, "c", factors(3, V))  # fmt: skip
     found = measure_interference(plan(*members))
-    seen = {pair.members: ([m.module for m in pair.modules], pair.alone) for pair in found.pairs}
+    seen = {pair.members: ([m.module for m in pair.modules], pair.unshared) for pair in found.pairs}
     assert seen == {
         ("a@1", "b@1"): ([Q], (0, 1)), ("a@1", "c@1"): ([], (1, 1)), ("b@1", "c@1"): ([V], (1, 0)),
     }  # fmt: skip
@@ -213,7 +213,7 @@ def test_the_command_tells_the_same_as_the_engine(pair_of_adapters: Any) -> None
     assert len(told["pairs"][0]["modules"]) == 14
     plain = run("inspect", "style+instruct", "--interference", "--json").json["interference"]["pairs"][0]
     assert plain["cosine"] == pytest.approx(-told["pairs"][0]["cosine"])
-    assert len(plain["quarrels"]) == 2  # layers, of a model that has two
+    assert len(plain["most_opposed"]) == 2  # layers, of a model that has two
 
 
 def test_whole_modules_are_named_as_not_compared(house: Any) -> None:
@@ -233,7 +233,7 @@ def test_the_screens_fit(pair_of_adapters: Any, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("COLUMNS", str(columns))
     both = pair_of_adapters.run("inspect", "style+instruct+tone", "--weights", "--interference").out
     assert max(map(len, both.splitlines())) <= columns
-    for shown in ("‖ΔW‖ of the sum", "‖ΔW‖ of tone@1", "style@1", "× instruct@1", "quarrel most in layer"):
+    for shown in ("‖ΔW‖ of the sum", "‖ΔW‖ of tone@1", "style@1", "× instruct@1", "most opposed in layer"):
         assert shown in both
 
 
@@ -245,5 +245,5 @@ def test_two_versions_of_an_adapter_can_be_compared(pair_of_adapters: Any) -> No
 
 
 @pytest.mark.parametrize("what", ["style", "base", "tiny", "made/style"])
-def test_one_member_has_nobody_to_quarrel_with(pair_of_adapters: Any, what: str) -> None:
+def test_interference_takes_two_members(pair_of_adapters: Any, what: str) -> None:
     assert "hint:" in pair_of_adapters.run("inspect", what, "--interference", code=2).err

@@ -19,7 +19,7 @@ from stackctl.engine.data import Example, collate
 from stackctl.engine.logits import supervised_loss
 from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
-from stackctl.machine.memory_estimate import Memory, estimate_memory
+from stackctl.machine.memory_estimate import MemoryEstimate, estimate_memory
 from stackctl.registry import Registry
 
 TOLERANCE = 0.25
@@ -50,7 +50,7 @@ def base_of(run: Any, tmp_path: Path) -> Any:
     return make
 
 
-def estimate(base: Base, **kind: Any) -> Memory:
+def estimate(base: Base, **kind: Any) -> MemoryEstimate:
     targets = expected_targets({"target_modules": "all-linear"}, expand_modules(base.modules), base.output_embedding)
     assert targets
     return estimate_memory(
@@ -108,8 +108,8 @@ def test_more_of_everything_costs_more(base_of: Any) -> None:
     assert estimate(base, live_rank=16).total > one.total
     assert one.checkpointed < one.activations
     on_a_cpu = estimate(base, heap=True)
-    assert on_a_cpu.total - one.total == on_a_cpu.holes > 0
-    assert estimate(base, heap=True, checkpointing=True).holes < on_a_cpu.holes
+    assert on_a_cpu.total - one.total == on_a_cpu.fragmentation > 0
+    assert estimate(base, heap=True, checkpointing=True).fragmentation < on_a_cpu.fragmentation
     many, each = estimate(base, processes=8), estimate(base, processes=8, sharded=True)
     assert many.total == one.total, "DDP has everything everywhere"
     assert each.optimizer == one.optimizer // 8
@@ -129,10 +129,11 @@ def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeyp
     assert one["processes"] == 1
     assert one["activations"] < all_["activations"]
     assert one["total"] == sum(
-        one[key] for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits", "holes", "libraries")
+        one[key]
+        for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits", "fragmentation", "libraries")
     )
     two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
     assert two["processes"] == 2
-    monkeypatch.setattr("stackctl.engine.training.memory.main_memory", lambda: machine.Memory(1000, 1000))
+    monkeypatch.setattr("stackctl.engine.training.memory.main_memory", lambda: machine.MemoryEstimate(1000, 1000))
     told = h.run("train", "new", "--data", data, "--dry-run")
     assert "which is more than there is" in told.out

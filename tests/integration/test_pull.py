@@ -412,10 +412,10 @@ def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
     from stackctl.hub.client import download_base
 
     hub.repo("acme/tiny", {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"})
-    folder, commit = download_base("acme/tiny", None, ["*.json", "*.safetensors"], lambda _: None)
+    folder, commit = download_base("acme/tiny", None, lambda _: None)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     hub.trace.clear()
-    assert download_base("acme/tiny", commit, ["*.json", "*.safetensors"], lambda _: None) == (folder, commit)
+    assert download_base("acme/tiny", commit, lambda _: None) == (folder, commit)
     assert hub.trace == []
 
 

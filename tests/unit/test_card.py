@@ -9,7 +9,7 @@ import yaml
 
 from stackctl.core.schema import AdapterVersion, DataSource, Lora, Run
 from stackctl.hub.bundle import combine_facts, facts_of_card, is_ours
-from stackctl.hub.card import Card, CardMember, Facts, Foundation, render_card
+from stackctl.hub.card import Card, CardFacts, CardMember, TrainedOn, render_card
 
 
 def version(number: int = 1, rank: int = 16, data: str | None = "chat.jsonl", **changes: object) -> AdapterVersion:
@@ -49,7 +49,7 @@ def code(text: str, language: str) -> list[str]:
 
 
 def test_the_front_matter_is_what_the_hub_wants() -> None:
-    card = adapter_card(facts=Facts("apache-2.0", ("en", "zh"), ("acme/chats",)))
+    card = adapter_card(facts=CardFacts("apache-2.0", ("en", "zh"), ("acme/chats",)))
     assert front_matter(render_card(card)) == {
         "base_model": "acme/tiny",
         "base_model_relation": "adapter",
@@ -69,13 +69,13 @@ def test_what_nobody_knows_is_left_out() -> None:
 @pytest.mark.parametrize("word", ["no", "on", "true", "1e5", "0755", "a: b", "- x", '"', "null", "~", "ja\n- en"])
 def test_every_word_reads_back_as_text(word: str) -> None:
     """Norwegian is the language ``no``, which PyYAML reads as false."""
-    assert front_matter(render_card(adapter_card(facts=Facts(word, (word,)))))["language"] == [word]
+    assert front_matter(render_card(adapter_card(facts=CardFacts(word, (word,)))))["language"] == [word]
 
 
 def test_huggingface_hub_reads_the_card() -> None:
     from huggingface_hub import ModelCard
 
-    data = ModelCard(render_card(adapter_card(facts=Facts("mit", ("no",))))).data
+    data = ModelCard(render_card(adapter_card(facts=CardFacts("mit", ("no",))))).data
     assert (data.base_model, data.license, data.language) == ("acme/tiny", "mit", ["no"])
 
 
@@ -105,17 +105,17 @@ def test_a_negative_weight_is_subtracted() -> None:
 
 
 def test_an_adapter_that_stands_on_another_says_so_and_where_that_lives() -> None:
-    foundation = Foundation("style", 1, 0.5, "sha256:" + "c" * 64, "me/style")
+    foundation = TrainedOn("style", 1, 0.5, "sha256:" + "c" * 64, "me/style")
     text = render_card(adapter_card(foundations=(foundation,)))
     assert "`style@1:0.5`" in text and "https://huggingface.co/me/style" in text
     assert code(text, "bash")[0].splitlines()[:2] == ["stackctl pull me/style", "stackctl pull me/instruct"]
     assert "W = W_base + 0.5·ΔW_style + ΔW_instruct" in text
-    unknown = render_card(adapter_card(foundations=(Foundation("style", 1, 1.0),)))
+    unknown = render_card(adapter_card(foundations=(TrainedOn("style", 1, 1.0),)))
     assert "stackctl pull me/style" not in unknown and "ask its author" in unknown
 
 
-@pytest.mark.parametrize("foundations", [(), (Foundation("st.yle", 1, 0.5, "", "me/style"), Foundation("b", 2, 1.0))])
-def test_the_python_in_the_card_is_python(foundations: tuple[Foundation, ...]) -> None:
+@pytest.mark.parametrize("foundations", [(), (TrainedOn("st.yle", 1, 0.5, "", "me/style"), TrainedOn("b", 2, 1.0))])
+def test_the_python_in_the_card_is_python(foundations: tuple[TrainedOn, ...]) -> None:
     (python,) = code(render_card(adapter_card(foundations=foundations)), "python")
     ast.parse(python)
 
@@ -143,18 +143,18 @@ def test_an_adapter_made_elsewhere_has_no_training_to_tell() -> None:
 
 
 def test_facts_that_stand_in_a_repo_are_kept_until_others_are_given() -> None:
-    standing = facts_of_card(render_card(adapter_card(facts=Facts("mit", ("de",), ("a/b",)))))
-    assert standing == Facts("mit", ("de",), ("a/b",))
-    assert combine_facts(Facts(language=("en",)), standing, "acme/tiny") == Facts("mit", ("en",), ("a/b",))
-    known = combine_facts(Facts(), Facts(), "HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert known == Facts("apache-2.0", ("en",))
+    standing = facts_of_card(render_card(adapter_card(facts=CardFacts("mit", ("de",), ("a/b",)))))
+    assert standing == CardFacts("mit", ("de",), ("a/b",))
+    assert combine_facts(CardFacts(language=("en",)), standing, "acme/tiny") == CardFacts("mit", ("en",), ("a/b",))
+    known = combine_facts(CardFacts(), CardFacts(), "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert known == CardFacts("apache-2.0", ("en",))
 
 
 @pytest.mark.parametrize(
     "text", ["", "no front matter", "---\n- a list\n---\n", "---\na: &b 1\n---\n", "---\nnever ends"]
 )
 def test_a_card_that_cannot_be_read_says_nothing(text: str) -> None:
-    assert facts_of_card(text) == Facts()
+    assert facts_of_card(text) == CardFacts()
 
 
 def test_only_files_that_a_push_writes_may_be_removed_by_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from webpage import Page
 
-from stackctl.render.comparison import comparison_page, render_comparison
+from stackctl.cli.comparison import comparison_page, render_comparison
 from stackctl.render.output import console
 
 PROSE = "The sea was grey in the morning, and the boats lay still. Nobody came down to the harbour until noon. " * 3

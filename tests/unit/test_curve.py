@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.render.loss_curve import Curve, parse_curve, read_curve, render_svg, render_terminal
-from stackctl.render.loss_curve.log import thinned
+from stackctl.render.loss_curve import Curve, parse_curve, read_curve, render_curve, render_curve_svg, thinned
 
 NUMBERS = st.sampled_from([0.0, 1.0, -5.0, 1e308, -1e308, 5e-324, 2**70, 1e15]) | st.floats() | st.integers()
 SVG = "{http://www.w3.org/2000/svg}"
@@ -36,7 +35,7 @@ def test_a_log_holds_steps_and_looks_and_what_is_neither_is_passed_over() -> Non
 
 def test_the_curve_falls_where_the_loss_falls() -> None:
     curve = Curve(((1.0, 4.0), (3.0, 2.0)), ((0.0, 4.0), (3.0, 3.0)))
-    picture = render_svg({"style@1": curve})
+    picture = render_curve_svg({"style@1": curve})
     (x1, y1), (x2, y2) = points(picture)
     assert x2 > x1 and y2 > y1  # down on a picture is a larger y
     assert y2 - y1 == pytest.approx((300 - 40 - 36) / 2, abs=0.2)  # half of the height between 0 and 4
@@ -48,7 +47,7 @@ def test_the_curve_falls_where_the_loss_falls() -> None:
 
 def test_a_long_run_is_a_small_picture_and_names_are_escaped() -> None:
     long = Curve(tuple((float(step), 3.0 + 1 / (step + 1)) for step in range(50_000)))
-    picture = render_svg({"a<b": long, "b": Curve(((1.0, 2.0),))})
+    picture = render_curve_svg({"a<b": long, "b": Curve(((1.0, 2.0),))})
     assert picture is not None and len(picture) < 12_000 and "a&lt;b" in picture
     assert len(points(picture)) == 240
 
@@ -60,16 +59,16 @@ STRANGE = [
 
 @pytest.mark.parametrize("strange", STRANGE)
 def test_strange_curves_are_drawn_inside_the_picture(strange: tuple[tuple[float, float], ...]) -> None:
-    assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in points(render_svg({"a": Curve(strange)})))
+    assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in points(render_curve_svg({"a": Curve(strange)})))
     for curve in (Curve(strange), Curve((), strange), Curve(strange, strange)):
-        lines = render_terminal(curve, 40, 5)
+        lines = render_curve(curve, 40, 5)
         assert all(len(line) <= 40 for line in lines[:7])
         assert len(lines) == 5 + 2 + bool(curve.training) + bool(curve.held_out)
 
 
 def test_no_curve_is_no_picture() -> None:
-    assert render_svg({"a": Curve()}) is None
-    assert render_terminal(Curve()) == []
+    assert render_curve_svg({"a": Curve()}) is None
+    assert render_curve(Curve()) == []
 
 
 def dots(lines: list[str]) -> list[tuple[int, int]]:
@@ -89,7 +88,7 @@ def dots(lines: list[str]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("width", [20, 80, 200])
 def test_the_characters_fall_from_corner_to_corner(width: int) -> None:
-    lines = render_terminal(Curve(FALLING), width, 8)
+    lines = render_curve(Curve(FALLING), width, 8)
     assert max(map(len, lines[:-1])) <= width
     found = dots(lines)
     columns = width - len("3.98") - 3
@@ -103,7 +102,7 @@ def test_the_characters_fall_from_corner_to_corner(width: int) -> None:
 
 
 def test_held_out_losses_are_rings_above_the_line() -> None:
-    lines = render_terminal(Curve(FALLING, ((0.0, 4.0), (50.0, 3.5), (100.0, 3.75))), 80, 9)
+    lines = render_curve(Curve(FALLING, ((0.0, 4.0), (50.0, 3.5), (100.0, 3.75))), 80, 9)
     plot = [line[line.index("┤") + 1 :] for line in lines[:9]]
     assert [(row, line.index("o")) for row, line in enumerate(plot) if "o" in line] == [(0, 0), (1, 75), (2, 38)]
     assert "o held-out loss 4.000 -> 3.750, lowest 3.500" in lines[-1]
@@ -128,4 +127,4 @@ def test_a_log_may_hold_anything(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(NUMBERS, st.sampled_from(["loss", "eval_loss"]), NUMBERS), min_size=1, max_size=5))
 def test_whatever_was_logged_can_be_drawn(rows: list[tuple[float, str, float]]) -> None:
     curve = parse_curve("\n".join(json.dumps({"step": step, key: loss}) for step, key, loss in rows))
-    assert bool(render_terminal(curve, 80, 8)) == bool(curve) == (render_svg({"x": curve}) is not None)
+    assert bool(render_curve(curve, 80, 8)) == bool(curve) == (render_curve_svg({"x": curve}) is not None)

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from stackctl.render.heatmap import HeatMap, Place, arrange, place, render_terminal, short_names
+from stackctl.lora.module_grid import Place, arrange, place, short_names
+from stackctl.render.heat_map import HeatMap, render_heat_map
 
 LLAMA = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -25,7 +26,7 @@ def heat_map(values: dict[str, float | None], top: float = 1.0, **more: object) 
 
 
 def text(heat: HeatMap, width: int, colours: bool = False) -> list[str]:
-    lines = ["".join(piece for piece, _ in line) for line in render_terminal(heat, width, colours=colours)]
+    lines = ["".join(piece for piece, _ in line) for line in render_heat_map(heat, width, colours=colours)]
     assert all(len(line) <= width for line in lines), lines
     return lines
 
@@ -100,7 +101,7 @@ def test_bars_are_as_high_as_the_numbers() -> None:
 @pytest.mark.parametrize("colours", [False, True])
 def test_every_width_shows_every_cell_once(width: int, layers: int, colours: bool) -> None:
     heat = heat_map(dict.fromkeys(llama(layers), 0.5), beside={"all": ["0.1", "0.22", "0.333"]})
-    lines = render_terminal(heat, width, colours=colours)
+    lines = render_heat_map(heat, width, colours=colours)
     assert all(len("".join(piece for piece, _ in line)) <= width for line in lines)
     cells = [piece for line in lines for piece, style in line if ("on #" in style if colours else set(piece) == {"▄"})]
     numbers = re.findall(r"\b0\.5\b", "\n".join("".join(piece for piece, _ in line) for line in lines))
@@ -112,15 +113,15 @@ def test_every_width_shows_every_cell_once(width: int, layers: int, colours: boo
 
 
 def test_colours_go_from_dark_to_bright() -> None:
-    line = render_terminal(heat_map({f"h.{n}.q": n / 2 for n in range(3)}), 12, colours=True)[1]
+    line = render_heat_map(heat_map({f"h.{n}.q": n / 2 for n in range(3)}), 12, colours=True)[1]
     assert line[1:] == [("··", ""), ("  ", "#ffffff on #21918c"), ("  ", "#000000 on #fde725")]
 
 
-def test_a_quarrel_is_a_digit_without_colours_and_red_with_them() -> None:
+def test_an_opposed_layer_is_a_digit_without_colours_and_red_with_them() -> None:
     cosines = {"h.0.q": -0.2, "h.1.q": -0.001, "h.2.q": 0.0, "h.3.q": 0.1, "h.4.q": None, "h.5.q": -0.1}
     heat = heat_map(cosines, top=0.2, signed=True)
-    assert "".join(piece for piece, _ in render_terminal(heat, 16, colours=False)[1]).split() == ["q", "9··+·4"]
-    styles = [style for _, style in render_terminal(heat, 16, colours=True)[1][1:]]
+    assert "".join(piece for piece, _ in render_heat_map(heat, 16, colours=False)[1]).split() == ["q", "9··+·4"]
+    styles = [style for _, style in render_heat_map(heat, 16, colours=True)[1][1:]]
     assert styles[0] == "#ffffff on #d73027"
     assert styles[4] == ""
     assert styles[3] == "#000000 on #5aa0d2"

@@ -1,21 +1,21 @@
-"""What follows from the overlaps of modules: layers, pairs, and where two members quarrel."""
+"""What follows from the overlaps of modules: layers, pairs, and where two members are opposed."""
 
 from __future__ import annotations
 
 import pytest
 
-from stackctl.render.interference import ModuleOverlap, Overlap, Pair, pool
-from stackctl.render.module_maps import cosine_pictures, norm_pictures
+from stackctl.cli.inspect_maps import cosine_pictures, norm_pictures
+from stackctl.engine.overlaps import ModuleOverlap, Overlap, PairOverlap, pool
 
 
 def overlap(cosine: float | None, norms: tuple[float, float] = (1.0, 1.0), columns: float | None = 0.5) -> Overlap:
     return Overlap(norms, cosine, columns, columns, 0.1, 0.2)
 
 
-def pair(**cosines: tuple[float | None, tuple[float, float]]) -> Pair:
+def pair(**cosines: tuple[float | None, tuple[float, float]]) -> PairOverlap:
     """Modules by name, with ``_`` for dots."""
     modules = [ModuleOverlap(name.replace("_", "."), (2, 2), overlap(*found)) for name, found in cosines.items()]
-    return Pair(("style@1", "instruct@1"), tuple(modules), (0, 3))
+    return PairOverlap(("style@1", "instruct@1"), tuple(modules), (0, 3))
 
 
 def test_modules_together_are_the_blocks_of_one_matrix() -> None:
@@ -35,19 +35,19 @@ def test_nothing_has_no_direction() -> None:
 
 
 def test_the_three_layers_with_the_lowest_cosines_are_told_lowest_first() -> None:
-    quarrels = pair(
+    most_opposed = pair(
         h_0_q=(0.2, (1, 1)), h_1_q=(-0.9, (0.1, 0.1)), h_1_v=(0.5, (9, 9)), h_2_q=(-0.1, (1, 1)), h_3_q=(-0.3, (1, 1)),
         head=(-0.2, (1, 1)), h_4_q=(None, (0, 1)),
-    ).quarrels  # fmt: skip
-    assert [name for name, _ in quarrels] == ["h.3", "head", "h.2"]  # h.1's quarrel is a small part of h.1
-    assert [cosine for _, cosine in quarrels] == pytest.approx([-0.3, -0.2, -0.1])
+    ).most_opposed  # fmt: skip
+    assert [name for name, _ in most_opposed] == ["h.3", "head", "h.2"]  # what is opposed in h.1 is a small part of it
+    assert [cosine for _, cosine in most_opposed] == pytest.approx([-0.3, -0.2, -0.1])
 
 
 def test_a_pair_as_json() -> None:
     told = pair(h_0_q=(0.25, (1, 2)), h_0_v=(-0.25, (1, 2))).json()
     assert told["members"] == ["style@1", "instruct@1"]
     assert told["cosine"] == pytest.approx(0.0)
-    assert told["alone"] == [0, 3]
+    assert told["unshared"] == [0, 3]
     assert [m["module"] for m in told["modules"]] == ["h.0.q", "h.0.v"]
     assert [(layer["layer"], layer["cosine"]) for layer in told["layers"]] == [("h.0", pytest.approx(0.0))]
     assert told["modules"][0] == {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.render.heatmap import HeatMap, arrange
+from stackctl.lora.module_grid import arrange
+from stackctl.render.heat_map import HeatMap
 from stackctl.render.page_plots import Plot, heat_plot, line_plot, matrix_plot, tree_plot
 
 

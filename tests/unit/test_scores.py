@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stackctl.render.eval_table import best_cells, by_data, render_scores, sentence
+from stackctl.cli.eval_table import best_cells, by_data, render_scores, sentence
 from stackctl.render.output import console
 
 

@@ -13,7 +13,7 @@ from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import TARGETS, VLLM_RANKS
 from stackctl.registry import ResolvedStack
 from stackctl.registry.base_models import converted_folder
-from stackctl.serving.commands import TITLES, serving_recipes
+from stackctl.serving.commands import TITLES, serve_commands
 
 BASE = make_base()
 
@@ -27,7 +27,7 @@ def of_rank(*ranks, base=BASE, **config):
 
 
 def recipes(plan, root, name="tale", **kind):
-    return serving_recipes(ResolvedStack(name, plan.base, (), name), plan, root, **kind)
+    return serve_commands(ResolvedStack(name, plan.base, (), name), plan, root, **kind)
 
 
 def option(line, name):

@@ -111,7 +111,7 @@ def open_records(source: str | Path) -> RecordStream:
     name, path = str(source), Path(source)
     if not path.exists():
         if found := parse_dataset_id(name):
-            return RecordStream(sources.open_hub(*found))
+            return RecordStream(sources.open_hub_dataset(*found))
         raise missing(path, "the data file")
     readers: dict[str, Callable[[Path, str], sources.Source]] = {
         ".jsonl": sources.open_json_lines,

@@ -119,7 +119,7 @@ def _documents(raw: Iterator[bytes]) -> Values:
         yield number + 1 - len(lines), {"text": "\n".join(lines)}
 
 
-def open_hub(repo: str, split: str | None) -> Source:
+def open_hub_dataset(repo: str, split: str | None) -> Source:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 

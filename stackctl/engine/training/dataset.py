@@ -14,7 +14,7 @@ from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.jobs.job import PreparedJob
-from stackctl.render.record_preview import Part, render_preview
+from stackctl.render.record_preview import Span, render_preview
 from stackctl.render.terminal import Painted, colours_on, width_of
 
 Say = Callable[[str], None]
@@ -72,7 +72,7 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
     return Corpus(records, encoded, rows, held_out, evaluation)
 
 
-def preview_parts(example: Example, tokenizer: Any) -> list[Part]:
+def preview_parts(example: Example, tokenizer: Any) -> list[Span]:
     """The text of an example, special tokens and all, in pieces that are learned or not."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     return [

@@ -11,7 +11,7 @@ from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bf
 from stackctl.engine.training.dataset import Corpus
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import expand_modules, expected_targets
-from stackctl.machine.memory_estimate import Memory, Precision, estimate_memory
+from stackctl.machine.memory_estimate import MemoryEstimate, Precision, estimate_memory
 from stackctl.machine.resources import main_memory
 
 
@@ -19,7 +19,7 @@ from stackctl.machine.resources import main_memory
 class Estimate:
     """The memory of each process beside what there is; ``shared``: they all take it from the machine's RAM."""
 
-    memory: Memory
+    memory: MemoryEstimate
     available: int
     shared: bool
 

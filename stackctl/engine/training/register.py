@@ -25,7 +25,7 @@ from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry import Registry, now
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
-from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_svg
+from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
 from stackctl.storage import files
 
 
@@ -99,7 +99,7 @@ def _entry(
         usage=f"stackctl generate {used_with}",
         created_by=f"stackctl {__version__}",
     )
-    if picture := render_svg({f"{prepared.name}@{number}": read_curve(staged)}):
+    if picture := render_curve_svg({f"{prepared.name}@{number}": read_curve(staged)}):
         files.write_atomic(staged / PICTURE, picture)
     files.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
     return AdapterVersion(

@@ -1,4 +1,4 @@
-"""How the deltas of two members lie to each other, as numbers: module by module, by layer, as a whole. Pure.
+"""How much the deltas of two members overlap, as numbers: module by module, by layer, as a whole. Pure.
 
 ``engine.interference`` measures them. Everything here follows from its numbers alone.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from stackctl.render.heatmap import Place, place
+from stackctl.lora.module_grid import Place, place
 
-MOST_QUARRELS = 3
+MOST_OPPOSED = 3
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,12 @@ class ModuleOverlap:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairOverlap:
     """Two members by their labels, the modules that both change, and how many only the one or the other does."""
 
     members: tuple[str, str]
     modules: tuple[ModuleOverlap, ...]
-    alone: tuple[int, int]
+    unshared: tuple[int, int]
 
     @property
     def title(self) -> str:
@@ -68,9 +69,9 @@ class Pair:
     def total(self) -> Overlap:
         return pool(found.overlap for found in self.modules)
 
-    def pooled(self, key: Callable[[Place], str | None]) -> dict[str, Overlap]:
+    def pooled(self, key: Callable[[Place], K | None]) -> dict[K, Overlap]:
         """Modules taken together by something of their place, such as its kind; None leaves a module out."""
-        groups: dict[str, list[Overlap]] = {}
+        groups: dict[K, list[Overlap]] = {}
         for found in self.modules:
             if (name := key(place(found.module))) is not None:
                 groups.setdefault(name, []).append(found.overlap)
@@ -82,20 +83,20 @@ class Pair:
         return self.pooled(lambda where: where.name)
 
     @property
-    def quarrels(self) -> list[tuple[str, float]]:
+    def most_opposed(self) -> list[tuple[str, float]]:
         """The three layers with the lowest cosine, the lowest first. A layer's deltas count as one matrix, so that
         large modules weigh more than small ones."""
         cosines = [(name, found.cosine) for name, found in self.layers.items() if found.cosine is not None]
-        return sorted(cosines, key=lambda pair: pair[1])[:MOST_QUARRELS]
+        return sorted(cosines, key=lambda pair: pair[1])[:MOST_OPPOSED]
 
     def json(self) -> dict[str, Any]:
         return {
             "members": list(self.members),
             **self.total.json(),
-            "quarrels": [{"layer": name, "cosine": cosine} for name, cosine in self.quarrels],
+            "most_opposed": [{"layer": name, "cosine": cosine} for name, cosine in self.most_opposed],
             "layers": [{"layer": name, **found.json()} for name, found in self.layers.items()],
             "modules": [found.json() for found in self.modules],
-            "alone": list(self.alone),
+            "unshared": list(self.unshared),
         }
 
 
@@ -115,11 +116,11 @@ class NotCompared:
 class Interference:
     """Every pair of a stack's members."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PairOverlap, ...]
     not_compared: tuple[NotCompared, ...]
 
     @property
-    def quarrelling(self) -> list[Pair]:
+    def most_opposed_first(self) -> list[PairOverlap]:
         """The pairs that have a module in common, the lowest cosine first and those without any last."""
         cosines = [(pair, pair.total.cosine) for pair in self.pairs if pair.modules]
         return [pair for pair, _ in sorted(cosines, key=lambda found: 1.0 if found[1] is None else found[1])]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stackctl.cli.eval_table import COLUMNS, best_cells, by_data, cells, render_scores
 from stackctl.core.expressions import BASE
-from stackctl.render.eval_table import COLUMNS, best_cells, by_data, cells, render_scores
 from stackctl.render.text_diff import compare_words
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def render_comparison(
     from rich.console import Group
     from rich.text import Text
 
-    from stackctl.render.columns import SideBySide
+    from stackctl.render.side_by_side import SideBySide
 
     parts: list[RenderableType] = []
     for row in by_prompt(names, answers):

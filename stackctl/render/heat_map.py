@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stackctl.render.heatmap.grid import Cell, Grid, short_names
+from stackctl.lora.module_grid import Cell, Grid, short_names
 
 Line = list[tuple[str, str]]
 """Pieces of a line, each with its style as rich names it."""
@@ -38,7 +38,7 @@ class HeatMap:
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def render_terminal(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
+def render_heat_map(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
     """The map in lines of at most ``width`` columns, with the numbers of layers above it and its scale below.
 
     Where not all layers fit beside one another, the map goes on below itself. Without colours a bar's height is the

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stackctl.engine.evaluation import Score
+    from stackctl.engine.harness import TaskScore
     from stackctl.engine.significance import PairedTest
 
 NOISE = 0.05
 """A difference that chance alone shows more often than this is called none."""
 _BEST = {"loss": min, "perplexity": min, "accuracy": max}
+_TASK_COLUMNS = ("task", "metric", "stack", "value", "±", "records")
 COLUMNS = ("stack", "loss", "±", "perplexity", "accuracy", "tokens", "records")
 
 
@@ -136,3 +138,34 @@ def sentence(test: dict[str, Any]) -> str:
         return f"{stack} and {other}: no difference that {shown} can show ({gap} apart, {chance})"
     worse = other if test["better"] == stack else stack
     return f"{test['better']} is better than {worse} by {gap} ({chance}, {records} records)"
+
+
+# -- tasks of lm-evaluation-harness ------------------------------------------------------------------------------------
+
+
+def render_tasks(scores: Sequence[TaskScore]) -> RenderableType:
+    """A table with the stacks of each metric under one another, the best marked."""
+    from rich.text import Text
+
+    from stackctl.render.tables import table
+
+    rows = []
+    for task, metric in dict.fromkeys((score.task, score.label) for score in scores):
+        block = [score for score in scores if (score.task, score.label) == (task, metric)]
+        best = _best_value(block)
+        for number, score in enumerate(block):
+            text = f"{score.value:.4f}"
+            value = Text(f"{text}*", "bold green") if text == best else Text(f"{text} ")
+            error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
+            first = ("", "") if number else (task, metric)
+            rows.append([*first, score.stack, value, error, f"{score.records:,}"])
+    return table([f"{name} " if name == "value" else name for name in _TASK_COLUMNS], rows)
+
+
+def _best_value(block: Sequence[TaskScore]) -> str | None:
+    """The best value as it is shown; None where all are alike, or where nobody says which way is better."""
+    texts = {f"{score.value:.4f}" for score in block}
+    if len(texts) == 1 or block[0].higher_is_better is None:
+        return None
+    choose = max if block[0].higher_is_better else min
+    return f"{choose(score.value for score in block):.4f}"
