@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         interference: Annotated[
             bool,
             typer.Option(
-                "--interference", help="Show how much the members of a stack overlap, and where they are opposed."
+                "--interference", help="Show how much members of a stack overlap, and where they are opposed."
             ),
         ] = False,
         target: Annotated[
