@@ -16,6 +16,7 @@ from stackctl.core.schema import Run
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
+from stackctl.lora.target_modules import natural_order
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
 
@@ -23,22 +24,23 @@ _LARGEST_LOSS = 20.0
 """Above it (nats) perplexity is a number that says nothing."""
 
 
-def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any]:
-    """A job's corpus, and the base's tokenizer that it was read with; the base itself is not loaded."""
+def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
+    """A job's corpus, the tokenizer that it was read with, and what it would adapt; the base itself is not loaded."""
     from transformers import AutoTokenizer
 
     from stackctl.cli.progress import reading_progress
     from stackctl.engine.base_files import base_folder
     from stackctl.engine.data import ensure_chat_template
     from stackctl.engine.models import quiet_libraries
-    from stackctl.engine.training import read_corpus
+    from stackctl.engine.training import read_corpus, targets_of
 
     quiet_libraries()
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ensure_chat_template(tokenizer)
+    targets = targets_of(prepared, folder)
     with reading_progress(context.output) as reading:
-        return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer
+        return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer, targets
 
 
 def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
@@ -46,7 +48,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     from stackctl.engine.training import preview_parts
 
     launch = plan_launch(prepared)
-    corpus, tokenizer = _check_data(context, prepared)
+    corpus, tokenizer, targets = _check_data(context, prepared)
     job = prepared.job
     processes = launch.processes if launch else ranks.world_size()
     batch = job.batch_size * job.gradient_accumulation * processes
@@ -67,6 +69,8 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
             for text, learned in preview_parts(corpus.encoded.examples[0], tokenizer)
         ],
         "steps": steps,
+        "adapts": sorted(targets.modules, key=natural_order),
+        "leaves_out": targets.left_out,
         "memory": memory.as_json(),
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,
@@ -74,14 +78,15 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
     text = (
         f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
-        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch\n{memory}"
+        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch\n{targets}\n{memory}"
     )
     return Result(data, prepared.name, text)
 
 
 def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch) -> None:
     """What is wrong with the data is found here and told once, and what memory it will take."""
-    corpus, _ = _check_data(context, prepared)
+    corpus, _, targets = _check_data(context, prepared)
+    context.output.status(str(targets))
     context.output.status(str(_estimate(prepared, corpus, launch)))
 
 

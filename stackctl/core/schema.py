@@ -46,11 +46,16 @@ class RegistryFile(Entry, frozen=True, kw_only=True):
 class ModuleShape(Part, frozen=True, kw_only=True):
     """One kind of module of a base, of which there may be many.
 
-    ``shape`` is that of its delta: (out, in) for Linear and Conv1D (whose weight is stored transposed),
-    (vocabulary, dimension) for Embedding, the parameter's own shape for Parameter.
+    ``shape`` is that of its delta: (out, in) for Linear and Conv1D (whose weight is stored transposed), (vocabulary,
+    dimension) for Embedding. Experts of a mixture are one parameter of shape (experts, out, in); TransposedExperts are
+    stored (experts, in, out). Matrix is a weight (out, in) that no plain linear layer applies, a router's for one; a
+    weight that is Shared stands in several modules. Parameter, with the parameter's own shape, is what entries of
+    stackctl 0.1 say of experts.
     """
 
-    type: Literal["Linear", "Conv1D", "Embedding", "Parameter", "Other"]
+    type: Literal[
+        "Linear", "Conv1D", "Embedding", "Experts", "TransposedExperts", "Matrix", "Shared", "Parameter", "Other"
+    ]
     shape: list[Count]
 
 
@@ -60,6 +65,8 @@ class Base(Entry, frozen=True, kw_only=True):
     ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``tokenizer`` is None where the
     tokenizer's files are made here (out of a GGUF), and in entries of stackctl 0.1 before there was such a field.
     ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
+    ``converted_names`` are last names of linear layers that PEFT adapts as parameters only, see
+    :mod:`stackctl.lora.target_parameters`.
     """
 
     name: str
@@ -79,6 +86,7 @@ class Base(Entry, frozen=True, kw_only=True):
     tied_embeddings: bool = False
     input_embedding: str | None = None
     output_embedding: str | None = None
+    converted_names: list[str] = msgspec.field(default_factory=list)
     modules: dict[str, ModuleShape]
 
 

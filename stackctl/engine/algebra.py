@@ -13,11 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Factors = tuple[Tensor, Tensor, float]
 """A (rank, in), B (out, rank) and everything that scales their product: weight · scaling."""
 Pair = tuple[Tensor, Tensor]
 """A (rank, in) and B (out, rank) of a delta that needs no scaling."""
+
+
+# -- the experts of a mixture, whose factors are stored together (stackctl.lora.target_parameters) ---------------------
+
+
+def split_experts(factors: Sequence[Factors], experts: int) -> list[list[Factors]]:
+    """Factors of all experts together, A (experts · rank, in) and B (out, rank · experts), as those of each expert."""
+    apart: list[list[Factors]] = [[] for _ in range(experts)]
+    for A, B, s in factors:
+        a, b = A.view(experts, -1, A.shape[1]), B.view(B.shape[0], -1, experts)
+        for index, own in enumerate(apart):
+            own.append((a[index], b[:, :, index], s))
+    return apart
+
+
+def join_experts(pairs: Sequence[Pair]) -> Pair:
+    """The inverse of :func:`split_experts` for one pair an expert; lower ranks are filled up with zeros."""
+    rank = max(a.shape[0] for a, _ in pairs)
+    a = torch.cat([functional.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
+    b = torch.stack([functional.pad(b, (0, rank - b.shape[1])) for _, b in pairs], dim=2)  # (out, rank, experts)
+    return a, b.reshape(b.shape[0], -1)
 
 
 # -- exact ------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.core.schema import Base, ModuleShape
+from stackctl.core.schema import Base
+from stackctl.engine.base_modules import converted_names, module_shapes
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.target_modules import compact_modules, natural_order
@@ -146,14 +146,21 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=_dtype_name(max(set(dtypes), key=dtypes.count)),
         vocabulary_size=int(text_config.vocab_size),
-        context_length=getattr(text_config, "max_position_embeddings", None),
+        context_length=_context_length(text_config),
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         input_embedding=names.get(id(model.get_input_embeddings())),
         output_embedding=names.get(id(output)),
-        modules=compact_modules(_module_shapes(model)),
+        converted_names=converted_names(model),
+        modules=compact_modules(module_shapes(model)),
     )
+
+
+def _context_length(config: PretrainedConfig) -> int | None:
+    """How many tokens a model takes; None where it says none, or -1 as XLNet does for any number."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _dtype_name(safetensors_dtype: str) -> str:
@@ -177,22 +184,6 @@ def empty_model(folder: Path) -> PreTrainedModel:
             f"{folder} is not a causal language model that transformers knows ({first_line(error)[:200]})",
             hint="models that need code of their own are not run",
         ) from error
-
-
-def _module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
-    """What a LoRA can stand on, with the shape of its delta."""
-    shapes: dict[str, ModuleShape] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            shapes[name] = ModuleShape(type="Linear", shape=[module.out_features, module.in_features])
-        elif isinstance(module, Conv1D):
-            shapes[name] = ModuleShape(type="Conv1D", shape=[module.nf, module.nx])
-        elif isinstance(module, torch.nn.Embedding):
-            shapes[name] = ModuleShape(type="Embedding", shape=[module.num_embeddings, module.embedding_dim])
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3:  # experts of a mixture, kept in one parameter
-            shapes[name] = ModuleShape(type="Parameter", shape=list(parameter.shape))
-    return shapes
 
 
 def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:

@@ -6,14 +6,14 @@ that of a block, however large the matrix is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stackctl.engine import algebra
-from stackctl.engine.merging import combine
+from stackctl.engine.merging import combine, matrices
 from stackctl.plan.model import ModulePlan, StackPlan
 
 _BLOCK = 1 << 18
@@ -51,13 +51,19 @@ class Delta:
         return self.left[start:end] if self.right is None else self.left[start:end] @ self.right
 
 
-def delta_of(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors], device: torch.device) -> Delta:
-    """A module's change by the plan's method, (out, in) for a linear layer, (in, out) for Conv1D and Embedding."""
-    made = combine(plan, module, factors)
-    a, b = (None, made) if isinstance(made, Tensor) else made
-    if module.type == "Linear":
-        return Delta(b.to(device), None if a is None else a.to(device))
-    return Delta(b.T.to(device), None) if a is None else Delta(a.T.to(device), b.T.to(device))
+def deltas_of(
+    plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors], device: torch.device
+) -> Iterator[Delta]:
+    """A module's change by the plan's method, for each of its matrices, the way round in which the weight is stored."""
+    for own in matrices(module, factors):
+        made = combine(plan, module, own)
+        a, b = (None, made) if isinstance(made, Tensor) else made
+        if not module.is_transposed:
+            yield Delta(b.to(device), None if a is None else a.to(device))
+        elif a is None:
+            yield Delta(b.T.to(device), None)
+        else:
+            yield Delta(a.T.to(device), b.T.to(device))
 
 
 def add_delta(weight: Tensor, delta: Delta, rounding: Rounding) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra
+from stackctl.engine.merging import matrices
 from stackctl.engine.overlaps import Interference, ModuleOverlap, NotCompared, Overlap, PairOverlap
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.model import StackPlan
@@ -55,15 +56,17 @@ def measure_interference(plan: StackPlan) -> Interference:
         for module in plan.modules.values():
             factors = tuple(factor for factor in module.factors if factor.member in touched)
             for factor in factors:
-                touched[factor.member] += 1
+                touched[factor.member] += module.experts
             if len(factors) < 2:
                 continue
             read = tensors.factors(replace(module, factors=factors))
-            deltas = {f.member: _decompose(*pair) for f, pair in zip(factors, read, strict=True)}
-            for first, second in itertools.combinations(deltas, 2):
-                ranks = deltas[first].rank, deltas[second].rank
-                overlap = _compare(deltas[first], deltas[second])
-                found[first, second].append(ModuleOverlap(module.name, ranks, overlap))
+            for expert, matrix in enumerate(matrices(module, read)):
+                name = f"{module.name}.{expert}" if module.is_experts else module.name
+                deltas = {f.member: _decompose(*pair) for f, pair in zip(factors, matrix, strict=True)}
+                for first, second in itertools.combinations(deltas, 2):
+                    ranks = deltas[first].rank, deltas[second].rank
+                    overlap = _compare(deltas[first], deltas[second])
+                    found[first, second].append(ModuleOverlap(name, ranks, overlap))
     pairs = [_pair(plan, touched, members, overlaps) for members, overlaps in found.items()]
     return Interference(tuple(pairs), tuple(left_out))
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine import algebra
+from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors
 from stackctl.lora.checkpoint import plain_lora_config
+from stackctl.lora.target_parameters import is_parameter_target
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.model import ModulePlan, StackPlan
 
 LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
@@ -32,16 +33,17 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)
     target = model.base_model.model if isinstance(model, PeftModel) else model
-    config = LoraConfig(**plain_lora_config({module.name: module.rank for module in plan.modules.values()}))
+    modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
+    config = LoraConfig(**plain_lora_config(modules, parameters))
+    config.target_parameters = _as_others_have(model, parameters)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
         inject_adapter_in_model(config, target, name)
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
-            layer = target.get_submodule(module.name)
-            assert isinstance(layer, LoraLayer)
-            a, b = algebra.concatenate(tensors.factors(module))
+            layer = lora_layer(target, module)
+            a, b = module_pair(plan, module, tensors.factors(module))
             if name in layer.lora_embedding_A:
                 layer.lora_embedding_A[name].copy_(a)
                 layer.lora_embedding_B[name].copy_(b)
@@ -50,10 +52,42 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
                 layer.lora_B[name].weight.copy_(b)
 
 
+def lora_layer(model: torch.nn.Module, module: ModulePlan) -> LoraLayer:
+    """What PEFT put around a module; around one with parameters it puts a wrapper for each, one around the other."""
+    layer = model.get_submodule(module.name.rpartition(".")[0] if module.is_experts else module.name)
+    while module.is_experts and isinstance(layer, ParamWrapper) and layer.parameter_name != module.name.split(".")[-1]:
+        layer = layer.base_layer
+    assert isinstance(layer, LoraLayer)
+    return layer
+
+
+def _as_others_have(model: PeftModel | PreTrainedModel, parameters: dict[str, int]) -> list[str] | None:
+    """The parameters to name in a configuration: PEFT wants the same set, word for word, in all of a model's.
+
+    What the stack has nothing on stays as it begins, with an effect of zero.
+
+    Raises:
+        Incompatible: the adapter in training leaves out parameters that the stack stands on.
+    """
+    others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
+    named = next((names for names in others if names), None)
+    if not parameters or not named:
+        return sorted(parameters) or None
+    if left_out := [name for name in parameters if not is_parameter_target(named, name)]:
+        raise Incompatible(
+            f"the frozen stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
+            "the same parameters live together",
+            hint="fold it: --frozen fold",
+        )
+    return list(named)
+
+
 def detach_live(model: PreTrainedModel) -> None:
     """Put the base's own layers back in the places of those that :func:`attach_live` made."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    for name, layer in layers:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        if name.removesuffix(".base_layer") in layers and name.endswith(".base_layer"):  # a wrapper within another
+            continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):

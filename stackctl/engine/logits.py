@@ -35,7 +35,8 @@ def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         "return_dict": True,
     }
     accepted = inspect.signature(causal_lm(model).forward).parameters
-    if "position_ids" not in accepted:
+    # A record alone in its row has the positions that the model gives it: not all of them count from 0.
+    if "position_ids" not in accepted or len(_starts(inputs["position_ids"])) <= 2:
         del arguments["position_ids"]
     if causal_lm(model).config._attn_implementation == SEGMENTS:
         starts = _starts(inputs["position_ids"])

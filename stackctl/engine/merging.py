@@ -20,8 +20,13 @@ from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
 
 
+def matrices(module: ModulePlan, factors: Sequence[algebra.Factors]) -> list[Sequence[algebra.Factors]]:
+    """The factors of each matrix of a module: of all experts one by one, of anything else the one it is."""
+    return list(algebra.split_experts(factors, module.experts)) if module.is_experts else [factors]
+
+
 def combine(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair | Tensor:
-    """A module's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one."""
+    """A matrix's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one."""
     function = getattr(algebra, METHODS[plan.method].function)
     if plan.method == SUM:
         pair: algebra.Pair = function(factors)
@@ -40,17 +45,44 @@ def _options(plan: StackPlan, module: ModulePlan) -> dict[str, Any]:
 
 
 def module_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
-    """The full delta (out, in) in float32."""
+    """The full delta in float32: (out, in), of experts (experts, out, in)."""
+    made = [_matrix_delta(plan, module, own) for own in matrices(module, factors)]
+    return torch.stack(made) if module.is_experts else made[0]
+
+
+def _matrix_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
     if plan.method == SUM:
         return algebra.delta(factors)
     made = combine(plan, module, factors)
     return made if isinstance(made, Tensor) else made[1] @ made[0]
 
 
+def exact_delta(module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
+    """The exact sum in float32, in the shape of :func:`module_delta`."""
+    made = [algebra.delta(own) for own in matrices(module, factors)]
+    return torch.stack(made) if module.is_experts else made[0]
+
+
 def module_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
-    """The delta as a pair; a full matrix is cut to the rank that the plan gives the module."""
+    """The delta as a pair, of experts all of theirs; a full matrix is cut to the rank that the plan gives it."""
+    made = [_matrix_pair(plan, module, own) for own in matrices(module, factors)]
+    return algebra.join_experts(made) if module.is_experts else made[0]
+
+
+def _matrix_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
     made = combine(plan, module, factors)
     return algebra.factorise(made, plan.rank_of(module)) if isinstance(made, Tensor) else made
+
+
+def pair_error(module: ModulePlan, factors: Sequence[algebra.Factors], pair: algebra.Pair) -> float:
+    """‖B'A' - sum‖ / ‖sum‖ of a pair that :func:`module_pair` made, over all matrices of the module."""
+    lost = total = 0.0
+    for own, made in zip(matrices(module, factors), matrices(module, [(*pair, 1.0)]), strict=True):
+        exact = algebra.concatenate(own)
+        norm = algebra.product_norm(*exact)
+        lost += (algebra.relative_error(exact, made[0][:2]) * norm) ** 2
+        total += norm**2
+    return float((lost / total) ** 0.5) if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,17 +101,19 @@ def measure(plan: StackPlan) -> Measured:
     worst_module, rank = "", 0
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
-            factors = tensors.factors(module)
-            exact = algebra.concatenate(factors)
-            made = combine(plan, module, factors)
-            norm = algebra.product_norm(*exact)
-            if isinstance(made, Tensor):
-                gap = float((made.double() - algebra.delta(factors, torch.float64)).norm())
-                rank = max(rank, min(made.shape))
-            else:
-                gap = algebra.relative_error(exact, made) * norm
-                rank = max(rank, made[0].shape[0])
-            lost, total = lost + gap**2, total + norm**2
-            if norm and gap / norm > worst:
-                worst, worst_module = gap / norm, module.name
+            module_lost = module_total = 0.0
+            for factors in matrices(module, tensors.factors(module)):
+                exact = algebra.concatenate(factors)
+                made = combine(plan, module, factors)
+                norm = algebra.product_norm(*exact)
+                if isinstance(made, Tensor):
+                    gap = float((made.double() - algebra.delta(factors, torch.float64)).norm())
+                    rank = max(rank, min(made.shape))
+                else:
+                    gap = algebra.relative_error(exact, made) * norm
+                    rank = max(rank, made[0].shape[0])
+                module_lost, module_total = module_lost + gap**2, module_total + norm**2
+            lost, total = lost + module_lost, total + module_total
+            if module_total and (module_lost / module_total) ** 0.5 > worst:
+                worst, worst_module = (module_lost / module_total) ** 0.5, module.name
     return Measured((lost / total) ** 0.5 if total else 0.0, worst, worst_module, rank)

@@ -23,7 +23,7 @@ from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
 from stackctl.engine.base_files import base_folder
 from stackctl.engine.devices import cpu_multiplies_bfloat16
-from stackctl.engine.folding import Rounding, add_delta, delta_of
+from stackctl.engine.folding import Rounding, add_delta, deltas_of
 from stackctl.engine.tensors import MemberTensors, TensorFiles
 from stackctl.engine.weight_conversion import load_converting
 from stackctl.jobs import ranks
@@ -141,11 +141,12 @@ class StackedModel:
     def _fold_modules(self, plan: StackPlan, tensors: MemberTensors) -> None:
         rounding = Rounding()
         for module in plan.modules.values():
-            name = f"{module.name}.weight"
+            name = module.parameter
             weight = self._parameter(name)
-            delta = delta_of(plan, module, tensors.factors(module), weight.device)
-            self._check_shape(name, weight, delta.shape)
-            add_delta(weight, delta, rounding)
+            self._check_shape(name, weight, module.stored_shape)
+            deltas = deltas_of(plan, module, tensors.factors(module), weight.device)
+            for matrix, delta in zip(weight if module.is_experts else [weight], deltas, strict=True):
+                add_delta(matrix, delta, rounding)
             self._touched.add(name)
         self.rounding_error = rounding.error
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from stackctl.engine import algebra
+from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
-from stackctl.plan.model import StackPlan
+from stackctl.plan.model import ModulePlan, StackPlan
 
 
 def module_norms(plan: StackPlan) -> list[dict[str, Any]]:
@@ -21,9 +24,15 @@ def module_norms(plan: StackPlan) -> list[dict[str, Any]]:
         for module in plan.modules.values():
             factors = tensors.factors(module)
             members = {
-                plan.members[planned.member].label: abs(scale) * algebra.product_norm(A, B)
-                for planned, (A, B, scale) in zip(module.factors, factors, strict=True)
+                plan.members[planned.member].label: _norm(module, [own])
+                for planned, own in zip(module.factors, factors, strict=True)
             }
-            total = algebra.product_norm(*algebra.concatenate(factors))
+            total = _norm(module, factors)
             rows.append({"module": module.name, "norm": total, "members": members})
     return rows
+
+
+def _norm(module: ModulePlan, factors: Sequence[algebra.Factors]) -> float:
+    """The norm of the exact sum, over all matrices of the module."""
+    own = [algebra.product_norm(*algebra.concatenate(matrix)) for matrix in matrices(module, factors)]
+    return math.hypot(*own)

@@ -20,7 +20,8 @@ from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base, TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.trackers import check_trackers
-from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, expected_targets
+from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets
+from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
@@ -159,21 +160,18 @@ def parse_targets(text: list[str] | str) -> list[str] | str:
 def _check_targets(job: TrainJob, base: Base) -> None:
     modules = expand_modules(base.modules)
     targets = parse_targets(job.target_modules)
-    last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type != "Parameter"})
+    kinds = (*PLAIN, *EXPERTS)
+    last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type in kinds})
     hint = f"modules of {base.name}: {', '.join(last_names)}"
     if isinstance(targets, str):
         try:
-            found = expected_targets({"target_modules": targets}, modules, base.output_embedding)
+            found = named_targets(targets, modules, base.output_embedding)
         except re.error as error:
             raise Usage(f"target_modules: '{targets}' is not a regular expression ({error})", hint=hint) from None
         if not found:
             raise Usage(f"target_modules: '{targets}' matches no module of the base '{base.name}'", hint=hint)
         return
-    missing = [
-        target
-        for target in targets
-        if not expected_targets({"target_modules": [target]}, modules, base.output_embedding)
-    ]
+    missing = [target for target in targets if not named_targets([target], modules, base.output_embedding)]
     if missing or not targets:
         near = did_you_mean(missing[0], last_names, hint) if missing else hint
         raise Usage(f"target_modules: the base '{base.name}' has no {', '.join(missing) or 'such modules'}", hint=near)

@@ -357,13 +357,16 @@ def describe_lora(config: dict[str, Any]) -> Lora:
     return msgspec.convert({"r": _LoraConfig().r, "lora_alpha": _LoraConfig().lora_alpha} | told, Lora, strict=False)
 
 
-def plain_lora_config(ranks: dict[str, int]) -> dict[str, Any]:
+def plain_lora_config(modules: dict[str, int], parameters: dict[str, int]) -> dict[str, Any]:
     """PEFT's configuration of one plain LoRA with these ranks: alpha = rank on every module, so that scaling is one.
 
-    No rsLoRA, no DoRA, no bias, no dropout: what every reader of PEFT's format understands alike.
+    ``parameters`` are those that are adapted as such, by their full names. No rsLoRA, no DoRA, no bias, no dropout:
+    what every reader of PEFT's format understands alike.
     """
+    ranks = modules | parameters
     rank = max(ranks.values(), default=1)
     other = {re.escape(name): value for name, value in ranks.items() if value != rank}
+    on_parameters = {"target_parameters": sorted(parameters)} if parameters else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -371,7 +374,8 @@ def plain_lora_config(ranks: dict[str, int]) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(modules) or None,
+        **on_parameters,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

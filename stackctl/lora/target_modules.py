@@ -16,6 +16,7 @@ from typing import Any
 from stackctl.core.errors import Usage
 from stackctl.core.schema import ModuleShape
 from stackctl.lora.safe_regex import pattern
+from stackctl.lora.target_parameters import EXPERTS, PLAIN, expected_parameters
 
 ALL_LINEAR = "all-linear"
 _RANGES = re.compile(r"\{([0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*)\}")
@@ -109,15 +110,21 @@ def expected_targets(
 ) -> set[str] | None:
     """The modules that PEFT would adapt for a LoRA configuration, or None when the configuration does not say."""
     targets = config.get("target_modules")
+    parameters = expected_parameters(config, modules)
     if not targets:
-        return None
+        return parameters or None
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         linear = {name for name, shape in modules.items() if shape.type in ("Linear", "Conv1D")}
-        return {name for name in linear - {output_embedding} if not _is_excluded(config, name)}
-    return {
-        name for name, shape in modules.items()
-        if shape.type in ("Linear", "Conv1D", "Embedding") and is_target(config, name)
+        return {name for name in linear - {output_embedding} if not _is_excluded(config, name)} | parameters
+    return parameters | {
+        name for name, shape in modules.items() if shape.type in PLAIN and is_target(config, name)
     }  # fmt: skip
+
+
+def named_targets(asked: list[str] | str, modules: Mapping[str, ModuleShape], output_embedding: str | None) -> set[str]:
+    """What a person means by names, a regular expression or all-linear: of experts, their parameters too."""
+    experts = {name: ModuleShape(type="Linear", shape=[]) for name, shape in modules.items() if shape.type in EXPERTS}
+    return expected_targets({"target_modules": asked}, {**modules, **experts}, output_embedding) or set()
 
 
 def is_target(config: Mapping[str, Any], name: str) -> bool:

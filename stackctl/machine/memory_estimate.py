@@ -131,7 +131,7 @@ def estimate_memory(
     weights = int(four_bits * _WEIGHT["nf4"] + (base.parameters - four_bits) * plain)
     cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
     largest = sum(out * width for out, width in in_layers.values()) / layers * plain
-    per_rank = sum(sum(modules[name].shape) for name in targets)
+    per_rank = sum(_factors(modules[name].shape) for name in targets)
     trained = rank * per_rank
     live = live_rank * sum(sum(shape) for shape in in_layers.values()) * 4
 
@@ -141,7 +141,7 @@ def estimate_memory(
     kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
     wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
     kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
-    casts = sum(modules[name].shape[1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
+    casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
     low = (rank + live_rank) * len(targets) * 4
     activations = int(tokens * (kept * value + casts + low))
     checkpointed = int(tokens * layers * hidden * value) + activations // layers
@@ -172,3 +172,9 @@ def _kind(name: str) -> tuple[str, str] | None:
     """A mixture's place and which of an expert's modules this is; None where all tokens pass."""
     head, experts, rest = name.partition(".experts.")
     return (head, rest.partition(".")[2]) if experts else None
+
+
+def _factors(shape: list[int]) -> int:
+    """Values of A and B for each rank: of experts, of all of them."""
+    *experts, out, width = shape
+    return (out + width) * (experts[0] if experts else 1)

@@ -7,6 +7,7 @@ which factors, ranks and scalings. Fold, export, inspect and every refusal are m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.target_modules import lora_rank
+from stackctl.lora.target_parameters import EXPERTS, is_parameter_only
 from stackctl.plan.methods import METHODS, SUM
 
 
@@ -52,13 +55,19 @@ class PlanMember:
     @property
     def rank(self) -> int:
         """The largest rank on any module."""
-        shapes = [pair["A"].shape for pair in self.checkpoint.pairs.values() if "A" in pair]
+        config, pairs = self.checkpoint.config, self.checkpoint.pairs
+        if config.get("target_parameters"):  # whose tensors hold the ranks of all experts together
+            return max((lora_rank(config, module) for module in pairs), default=0)
+        shapes = [pair["A"].shape for pair in pairs.values() if "A" in pair]
         return max((shape[0] for shape in shapes if shape), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A member's share of one module: ΔW = weight · scaling · B @ A, with A (rank, in) and B (out, rank)."""
+    """A member's share of one module: ΔW = weight · scaling · B @ A, with A (rank, in) and B (out, rank).
+
+    Of experts, ``a`` and ``b`` hold the factors of all of them, and ``rank`` is that of each.
+    """
 
     member: int
     a: TensorInfo
@@ -69,12 +78,36 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """All that stands on one module. ``shape`` is the delta's: (out, in), of an Embedding (vocabulary, dimension)."""
+    """All that stands on one module. ``shape`` is the delta's: (out, in), of an Embedding (vocabulary, dimension).
+
+    A parameter of experts is one module, with ``experts`` deltas of that shape.
+    """
 
     name: str
     type: str
     shape: tuple[int, int]
     factors: tuple[Factor, ...]
+    experts: int = 1
+
+    @property
+    def is_experts(self) -> bool:
+        return self.type in EXPERTS
+
+    @property
+    def parameter(self) -> str:
+        """The full name of the parameter that the delta is added to."""
+        return self.name if self.is_experts else f"{self.name}.weight"
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored the other way round than the product of the factors, B @ A."""
+        return self.type in ("Conv1D", "Embedding", "TransposedExperts")
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        matrix = self.shape[::-1] if self.type in ("Conv1D", "TransposedExperts") else self.shape
+        return (self.experts, *matrix) if self.is_experts else matrix
 
     @property
     def rank(self) -> int:
@@ -118,6 +151,17 @@ class StackPlan:
         wanted = self.options.rank if isinstance(self.options.rank, int) else module.rank
         own = module.rank if METHODS[self.method].low_rank else min(module.shape)
         return min(wanted, own, *module.shape)
+
+    def peft_names(self, ranks: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Ranks by what PEFT calls the modules: those that it adapts as modules, and those it adapts as parameters."""
+        converted = self.base.converted_names if self.base else []
+        modules, parameters = dict[str, int](), dict[str, int]()
+        for name, module in self.modules.items():
+            if is_parameter_only(name, module.type, converted):
+                parameters[module.parameter] = ranks[name]
+            else:
+                modules[name] = ranks[name]
+        return modules, parameters
 
     @cached_property
     def expression(self) -> str:

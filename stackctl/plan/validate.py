@@ -8,6 +8,7 @@ from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
+from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.model import PlanMember, Problem, Replacement
 
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -19,7 +20,8 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+    "alpha_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
+    "velora_config",
 }  # fmt: skip
 
 NEWEST_PEFT = "0.21"
@@ -28,7 +30,6 @@ NEWEST_PEFT = "0.21"
 _REFUSED = {
     "use_dora": "is DoRA, whose effect is not a sum of deltas",
     "trainable_token_indices": "trains single token embeddings (trainable_token_indices)",
-    "target_parameters": "adapts parameters instead of modules (target_parameters)",
     "lora_bias": "has a bias in its B factor (lora_bias)",
     "layer_replication": "replicates layers of the base (layer_replication)",
     "alora_invocation_tokens": "is an activated LoRA, on only after its invocation tokens",
@@ -141,8 +142,10 @@ def _not_weighable(label: str, what: str) -> Problem:
     )
 
 
-def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, base: Base | None) -> list[Problem]:
-    """Missing, extra and misshapen tensors of one member."""
+def unfitting_tensors(
+    member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] | None, base: Base | None
+) -> list[Problem]:
+    """Missing, extra and misshapen tensors of one member; ``pairs`` are its factors by what they stand on."""
     label, checkpoint, problems = member.label, member.checkpoint, list[Problem]()
 
     def add(code: str, names: list[str], what: str, hint: str) -> None:
@@ -150,9 +153,8 @@ def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, 
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             problems.append(Problem(code, f"{label}: {what}: {shown}", hint, label))
 
-    pairs = checkpoint.pairs
     again = "register the checkpoint again from where it was made"
-    if not pairs and not checkpoint.config.get("target_parameters"):
+    if not pairs:
         problems.append(Problem("no_tensors", f"{label} holds no LoRA tensors", again, label))
     add(
         "missing_tensors",
@@ -172,14 +174,22 @@ def unfitting_tensors(member: PlanMember, known: dict[str, ModuleShape] | None, 
     if not checkpoint.config.get("lora_bias"):
         extra += [n for n, slot in checkpoint.slots.items() if slot.role == "lora_bias"]
     add("extra_tensors", extra, "tensors that its configuration does not explain", again)
-    wrong_rank, wrong_shape = _misshapen(member, known)
+    wrong_rank, wrong_shape = _misshapen(member, pairs, known)
     add("rank", wrong_rank, "the rank in its tensors is not the one in its configuration", again)
     if known is None or base is None:
         add("shape", wrong_shape, "factors that do not fit each other", again)
         return problems
     fits = f"use it on the base it was trained on, not on {base.name}"
     add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
-    add("unknown_modules", [m for m in pairs if m not in known], f"modules that {base.name} does not have", fits)
+    shared = [m for m in pairs if m in known and known[m].type == "Shared"]
+    add(
+        "shared_modules",
+        shared,
+        "modules whose weight other modules use as well, so that none can be changed alone",
+        ("train it again without them"),
+    )
+    missing = [m for m in pairs if m not in known]
+    add("unknown_modules", missing, f"modules that {base.name} does not have", fits)
     add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
     expected = expected_targets(checkpoint.config, known, base.output_embedding)
     if expected is not None:
@@ -204,21 +214,24 @@ def _missing_whole(member: PlanMember, known: dict[str, ModuleShape]) -> list[st
     ]
 
 
-def _misshapen(member: PlanMember, known: dict[str, ModuleShape] | None) -> tuple[list[str], list[str]]:
-    wrong_rank, wrong_shape = [], []
-    for module, pair in member.checkpoint.pairs.items():
+def _misshapen(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] | None) -> tuple[list[str], list[str]]:
+    config, wrong_rank, wrong_shape = member.checkpoint.config, list[str](), list[str]()
+    for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             continue
         a, b = pair["A"].shape, pair["B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
             wrong_shape.append(f"{module} (A {list(a)}, B {list(b)})")
             continue
-        if a[0] != lora_rank(member.checkpoint.config, module):
-            wrong_rank.append(f"{module} ({a[0]}, not {lora_rank(member.checkpoint.config, module)})")
-        if known is None or module not in known:
+        shape = known.get(module) if known is not None else None
+        experts = shape.shape[0] if shape and shape.type in EXPERTS else 1
+        rank = lora_rank(config, pattern_name(config, module, shape)) * experts
+        if a[0] != rank and not (known is None and config.get("target_parameters") and a[0] % rank == 0):
+            wrong_rank.append(f"{module} ({a[0]}, not {rank})")
+        if shape is None:
             continue
-        shape = known[module]
         fits = [a[1], b[0]] if shape.type == "Embedding" else [b[0], a[1]]
+        fits = [experts, *fits] if shape.type in EXPERTS else fits
         is_embedding = "lora_embedding" in pair["A"].name
         if fits != shape.shape or is_embedding != (shape.type == "Embedding"):
             wrong_shape.append(f"{module} ({fits}, not {shape.shape})")

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checkpoints import FINGERPRINT
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
 from stackctl.core.schema import Base, ModuleShape
@@ -62,6 +62,11 @@ def base_of(name):
             modules[path] = ModuleShape(type="Conv1D", shape=list(module.weight.T.shape))
         elif isinstance(module, torch.nn.Embedding):
             modules[path] = ModuleShape(type="Embedding", shape=list(module.weight.shape))
+        elif path.endswith(".experts"):
+            for own, parameter in module.named_parameters(recurse=False):
+                modules[f"{path}.{own}"] = ModuleShape(type="Experts", shape=list(parameter.shape))
+        elif path.endswith(".mlp.gate"):  # a router
+            modules[path] = ModuleShape(type="Matrix", shape=list(module.weight.shape))
     head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), None)
     compact = compact_modules(modules)
     assert expand_modules(compact) == modules
@@ -306,14 +311,26 @@ def test_variants_are_refused_by_name_and_only_by_it(kind, tmp_path):
         {"target_modules": "all-linear"},  # PEFT adds the experts to it of its own accord
     ],
 )
-def test_experts_of_transformers_5_are_refused(config, tmp_path):
+def test_factors_of_experts_are_placed_by_the_parameter_that_they_are_of(config, tmp_path):
     peft_model = inject("mixtral", config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft_model.save_pretrained(tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     plan = plan_stack(base_of("mixtral"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
-    assert "target_parameters" in {p.code for p in plan.errors}
+    assert not plan.errors
+    wanted = {
+        f"{name}.{layer.parameter_name}" if layer.parameter_name != "weight" else name: layer
+        for name, layer in peft_model.base_model.model.named_modules()
+        if isinstance(layer, ParamWrapper)
+        for name in [name.replace(".base_layer", "")]
+    }
+    found = {name: module for name, module in plan.modules.items() if not name.endswith("_proj") or "experts" in name}
+    assert found.keys() == wanted.keys()
+    for name, layer in wanted.items():
+        assert found[name].stored_shape == tuple(layer.get_param().shape)
+        assert found[name].rank == layer.r["default"]
+        assert found[name].factors[0].scaling == layer.scaling["default"]
 
 
 def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):

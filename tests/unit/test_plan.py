@@ -128,7 +128,7 @@ def test_every_problem_at_once():
     ("key", "value"),
     [
         ("use_dora", True), ("trainable_token_indices", [1, 2]), ("trainable_token_indices", {"embed_tokens": [1]}),
-        ("target_parameters", ["experts.gate_up_proj"]), ("lora_bias", True), ("layer_replication", [[0, 2]]),
+        ("lora_bias", True), ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config",
         {"top_k": 2}),
         ("kasa_config", {"x": 1}), ("monteclora_config", {"x": 1}),

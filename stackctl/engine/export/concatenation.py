@@ -33,7 +33,13 @@ class Concatenation(OpenFiles):
         Raises:
             VerificationFailed: a member's tensor holds NaN or infinity, or the scaled values do not fit float32.
         """
-        a, b = (np.concatenate(factors, axis) for axis, factors in enumerate(zip(*self._factors(module), strict=True)))
+        all_a, all_b = zip(*self._factors(module), strict=True)
+        experts, (rows, columns) = module.experts, module.shape
+        if module.is_experts:  # each expert's ranks together: see stackctl.lora.target_parameters
+            a = np.concatenate([factor.reshape(experts, -1, columns) for factor in all_a], 1).reshape(-1, columns)
+            b = np.concatenate([factor.reshape(rows, -1, experts) for factor in all_b], 1).reshape(rows, -1)
+        else:
+            a, b = np.concatenate(all_a, 0), np.concatenate(all_b, 1)
         for factor in (a, b):
             if not _all_finite(factor):
                 self._blame(module)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from stackctl.core.errors import Incompatible, VerificationFailed
-from stackctl.engine import algebra
-from stackctl.engine.merging import module_delta
+from stackctl.engine.merging import exact_delta, module_delta
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
 from stackctl.lora.checkpoint import DTYPE_NAMES, TensorInfo, read_header
@@ -80,9 +79,7 @@ def _sources(plan: StackPlan, base: Path, dtype: str) -> tuple[dict[str, list[_S
     absent = (
         f"{head}.weight" if head and f"{head}.weight" not in names else None
     )  # a tied head is stored once, as its twin
-    modules = {
-        _on_disk(f"{m.name}.weight", names, plan): m for m in plan.modules.values() if f"{m.name}.weight" != absent
-    }
+    modules = {_on_disk(m.parameter, names, plan): m for m in plan.modules.values() if m.parameter != absent}
     replaced = {_on_disk(r.parameter, names, plan): r for r in plan.replacements if r.parameter != absent}
 
     def source(name: str, path: Path, info: TensorInfo) -> _Source:
@@ -139,9 +136,9 @@ def _write_shard(plan: StackPlan, tensors: MemberTensors, path: Path, sources: l
             if source.module is not None:
                 factors = tensors.factors(source.module)
                 delta = module_delta(plan, source.module, factors)
-                wished = delta if plan.method == SUM else algebra.delta(factors)
-                if source.module.type != "Linear":  # the others store (in, out)
-                    delta, wished = delta.T, wished.T
+                wished = delta if plan.method == SUM else exact_delta(source.module, factors)
+                if source.module.is_transposed:
+                    delta, wished = delta.mT, wished.mT
                 summed = (weight.float() + delta).to(wanted)
                 worst = max(worst, _lost(weight, wished, summed))
                 weight = summed

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from stackctl.engine import algebra
-from stackctl.engine.merging import module_pair
+from stackctl.engine.merging import module_pair, pair_error
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
 from stackctl.plan.model import ModulePlan, StackPlan
 
@@ -16,7 +15,7 @@ def found_ranks(plan: StackPlan) -> dict[str, int]:
     """The rank that a method which looks at the tensors for it gives every module."""
     with torch.no_grad(), MemberTensors(plan) as tensors:
         return {
-            name: module_pair(plan, module, tensors.factors(module))[0].shape[0]
+            name: module_pair(plan, module, tensors.factors(module))[0].shape[0] // module.experts
             for name, module in plan.modules.items()
         }
 
@@ -31,5 +30,5 @@ def made_pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[
         for module in plan.modules.values():
             factors = tensors.factors(module)
             a, b = (factor.to(TORCH_DTYPES[dtype]) for factor in module_pair(plan, module, factors))
-            error = algebra.relative_error(algebra.concatenate(factors), (a.float(), b.float()))
+            error = pair_error(module, factors, (a.float(), b.float()))
             yield module, (tensor_bytes(module.name, a), tensor_bytes(module.name, b)), error

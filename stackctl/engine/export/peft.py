@@ -10,6 +10,8 @@ from typing import Any
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpoint
+from stackctl.lora.target_modules import expand_modules
+from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
@@ -59,10 +61,18 @@ def _ranks(plan: StackPlan) -> dict[str, int]:
     return found_ranks(plan)
 
 
-def _layout(module: ModulePlan, rank: int) -> list[tuple[str, tuple[int, int]]]:
-    """The two tensors of a module with their shapes, in the order of writing."""
+def _layout(plan: StackPlan, ranks: dict[str, int]) -> dict[str, list[tuple[str, tuple[int, int]]]]:
+    """The two tensors of every module with their shapes, in the order of writing."""
+    known = expand_modules(plan.base.modules) if plan.base else {}
+    wrapped = wrapped_names([m.name for m in plan.modules.values() if m.is_experts], known)
+    return {
+        name: _tensors(module, f"{_PREFIX}{wrapped.get(name, name)}", ranks[name] * module.experts)
+        for name, module in plan.modules.items()
+    }
+
+
+def _tensors(module: ModulePlan, name: str, rank: int) -> list[tuple[str, tuple[int, int]]]:
     rows, columns = module.shape
-    name = f"{_PREFIX}{module.name}"
     if module.type == "Embedding":
         return [(f"{name}.lora_embedding_A", (rank, rows)), (f"{name}.lora_embedding_B", (columns, rank))]
     return [(f"{name}.lora_A.weight", (rank, columns)), (f"{name}.lora_B.weight", (rows, rank))]
@@ -73,13 +83,12 @@ def _write_weights(plan: StackPlan, ranks: dict[str, int], path: Path, dtype: st
 
     Returns the worst module's relative error against the exact sum, and the file's digest.
     """
-    layout = [
-        (name, dtype, shape) for module in plan.modules.values() for name, shape in _layout(module, ranks[module.name])
-    ]
+    layout = _layout(plan, ranks)
+    tensors = [(name, dtype, shape) for pair in layout.values() for name, shape in pair]
     worst = 0.0
-    with SafetensorsWriter(path, layout) as writer:
+    with SafetensorsWriter(path, tensors) as writer:
         for module, pair, error in _pairs(plan, dtype):
-            for (name, _), factor in zip(_layout(module, ranks[module.name]), pair, strict=True):
+            for (name, _), factor in zip(layout[module.name], pair, strict=True):
                 writer.write(name, factor)
             worst = max(worst, error)
     return worst, writer.check()
@@ -101,7 +110,7 @@ def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memo
 def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:
     base = plan.base
     name = (base.hub_id or base.source) if base else None
-    config = {**plain_lora_config(ranks), "base_model_name_or_path": name, "inference_mode": True}
+    config = {**plain_lora_config(*plan.peft_names(ranks)), "base_model_name_or_path": name, "inference_mode": True}
     files.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -43,7 +43,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> No
         save_file({name.replace(_WRAPPER, ""): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     config = folder / CONFIG
     settings = json.loads(config.read_text())
-    if isinstance(settings.get("target_modules"), list):  # a set inside PEFT, and so in another order in each process
-        settings["target_modules"].sort()
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    for key in ("target_modules", "target_parameters"):  # sets inside PEFT, and so in another order in each process
+        if isinstance(settings.get(key), list):
+            settings[key].sort()
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from stackctl.core.schema import ModuleShape
+from stackctl.core.errors import VerificationFailed
 from stackctl.engine.live_adapter import LIVE, attach_live
 from stackctl.engine.models import StackedModel
 from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.targets import Targets, attached
 from stackctl.jobs.job import PreparedJob
-from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, expected_targets
+from stackctl.lora.target_modules import natural_order
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""
@@ -34,25 +36,28 @@ def freeze_stack(stacked: StackedModel, prepared: PreparedJob, say: Say) -> str:
     return "live"
 
 
-def attach_new(stacked: StackedModel, prepared: PreparedJob, *, live: bool) -> PeftModel:
-    """Put the new adapter on the model, with the frozen stack beside it if it is live; only the new one trains."""
+def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *, live: bool) -> PeftModel:
+    """Put the new adapter on the model, with the frozen stack beside it if it is live; only the new one trains.
+
+    Raises:
+        VerificationFailed: PEFT attached something else than it was asked for.
+    """
     job, base = prepared.job, prepared.base
-    modules = expand_modules(base.modules)
-    targets = prepared.target_modules
-    chosen = expected_targets({"target_modules": targets}, modules, base.output_embedding) or set()
-    if targets == ALL_LINEAR:  # by name: left to itself, PEFT would add the experts' parameters of a mixture
-        targets = _names_for(chosen, modules)
     config = LoraConfig(
         r=job.rank,
         lora_alpha=_whole(job.effective_alpha()),
         lora_dropout=job.dropout,
-        target_modules=targets,
         use_rslora=job.use_rslora,
-        fan_in_fan_out=any(modules[name].type == "Conv1D" for name in chosen),
         task_type="CAUSAL_LM",
+        **copy.deepcopy(targets.settings),
     )
     stacked.model.name_or_path = base.hub_id or str(stacked.folder)
     model: PeftModel = get_peft_model(stacked.model, config, adapter_name=ADAPTER)
+    if odd := sorted(attached(model) ^ targets.modules, key=natural_order):
+        raise VerificationFailed(
+            f"PEFT did not attach the adapter to what it was asked for: {', '.join(odd[:3])}; nothing was trained",
+            hint=f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name}",
+        )
     if live:
         attach_live(model, prepared.plan)
         model.base_model.set_adapter([LIVE, ADAPTER])
@@ -60,12 +65,6 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, *, live: bool) -> P
             if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
                 parameter.requires_grad_(False)
     return model
-
-
-def _names_for(chosen: set[str], modules: dict[str, ModuleShape]) -> list[str]:
-    """The last parts of some modules' names where those choose just these modules, else the full names."""
-    short = sorted({name.rpartition(".")[2] for name in chosen})
-    return short if expected_targets({"target_modules": short}, modules, None) == chosen else sorted(chosen)
 
 
 def _whole(number: float) -> int | float:

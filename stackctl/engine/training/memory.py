@@ -10,7 +10,7 @@ import torch
 from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.jobs.job import PreparedJob
-from stackctl.lora.target_modules import expand_modules, expected_targets
+from stackctl.lora.target_modules import expand_modules, named_targets
 from stackctl.machine.memory_estimate import MemoryEstimate, Precision, estimate_memory
 from stackctl.machine.resources import main_memory
 
@@ -39,14 +39,12 @@ def estimate_job(
     lengths = corpus.rows.lengths()
     largest = [int(row) for row in lengths.argsort()[::-1][: job.batch_size]]
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
-    targets = expected_targets(
-        {"target_modules": prepared.target_modules}, expand_modules(base.modules), base.output_embedding
-    )
+    targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     live = job.frozen == "live" or job.dtype == "nf4"
     memory = estimate_memory(
         base,
         rank=job.rank,
-        targets=targets or set(),
+        targets=targets,
         tokens=int(lengths[largest].sum()),
         supervised=supervised,
         precision=_precision(prepared, device),

@@ -26,6 +26,7 @@ from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.loop import run_trainer
 from stackctl.engine.training.memory import estimate_job
 from stackctl.engine.training.register import register_version
+from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.trackers import log_folder, tracking
@@ -69,16 +70,20 @@ def train_adapter(
         stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
         if data_module.ensure_chat_template(stacked.tokenizer):
             say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
+        targets = targets_of(prepared, stacked.folder)
         told = ranks.is_worker()  # the command that launched this read the data as well, to check it
         corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, reading)
         if not told:
+            say(str(targets))
             say(str(estimate_job(prepared, corpus, processes=ranks.world_size(), sharded=group.is_sharded())))
     run = run_folder(registry, prepared.name)
     with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
                 _open_run(run, prepared, corpus, resume)
-        done = _train(prepared, registry, stacked, corpus, run, resume=resume, again=again, say=say, progress=progress)
+        done = _train(
+            prepared, registry, stacked, targets, corpus, run, resume=resume, again=again, say=say, progress=progress
+        )
         if ranks.rank() == 0:
             shutil.rmtree(run.path, ignore_errors=True)
         group.wait()
@@ -89,6 +94,7 @@ def _train(
     prepared: PreparedJob,
     registry: Registry,
     stacked: StackedModel,
+    targets: Targets,
     corpus: Corpus,
     run: RunFolder,
     *,
@@ -101,7 +107,7 @@ def _train(
     probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
     bare = proofs.probe(stacked.model, probe_tokens)
     how = freeze_stack(stacked, prepared, say)
-    model = attach_new(stacked, prepared, live=how == "live")
+    model = attach_new(stacked, prepared, targets, live=how == "live")
     live = LIVE if how == "live" else None
     trainable = proofs.check_trainable(model)
     with proofs.new_adapter_off(model, live):

@@ -1,0 +1,201 @@
+"""What a new adapter stands on: chosen, said, and held against what PEFT attaches and would read back.
+
+PEFT attaches other things than it is asked for in many models: it takes names like ``gate_proj`` for experts and turns
+them into parameters, matches a short name wherever it ends another, and forbids some layers. So the choice is made by
+full names, tried on the model without its weights, and compared, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from transformers import PreTrainedModel
+
+from stackctl.core.errors import Incompatible, first_line
+from stackctl.core.schema import Base, ModuleShape, TrainJob
+from stackctl.engine.base_files import empty_model
+from stackctl.engine.base_modules import text_modules
+from stackctl.engine.training.adapter import ADAPTER
+from stackctl.jobs.job import PreparedJob, parse_targets
+from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order
+from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, shortest_suffixes
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter stands on, by full names; what LoraConfig takes for it; and what has none, with why."""
+
+    modules: frozenset[str]
+    settings: dict[str, Any]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        text = f"adapts {_listed(self.modules)}"
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            reasons.setdefault(why, []).append(name)
+        if reasons:
+            text += "; leaves out " + "; ".join(f"{_listed(names)} ({why})" for why, names in reasons.items())
+        return text
+
+
+def _listed(names: Collection[str]) -> str:
+    """The last parts of names, of a number in a list with its parent."""
+    short = sorted({_short(name) for name in names})
+    return ", ".join(short[:_SHOWN]) + (f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else "")
+
+
+def _short(name: str) -> str:
+    *_, parent, last = ["", *name.split(".")]
+    return f"{parent}.{last}" if last.isdigit() or parent == "experts" else last
+
+
+def targets_of(prepared: PreparedJob, folder: Path) -> Targets:
+    """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`."""
+    model = empty_model(folder)
+    return choose_targets(model, prepared.base, prepared.job, text_modules(model))
+
+
+def choose_targets(model: PreTrainedModel, base: Base, job: TrainJob, text: Collection[str]) -> Targets:
+    """What a job's adapter stands on. ``model`` has no weights (meta device), and is of no further use.
+
+    ``text`` are the names of modules that text goes through. By default that is every linear layer that PEFT can adapt
+    and read back, but the output embedding, and every expert.
+
+    Raises:
+        Incompatible: PEFT cannot attach what was asked for, by name, or would not read it back.
+    """
+    known = expand_modules(base.modules)
+    asked = parse_targets(job.target_modules)
+    left_out: dict[str, str] = {}
+    if asked == ALL_LINEAR:
+        chosen, left_out = _default(model, known, base, job, text)
+    else:
+        chosen = named_targets(asked, known, base.output_embedding)
+    every = {name for name, _ in model.named_modules()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for _ in range(3):
+        settings = _settings(chosen, known, base, asked, every, parameters)
+        lost = _try(model, job, settings, chosen)
+        if not lost:
+            return Targets(frozenset(chosen), settings, left_out)
+        if asked != ALL_LINEAR:
+            break
+        left_out |= lost
+        chosen -= lost.keys()
+    name, why = sorted(lost.items(), key=lambda item: natural_order(item[0]))[0]
+    raise Incompatible(
+        f"target_modules: {name} of '{base.name}' cannot be adapted: {why}",
+        hint="leave out --target-modules for all that can be, or name others",
+    )
+
+
+def _default(
+    model: PreTrainedModel, known: dict[str, ModuleShape], base: Base, job: TrainJob, text: Collection[str]
+) -> tuple[set[str], dict[str, str]]:
+    """The layers that an adapter stands on if nothing is said, and those that it leaves out, with why."""
+    chosen, left_out = set[str](), dict[str, str]()
+    config = LoraConfig()
+    for name, shape in known.items():
+        holder = name.rpartition(".")[0] if shape.type in EXPERTS else name
+        if shape.type == "Embedding" or name == base.output_embedding or holder not in text:
+            continue
+        if shape.type == "Shared":
+            left_out[name] = "several layers share it"
+        elif shape.type not in ("Linear", "Conv1D", *EXPERTS):
+            left_out[name] = "no plain linear layer"
+        elif why := _forbidden(config, model, name.rpartition(".")[2]):
+            left_out[name] = why
+        elif job.dropout and is_parameter_only(name, shape.type, base.converted_names):
+            left_out[name] = "PEFT adapts it without dropout only"
+        else:
+            chosen.add(name)
+    return chosen, left_out
+
+
+def _forbidden(config: LoraConfig, model: PreTrainedModel, last_name: str) -> str:
+    """Why PEFT takes no layer of a name in this model."""
+    try:
+        LoraModel._check_target_module_compatiblity(None, config, model, last_name)
+    except ValueError:
+        return f"PEFT forbids it in {model.config.model_type}"
+    return ""
+
+
+def _settings(
+    chosen: set[str],
+    known: dict[str, ModuleShape],
+    base: Base,
+    asked: list[str] | str,
+    every: set[str],
+    parameters: set[str],
+) -> dict[str, Any]:
+    """What LoraConfig takes to choose just these: what was typed where it does, else the shortest names that do."""
+    as_parameters = {name for name in chosen if is_parameter_only(name, known[name].type, base.converted_names)}
+    as_modules = chosen - as_parameters
+    settings: dict[str, Any] = {
+        "target_modules": shortest_suffixes(as_modules, every) or None,
+        "fan_in_fan_out": any(known[name].type == "Conv1D" for name in chosen),
+    }
+    if not as_parameters and asked != ALL_LINEAR:
+        settings["target_modules"] = asked
+    if as_parameters:
+        names = {parameter_of(name, known[name]) for name in as_parameters}
+        settings["target_parameters"] = shortest_suffixes(names, parameters)
+    return settings
+
+
+def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen: set[str]) -> dict[str, str]:
+    """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
+    config = LoraConfig(r=job.rank, lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            peft = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise Incompatible(
+                f"PEFT cannot adapt this model ({first_line(error)[:300]})",
+                hint="name other layers: --target-modules",
+            ) from error
+        try:
+            found = attached(peft)
+            lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
+            lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
+            return lost or _unread(peft)
+        finally:
+            peft.unload()
+
+
+def attached(model: PeftModel) -> set[str]:
+    """What the adapter in training stands on, by full names of the model itself."""
+    found = set()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
+            while name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+            own = isinstance(layer, ParamWrapper) and layer.parameter_name != "weight"
+            found.add(f"{name}.{layer.parameter_name}" if own else name)
+    return found
+
+
+def _unread(model: PeftModel) -> dict[str, str]:
+    """What PEFT would not find again in a checkpoint that it has saved itself."""
+    state = {
+        name: torch.empty(tensor.shape, device="meta") for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    lost = {}
+    for key in result.missing_keys:
+        if f".{ADAPTER}" in key and "lora_" in key:
+            name = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            lost[name] = "PEFT does not find its tensors again when it loads them"
+    return lost
