@@ -145,6 +145,7 @@ def train(
     alpha: float = 8,
     seed: int = 0,
     targets: Any = "all-linear",
+    parameters: list[str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """A plain loop: raw PEFT, all members live and frozen, every record in every step, AdamW at a constant rate.
@@ -153,7 +154,9 @@ def train(
     """
     model = load_plain(base)
     set_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=copy.copy(targets), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=copy.copy(targets), target_parameters=parameters, task_type="CAUSAL_LM"
+    )
     peft = get_peft_model(model, config, adapter_name="new")
     names = [f"m{index}" for index in range(len(members))]
     for name, (path, _) in zip(names, members, strict=True):

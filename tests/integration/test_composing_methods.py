@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stackctl.plan import methods
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import methods
 
 METHODS = {
     "svd": ("--rank", "3"),
