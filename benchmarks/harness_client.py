@@ -95,7 +95,7 @@ def stackctl(*words: str) -> Any:
 
 
 def by_hand(base: Path, members: list[oracle.Member]) -> tuple[float, float]:
-    """The share of questions whose right answer is the likeliest, and the perplexity of the right answers."""
+    """The share of questions whose right answer is the most likely, and the perplexity of the right answers."""
     model, tokenizer = oracle.live(base, *members), AutoTokenizer.from_pretrained(base)
 
     def likelihood(question: str, answer: str) -> float:

@@ -55,7 +55,7 @@ TOP, NEW_TOKENS = 200, 16
 
 @dataclass
 class Answers:
-    """Per prompt: the probabilities of the likeliest next tokens, and what greedy decoding makes of the prompt."""
+    """Per prompt: the probabilities of the most likely next tokens, and what greedy decoding makes of the prompt."""
 
     probabilities: list[dict[int, float]]
     texts: list[list[int]]
@@ -179,7 +179,7 @@ def transformers_answers(stacked: StackedModel, prompts: list[list[int]]) -> Ans
 
 
 def llama_answers(base: Path, adapter: Path | None, prompts: list[list[int]]) -> Answers:
-    """What llama.cpp's server says: the likeliest next tokens' probabilities before sampling, and greedy tokens."""
+    """What llama.cpp's server says: the most likely next tokens' probabilities before sampling, and greedy tokens."""
     server = llama_server(base, adapter)
     answers = Answers([], [])
     for prompt in prompts:

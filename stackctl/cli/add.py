@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import HOUSE, BaseOption, Context, command, complete_what
+from stackctl.cli.common import REGISTRY, BaseOption, Context, command, complete_what
 from stackctl.core.errors import Usage
 from stackctl.core.schema import AdapterVersion, Base
 from stackctl.lora.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
@@ -25,7 +25,7 @@ stackctl add style ./output/checkpoint-531 --base qwen3"""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "add", example=_EXAMPLES, panel=HOUSE)
+    @command(app, "add", example=_EXAMPLES, panel=REGISTRY)
     def add(
         context: Context,
         name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],
@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
         notes = [p.message for p in plan.problems]
         if not (own or on or base) and (said_base := named_base(checkpoint.config)):
-            told = f"its base is '{said_base}', which is not registered; it goes onto '{stack.base.name}'"
+            told = f"its base is '{said_base}', which is not registered; it is registered on '{stack.base.name}'"
             notes.append(f"{told} (--base chooses another)")
         return Result(data, label, text, notes=tuple(notes))
 

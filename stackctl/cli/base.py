@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, Current, Group, command, complete_bases
+from stackctl.cli.common import REGISTRY, Context, Current, Group, command, complete_bases
 from stackctl.core.schema import Base
 from stackctl.registry import Entries
 from stackctl.render.output import Result
@@ -34,7 +34,7 @@ def base_json(base: Base, registry: Entries) -> dict[str, Any]:
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(cls=Group, help="Base models: add, ls, rm.", epilog="stackctl base add smollm2")
-    app.add_typer(group, name="base", rich_help_panel=HOUSE)
+    app.add_typer(group, name="base", rich_help_panel=REGISTRY)
 
     @command(group, "add", example=_EXAMPLES)
     def add(
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
         ] = None,
     ) -> Result:
-        """Register a base model: recognised from then on by its fingerprint."""
+        """Register a base model; its fingerprint identifies it from then on."""
         from stackctl.core.expressions import parse_name
         from stackctl.registry.base_models import parse_source
 
@@ -95,7 +95,7 @@ def register(app: typer.Typer) -> None:
         context: Context,
         name: Annotated[str, typer.Argument(autocompletion=complete_bases, show_default=False)],
     ) -> Result:
-        """Remove a base's entry (never its files); refused while adapters stand on it."""
+        """Remove a base's entry, never its files; refused while adapters depend on it."""
         context.registry.remove_base(name)
         return Result({"removed": [name]}, name, f"removed the base {name}; its files are where they were")
 

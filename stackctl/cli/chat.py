@@ -50,7 +50,7 @@ class Chat:
         say = self.output.status
         say(f"{self.name} on {self.stacked.base.name}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         if self.sampling.raw:
-            say("with --raw each text is gone on from by itself, without what was said before")
+            say("with --raw each text is continued on its own, without the conversation before it")
         while True:
             try:
                 line = editor.read(f"{self.name}> ")
@@ -85,7 +85,7 @@ class Chat:
             else:
                 self.messages.pop()
         if not text:
-            self.output.status("no answer came, and the question is forgotten")
+            self.output.status("there was no answer; the message was dropped")
         return text
 
     def _answer(self, line: str, heard: list[str]) -> None:
@@ -141,7 +141,7 @@ class Chat:
         self.messages.clear()
         self._left_out = 0
         self._remembered = None
-        self.output.status("forgotten what was said")
+        self.output.status("the conversation was cleared")
 
     def system(self, text: str) -> None:
         self.sampling = replace(self.sampling, system=text or None)
@@ -155,8 +155,7 @@ class Chat:
         stack = self.registry.resolve(expression, base=self.stacked.base.name if expression == BASE else None)
         if stack.base.name != self.stacked.base.name:
             raise Incompatible(
-                f"'{expression}' stands on the base '{stack.base.name}', and this chat runs on "
-                f"'{self.stacked.base.name}'",
+                f"'{expression}' has the base '{stack.base.name}', and this chat runs on '{self.stacked.base.name}'",
                 hint=f"stackctl generate {expression}",
             )
         plan = self.registry.plan(stack).check()
@@ -180,7 +179,7 @@ class Chat:
         if path.suffix.lower() != ".jsonl":
             raise Usage("/save writes JSON Lines", hint="/save chat.jsonl")
         if not self.messages:
-            raise Usage("nothing was said yet", hint="/save comes after an answer")
+            raise Usage("the conversation is empty", hint="/save comes after an answer")
         files.existing(path.absolute().parent, "the folder")
         system = [{"role": "system", "content": self.sampling.system}] if self.sampling.system else []
         record = json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n"
@@ -190,17 +189,17 @@ class Chat:
 
     def undo(self, _: str) -> None:
         self._take_back()
-        self.output.status("the last question and its answer are forgotten")
+        self.output.status("the last message and its answer were removed")
 
     def retry(self, _: str) -> None:
         question, before = self._take_back()
         if self.ask(question) == before and self.sampling.greedy:
-            self.output.note("the answer is the same: without a --temperature the likeliest text is taken")
+            self.output.note("the answer is the same: without --temperature decoding is greedy")
 
     def _take_back(self) -> tuple[str, str]:
         """The last question and its answer, which are forgotten."""
         if not self.messages:
-            raise Usage("nothing was said yet", hint="type a message")
+            raise Usage("the conversation is empty", hint="type a message")
         answer, question = self.messages.pop(), self.messages.pop()
         return question["content"], answer["content"]
 
@@ -235,11 +234,11 @@ class _Command:
 
 _LEAVE = object()
 _COMMANDS = {
-    "/use": _Command(Chat.use, "EXPR", "another stack on the same base; alone: the one in use"),
-    "/system": _Command(Chat.system, "TEXT", "set the system message; alone: remove it"),
+    "/use": _Command(Chat.use, "EXPR", "switch to another stack on the same base; without EXPR: show the one in use"),
+    "/system": _Command(Chat.system, "TEXT", "set the system message; without TEXT: remove it"),
     "/retry": _Command(Chat.retry, "", "answer the last message again"),
-    "/undo": _Command(Chat.undo, "", "forget the last message and its answer"),
-    "/reset": _Command(Chat.reset, "", "forget what was said"),
+    "/undo": _Command(Chat.undo, "", "remove the last message and its answer"),
+    "/reset": _Command(Chat.reset, "", "clear the conversation"),
     "/save": _Command(Chat.save, "FILE", "add the conversation to a .jsonl file, a record to train on"),
     "/help": _Command(Chat.help, "", "this list"),
     "/exit": _Command(Chat.leave, "", "leave, as Ctrl-D does"),

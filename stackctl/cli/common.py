@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from stackctl.registry import Entries, Registry
 
 E = TypeVar("E", bound="Entries")
-PATH = "The path"
-KNOW = "To know"
-SHARE = "To share"
-HOUSE = "The registry"
+TRAIN = "Train and use"
+INSPECT = "Inspect and check"
+SHARE = "Share"
+REGISTRY = "Registry"
 """The panels of ``stackctl --help``, in the order of a user's work."""
-MACHINE = "The machine"
+DEVICE_PANEL = "Device and precision"
 """The options that say where and how precisely to compute."""
 
 _COMMON: dict[str, tuple[Any, Any]] = {
@@ -36,7 +36,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         Annotated[
             Path | None,
             typer.Option(
-                help="The registry to use; else STACKCTL_REGISTRY, else the nearest one upward.",
+                help="The registry to use; else STACKCTL_REGISTRY, else the nearest in a parent folder.",
                 rich_help_panel=COMMON,
                 metavar="DIR",
             ),
@@ -276,5 +276,5 @@ What = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option(help="The base, where the name alone does not say it.", autocompletion=complete_bases, metavar="NAME"),
+    typer.Option(help="The base model, when it cannot be inferred.", autocompletion=complete_bases, metavar="NAME"),
 ]

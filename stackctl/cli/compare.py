@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
 from stackctl.cli.eval_table import scores_json
 from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
@@ -39,7 +39,7 @@ stackctl compare base style style+instruct -p "Tell me of rain.\""""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "compare", example=_EXAMPLES, panel=PATH)
+    @command(app, "compare", example=_EXAMPLES, panel=TRAIN)
     def compare(
         context: Context,
         what: Annotated[
@@ -64,7 +64,7 @@ def register(app: typer.Typer) -> None:
         answering: GenerateOptions,
         base: BaseOption = None,
     ) -> Result:
-        """Put the same prompts through several stacks, side by side; the base is loaded once.
+        """Answer the same prompts with several stacks, side by side; the base is loaded once.
 
         With --data each stack is measured on held-out records as well, as eval does.
         """

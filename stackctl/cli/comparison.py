@@ -100,7 +100,7 @@ def settings_of(
     pairs += [(stack.text, stack.pinned) for stack, _ in stacks if stack.pinned != BASE]
     pairs += [("computed in", precision), ("answers", _how(sampling))]
     pairs += [("system message", sampling.system)] if sampling.system else []
-    pairs += [("prompts", "as they stand, without the chat template")] if sampling.raw else []
+    pairs += [("prompts", "as given, without the chat template")] if sampling.raw else []
     pairs += [("measured on", f"{source}, records of at most {max_length:,} tokens") for source in data]
     return pairs
 
@@ -115,7 +115,7 @@ def _how(sampling: Sampling) -> str:
         "repetition penalty": sampling.repetition_penalty,
         "seed": None if sampling.greedy else sampling.seed,
     }
-    said = ["the likeliest token each time"] if sampling.greedy else []
+    said = ["greedy decoding"] if sampling.greedy else []
     said += [f"{name} {value}" for name, value in options.items() if value is not None]
     said += [f"ended before {text!r}" for text in sampling.stop]
     return ", ".join([*said, f"at most {sampling.max_new_tokens:,} tokens"])

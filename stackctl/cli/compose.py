@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
 from stackctl.core.library_messages import plain
@@ -31,7 +31,7 @@ def _of(option: str) -> str:
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "compose", example=_EXAMPLES, panel=PATH)
+    @command(app, "compose", example=_EXAMPLES, panel=TRAIN)
     def compose(
         context: Context,
         expression: Annotated[
@@ -43,7 +43,9 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        name: Annotated[str | None, typer.Option(help="What to call it; else its names joined by '+'.")] = None,
+        name: Annotated[
+            str | None, typer.Option(help="Name of the stack; by default its members' names joined by '+'.")
+        ] = None,
         method: Annotated[
             str,
             typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel=_METHOD, autocompletion=lambda: list(METHODS)),
@@ -77,7 +79,9 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         base: BaseOption = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show it; write nothing.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Check and show the stack without writing it.")
+        ] = False,
     ) -> Result:
         """Write a stack: a recipe of pinned adapters and weights, no tensors. It becomes the current stack."""
         registry = context.registry

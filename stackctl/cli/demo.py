@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from stackctl.cli.common import PATH, Context, command
+from stackctl.cli.common import TRAIN, Context, command
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Base
 from stackctl.jobs.recipe import FILE, RecipeFile, read_recipe
@@ -31,7 +31,7 @@ def examples_folder() -> Path:
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "demo", example="stackctl demo", panel=PATH)
+    @command(app, "demo", example="stackctl demo", panel=TRAIN)
     def demo(context: Context) -> Result:
         """The whole path on a real 135M model: train two adapters, stack, compare, evaluate, prepare a push."""
         folder = examples_folder()
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
         built = build_recipe(context, recipe, resume=True)
         say(built.screen if isinstance(built.screen, str) else "")
         stacks = resolve_all(registry, STACKS)
-        say("the same prompts through the base, the style and the stack, and their loss on held-out records")
+        say("the same prompts with the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
         prompts, measured = [Prompt(text) for text in PROMPTS], HeldOut(held_out, read_data(held_out))
         compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from stackctl import __version__
-from stackctl.cli.common import KNOW, Context, command
+from stackctl.cli.common import INSPECT, Context, command
 from stackctl.core.errors import StackctlError
 from stackctl.machine import resources as machine
 from stackctl.machine.memory_estimate import Precision
@@ -21,9 +21,9 @@ from stackctl.storage.files import human_bytes
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "doctor", example="stackctl doctor", panel=KNOW)
+    @command(app, "doctor", example="stackctl doctor", panel=INSPECT)
     def doctor(context: Context) -> Result:
-        """Tell what this machine can do, and what size of base it can train, generate with and export.
+        """Show what this machine has, and what size of base it can train, generate with and export.
 
         Exit code 1 when something that stackctl needs is missing.
         """

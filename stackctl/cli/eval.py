@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import PATH, BaseOption, Context, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompt_options import DEVICE, DTYPE
@@ -34,7 +34,7 @@ stackctl eval base style style+instruct --data heldout.jsonl"""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "eval", example=_EXAMPLES, panel=PATH)
+    @command(app, "eval", example=_EXAMPLES, panel=TRAIN)
     def evaluate(
         context: Context,
         what: Annotated[
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         against: Annotated[
             str | None,
             typer.Option(
-                help="Test every stack against this one on the same records: is the difference more than noise?",
+                help="Paired test of every stack against this one: is the difference more than noise?",
                 autocompletion=complete_what,
                 metavar="WHAT",
             ),
@@ -66,25 +66,25 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         limit: Annotated[
-            int | None, typer.Option(min=1, help="Only the first records of each task.", rich_help_panel=_TASKS)
+            int | None, typer.Option(min=1, help="Only the first N records of each task.", rich_help_panel=_TASKS)
         ] = None,
         num_fewshot: Annotated[
             int | None,
             typer.Option(
                 min=0,
-                help="Solved examples before each record; a task that says 0 keeps it.",
+                help="Solved examples (shots) before each record; a task that sets 0 keeps 0.",
                 rich_help_panel=_TASKS,
             ),
         ] = None,
         batch_size: Annotated[
             int | None,
-            typer.Option(min=1, help="Requests that are computed at once; 8 if left out.", rich_help_panel=_TASKS),
+            typer.Option(min=1, help="Requests in a batch; 8 if left out.", rich_help_panel=_TASKS),
         ] = None,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
     ) -> Result:
-        """Loss, perplexity and accuracy on the supervised tokens of some records, and scores on tasks."""
+        """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks."""
         data = data or []
         _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
         asked = what or [context.registry.current()]
@@ -115,10 +115,12 @@ def _check_asked(
     if not data and not tasks:
         raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
     if against and not data:
-        raise Usage("--against tests losses on records, and there are none", hint="name some: --data heldout.jsonl")
+        raise Usage(
+            "--against compares losses on records, and no --data was given", hint="name some: --data heldout.jsonl"
+        )
     given = [option for option, value in of_tasks.items() if value is not None]
     if given and not tasks:
-        raise Usage(f"{' and '.join(given)} say how to put tasks, and there are none", hint="name one: --task arc_easy")
+        raise Usage(f"{' and '.join(given)} apply to --task, and none was given", hint="name one: --task arc_easy")
 
 
 def _open_tasks(names: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int | None) -> Harness:

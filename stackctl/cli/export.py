@@ -47,11 +47,11 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Precision of what is written; auto is float32, and for a model the base's own."),
         ] = "auto",
         modelfile: Annotated[
-            bool, typer.Option("--modelfile", help="With gguf: a Modelfile, too, for Ollama before 0.34.1.")
+            bool, typer.Option("--modelfile", help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
         ] = False,
         base: BaseOption = None,
     ) -> Result:
-        """Write a stack as files for another program: streamed, read back and checked, then moved into place."""
+        """Export a stack as files for another program: streamed, checked, then moved into place."""
         registry = context.registry
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()

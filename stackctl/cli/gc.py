@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, command
+from stackctl.cli.common import REGISTRY, Context, command
 from stackctl.registry import Freed, Registry
 from stackctl.registry.garbage_collection import drop_runs, free_conversions, free_indices, free_logs, free_tokens
 from stackctl.registry.run_folders import unfinished_runs
@@ -16,24 +16,24 @@ from stackctl.storage.files import human_bytes, tree_bytes
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "gc", example="stackctl gc --runs --logs\nstackctl gc --dry-run", panel=HOUSE)
+    @command(app, "gc", example="stackctl gc --runs --logs\nstackctl gc --dry-run", panel=REGISTRY)
     def gc(
         context: Context,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be freed; free nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
         runs: Annotated[
-            bool, typer.Option("--runs", help="Also the saves of unfinished training, which cannot be resumed then.")
+            bool, typer.Option("--runs", help="Also delete saves of unfinished training, which then cannot be resumed.")
         ] = False,
         logs: Annotated[
-            bool, typer.Option("--logs", help="Also what --report-to wrote about runs that are finished.")
+            bool, typer.Option("--logs", help="Also delete what --report-to logged for finished runs.")
         ] = False,
         cache: Annotated[
             bool,
             typer.Option(
-                "--cache", help="Also tokenised data, models converted from GGUF, indices: of every registry."
+                "--cache", help="Also delete cached tokens, converted GGUF models and indexes, of every registry."
             ),
         ] = False,
     ) -> Result:
-        """Free the weights of removed versions, and what killed commands left; what an entry needs stays.
+        """Delete the weights of removed versions and what killed commands left; what an entry needs stays.
 
         Logs of versions that are gone go along, and tokenised data that was not used for 30 days. What is in the cache
         is made again when it is needed.
@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 
-_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "tokenised data, converted models and indices"}
+_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "cached tokens, converted models and indexes"}
 
 
 def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import MACHINE, PATH, BaseOption, Context, What, command
+from stackctl.cli.common import DEVICE_PANEL, TRAIN, BaseOption, Context, What, command
 from stackctl.cli.progress import counting
 from stackctl.cli.prompt_options import (
     MAX_NEW,
@@ -37,7 +37,7 @@ stackctl generate storyteller -p "Tell me about the sea.\""""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "generate", example=_EXAMPLES, panel=PATH)
+    @command(app, "generate", example=_EXAMPLES, panel=TRAIN)
     def generate(
         context: Context,
         what: What = None,
@@ -56,13 +56,13 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--live",
-                help="Keep the stack beside the base as one LoRA, slower, instead of folding it in.",
-                rich_help_panel=MACHINE,
+                help="Keep the stack as one live LoRA instead of folding it into the base; slower.",
+                rich_help_panel=DEVICE_PANEL,
             ),
         ] = False,
         base: BaseOption = None,
     ) -> Result | None:
-        """Write text with a stack, streamed; without -p it reads standard input, or chats on a terminal."""
+        """Generate text with a stack, streamed; without -p, read standard input, or chat on a terminal."""
         registry, output = context.registry, context.output
         stack = registry.resolve(what, base=base)
         plan = registry.plan(stack).check()

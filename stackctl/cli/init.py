@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, command
+from stackctl.cli.common import REGISTRY, Context, command
 from stackctl.registry import init_registry
 from stackctl.render.output import Result
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "init", example="stackctl init", panel=HOUSE)
+    @command(app, "init", example="stackctl init", panel=REGISTRY)
     def init(
         context: Context,
         directory: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.common import KNOW, BaseOption, Context, What, command
+from stackctl.cli.common import INSPECT, BaseOption, Context, What, command
 from stackctl.cli.inspect_facts import (
     adapter_info,
     base_info,
@@ -46,7 +46,7 @@ stackctl inspect style+instruct"""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "inspect", example=_EXAMPLES, panel=KNOW)
+    @command(app, "inspect", example=_EXAMPLES, panel=INSPECT)
     def inspect(
         context: Context,
         what: What = None,
@@ -62,20 +62,22 @@ def register(app: typer.Typer) -> None:
         ] = False,
         target: Annotated[
             Literal["vllm", "gguf", "ollama"] | None,
-            typer.Option("--for", help="Say in advance what that program would reject."),
+            typer.Option("--for", help="Check for what that program would reject."),
         ] = None,
         curve: Annotated[
-            bool, typer.Option("--curve", help="Show the losses of the training; in JSON every point of them.")
+            bool, typer.Option("--curve", help="Show the loss curve of the training; with --json every point.")
         ] = False,
         serve: Annotated[
-            bool, typer.Option("--serve", help="Show what to type to serve it with vLLM, llama.cpp and Ollama.")
+            bool, typer.Option("--serve", help="Show the commands that serve it with vLLM, llama.cpp and Ollama.")
         ] = False,
         output: Annotated[
             Path | None,
-            typer.Option(help="Write a page with plots of all this: maps, overlaps, curves, lineage.", metavar="FILE"),
+            typer.Option(
+                help="Write a page with all plots: norms, interference, loss curves, lineage.", metavar="FILE"
+            ),
         ] = None,
     ) -> Result:
-        """Tell what an adapter, a stack, an expression, a base or any PEFT folder is, needs, and lacks."""
+        """Describe an adapter, a stack, an expression, a base or any PEFT folder, with every problem found."""
         if output is not None:
             check_page_place(output)
         wishes = _Wishes(verify, modules, weights, interference, target, curve, output)
@@ -87,7 +89,7 @@ def register(app: typer.Typer) -> None:
         stack = registry.resolve(what, base=base)
         if not stack.members and stack.name is None:
             if dataclasses.replace(wishes, verify=False).any or serve:
-                raise Usage("a base has no deltas to look at", hint=f"stackctl inspect {stack.base.name}")
+                raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
             if verify:
                 check_linked_base(stack.base, registry.root)
@@ -174,7 +176,7 @@ def _means_folder(what: str, context: Context) -> bool:
 
 
 def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Base | None:
-    """The base to hold a folder against: the one that was asked for, else the one that it names, if that is here."""
+    """The base to check a folder with: the one that was asked for, else the one that it names, if that is here."""
     if asked is not None:
         return context.registry.base(asked)
     try:

@@ -43,7 +43,7 @@ def base_info(base: Base) -> dict[str, Any]:
 
 
 def checkpoint_info(checkpoint: Checkpoint, plan: StackPlan) -> dict[str, Any]:
-    """What a checkpoint says of itself, and which base of the registry, if any, it was held against."""
+    """What a checkpoint says of itself, and which base of the registry, if any, it was checked with."""
     info: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path.resolve()),

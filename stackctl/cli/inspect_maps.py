@@ -54,7 +54,7 @@ def _norm_picture(title: str, norms: Mapping[str, float]) -> Picture:
 
 
 def cosine_pictures(pairs: Sequence[PairOverlap]) -> list[Picture]:
-    """Where two members are against each other, for each of some pairs, all on one scale.
+    """Where two members are opposed, for each of some pairs, all on one scale.
 
     To the right of each kind of module stand the cosine over all layers, and the mean overlaps of columns and rows.
     """
@@ -84,7 +84,7 @@ def _on_one_scale(pictures: Sequence[Picture], least: float) -> list[Picture]:
 
 
 def figures(overlap: Overlap) -> dict[str, str]:
-    """An overlap's numbers for a person; a dash where a delta is nought."""
+    """An overlap's numbers for a person; a dash where a delta is zero."""
     return {
         "cosine": "-" if overlap.cosine is None else signed(overlap.cosine, 3),
         "columns": "-" if overlap.columns is None else f"{overlap.columns:.2f}",
@@ -125,8 +125,8 @@ def interference_screen(found: Interference) -> list[Any]:
 
 
 _EXPLAINED = (
-    "cosine: -1 against each other, 0 neither, +1 alike. columns, rows: how much of what the one writes and reads lies "
-    "in what the other does, and after the stroke how much by chance."
+    "cosine: -1 opposed, 0 unrelated, +1 aligned. columns, rows: the share of one member's output and input subspace "
+    "that lies in the other's; after the slash, the share expected by chance."
 )
 
 

@@ -94,7 +94,7 @@ def _plots(picture: Picture) -> dict[str, Any]:
 
 
 def _tree(kin: Sequence[Kin], labels: Sequence[str]) -> tuple[Plot, int] | None:
-    """Who stands on whom, of a stack's members and their relatives, and how many more there are than are drawn."""
+    """Lineage, of a stack's members and their relatives, and how many more there are than are drawn."""
     if not kin:
         return None
     near = relatives(kin, labels)
@@ -103,7 +103,7 @@ def _tree(kin: Sequence[Kin], labels: Sequence[str]) -> tuple[Plot, int] | None:
         (len(guide) // 4, name, remark, _node_look(guide, name, labels, removed))
         for guide, name, remark in tree_lines(near, [])
     ]
-    return tree_plot("who was trained on whom", nodes[:_MOST_KIN]), max(0, len(nodes) - _MOST_KIN)
+    return tree_plot("which version was trained on which", nodes[:_MOST_KIN]), max(0, len(nodes) - _MOST_KIN)
 
 
 def _node_look(guide: str, name: str, labels: Sequence[str], removed: set[str]) -> str:
@@ -119,8 +119,8 @@ def _interference(found: Interference) -> dict[str, Any]:
         "lines": [
             (what, line_plot(f"{what} by layer", {p.title: _by_layer(p, name) for p in drawn}, least=least))
             for what, name, least in (
-                ("cosine", "cosine", 0.05), ("overlap of columns, what is written", "columns", 0.1),
-                ("overlap of rows, what is read", "rows", 0.1),
+                ("cosine", "cosine", 0.05), ("overlap of column spaces (outputs)", "columns", 0.1),
+                ("overlap of row spaces (inputs)", "rows", 0.1),
             )
             if any(value is not None for p in drawn for _, value in _by_layer(p, name))
         ],

@@ -105,7 +105,7 @@ def _wished(info: dict[str, Any], extras: Extras) -> list[Any]:
         parts += [f"\n{label}" if lines else f"\n{label}: no losses were recorded", *lines]
     if "for" in info:
         found = list(extras.target_problems)
-        parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "nothing stands in the way"), {}, found))
+        parts.append(facts_tree(f"for {info['for']}: " + ("" if found else "no problems"), {}, found))
     if "page" in info:
         parts.append(f"wrote {info['page']}")
     return parts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.base import base_json
-from stackctl.cli.common import KNOW, Context, command
+from stackctl.cli.common import INSPECT, Context, command
 from stackctl.core.expressions import BASE, format_term
 from stackctl.core.schema import Stack
 from stackctl.registry import AdapterRow, Rows
@@ -24,14 +24,14 @@ _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "ls", example="stackctl ls --tree\nstackctl ls --json", panel=KNOW)
+    @command(app, "ls", example="stackctl ls --tree\nstackctl ls --json", panel=INSPECT)
     def ls(
         context: Context,
         tree: Annotated[
             bool, typer.Option("--tree", help="Show which version was trained on which, removed ones too.")
         ] = False,
     ) -> Result:
-        """List adapters, stacks, bases, and training that is unfinished; what is longer than the screen is paged.
+        """List adapters, stacks, bases and unfinished training; long output goes through a pager.
 
         The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
         """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.common import MACHINE
+from stackctl.cli.common import DEVICE_PANEL
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.render.output import Output
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
 
-_ANSWERS, _SAMPLING = "The answers", "Sampling"
+_ANSWERS, _SAMPLING = "Output", "Sampling"
 """Groups of options in the help."""
 _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
@@ -38,10 +38,10 @@ PROMPTS = Annotated[
 MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
 DTYPE = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision of the weights.", rich_help_panel=MACHINE),
+    typer.Option(help="Precision of the weights.", rich_help_panel=DEVICE_PANEL),
 ]
 DEVICE = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.", rich_help_panel=MACHINE)
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Device to run on.", rich_help_panel=DEVICE_PANEL)
 ]
 
 
@@ -51,47 +51,46 @@ class GenerateOptions:
 
     raw: Annotated[
         bool,
-        typer.Option(
-            "--raw", help="Skip the chat template: the model goes on from the text.", rich_help_panel=_ANSWERS
-        ),
+        typer.Option("--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=_ANSWERS),
     ] = False
     system: Annotated[
         str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)
     ] = None
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sample at this temperature; greedy without.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; greedy decoding without it.", rich_help_panel=_SAMPLING),
     ] = None
     top_p: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Sample from the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING
+            min=0,
+            max=1,
+            help="Nucleus sampling: the most likely tokens that add up to this probability.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING),
+        typer.Option(min=1, help="Sample from the N most likely tokens.", rich_help_panel=_SAMPLING),
     ] = None
     min_p: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Sample from tokens at least this likely beside the likeliest.",
+            help="Drop tokens below this share of the most likely token's probability.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(min=0, help="Above 1: what was said becomes less likely.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(min=0, help="Above 1, tokens that occurred before become less likely.", rich_help_panel=_SAMPLING),
     ] = None
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = (
-        None
-    )
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling.", rich_help_panel=_SAMPLING)] = None
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text.", rich_help_panel=_ANSWERS)
+        list[str] | None, typer.Option(help="Stop before this text; may be repeated.", rich_help_panel=_ANSWERS)
     ] = None
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts that are answered at once.", rich_help_panel=_ANSWERS)
-    ] = 8
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=_ANSWERS)] = 8
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"
 
@@ -107,7 +106,7 @@ class GenerateOptions:
             problems.append(
                 Usage(
                     "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
-                    hint="leave them out for the likeliest text",
+                    hint="leave them out for greedy decoding",
                 )
             )
         if self.repetition_penalty == 0:
@@ -117,7 +116,7 @@ class GenerateOptions:
         raise_all(problems)
         options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
         if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
-            output.note(f"without a --temperature the likeliest token is taken: {', '.join(idle)} changes nothing")
+            output.note(f"without --temperature decoding is greedy: {', '.join(idle)} changes nothing")
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """The same as the engine takes it."""
@@ -161,7 +160,9 @@ def say_what_rounding_costs(
     """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
     if stacked.rounding_error > _EXACT:
         kind = str(stacked.model.dtype).removeprefix("torch.")
-        output.note(f"folding in {kind} rounds {stacked.rounding_error:.2g} of {of}'s change away; {instead} keeps it")
+        output.note(
+            f"folding in {kind} loses {stacked.rounding_error:.2g} of {of}'s change to rounding; {instead} keeps it"
+        )
 
 
 def answer_json(stack: str, answer: Generated, stacked: StackedModel) -> dict[str, Any]:

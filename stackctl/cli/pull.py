@@ -31,11 +31,13 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        name: Annotated[str | None, typer.Option(help="What to call it here.")] = None,
+        name: Annotated[str | None, typer.Option(help="Name to register it under.")] = None,
         base: BaseOption = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come; fetch no weights.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Show what would be registered; fetch no weights.")
+        ] = False,
     ) -> Result:
-        """Register what a repo on the Hub holds, pinned to the commit; what is here whole is not fetched."""
+        """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
         from stackctl.hub.client import parse_repo
         from stackctl.hub.pull import PullOptions
         from stackctl.hub.pull import pull as pull_repo
@@ -43,7 +45,7 @@ def register(app: typer.Typer) -> None:
         registry, output = context.registry, context.output
         place, at, revision = repo.partition("@")
         if at and not revision:
-            raise Usage(f"'{repo}' ends too early", hint="write REPO@REVISION, for example me/storyteller@v1")
+            raise Usage(f"'{repo}' has no revision after @", hint="write REPO@REVISION, for example me/storyteller@v1")
         repo_id = parse_repo(place)
         options = PullOptions(
             again=typed(),

@@ -48,28 +48,31 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--create-pr", help="Open a pull request instead.", rich_help_panel=_REPO)
         ] = False,
         message: Annotated[
-            str | None, typer.Option("--message", "-m", help="What the commit says.", rich_help_panel=_REPO)
+            str | None, typer.Option("--message", "-m", help="Commit message.", rich_help_panel=_REPO)
         ] = None,
-        tag: Annotated[str | None, typer.Option(help="Tag what was pushed.", rich_help_panel=_REPO)] = None,
+        tag: Annotated[str | None, typer.Option(help="Tag for the commit.", rich_help_panel=_REPO)] = None,
         members: Annotated[
-            bool, typer.Option("--members", help="Also each member in a folder, so that pull brings them apart.")
+            bool,
+            typer.Option(
+                "--members", help="Also push each member in its own folder, so that pull restores them separately."
+            ),
         ] = False,
         base_id: Annotated[
-            str | None, typer.Option("--base-id", help="The base on the Hub, where it isn't known.", metavar="ID")
+            str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
         ] = None,
         license_: Annotated[
             str | None,
-            typer.Option("--license", help="Such as apache-2.0.", metavar="NAME", rich_help_panel=_CARD),
+            typer.Option("--license", help="License, such as apache-2.0.", metavar="NAME", rich_help_panel=_CARD),
         ] = None,
         language: Annotated[
             list[str] | None,
-            typer.Option(help="Such as en; may be repeated.", metavar="CODE", rich_help_panel=_CARD),
+            typer.Option(help="Language code, such as en; may be repeated.", metavar="CODE", rich_help_panel=_CARD),
         ] = None,
         dataset: Annotated[
             list[str] | None,
             typer.Option(help="A data set on the Hub; may be repeated.", metavar="ID", rich_help_panel=_CARD),
         ] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; send nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
     ) -> Result:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
         from stackctl.hub.bundle import BundleOptions

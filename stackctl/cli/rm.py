@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, command, complete_adapters
+from stackctl.cli.common import REGISTRY, Context, command, complete_adapters
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "rm", example="stackctl rm storyteller --dry-run\nstackctl rm instruct@1", panel=HOUSE)
+    @command(app, "rm", example="stackctl rm storyteller --dry-run\nstackctl rm instruct@1", panel=REGISTRY)
     def rm(
         context: Context,
         reference: Annotated[
@@ -24,9 +24,9 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
     ) -> Result:
-        """Remove a stack, an adapter or one version of it; refused while something stands on it."""
+        """Remove a stack, an adapter or one version of it; refused while something depends on it."""
         removal = context.registry.remove(reference, dry_run=dry_run)
         text = f"{'would remove' if dry_run else 'removed'} {', '.join(removal.removed)}"
         if removal.bytes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import MACHINE, PATH, Context, command, complete_bases, complete_what
+from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, command, complete_bases, complete_what
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.core.errors import StackctlError, Usage
 from stackctl.core.library_messages import plain
@@ -55,7 +55,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
-    MACHINE: ("dtype", "frozen", "gradient_checkpointing", "cache", "num_processes", "accelerate_config"),
+    DEVICE_PANEL: ("dtype", "frozen", "gradient_checkpointing", "cache", "num_processes", "accelerate_config"),
     _RUN: ("save_steps", "report_to"),
 }
 """The options of the help by their group, in this order; those that stand in none say how it is trained."""
@@ -90,7 +90,7 @@ def register(app: typer.Typer) -> None:
 
     train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in _parameters()}
-    command(app, "train", example=_EXAMPLES, panel=PATH)(train)
+    command(app, "train", example=_EXAMPLES, panel=TRAIN)(train)
 
 
 def _parameters() -> list[inspect.Parameter]:

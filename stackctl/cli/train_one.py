@@ -195,7 +195,7 @@ def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
         stopped = f", stopped early after {run.steps}" if run.stopped_early else f" of {run.steps}"
         text += f"; kept: the weights of step {run.kept_step}{stopped}"
     if after >= before:
-        text += "\nnote: nothing was gained on the held-out records; try a lower --learning-rate, or other data"
+        text += "\nnote: no gain on the held-out records; try a lower --learning-rate, or other data"
     return text
 
 

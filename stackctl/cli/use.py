@@ -6,18 +6,18 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import HOUSE, Context, command, complete_stacks
+from stackctl.cli.common import REGISTRY, Context, command, complete_stacks
 from stackctl.render.output import Result
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "use", example="stackctl use storyteller", panel=HOUSE)
+    @command(app, "use", example="stackctl use storyteller", panel=REGISTRY)
     def use(
         context: Context,
         stack: Annotated[
             str, typer.Argument(help="A stored stack.", autocompletion=complete_stacks, show_default=False)
         ],
     ) -> Result:
-        """Choose the current stack: the one that is meant when none is named."""
+        """Set the current stack: the one that is used when none is named."""
         entry = context.registry.use(stack)
         return Result({"stack": entry.name}, entry.name, f"the current stack is {entry.name}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import KNOW, Context, command, complete_what
+from stackctl.cli.common import INSPECT, Context, command, complete_what
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
 from stackctl.hub.repair import RepairSource, find_sources
@@ -26,7 +26,7 @@ stackctl verify --repair"""
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "verify", example=_EXAMPLES, panel=KNOW)
+    @command(app, "verify", example=_EXAMPLES, panel=INSPECT)
     def verify(
         context: Context,
         what: Annotated[
@@ -39,16 +39,14 @@ def register(app: typer.Typer) -> None:
         ] = None,
         repair: Annotated[
             bool,
-            typer.Option(
-                "--repair", help="Bring back what is missing or changed, from wherever files of that digest are."
-            ),
+            typer.Option("--repair", help="Restore missing or changed files from any copy with the same digest."),
         ] = False,
         from_: Annotated[
             Path | None,
-            typer.Option("--from", help="With --repair: a folder to look for them in first.", metavar="FOLDER"),
+            typer.Option("--from", help="With --repair: a folder to search first.", metavar="FOLDER"),
         ] = None,
     ) -> Result:
-        """Rehash everything that is registered, or only what is named; exit code 5 when something is wrong.
+        """Rehash all registered files, or only those of WHAT; exit code 5 when something is wrong.
 
         What is missing or changed, and where it can be had from, is listed. --repair brings it back: from a copy in the
         registry, or from the repository on the Hub that the entry records. Nothing that is whole is touched.

@@ -12,7 +12,7 @@ For two deltas ΔW₁ and ΔW₂ on one module, with ranks k₁ and k₂ and sin
   values over their norm, and the sign of both weights. Where either overlap is 0, so is the cosine: deltas that write
   to other places, or read from others, do not interfere.
 
-Spaces are those of the deltas, not of their factors: a factor B that is nought, or columns that A never reaches, span
+Spaces are those of the deltas, not of their factors: a factor B that is zero, or columns that A never reaches, span
 nothing. What is below a millionth of the largest singular value is rounding of the factors, and counts as nothing. Of
 an embedding, where the delta is stored transposed, columns are all the same what is written (B) and rows what is read.
 """

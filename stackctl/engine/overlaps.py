@@ -21,9 +21,9 @@ class Overlap:
     """Two deltas on one module, or on several together.
 
     ``norms`` are ‖ΔW₁‖ and ‖ΔW₂‖ with weights and scalings. ``cosine`` is ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖), in [-1, 1]: below
-    0 they are against each other. ``columns`` and ``rows`` say how much of the smaller of the two column spaces (what
+    0 they are opposed. ``columns`` and ``rows`` say how much of the smaller of the two column spaces (what
     is written) and row spaces (what is read) lies in the larger one, in [0, 1]; ``column_chance`` and ``row_chance``
-    how much would by chance. None where a delta is nought, which has no direction.
+    how much would by chance. None where a delta is zero, which has no direction.
     """
 
     norms: tuple[float, float]

@@ -25,7 +25,7 @@ _TIE = 1e-9
 class RecordScore:
     """What one record's supervised tokens came to.
 
-    ``loss`` is their summed cross-entropy (nats), ``correct`` how many were the likeliest token.
+    ``loss`` is their summed cross-entropy (nats), ``correct`` how many were the most likely token.
     """
 
     loss: float

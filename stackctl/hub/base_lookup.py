@@ -57,7 +57,7 @@ def find_base(
     base = registry.base()
     if base.hub_id is not None:
         raise NotFound(f"its base '{hub_id}' is not registered here", hint=f"{offer}, or say which it is: --base NAME")
-    say(f"note: it says that its base is '{hub_id}'; it goes onto '{base.name}' (--base chooses another)")
+    say(f"note: it says that its base is '{hub_id}'; it is registered on '{base.name}' (--base chooses another)")
     return base
 
 

@@ -190,9 +190,9 @@ def explain_status(error: Any, attempt: Attempt) -> StackctlError:
     if status == 429:
         seconds = retry_after(error.response.headers)
         when = f"in {seconds} s" if seconds is not None else "in a few minutes"
-        return HubFailure(f"{host} has had too many requests from you", hint=f"try again {when}: {again}")
+        return HubFailure(f"{host} received too many requests from you", hint=f"try again {when}: {again}")
     if status >= 500 or status == 408:
-        return HubFailure(f"{host} has trouble of its own (HTTP {status}){because}", hint=f"try again later: {again}")
+        return HubFailure(f"{host} failed on its side (HTTP {status}){because}", hint=f"try again later: {again}")
     return HubFailure(f"{host} refused with HTTP {status}{because}", hint=f"{host}/{repo} may say why; then: {again}")
 
 

@@ -134,7 +134,7 @@ def _check_watching(job: TrainJob) -> None:
     if given and not job.eval_data:
         need = "needs" if len(given) == 1 else "need"
         raise Usage(
-            f"{' and '.join(given)} {need} held-out records to look at", hint="name them: --eval-data FILE.jsonl"
+            f"{' and '.join(given)} {need} held-out records to evaluate on", hint="name them: --eval-data FILE.jsonl"
         )
 
 

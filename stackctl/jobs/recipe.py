@@ -109,7 +109,7 @@ def build_order(recipe: Recipe) -> list[str]:
             elif needed in visiting:
                 names = list(visiting)
                 circle = " -> ".join([*names[names.index(needed) :], needed])
-                raise Usage(f"parts of the recipe stand on one another in a circle: {circle}", hint="mend an 'on:'")
+                raise Usage(f"parts of the recipe depend on one another in a circle: {circle}", hint="fix an 'on:'")
             else:
                 visiting[needed] = iter(needs[needed])
     return list(order)
@@ -238,7 +238,7 @@ def _settings_of(name: str, version: AdapterVersion) -> TrainSettings:
     except msgspec.ValidationError as error:
         raise Usage(
             f"the settings of {name}@{version.version} cannot be read: {error}",
-            hint=f"mend adapters/{name}.yaml in the registry",
+            hint=f"fix adapters/{name}.yaml in the registry",
         ) from None
 
 

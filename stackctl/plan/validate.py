@@ -49,8 +49,8 @@ def same_adapter_twice(members: Sequence[PlanMember]) -> list[Problem]:
             problems.append(
                 Problem(
                     "same_adapter_twice",
-                    f"the adapter '{key}' stands in the stack twice ({seen[key]} and {member.label})",
-                    "name it once, with the weight it shall have",
+                    f"the adapter '{key}' is in the stack twice ({seen[key]} and {member.label})",
+                    "name it once, with the weight that it should have",
                     member.label,
                 )
             )
@@ -62,7 +62,7 @@ def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Probl
     bases = {member.base for member in members if member.base}
     if len(bases) > 1:
         which = ", ".join(f"{m.label} on {m.base}" for m in members)
-        return [Problem("unlike_bases", f"the members stand on different bases: {which}", "use adapters of one base")]
+        return [Problem("unlike_bases", f"the members have different bases: {which}", "use adapters of one base")]
     return [
         Problem(
             "other_base",
@@ -138,7 +138,7 @@ def _stands_on_embedding(member: PlanMember) -> bool:
 
 def _not_weighable(label: str, what: str) -> Problem:
     return Problem(
-        "not_weighable", f"{label} carries {what}, which have no weight", f"use {label} with weight 1", label
+        "not_weighable", f"{label} carries {what}, which cannot be weighted", f"use {label} with weight 1", label
     )
 
 

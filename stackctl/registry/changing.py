@@ -246,7 +246,7 @@ class Changes(Resolver):
             users += [stack.name for stack in self.stack_rows() if stack.base == name and not stack.members]
             if users:
                 raise Usage(
-                    f"the base '{name}' cannot be removed: {', '.join(users)} stand on it",
+                    f"the base '{name}' cannot be removed: {', '.join(users)} depend on it",
                     hint=f"remove them first: stackctl rm {users[0].partition('@')[0]}",
                 )
             self._entry_path(Base, name).unlink()

@@ -124,9 +124,7 @@ class Entries:
                 conflict.hint = _KEEP_ONE_SIDE.format(path=shlex.quote(str(path)), name=name)
             raise
         if entry.name != name:
-            raise Usage(
-                f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or mend the name"
-            )
+            raise Usage(f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or fix the name")
         if isinstance(entry, Stack):
             check_method(entry.method, entry.options)
         if isinstance(entry, Adapter):

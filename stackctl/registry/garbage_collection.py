@@ -84,7 +84,7 @@ def free_tokens(*, every: bool, dry_run: bool) -> list[Freed]:
                 size, when = files.tree_bytes(folder), datetime.fromtimestamp(used, UTC).date()
                 if not dry_run:
                     files.discard(folder)
-                freed.append(Freed(f"tokens/{folder.name[:8]}", f"tokenised data, last used {when}", str(folder), size))
+                freed.append(Freed(f"tokens/{folder.name[:8]}", f"cached tokens, last used {when}", str(folder), size))
     return freed
 
 
@@ -109,7 +109,7 @@ def free_indices(*, dry_run: bool) -> list[Freed]:
             size = index.stat().st_size
             if not dry_run:
                 index.unlink()
-            freed.append(Freed(f"index/{index.stem[:8]}", "what is remembered of entries", str(index), size))
+            freed.append(Freed(f"index/{index.stem[:8]}", "an index of entries", str(index), size))
     return freed
 
 

@@ -78,8 +78,8 @@ class Removals(Changes):
         labels = {f"{adapter.name}@{v.version}" for v in going}
         if users := self._standing_on(labels):
             raise Usage(
-                f"{' and '.join(sorted(labels))} cannot be removed: {', '.join(users)} stand on it",
-                hint=f"begin with what nothing stands on: stackctl rm {self._free_user(users)}",
+                f"{' and '.join(sorted(labels))} cannot be removed: {', '.join(users)} depend on it",
+                hint=f"begin with what nothing depends on: stackctl rm {self._free_user(users)}",
             )
         own = (self._own_folder(adapter.name, v) for v in going)
         removal = Removal(

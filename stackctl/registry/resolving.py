@@ -191,7 +191,7 @@ class Resolver(Entries):
         resolved = self._resolve(text, base, fresh)
         if base is not None and base != BASE and resolved.base.name != self.base(base).name:
             raise Incompatible(
-                f"'{text}' stands on the base '{resolved.base.name}', not on '{base}'",
+                f"'{text}' has the base '{resolved.base.name}', not '{base}'",
                 hint=f"leave out --base, or train on {base}",
             )
         return resolved
@@ -221,7 +221,7 @@ class Resolver(Entries):
         bases = {member.version.base for member in members}
         if len(bases) > 1:
             which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
-            raise Incompatible(f"the members stand on different bases: {which}", hint="use adapters of one base")
+            raise Incompatible(f"the members have different bases: {which}", hint="use adapters of one base")
         return ResolvedStack(text, self.base(bases.pop()), members)
 
     def _members(self, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:
@@ -394,5 +394,5 @@ def resolve_all(
     stacks = [found[index] for index in range(len(expressions))]
     if len({stack.base.name for stack, _ in stacks}) > 1:
         which = ", ".join(f"{stack.text} on {stack.base.name}" for stack, _ in stacks)
-        raise Incompatible(f"they stand on different bases: {which}", hint="ask for stacks of one base at a time")
+        raise Incompatible(f"they have different bases: {which}", hint="ask for stacks of one base at a time")
     return stacks

@@ -13,20 +13,20 @@ Line = list[tuple[str, str]]
 """Pieces of a line, each with its style as rich names it."""
 
 _BARS = "▁▂▃▄▅▆▇█"
-_NOUGHT = "·"
+_ZERO = "·"
 _ABSENT = " "
-_ALONG = "+"
+_ALIGNED = "+"
 _HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Dark to bright, even to the eye and for the colour-blind: five points of matplotlib's viridis."""
 _SIGNED = ((215, 48, 39), (224, 130, 90), (96, 96, 96), (90, 160, 210), (33, 102, 200))
-"""Against (red), neither (grey), along (blue)."""
+"""Opposed (red), unrelated (grey), aligned (blue)."""
 _WIDEST = {True: 3, False: 2}
 """Columns that a cell takes at most, in colour and without, unless its number fits into it."""
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers on a grid. ``top`` is the number of the brightest colour; nought is the darkest.
+    """Numbers on a grid. ``top`` is the number of the brightest colour; zero is the darkest.
 
     ``signed`` maps run from -top to top. ``beside`` has, under a heading, a text to the right of each kind.
     """
@@ -42,7 +42,7 @@ def render_heat_map(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
     """The map in lines of at most ``width`` columns, with the numbers of layers above it and its scale below.
 
     Where not all layers fit beside one another, the map goes on below itself. Without colours a bar's height is the
-    number; of signed maps, where it is what is against that one looks for, a digit says how much, ``+`` is along.
+    number; of signed maps, where one looks for what is opposed, a digit says how much; ``+`` is aligned.
     """
     names = short_names(heat.grid.kinds)
     margin = min(max([len("layer"), *map(len, names.values())]), max(width // 4, 8))
@@ -94,15 +94,15 @@ def _axis(layers: Sequence[int], cell: int) -> str:
 
 
 def _drawn(heat: HeatMap, value: float | None, number: str | None, cell: int, colours: bool) -> tuple[str, str]:
-    """One cell; NaN is a place without a module, None one where there is nothing to tell, such as a delta of nought."""
+    """One cell; NaN is a place without a module, None one where there is nothing to tell, such as a delta of zero."""
     if value is not None and math.isnan(value):
         return _ABSENT * cell, ""
     share = (value or 0.0) / heat.top if heat.top else 0.0
     if number is not None:
-        text = f"{number or _NOUGHT:^{cell}}"
+        text = f"{number or _ZERO:^{cell}}"
         return (text, _style(share, heat.signed)) if colours and number else (text, "")
     if value is None or (value == 0 and not heat.signed):
-        return _NOUGHT * cell, ""
+        return _ZERO * cell, ""
     if colours:
         return " " * cell, _style(share, heat.signed)
     return (_signed_sign(share) if heat.signed else _bar(share)) * cell, ""
@@ -114,7 +114,7 @@ def _bar(share: float) -> str:
 
 def _signed_sign(share: float) -> str:
     ninths = min(round(abs(share) * 9), 9)
-    return _NOUGHT if not ninths else _ALONG if share > 0 else str(ninths)
+    return _ZERO if not ninths else _ALIGNED if share > 0 else str(ninths)
 
 
 def _style(share: float, signed: bool) -> str:
@@ -135,14 +135,14 @@ def _colour(scale: Sequence[tuple[int, int, int]], share: float) -> tuple[int, i
 def _legend(heat: HeatMap, colours: bool, with_numbers: bool) -> Line:
     top = _number(heat.top)
     if not heat.top:
-        return [(f"{_NOUGHT} nought everywhere", "dim")]
+        return [(f"{_ZERO} zero everywhere", "dim")]
     if colours:
         steps = [step / 15 for step in range(16)]
         strip = [(" ", _style(2 * s - 1 if heat.signed else s, heat.signed)) for s in steps]
-        ends = (f"-{top} against ", f" {top} along") if heat.signed else ("0 ", f" {top}")
+        ends = (f"-{top} opposed ", f" {top} aligned") if heat.signed else ("0 ", f" {top}")
         return [(ends[0], "dim"), *strip, (ends[1], "dim")]
     if with_numbers:
-        return [("-1 against, 1 along" if heat.signed else f"0 to {top}", "dim")]
+        return [("-1 opposed, 1 aligned" if heat.signed else f"0 to {top}", "dim")]
     if heat.signed:
-        return [(f"1-9 against each other, 9 being -{top}; {_NOUGHT} neither; {_ALONG} along", "dim")]
-    return [(f"0 {_BARS} {top}, {_NOUGHT} nought", "dim")]
+        return [(f"1-9 opposed, 9 is -{top}; {_ZERO} unrelated; {_ALIGNED} aligned", "dim")]
+    return [(f"0 {_BARS} {top}, {_ZERO} zero", "dim")]

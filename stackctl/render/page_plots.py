@@ -90,24 +90,24 @@ def _of(heat: HeatMap, kind: str, layer: int) -> str:
     """A cell in words: its module, or how many, and their number."""
     modules, value = heat.grid.cells[kind, layer], heat.values[kind, layer]
     what = modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
-    return f"{what}: {'nought' if value is None else format(value, '.3g')}"
+    return f"{what}: {'zero' if value is None else format(value, '.3g')}"
 
 
 def _cell(heat: HeatMap, value: float | None, x: float, y: float, size: float, title: str) -> Box:
     share = min(abs(value or 0.0) / heat.top, 1.0) if heat.top else 0.0
-    look = "nought" if value is None or (not value and not heat.signed) else _look(heat, value)
+    look = "zero" if value is None or (not value and not heat.signed) else _look(heat, value)
     return Box(round(x, 1), y, round(size - 1, 1), _ROW - 1, look, round(share, 3), title)
 
 
 def _look(heat: HeatMap, value: float) -> str:
-    return "heat" if not heat.signed else "against" if value < 0 else "along"
+    return "heat" if not heat.signed else "opposed" if value < 0 else "aligned"
 
 
 def _scale(heat: HeatMap, x: float, y: float) -> tuple[list[Box], list[Label]]:
     """The colours from least to most, with the numbers at both ends."""
     steps = [(n + 1) / 10 for n in range(10)]
     shares = [-s for s in reversed(steps)] + steps if heat.signed else steps
-    ends = (f"{-heat.top:.2g} against", f"{heat.top:.2g} along") if heat.signed else ("0", f"{heat.top:.3g}")
+    ends = (f"{-heat.top:.2g} opposed", f"{heat.top:.2g} aligned") if heat.signed else ("0", f"{heat.top:.3g}")
     start = x + len(ends[0]) * _LETTER + 8
     boxes = [Box(round(start + 12 * n, 1), y, 12, 10, _look(heat, share), abs(share)) for n, share in enumerate(shares)]
     end = start + 12 * len(shares) + 8
@@ -124,7 +124,7 @@ def matrix_plot(name: str, members: Sequence[str], values: Mapping[tuple[int, in
         for down, across in ((row, column), (column, row)):
             x, y = left + across * size, over + down * 34
             share = min(abs(value or 0.0) / top, 1.0)
-            look = "nought" if value is None else "against" if value < 0 else "along"
+            look = "zero" if value is None else "opposed" if value < 0 else "aligned"
             text = "-" if value is None else signed(value, 3)
             title = f"{members[down]} and {members[across]}: {text}"
             boxes.append(Box(x, y, size - 1, 33, look, round(0.6 * share, 3), title))  # pale, for the number upon it

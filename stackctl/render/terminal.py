@@ -74,6 +74,6 @@ def styled(text: str, code: str, stream: TextIO) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """A number with its sign, which nothing that rounds to nought has."""
+    """A number with its sign, which nothing that rounds to zero has."""
     text = f"{value:+.{digits}f}"
     return text if float(text) else text[1:]

@@ -69,7 +69,7 @@ def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path)
     out = _free(f"{name}-peft")
     serve = ["vllm", "serve", base.source, "--enable-lora", "--lora-modules", f"{name}={out}"]
     serve += ["--max-lora-rank", str(vllm_max_rank(plan.rank))]
-    notes = [f"ask for the model '{name}'; every network interface is listened on unless --host says otherwise"]
+    notes = [f"ask for the model '{name}'; it listens on every network interface unless --host says otherwise"]
     if base.kind != "hub":
         gguf = base_gguf(base, root)
         folder = converted_folder(gguf) if gguf else (root / (base.path or base.source)).resolve()
@@ -87,13 +87,13 @@ def _llama_cpp(export: list[str], name: str, plan: StackPlan, base: Base, root: 
     out = _free(f"{name}-gguf")
     adapter = f"{out}/{gguf_file_name(Path(out))}"
     gguf = base_gguf(base, root)
-    notes = [f"--lora-scaled {adapter}:0.5 in the place of --lora halves the whole stack"]
+    notes = [f"--lora-scaled {adapter}:0.5 instead of --lora halves the whole stack"]
     if gguf is None:
         source = "--remote " + base.source if base.kind == "hub" else str((root / (base.path or base.source)).resolve())
         made = shlex.quote(f"{base.name}.gguf")
-        notes.insert(0, f"{made} is to be made first: llama.cpp's convert_hf_to_gguf.py {source} --outfile {made}")
+        notes.insert(0, f"{made} has to be made first: llama.cpp's convert_hf_to_gguf.py {source} --outfile {made}")
     else:
-        notes.append("stackctl runs the base in float32; where the file is quantised, texts may part ways")
+        notes.append("stackctl runs the base in float32; where the file is quantised, texts may differ")
     serve = ["llama-server", "-m", str(gguf or f"{base.name}.gguf"), "--lora", adapter]
     return [[*export, "--format", "gguf", "--out", out], serve], notes
 

@@ -117,11 +117,11 @@ def test_what_goes_wrong_is_said_and_the_chat_goes_on(h: Any, chat: Any, models:
         "/uses style": "did you mean '/use'?",
         "/nonsense": "/help lists them",
         "/use stile": "did you mean 'style'?",
-        "/use elsewhere": "stands on the base 'other'",
+        "/use elsewhere": "has the base 'other'",
         "/use style+": "error:",
         "/save chat.txt": "/save chat.jsonl",
-        "/save chat.jsonl": "nothing was said yet",
-        "/undo": "nothing was said yet",
+        "/save chat.jsonl": "the conversation is empty",
+        "/undo": "the conversation is empty",
         "x" * 600: "reads 512 at once",
     }.items():
         t.type(typed + "\r")

@@ -27,7 +27,7 @@ ROWS = {
 def accuracy_and_error(
     h: Any, members: list[tuple[str, float]], records: list[dict[str, Any]], mean: float
 ) -> tuple[float, float]:
-    """By raw PEFT: the share of supervised tokens that were the likeliest, and the ratio estimator's standard error."""
+    """By raw PEFT: the share of supervised tokens predicted right, and the ratio estimator's standard error."""
     model = oracle.live(h.base, *h.members(*members))
     right, left_over = 0, 0.0
     for record in records:
@@ -218,7 +218,7 @@ def test_a_record_scores_what_it_scores_alone(house: Any, name: str, shares: boo
 
 
 def alone_score(model: Any, example: Any) -> tuple[float, int]:
-    """By the model itself, without anything of ours: summed loss, and how many tokens were the likeliest."""
+    """By the model itself, without anything of ours: summed loss, and how many tokens were the most likely."""
     with torch.no_grad():
         log_shares = model(input_ids=torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
     asked = [(place - 1, label) for place, label in enumerate(example.labels) if place and label >= 0]

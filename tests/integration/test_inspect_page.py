@@ -43,7 +43,7 @@ def test_a_stack_is_shown_whole(stack: Any) -> None:
     page = read(stack.folder / "page.html")
     assert page.texts("h1") == ["stack storyteller"]
     assert page.texts("h2") == [
-        "Members", "Who stands on whom", "Where the weights change", "Interference between members",
+        "Members", "Lineage", "Norms of the deltas", "Interference between members",
         "Losses of the training",
     ]  # fmt: skip
     titles = page.texts("title")
@@ -76,7 +76,7 @@ def test_an_adapter_and_a_checkpoint_have_pages_too(stack: Any) -> None:
     assert "Losses of the training" in page.texts("h2")
     stack.run("inspect", stack.paths["tone"], "--output", "tone.html")
     page = read(stack.folder / "tone.html")
-    assert page.texts("h2") == ["Where the weights change"]
+    assert page.texts("h2") == ["Norms of the deltas"]
 
 
 def test_what_hostile_files_say_is_text(stack: Any) -> None:

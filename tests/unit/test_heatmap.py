@@ -93,7 +93,7 @@ def test_bars_are_as_high_as_the_numbers() -> None:
     assert axis.split() == ["layer", "0", "4", "8", "12", "16", "20", "24", "28", "all"]
     for n in (0, 12, 28):
         assert axis.index(f" {n}") + 1 == len("q_proj ") + n
-    assert legend.split() == ["0", "▁▂▃▄▅▆▇█", "1,", "·", "nought"]
+    assert legend.split() == ["0", "▁▂▃▄▅▆▇█", "1,", "·", "zero"]
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 160, 200])
@@ -131,4 +131,4 @@ def test_a_map_of_noughts_and_long_names_fit() -> None:
     lines = text(heat_map({f"layers.{n}.{'very_' * 12}long": 0.0 for n in range(40)}, top=0.0), 80)
     assert lines[1].split()[0].startswith("…")
     assert lines[1].endswith("·" * 40)
-    assert "nought everywhere" in lines[-1]
+    assert "zero everywhere" in lines[-1]

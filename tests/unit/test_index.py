@@ -245,11 +245,11 @@ def test_what_is_asked_through_the_index(tmp_path, later):
     for _ in range(2):
         assert str(registry.find_digest(made[1].digest)) == "style@2"
         assert registry.resolve(made[1].digest[:20]).text == "style@2"
-        with pytest.raises(Usage, match=r"instruct@1 stand on it"):
+        with pytest.raises(Usage, match=r"instruct@1 depend on it"):
             registry.remove("style@2")
-        with pytest.raises(Usage, match=r"only stand on it"):
+        with pytest.raises(Usage, match=r"only depend on it"):
             registry.remove("style@3")
-        with pytest.raises(Usage, match=r"instruct@1, style@1, style@2, style@3 stand on it"):
+        with pytest.raises(Usage, match=r"instruct@1, style@1, style@2, style@3 depend on it"):
             registry.remove_base("tiny")
     registry.remove("style@1")
     assert registry.find_digest(made[0].digest) is None

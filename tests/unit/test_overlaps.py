@@ -28,10 +28,10 @@ def test_modules_together_are_the_blocks_of_one_matrix() -> None:
 
 
 def test_nothing_has_no_direction() -> None:
-    nought = Overlap((0.0, 2.0), None, None, None, None, None)
+    zero = Overlap((0.0, 2.0), None, None, None, None, None)
     assert pool([]) == Overlap((0.0, 0.0), None, None, None, None, None)
-    assert pool([nought]).cosine is None
-    assert pool([nought, overlap(1.0, (1.0, 1.0))]).cosine == pytest.approx(1 / 5**0.5)  # the 2 still counts
+    assert pool([zero]).cosine is None
+    assert pool([zero, overlap(1.0, (1.0, 1.0))]).cosine == pytest.approx(1 / 5**0.5)  # the 2 still counts
 
 
 def test_the_three_layers_with_the_lowest_cosines_are_told_lowest_first() -> None:

@@ -34,7 +34,7 @@ def test_each_cell_of_a_map_is_a_box_with_its_number(layers: int) -> None:
     inside(plot)
     titled = {box.title: box for box in plot.boxes if box.title}
     assert set(titled) == {f"{module}: {format(value, '.3g')}" for module, value in values.items()}
-    assert [box.look for box in titled.values()].count("nought") == 2  # layer 0
+    assert [box.look for box in titled.values()].count("zero") == 2  # layer 0
     last = titled[f"h.{layers - 1}.mlp.c_proj: {(layers - 1) / layers:.3g}"]
     assert last.opacity == (pytest.approx((layers - 1) / layers, abs=1e-3) if layers > 1 else 0)
     assert {"attn.c_proj", "mlp.c_proj", "all", "1.5", "2.5"} <= {label.text for label in plot.labels}
@@ -43,16 +43,16 @@ def test_each_cell_of_a_map_is_a_box_with_its_number(layers: int) -> None:
 def test_a_signed_map_has_two_colours() -> None:
     plot = heat_plot("map", heat_map({"h.0.q": -0.2, "h.1.q": 0.1, "h.2.q": None, "h.3.q": 0.0}, 0.2, signed=True))
     found = [(box.look, box.opacity) for box in plot.boxes if box.title]
-    assert found == [("against", 1.0), ("along", 0.5), ("nought", 0.0), ("along", 0.0)]
+    assert found == [("opposed", 1.0), ("aligned", 0.5), ("zero", 0.0), ("aligned", 0.0)]
 
 
 def test_a_matrix_is_symmetric_and_has_no_diagonal() -> None:
     plot = matrix_plot("cosines", ["style@1", "instruct@1", "tone@1"], {(0, 1): -0.5, (0, 2): 0.25, (1, 2): None}, 0.5)
     inside(plot)
     assert sorted((box.look, box.title) for box in plot.boxes) == [
-        ("against", "instruct@1 and style@1: -0.500"), ("against", "style@1 and instruct@1: -0.500"),
-        ("along", "style@1 and tone@1: +0.250"), ("along", "tone@1 and style@1: +0.250"),
-        ("nought", "instruct@1 and tone@1: -"), ("nought", "tone@1 and instruct@1: -"),
+        ("aligned", "style@1 and tone@1: +0.250"), ("aligned", "tone@1 and style@1: +0.250"),
+        ("opposed", "instruct@1 and style@1: -0.500"), ("opposed", "style@1 and instruct@1: -0.500"),
+        ("zero", "instruct@1 and tone@1: -"), ("zero", "tone@1 and instruct@1: -"),
     ]  # fmt: skip
     first, second = plot.boxes[0], plot.boxes[1]
     assert (first.x - second.x) > 0 > (first.y - second.y)

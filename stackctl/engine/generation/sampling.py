@@ -103,6 +103,6 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Tensor:
         shares = scores.double().softmax(-1).cumsum(-1)  # (rows, vocabulary)
         points = torch.stack([torch.rand((1,), generator=g, dtype=torch.float64) for g in self._generators])
-        # The first token beyond the point; one whose share is nought is never the first.
+        # The first token beyond the point; one whose share is zero is never the first.
         drawn = torch.searchsorted(shares, points.to(shares.device) * shares[:, -1:], right=True)
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn.clamp(max=shares.shape[-1] - 1), 0.0)
