@@ -41,8 +41,9 @@ def test_qwen3_changes_earlier_turns_so_each_turn_is_an_example(smollm2: Any) ->
         ["<think>\n\n</think>\n\nthree<|im_end|>"],  # what generation has to write after its prompt
     ]
     assert "<think>" not in text_of(tokenizer, found.examples[1]).split("two")[0].split("2?")[0]
-    assert len(found.notes) == 1
-    assert "1 of 2 conversations became one example per turn" in found.notes[0]
+    several, added = found.notes
+    assert "1 of 2 conversations became one example per turn" in several
+    assert "'<think>\\n\\n</think>' before an answer: it is learned: 1 of 2 conversations" in added
 
 
 def test_qwen3_turns_that_do_not_change_share_an_example(smollm2: Any) -> None:

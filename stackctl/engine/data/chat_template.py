@@ -1,14 +1,18 @@
-"""How a chat template lays conversations out, and where the assistant speaks in them."""
+"""A tokenizer's chat template as it renders a conversation, and what it can show of one."""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
 
 from stackctl.core.errors import Usage, first_line
-from stackctl.engine.data.examples import Layout
-from stackctl.engine.records import ChatRecord, Message
+from stackctl.engine.records import Message
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -16,10 +20,13 @@ CHATML = (
 )
 """What a base without a chat template gets."""
 
-_SENTINEL = "Sentinel7f3a9c"
-_OPENING: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-_SENTINEL_TURN = {"role": "assistant", "content": _SENTINEL}
+SENTINEL = "Sentinel7f3a9c"
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_USER: Message = {"role": "user", "content": "Hello"}
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+_INSTEAD = {"developer": "system", "function": "tool", "ipython": "tool", "tool": "ipython"}
+"""What a role is rendered as where the template has none of its own for it."""
+_DATE = "STACKCTL_TEMPLATE_DATE"
 
 
 def ensure_chat_template(tokenizer: Any) -> bool:
@@ -44,17 +51,26 @@ def prefix_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def end_of_turn(tokenizer: Any) -> str:
-    """The text that ends an assistant's turn, to stop at; empty when the template has none and EOS ends a turn."""
-    return Turns(tokenizer).end.rstrip()
+def run_date() -> datetime:
+    """The date that templates with ``strftime_now`` show: one for a whole run, whatever midnight passes.
+
+    It is handed on to the processes that a run starts.
+    """
+    return datetime.fromisoformat(os.environ.setdefault(_DATE, datetime.now().isoformat(timespec="seconds")))
 
 
-class Turns:
-    """How a tokenizer's chat template marks the assistant's turns, found by rendering a sentinel.
+def is_dated(tokenizer: Any) -> bool:
+    """Whether the chat template shows a date."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template or "")
 
-    ``lead`` is what stands between the generation prompt and the content (Llama 2: a space; Qwen3: an empty
-    ``<think>`` block), ``end`` what follows the content, with the white space after it. ``close`` ends a whole
-    conversation, after its last turn's own end (Phi-3: an EOS): it belongs to no turn.
+
+class ChatTemplate:
+    """How a tokenizer's chat template takes conversations: which roles, thoughts, calls and contents it shows.
+
+    ``opening`` is the shortest conversation up to the assistant that it takes.
+
+    Raises:
+        Usage: there is no template, or it fails on the simplest conversation.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -64,89 +80,104 @@ class Turns:
                 "the tokenizer has no chat template, which conversations need",
                 hint="use a base with a chat template, or records of {'text'} or {'prompt', 'completion'}",
             )
-        opening, laid_out = self._opening()
-        before, found, self.end = laid_out.partition(_SENTINEL)
-        prompt = self.render(opening, prompt=True)
-        if not found:
-            raise Usage("the chat template does not render what the assistant says")
-        self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        self.close = self._close(opening)
-        self.end = self.end.removesuffix(self.close)
+        self._fixed = {"strftime_now": run_date().strftime} if is_dated(tokenizer) else {}
+        self._roles: dict[str, tuple[str, bool]] = {}
+        self._in_parts = False
+        self.opening = self._opening()
 
-    def _opening(self) -> tuple[list[Message], str]:
-        """The shortest conversation that the template takes, up to the assistant, and how it renders that and a turn.
+    @property
+    def eos(self) -> str:
+        return self._tokenizer.eos_token or ""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        tools: list[Any] | None = None,
+        template: dict[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, with the generation prompt behind it if it is asked for.
 
         Raises:
-            Usage: it takes neither a user's message nor a system's before it.
+            TEMPLATE_ERRORS: what the template raises.
         """
-        refused: Exception | None = None
-        for opening in (_OPENING[1:], _OPENING):  # some templates want a system message
-            try:
-                self.render(opening, prompt=True)
-                return opening, self.render([*opening, _SENTINEL_TURN])
-            except TEMPLATE_ERRORS as error:
-                refused = refused or error
-        assert refused
-        raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(refused)})") from refused
-
-    def _close(self, opening: list[Message]) -> str:
-        """What the template puts after a last turn, behind that turn's own end; nothing where it puts nothing."""
-        eos = self._tokenizer.eos_token or ""
-        own = self.end.removesuffix(eos)
-        if not eos or own == self.end or not own.strip():
-            return ""
-        try:
-            goes_on = self.render([*opening, _SENTINEL_TURN, opening[-1]]).partition(_SENTINEL)[2]
-        except TEMPLATE_ERRORS:
-            return ""
-        return eos if goes_on.startswith(own) and not goes_on.startswith(self.end) else ""
-
-    def render(self, messages: list[Message], *, prompt: bool = False) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        if self._in_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **self._fixed,
+            **(template or {}),
+        )
         return text
 
-    def turn(self, messages: list[Message], position: int) -> tuple[str, int, int, bool]:
-        """The text up to the end of one assistant turn, the span of that turn, and whether a prompt leads to it.
-
-        The span begins where generation would, after the generation prompt of what comes before. Where the template
-        renders the finished turn after something else than that prompt (Mistral's puts a system message only into
-        the *last* user turn), the turn is put behind the prompt: that is what generation will see.
-        """
-        through = self.render(messages[: position + 1]).removesuffix(self.close)
-        end = len(through) - (len(self.end) - len(self.end.rstrip()) if through.endswith(self.end) else 0)
+    def _shows(self, *messages: Message) -> bool:
+        """Whether the sentinel comes through."""
         try:
-            prompt = self.render(messages[:position], prompt=True) if position else None
+            return SENTINEL in self.render(messages)
         except TEMPLATE_ERRORS:
-            prompt = None  # some templates cannot render what has no user turn yet
-        if prompt is not None and through.startswith(prompt):
-            return through, len(prompt), end, True
-        before = self.render([*messages[:position], _SENTINEL_TURN]).partition(_SENTINEL)[0].removesuffix(self.lead)
-        if not through.startswith(before):
-            raise ValueError(f"it does not show where message {position + 1} begins")
-        if prompt is None:
-            return through, len(before), end, True
-        return prompt + through[len(before) :], len(prompt), end - len(before) + len(prompt), False
+            return False
 
-    def layouts(self, record: ChatRecord) -> tuple[list[Layout], bool]:
-        """Every assistant turn in as few texts as possible, and whether every turn follows its own prompt.
+    def _opening(self) -> list[Message]:
+        refused: Exception | None = None
+        spoken = {"role": "assistant", "content": SENTINEL}
+        for self._in_parts in (False, True):  # some templates take contents as lists of parts only
+            for opening in ([_USER], [_SYSTEM, _USER]):  # some want a system message
+                try:
+                    self.render(opening, prompt=True)
+                    if SENTINEL in self.render([*opening, spoken]):
+                        return opening
+                except TEMPLATE_ERRORS as error:
+                    refused = refused or error
+        if refused is None:
+            raise Usage("the chat template does not render what the assistant says")
+        raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(refused)})") from refused
 
-        One text holds them all when the template renders a turn the same whether or not others follow. Qwen3's does
-        not (it takes ``<think>`` out of earlier turns): then a turn has a text of its own, that of inference.
-        """
-        layouts: list[Layout] = []
-        regular = True
-        for position in reversed(range(record.context, len(record.messages))):
-            if record.messages[position]["role"] != "assistant":
-                continue
-            text, start, end, led = self.turn(record.messages, position)
-            regular = regular and led
-            for layout in layouts:
-                if end <= layout.spans[0][0] and layout.text.startswith(text[:end]):
-                    layout.spans.insert(0, (start, end))
-                    break
+    @functools.cached_property
+    def thought_key(self) -> str | None:
+        """Under which key of a turn the template takes its thought, if it has one."""
+        for key in ("reasoning_content", "reasoning", "thinking"):
+            if self._shows(*self.opening, {"role": "assistant", "content": "Yes", key: SENTINEL}):
+                return key
+        return None
+
+    @functools.cached_property
+    def arguments_as_text(self) -> bool | None:
+        """Whether a call's arguments are given as JSON text instead of an object; None where calls are not shown."""
+        for as_text in (False, True):
+            if self._shows(*self.opening, _call({SENTINEL: "x"}, as_text=as_text)):
+                return as_text
+        return None
+
+    def role(self, role: str) -> tuple[str, bool]:
+        """What a role is to be called so that the template shows it, and whether it shows it at all."""
+        if role not in self._roles:
+            self._roles[role] = self._find_role(role)
+        return self._roles[role]
+
+    def _find_role(self, role: str) -> tuple[str, bool]:
+        for name in (role, _INSTEAD.get(role, role)):
+            turn: Message = {"role": name, "content": SENTINEL}
+            if name in ("system", "developer"):
+                tries = [[turn, _USER], [_USER, turn]]
+            elif name in ("tool", "function", "ipython"):
+                named = {**turn, "name": "f", "tool_call_id": "call00001"}
+                as_text = bool(self.arguments_as_text)
+                tries = [[*self.opening, _call({"a": "x"}, as_text=as_text), named], [*self.opening, turn]]
             else:
-                layouts.append(Layout(text, [(start, end)], ends=not self.end.strip()))
-        for layout in layouts:
-            if layout.ends:
-                layout.text = layout.text[: layout.spans[-1][1]]
-        return layouts[::-1], regular
+                return role, True
+            if any(self._shows(*messages) for messages in tries):
+                return name, True
+        return role, False
+
+
+def _call(arguments: dict[str, Any], *, as_text: bool) -> Message:
+    function = {"name": "f", "arguments": json.dumps(arguments) if as_text else arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
+    }

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.core.errors import Usage, first_line
-from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, Turns
+from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
+from stackctl.engine.data.conversation import converse
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
 from stackctl.engine.data.tokenize import Tokenise
-from stackctl.engine.records import CompletionRecord, Record, RecordSet, RecordStream, TextRecord
+from stackctl.engine.data.turns import Turns
+from stackctl.engine.records import ChatRecord, CompletionRecord, Record, RecordSet, RecordStream, TextRecord
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
@@ -32,14 +35,17 @@ def encode(
     *,
     max_length: int,
     split_long: bool = False,
+    template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Encoded:
     """Token ids and labels of all records, in their order.
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
     * prompt and completion: the completion and an EOS after it;
-    * conversations: every assistant turn with its end-of-turn token, and nothing else. What follows the last of them
-      is left out, since it changes no loss.
+    * conversations: for every assistant turn what the model has to write behind the generation prompt of that moment,
+      up to its end of turn, and nothing else. What follows the last of them is left out, since it changes no loss.
+
+    ``template`` is given to the chat template; what a record gives to it comes before that.
 
     What is longer than ``max_length`` is cut; with ``split_long`` texts are split instead, each piece beginning with
     the last token of the one before it, so that every token is still learned once.
@@ -50,7 +56,7 @@ def encode(
     encoded = Encoded([], owners=[])
     examples: list[Example] = []
     for some in encode_pieces(
-        records, tokenizer, encoded, max_length=max_length, split_long=split_long, reading=reading
+        records, tokenizer, encoded, max_length=max_length, split_long=split_long, template=template, reading=reading
     ):
         examples += some
     encoded.examples = examples
@@ -64,11 +70,12 @@ def encode_pieces(
     *,
     max_length: int,
     split_long: bool,
+    template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Iterator[list[Example]]:
     """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
     tokenise = Tokenise(tokenizer)
-    layouts = _Layouts(records, tokenizer)
+    layouts = _Layouts(records, tokenizer, template or {})
     stream = iter(records.records)
     while batch := list(itertools.islice(stream, _BATCH)):
         laid_out = [(record, layouts.of(record)) for record in batch]
@@ -79,7 +86,7 @@ def encode_pieces(
             pieces = list(tokenise([layout for _, several in laid_out for layout in several]))
         yield _kept(laid_out, pieces, encoded, max_length, split_long)
     layouts.check()
-    encoded.notes += layouts.notes()
+    encoded.notes += [*records.notes, *layouts.notes()]
     if not encoded.tokens:
         raise Usage(
             f"no record of {records.path} has anything to learn within {max_length} tokens", hint="raise --max-length"
@@ -110,7 +117,7 @@ def _kept(
         if encoded.owners is not None:
             encoded.owners += [record.number] * len(kept)
         encoded.truncated += cut
-        if not kept:
+        if not kept and layouts:
             encoded.unsupervised.append(record.number)
         found += kept
     encoded.tokens += sum(len(example.input_ids) for example in found)
@@ -132,12 +139,14 @@ def _all_threads() -> Iterator[None]:
 class _Layouts:
     """The texts of records, and what is unusual about them."""
 
-    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any) -> None:
+    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any]) -> None:
         self._records = records
         self._tokenizer = tokenizer
-        self._turns: Turns | None = None
+        self._arguments = template
+        self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []
-        self._several = self._irregular = 0
+        self._said: Counter[str] = Counter()
+        self._several = self._muted = 0
         self.refused = 0
 
     def of(self, record: Record) -> list[Layout]:
@@ -146,17 +155,44 @@ class _Layouts:
         if isinstance(record, CompletionRecord):
             text = record.prompt + record.completion
             return [Layout(text, [(len(record.prompt), len(text))], document=True, ends=True)]
-        self._turns = self._turns or Turns(self._tokenizer)
+        if self._turns is None:
+            template = ChatTemplate(self._tokenizer)
+            self._turns = template, Turns(template)
         try:
-            layouts, regular = self._turns.layouts(record)
+            return self._of_chat(record, *self._turns)
         except TEMPLATE_ERRORS as error:
             self.refused += 1
             if self.refused <= _SHOWN:
                 self._problems.append(f"{self._records.place(record.number)}: {first_line(error)}")
             return []
+
+    def _of_chat(self, record: ChatRecord, template: ChatTemplate, turns: Turns) -> list[Layout]:
+        """Every assistant turn that is to be learned, in as few texts as possible.
+
+        One text holds them all when the template renders a turn the same whether or not others follow. Qwen3's does
+        not (it takes ``<think>`` out of earlier turns): then a turn has a text of its own, that of inference.
+        """
+        learned = [position for position in range(len(record.messages)) if record.is_learned(position)]
+        if not learned:
+            self._muted += 1
+            return []
+        talk = converse(template, record.messages, record.tools, {**self._arguments, **record.template})
+        said = set(talk.said)
+        layouts: list[Layout] = []
+        for position in reversed(learned):
+            turn = turns.turn(talk, position)
+            said.update(turn.said)
+            span = len(turn.prompt), len(turn.text)
+            for layout in layouts:
+                if span[1] <= layout.spans[0][0] and layout.text.startswith(turn.text):
+                    layout.spans.insert(0, span)
+                    break
+            else:
+                layouts.append(Layout(turn.text + turns.space_after(turn), [span], ends=not turns.end.strip()))
+        said.update(f"shows nothing of a turn of the role '{role}'" for role in turns.unseen(talk, learned[-1]))
+        self._said.update(said)
         self._several += len(layouts) > 1
-        self._irregular += not regular
-        return layouts
+        return layouts[::-1]
 
     def check(self) -> None:
         """Raise what the template refused, all of it at once."""
@@ -168,17 +204,16 @@ class _Layouts:
             )
 
     def notes(self) -> list[str]:
+        count = self._records.count
         notes = []
         if self._several:
             notes.append(
                 f"the chat template renders earlier assistant turns differently: {self._several} of "
-                f"{self._records.count} conversations became one example per turn"
+                f"{count} conversations became one example per turn"
             )
-        if self._irregular:
-            notes.append(
-                f"the chat template renders a finished turn after something else than its generation prompt: "
-                f"{self._irregular} of {self._records.count} conversations were laid out after the prompt"
-            )
+        notes += [f"the chat template {said}: {number} of {count} conversations" for said, number in self._said.items()]
+        if self._muted:
+            notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")
         return notes
 
 

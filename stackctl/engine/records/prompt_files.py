@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from stackctl.core.errors import Usage
-from stackctl.engine.records.shapes import instruction_text, messages_of, text_of
+from stackctl.engine.records.messages import template_arguments, text_of, tools_of, turns_of
+from stackctl.engine.records.shapes import asked_text, before_turns
 from stackctl.engine.records.sources import lines_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Message
@@ -23,12 +24,15 @@ class Prompt:
     """What is asked.
 
     ``text`` is the prompt as it was given, or the last message of a conversation; ``messages`` the conversation, which
-    ends with what is to be answered, or None; ``place`` names it in errors.
+    ends with what is to be answered, or None; ``place`` names it in errors. ``tools`` are what may be called, and
+    ``template`` is given to the chat template.
     """
 
     text: str
     messages: list[Message] | None = None
     place: str = "the prompt"
+    tools: list[Any] | None = None
+    template: dict[str, Any] = field(default_factory=dict)
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
@@ -80,14 +84,26 @@ def _prompt(value: Any, place: str) -> Prompt:
         return Prompt(text_of(value, "the prompt"), place=place)
     if not isinstance(value, dict):
         raise BadRecord("no prompt")
-    for key in ("messages", "conversations", "prompt"):
+    for key in ("messages", "conversations", "conversation", "prompt"):
         if isinstance(value.get(key), list):
-            return conversation(messages_of(value[key], f"'{key}'"), place)
-    if value.get("prompt") is not None:
-        return Prompt(text_of(value["prompt"], "'prompt'"), place=place)
-    if value.get("instruction") is not None:
-        return Prompt(instruction_text(value), place=place)
+            return _beside(value, turns_of(value[key], f"'{key}'").messages, place)
+    for key, given in (("prompt", ""), ("instruction", _below(value)), ("question", ""), ("query", "")):
+        if value.get(key) is not None:
+            asked = Prompt(asked_text(value, key, given), place=place)
+            spoken = _beside(value, [{"role": "user", "content": asked.text}], place)
+            return spoken if spoken.tools or spoken.template or len(spoken.messages or ()) > 1 else asked
     raise BadRecord(f"no prompt (it has {', '.join(repr(key) for key in list(value)[:6]) or 'nothing'})")
+
+
+def _below(value: dict[str, Any]) -> str:
+    """What stands below an instruction: Alpaca calls it the input, Dolly the context."""
+    return "input" if value.get("input") is not None else "context"
+
+
+def _beside(value: dict[str, Any], messages: list[Message], place: str) -> Prompt:
+    """A conversation, with the turns, tools and arguments that stand beside it."""
+    asked = conversation(before_turns(value, messages) + messages, place)
+    return replace(asked, tools=tools_of(value), template=template_arguments(value))
 
 
 def conversation(messages: list[Message], place: str) -> Prompt:

@@ -6,16 +6,18 @@ is repaired silently: a record that is dropped or guessed at changes what the mo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stackctl.core.errors import Usage
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.engine.records import sources
-from stackctl.engine.records.shapes import PARSERS, SHAPE_HINT, checked_shape
+from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
+from stackctl.render.terminal import counted
 from stackctl.storage.files import missing
 
 _SHOWN = 5
@@ -33,6 +35,10 @@ class RecordStream:
     format: Format = "text"
     count: int = 0
     share: float = 0.0
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Keys that mean something elsewhere and nothing here, with how many records have them."""
+    left_out: int = 0
+    """Records that say themselves that they are not to be learned."""
 
     @property
     def path(self) -> str:
@@ -59,30 +65,46 @@ class RecordStream:
         """
         problems: list[str] = []
         first: tuple[Format, int] | None = None
-        self.count = bad = 0
+        self.count = self.left_out = bad = 0
+        self.ignored.clear()
         for number, value in self.source.values(self._seen):
             try:
                 if isinstance(value, BadRecord):
                     raise value
                 shape = checked_shape(value)
-                first = first or (shape, number)
-                if shape != first[0]:
-                    raise BadRecord(f"has the shape of '{shape}', but {self.place(first[1])} that of '{first[0]}'")
-                record = PARSERS[shape](number, value)
+                first = first or (shape.format, number)
+                if shape.format != first[0]:
+                    before = f"{self.place(first[1])} that of '{first[0]}'"
+                    raise BadRecord(f"has the shape of '{shape.format}', but {before}")
+                parsed = parse(number, value, shape)
             except BadRecord as error:
                 bad += 1
                 if bad <= _SHOWN:
                     column = f", column {error.column}" if error.column else ""
                     problems.append(f"{self.place(number)}{column}: {error}")
                 continue
-            if not bad:
-                self.format, self.count = shape, self.count + 1
-                yield record
+            self.ignored.update(parsed.ignored)
+            self.left_out += parsed.record is None
+            if not bad and parsed.record is not None:
+                self.format, self.count = shape.format, self.count + 1
+                yield parsed.record
         if bad:
             more = f"; and {bad - _SHOWN} more" if bad > _SHOWN else ""
             raise Usage(f"{self.path}: {'; '.join(problems)}{more}", hint=SHAPE_HINT)
         if not self.count:
-            raise Usage(f"{self.path} holds no records", hint=SHAPE_HINT)
+            what = "but records that are marked as not to be learned" if self.left_out else "records"
+            raise Usage(f"{self.path} holds no{'thing' if self.left_out else ''} {what}", hint=SHAPE_HINT)
+
+    @property
+    def notes(self) -> list[str]:
+        """What in the records was passed over, once ``records`` has ended."""
+        notes = []
+        if self.left_out:
+            notes.append(f"{counted(self.left_out, 'record')} with 'label': false (for KTO, to be avoided) left out")
+        if self.ignored:
+            named = ", ".join(f"'{key}' ({counted(count, 'record')})" for key, count in self.ignored.most_common())
+            notes.append(f"{self.path} has keys that mean nothing here and were passed over: {named}")
+        return notes
 
     def _seen(self, share: float) -> None:
         self.share = share
@@ -91,7 +113,7 @@ class RecordStream:
         """The shape of the first record that has one."""
         for _, value in self.source.values(lambda _: None):
             try:
-                return checked_shape(value)
+                return checked_shape(value).format
             except BadRecord:
                 continue
         return None
@@ -134,4 +156,4 @@ def read_records(source: str | Path) -> RecordSet:
     """
     stream = open_records(source)
     records = list(stream.records)
-    return RecordSet(records, stream.format, stream.path, stream.sha256, stream.count, stream.unit)
+    return RecordSet(records, stream.format, stream.path, stream.sha256, stream.count, stream.unit, stream.notes)

@@ -1,11 +1,12 @@
-"""The five shapes in which records are written: recognised, checked, and turned into one of the three kinds."""
+"""The shapes in which records are written: recognised, checked, and turned into one of the three kinds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from stackctl.core.errors import did_you_mean
+from stackctl.engine.records.messages import Turns, kind_of, template_arguments, text_of, tools_of, turns_of
 from stackctl.engine.records.types import (
     BadRecord,
     ChatRecord,
@@ -16,117 +17,166 @@ from stackctl.engine.records.types import (
     TextRecord,
 )
 
-_SHAPES: dict[Format, tuple[str, ...]] = {
+_AROUND = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", "enable_thinking")
+"""What may stand beside the turns of any conversation."""
+_ELSEWHERE = (
+    *("chosen", "rejected", "label", "kto_tag", "images", "image", "videos", "audios", "documents"),
+    *("weight", "train", "loss", "loss_weight", "mask_history", "parallel_tool_calls", "tool_choice", "response_format"),
+)
+"""Keys of a record that mean something to peers and nothing here."""
+
+
+class Shape(NamedTuple):
+    """One shape: the keys that it is known by, those that it also reads, and what makes a record of it."""
+
+    format: Format
+    keys: tuple[str, ...]
+    parse: Callable[[int, dict[str, Any]], Record]
+    also: tuple[str, ...] = ()
+
+
+def _text(number: int, record: dict[str, Any]) -> Record:
+    return TextRecord(number, text_of(record["text"], "'text'"))
+
+
+def _listed(key: str) -> Callable[[int, dict[str, Any]], Record]:
+    return lambda number, record: _chat(number, record, turns_of(record[key], f"'{key}'"))
+
+
+def _completion(number: int, record: dict[str, Any]) -> Record:
+    """Two texts, joined as they stand, or two lists of messages, of which the first is context."""
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = turns_of(prompt, "'prompt'")
+        said = turns_of(completion, "'completion'", len(context.messages) + 1)
+        start = len(context.messages)
+        both = Turns(context.messages + said.messages, {start + position for position in said.muted})
+        return _chat(number, record, both, start)
+    return CompletionRecord(number, text_of(prompt, "'prompt'"), text_of(completion, "'completion'"))
+
+
+def _asked(question: str, answer: str, given: str = "") -> Callable[[int, dict[str, Any]], Record]:
+    """Two texts that are a question and its answer: a conversation of two turns."""
+
+    def parse(number: int, record: dict[str, Any]) -> Record:
+        user = asked_text(record, question, given)
+        said = _pair(user, text_of(record[answer], f"'{answer}'"))
+        return _chat(number, record, Turns(said))
+
+    return parse
+
+
+SHAPES = (
     # The more specific come first: published Alpaca files carry a "text" as well, UltraChat a "prompt".
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-COLUMNS = {"input", *(key for keys in _SHAPES.values() for key in keys)}
+    Shape("messages", ("messages",), _listed("messages")),
+    Shape("conversations", ("conversations",), _listed("conversations")),
+    Shape("conversation", ("conversation",), _listed("conversation")),
+    Shape("prompt", ("prompt", "completion"), _completion),
+    Shape("instruction", ("instruction", "output"), _asked("instruction", "output", "input"), ("input",)),
+    Shape("instruction", ("instruction", "response"), _asked("instruction", "response", "context"), ("context",)),
+    Shape("response", ("prompt", "response"), _asked("prompt", "response")),
+    Shape("question", ("question", "answer"), _asked("question", "answer")),
+    Shape("query", ("query", "response"), _asked("query", "response")),
+    Shape("text", ("text",), _text),
+)
+COLUMNS = {*_AROUND, *_ELSEWHERE, *(key for shape in SHAPES for key in (*shape.keys, *shape.also))}
 SHAPE_HINT = (
     'a record is {"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
-    '{"prompt", "completion"} or {"instruction", "input", "output"}'
+    '{"prompt", "completion"}, {"instruction", "input", "output"}, {"prompt", "response"} or {"question", "answer"}'
 )
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_SHAREGPT = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
-_LOST = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a message that some templates write into the assistant's turn; without them it would be another turn."""
-_MAY_BE_EMPTY = {"system", "developer", "tool", "function", "ipython"}
 
 
-def shape_of(record: dict[str, Any]) -> Format | None:
+def shape_of(record: dict[str, Any]) -> Shape | None:
     """The first shape whose keys all have values; else the first whose keys are all there."""
     for present in ({key for key, value in record.items() if value is not None}, set(record)):
-        for shape, keys in _SHAPES.items():
-            if present.issuperset(keys):
+        for shape in SHAPES:
+            if present.issuperset(shape.keys):
                 return shape
     return None
 
 
-def checked_shape(record: Any) -> Format:
+def checked_shape(record: Any) -> Shape:
     if not isinstance(record, dict):
-        raise BadRecord(f"{_kind(record)}, not an object")
+        raise BadRecord(f"{kind_of(record)}, not an object")
     if not (shape := shape_of(record)):
         keys = ", ".join(f"'{key}'" for key in list(record)[:6]) or "nothing"
         raise BadRecord(f"of no known shape (it has {keys})")
     return shape
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+@dataclass(frozen=True)
+class Parsed:
+    """A record, or None where it says itself that it is not to be learned; and its keys that mean nothing here."""
+
+    record: Record | None
+    ignored: list[str]
 
 
-def text_of(value: Any, what: str, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise BadRecord(f"{what} is {_kind(value)}, not a string")
-    if not may_be_empty and not value.strip():
-        raise BadRecord(f"{what} is empty")
-    return value
+def parse(number: int, value: Any, shape: Shape) -> Parsed:
+    """A record of a known shape.
+
+    Raises:
+        BadRecord: something in it is wrong.
+    """
+    record = shape.parse(number, value)
+    unread = _ELSEWHERE if isinstance(record, ChatRecord) else (*_ELSEWHERE, *_AROUND)
+    ignored = [key for key in unread if value.get(key) not in (None, "", [], {}) and key not in shape.keys]
+    if value.get("label") is False and not isinstance(record, TextRecord):  # what KTO learns to avoid
+        return Parsed(None, [key for key in ignored if key != "label"])
+    return Parsed(record, ignored)
 
 
-def _message(value: Any, position: int) -> Message:
-    """One turn, in either spelling: ``role``/``content`` or ``from``/``value``."""
-    where = f"message {position}"
-    if not isinstance(value, dict):
-        raise BadRecord(f"{where} is {_kind(value)}, not an object")
-    role_key, content_key = ("from", "value") if "from" in value else ("role", "content")
-    role = text_of(value.get(role_key), f"{where}'s '{role_key}'")
-    known = tuple(_SHAREGPT) if role_key == "from" else _ROLES
-    if role not in known:
-        raise BadRecord(f"{where} has the unknown '{role_key}' '{role}': {did_you_mean(role, known, ', '.join(known))}")
-    role = _SHAREGPT[role] if role_key == "from" else role
-    if lost := [key for key in _LOST if value.get(key)]:
-        raise BadRecord(f"{where} has '{lost[0]}', which is not read: write it into its '{content_key}', as text")
-    content = text_of(value.get(content_key), f"{where}'s '{content_key}'", may_be_empty=role in _MAY_BE_EMPTY)
-    return {"role": role, "content": content}
+def asked_text(record: dict[str, Any], question: str, given: str = "") -> str:
+    """What is asked: the question, and what is given with it below, where there is something."""
+    asked = text_of(record[question], f"'{question}'")
+    beside = record.get(given) if given else None
+    beside = "" if beside is None else text_of(beside, f"'{given}'", may_be_empty=True)
+    return f"{asked}\n\n{beside}" if beside.strip() else asked
 
 
-def messages_of(value: Any, what: str, start: int = 1) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRecord(f"{what} is {_kind(value)}, not a list of messages")
-    return [_message(item, position) for position, item in enumerate(value, start)]
+def _pair(user: str, assistant: str) -> list[Message]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def _chat(number: int, messages: list[Message], context: int = 0) -> ChatRecord:
-    if not any(message["role"] == "assistant" for message in messages[context:]):
+def before_turns(record: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The turns that stand beside a conversation and come before it: ``system``, and the pairs of ``history``."""
+    before: list[Message] = []
+    for key in ("system", "system_prompt"):
+        if record.get(key) in (None, ""):
+            continue
+        system = text_of(record[key], f"'{key}'", may_be_empty=True)
+        own = messages[0]["content"] if messages and messages[0]["role"] in ("system", "developer") else None
+        if own is not None and own != system:
+            raise BadRecord(f"has two system messages: '{key}' and its first turn")
+        if own is None and system.strip() and not before:
+            before = [{"role": "system", "content": system}]
+    history = record.get("history")
+    if history in (None, "", []):
+        return before
+    if messages[0]["role"] in ("system", "developer"):
+        raise BadRecord("has a 'history', and its own turns begin with a system message")
+    if not isinstance(history, list):
+        raise BadRecord(f"'history' is {kind_of(history)}, not a list")
+    if all(isinstance(turn, dict) for turn in history):
+        return before + turns_of(history, "'history'").messages
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRecord(f"'history' {number} is no pair of a question and an answer")
+        asked, said = (text_of(text, f"'history' {number}") for text in pair)
+        before += _pair(asked, said)
+    return before
+
+
+def _chat(number: int, record: dict[str, Any], turns: Turns, context: int = 0) -> ChatRecord:
+    if not any(message["role"] == "assistant" for message in turns.messages[context:]):
         raise BadRecord("has no assistant turn" if not context else "its 'completion' has no assistant turn")
-    return ChatRecord(number, messages, context)
-
-
-def _parse_prompt(number: int, record: dict[str, Any]) -> Record:
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        context = messages_of(prompt, "'prompt'")
-        return _chat(number, context + messages_of(completion, "'completion'", len(context) + 1), len(context))
-    return CompletionRecord(number, text_of(prompt, "'prompt'"), text_of(completion, "'completion'"))
-
-
-def instruction_text(record: dict[str, Any]) -> str:
-    """What Alpaca's shape asks for: the instruction, and the input below it where there is one."""
-    instruction = text_of(record["instruction"], "'instruction'")
-    given = record.get("input")
-    given = "" if given is None else text_of(given, "'input'", may_be_empty=True)
-    return f"{instruction}\n\n{given}" if given.strip() else instruction
-
-
-def _parse_instruction(number: int, record: dict[str, Any]) -> Record:
-    """Alpaca's shape, as a conversation of two turns."""
-    user, output = instruction_text(record), text_of(record["output"], "'output'")
-    return ChatRecord(number, [{"role": "user", "content": user}, {"role": "assistant", "content": output}])
-
-
-PARSERS: dict[Format, Callable[[int, dict[str, Any]], Record]] = {
-    "text": lambda number, record: TextRecord(number, text_of(record["text"], "'text'")),
-    "messages": lambda number, record: _chat(number, messages_of(record["messages"], "'messages'")),
-    "conversations": lambda number, record: _chat(number, messages_of(record["conversations"], "'conversations'")),
-    "prompt": _parse_prompt,
-    "instruction": _parse_instruction,
-}
+    before = before_turns(record, turns.messages)
+    shift = len(before)
+    return ChatRecord(
+        number,
+        before + turns.messages,
+        context + shift if context else 0,
+        frozenset(position + shift for position in turns.muted),
+        tools_of(record),
+        template_arguments(record),
+    )

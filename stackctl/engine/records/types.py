@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-Format = Literal["text", "messages", "conversations", "prompt", "instruction"]
-Unit = Literal["line", "record"]
-"""What a record's number counts: lines, or records where a file has no lines to speak of (JSON lists, tables)."""
-Message = dict[str, str]
-"""``{"role": …, "content": …}``, as chat templates take it."""
+Format = Literal[
+    "text", "messages", "conversations", "conversation", "prompt", "response", "question", "query", "instruction"
+]
+Unit = Literal["line", "record", "file"]
+"""What a record's number counts: lines, files of a folder, or records where a file has no lines to speak of."""
+Message = dict[str, Any]
+"""``{"role": …, "content": …}`` as chat templates take it, both strings. A turn of the assistant may have
+``reasoning_content`` (a string) and ``tool_calls``, a turn of a tool ``name`` and ``tool_call_id``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,23 @@ class CompletionRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChatRecord:
-    """A conversation. Of the first ``context`` messages none is to be learned, even when the assistant speaks."""
+    """A conversation. Of the first ``context`` messages none is to be learned, even when the assistant speaks.
+
+    ``muted`` are the positions of turns that the record says are not to be learned, ``tools`` what could be called,
+    ``template`` what the record gives to the chat template (``enable_thinking`` and the like).
+    """
 
     number: int
     messages: list[Message]
     context: int = 0
+    muted: frozenset[int] = frozenset()
+    tools: list[Any] | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+
+    def is_learned(self, position: int) -> bool:
+        """Whether the turn at this position is one of the assistant's that is to be learned."""
+        spoken = self.messages[position]["role"] == "assistant"
+        return spoken and position >= self.context and position not in self.muted
 
 
 Record = TextRecord | CompletionRecord | ChatRecord
@@ -46,7 +61,8 @@ class RecordSet:
     """The records of one source, all of one shape.
 
     ``sha256`` is that of the file's bytes, or of a Hub data set's fingerprint. ``unit`` is what a record's number
-    counts: lines, or records where a file has no lines to speak of (JSON lists, Parquet, the Hub).
+    counts: lines, or records where a file has no lines to speak of (JSON lists, Parquet, the Hub). ``notes`` say what
+    in the records was passed over.
     """
 
     records: list[Record]
@@ -55,6 +71,7 @@ class RecordSet:
     sha256: str
     count: int
     unit: Unit = "line"
+    notes: list[str] = field(default_factory=list)
 
     def place(self, number: int) -> str:
         """``line 3``: where a record stands, for messages."""

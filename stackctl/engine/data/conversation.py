@@ -1,0 +1,141 @@
+"""A conversation in the words of one chat template: its roles, thoughts and calls as that template shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stackctl.core.errors import Usage
+from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
+from stackctl.engine.data.thoughts import Spoken, take_apart
+from stackctl.engine.records import Message
+
+_OURS = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"} | {
+    *("chat_template", "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
+"""Arguments of transformers' ``apply_chat_template`` that are not the template's."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as the template takes them, turn for turn those of the record.
+
+    ``spoken`` are the assistant's turns taken apart, by position; ``said`` is what could not be shown as it was given.
+    """
+
+    messages: list[Message]
+    spoken: dict[int, Spoken]
+    tools: list[Any] | None
+    template: dict[str, Any]
+    said: tuple[str, ...] = ()
+
+    def with_template(self, **arguments: Any) -> Conversation:
+        return replace(self, template={**self.template, **arguments})
+
+
+def check_arguments(template: dict[str, Any]) -> None:
+    """Raises ``Usage`` where an argument for the template is none of the template's."""
+    if wrong := sorted(_OURS & set(template)):
+        raise Usage(
+            f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is no argument of a chat template",
+            hint="give what the template reads, as enable_thinking",
+        )
+
+
+def converse(
+    template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, arguments: dict[str, Any]
+) -> Conversation:
+    """A conversation as a template takes it.
+
+    Raises:
+        ValueError: the template shows nothing of something that is to be learned.
+        TEMPLATE_ERRORS: what the template raises.
+    """
+    check_arguments(arguments)
+    said: list[str] = []
+    shown: list[Message] = []
+    spoken: dict[int, Spoken] = {}
+    for position, message in enumerate(messages):
+        role, visible = template.role(message["role"])
+        if not visible:
+            said.append(f"shows nothing of turns of the role '{role}'")
+        elif role != message["role"]:
+            said.append(f"has no role '{message['role']}': '{role}' is used")
+        if role != "assistant":
+            shown.append({**message, "role": role})
+            continue
+        spoken[position] = take_apart(message)
+        if message.get("tool_calls") and template.arguments_as_text is None:
+            raise ValueError(f"it shows nothing of the tool_calls of message {position + 1}")
+        shown.append(as_shown(template, message, spoken[position]))
+        if message.get("reasoning_content") and template.thought_key is None:
+            said.append("has no place for a thought: it stands in the content, as <think>")
+    found = Conversation(shown, spoken, None, arguments, tuple(dict.fromkeys(said)))
+    return replace(found, **_tools(template, found, tools)) if tools else found
+
+
+def as_shown(template: ChatTemplate, message: Message, spoken: Spoken, *, thought: bool = True) -> Message:
+    """A turn of the assistant as the template takes it, with its thought or without."""
+    made: Message = {"role": "assistant", "content": spoken.answer}
+    if thought and spoken.thought:
+        if template.thought_key:
+            made[template.thought_key] = spoken.thought
+        else:
+            made["content"] = in_block(spoken)
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [_call(call, as_text=bool(template.arguments_as_text)) for call in calls]
+    return made
+
+
+def in_block(spoken: Spoken, *, opened: str = "") -> str:
+    """A thought and the answer behind it as one text; ``opened`` is the end of a prompt that opens the thought."""
+    tag = spoken.tag
+    written = spoken.written or f"\n{spoken.thought}\n{tag.close}\n\n"
+    if not opened:
+        return tag.open + written + spoken.answer
+    space = opened[len(opened.rstrip()) :]
+    if not spoken.written and not space:
+        return spoken.thought + tag.close + spoken.answer
+    return written.removeprefix(space) + spoken.answer
+
+
+def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    function = call["function"]
+    if not as_text:
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _tools(template: ChatTemplate, found: Conversation, tools: list[Any]) -> dict[str, Any]:
+    """Tools as the template shows them, wrapped as OpenAI does if need be; none, and a word, where it shows none."""
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    opening = [m for m in found.messages[:1] if m["role"] in ("system", "developer")] + template.opening[-1:]
+    bare = template.render(opening, prompt=True, template=found.template)
+    refused: Exception | None = None
+    for given in (tools, wrapped, _complete(wrapped)):
+        try:
+            text = template.render(opening, prompt=True, tools=given, template=found.template)
+        except TEMPLATE_ERRORS as error:
+            refused = error
+            continue
+        if all(text.count(_name(tool)) > bare.count(_name(tool)) for tool in tools):
+            return {"tools": given}
+    if refused:
+        raise refused
+    return {"said": (*found.said, "shows nothing of 'tools'")}
+
+
+def _complete(tools: list[Any]) -> list[Any]:
+    """Tools with every key that templates may want."""
+    return [
+        {**tool, "function": {"description": "", "parameters": {"type": "object", "properties": {}}, **tool["function"]}}
+        for tool in tools
+    ]
+
+
+def _name(tool: Any) -> str:
+    name = (tool.get("function") or tool).get("name") if isinstance(tool.get("function") or tool, dict) else None
+    return str(name or SENTINEL)

@@ -1,0 +1,88 @@
+"""The thought before an answer: where a text opens and closes it, and what of a turn is thought and what answer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from stackctl.engine.records import Message
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What opens and closes a thought."""
+
+    open: str
+    close: str
+
+    def opened(self, prompt: str) -> bool:
+        """Whether a prompt ends inside a thought, so that the model begins with it."""
+        return prompt.rstrip().endswith(self.open.rstrip())
+
+    def closed(self, prompt: str) -> bool:
+        """Whether a prompt ends behind a thought that is empty, so that the model begins with the answer."""
+        before = prompt.rstrip().removesuffix(self.close.strip())
+        return before != prompt.rstrip() and self.opened(before)
+
+
+TAGS = (
+    Tag("<think>", "</think>"),
+    Tag("<thinking>", "</thinking>"),
+    Tag("<seed:think>", "</seed:think>"),
+    Tag("<longcat_think>", "</longcat_think>"),
+    Tag("<reasoning>", "</reasoning>"),
+    Tag("[THINK]", "[/THINK]"),
+    Tag("◁think▷", "◁/think▷"),
+    Tag("<|START_THINKING|>", "<|END_THINKING|>"),
+    Tag("<|think_start|>", "<|think_end|>"),
+    Tag("<|channel>thought\n", "<channel|>"),
+)
+"""Those that published models use."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A turn of the assistant, taken apart.
+
+    ``written`` is a thought as it stands in the content, from behind what opens it up to the answer; empty where it
+    was given apart.
+    """
+
+    thought: str
+    answer: str
+    written: str = ""
+    tag: Tag = TAGS[0]
+
+
+def take_apart(message: Message) -> Spoken:
+    """What of a turn is thought: ``reasoning_content``, or what the content begins with between two tags.
+
+    A content that closes a thought without having opened it, as models write behind a prompt that did, is read so too.
+    """
+    content: str = message.get("content") or ""
+    if message.get("reasoning_content"):
+        return Spoken(message["reasoning_content"], content)
+    for tag in TAGS:
+        before, closes, after = content.partition(tag.close)
+        inner = before.lstrip().removeprefix(tag.open)
+        if closes and tag.open not in inner and (inner != before.lstrip() or not tag.open.startswith("<|channel")):
+            space = after[: len(after) - len(after.lstrip())]
+            return Spoken(inner.strip(), after.lstrip(), inner + tag.close + space, tag)
+    return Spoken("", content)
+
+
+def tag_of(prompt: str) -> Tag | None:
+    """What the end of a prompt opens, if it ends inside a thought."""
+    return next((tag for tag in TAGS if tag.opened(prompt)), None)
+
+
+def closes(prompt: str) -> bool:
+    """Whether a prompt ends behind an empty thought."""
+    return any(tag.closed(prompt) for tag in TAGS)
+
+
+def without_empty(text: str, tag: Tag) -> tuple[str, str]:
+    """A text without the empty thought, or the end of one, that it begins with; and that, from what closes it on."""
+    pattern = rf"\s*(?:{re.escape(tag.open)})?\s*({re.escape(tag.close)}\s*)"
+    found = re.match(pattern, text)
+    return (text[found.end() :], found[1]) if found else (text, "")

@@ -1,0 +1,311 @@
+"""What the assistant has to write in each of its turns, behind the generation prompt of that moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
+from stackctl.engine.data.conversation import Conversation, as_shown, in_block
+from stackctl.engine.data.thoughts import Spoken, closes, tag_of, without_empty
+from stackctl.engine.records import Message
+
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_THINKING = ("enable_thinking", "thinking")
+"""What templates call the argument that has the assistant think."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the assistant: the text before it, what it has to write up to its end of turn, what is unusual."""
+
+    prompt: str
+    written: str
+    said: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.written
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """The text that ends an assistant's turn, to stop at; empty when the template has none and EOS ends a turn."""
+    return Turns(ChatTemplate(tokenizer)).end.rstrip()
+
+
+class Turns:
+    """How a chat template marks the assistant's turns, found by rendering a sentinel.
+
+    ``lead`` is what stands between the generation prompt and the content (Llama 2: a space; Qwen3: an empty
+    ``<think>`` block), ``end`` what follows the content, with the white space after it. ``close`` ends a whole
+    conversation, after its last turn's own end (Phi-3: an EOS): it belongs to no turn.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        opening = template.opening
+        before, _, self.end = template.render([*opening, _sentinel()]).partition(SENTINEL)
+        prompt = template.render(opening, prompt=True)
+        self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        bare = template.render(opening)
+        self._begin = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        self.close = self._close(opening)
+        self.end = self._ended(self.end.removesuffix(self.close))
+
+    def space_after(self, turn: Turn) -> str:
+        """The white space that the template puts behind an end of turn: a token may reach over both."""
+        end = self.end.rstrip()
+        return self.end[len(end) :] if end and turn.written.endswith(end) else ""
+
+    def _close(self, opening: list[Message]) -> str:
+        """What the template puts after a last turn, behind that turn's own end; nothing where it puts nothing."""
+        eos = self._template.eos
+        own = self.end.removesuffix(eos)
+        if not eos or own == self.end or not own.strip():
+            return ""
+        try:
+            goes_on = self._template.render([*opening, _sentinel(), opening[-1]]).partition(SENTINEL)[2]
+        except TEMPLATE_ERRORS:
+            return ""
+        return eos if goes_on.startswith(own) and not goes_on.startswith(self.end) else ""
+
+    def _ended(self, tail: str) -> str:
+        """What follows a turn's last word, without the beginning of another turn."""
+        opener = _TAG.match(self._begin.lstrip())
+        at = tail.find(opener[0]) if opener else -1
+        return tail[:at] if at > 0 and tail[:at].strip() else tail
+
+    def turn(self, talk: Conversation, position: int) -> Turn:
+        """What the assistant writes in its turn at this position.
+
+        Raises:
+            ValueError: the template does not show where the turn begins, or nothing of what is in it.
+            TEMPLATE_ERRORS: what the template raises.
+        """
+        history, message, spoken = talk.messages[:position], talk.messages[position], talk.spoken[position]
+        try:
+            prompt = self._render(history, talk, prompt=True) if position else None
+        except TEMPLATE_ERRORS:
+            prompt = None  # some templates cannot render what has no user turn yet
+        if prompt is None:
+            return self._unprompted(talk, position)
+        written = self._behind(prompt, history, message, talk)
+        if written is not None and not _missing(prompt, written, message, spoken):
+            return Turn(prompt, written, self._added(written, spoken))
+        if spoken.thought and closes(prompt):
+            return self._answer_only(prompt, talk, position)
+        if (tag := tag_of(prompt)) is not None:
+            plain = as_shown(self._template, message, spoken, thought=False)
+            body, closing = without_empty(self._body(prompt, history, plain, talk), tag)
+            space = prompt[len(prompt.rstrip()) :]
+            if spoken.thought:
+                given = Spoken(spoken.thought, "", spoken.written.replace(spoken.tag.close, tag.close), tag)
+                head = in_block(given, opened=prompt)
+            else:
+                head = closing or (f"{space}{tag.close}\n\n" if space else tag.close)
+            return self._checked(prompt, head + body.lstrip("\n"), message, spoken)
+        if spoken.thought and self._template.thought_key is None:
+            plain = as_shown(self._template, message, spoken, thought=False)
+            if (body := self._behind(prompt, history, plain, talk)) is not None:
+                given = Spoken(spoken.thought, "", spoken.written, spoken.tag)
+                body, _ = without_empty(body, spoken.tag)
+                return self._checked(prompt, in_block(given) + body, message, spoken)
+        if written is not None:
+            return self._checked(prompt, written, message, spoken)
+        moved = ("renders a finished turn after something else than its generation prompt: it is laid out behind it",)
+        return self._checked(prompt, self._body(prompt, history, message, talk), message, spoken, moved)
+
+    def _answer_only(self, prompt: str, talk: Conversation, position: int) -> Turn:
+        """A turn with a thought behind a prompt that says there is none: thinking is switched on, or it is left out."""
+        history, message, spoken = talk.messages[:position], talk.messages[position], talk.spoken[position]
+        for name in _THINKING:
+            if name in talk.template:
+                continue
+            thinking = talk.with_template(**{name: True})
+            switched = self._render(history, thinking, prompt=True)
+            if switched != prompt and not closes(switched):
+                turn = self.turn(thinking, position)
+                note = f"is told {name}=true for turns with a thought, whose prompt would say that there is none"
+                return Turn(turn.prompt, turn.written, (*turn.said, note))
+        plain = as_shown(self._template, message, spoken, thought=False)
+        written = self._behind(prompt, history, plain, talk)
+        if written is None:
+            written, _ = without_empty(self._body(prompt, history, plain, talk), spoken.tag)
+        note = "begins the answer behind an empty thought: the thought of the record is not learned"
+        return Turn(prompt, written, (note,))
+
+    def _unprompted(self, talk: Conversation, position: int) -> Turn:
+        """A turn that nothing leads to, as the first of a conversation that the assistant begins."""
+        through = self._render(talk.messages[: position + 1], talk).removesuffix(self.close)
+        before = self._render([*talk.messages[:position], _sentinel()], talk).partition(SENTINEL)[0]
+        before = before.removesuffix(self.lead)
+        if not through.startswith(before):
+            raise ValueError(f"it does not show where message {position + 1} begins")
+        return Turn(before, self._trimmed(through[len(before) :]))
+
+    def _render(self, messages: list[Message], talk: Conversation, *, prompt: bool = False) -> str:
+        return self._template.render(messages, prompt=prompt, tools=talk.tools, template=talk.template)
+
+    def _behind(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str | None:
+        """What a finished turn is behind its prompt, up to its end; None where it does not stand behind that."""
+        through = self._render([*history, message], talk).removesuffix(self.close)
+        if not through.startswith(prompt):
+            return None
+        return self._through(through, len(prompt), history, message, talk)
+
+    def _through(self, through: str, start: int, history: list[Message], message: Message, talk: Conversation) -> str:
+        """A finished turn from where it begins to its end of turn."""
+        opener = _TAG.match(self._begin.lstrip())
+        if opener and opener[0] in through[start:]:
+            _, after = self._edges(through, history, message, talk)
+            tail = through[after:] if after >= start else ""
+            through = through[: len(through) - len(tail)] + self._ended(tail)
+        return self._trimmed(through[start:])
+
+    def _trimmed(self, written: str) -> str:
+        """A turn without the white space behind its end."""
+        if written.endswith(self.end):
+            return written[: len(written) - len(self.end) + len(self.end.rstrip())]
+        bare = written.rstrip()
+        return bare if bare.endswith((">", "]")) else written
+
+    def _edges(self, through: str, history: list[Message], message: Message, talk: Conversation) -> tuple[int, int]:
+        """Where what is said in a turn begins and ends in a text, found by saying something else instead."""
+        other = self._render([*history, _altered(message)], talk).removesuffix(self.close)
+        before = len(os.path.commonprefix([through, other]))
+        after = len(os.path.commonprefix([through[before:][::-1], other[before:][::-1]]))
+        return before, len(through) - after
+
+    def _body(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str:
+        """A finished turn from where its generation prompt ends, though it was rendered after something else.
+
+        Raises:
+            ValueError: that place is not to be found.
+        """
+        through = self._render([*history, message], talk).removesuffix(self.close)
+        tag = tag_of(prompt)
+        same = _whole_tags(through, len(os.path.commonprefix([prompt, through])))
+        left = prompt[same:].strip()
+        if tag is not None and left in ("", tag.open.strip()):
+            return self._through(through, same, history, message, talk)
+        begin = self._begin
+        if (opened := tag_of(begin)) is not None:
+            begin = begin.rstrip().removesuffix(opened.open.rstrip())
+        said, _ = self._edges(through, history, message, talk)
+        if begin.strip() and (at := through[:said].rfind(begin)) >= 0:
+            return self._through(through, at + len(begin), history, message, talk)
+        before = self._render([*history, _sentinel()], talk).partition(SENTINEL)[0].removesuffix(self.lead)
+        if not through.startswith(before):
+            raise ValueError(f"it does not show where message {len(history) + 1} begins")
+        return self._through(through, len(before), history, message, talk)
+
+    def unseen(self, talk: Conversation, end: int) -> list[str]:
+        """The roles of turns before ``end`` of which the template shows nothing, though it shows others of theirs."""
+        prompt = self._render(talk.messages[:end], talk, prompt=True)
+        roles = []
+        for position, message in enumerate(talk.messages[:end]):
+            text = message["content"].strip()
+            if message["role"] == "assistant" or text in prompt or json.dumps(text)[1:-1] in prompt:
+                continue
+            probe = [*talk.messages[:position], {**message, "content": SENTINEL}, *talk.messages[position + 1 : end]]
+            try:
+                if SENTINEL not in self._render(probe, talk, prompt=True):
+                    roles.append(message["role"])
+            except TEMPLATE_ERRORS:
+                continue
+        return roles
+
+    def _added(self, written: str, spoken: Spoken) -> tuple[str, ...]:
+        if spoken.thought or not self.lead.strip() or not written.startswith(self.lead):
+            return ()
+        return (f"puts {self.lead.strip()!r} before an answer: it is learned",)
+
+    def _checked(
+        self, prompt: str, written: str, message: Message, spoken: Spoken, said: tuple[str, ...] = ()
+    ) -> Turn:
+        """A turn, and in words what is missing in it.
+
+        Raises:
+            ValueError: a call is.
+        """
+        lost = _missing(prompt, written, message, spoken)
+        if "the calls" in lost:
+            raise ValueError("it shows nothing of the tool_calls of a turn that says something as well")
+        return Turn(prompt, written, (*said, *(f"drops {what} from a turn: not learned" for what in lost)))
+
+
+def _sentinel() -> Message:
+    return {"role": "assistant", "content": SENTINEL}
+
+
+def _whole_tags(text: str, at: int) -> int:
+    """A place in a text, moved back to the beginning of the tag that it lies in."""
+    opened = max(text.rfind("<", 0, at), text.rfind("[", 0, at))
+    if opened < 0:
+        return at
+    return opened if re.search(r"[>\]\s]", text[opened:at]) is None else at
+
+
+def _altered(message: Message) -> Message:
+    """The same turn, saying other things."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, str):
+            return f"{SENTINEL}\N{MIDDLE DOT}" if value else value
+        if isinstance(value, dict):
+            return {key: other(item) for key, item in value.items()}
+        return value
+
+    calls = [
+        {**call, "function": {**call["function"], "name": SENTINEL, "arguments": _other_arguments(call)}}
+        for call in message.get("tool_calls", [])
+    ]
+    kept = {key: other(value) for key, value in message.items() if key not in ("role", "tool_calls")}
+    return {"role": message["role"], **kept, **({"tool_calls": calls} if calls else {})}
+
+
+def _other_arguments(call: dict[str, Any]) -> Any:
+    given = call["function"]["arguments"]
+    made = {f"\N{MIDDLE DOT}{SENTINEL}": f"{SENTINEL}\N{MIDDLE DOT}"}
+    return json.dumps(made) if isinstance(given, str) else made
+
+
+def _missing(prompt: str, written: str, message: Message, spoken: Spoken) -> list[str]:
+    """What of a turn does not stand in what is to be written, or stands there twice."""
+    thought, answer = spoken.thought.strip(), spoken.answer.strip()
+    missing = []
+    rest = written
+    if (tag := tag_of(prompt)) is not None:
+        before, closed, rest = written.partition(tag.close)
+        if not closed or before.strip() != thought:
+            missing.append("the thought")
+    elif thought:
+        before, found, rest = written.partition(thought)
+        if not found or before.count(spoken.tag.open) > 1 or spoken.tag.close in before:
+            missing.append("the thought")
+            rest = written
+    if answer and answer not in rest:
+        missing.append("the content")
+    bare = rest.replace(answer, "", 1) if answer else rest
+    if not all(_shows_call(bare, call) for call in message.get("tool_calls", [])):
+        missing.append("the calls")
+    return missing
+
+
+def _shows_call(text: str, call: dict[str, Any]) -> bool:
+    arguments = call["function"]["arguments"]
+    values = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return call["function"]["name"] in text and all(leaf in text for leaf in _leaves(values))
+
+
+def _leaves(value: Any) -> list[str]:
+    """The texts and numbers in an argument, as any template writes them."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [leaf for item in items for leaf in _leaves(item)]
+    if isinstance(value, bool) or value is None:
+        return []
+    return [json.dumps(value, ensure_ascii=False).strip('"').split("\\")[0]]
