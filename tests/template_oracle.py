@@ -85,7 +85,11 @@ class Oracle:
         if "tool" in roles:
             renamed.append({"tool": "ipython"})
         for thought, text, parts, names, tools in itertools.product(
-            thoughts, (False, True) if calls else (False,), (False, True), renamed, (case.tools, None) if case.tools else (None,)
+            thoughts,
+            (False, True) if calls else (False,),
+            (False, True),
+            renamed,
+            (case.tools, None) if case.tools else (None,),
         ):
             yield [self._spelled(m, thought, text, parts, names) for m in case.messages], tools
 
@@ -189,7 +193,7 @@ class Oracle:
         if not marks:
             return ["no end of turn"]
         bare = _MARKUP.sub("", tail)
-        if re.sub(r"[\s\"'}\])]", "", bare):
+        if re.sub(r"[\s\"'`}\])]", "", bare):
             return [f"goes on with {bare.strip()!r}"]
         opener = self._opener()
         if opener and opener in marks:

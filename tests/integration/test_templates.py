@@ -101,9 +101,10 @@ def test_mistral_puts_the_system_message_where_inference_sees_it(smollm2: Any) -
 def test_a_template_without_an_end_of_turn_ends_with_eos(smollm2: Any) -> None:
     tokenizer = with_template(smollm2, PLAIN)
     assert data.end_of_turn(tokenizer) == ""
-    (example,) = encoded(tokenizer, chat("Hi", "one", "Hi", "two")).examples
-    assert text_of(tokenizer, example) == "user: Hi\nassistant: one\nuser: Hi\nassistant: two<|im_end|>"
-    assert turns(tokenizer, example) == [" one", " two<|im_end|>"]
+    first, second = encoded(tokenizer, chat("Hi", "one", "Hi", "two")).examples
+    assert text_of(tokenizer, first) == "user: Hi\nassistant: one<|im_end|>"
+    assert text_of(tokenizer, second) == "user: Hi\nassistant: one\nuser: Hi\nassistant: two<|im_end|>"
+    assert [turns(tokenizer, example) for example in (first, second)] == [[" one<|im_end|>"], [" two<|im_end|>"]]
 
 
 def test_an_end_of_turn_token_that_swallows_the_newline_is_supervised(smollm2: Any) -> None:

@@ -30,6 +30,16 @@ def test_a_text_keeps_the_tokenizers_own_bos() -> None:
     assert text_of(tokenizer, encoded(tokenizer, TextRecord(1, "Hello")).examples[0]) == "<s> Hello</s>"
 
 
+def test_a_text_or_prompt_that_begins_with_bos_has_one_and_it_is_not_learned() -> None:
+    tokenizer = sentencepiece_like()
+    text = encoded(tokenizer, TextRecord(1, "<s>Hello")).examples[0]
+    assert text.input_ids.count(tokenizer.bos_token_id) == 1
+    assert text.labels[:1] == [IGNORED]
+    assert text.labels[1:] == text.input_ids[1:]
+    asked = encoded(tokenizer, CompletionRecord(1, "<s> Hi", " yes")).examples[0]
+    assert asked.input_ids == encoded(tokenizer, CompletionRecord(1, "Hi", " yes")).examples[0].input_ids
+
+
 def test_a_completion_is_tokenised_apart_from_its_prompt(smollm2: Any) -> None:
     found = encoded(smollm2, CompletionRecord(1, "Hel", "lo\n"), CompletionRecord(2, "a\n\n", "b"))
     assert turns(smollm2, found.examples[0]) == ["lo\n<|im_end|>"]

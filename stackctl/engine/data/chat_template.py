@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.utils import chat_template_utils
 
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.records import Message
@@ -64,6 +66,22 @@ def is_dated(tokenizer: Any) -> bool:
     return "strftime_now" in json.dumps(tokenizer.chat_template or "")
 
 
+@contextlib.contextmanager
+def _at(date: datetime) -> Iterator[None]:
+    """The date that transformers' ``strftime_now`` shows, which it takes from the clock and from nowhere else."""
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return date
+
+    before, chat_template_utils.datetime = chat_template_utils.datetime, Fixed  # type: ignore[misc, attr-defined]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before  # type: ignore[misc, attr-defined]
+
+
 class ChatTemplate:
     """How a tokenizer's chat template takes conversations: which roles, thoughts, calls and contents it shows.
 
@@ -80,7 +98,7 @@ class ChatTemplate:
                 "the tokenizer has no chat template, which conversations need",
                 hint="use a base with a chat template, or records of {'text'} or {'prompt', 'completion'}",
             )
-        self._fixed = {"strftime_now": run_date().strftime} if is_dated(tokenizer) else {}
+        self._dated = is_dated(tokenizer)
         self._roles: dict[str, tuple[str, bool]] = {}
         self._in_parts = False
         self.opening = self._opening()
@@ -104,14 +122,10 @@ class ChatTemplate:
         """
         if self._in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **self._fixed,
-            **(template or {}),
-        )
+        with _at(run_date()) if self._dated else contextlib.nullcontext():
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **(template or {})
+            )
         return text
 
     def _shows(self, *messages: Message) -> bool:
@@ -162,7 +176,7 @@ class ChatTemplate:
         for name in (role, _INSTEAD.get(role, role)):
             turn: Message = {"role": name, "content": SENTINEL}
             if name in ("system", "developer"):
-                tries = [[turn, _USER], [_USER, turn]]
+                tries = [[turn, _USER]]
             elif name in ("tool", "function", "ipython"):
                 named = {**turn, "name": "f", "tool_call_id": "call00001"}
                 as_text = bool(self.arguments_as_text)
@@ -171,7 +185,7 @@ class ChatTemplate:
                 return role, True
             if any(self._shows(*messages) for messages in tries):
                 return name, True
-        return role, False
+        return "system" if role == "developer" else role, False
 
 
 def _call(arguments: dict[str, Any], *, as_text: bool) -> Message:

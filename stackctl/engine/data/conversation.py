@@ -104,7 +104,7 @@ def in_block(spoken: Spoken, *, opened: str = "") -> str:
 
 def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
     function = call["function"]
-    if not as_text:
+    if not as_text or isinstance(function["arguments"], str):
         return call
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
@@ -115,7 +115,7 @@ def _tools(template: ChatTemplate, found: Conversation, tools: list[Any]) -> dic
     opening = [m for m in found.messages[:1] if m["role"] in ("system", "developer")] + template.opening[-1:]
     bare = template.render(opening, prompt=True, template=found.template)
     refused: Exception | None = None
-    for given in (tools, wrapped, _complete(wrapped)):
+    for given in (wrapped, tools, _complete(wrapped)):
         try:
             text = template.render(opening, prompt=True, tools=given, template=found.template)
         except TEMPLATE_ERRORS as error:
@@ -131,7 +131,10 @@ def _tools(template: ChatTemplate, found: Conversation, tools: list[Any]) -> dic
 def _complete(tools: list[Any]) -> list[Any]:
     """Tools with every key that templates may want."""
     return [
-        {**tool, "function": {"description": "", "parameters": {"type": "object", "properties": {}}, **tool["function"]}}
+        {
+            **tool,
+            "function": {"description": "", "parameters": {"type": "object", "properties": {}}, **tool["function"]},
+        }
         for tool in tools
     ]
 

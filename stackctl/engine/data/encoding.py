@@ -170,7 +170,8 @@ class _Layouts:
         """Every assistant turn that is to be learned, in as few texts as possible.
 
         One text holds them all when the template renders a turn the same whether or not others follow. Qwen3's does
-        not (it takes ``<think>`` out of earlier turns): then a turn has a text of its own, that of inference.
+        not (it takes ``<think>`` out of earlier turns), nor one that ends no turn, where EOS does: then a turn has a
+        text of its own, that of inference.
         """
         learned = [position for position in range(len(record.messages)) if record.is_learned(position)]
         if not learned:
@@ -179,16 +180,17 @@ class _Layouts:
         talk = converse(template, record.messages, record.tools, {**self._arguments, **record.template})
         said = set(talk.said)
         layouts: list[Layout] = []
+        ends = not turns.end.strip()
         for position in reversed(learned):
             turn = turns.turn(talk, position)
             said.update(turn.said)
             span = len(turn.prompt), len(turn.text)
-            for layout in layouts:
+            for layout in layouts if not ends else ():
                 if span[1] <= layout.spans[0][0] and layout.text.startswith(turn.text):
                     layout.spans.insert(0, span)
                     break
             else:
-                layouts.append(Layout(turn.text + turns.space_after(turn), [span], ends=not turns.end.strip()))
+                layouts.append(Layout(turn.text + turns.space_after(turn), [span], ends=ends))
         said.update(f"shows nothing of a turn of the role '{role}'" for role in turns.unseen(talk, learned[-1]))
         self._said.update(said)
         self._several += len(layouts) > 1

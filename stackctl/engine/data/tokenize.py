@@ -43,11 +43,15 @@ class Tokenise:
         )
         tokens = zip(encoding["input_ids"], encoding.get("offset_mapping") or itertools.repeat([]), strict=False)
         for layout, bounds in zip(layouts, pieces, strict=True):
-            ids: list[int] = list(self._prefix) if layout.document else []
-            labels = [IGNORED] * len(ids)
+            ids: list[int] = []
+            labels: list[int] = []
             for (start, _), (piece_ids, offsets) in zip(bounds, tokens, strict=False):
                 ids += piece_ids
                 labels += _labels(layout, piece_ids, _coverage(offsets, start))
+            if layout.document and self._prefix:
+                own = ids[: len(self._prefix)] == self._prefix  # the text begins with it already
+                ids[: len(self._prefix) if own else 0] = self._prefix
+                labels[: len(self._prefix) if own else 0] = [IGNORED] * len(self._prefix)
             if layout.ends and self._eos is not None and ids[-1:] != [self._eos]:
                 ids.append(self._eos)
                 labels.append(self._eos)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
+from stackctl.engine.data.said import common, missing, saying_otherwise, whole_tags
 from stackctl.engine.data.thoughts import Spoken, closes, tag_of, without_empty
 from stackctl.engine.records import Message
 
@@ -86,14 +87,13 @@ class Turns:
             TEMPLATE_ERRORS: what the template raises.
         """
         history, message, spoken = talk.messages[:position], talk.messages[position], talk.spoken[position]
-        try:
+        prompt: str | None = None
+        with contextlib.suppress(*TEMPLATE_ERRORS):  # some templates cannot render what has no user turn yet
             prompt = self._render(history, talk, prompt=True) if position else None
-        except TEMPLATE_ERRORS:
-            prompt = None  # some templates cannot render what has no user turn yet
         if prompt is None:
             return self._unprompted(talk, position)
         written = self._behind(prompt, history, message, talk)
-        if written is not None and not _missing(prompt, written, message, spoken):
+        if written is not None and not missing(prompt, written, message, spoken):
             return Turn(prompt, written, self._added(written, spoken))
         if spoken.thought and closes(prompt):
             return self._answer_only(prompt, talk, position)
@@ -109,10 +109,9 @@ class Turns:
             return self._checked(prompt, head + body.lstrip("\n"), message, spoken)
         if spoken.thought and self._template.thought_key is None:
             plain = as_shown(self._template, message, spoken, thought=False)
-            if (body := self._behind(prompt, history, plain, talk)) is not None:
+            if (behind := self._behind(prompt, history, plain, talk)) is not None:
                 given = Spoken(spoken.thought, "", spoken.written, spoken.tag)
-                body, _ = without_empty(body, spoken.tag)
-                return self._checked(prompt, in_block(given) + body, message, spoken)
+                return self._checked(prompt, in_block(given) + without_empty(behind, spoken.tag)[0], message, spoken)
         if written is not None:
             return self._checked(prompt, written, message, spoken)
         moved = ("renders a finished turn after something else than its generation prompt: it is laid out behind it",)
@@ -174,9 +173,9 @@ class Turns:
 
     def _edges(self, through: str, history: list[Message], message: Message, talk: Conversation) -> tuple[int, int]:
         """Where what is said in a turn begins and ends in a text, found by saying something else instead."""
-        other = self._render([*history, _altered(message)], talk).removesuffix(self.close)
-        before = len(os.path.commonprefix([through, other]))
-        after = len(os.path.commonprefix([through[before:][::-1], other[before:][::-1]]))
+        other = self._render([*history, saying_otherwise(message)], talk).removesuffix(self.close)
+        before = common(through, other)
+        after = common(through[before:][::-1], other[before:][::-1])
         return before, len(through) - after
 
     def _body(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str:
@@ -187,7 +186,7 @@ class Turns:
         """
         through = self._render([*history, message], talk).removesuffix(self.close)
         tag = tag_of(prompt)
-        same = _whole_tags(through, len(os.path.commonprefix([prompt, through])))
+        same = whole_tags(through, common(prompt, through))
         left = prompt[same:].strip()
         if tag is not None and left in ("", tag.open.strip()):
             return self._through(through, same, history, message, talk)
@@ -223,15 +222,13 @@ class Turns:
             return ()
         return (f"puts {self.lead.strip()!r} before an answer: it is learned",)
 
-    def _checked(
-        self, prompt: str, written: str, message: Message, spoken: Spoken, said: tuple[str, ...] = ()
-    ) -> Turn:
+    def _checked(self, prompt: str, written: str, message: Message, spoken: Spoken, said: tuple[str, ...] = ()) -> Turn:
         """A turn, and in words what is missing in it.
 
         Raises:
             ValueError: a call is.
         """
-        lost = _missing(prompt, written, message, spoken)
+        lost = missing(prompt, written, message, spoken)
         if "the calls" in lost:
             raise ValueError("it shows nothing of the tool_calls of a turn that says something as well")
         return Turn(prompt, written, (*said, *(f"drops {what} from a turn: not learned" for what in lost)))
@@ -239,73 +236,3 @@ class Turns:
 
 def _sentinel() -> Message:
     return {"role": "assistant", "content": SENTINEL}
-
-
-def _whole_tags(text: str, at: int) -> int:
-    """A place in a text, moved back to the beginning of the tag that it lies in."""
-    opened = max(text.rfind("<", 0, at), text.rfind("[", 0, at))
-    if opened < 0:
-        return at
-    return opened if re.search(r"[>\]\s]", text[opened:at]) is None else at
-
-
-def _altered(message: Message) -> Message:
-    """The same turn, saying other things."""
-
-    def other(value: Any) -> Any:
-        if isinstance(value, str):
-            return f"{SENTINEL}\N{MIDDLE DOT}" if value else value
-        if isinstance(value, dict):
-            return {key: other(item) for key, item in value.items()}
-        return value
-
-    calls = [
-        {**call, "function": {**call["function"], "name": SENTINEL, "arguments": _other_arguments(call)}}
-        for call in message.get("tool_calls", [])
-    ]
-    kept = {key: other(value) for key, value in message.items() if key not in ("role", "tool_calls")}
-    return {"role": message["role"], **kept, **({"tool_calls": calls} if calls else {})}
-
-
-def _other_arguments(call: dict[str, Any]) -> Any:
-    given = call["function"]["arguments"]
-    made = {f"\N{MIDDLE DOT}{SENTINEL}": f"{SENTINEL}\N{MIDDLE DOT}"}
-    return json.dumps(made) if isinstance(given, str) else made
-
-
-def _missing(prompt: str, written: str, message: Message, spoken: Spoken) -> list[str]:
-    """What of a turn does not stand in what is to be written, or stands there twice."""
-    thought, answer = spoken.thought.strip(), spoken.answer.strip()
-    missing = []
-    rest = written
-    if (tag := tag_of(prompt)) is not None:
-        before, closed, rest = written.partition(tag.close)
-        if not closed or before.strip() != thought:
-            missing.append("the thought")
-    elif thought:
-        before, found, rest = written.partition(thought)
-        if not found or before.count(spoken.tag.open) > 1 or spoken.tag.close in before:
-            missing.append("the thought")
-            rest = written
-    if answer and answer not in rest:
-        missing.append("the content")
-    bare = rest.replace(answer, "", 1) if answer else rest
-    if not all(_shows_call(bare, call) for call in message.get("tool_calls", [])):
-        missing.append("the calls")
-    return missing
-
-
-def _shows_call(text: str, call: dict[str, Any]) -> bool:
-    arguments = call["function"]["arguments"]
-    values = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return call["function"]["name"] in text and all(leaf in text for leaf in _leaves(values))
-
-
-def _leaves(value: Any) -> list[str]:
-    """The texts and numbers in an argument, as any template writes them."""
-    if isinstance(value, dict | list):
-        items = value.values() if isinstance(value, dict) else value
-        return [leaf for item in items for leaf in _leaves(item)]
-    if isinstance(value, bool) or value is None:
-        return []
-    return [json.dumps(value, ensure_ascii=False).strip('"').split("\\")[0]]

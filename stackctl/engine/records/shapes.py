@@ -21,7 +21,16 @@ _AROUND = ("system", "system_prompt", "history", "tools", "functions", "chat_tem
 """What may stand beside the turns of any conversation."""
 _ELSEWHERE = (
     *("chosen", "rejected", "label", "kto_tag", "images", "image", "videos", "audios", "documents"),
-    *("weight", "train", "loss", "loss_weight", "mask_history", "parallel_tool_calls", "tool_choice", "response_format"),
+    *(
+        "weight",
+        "train",
+        "loss",
+        "loss_weight",
+        "mask_history",
+        "parallel_tool_calls",
+        "tool_choice",
+        "response_format",
+    ),
 )
 """Keys of a record that mean something to peers and nothing here."""
 
