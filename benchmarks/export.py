@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.big import big_registry
+from benchmarks.large_registry import large_registry
 from benchmarks.timing import compare, parse_runs, run_command, show, timed
 
 _PEFT_WAY = """
@@ -36,7 +36,7 @@ def main(options: Sequence[str] = ()) -> None:
 
 def _beside_copying(folder: Path, runs: int) -> None:
     """Two rank-64 adapters of an 8B model, 1.3 GB in float32."""
-    registry = big_registry(folder, rank=64)
+    registry = large_registry(folder, rank=64)
     sources = [folder / name / "adapter_model.safetensors" for name in ("style", "instruct")]
     out = folder / "out"
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.crowd import adapter_name, crowded_registry, write_checkpoint
+from benchmarks.many_adapters import adapter_name, registry_of_many, write_checkpoint
 from benchmarks.timing import Timing, compare, run_command, timed
 from stackctl.core.schema import HubSource
 from stackctl.registry import Registry
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] = ()) -> None:
         crowds = {}
         for count in (_FEW, options.adapters):
             place = Path(folder) / str(count)
-            registry = crowded_registry(place, count, options.versions)
+            registry = registry_of_many(place, count, options.versions)
             for seed, name in enumerate(("style", "instruct"), 1):
                 run_command(_add(registry, name, write_checkpoint(place / name, seed)))
             crowds[count] = registry
-        _show_deep(crowded_registry(Path(folder) / "deep", 1, _DEEP))
+        _show_deep(registry_of_many(Path(folder) / "deep", 1, _DEEP))
         time.sleep(3)  # what is younger than this is read each time
         _show_cold(crowds[options.adapters], options.adapters)
         candidates = {

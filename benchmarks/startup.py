@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.big import big_registry
+from benchmarks.large_registry import large_registry
 from benchmarks.timing import compare, parse_runs, run_command, show
 
 _IMPORTS = "import typer, yaml, rich.console"
@@ -16,7 +16,7 @@ _IMPORTS = "import typer, yaml, rich.console"
 def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "startup", 11)
     with tempfile.TemporaryDirectory() as folder:
-        registry = big_registry(Path(folder), rank=4)
+        registry = large_registry(Path(folder), rank=4)
         stackctl = [sys.executable, "-m", "stackctl"]
         where = ["--registry", str(registry)]
         candidates = {

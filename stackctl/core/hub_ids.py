@@ -1,7 +1,7 @@
 """What the id of a repository on the Hub is: ``owner/name``, of a data set with the name of a split behind a colon.
 
-The rules are huggingface_hub's own (``huggingface_hub.utils.validate_repo_id``), which cannot be imported here: it
-takes a quarter of a second. A test compares the two.
+The rules are huggingface_hub's own (``huggingface_hub.utils.validate_repo_id``), whose import takes longer than
+a light command may. A test compares the two.
 """
 
 from __future__ import annotations

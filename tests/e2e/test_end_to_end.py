@@ -1,4 +1,4 @@
-"""The path of DESIGN §1 on SmolLM2-135M with the installed command. Nothing here knows how stackctl is made."""
+"""The whole path on SmolLM2-135M with the installed command. Nothing here knows how stackctl is made."""
 
 from __future__ import annotations
 

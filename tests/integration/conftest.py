@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer, connect, running_hub
-from shelf import fails, shelf  # noqa: F401
+from registry_fixtures import fails, shelf  # noqa: F401
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    from house import House
+    from tiny_registry import TinyRegistry
 
-    return lambda name="llama", **kind: House(run, models(name, **kind), tmp_path, monkeypatch)
+    return lambda name="llama", **kind: TinyRegistry(run, models(name, **kind), tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

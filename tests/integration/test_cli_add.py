@@ -1,4 +1,4 @@
-"""`add`: what is taken, what is refused, what is never opened. DESIGN §6."""
+"""`add`: what is taken, what is refused, what is never opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train --config``: YAML, JSON, and the JSON of older scripts. DESIGN §6, issue 2."""
+"""``train --config``: YAML, JSON, and the JSON of older scripts."""
 
 from __future__ import annotations
 

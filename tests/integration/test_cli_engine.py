@@ -1,4 +1,4 @@
-"""What train, generate, compare, eval and export put on stdout, on a tiny model. DESIGN §6."""
+"""What train, generate, compare, eval and export put on stdout, on a tiny model."""
 
 from __future__ import annotations
 

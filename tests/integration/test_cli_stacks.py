@@ -1,4 +1,4 @@
-"""Expressions, compose and inspect. DESIGN §5 and §6."""
+"""Expressions, compose and inspect."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import CHAT, TEXTS
+from tiny_registry import CHAT, TEXTS
 from webpage import Page
 
 STACKS = ("base", "style", "style+instruct")

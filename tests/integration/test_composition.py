@@ -14,7 +14,7 @@ from tiny import random_adapter
 from stackctl.core.errors import StackctlError
 
 TOLERANCE = 1e-5
-"""Of the stack's effect, in float32 (DESIGN: the traps)."""
+"""Of the stack's effect, in float32."""
 ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "phi3", "neox", "mixtral"]
 SOME = {  # a few modules of each, so that two members overlap in part
     "gpt2": ["c_attn", "mlp.c_proj"],

@@ -1,4 +1,4 @@
-"""What every command promises: help, streams, exit codes, the registry in use, names. DESIGN §5 and §6."""
+"""What every command promises: help, streams, exit codes, the registry in use, names."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from typing import Any
 import oracle
 import pytest
 import typer
-from house import CHAT, TEXTS
 from hub_server import HubServer, connect, running_hub
 from tiny import random_adapter
+from tiny_registry import CHAT, TEXTS
 
 from stackctl.cli import make_app
 

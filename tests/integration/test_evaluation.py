@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from house import CHAT, TEXTS
+from tiny_registry import CHAT, TEXTS
 from transformers import AutoTokenizer
 
 from stackctl.engine.data import Example, encode

@@ -7,11 +7,11 @@ import architectures
 import oracle
 import pytest
 import torch
-from house import CHAT
 from peft import PeftModel
 from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file
 from tiny import random_adapter
+from tiny_registry import CHAT
 
 from stackctl.engine.base_modules import converted_names
 from stackctl.lora.target_parameters import CONVERTED_NAMES
@@ -22,10 +22,10 @@ KINDS = ["mixtral", "gpt_oss", "llama4_text"]
 
 @pytest.fixture(params=KINDS)
 def h(request, tmp_path_factory, run, tmp_path, monkeypatch):
-    from house import House
+    from tiny_registry import TinyRegistry
 
     base = architectures.tiny_folder(request.param, tmp_path / "tiny")
-    return House(run, base, tmp_path, monkeypatch)
+    return TinyRegistry(run, base, tmp_path, monkeypatch)
 
 
 def close(found, wanted, base, tolerance=2e-5):

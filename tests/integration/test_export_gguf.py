@@ -80,7 +80,7 @@ def in_transformers_order(b: np.ndarray, heads: int) -> np.ndarray:
 
 
 @dataclass
-class House:
+class TinyRegistry:
     """A tiny model as a base, and stacks on it."""
 
     name: str
@@ -134,17 +134,17 @@ def key(reader: gguf.GGUFReader, name: str) -> Any:
 
 
 @pytest.fixture
-def house(models: Any, tmp_path: Path) -> Callable[..., House]:
-    def make(name: str = "llama") -> House:
+def house(models: Any, tmp_path: Path) -> Callable[..., TinyRegistry]:
+    def make(name: str = "llama") -> TinyRegistry:
         if name not in MORE:
-            return House(name, models(name), tmp_path)
+            return TinyRegistry(name, models(name), tmp_path)
         torch.manual_seed(0)
         config = MORE[name](**SIZES, **({"head_dim": 8} if "gemma" in name else {}))
         base = tmp_path / "base"
         MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).save_pretrained(base)
         for path in models("llama").glob("*token*"):
             shutil.copyfile(path, base / path.name)
-        return House(name, base, tmp_path)
+        return TinyRegistry(name, base, tmp_path)
 
     return make
 
@@ -322,7 +322,9 @@ def test_a_base_that_is_no_gguf_or_not_there(house: Any, tmp_path: Path) -> None
 # -- refused, before anything is written -------------------------------------------------------------------------------
 
 
-def refused(h: House, plan: StackPlan, *said: str, kind: type[StackctlError] = Incompatible, **options: Any) -> None:
+def refused(
+    h: TinyRegistry, plan: StackPlan, *said: str, kind: type[StackctlError] = Incompatible, **options: Any
+) -> None:
     before = sorted(h.folder.rglob("*"))
     with pytest.raises(kind) as caught:
         h.export(plan, **options)

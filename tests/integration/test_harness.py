@@ -12,7 +12,7 @@ from typing import Any
 
 import oracle
 import pytest
-from house import CHAT
+from tiny_registry import CHAT
 
 MANAGER = """
 import os

@@ -10,8 +10,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from house import CHAT, TEXTS
 from safetensors.torch import load_file
+from tiny_registry import CHAT, TEXTS
 
 # A rate at which a tiny random model soon learns its data by heart, and forgets how to read others.
 GREEDY = ("--epochs", 10, "--batch-size", 2, "--learning-rate", 0.1, "--dropout", 0.3, "--max-steps", 20)

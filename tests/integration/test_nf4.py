@@ -8,9 +8,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from house import CHAT
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 

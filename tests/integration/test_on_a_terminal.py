@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import CHAT
 from terminal import Terminal
+from tiny_registry import CHAT
 
 
 @pytest.fixture

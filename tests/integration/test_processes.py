@@ -8,8 +8,8 @@ import subprocess
 from typing import Any
 
 import pytest
-from house import CHAT, TEXTS
 from oracle import distance, factors_of
+from tiny_registry import CHAT, TEXTS
 
 from stackctl.jobs import ranks
 

@@ -1,4 +1,4 @@
-"""stackctl.yaml and --config: order, what is out of date, what is refused. DESIGN §6."""
+"""stackctl.yaml and --config: order, what is out of date, what is refused."""
 
 from __future__ import annotations
 

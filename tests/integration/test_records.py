@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from spoken import USER, chat, turns
+from chat_tokenizers import USER, chat, turns
 
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage
 from stackctl.engine.data import encode

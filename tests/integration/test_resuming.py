@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from house import CHAT, interrupt
 from safetensors.torch import load_file
 from stress.trainings import ANY_MOMENT, PLACES, kill_and_resume, make_template
+from tiny_registry import CHAT, interrupt
 
 from stackctl.registry.run_folders import run_folder
 

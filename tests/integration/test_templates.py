@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from spoken import (
+from chat_tokenizers import (
     GEMMA,
     LLAMA2,
     MISTRAL,

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from spoken import PLAIN, USER, byte_level, chat, encoded, sentencepiece_like, text_of, turns, with_template
+from chat_tokenizers import PLAIN, USER, byte_level, chat, encoded, sentencepiece_like, text_of, turns, with_template
 from tokenizers import processors
 
 from stackctl.core.errors import Usage

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import TEXTS
+from tiny_registry import TEXTS
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

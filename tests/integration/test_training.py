@@ -11,11 +11,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from house import CHAT, TEXTS, interrupt
 from oracle import distance, factors_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import CHATML
+from tiny_registry import CHAT, TEXTS, interrupt
 from transformers import AutoTokenizer
 
 STEPS, RATE = 6, 0.003

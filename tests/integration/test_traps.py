@@ -1,4 +1,4 @@
-"""The traps of stacking (DESIGN §7): the naive way with raw PEFT really is wrong, and stackctl's is right or refuses.
+"""The traps of stacking: the naive way with raw PEFT really is wrong, and stackctl's is right or refuses.
 
 Traps that are measured elsewhere: sums in test_composition, resuming and documents in a row in test_training,
 padding that is an end of turn in test_generation.
@@ -15,10 +15,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from house import CHAT, TEXTS
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import random_adapter, tiny_tokenizer
+from tiny_registry import CHAT, TEXTS
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from stackctl.core.errors import StackctlError, VerificationFailed

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from house import CHAT, TEXTS
 from oracle import write_jsonl
 from tiny import TinyModels, random_adapter
+from tiny_registry import CHAT, TEXTS
 
 from stackctl.registry import Registry
 

@@ -1,7 +1,7 @@
 """transformers' Trainer, told what a stack needs: exact loss, the right adapter saved, numbers of the whole run.
 
 Trainer keeps what it is good at: the loop, accumulation, optimizer, schedule, distribution, resuming. Overridden is
-only what would otherwise be silently wrong here (DESIGN: the traps).
+only what would otherwise be silently wrong here.
 """
 
 from __future__ import annotations

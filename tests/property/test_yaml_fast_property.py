@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd import same, scalars, texts, values
+from yaml_values import same, scalars, texts, values
 
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Adapter, AdapterVersion, DataSource, Lora, Run, TrainSettings

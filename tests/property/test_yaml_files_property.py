@@ -2,7 +2,7 @@
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd import NASTY, same, scalars, texts, values
+from yaml_values import NASTY, same, scalars, texts, values
 
 from stackctl.core.errors import Usage
 from stackctl.registry.entry_text import on_one_line

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import CHAT, TEXTS, interrupt
+from tiny_registry import CHAT, TEXTS, interrupt
 
 from stackctl.registry import run_folders as runs
 from stackctl.registry.run_folders import run_folder

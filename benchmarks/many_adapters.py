@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
     return folder
 
 
-def crowded_registry(folder: Path, adapters: int, versions: int) -> Registry:
+def registry_of_many(folder: Path, adapters: int, versions: int) -> Registry:
     """``adapters`` with ``versions`` each, all on one base and, but for the first, on the adapter before them.
 
     One entry is written by the registry itself; the others are that text with another name and other digests.

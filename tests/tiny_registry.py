@@ -61,7 +61,7 @@ def disturb(checkpoint: Path) -> None:
     save_file({n: t + 0.2 * torch.randn_like(t) if n in own else t for n, t in tensors.items()}, file, {"format": "pt"})
 
 
-class House:
+class TinyRegistry:
     """``run`` is the fixture of that name; everything lives in ``folder``, the working directory."""
 
     def __init__(self, run: Any, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
-from house import CHAT
+from tiny_registry import CHAT
 
 NAMES = {
     "blanks": " a  b ",

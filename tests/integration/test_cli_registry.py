@@ -1,4 +1,4 @@
-"""The registry's commands: base, ls, rm, use, verify. DESIGN §6."""
+"""The registry's commands: base, ls, rm, use, verify."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _SHAPES = {
 _LAYERS = 32
 
 
-def big_registry(folder: Path, *, rank: int) -> Path:
+def large_registry(folder: Path, *, rank: int) -> Path:
     """A registry with ``style`` and ``instruct``, of the given rank, in float32."""
     root = folder / "registry"
     init_registry(root)

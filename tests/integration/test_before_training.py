@@ -6,7 +6,7 @@ from typing import Any
 
 import oracle
 import pytest
-from house import CHAT
+from tiny_registry import CHAT
 
 LONG = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y" * 100}]}
 ENDLESS = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
