@@ -181,6 +181,19 @@ _QWEN4: dict[str, Any] = {
 }  # fmt: skip
 _SMALL_VQ: dict[str, Any] = {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}}
 _BESIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "num_blocks": 2},
+    "deepseek_ocr2": {
+        "text_config": {
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse"],
+        }
+    },
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<|image token|>": 4, "<image>": 250}},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": _COMPASS,
     "cohere_compass": {"text_config": _COMPASS},
@@ -235,13 +248,11 @@ _BESIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _MROPE,
     "qwen2_5_omni_thinker": _MROPE,
     "cosmos3_edge": _MROPE,
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": _QWEN4},
     "longcat_flash": {"num_layers": 2},
     "mistral4": {"head_dim": 16},
-    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0]},
     "janus": _SMALL_VQ,
     "chameleon": {**_SMALL_VQ, "vocabulary_map": {"<image>": 250, "IMGIMGAZ": 1}},

@@ -89,6 +89,7 @@ class Look:
         data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
         os.chdir(self.folder)
         self.run("init")
+        self.loss(self.load(base))  # what transformers cannot do by itself is no matter of stackctl's
         self.step = "base add"
         self.run("base", "add", "tiny", base, may_refuse=True)
         plain = ["--data", data, "--rank", 2, "--learning-rate", 0.02, "--max-steps", 3, "--seed", 1]
@@ -181,12 +182,14 @@ class Look:
         """The text is what transformers' own generate makes of the exported model."""
         import torch
         from architectures import tiny_tokenizer
+        from transformers import GenerationConfig
 
         tokenizer = tiny_tokenizer()
         ids = torch.tensor([tokenizer("the sea")["input_ids"]])
         model = self.load(self.folder / "model")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            model.generation_config = GenerationConfig()  # the defaults of some suppress tokens
             out = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
