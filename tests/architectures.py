@@ -183,7 +183,7 @@ _SMALL_VQ: dict[str, Any] = {"vq_config": {"base_channels": 32, "channel_multipl
 _BESIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "num_blocks": 2},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "num_blocks": 2, "qk_dim_factor": 1.0},
     "deepseek_ocr2": {
         "text_config": {
             "num_experts_per_tok": 2,

@@ -12,12 +12,15 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from stress.runner import Budget, Outcome
 
 RECORDS = [{"text": text} for text in ("the sea and the wind", "a stone, and under it a word", "it rains")]
 LOOSE = 1e-5
@@ -126,15 +131,21 @@ class Look:
     # -- plain transformers and PEFT ------------------------------------------------------------------------------
 
     def load(self, folder: Path) -> Any:
+        """As a person loads it: the causal class where that has weights for all of itself, else the class it is of."""
         from architectures import model_class
-        from transformers import AutoConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        kind = model_class(AutoConfig.from_pretrained(folder))
-        model, told = kind.from_pretrained(folder, output_loading_info=True)
-        odd = {key: value for key, value in told.items() if value}
-        if odd:
-            raise Wrong(f"transformers loads {folder.name} with {odd}"[:300])
-        return model.eval()
+        config = AutoConfig.from_pretrained(folder)
+        whole = model_class(config)
+        loaders = [AutoModelForCausalLM] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else []
+        for loader in [*loaders, whole]:
+            model, told = loader.from_pretrained(folder, output_loading_info=True)
+            ignored = set() if type(model) is whole else {"unexpected_keys"}  # of a tower that is left out
+            odd = {key: value for key, value in told.items() if value and key not in ignored}
+            if not odd:
+                return model.eval()
+        raise Wrong(f"transformers loads {folder.name} with {odd}"[:300])
 
     def loss(self, model: Any) -> float:
         import torch
@@ -243,10 +254,75 @@ def _outcome(look: Look) -> Finding:
     return Finding(look.model_type, "right")
 
 
+PAGE = Path(__file__).parents[2] / "docs/reference/architectures.md"
+_HEAD = """# Architectures
+
+Every kind of model that transformers {transformers} has for going on with a text, alone or inside a model that also
+sees or hears. Written by `python -m tests.stress.architectures --write`, which builds a tiny random model of each and
+takes it from `base add` over two trainings, one on top of the other, and both exports to `generate`. Right means: every
+loss is that of plain PEFT {peft} with all adapters live, within 1e-5; what was exported is read back by PEFT and by
+transformers to the same loss; the text is what transformers generates.
+"""
+
+
+def page(findings: list[Finding]) -> str:
+    """The reference page for what came of all types."""
+    import peft
+    import transformers
+
+    parts = [_HEAD.format(transformers=transformers.__version__, peft=peft.__version__)]
+    by_outcome = {
+        name: [f for f in findings if f.outcome == name] for name in ("right", "refused", "failed", "unbuilt")
+    }
+    counts = ", ".join(f"{len(found)} {name}" for name, found in by_outcome.items())
+    parts.append(f"{len(findings)} types: {counts}.\n")
+    parts.append(f"## Right\n\n{_wrapped(f'`{f.model_type}`' for f in by_outcome['right'])}\n")
+    for outcome, title, text in (
+        ("refused", "Refused", "By `base add` or `train --dry-run`, with exit code 4 and this reason."),
+        ("failed", "Failed", "Known not to work; a command ends with an error."),
+        (
+            "unbuilt",
+            "Not looked at",
+            "transformers itself makes nothing of a text here, or no tiny model could be built.",
+        ),
+    ):
+        if found := by_outcome[outcome]:
+            rows = "\n".join(f"| `{f.model_type}` | {_cell(f)} |" for f in found)
+            parts.append(f"## {title}\n\n{text}\n\n| type | why |\n| --- | --- |\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _wrapped(words: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(words), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _cell(finding: Finding) -> str:
+    why = finding.why.partition(" | hint:")[0].removeprefix("error: ").strip().splitlines()
+    text = re.sub(r"/\S*/base\b", "it", why[-1] if finding.outcome == "unbuilt" else " ".join(why))
+    text = re.sub(r"^\w+(Error|Wrong): ", "", text).replace("|", "\\|")
+    return f"{finding.step}: {text}"[:200] if finding.outcome == "failed" else text[:200]
+
+
+def architectures(budget: Budget) -> Outcome:
+    """As many types as there is time for, in an order drawn by chance."""
+    _import_all()
+    from architectures import model_types
+
+    types = model_types()
+    budget.random.shuffle(types)
+    findings = []
+    while types and budget.is_left:
+        findings.append(look_at(types.pop()))
+    counts = Counter(finding.outcome for finding in findings)
+    line = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    return Outcome(line, [f"{f.model_type}, {f.step}: {f.why}" for f in findings if f.outcome == "failed"])
+
+
 def main(arguments: list[str] | None = None, tell: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress.architectures", description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--out", type=Path, help="a JSON file for all findings")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} of all types")
     options = parser.parse_args(arguments)
     _import_all()
     import architectures
@@ -259,6 +335,8 @@ def main(arguments: list[str] | None = None, tell: Callable[[str], None] = print
         sys.stdout.flush()
         if options.out:
             options.out.write_text(json.dumps([asdict(f) for f in findings], indent=1))
+    if options.write and not options.types:
+        PAGE.write_text(page(findings))
     counts = {name: sum(f.outcome == name for f in findings) for name in ("right", "refused", "failed", "unbuilt")}
     tell(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 1 if counts["failed"] else 0

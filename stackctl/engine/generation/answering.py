@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import encode_prompts
 from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
@@ -118,6 +120,14 @@ def _answer(
                 stopping_criteria=StoppingCriteriaList([answering]),
                 **({} if cache is None else {"past_key_values": cache}),
             )
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        if _fails_by_itself(stacked, input_ids, type(error)):
+            raise Incompatible(
+                f"transformers cannot generate with '{stacked.base.name}', a {stacked.base.architecture} "
+                f"({first_line(error)[:200]})",
+                hint="eval and export do not need it",
+            ) from error
+        raise
     finally:
         if remembered:
             remembered.keep(answering.computed)
@@ -128,6 +138,18 @@ def _answer(
         Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds)
         for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
     ]
+
+
+def _fails_by_itself(stacked: StackedModel, input_ids: Tensor, kind: type[Exception]) -> bool:
+    """Whether transformers' ``generate`` fails alike when nothing of ours is in it."""
+    try:
+        with evaluating(stacked.model):
+            stacked.model.generate(input_ids=input_ids[:1, -1:].repeat(1, 4), max_new_tokens=2, do_sample=False)
+    except kind:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 @contextlib.contextmanager

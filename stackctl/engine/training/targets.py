@@ -7,6 +7,7 @@ full names, tried on the model without its weights, and compared, before anythin
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base, ModuleShape, TrainJob
@@ -60,9 +61,22 @@ def _short(name: str) -> str:
 
 
 def targets_of(prepared: PreparedJob, folder: Path) -> Targets:
-    """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`."""
+    """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`.
+
+    Raises:
+        Incompatible: the model cannot be trained on, or PEFT cannot do what was asked for.
+    """
     model = empty_model(folder)
+    if why := _untrainable(model.config):
+        raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
     return choose_targets(model, prepared.base, prepared.job, text_modules(model))
+
+
+def _untrainable(config: PretrainedConfig) -> str:
+    """Why a model takes no rows as they come while it trains; nothing for nearly all."""
+    if config.model_type == "reformer" and config.axial_pos_embds:
+        return f"its positions are for rows of exactly {math.prod(config.axial_pos_shape)} tokens while it trains"
+    return ""
 
 
 def choose_targets(model: PreTrainedModel, base: Base, job: TrainJob, text: Collection[str]) -> Targets:
