@@ -80,7 +80,7 @@ class Base(Entry, frozen=True, kw_only=True):
     parameters: Count
     dtype: str
     vocabulary_size: Count
-    context_length: Count | None = None
+    context_length: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
     chat_template: str | None = None
     tokenizer: str | None = None
     tied_embeddings: bool = False
@@ -88,6 +88,10 @@ class Base(Entry, frozen=True, kw_only=True):
     output_embedding: str | None = None
     converted_names: list[str] = msgspec.field(default_factory=list)
     modules: dict[str, ModuleShape]
+
+    def __post_init__(self) -> None:
+        if self.context_length is not None and self.context_length < 1:  # -1 of XLNet, as entries once had it
+            msgspec.structs.force_setattr(self, "context_length", None)
 
 
 class Lora(Part, frozen=True, kw_only=True):

@@ -93,7 +93,7 @@ def lint_for(target: str, plan: StackPlan, *, dtype: str | None = None) -> list[
 
 
 def _lint_gguf(plan: StackPlan, dtype: str | None, target: str = "gguf") -> list[Problem]:
-    problems = [*_gguf_architecture(plan, target), *_gguf_embeddings(plan, target)]
+    problems = [*_gguf_architecture(plan, target), *_gguf_embeddings(plan, target), *_gguf_experts(plan, target)]
     problems += _not_plain(plan, target, "llama.cpp")
     if dtype is not None and dtype not in GGUF_DTYPES:
         what = f"a GGUF adapter is written in {' or '.join(GGUF_DTYPES)}, not in {dtype}"
@@ -109,6 +109,19 @@ def _gguf_architecture(plan: StackPlan, target: str) -> list[Problem]:
         return []
     what = f"how llama.cpp lays out {plan.base.architecture}, the architecture of '{plan.base.name}', is not known here"
     return [Problem(f"{target}_architecture", what, _FULL_MODEL)]
+
+
+def _gguf_experts(plan: StackPlan, target: str) -> list[Problem]:
+    """What a GGUF adapter of ours has no tensors for: parameters that are no layers of their own."""
+    found = sorted(m.name for m in plan.modules.values() if m.is_experts or m.type == "Matrix")
+    if not found:
+        return []
+    what = f"{_named(found)} are parameters of a mixture, and GGUF adapters are written of linear layers only"
+    return [Problem(f"{target}_experts", what, _FULL_MODEL)]
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _gguf_embeddings(plan: StackPlan, target: str) -> list[Problem]:
@@ -161,6 +174,10 @@ def _lint_vllm(plan: StackPlan, dtype: str | None) -> list[Problem]:
     if base.architecture in _VLLM_WITHOUT_LORA:
         what = f"vLLM has no LoRA for {base.architecture}, the architecture of '{base.name}'"
         problems.append(Problem("vllm_architecture", what, _FULL_MODEL))
+    experts = sorted(m.name for m in plan.modules.values() if m.is_experts)
+    if experts:
+        what = f"vLLM takes LoRA on the experts of some mixtures only, and this stack stands on {_named(experts)}"
+        problems.append(Problem("vllm_experts", what, _FULL_MODEL, severity="warning"))
     touched = [m for m in plan.modules.values() if m.type == "Embedding" or m.name == base.output_embedding]
     if touched and base.architecture not in _VLLM_EMBEDDINGS:
         names = " and ".join(m.name for m in touched)

@@ -188,6 +188,9 @@ def unfitting_tensors(
         "modules whose weight other modules use as well, so that none can be changed alone",
         ("train it again without them"),
     )
+    older = [m for m in pairs if m in known and known[m].type in ("Parameter", "Other")]
+    again_base = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
+    add("older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", again_base)
     missing = [m for m in pairs if m not in known]
     add("unknown_modules", missing, f"modules that {base.name} does not have", fits)
     add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
@@ -224,6 +227,8 @@ def _misshapen(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] |
             wrong_shape.append(f"{module} (A {list(a)}, B {list(b)})")
             continue
         shape = known.get(module) if known is not None else None
+        if shape is not None and shape.type in ("Parameter", "Other"):
+            continue
         experts = shape.shape[0] if shape and shape.type in EXPERTS else 1
         rank = lora_rank(config, pattern_name(config, module, shape)) * experts
         if a[0] != rank and not (known is None and config.get("target_parameters") and a[0] % rank == 0):

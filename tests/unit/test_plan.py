@@ -2,6 +2,7 @@
 
 import itertools
 
+import msgspec
 import pytest
 from checkpoints import (
     HIDDEN,
@@ -14,6 +15,7 @@ from checkpoints import (
 )
 
 from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.core.schema import ModuleShape
 from stackctl.plan.build import plan_stack
 
 BASE = make_base()
@@ -55,10 +57,6 @@ def test_modules_come_in_natural_order():
     base = make_base()
     modules = {f"l.{i}.q_proj": next(iter(base.modules.values())) for i in range(12)}
     shape = next(iter(modules.values())).shape
-    import msgspec
-
-    from stackctl.core.schema import ModuleShape
-
     base = msgspec.structs.replace(base, modules={n: ModuleShape(type="Linear", shape=shape) for n in modules})
     tensors = {}
     for name in reversed(modules):
@@ -344,3 +342,49 @@ def test_a_problem_as_json():
     problem = planned(lora_config(r=4)).problems[0].json()
     assert problem.keys() == {"code", "severity", "member", "message", "hint"}
     assert problem["member"] == "style@1"
+
+
+# -- experts of a mixture, which are one parameter ---------------------------------------------------------------------
+
+EXPERTS = {
+    "model.layers.{0-1}.self_attn.q_proj": ModuleShape(type="Linear", shape=[8, 8]),
+    "model.layers.{0-1}.mlp.experts.gate_up_proj": ModuleShape(type="Experts", shape=[3, 12, 8]),
+    "model.layers.{0-1}.mlp.experts.down_proj": ModuleShape(type="Experts", shape=[3, 8, 6]),
+}
+
+
+def with_experts(kind="Experts", **config):
+    """The plan of a checkpoint of rank 2 on both parameters of two layers, with the names that PEFT's wrappers have."""
+    shapes = {}
+    for layer in range(2):
+        held = f"{P}model.layers.{layer}.mlp.experts"
+        shapes |= {f"{held}.base_layer.lora_A.weight": (6, 8), f"{held}.base_layer.lora_B.weight": (12, 6)}
+        shapes |= {f"{held}.lora_A.weight": (6, 6), f"{held}.lora_B.weight": (8, 6)}
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    modules = {n: ModuleShape(type=kind, shape=s.shape) if "experts" in n else s for n, s in EXPERTS.items()}
+    base = msgspec.structs.replace(BASE, modules=modules)
+    return planned(lora_config(target_modules=None, target_parameters=names) | config, shapes, base)
+
+
+def test_the_wrapper_within_is_the_parameter_that_the_module_declares_first():
+    plan = with_experts()
+    assert not plan.errors
+    found = {name: (module.shape, module.experts, module.rank) for name, module in plan.modules.items()}
+    assert found == {
+        f"model.layers.{layer}.mlp.experts.{name}": (shape, 3, 2)
+        for layer in range(2)
+        for name, shape in (("gate_up_proj", (12, 8)), ("down_proj", (8, 6)))
+    }
+
+
+def test_a_rank_of_experts_is_that_of_each():
+    assert "rank" in codes(with_experts(r=3), "error")
+
+
+def test_experts_of_which_an_older_entry_tells_no_layout_are_refused_for_that():
+    assert codes(with_experts("Parameter"), "error") == ["older_entry"]
+
+
+def test_a_weight_that_layers_share_is_refused_for_that():
+    shared = {name: ModuleShape(type="Shared", shape=shape.shape) for name, shape in BASE.modules.items()}
+    assert "shared_modules" in codes(planned(base=msgspec.structs.replace(BASE, modules=shared)), "error")
