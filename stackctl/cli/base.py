@@ -28,6 +28,7 @@ def base_json(base: Base, registry: Entries) -> dict[str, Any]:
         "architecture": base.architecture,
         "parameters": base.parameters,
         "dtype": base.dtype,
+        "quantization": base.quantization,
         "context_length": base.context_length,
     }
 
@@ -53,11 +54,12 @@ def register(app: typer.Typer) -> None:
         """Register a base model; its fingerprint identifies it from then on."""
         from stackctl.core.expressions import parse_name
         from stackctl.registry.base_models import parse_source
+        from stackctl.registry.base_quantization import stored_scheme
 
         parse_name(name, "base name")
         parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
-        from stackctl.engine.base_files import base_folder, make_base
+        from stackctl.engine.base_files import base_folder, make_base, tokenizer_note
         from stackctl.engine.models import quiet_libraries
 
         quiet_libraries()
@@ -70,8 +72,10 @@ def register(app: typer.Typer) -> None:
         )
         data = {**base_json(base, registry), "path": str(folder)}
         size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
-        notes = (f"the tokenizer of {name} is another one than the one that was registered",) if changed else ()
-        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=notes)
+        size += f", stored by {scheme.label}" if (scheme := stored_scheme(folder)) else ""
+        notes = [f"the tokenizer of {name} is another one than the one that was registered"] if changed else []
+        notes += [note] if (note := tokenizer_note(base, folder)) else []
+        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=tuple(notes))
 
     @command(group, "ls", example="stackctl base ls --json")
     def ls(context: Context) -> Result:

@@ -64,7 +64,9 @@ class Base(Entry, frozen=True, kw_only=True):
 
     ``path`` is None for what lives in a cache (a wheel, a GGUF, a Hub snapshot). ``tokenizer`` is None where the
     tokenizer's files are made here (out of a GGUF), and in entries of stackctl 0.1 before there was such a field.
-    ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a LoRA can stand on.
+    ``quantization`` is transformers' name of the scheme that the weights are stored in, and ``dtype`` then the one that
+    they are computed in. ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a
+    LoRA can stand on.
     ``converted_names`` are last names of linear layers that PEFT adapts as parameters only, see
     :mod:`stackctl.lora.target_parameters`.
     """
@@ -79,6 +81,7 @@ class Base(Entry, frozen=True, kw_only=True):
     architecture: str
     parameters: Count
     dtype: str
+    quantization: str | None = None
     vocabulary_size: Count
     context_length: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
     chat_template: str | None = None

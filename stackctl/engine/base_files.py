@@ -10,16 +10,22 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base
+from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton
+from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
+from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.checkpoint import TensorInfo
-from stackctl.lora.target_modules import compact_modules, natural_order
+from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
 from stackctl.registry import Registry
 from stackctl.registry.base_models import (
@@ -37,6 +43,7 @@ from stackctl.registry.base_models import (
     template_digest,
     tokenizer_digest,
 )
+from stackctl.registry.base_quantization import Quantization, stored_scheme
 from stackctl.storage import files
 
 Say = Callable[[str], None]
@@ -125,6 +132,8 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
 
 
 def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
+    scheme = stored_scheme(folder)
+    check_scheme(scheme, folder, source if kind == "hub" else str(folder))
     model = empty_model(folder)
     config = model.config
     text_config = config.get_text_config()
@@ -132,7 +141,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
     _check_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
-    output = model.get_output_embeddings()
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
     return Base(
         name=name,
@@ -144,13 +153,14 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         hub_id=source if kind == "hub" else EMBEDDED_HUB_ID if kind == "wheel" else None,
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=_dtype_name(max(set(dtypes), key=dtypes.count)),
-        vocabulary_size=int(text_config.vocab_size),
+        dtype=_dtype_name(max(set(dtypes), key=dtypes.count)) if scheme is None else _computing(config),
+        quantization=scheme.method if scheme else None,
+        vocabulary_size=int(getattr(inputs, "num_embeddings", None) or text_config.vocab_size),
         context_length=_context_length(text_config),
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        input_embedding=names.get(id(model.get_input_embeddings())),
+        input_embedding=names.get(id(inputs)),
         output_embedding=names.get(id(output)),
         converted_names=converted_names(model),
         modules=compact_modules(module_shapes(model)),
@@ -163,39 +173,27 @@ def _context_length(config: PretrainedConfig) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def _computing(config: PretrainedConfig) -> str:
+    """The dtype that a quantised model is computed in, and that of its weights once they are plain."""
+    return str(config.get_text_config().dtype or config.dtype or torch.bfloat16).removeprefix("torch.")
+
+
 def _dtype_name(safetensors_dtype: str) -> str:
     from stackctl.lora.checkpoint import DTYPE_NAMES
 
     return DTYPE_NAMES.get(safetensors_dtype, safetensors_dtype.lower())
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder without its weights: modules and shapes on the meta device.
-
-    Raises:
-        Incompatible: transformers knows no causal LM for its configuration without running its code.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Incompatible(
-            f"{folder} is not a causal language model that transformers knows ({first_line(error)[:200]})",
-            hint="models that need code of their own are not run",
-        ) from error
-
-
 def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:
     """Hold the headers of a folder's weights against its configuration, by transformers' own rules; no data is read.
 
-    What is missing, transformers makes up at random when it loads the model, and only warns.
-
     Raises:
-        Incompatible: tensors are missing, or have other shapes.
+        Incompatible: tensors are missing, have other shapes, or nothing takes them.
     """
-    if getattr(model.config, "quantization_config", None):
-        return  # whose tensors are not the model's until they are unpacked
+    scheme = stored_scheme(folder)
+    if scheme is not None:
+        check_keys(_quantised_keys(folder, scheme), folder)
+        return
     empty = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPES.get(info.dtype), device="meta")
         for name, info in tensors.items()
@@ -204,18 +202,29 @@ def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, Tens
         None, config=model.config, state_dict=empty, device_map={"": "meta"}, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
-    problems = []
-    for names, what in (
-        (found["missing_keys"], "has no weights for"),
-        ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
-    ):
-        if names:
-            shown = sorted(names, key=natural_order)
-            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-            problems.append(f"{what} {', '.join(shown[:3])}{more}")
-    if problems:
-        hint = "config.json and the weights are not of one model: get both again from where they came"
-        raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
+    check_keys(found, folder)
+
+
+def _quantised_keys(folder: Path, scheme: Quantization) -> dict[str, Any]:
+    """What ``from_pretrained`` would report of a folder whose weights are stored in a scheme; shapes are its own."""
+    model, quantizer = quantised_skeleton(folder, torch.bfloat16)
+    layout = BaseLayout(folder, model, quantizer)
+    found = LoadStateDictInfo(layout.missing(), set(layout.unexpected), set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(found)
+    # of a layer that quantises what goes through it, too: no part of its weight
+    found.unexpected_keys = {n for n in found.unexpected_keys if not n.endswith((".activation_scale", ".input_scale"))}
+    return found.to_dict()
+
+
+def tokenizer_note(base: Base, folder: Path) -> str | None:
+    """What to know where a base's tokenizer has more tokens than its embeddings have rows."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not (beyond := unembedded_tokens(tokenizer, base.vocabulary_size)):
+        return None
+    return (
+        f"the tokenizer of {base.name} has {base.vocabulary_size + len(beyond):,} tokens and the embeddings "
+        f"{base.vocabulary_size:,} rows: text with {name_tokens(beyond)} cannot be used"
+    )
 
 
 def _check_tokenizer(folder: Path) -> None:

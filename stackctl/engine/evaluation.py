@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from stackctl.core.errors import Failed
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
+from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.logits import causal_lm, supervised_logits
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
@@ -85,6 +86,8 @@ def tokenise_for(
         note(
             f"{len(encoded.unsupervised)} of {records.count} records of {source} have nothing to learn and do not count"
         )
+    if beyond := unembedded_tokens(stacked.tokenizer, stacked.base.vocabulary_size):
+        check_embedded(encoded, beyond, source, records.unit, stacked.base.name)
     assert encoded.owners is not None, "encode keeps them"
     return DataSet(source, encoded.examples, encoded.owners)
 

@@ -11,26 +11,29 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
+from stackctl.engine.base_class import quantised_skeleton
 from stackctl.engine.base_files import base_folder
+from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base_loading import load_weights
 from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, deltas_of
-from stackctl.engine.tensors import MemberTensors, TensorFiles
-from stackctl.engine.weight_conversion import load_converting
+from stackctl.engine.tensors import MemberTensors
 from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry
-from stackctl.registry.base_models import read_base_tensors
+from stackctl.registry.base_quantization import stored_scheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Say = Callable[[str], None]
@@ -158,32 +161,32 @@ class StackedModel:
             detach_live(self.model)
             self._live = False
         if self._touched:
-            originals = read_base_tensors(self.folder)
-            places = {name: originals[self._name_on_disk(name, originals)] for name in sorted(self._touched)}
-            with torch.no_grad(), TensorFiles() as files:
-                for name, (path, info) in places.items():
-                    self._parameter(name).copy_(files.read(path, info))
+            self._read_again()
         self._touched.clear()
         if self._tied:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
             self._tied = False
         self.plan, self.rounding_error = None, 0.0
 
-    def _name_on_disk(self, name: str, originals: dict[str, Any]) -> str:
-        """A parameter's name in the files: its own, without the model's prefix, or its tied twin's."""
-        prefix = f"{self.model.base_model_prefix}."
-        candidates = [name, name.removeprefix(prefix), prefix + name]
-        if self.base.tied_embeddings and name.removesuffix(".weight") == self.base.output_embedding:
-            names = {id(module): found for found, module in self.model.named_modules()}
-            twin = f"{names[id(self.model.get_input_embeddings())]}.weight"
-            candidates += [twin, twin.removeprefix(prefix)]
-        for candidate in candidates:
-            if candidate in originals:
-                return candidate
-        raise Incompatible(
-            f"{name} of '{self.base.name}' is stored in another layout, so that a stack on it cannot be exchanged",
-            hint="run the stacks one at a time",
-        )
+    def _read_again(self) -> None:
+        """Give every weight that was touched its value of the files; a head that they do not have, its twin's."""
+        layout, twins = self.layout, dict[str, str]()
+        for name in self._touched:
+            if layout.group(name) is None:
+                names = {id(module): found for found, module in self.model.named_modules()}
+                twins[name] = f"{names[id(self.model.get_input_embeddings())]}.weight"
+        with torch.no_grad():
+            for name, value in layout.read({twins.get(name, name) for name in self._touched}):
+                for touched in self._touched:
+                    if twins.get(touched, touched) == name:
+                        self._parameter(touched).copy_(value)
+
+    @cached_property
+    def layout(self) -> BaseLayout:
+        """How the base's files become its parameters."""
+        if stored_scheme(self.folder) is None:
+            return BaseLayout(self.folder, self.model)
+        return BaseLayout(self.folder, *quantised_skeleton(self.folder, self.model.dtype))
 
     def _untie_for(self, plan: StackPlan) -> None:
         """Give the output embedding a weight of its own when a member touches one of a tied pair.
@@ -226,38 +229,16 @@ def load_base(
     plain = choose_dtype(dtype, where, base)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return_freed_memory()  # reading a large vocabulary takes three times what stays of it; the weights come after it
-    if where.type == "cpu" and dtype != "nf4" and DTYPES.get(base.dtype) not in (None, plain):
-        model = load_converting(folder, plain)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=plain,
-            quantization_config=_nf4(plain) if dtype == "nf4" else None,
-            device_map={"": where} if where.type != "cpu" else None,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+    model = load_weights(
+        folder,
+        plain,
+        where,
+        four_bits=dtype == "nf4",
+        converts=where.type == "cpu" and dtype != "nf4" and DTYPES.get(base.dtype) not in (None, plain),
+    )
     model.requires_grad_(False)
     model.eval()
     return StackedModel(base, folder, model, tokenizer, where)
-
-
-def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:
-    """Weights of linear modules in four bits, as QLoRA has them (https://arxiv.org/abs/2305.14314).
-
-    Raises:
-        Incompatible: bitsandbytes has nothing that runs on this machine.
-    """
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # what it raises depends on which library it misses
-        raise Incompatible(
-            f"bitsandbytes does not run on this machine ({error})", hint="use --dtype bfloat16, of two bytes a weight"
-        ) from error
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing
-    )
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from stackctl.engine.base_files import empty_model
+from stackctl.engine.base_class import empty_model
 from stackctl.engine.tensor_bytes import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.checkpoint import TensorInfo
@@ -57,12 +58,18 @@ class Unread:
         return made
 
 
-def load_converting(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder on the CPU in ``dtype``; what it must keep in float32 stays so, as transformers has it."""
+def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a folder on the CPU in ``dtype``; what it must keep in float32 stays so, as transformers has it.
+
+    Beside it what transformers reports of loading it (``output_loading_info``).
+    """
     empty = empty_model(folder)
     tensors = {name: Unread(*place) for name, place in read_base_tensors(folder).items()}
-    model: PreTrainedModel = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
+    model: PreTrainedModel
+    model, found = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
     model.name_or_path = model.config.name_or_path = str(folder)
     with contextlib.suppress(OSError):  # many models have none
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model
+    return model, found

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.core.errors import Incompatible, StackctlError, Usage, raise_all
 from stackctl.engine.data import ensure_chat_template, prefix_ids
+from stackctl.engine.data.embedded_tokens import check_prompt
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records import Message, Prompt
@@ -18,14 +19,15 @@ def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: S
     """The token ids of every prompt.
 
     Raises:
-        Usage: some are empty, refused by the template, or leave no room for an answer; the first five are named.
+        Usage, Incompatible: some are empty, refused by the template, leave no room for an answer, or use tokens that
+            the base has no row for; the first five are named.
     """
     encoded: list[list[int]] = []
     problems: list[StackctlError] = []
     for prompt in prompts:
         try:
             encoded.append(_fitting(stacked, prompt, _encode(stacked, prompt, sampling)))
-        except Usage as error:
+        except (Usage, Incompatible) as error:
             problems.append(error)
     if len(problems) > _SHOWN:
         more = Usage(f"and {len(problems) - _SHOWN} more", hint=problems[0].hint)
@@ -58,6 +60,7 @@ def _fitting(stacked: StackedModel, prompt: Prompt, ids: list[int]) -> list[int]
             f"{prompt.place} has {len(ids)} tokens, and {stacked.base.name} reads {limit} at once",
             hint="shorten it",
         )
+    check_prompt(ids, stacked.base.vocabulary_size, prompt.place, stacked.tokenizer, stacked.base.name)
     return ids
 
 

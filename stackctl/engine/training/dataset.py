@@ -11,6 +11,7 @@ from typing import Any
 from stackctl.core.errors import Usage
 from stackctl.engine import data as data_module
 from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
+from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.jobs.job import PreparedJob
@@ -39,6 +40,7 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
 
     Raises:
         NotFound, Usage: it is missing, malformed, or nothing in it can be learned from.
+        Incompatible: it uses tokens that the base has no row for.
     """
     job, context = prepared.job, prepared.base.context_length
     length = min(job.max_length, context or job.max_length)
@@ -48,8 +50,14 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
     if job.pack and (shape := records.peek_format()) not in ("text", None):
         raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
 
+    beyond = unembedded_tokens(tokenizer, prepared.base.vocabulary_size)
+
     def encode(source: RecordStream, **options: Any) -> Encoded:
-        return encode_cached(source, tokenizer, max_length=length, cache=job.cache, reading=reading, **options)
+        cache = job.cache and not beyond  # what lies in the cache does not know its lines
+        found = encode_cached(source, tokenizer, max_length=length, cache=cache, reading=reading, **options)
+        if beyond:
+            check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
+        return found
 
     encoded = encode(records, split_long=job.pack)
     held_out = open_records(prepared.eval_data) if prepared.eval_data else None

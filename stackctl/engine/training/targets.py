@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base, ModuleShape, TrainJob
-from stackctl.engine.base_files import empty_model
+from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_modules import text_modules
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.jobs.job import PreparedJob, parse_targets

@@ -1,0 +1,115 @@
+"""The weights of a base in memory: as transformers itself loads them, or not at all.
+
+What transformers cannot find it makes up at random, and what it has no use for it leaves out, both with a warning; here
+either is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.base_class import check_scheme, model_class, reading
+from stackctl.engine.weight_conversion import load_converting
+from stackctl.lora.target_modules import natural_order
+from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme
+
+
+def load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, four_bits: bool = False, converts: bool = False
+) -> PreTrainedModel:
+    """The model of a folder in ``dtype`` on ``device``.
+
+    Weights stored in a scheme become plain ones; ``four_bits`` keeps those that bitsandbytes stored, and puts plain
+    linear layers in four bits. ``converts``: the files have another dtype than ``dtype``, and the device is the CPU.
+
+    Raises:
+        Incompatible: the scheme is not read, is another than the four bits wanted, or its package is not there; tensors
+            are missing, too many, or of other shapes.
+    """
+    scheme = stored_scheme(folder)
+    check_scheme(scheme, folder, str(folder))
+    if four_bits and scheme is not None and scheme.method != FOUR_BITS:
+        raise Incompatible(
+            f"{folder} is stored quantised already, by {scheme.label}: it cannot be put in four bits by --dtype nf4",
+            hint="leave out --dtype nf4: its weights are read as plain ones",
+        )
+    if scheme is None and converts:
+        model, found = load_converting(folder, dtype)
+        check_keys(found, folder)
+        return model
+    if four_bits or (scheme is not None and scheme.method == FOUR_BITS):
+        _check_bitsandbytes(needed=scheme is not None)
+    settings: Any = reading(scheme) if scheme is not None else _nf4(dtype) if four_bits else None
+    loader, config = model_class(folder)
+    try:
+        model, found = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=settings,
+            device_map={"": device} if device.type != "cpu" or scheme is not None else None,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ImportError, ValueError) as error:
+        if scheme is None:
+            raise
+        raise Incompatible(
+            f"{folder} is stored quantised, by {scheme.label}, and cannot be read: {first_line(error)[:200]}",
+            hint="use the model that it was made from",
+        ) from error
+    check_keys(found, folder)
+    if scheme is not None and scheme.method == FOUR_BITS and not four_bits:
+        model = model.dequantize(dtype)
+    return model
+
+
+def check_keys(found: dict[str, Any], folder: Path) -> None:
+    """Hold what ``from_pretrained`` reported against a folder.
+
+    Raises:
+        Incompatible: tensors are missing, have other shapes, or nothing in the model takes them.
+    """
+    problems = []
+    for names, what in (
+        (found["missing_keys"], "has no weights for"),
+        ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
+        (found["unexpected_keys"], "has weights that nothing in its configuration's model takes:"),
+        ({str(message) for message in found.get("error_msgs") or ()}, "cannot be converted:"),
+    ):
+        if names:
+            shown = sorted(names, key=natural_order)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            problems.append(f"{what} {', '.join(shown[:3])}{more}")
+    if problems:
+        hint = "config.json and the weights are not of one model: get both again from where they came"
+        raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
+
+
+def _check_bitsandbytes(*, needed: bool) -> None:
+    """bitsandbytes, for a base that is stored so (``needed``) or is to be.
+
+    Raises:
+        Incompatible: it has nothing that runs on this machine.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # what it raises depends on which library it misses
+        hint = "use --dtype bfloat16, of two bytes a weight"
+        if needed:
+            hint = "pip install 'stackctl-lora[quant]', or use the model that it was made from"
+        raise Incompatible(f"bitsandbytes does not run on this machine ({error})", hint=hint) from error
+
+
+def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:
+    """Weights of linear modules in four bits, as QLoRA has them (https://arxiv.org/abs/2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing
+    )
