@@ -140,7 +140,6 @@ def bundle_adapter(registry: Registry, member: ResolvedMember, base: Base, to: D
         facts=to.facts,
         has_picture=curve is not None,
         has_tokenizer=_has_tokenizer(content),
-        has_chat_template=bool(_CHAT_TEMPLATES & set(content)),
     )
     return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
 
@@ -282,7 +281,6 @@ def bundle_stack(
             for m in stack.members
         ),
         has_picture=curve is not None, has_tokenizer=_has_tokenizer(content),
-        has_chat_template=bool(_CHAT_TEMPLATES & set(content)),
     )  # fmt: skip
     return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
 

@@ -98,7 +98,6 @@ class Card:
     facts: CardFacts = field(default_factory=CardFacts)
     has_picture: bool = False
     has_tokenizer: bool = False
-    has_chat_template: bool = False
 
 
 def render_card(card: Card) -> str:
