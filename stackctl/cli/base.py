@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, Current, Group, command, complete_bases
+from stackctl.cli.load_stacks import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.schema import Base
+from stackctl.core.template_arguments import template_arguments
 from stackctl.registry import Entries
 from stackctl.render.output import Result
 
@@ -50,6 +53,8 @@ def register(app: typer.Typer) -> None:
         revision: Annotated[
             str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
         ] = None,
+        chat_template_kwargs: TEMPLATE_KWARGS = None,
+        enable_thinking: ENABLE_THINKING = None,
     ) -> Result:
         """Register a base model; its fingerprint identifies it from then on."""
         from stackctl.core.expressions import parse_name
@@ -64,7 +69,10 @@ def register(app: typer.Typer) -> None:
 
         quiet_libraries()
         before = registry.find_base(name)
+        known = before.chat_template_kwargs if before and chat_template_kwargs is None else None
+        arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
         base = make_base(name, source, revision, registry, context.output.status)
+        base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
         registry.save_base(base)
         folder = base_folder(base, registry, context.output.status)
         changed = before is not None and (

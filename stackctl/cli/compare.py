@@ -133,7 +133,9 @@ def compare_stacks(
 
     measured, answering, output = measured or HeldOut(), answering or GenerateOptions(), context.output
     stacked = load_common_base(context, stacks, answering.dtype, answering.device)
-    sets = tokenise_data(context, stacked, measured.sources, measured.records, measured.max_length)
+    sets = tokenise_data(
+        context, stacked, measured.sources, measured.records, measured.max_length, dict(sampling.template)
+    )
     scoring = Scoring(stacked, sets)
     answers: list[list[dict[str, Any]]] = []
     scores = []

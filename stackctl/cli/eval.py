@@ -9,9 +9,18 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
+from stackctl.cli.load_stacks import (
+    DATA,
+    ENABLE_THINKING,
+    MAX_LENGTH,
+    TEMPLATE_KWARGS,
+    load_common_base,
+    read_data,
+    tokenise_data,
+)
 from stackctl.cli.prompt_options import DEVICE, DTYPE
 from stackctl.core.errors import Usage
+from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack, resolve_all
@@ -20,10 +29,9 @@ from stackctl.render.output import Result
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stackctl.engine.evaluation import Score
+    from stackctl.engine.evaluation import DataSet, Score
     from stackctl.engine.harness import Harness, TaskScore
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.records import RecordSet
 
 _TASKS = "Tasks of lm-evaluation-harness"
 _BATCH = 8
@@ -56,6 +64,8 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         max_length: MAX_LENGTH = 1024,
+        chat_template_kwargs: TEMPLATE_KWARGS = None,
+        enable_thinking: ENABLE_THINKING = None,
         task: Annotated[
             list[str] | None,
             typer.Option(
@@ -86,6 +96,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks."""
         data = data or []
+        template = template_arguments(chat_template_kwargs, enable_thinking)
         _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
         asked = what or [context.registry.current()]
         extra = [against] if against and against not in asked else []
@@ -95,7 +106,8 @@ def register(app: typer.Typer) -> None:
         stacked = load_common_base(context, stacks, dtype, device)
         if harness:
             harness.attach(stacked)
-        scores = _score_sets(context, stacked, stacks, data, records, max_length) if data else []
+        sets = tokenise_data(context, stacked, data, records, max_length, template)
+        scores = _score_sets(context, stacked, stacks, sets) if sets else []
         found = _score_tasks(context, stacked, stacks, harness) if harness else []
         names = [stack.text for stack, _ in stacks]
         rows = scores_json(names, data, scores) if data else []
@@ -143,13 +155,10 @@ def _score_sets(
     context: Context,
     stacked: StackedModel,
     stacks: Sequence[tuple[ResolvedStack, StackPlan]],
-    data: Sequence[str],
-    records: Sequence[RecordSet],
-    max_length: int,
+    sets: Sequence[DataSet],
 ) -> list[list[Score]]:
     from stackctl.engine.evaluation import Scoring
 
-    sets = tokenise_data(context, stacked, data, records, max_length)
     scoring = Scoring(stacked, sets)
     scores = []
     with context.output.progress() as progress:

@@ -72,10 +72,12 @@ def register(app: typer.Typer) -> None:
         registry.check_digests(stack.members)
         for note in stack.notes:
             output.note(note)
-        from stackctl.engine.data import ensure_chat_template
+        from stackctl.engine.data import adopt_chat_template, ensure_chat_template
         from stackctl.engine.models import load_base
 
         stacked = load_base(stack.base, registry, dtype=answering.dtype, device=answering.device, say=output.status)
+        if adopted := adopt_chat_template(stacked.tokenizer, stack.base.name, [plan]):
+            output.note(adopted)
         if not answering.raw and ensure_chat_template(stacked.tokenizer):
             output.note(f"the base '{stack.base.name}' has no chat template: ChatML is used")
         stacked.use(plan, live=live)

@@ -9,6 +9,7 @@ import typer
 
 from stackctl.cli.common import Context
 from stackctl.core.errors import StackctlError, gathering, raise_all
+from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
 from stackctl.registry import ResolvedStack
 
@@ -21,6 +22,17 @@ DATA = Annotated[
     list[str] | None,
     typer.Option(
         help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.", metavar="FILE"
+    ),
+]
+TEMPLATE_KWARGS = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),
+]
+ENABLE_THINKING = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-thinking/--no-enable-thinking",
+        help="The chat template's argument of that name: whether the assistant thinks first.",
     ),
 ]
 MAX_LENGTH = Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")]
@@ -50,20 +62,31 @@ def load_common_base(
     Raises:
         VerificationFailed, NotFound, Incompatible: they are not, or the base cannot be loaded.
     """
+    from stackctl.engine.data import adopt_chat_template
     from stackctl.engine.models import load_base
 
     for stack, _ in stacks:
         context.registry.check_digests(stack.members)
-    return load_base(stacks[0][0].base, context.registry, dtype=dtype, device=device, say=context.output.status)
+    base = stacks[0][0].base
+    stacked = load_base(base, context.registry, dtype=dtype, device=device, say=context.output.status)
+    if note := adopt_chat_template(stacked.tokenizer, base.name, [plan for _, plan in stacks]):
+        context.output.note(note)
+    return stacked
 
 
 def tokenise_data(
-    context: Context, stacked: StackedModel, sources: Sequence[str], records: Sequence[RecordSet], max_length: int
+    context: Context,
+    stacked: StackedModel,
+    sources: Sequence[str],
+    records: Sequence[RecordSet],
+    max_length: int,
+    template: Arguments | None = None,
 ) -> list[DataSet]:
     """Data sets in the base's tokens; notes say what was cut or left out."""
     from stackctl.engine.evaluation import tokenise_for
 
     note = context.output.note
     return [
-        tokenise_for(stacked, found, source, max_length, note) for source, found in zip(sources, records, strict=True)
+        tokenise_for(stacked, found, source, max_length, note, template)
+        for source, found in zip(sources, records, strict=True)
     ]

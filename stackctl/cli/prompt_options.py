@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stackctl.cli.common import DEVICE_PANEL
-from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.cli.load_stacks import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class GenerateOptions:
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be repeated.", rich_help_panel=_ANSWERS)
     ] = None
+    chat_template_kwargs: TEMPLATE_KWARGS = None
+    enable_thinking: ENABLE_THINKING = None
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=_ANSWERS)] = 8
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"
@@ -113,10 +117,20 @@ class GenerateOptions:
             problems.append(Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual"))
         if any(not text for text in self.stop or ()):
             problems.append(Usage("--stop is empty", hint="leave it out, or name a text"))
+        with gathering(problems):
+            self.template()
         raise_all(problems)
         options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
         if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
             output.note(f"without --temperature decoding is greedy: {', '.join(idle)} changes nothing")
+
+    def template(self) -> Arguments:
+        """What is given to the chat template.
+
+        Raises:
+            Usage: it is no JSON object.
+        """
+        return template_arguments(self.chat_template_kwargs, self.enable_thinking)
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """The same as the engine takes it."""
@@ -124,7 +138,7 @@ class GenerateOptions:
 
         return Sampling(
             max_new_tokens, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed,
-            self.raw, self.system, tuple(self.stop or ()),
+            self.raw, self.system, tuple(self.stop or ()), self.template(),
         )  # fmt: skip
 
 

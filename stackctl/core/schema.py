@@ -19,7 +19,8 @@ Finite = Annotated[float, Meta(ge=-_HUGE, le=_HUGE)]
 """A number that is neither NaN nor infinite."""
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """How many; no more than any machine could hold, so that it can be divided and shown."""
-_Setting = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Finite | str | list[str] | None
+_Scalar = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Finite | str
+_Setting = _Scalar | list[str] | dict[str, _Scalar] | None
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +86,7 @@ class Base(Entry, frozen=True, kw_only=True):
     vocabulary_size: Count
     context_length: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, _Scalar] | None = None
     tokenizer: str | None = None
     tied_embeddings: bool = False
     input_embedding: str | None = None
@@ -139,6 +141,7 @@ class Run(Part, frozen=True, kw_only=True):
     eval_loss: Finite | None = None
     kept_step: Count | None = None
     stopped_early: bool = False
+    template_date: str | None = None
 
 
 class HubSource(Part, frozen=True, kw_only=True):
@@ -251,6 +254,13 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     pack: Annotated[
         bool, Meta(description="Join text records into full sequences of --max-length, documents kept apart.")
     ] = False
+    chat_template_kwargs: Annotated[
+        str | dict[str, _Scalar] | None,
+        Meta(description="Arguments for the chat template, as a JSON object; those of a record come first."),
+    ] = None
+    enable_thinking: Annotated[
+        bool | None, Meta(description="The chat template's argument of that name: whether the assistant thinks first.")
+    ] = None
     learning_rate: Annotated[float, Meta(gt=0, le=_HUGE, description="Peak learning rate.")] = 2e-4
     scheduler: Annotated[
         Literal["linear", "cosine", "constant", "constant_with_warmup"],

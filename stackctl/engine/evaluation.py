@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -72,12 +73,18 @@ class Score:
 
 
 def tokenise_for(
-    stacked: StackedModel, records: RecordSet, source: str, max_length: int, note: Callable[[str], None]
+    stacked: StackedModel,
+    records: RecordSet,
+    source: str,
+    max_length: int,
+    note: Callable[[str], None],
+    template: Mapping[str, Any] | None = None,
 ) -> DataSet:
     """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
     ensure_chat_template(stacked.tokenizer)
     length = min(max_length, stacked.base.context_length or max_length)
-    encoded = encode(records, stacked.tokenizer, max_length=length)
+    arguments = {**(stacked.base.chat_template_kwargs or {}), **(template or {})}
+    encoded = encode(records, stacked.tokenizer, max_length=length, template=arguments)
     for text in encoded.notes:
         note(text)
     if encoded.truncated:

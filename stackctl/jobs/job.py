@@ -18,6 +18,7 @@ from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mea
 from stackctl.core.expressions import BASE
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base, TrainJob
+from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.trackers import check_trackers
 from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets
@@ -88,12 +89,20 @@ def prepare_job(
         attempt(_check_is_sum, stack)
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
+    if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:
+        job = arguments
     attempt(_check_watching, job)
     attempt(_check_precision, job)
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
     return PreparedJob(name, job, stack, plan, data, eval_data)
+
+
+def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
+    """A job whose arguments for the chat template are all of them: its own, then the base's."""
+    found = template_arguments(job.chat_template_kwargs, job.enable_thinking, base.chat_template_kwargs)
+    return msgspec.structs.replace(job, chat_template_kwargs=found or None, enable_thinking=None)
 
 
 def data_path(data: str | None, folder: Path | None, name: str) -> str:

@@ -56,9 +56,20 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 def run_date() -> datetime:
     """The date that templates with ``strftime_now`` show: one for a whole run, whatever midnight passes.
 
-    It is handed on to the processes that a run starts.
+    It is handed on to the processes that a run starts. It has no time of day: that would be another in every run.
     """
-    return datetime.fromisoformat(os.environ.setdefault(_DATE, datetime.now().isoformat(timespec="seconds")))
+    return datetime.fromisoformat(os.environ.setdefault(_DATE, datetime.now().date().isoformat()))
+
+
+def fix_date(date: Any) -> None:
+    """Have this run show the date of another, as one that is resumed does; None leaves it at today."""
+    if isinstance(date, str):
+        os.environ[_DATE] = datetime.fromisoformat(date).date().isoformat()
+
+
+def shown_date(tokenizer: Any) -> str | None:
+    """The date that the chat template shows in this run, where it shows one."""
+    return run_date().date().isoformat() if is_dated(tokenizer) else None
 
 
 def is_dated(tokenizer: Any) -> bool:

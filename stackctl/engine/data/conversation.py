@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stackctl.core.errors import Usage
+from stackctl.core.template_arguments import check_template_arguments
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.thoughts import Spoken, take_apart
 from stackctl.engine.records import Message
 
-_OURS = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"} | {
-    *("chat_template", "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens"),
-}
-"""Arguments of transformers' ``apply_chat_template`` that are not the template's."""
+NOTHING = "shows nothing"
 
 
 @dataclass(frozen=True)
@@ -36,15 +32,6 @@ class Conversation:
         return replace(self, template={**self.template, **arguments})
 
 
-def check_arguments(template: dict[str, Any]) -> None:
-    """Raises ``Usage`` where an argument for the template is none of the template's."""
-    if wrong := sorted(_OURS & set(template)):
-        raise Usage(
-            f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is no argument of a chat template",
-            hint="give what the template reads, as enable_thinking",
-        )
-
-
 def converse(
     template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, arguments: dict[str, Any]
 ) -> Conversation:
@@ -54,14 +41,14 @@ def converse(
         ValueError: the template shows nothing of something that is to be learned.
         TEMPLATE_ERRORS: what the template raises.
     """
-    check_arguments(arguments)
+    check_template_arguments(arguments)
     said: list[str] = []
     shown: list[Message] = []
     spoken: dict[int, Spoken] = {}
     for position, message in enumerate(messages):
         role, visible = template.role(message["role"])
         if not visible:
-            said.append(f"shows nothing of turns of the role '{role}'")
+            said.append(f"{NOTHING} of turns of the role '{role}'")
         elif role != message["role"]:
             said.append(f"has no role '{message['role']}': '{role}' is used")
         if role != "assistant":
@@ -75,6 +62,21 @@ def converse(
             said.append("has no place for a thought: it stands in the content, as <think>")
     found = Conversation(shown, spoken, None, arguments, tuple(dict.fromkeys(said)))
     return replace(found, **_tools(template, found, tools)) if tools else found
+
+
+def render_prompt(
+    template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, arguments: dict[str, Any]
+) -> str:
+    """What generation begins behind: a conversation up to where the assistant is to speak, as in training.
+
+    Raises:
+        ValueError: the template shows nothing of something in it.
+        TEMPLATE_ERRORS: what the template raises.
+    """
+    talk = converse(template, messages, tools, arguments)
+    if hidden := [said for said in talk.said if said.startswith(NOTHING)]:
+        raise ValueError(f"it {', '.join(hidden)}")
+    return template.render(talk.messages, prompt=True, tools=talk.tools, template=talk.template)
 
 
 def as_shown(template: ChatTemplate, message: Message, spoken: Spoken, *, thought: bool = True) -> Message:
@@ -125,7 +127,7 @@ def _tools(template: ChatTemplate, found: Conversation, tools: list[Any]) -> dic
             return {"tools": given}
     if refused:
         raise refused
-    return {"said": (*found.said, "shows nothing of 'tools'")}
+    return {"said": (*found.said, f"{NOTHING} of 'tools'")}
 
 
 def _complete(tools: list[Any]) -> list[Any]:

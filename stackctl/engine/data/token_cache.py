@@ -1,6 +1,7 @@
 """Tokenised data, kept under a digest of everything that decides what comes out.
 
-That is the data's bytes, the tokenizer with its chat template, the settings, and the code that makes examples of them.
+That is the data's bytes, the tokenizer with its chat template and what is given to it, the date where it shows one,
+the settings, and the code that makes examples of them.
 An entry is a folder that gets its name when it is whole, so that runs at the same time do no harm: one of them names
 it, and the others take it.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from stackctl.core.errors import Usage
+from stackctl.engine.data.chat_template import is_dated, run_date
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
 from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
 from stackctl.engine.data.examples import Encoded
@@ -37,6 +39,7 @@ def encode_cached(
     *,
     max_length: int,
     split_long: bool = False,
+    template: dict[str, Any] | None = None,
     cache: bool = True,
     reading: Reading = lambda _: None,
 ) -> Encoded:
@@ -51,8 +54,10 @@ def encode_cached(
     """
     root = tokens_folder()
     if not cache or not _can_write(root):
-        return encode(records, tokenizer, max_length=max_length, split_long=split_long, reading=reading)
-    place = root / _key(records, tokenizer, max_length, split_long)
+        return encode(
+            records, tokenizer, max_length=max_length, split_long=split_long, template=template, reading=reading
+        )
+    place = root / _key(records, tokenizer, max_length, split_long, template or {})
     if (found := _read(place, records)) is not None:
         return found
     free_tokens(every=False, dry_run=False)
@@ -60,7 +65,13 @@ def encode_cached(
         encoded = Encoded([])
         with ExampleWriter(staged / _EXAMPLES) as writer:
             for examples in encode_pieces(
-                records, tokenizer, encoded, max_length=max_length, split_long=split_long, reading=reading
+                records,
+                tokenizer,
+                encoded,
+                max_length=max_length,
+                split_long=split_long,
+                template=template,
+                reading=reading,
             ):
                 writer.write(examples)
         if records.source.changed():
@@ -96,10 +107,11 @@ def _read(place: Path, records: RecordStream) -> Encoded | None:
     return found
 
 
-def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool) -> str:
+def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool, template: dict[str, Any]) -> str:
     kind = Path(records.path).suffix.lower()
-    parts = [records.sha256, kind, _tokenizer_digest(tokenizer), max_length, split_long, _code_digest()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    date = run_date().date().isoformat() if is_dated(tokenizer) else None
+    parts = [records.sha256, kind, _tokenizer_digest(tokenizer), max_length, split_long, template, date, _code_digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage, raise_all
 from stackctl.engine.data import ensure_chat_template, prefix_ids
+from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
+from stackctl.engine.data.conversation import render_prompt
 from stackctl.engine.data.embedded_tokens import check_prompt
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.models import StackedModel
@@ -71,10 +73,13 @@ def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[i
     if not sampling.raw:
         ensure_chat_template(tokenizer)
         try:
-            text = tokenizer.apply_chat_template(
-                _conversation(prompt, sampling.system), add_generation_prompt=True, tokenize=False
+            text = render_prompt(
+                ChatTemplate(tokenizer),
+                _conversation(prompt, sampling.system),
+                prompt.tools,
+                {**(stacked.base.chat_template_kwargs or {}), **sampling.template, **prompt.template},
             )
-        except Exception as error:  # a template is a program of its author's
+        except TEMPLATE_ERRORS as error:
             raise Usage(
                 f"the chat template refused {prompt.place}: {error}", hint="try --raw, or leave out --system"
             ) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Sampling:
     raw: bool = False
     system: str | None = None
     stop: tuple[str, ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for the chat template."""
 
     @property
     def greedy(self) -> bool:

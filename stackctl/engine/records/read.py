@@ -92,8 +92,12 @@ class RecordStream:
             more = f"; and {bad - _SHOWN} more" if bad > _SHOWN else ""
             raise Usage(f"{self.path}: {'; '.join(problems)}{more}", hint=SHAPE_HINT)
         if not self.count:
-            what = "but records that are marked as not to be learned" if self.left_out else "records"
-            raise Usage(f"{self.path} holds no{'thing' if self.left_out else ''} {what}", hint=SHAPE_HINT)
+            if self.left_out:
+                raise Usage(
+                    f"{self.path} holds nothing but records with 'label': false (for KTO, what is to be avoided)",
+                    hint="give records that are to be learned",
+                )
+            raise Usage(f"{self.path} holds no records", hint=SHAPE_HINT)
 
     @property
     def notes(self) -> list[str]:

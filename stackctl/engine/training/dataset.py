@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core.errors import Usage
+from stackctl.core.template_arguments import template_arguments
 from stackctl.engine import data as data_module
 from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
@@ -54,7 +55,10 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
 
     def encode(source: RecordStream, **options: Any) -> Encoded:
         cache = job.cache and not beyond  # what lies in the cache does not know its lines
-        found = encode_cached(source, tokenizer, max_length=length, cache=cache, reading=reading, **options)
+        arguments = template_arguments(job.chat_template_kwargs)
+        found = encode_cached(
+            source, tokenizer, max_length=length, template=arguments, cache=cache, reading=reading, **options
+        )
         if beyond:
             check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
         return found

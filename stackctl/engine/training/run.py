@@ -65,9 +65,13 @@ def train_adapter(
         Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
     """
     registry.check_digests(prepared.stack.members)
+    if resume:
+        data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())
     with group.first_rank_first():
         stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
+        if note := data_module.adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
+            say(f"note: {note}")
         if data_module.ensure_chat_template(stacked.tokenizer):
             say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
         targets = targets_of(prepared, stacked.folder)
@@ -80,7 +84,7 @@ def train_adapter(
     with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
-                _open_run(run, prepared, corpus, resume)
+                _open_run(run, prepared, corpus, resume, data_module.shown_date(stacked.tokenizer))
         done = _train(
             prepared, registry, stacked, targets, corpus, run, resume=resume, again=again, say=say, progress=progress
         )
@@ -148,6 +152,7 @@ def _train(
         eval_loss=held_out.kept["eval_loss"] if held_out else None,
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
+        template_date=data_module.shown_date(stacked.tokenizer),
     )
     version = register_version(
         prepared, registry, model, state, stacked.tokenizer, corpus, outcome, counters, resume=resume
@@ -155,7 +160,7 @@ def _train(
     return Trained(version, counters, trainable)
 
 
-def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool) -> None:
+def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool, date: str | None) -> None:
     """Make the folder ready for this run's saves; without ``--resume`` an older run of that name is dropped.
 
     Raises:
@@ -172,4 +177,4 @@ def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: boo
         run.sweep()
     elif run.path.exists():
         files.remove_tree(run.path)
-    run.begin(signature)
+    run.begin({**signature, "template_date": date})
