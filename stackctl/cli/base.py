@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, Current, Group, command, complete_bases
-from stackctl.cli.load_stacks import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.registry import Entries

@@ -9,16 +9,9 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
-from stackctl.cli.load_stacks import (
-    DATA,
-    ENABLE_THINKING,
-    MAX_LENGTH,
-    TEMPLATE_KWARGS,
-    load_common_base,
-    read_data,
-    tokenise_data,
-)
+from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
 from stackctl.cli.prompt_options import DEVICE, DTYPE
+from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import Usage
 from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed

@@ -24,17 +24,6 @@ DATA = Annotated[
         help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.", metavar="FILE"
     ),
 ]
-TEMPLATE_KWARGS = Annotated[
-    str | None,
-    typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),
-]
-ENABLE_THINKING = Annotated[
-    bool | None,
-    typer.Option(
-        "--enable-thinking/--no-enable-thinking",
-        help="The chat template's argument of that name: whether the assistant thinks first.",
-    ),
-]
 MAX_LENGTH = Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stackctl.cli.common import DEVICE_PANEL
-from stackctl.cli.load_stacks import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output

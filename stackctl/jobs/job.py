@@ -102,7 +102,10 @@ def prepare_job(
 def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
     """A job whose arguments for the chat template are all of them: its own, then the base's."""
     found = template_arguments(job.chat_template_kwargs, job.enable_thinking, base.chat_template_kwargs)
-    return msgspec.structs.replace(job, chat_template_kwargs=found or None, enable_thinking=None)
+    thinks = found.get("enable_thinking")
+    return msgspec.structs.replace(
+        job, chat_template_kwargs=found or None, enable_thinking=thinks if isinstance(thinks, bool) else None
+    )
 
 
 def data_path(data: str | None, folder: Path | None, name: str) -> str:
