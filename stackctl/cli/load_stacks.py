@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 DATA = Annotated[
     list[str] | None,
     typer.Option(
-        help="Records as for training: .jsonl, .json, .parquet, .txt, a Hub data set; may be repeated.", metavar="FILE"
+        help="Records as for training: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, a Hub data set; may be "
+        "repeated.",
+        metavar="FILE",
     ),
 ]
 MAX_LENGTH = Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")]

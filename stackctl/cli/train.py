@@ -34,7 +34,7 @@ from stackctl.render.output import Result
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
     "base": "The base, when there are several and it stands on none of your stacks.",
-    "data": "What to learn from: .jsonl, .json, .parquet, .txt, or a Hub data set.",
+    "data": "What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set.",
     "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
     "description": "A line about the adapter.",
     "save_steps": "Save the run every so many optimizer steps, for --resume.",

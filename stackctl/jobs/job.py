@@ -116,9 +116,8 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     if folder is not None and not path.is_absolute():
         path = folder / path
     if path.exists():
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "no regular file"
-            raise Usage(f"the data {data} is {kind}", hint="give a .jsonl, .json, .parquet or .txt file")
+        if not path.is_file() and not path.is_dir():
+            raise Usage(f"the data {data} is no regular file", hint="give a .jsonl, .json, .parquet, .csv or .txt file")
         return str(path)
     if parse_dataset_id(data) is None:
         raise files.missing(path, "the data file")

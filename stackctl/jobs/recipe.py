@@ -19,7 +19,7 @@ from stackctl.core.expressions import BASE, Reference, parse_expression, parse_n
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
 from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
 from stackctl.registry import Registry, ResolvedStack
-from stackctl.storage import files
+from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
 
@@ -211,7 +211,7 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
     if changed:
         return f"other {', '.join(changed)}"
     path = Path(prepared.data)
-    if not newest.data or (path.is_file() and files.sha256_file(path) != newest.data.sha256):
+    if not newest.data or (path.exists() and data_digest(path) != newest.data.sha256):
         return "other data"
     if _other_held_out(prepared, newest):
         return "other held-out data"
@@ -263,7 +263,7 @@ def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:
     if known is None:
         return newest.run is None or newest.run.eval_loss is None
     path = Path(prepared.eval_data or "")
-    return path.is_file() and files.sha256_file(path) != known.sha256
+    return path.exists() and data_digest(path) != known.sha256
 
 
 def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
 from pathlib import Path
@@ -187,10 +189,16 @@ def test_bad_records_of_lists_and_tables_are_numbered(tmp_path: Path) -> None:
         ("a.json", b"7", "neither a JSON list of records nor JSON Lines"),
         ("a.json", b'{"data": []}', "is one JSON object, not a list of records"),
         ("a.parquet", b"PAR1 no, it is not", "not a Parquet file that can be read"),
-        ("a.csv", b"text\na\n", r"no kind of data file that is read \(.csv\)"),
+        ("a.yaml", b"text: a\n", r"no kind of data file that is read \(.yaml\)"),
+        ("a.xlsx", b"PK", "is a spreadsheet, which is not read: save it as CSV"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is an archive, which is not read: unpack it"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00cut", "cannot be unpacked"),
+        ("a.csv", b"text,text\na,b\n", "no header of column names, each there once"),
+        ("a.csv", b"text,id\na\n", "line 2: has 1 fields, and the header 2"),
+        ("a.csv", b'text,id\n"a,1\n', "line 2: not valid CSV: unexpected end of data"),
         ("a", b'{"text": "a"}', "it has no suffix"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "is not UTF-8 .byte 0xe9 on line 2"),
-        ("a.txt", "\ufeffhi".encode("utf-16-le"), "is UTF-16, not UTF-8"),
+        ("a.txt", "\ufeffhi".encode("utf-16-le") + b"\x00", "begins as UTF-16 and is none"),
     ],
 )
 def test_a_file_that_cannot_be_data_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_what_is_not_there_is_not_found_and_never_asked_of_the_hub(
     for missing in ("chat.jsonl", "examples/chat.jsonl", "a/b/c", "../x", "/no/such", "data/table.CSV"):
         with pytest.raises(NotFound, match="does not exist"):
             read_records(missing)
-    with pytest.raises(Usage, match="is a folder"):
+    with pytest.raises(Usage, match="is a folder without texts"):
         read_records(tmp_path)
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(Usage, match="not a file"):
@@ -243,3 +251,108 @@ def test_a_hub_data_set_that_fails(error: Any, kind: type[StackctlError], monkey
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(kind):
         read_records("org/no-such")
+
+
+ROWS = [{"question": "007?", "answer": 'NA, "he" said\n海'}, {"question": "q", "answer": "a"}]
+
+
+def _csv(separator: str) -> str:
+    cell = '"NA, ""he"" said\n海"'
+    return f"question{separator}answer{separator}note\n007?{separator}{cell}{separator}\nq{separator}a{separator}x\n"
+
+
+PEOPLE_HAVE: dict[str, bytes] = {
+    "a.csv": _csv(",").encode(),
+    "semicolons.csv": _csv(";").encode(),
+    "a.tsv": _csv("\t").encode(),
+    "crlf.csv": _csv(",").replace("\n", "\r\n").replace("said\r\n", "said\n").encode(),
+    "list.jsonl": json.dumps(ROWS, indent=1).encode(),
+    "a.ndjson": "\n".join(map(json.dumps, ROWS)).encode(),
+    "a.jsonlines": "\n".join(map(json.dumps, ROWS)).encode(),
+    "a.jsonl.gz": gzip.compress("\n".join(map(json.dumps, ROWS)).encode()),
+    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "a.csv.bz2": bz2.compress(_csv(",").encode()),
+    "wide.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode("utf-16"),
+    "wide.csv": _csv(",").encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", PEOPLE_HAVE)
+def test_files_as_people_have_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(PEOPLE_HAVE[name])
+    found = read_records(tmp_path / name)
+    assert (found.format, found.count) == ("question", 2)
+    assert [record.messages for record in found.records if isinstance(record, ChatRecord)] == [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in ROWS
+    ]
+
+
+def test_a_folder_of_texts_is_a_document_for_each(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("# Two\n\nmore\n")
+    (tmp_path / "one.txt").write_text("One.\n\nStill one.")
+    found = read_records(tmp_path)
+    assert found.records == [TextRecord(1, "# Two\n\nmore"), TextRecord(2, "One.\n\nStill one.")]
+    assert found.unit == "file"
+    before = found.sha256
+    (tmp_path / "one.txt").write_text("Another.")
+    assert read_records(tmp_path).sha256 != before
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(Usage, match=r"file 2: empty\.txt is empty"):
+        read_records(tmp_path)
+    (tmp_path / "chat.jsonl").write_text("{}")
+    with pytest.raises(Usage, match=r"is a folder with \.jsonl in it"):
+        read_records(tmp_path)
+
+
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": "q", "response": "a"}, PAIR),
+        ({"question": "q", "answer": "a"}, PAIR),
+        ({"query": "q", "response": "a"}, PAIR),
+        ({"instruction": "q", "context": "", "response": "a"}, PAIR),
+        ({"conversation": PAIR}, PAIR),
+        ({"messages": json.dumps(PAIR)}, PAIR),
+        ({"messages": PAIR, "system": "s"}, [SYSTEM, *PAIR]),
+        ({"messages": [SYSTEM, *PAIR], "system": "s"}, [SYSTEM, *PAIR]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            [SYSTEM, *PAIR],
+        ),
+        ({"question": "q", "answer": "a", "system_prompt": "s"}, [SYSTEM, *PAIR]),
+        ({"instruction": "q", "output": "a", "system": "s", "history": [["q", "a"]]}, [SYSTEM, *PAIR, *PAIR]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, PAIR[1]]}, PAIR),
+    ],
+)
+def test_what_stands_beside_a_conversation_belongs_to_it(record: Any, messages: Any, tmp_path: Path) -> None:
+    (found,) = read_records(write(tmp_path / "a.jsonl", record)).records
+    assert isinstance(found, ChatRecord)
+    assert found.messages == messages
+
+
+def test_turns_and_records_that_are_not_to_be_learned(tmp_path: Path) -> None:
+    for flag in ({"weight": 0}, {"train": False}, {"loss": False}):
+        first = [PAIR[0], {**PAIR[1], **flag}]
+        (found,) = read_records(write(tmp_path / "a.jsonl", {"messages": [*first, *PAIR], "system": "s"})).records
+        assert isinstance(found, ChatRecord)
+        assert [found.is_learned(position) for position in range(5)] == [False, False, False, False, True]
+    half = {"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]}
+    with pytest.raises(Usage, match=r"message 2's 'weight' is 0\.5: a turn is learned"):
+        read_records(write(tmp_path / "a.jsonl", half))
+    good, bad = ({"prompt": "q", "completion": "a", "label": label} for label in (True, False))
+    found = read_records(write(tmp_path / "a.jsonl", good, bad, bad))
+    assert found.count == 1
+    assert "2 records with 'label': false" in found.notes[0]
+
+
+def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: Path) -> None:
+    known = {"messages": PAIR, "images": ["a.png"], "id": 3}
+    found = read_records(write(tmp_path / "a.jsonl", known, known, {**known, "rejected": "b", "images": []}))
+    (note,) = found.notes
+    assert note.endswith("passed over: 'images' (2 records), 'rejected' (1 record)")

@@ -108,7 +108,7 @@ def _read(place: Path, records: RecordStream) -> Encoded | None:
 
 
 def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool, template: dict[str, Any]) -> str:
-    kind = Path(records.path).suffix.lower()
+    kind = "".join(Path(records.path).suffixes[-2:]).lower()
     date = run_date().date().isoformat() if is_dated(tokenizer) else None
     parts = [records.sha256, kind, _tokenizer_digest(tokenizer), max_length, split_long, template, date, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

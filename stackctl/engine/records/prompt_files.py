@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from stackctl.core.errors import Usage
 from stackctl.engine.records.messages import template_arguments, text_of, tools_of, turns_of
+from stackctl.engine.records.raw_lines import lines_of
 from stackctl.engine.records.shapes import asked_text, before_turns
-from stackctl.engine.records.sources import lines_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Message
 from stackctl.storage.files import existing

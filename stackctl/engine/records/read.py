@@ -7,13 +7,14 @@ is repaired silently: a record that is dropped or guessed at changes what the mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stackctl.core.errors import Usage
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.engine.records import sources
+from stackctl.engine.records.raw_lines import PACKED_SUFFIXES
 from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
@@ -21,6 +22,15 @@ from stackctl.render.terminal import counted
 from stackctl.storage.files import missing
 
 _SHOWN = 5
+_ELSEWHERE = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet, which is not read: save it as CSV"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".7z"), "is an archive, which is not read: unpack it"),
+    **dict.fromkeys((".arrow", ".feather", ".orc"), "is a table that is not read: save it as Parquet"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".bin"), "may run code when it is read: save it as JSON Lines"),
+    **dict.fromkeys((".md", ".markdown", ".rst"), "is one text: give the folder that it lies in"),
+    **dict.fromkeys((".pdf", ".docx", ".html"), "is a document with a layout, which is not read: save it as text"),
+}
+"""What else people have, in words."""
 
 
 @dataclass
@@ -139,17 +149,17 @@ def open_records(source: str | Path) -> RecordStream:
         if found := parse_dataset_id(name):
             return RecordStream(sources.open_hub_dataset(*found))
         raise missing(path, "the data file")
-    readers: dict[str, Callable[[Path, str], sources.Source]] = {
-        ".jsonl": sources.open_json_lines,
-        ".json": sources.open_json,
-        ".parquet": sources.open_parquet,
-        ".txt": sources.open_text,
-    }
+    if path.is_dir():
+        return RecordStream(sources.open_folder(path, name))
     if not path.is_file():
-        raise Usage(f"{name} is {'a folder' if path.is_dir() else 'not a file'}, not a data file", hint=KINDS_HINT)
-    if (suffix := path.suffix.lower()) not in readers:
-        raise Usage(f"{name} is no kind of data file that is read ({suffix or 'it has no suffix'})", hint=KINDS_HINT)
-    return RecordStream(readers[suffix](path, name))
+        raise Usage(f"{name} is not a file, not a data file", hint=KINDS_HINT)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] and suffixes[-1] in PACKED_SUFFIXES
+    suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
+    if suffix not in sources.READERS:
+        what = _ELSEWHERE.get(suffix, f"is no kind of data file that is read ({suffix or 'it has no suffix'})")
+        raise Usage(f"{name} {what}", hint=KINDS_HINT)
+    return RecordStream(sources.READERS[suffix](path, name))
 
 
 def read_records(source: str | Path) -> RecordSet:

@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from stackctl.core.errors import HubFailure, NotFound, Usage, first_line
+from stackctl.engine.records.csv_rows import csv_rows
+from stackctl.engine.records.raw_lines import Seen, lines_of
 from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Unit
 from stackctl.storage import files
+from stackctl.storage.data_files import TEXTS, data_digest, texts_in
 
-KINDS_HINT = "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), text (.txt) or a Hub data set (org/name)"
+KINDS_HINT = (
+    "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), CSV (.csv, .tsv), text (.txt), a folder of texts or a "
+    "Hub data set (org/name)"
+)
 _ROWS = 1024
 """Rows of a table held at a time."""
 
 Values = Iterator[tuple[int, Any]]
 """Numbers and values; a :class:`BadRecord` in place of a value says what is wrong with it."""
-Seen = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,14 @@ def _of_file(path: Path, name: str, unit: Unit, values: Callable[[Seen], Values]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    stats = [each.stat() for each in (texts_in(path) if path.is_dir() else [path])]
+    return tuple(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
 
 def open_json_lines(path: Path, name: str) -> Source:
+    """A record on each line; a JSON list under this suffix is read as one."""
+    if next((line for line in lines_of(path, name) if line.strip()), b"").lstrip()[:1] == b"[":
+        return open_json(path, name)
     return _of_file(path, name, "line", lambda seen: parse_lines(lines_of(path, name, seen)))
 
 
@@ -99,6 +107,37 @@ def _parquet_rows(path: Path, name: str, seen: Seen) -> Values:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise Usage(f"{name} is not a Parquet file that can be read ({reason})", hint=KINDS_HINT) from None
+
+
+def open_csv(path: Path, name: str) -> Source:
+    return _of_file(path, name, "line", lambda seen: csv_rows(path, name, ",;\t", seen))
+
+
+def open_tsv(path: Path, name: str) -> Source:
+    return _of_file(path, name, "line", lambda seen: csv_rows(path, name, "\t", seen))
+
+
+def open_folder(path: Path, name: str) -> Source:
+    """Texts, each file a document, by name.
+
+    Raises:
+        Usage: there are none, or other files of data lie among them.
+    """
+    paths = texts_in(path)
+    others = sorted({p.suffix.lower() for p in path.rglob("*") if p.suffix.lower() in READERS} - set(TEXTS))
+    if others:
+        raise Usage(f"{name} is a folder with {', '.join(others)} in it", hint="name one of its files")
+    if not paths:
+        raise Usage(f"{name} is a folder without texts ({', '.join(TEXTS)})", hint=KINDS_HINT)
+    return Source(name, data_digest(path), "file", lambda seen: _whole_texts(path, paths, seen), path, _stamp(path))
+
+
+def _whole_texts(folder: Path, paths: list[Path], seen: Seen) -> Values:
+    for number, path in enumerate(paths, 1):
+        name = path.relative_to(folder).as_posix()
+        text = "\n".join(line.decode().removesuffix("\r") for line in lines_of(path, name))
+        yield number, {"text": text} if text.strip() else BadRecord(f"{name} is empty")
+        seen(number / len(paths))
 
 
 def open_text(path: Path, name: str) -> Source:
@@ -152,29 +191,15 @@ def open_hub_dataset(repo: str, split: str | None) -> Source:
     return Source(label, sha256, "record", values)
 
 
-def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[bytes]:
-    """A file's lines without their newline and without a byte-order mark, known to be UTF-8."""
-    size = max(path.stat().st_size, 1)
-    done = 0
-    with path.open("rb") as stream:
-        _refuse_utf16(stream, name)
-        for number, raw in enumerate(stream, 1):
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                where = f"byte 0x{raw[error.start]:02x} on line {number}"
-                raise Usage(f"{name} is not UTF-8 ({where})", hint="save it as UTF-8") from None
-            done += len(raw)
-            seen(done / size)
-            line = raw.removesuffix(b"\n")
-            yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _refuse_utf16(stream: BinaryIO, name: str) -> None:
-    start = stream.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise Usage(f"{name} is UTF-16, not UTF-8 (byte 0x{start[0]:02x} on line 1)", hint="save it as UTF-8")
-    stream.seek(0)
+READERS: dict[str, Callable[[Path, str], Source]] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), open_json_lines),
+    ".json": open_json,
+    ".parquet": open_parquet,
+    ".csv": open_csv,
+    ".tsv": open_tsv,
+    ".txt": open_text,
+}
+"""What reads a file, by how its name ends."""
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

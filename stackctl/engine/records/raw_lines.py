@@ -1,0 +1,85 @@
+"""A file's lines as UTF-8, whatever it is packed and written in."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from stackctl.core.errors import Usage
+
+Seen = Callable[[float], None]
+_PACKED: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+}
+"""What packed files begin with."""
+_WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Byte-order marks of texts in another width; the longer come first."""
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+
+
+def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[bytes]:
+    """A file's lines without their newline and without a byte-order mark, known to be UTF-8.
+
+    gzip, bzip2 and xz are unpacked, UTF-16 and UTF-32 with a byte-order mark made into UTF-8.
+
+    Raises:
+        Usage: it is neither, or not whole.
+    """
+    size = max(path.stat().st_size, 1)
+    with path.open("rb") as raw:
+        lines = _lines(raw, name)
+        for number in _count():
+            try:
+                line = next(lines, None)
+            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+                raise Usage(f"{name} cannot be unpacked ({error})", hint="pack it again, or give it unpacked") from None
+            if line is None:
+                return
+            seen(min(raw.tell() / size, 1.0))
+            line = line.removesuffix(b"\n")
+            yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _count() -> Iterator[int]:
+    number = 0
+    while True:
+        number += 1
+        yield number
+
+
+def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
+    """Lines with their newline."""
+    stream: Any = raw
+    start = raw.read(6)
+    raw.seek(0)
+    for magic, unpack in _PACKED.items():
+        if start.startswith(magic):
+            stream = io.BufferedReader(unpack(raw))
+            start = stream.peek(6)[:6]
+    for mark, encoding in _WIDE.items():
+        if start.startswith(mark):
+            yield from _narrowed(io.TextIOWrapper(stream, encoding=encoding, newline="\n"), name, encoding)
+            return
+    for number, line in enumerate(stream, 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte 0x{line[error.start]:02x} on line {number}"
+            raise Usage(f"{name} is not UTF-8 ({where})", hint="save it as UTF-8") from None
+        yield line
+
+
+def _narrowed(text: IO[str], name: str, encoding: str) -> Iterator[bytes]:
+    try:
+        for line in text:
+            yield line.encode()
+    except UnicodeError:
+        raise Usage(f"{name} begins as {encoding.upper()} and is none", hint="save it as UTF-8") from None
