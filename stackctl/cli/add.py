@@ -52,6 +52,11 @@ def register(app: typer.Typer) -> None:
         own = None if on or base else recognise_base(registry, checkpoint.config, read_info(folder))
         stack = registry.resolve(on or "base", base=own.name if own else base)
         plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
+        if checkpoint.copies:
+            from stackctl.engine.base_copies import check_copies
+            from stackctl.engine.base_files import base_folder
+
+            check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
         known = registry.find_same(name, checkpoint.digest(), stack)
         version = known or _add(registry, name, checkpoint, stack, link, description)
         label = f"{name}@{version.version}"

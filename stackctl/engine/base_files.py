@@ -23,6 +23,7 @@ from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
+from stackctl.engine.former_names import former_names
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.target_modules import compact_modules
@@ -141,6 +142,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
     _check_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
+    modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
     return Base(
@@ -163,7 +165,8 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         input_embedding=names.get(id(inputs)),
         output_embedding=names.get(id(output)),
         converted_names=converted_names(model),
-        modules=compact_modules(module_shapes(model)),
+        former_names=former_names(model, modules),
+        modules=compact_modules(modules),
     )
 
 

@@ -11,6 +11,7 @@ from typing import BinaryIO, Self
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.naming import ExpertFactors
 from stackctl.plan.model import StackPlan
 
 
@@ -44,7 +45,7 @@ class OpenFiles:
             raise VerificationFailed(f"{path} ends within {info.name}", hint="restore the file from where it came")
 
 
-def not_finite(plan: StackPlan, member: int, info: TensorInfo) -> VerificationFailed:
+def not_finite(plan: StackPlan, member: int, info: TensorInfo | ExpertFactors) -> VerificationFailed:
     """The error of a member whose tensor holds NaN or infinity."""
     label = plan.members[member].label
     return VerificationFailed(

@@ -11,6 +11,7 @@ from stackctl.core.errors import VerificationFailed
 from stackctl.engine import algebra
 from stackctl.engine.tensor_bytes import OpenFiles, not_finite
 from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.naming import ExpertFactors
 from stackctl.plan.model import ModulePlan, StackPlan
 
 TORCH_DTYPES = {
@@ -69,12 +70,15 @@ class MemberTensors(TensorFiles):
         super().__init__()
         self._plan = plan
 
-    def of(self, member: int, info: TensorInfo) -> Tensor:
-        """One tensor of a member as it is stored.
+    def of(self, member: int, info: TensorInfo | ExpertFactors) -> Tensor:
+        """One tensor of a member as it is stored; factors of single experts joined, in float32.
 
         Raises:
             VerificationFailed: it holds NaN or infinity.
         """
+        if isinstance(info, ExpertFactors):
+            joined: Tensor = info.join(torch.zeros, lambda part: self.of(member, part).float())
+            return joined
         tensor = self.read(self._plan.members[member].checkpoint.weights_path, info)
         if not all_finite(tensor):
             raise not_finite(self._plan, member, info)

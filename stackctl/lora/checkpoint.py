@@ -23,7 +23,10 @@ from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded, sha256_bytes, s
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INFO = "adapter_info.json"
-_PREFIX = "base_model.model."
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""What torch.compile, FSDP and activation checkpointing put into the names of what they wrap."""
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""What PEFT saves, and loads again, without being told to (src/peft/utils/constants.py: EMBEDDING_LAYER_NAMES)."""
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -140,10 +143,21 @@ _SUFFIXES: tuple[tuple[str, Role], ...] = (
 )
 
 
+_WRAPPED_MODULE = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?$")
+
+
 @cache
 def _slots() -> tuple[tuple[re.Pattern[str], Role], ...]:
     """Compiled when the first name is asked for: most commands ask for none, and it takes as long as they do."""
     return tuple((re.compile(rf"(?P<module>.+?){suffix}"), role) for suffix, role in _SUFFIXES)
+
+
+def _unwrapped(name: str) -> str:
+    """A tensor's name without PEFT's prefix, also a doubled one, and without those of wrappers around the model."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
+        parts = parts[1 if parts[0] == "module" else 2 :]
+    return ".".join(parts)
 
 
 def parse_tensor_name(name: str) -> Slot:
@@ -151,7 +165,7 @@ def parse_tensor_name(name: str) -> Slot:
 
     PEFT writes names without the adapter's; raw state dicts carry it (``lora_A.default.weight``); both are read.
     """
-    bare = name.removeprefix(_PREFIX)
+    bare = _unwrapped(name)
     for pattern, role in _slots():
         if match := pattern.fullmatch(bare):
             return Slot(match["module"], role)
@@ -190,12 +204,15 @@ class Checkpoint:
             return replace(slot, role="aside")
         if slot.role not in ("saved", "bias"):
             return slot
-        # bias="all" writes the biases of a saved module thrice: under its own name and under both of its wrapper's.
-        if self.config.get("bias") == "all" and slot.module.endswith((".modules_to_save", ".original_module")):
+        # Some programs, and bias="all", write a saved module thrice: under its own name, which PEFT reads, and under
+        # both of its wrapper's.
+        if _WRAPPED_MODULE.search(slot.module):
             return replace(slot, role="aside")
         # PEFT wraps the modules whose names end so, and saves everything below them, biases too.
         if any(f"{saved}." in f"{slot.module}." for saved in self.config.get("modules_to_save") or ()):
             return replace(slot, role="saved")
+        if slot.role == "saved" and slot.module.rpartition(".")[2] in _EMBEDDINGS and name.endswith(".weight"):
+            return slot
         return slot if slot.role == "bias" else replace(slot, role="unknown")
 
     @cached_property
@@ -206,6 +223,15 @@ class Checkpoint:
             if slot.role in ("A", "B"):
                 pairs.setdefault(slot.module, {})[slot.role] = self.tensors[name]
         return pairs
+
+    @property
+    def copies(self) -> dict[str, TensorInfo]:
+        """What lies beside the factors of a module as its base's own weight, by module; PEFT loads it with them."""
+        return {
+            slot.module: self.tensors[name]
+            for name, slot in self.slots.items()
+            if slot.role == "aside" and name.endswith(".base_layer.weight") and slot.module in self.pairs
+        }
 
     @property
     def parameters(self) -> int:

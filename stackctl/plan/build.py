@@ -7,6 +7,7 @@ from typing import Any
 
 from stackctl.core.schema import Base, MethodOptions, ModuleShape
 from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
 from stackctl.plan.methods import SUM
@@ -14,6 +15,7 @@ from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replace
 from stackctl.plan.validate import (
     clashing_replacements,
     missing_foundations,
+    other_rows,
     refusals,
     same_adapter_twice,
     unfitting_tensors,
@@ -36,18 +38,30 @@ def plan_stack(
         if not member.checkpoint.is_lora:
             continue
         config = member.checkpoint.config
-        pairs = place_pairs(member.checkpoint.pairs, config, known)
-        problems += unfitting_tensors(member, pairs, known, base)
+        naming = Naming(known or {}, {}) if known is None or base is None else naming_of(member.checkpoint, base, known)
+        theirs = None if known is None else naming.known
+        pairs = place_pairs(member.checkpoint.pairs, config, theirs)
+        problems += unfitting_tensors(member, pairs, theirs, base)
+        if base is not None:
+            problems += other_rows(member, naming, base)
+        apart = _SingleExperts(index, config)
         for module, pair in pairs.items():
-            shape = known.get(module) if known is not None else _shape_from(pair, config, module)
+            shape = theirs.get(module) if theirs is not None else _shape_from(pair, config, module)
             if shape is None or set(pair) != {"A", "B"}:
                 continue
-            shapes[module] = shape
-            if member.weight != 0:
+            place = naming.place(module)
+            shapes[place.module] = known[place.module] if known is not None else shape
+            if place.expert is not None:
+                apart.add(place, module, pair)
+            elif member.weight != 0:
                 scaling = lora_scaling(config, pattern_name(config, module, shape))
                 rank = (pair["A"].shape[0] if pair["A"].shape else 0) // _experts(shape)
-                factors.setdefault(module, []).append(Factor(index, pair["A"], pair["B"], rank, scaling))
-        replacements += _replacements(index, member)
+                factors.setdefault(place.module, []).append(Factor(index, pair["A"], pair["B"], rank, scaling))
+        for module, factor in apart.factors(shapes).items():
+            if member.weight != 0 and factor is not None:
+                factors.setdefault(module, []).append(factor)
+        problems += apart.problems(member)
+        replacements += _replacements(index, member, naming)
     problems += clashing_replacements(replacements, members)
     problems += missing_foundations(members)
     modules = {
@@ -58,6 +72,51 @@ def plan_stack(
     return StackPlan(
         base, tuple(members), modules, tuple(replacements), tuple(problems), method, options or MethodOptions()
     )
+
+
+class _SingleExperts:
+    """A member's factors of single experts, put together to those of the parameters that hold the experts now."""
+
+    def __init__(self, index: int, config: dict[str, Any]) -> None:
+        self._index, self._config = index, config
+        self._found: dict[str, dict[tuple[int, int], dict[str, TensorInfo]]] = {}
+        self._scaling: dict[str, set[float]] = {}
+        self._odd: list[str] = []
+
+    def add(self, place: Place, module: str, pair: dict[str, TensorInfo]) -> None:
+        assert place.expert is not None
+        self._found.setdefault(place.module, {})[place.part, place.expert] = pair
+        self._scaling.setdefault(place.module, set()).add(lora_scaling(self._config, module))
+
+    def factors(self, shapes: dict[str, ModuleShape]) -> dict[str, Factor | None]:
+        """One factor for each parameter; None where there is no single one."""
+        made: dict[str, Factor | None] = {}
+        for module, found in self._found.items():
+            experts, parts = shapes[module].shape[0], 1 + max(part for part, _ in found)
+            parts = max(parts, round(shapes[module].shape[1] / next(iter(found.values()))["B"].shape[0]))
+            places = [(part, expert) for part in range(parts) for expert in range(experts)]
+            alike = {(pair["A"].shape, pair["B"].shape) for pair in found.values()}
+            if set(places) != set(found) or len(alike) > 1 or len(self._scaling[module]) > 1:
+                self._odd.append(module)
+                made[module] = None
+                continue
+            a, b = (
+                ExpertFactors(
+                    role, tuple(tuple(found[part, expert][role] for expert in range(experts)) for part in range(parts))
+                )
+                for role in ("A", "B")
+            )
+            rank = next(iter(found.values()))["A"].shape[0] * parts
+            made[module] = Factor(self._index, a, b, rank, next(iter(self._scaling[module])))
+        return made
+
+    def problems(self, member: PlanMember) -> list[Problem]:
+        if not self._odd:
+            return []
+        what = f"{member.label}: it adapts some experts and not all alike, which are one parameter: {self._odd[0]}"
+        return [
+            Problem("single_experts", what, "train it again on every expert, with one rank and alpha", member.label)
+        ]
 
 
 def _experts(shape: ModuleShape) -> int:
@@ -76,7 +135,7 @@ def _shape_from(pair: dict[str, TensorInfo], config: dict[str, Any], module: str
     return ModuleShape(type="Linear", shape=[pair["B"].shape[0], pair["A"].shape[1]])
 
 
-def _replacements(index: int, member: PlanMember) -> list[Replacement]:
+def _replacements(index: int, member: PlanMember, naming: Naming) -> list[Replacement]:
     checkpoint = member.checkpoint
     wanted = {"saved"}
     if checkpoint.config.get("bias", "none") != "none":
@@ -84,7 +143,7 @@ def _replacements(index: int, member: PlanMember) -> list[Replacement]:
     if member.weight == 0:
         return []
     return [
-        Replacement(index, name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor)
+        Replacement(index, naming.parameter(f"{checkpoint.slots[name].module}.{name.rpartition('.')[2]}"), tensor)
         for name, tensor in checkpoint.tensors.items()
         if checkpoint.slots[name].role in wanted
     ]

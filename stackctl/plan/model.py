@@ -16,6 +16,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.target_modules import lora_rank
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only
 from stackctl.plan.methods import METHODS, SUM
@@ -70,8 +71,8 @@ class Factor:
     """
 
     member: int
-    a: TensorInfo
-    b: TensorInfo
+    a: TensorInfo | ExpertFactors
+    b: TensorInfo | ExpertFactors
     rank: int
     scaling: float
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
+from stackctl.lora.naming import Naming
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.model import PlanMember, Problem, Replacement
@@ -116,7 +117,7 @@ def refusals(member: PlanMember) -> list[Problem]:
         )
     if config.get("bias", "none") != "none" and member.weight not in (0, 1):
         problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
-    if config.get("modules_to_save") and member.weight not in (0, 1):
+    if (config.get("modules_to_save") or _saved(member)) and member.weight not in (0, 1):
         problems.append(_not_weighable(label, "whole modules (modules_to_save)"))
     problems += [
         Problem(
@@ -204,6 +205,39 @@ def unfitting_tensors(
             "tensors for modules that it does not target",
             again,
         )
+    return problems
+
+
+def _saved(member: PlanMember) -> dict[str, tuple[int, ...]]:
+    """The weights of whole modules that a member brings, by module, with their shapes."""
+    checkpoint = member.checkpoint
+    return {
+        slot.module: checkpoint.tensors[name].shape
+        for name, slot in checkpoint.slots.items()
+        if slot.role == "saved" and name.endswith(".weight")
+    }
+
+
+def other_rows(member: PlanMember, naming: Naming, base: Base) -> list[Problem]:
+    """Embeddings or a head that a member brings with another number of rows than the base has."""
+    problems = []
+    for module, shape in _saved(member).items():
+        own = naming.known.get(module)
+        if own is None:
+            continue  # a norm, for one, of which an entry tells nothing
+        if tuple(own.shape) != shape and len(shape) == 2 and own.shape[1:] == [*shape[1:]]:
+            problems.append(
+                Problem(
+                    "rows",
+                    f"{member.label}: its {module} has {shape[0]:,} rows and that of {base.name} {own.shape[0]:,}: "
+                    "tokens were added to the base that it was trained on",
+                    "add them to the base (transformers: resize_token_embeddings), register that, and add it there",
+                    member.label,
+                )
+            )
+        elif tuple(own.shape) != shape and len(own.shape) == len(shape):
+            what = f"{member.label}: its {module} is {list(shape)}, and that of {base.name} {own.shape}"
+            problems.append(Problem("shape", what, "use it on the base that it was trained on", member.label))
     return problems
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine.tensor_bytes import OpenFiles, not_finite
 from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.naming import ExpertFactors
 from stackctl.plan.model import ModulePlan, StackPlan
 
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -55,14 +56,16 @@ class Concatenation(OpenFiles):
                 self._scaled(factor.member, factor.b, math.copysign(root, scale)),
             )
 
-    def _scaled(self, member: int, info: TensorInfo, scale: float) -> Any:
+    def _scaled(self, member: int, info: TensorInfo | ExpertFactors, scale: float) -> Any:
         values = self._read(member, info)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
             values = values.astype(np.float32, copy=False)
             return values if scale == 1 else np.multiply(values, np.float32(scale), out=values)
 
-    def _read(self, member: int, info: TensorInfo) -> Any:
+    def _read(self, member: int, info: TensorInfo | ExpertFactors) -> Any:
         """A member's tensor; of bfloat16, which numpy lacks, as the float32 that it is the upper half of."""
+        if isinstance(info, ExpertFactors):
+            return info.join(lambda shape: np.zeros(shape, np.float32), lambda part: self._read(member, part))
         values: Any = np.empty(info.shape, _STORED[info.dtype])
         self.read_into(self._plan.members[member].checkpoint.weights_path, info, memoryview(values).cast("B"))
         return (values.astype("<u4") << 16).view("<f4") if info.dtype == "BF16" else values
