@@ -180,7 +180,7 @@ def unfitting_tensors(
     if known is None or base is None:
         add("shape", wrong_shape, "factors that do not fit each other", again)
         return problems
-    fits = f"use it on the base it was trained on, not on {base.name}"
+    fits = _where_it_fits(member, base)
     add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
     shared = [m for m in pairs if m in known and known[m].type == "Shared"]
     add(
@@ -223,22 +223,30 @@ def other_rows(member: PlanMember, naming: Naming, base: Base) -> list[Problem]:
     problems = []
     for module, shape in _saved(member).items():
         own = naming.known.get(module)
-        if own is None:
+        if own is None or own.type in (*EXPERTS, "Parameter", "Other"):
             continue  # a norm, for one, of which an entry tells nothing
-        if tuple(own.shape) != shape and len(shape) == 2 and own.shape[1:] == [*shape[1:]]:
-            problems.append(
-                Problem(
-                    "rows",
-                    f"{member.label}: its {module} has {shape[0]:,} rows and that of {base.name} {own.shape[0]:,}: "
-                    "tokens were added to the base that it was trained on",
-                    "add them to the base (transformers: resize_token_embeddings), register that, and add it there",
-                    member.label,
-                )
+        wanted = tuple(reversed(own.shape) if own.type == "Conv1D" else own.shape)
+        if shape == wanted:
+            continue
+        if shape[1:] == wanted[1:]:
+            what = (
+                f"its {module} has {shape[0]:,} rows and that of {base.name} {wanted[0]:,}: tokens were added to the "
             )
-        elif tuple(own.shape) != shape and len(own.shape) == len(shape):
-            what = f"{member.label}: its {module} is {list(shape)}, and that of {base.name} {own.shape}"
-            problems.append(Problem("shape", what, "use it on the base that it was trained on", member.label))
+            what += "base that it was trained on"
+            hint = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
+            problems.append(Problem("rows", f"{member.label}: {what}", hint, member.label))
+        else:
+            what = f"its {module} is {list(shape)}, and that of {base.name} {list(wanted)}"
+            problems.append(Problem("shape", f"{member.label}: {what}", _where_it_fits(member, base), member.label))
     return problems
+
+
+def _where_it_fits(member: PlanMember, base: Base) -> str:
+    """What to do with an adapter whose names or shapes a base does not have; it may say that it was made on that."""
+    said = str(member.checkpoint.config.get("base_model_name_or_path") or "")
+    if said and said.rstrip("/") in (base.hub_id, base.source, base.name):
+        return f"it names {base.name} as its base, but was made on another class or revision of it: save it again there"
+    return f"use it on the base it was trained on, not on {base.name}"
 
 
 def _missing_whole(member: PlanMember, known: dict[str, ModuleShape]) -> list[str]:

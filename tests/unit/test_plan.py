@@ -181,12 +181,30 @@ def test_a_missing_factor_is_told_apart_from_a_missing_module():
     "name",
     [
         f"{P}model.norm.weight", f"{P}model.norm.bias", f"{P}{Q0}.lora_C.weight", f"{P}{Q0}.lora_B.bias", "x",
-        f"{P}{Q0}.lora_magnitude_vector", f"{P}model.embed_tokens.weight", f"{P}{Q0}.lora_E",
+        f"{P}{Q0}.lora_magnitude_vector", f"{P}model.embed_tokens.scale", f"{P}{Q0}.lora_E",
         f"{P}{Q0}.lora_A.a.b.weight",
     ],
 )  # fmt: skip
 def test_extra_tensors(name):
     assert codes(planned(tensors=lora_tensors() | {name: (HIDDEN,)})) == ["extra_tensors"]
+
+
+def test_an_embedding_that_nothing_targets_is_taken_whole():
+    """PEFT loads it, and saves it without being told to; of another shape it fits nowhere."""
+    plan = planned(tensors=lora_tensors() | {f"{P}lm_head.weight": (32, HIDDEN)})
+    assert not plan.problems
+    assert [replacement.parameter for replacement in plan.replacements] == ["lm_head.weight"]
+    assert codes(planned(tensors=lora_tensors() | {f"{P}lm_head.weight": (36, HIDDEN)})) == ["rows"]
+    assert codes(planned(tensors=lora_tensors() | {f"{P}lm_head.weight": (HIDDEN,)})) == ["shape"]
+
+
+def test_an_adapter_of_that_very_base_is_not_sent_to_its_base():
+    tensors = {name.replace("q_proj", "wq"): shape for name, shape in lora_tensors().items()}
+    elsewhere = planned(lora_config(base_model_name_or_path="org/other"), tensors=tensors).problems[0]
+    assert "use it on the base it was trained on" in elsewhere.hint
+    own = planned(lora_config(base_model_name_or_path="tiny"), tensors=tensors).problems[0]
+    assert "use it on the base" not in own.hint
+    assert "another class or revision" in own.hint
 
 
 def test_whole_modules_that_are_missing():
