@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import trl
+from chat_tokenizers import byte_level
 from jinja2 import TemplateError
-from spoken import byte_level
 from tokenizers import AddedToken
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

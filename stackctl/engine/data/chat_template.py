@@ -118,6 +118,10 @@ class ChatTemplate:
     def eos(self) -> str:
         return self._tokenizer.eos_token or ""
 
+    @property
+    def bos(self) -> str:
+        return self._tokenizer.bos_token or ""
+
     def render(
         self,
         messages: Sequence[Message],

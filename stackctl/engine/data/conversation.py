@@ -48,7 +48,7 @@ def converse(
     for position, message in enumerate(messages):
         role, visible = template.role(message["role"])
         if not visible:
-            said.append(f"{NOTHING} of turns of the role '{role}'")
+            said.append(f"{NOTHING} of turns of the role '{message['role']}'")
         elif role != message["role"]:
             said.append(f"has no role '{message['role']}': '{role}' is used")
         if role != "assistant":

@@ -191,7 +191,8 @@ class _Layouts:
                     break
             else:
                 layouts.append(Layout(turn.text + turns.space_after(turn), [span], ends=ends))
-        said.update(f"shows nothing of a turn of the role '{role}'" for role in turns.unseen(talk, learned[-1]))
+        hidden = (role for role in turns.unseen(talk, learned[-1]) if template.role(role)[1])
+        said.update(f"shows nothing of a turn of the role '{role}'" for role in hidden)
         self._said.update(said)
         self._several += len(layouts) > 1
         return layouts[::-1]

@@ -20,9 +20,8 @@ class Tag:
         return prompt.rstrip().endswith(self.open.rstrip())
 
     def closed(self, prompt: str) -> bool:
-        """Whether a prompt ends behind a thought that is empty, so that the model begins with the answer."""
-        before = prompt.rstrip().removesuffix(self.close.strip())
-        return before != prompt.rstrip() and self.opened(before)
+        """Whether a prompt ends with the end of a thought, so that the model begins with the answer."""
+        return prompt.rstrip().endswith(self.close.strip())
 
 
 TAGS = (
@@ -77,7 +76,7 @@ def tag_of(prompt: str) -> Tag | None:
 
 
 def closes(prompt: str) -> bool:
-    """Whether a prompt ends behind an empty thought."""
+    """Whether a prompt ends behind a thought, which is empty then."""
     return any(tag.closed(prompt) for tag in TAGS)
 
 

@@ -53,6 +53,7 @@ class Turns:
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         bare = template.render(opening)
         self._begin = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        self._openers = self._first_tags(self._begin.lstrip(), bare.removeprefix(template.bos).lstrip())
         self.close = self._close(opening)
         self.end = self._ended(self.end.removesuffix(self.close))
 
@@ -74,10 +75,16 @@ class Turns:
         return eos if goes_on.startswith(own) and not goes_on.startswith(self.end) else ""
 
     def _ended(self, tail: str) -> str:
-        """What follows a turn's last word, without the beginning of another turn."""
-        opener = _TAG.match(self._begin.lstrip())
-        at = tail.find(opener[0]) if opener else -1
-        return tail[:at] if at > 0 and tail[:at].strip() else tail
+        """What follows a turn's last word, without the beginning of another turn, and nothing behind an EOS."""
+        starts = [at for opener in self._openers if (at := tail.find(opener)) > 0 and tail[:at].strip()]
+        tail = tail[: min(starts, default=len(tail))]
+        before, eos, after = tail.partition(self._template.eos or "\0")
+        return before + eos if after.strip() else tail
+
+    @staticmethod
+    def _first_tags(*texts: str) -> set[str]:
+        """The tags that texts begin with."""
+        return {found[0] for text in texts if (found := _TAG.match(text))}
 
     def turn(self, talk: Conversation, position: int) -> Turn:
         """What the assistant writes in its turn at this position.
@@ -157,8 +164,9 @@ class Turns:
 
     def _through(self, through: str, start: int, history: list[Message], message: Message, talk: Conversation) -> str:
         """A finished turn from where it begins to its end of turn."""
-        opener = _TAG.match(self._begin.lstrip())
-        if opener and opener[0] in through[start:]:
+        spoken = through[start:]
+        _, eos, behind = spoken.rpartition(self._template.eos or "\0")
+        if any(opener in spoken for opener in self._openers) or (eos and behind.strip()):
             _, after = self._edges(through, history, message, talk)
             tail = through[after:] if after >= start else ""
             through = through[: len(through) - len(tail)] + self._ended(tail)

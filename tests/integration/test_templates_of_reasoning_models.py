@@ -1,0 +1,100 @@
+"""Templates of published reasoning and tool models, by what they do to a turn of the assistant."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from chat_tokenizers import USER, encoded, text_of, turns, with_template
+
+from stackctl.core.errors import Usage
+from stackctl.engine.records import ChatRecord
+
+HEAD = "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% elif m.role == 'assistant' %}"
+TAIL = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+AFTER = "{{ m.content.split('</think>')[-1].lstrip() }}<|im_end|>"
+
+TEMPLATES = {
+    # the generation prompt ends the thought, or opens it when told to
+    "DeepSeek-V3.1": f"{HEAD}[A]</think>{AFTER}{TAIL}[A]{{{{ '<think>' if thinking else '</think>' }}}}{{% endif %}}",
+    "EXAONE-4": f"{HEAD}[A]\n<think>\n\n</think>\n\n{AFTER}{TAIL}[A]\n"
+    "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}",
+    # the generation prompt opens the thought, and history drops it
+    "GLM-Z1": f"{HEAD}[A]\n{AFTER}{TAIL}[A]\n<think>\n{{% endif %}}",
+    # the generation prompt opens the thought, and history ends one that is empty
+    "GLM-5": f"{HEAD}[A]{{% if m.reasoning_content %}}<think>{{{{ m.reasoning_content }}}}{{% endif %}}</think>"
+    f"{{{{ m.content }}}}<|im_end|>{TAIL}[A]<think>{{% endif %}}",
+    # an empty thought stands before every answer
+    "Kimi-K2-Thinking": f"{HEAD}[A]<think>{{{{ m.reasoning_content or '' }}}}</think>{{{{ m.content }}}}<|im_end|>"
+    f"{TAIL}[A]{{% endif %}}",
+    # an empty thought stands before a content that has one of its own
+    "no key": f"{HEAD}[A]<think></think>{{{{ m.content }}}}<|im_end|>{TAIL}[A]{{% endif %}}",
+    # history drops the thought, and the generation prompt knows nothing of it
+    "stripped": f"{HEAD}[A]{AFTER}{TAIL}[A]{{% endif %}}",
+}
+THOUGHT = {"role": "assistant", "content": "<think>R</think>yes"}
+WANTED = {
+    "DeepSeek-V3.1": ("[A]<think>", "R</think>yes<|im_end|>", "[A]</think>", "yes<|im_end|>"),
+    "EXAONE-4": ("<think>\n", "R</think>yes<|im_end|>", "<think>\n\n</think>\n\n", "yes<|im_end|>"),
+    "GLM-Z1": ("<think>\n", "R</think>yes<|im_end|>", "<think>\n", "\n</think>\n\nyes<|im_end|>"),
+    "GLM-5": ("[A]<think>", "R</think>yes<|im_end|>", "[A]<think>", "</think>yes<|im_end|>"),
+    "Kimi-K2-Thinking": ("[A]", "<think>R</think>yes<|im_end|>", "[A]", "<think></think>yes<|im_end|>"),
+    "no key": ("[A]", "<think>R</think>yes<|im_end|>", "[A]", "<think></think>yes<|im_end|>"),
+    "stripped": ("[A]", "<think>R</think>yes<|im_end|>", "[A]", "yes<|im_end|>"),
+}
+"""Of a turn with a thought and of one without: the prompt's end, and what is learned."""
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_learned_of_a_turn(name: str, smollm2: Any) -> None:
+    tokenizer = with_template(copy.deepcopy(smollm2), TEMPLATES[name])
+    plain = {"role": "assistant", "content": "yes"}
+    for turn, prompt, written in ((THOUGHT, *WANTED[name][:2]), (plain, *WANTED[name][2:])):
+        (example,) = encoded(tokenizer, ChatRecord(1, [USER, turn])).examples
+        assert turns(tokenizer, example) == [written]
+        assert (
+            text_of(tokenizer, example) == f"[U]q{'' if prompt.startswith('[A]') else '[A]' + chr(10)}{prompt}{written}"
+        )
+
+
+def test_the_end_of_turn_ends_what_is_learned(smollm2: Any) -> None:
+    """As Command-R7B's template for tools, which begins the next turn behind every turn."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' if loop.first }}<|{{ m.role }}|>{{ m.content }}<|im_end|><|im_start|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = with_template(copy.deepcopy(smollm2), template)
+    messages = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
+    found = encoded(tokenizer, ChatRecord(1, messages))
+    assert [turn for example in found.examples for turn in turns(tokenizer, example)] == ["a<|im_end|>", "b<|im_end|>"]
+
+
+def test_contents_that_a_template_takes_as_parts_only(smollm2: Any) -> None:
+    """As MiniMax-M1's."""
+    template = "{% for m in messages %}[{{ m.role }}]{% for p in m.content | selectattr('type', 'equalto', 'text') %}"
+    template += "{{ p.text }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = with_template(copy.deepcopy(smollm2), template)
+    (example,) = encoded(tokenizer, ChatRecord(1, [USER, {"role": "assistant", "content": "yes"}])).examples
+    assert text_of(tokenizer, example) == "[user]q<|im_end|>[assistant]yes<|im_end|>"
+    assert turns(tokenizer, example) == ["yes<|im_end|>"]
+
+
+def test_what_a_template_shows_nothing_of_is_said_or_refused_with_its_line(smollm2: Any) -> None:
+    template = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}[{{ m.role }}]{{ m.content }}<|im_end|>"
+    template += "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = with_template(copy.deepcopy(smollm2), template)
+    yes = {"role": "assistant", "content": "yes"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    records = [
+        ChatRecord(1, [{"role": role, "content": "Be brief."}, USER, yes]) for role in ("system", "developer", "tool")
+    ]
+    found = encoded(tokenizer, *records, ChatRecord(4, [USER, yes], tools=[{"name": "f"}]))
+    assert sorted(found.notes) == [
+        "the chat template shows nothing of 'tools': 1 of 4 conversations",
+        "the chat template shows nothing of turns of the role 'developer': 1 of 4 conversations",
+        "the chat template shows nothing of turns of the role 'system': 1 of 4 conversations",
+        "the chat template shows nothing of turns of the role 'tool': 1 of 4 conversations",
+    ]
+    with pytest.raises(Usage, match="line 7: it shows nothing of the tool_calls of message 2"):
+        encoded(tokenizer, ChatRecord(7, [USER, {**yes, "tool_calls": [call]}]))
