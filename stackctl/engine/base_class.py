@@ -22,6 +22,8 @@ from stackctl.core.errors import Incompatible, first_line
 from stackctl.registry.base_models import read_json
 from stackctl.registry.base_quantization import FOUR_BITS, Quantization, plain_name, stored_scheme
 
+_WHOLE = ("emu3",)
+"""Model types whose text class finds none of its weights in files of the whole class."""
 _NOT_TEXT = "it is no model that goes on writing a text"
 
 
@@ -38,7 +40,7 @@ def model_class(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise _unknown(folder, raw, first_line(error)[:200]) from error
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
-        if type(config) not in mapping:
+        if type(config) not in mapping or (kind in _WHOLE and mapping is MODEL_FOR_CAUSAL_LM_MAPPING):
             continue
         found: type[PreTrainedModel] = _get_model_class(config, mapping)
         if config.is_encoder_decoder and found.__name__ not in (raw.get("architectures") or ()):
@@ -51,6 +53,16 @@ def model_class(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         f"{folder} is a {named or kind}, and {_NOT_TEXT}",
         hint="a base is a causal language model, alone or inside a model that also sees or hears",
     )
+
+
+def whole_model(folder: Path) -> PreTrainedModel | None:
+    """The empty model of all of a folder, where :func:`model_class` is the class of its text alone."""
+    found, _ = model_class(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return None
+    whole: type[PreTrainedModel] = _get_model_class(config, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return None if whole is found else _empty(folder, whole, config)
 
 
 def _config_for(found: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:

@@ -195,7 +195,7 @@ def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, Tens
     """
     scheme = stored_scheme(folder)
     if scheme is not None:
-        check_keys(_quantised_keys(folder, scheme), folder)
+        check_keys(_quantised_keys(folder, scheme), folder, model)
         return
     empty = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPES.get(info.dtype), device="meta")
@@ -205,7 +205,7 @@ def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, Tens
         None, config=model.config, state_dict=empty, device_map={"": "meta"}, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
-    check_keys(found, folder)
+    check_keys(found, folder, model)
 
 
 def _quantised_keys(folder: Path, scheme: Quantization) -> dict[str, Any]:

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base_class import check_scheme, model_class, reading
+from stackctl.engine.base_class import check_scheme, model_class, reading, whole_model
+from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base_modules import text_modules
 from stackctl.engine.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme
@@ -40,7 +43,7 @@ def load_weights(
         )
     if scheme is None and converts:
         model, found = load_converting(folder, dtype)
-        check_keys(found, folder)
+        check_keys(found, folder, model)
         return model
     if four_bits or (scheme is not None and scheme.method == FOUR_BITS):
         _check_bitsandbytes(needed=scheme is not None)
@@ -65,23 +68,26 @@ def load_weights(
             f"{folder} is stored quantised, by {scheme.label}, and cannot be read: {first_line(error)[:200]}",
             hint="use the model that it was made from",
         ) from error
-    check_keys(found, folder)
+    check_keys(found, folder, model)
     if scheme is not None and scheme.method == FOUR_BITS and not four_bits:
         model = model.dequantize(dtype)
     return model
 
 
-def check_keys(found: dict[str, Any], folder: Path) -> None:
-    """Hold what ``from_pretrained`` reported against a folder.
+def check_keys(found: dict[str, Any], folder: Path, model: PreTrainedModel) -> None:
+    """Hold what ``from_pretrained`` reported of loading ``model`` against a folder.
+
+    Weights of a tower that the text does not go through are taken by nothing in a class for text alone.
 
     Raises:
         Incompatible: tensors are missing, have other shapes, or nothing in the model takes them.
     """
     problems = []
+    unexpected = _not_of_towers(set(found["unexpected_keys"]), folder, model) if found["unexpected_keys"] else set()
     for names, what in (
         (found["missing_keys"], "has no weights for"),
         ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
-        (found["unexpected_keys"], "has weights that nothing in its configuration's model takes:"),
+        (unexpected, "has weights that nothing in its configuration's model takes:"),
         ({str(message) for message in found.get("error_msgs") or ()}, "cannot be converted:"),
     ):
         if names:
@@ -91,6 +97,25 @@ def check_keys(found: dict[str, Any], folder: Path) -> None:
     if problems:
         hint = "config.json and the weights are not of one model: get both again from where they came"
         raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
+
+
+def _not_of_towers(names: set[str], folder: Path, model: PreTrainedModel) -> set[str]:
+    """Those of some names that are no weights of a tower in the whole of a folder's model."""
+    whole = whole_model(folder)
+    if whole is None:
+        return names
+    layout, text = BaseLayout(folder, whole), text_modules(whole)
+    towers = {name for group in layout.groups if _module(group.first) not in text for name in group.sources}
+    if stored_scheme(folder) is not None:
+        return names - towers
+    own = BaseLayout(folder, model)
+    left = LoadStateDictInfo(set(), {name for name in own.unexpected if name not in towers}, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(left)
+    return left.unexpected_keys
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _check_bitsandbytes(*, needed: bool) -> None:

@@ -235,3 +235,21 @@ def test_tokens_beyond_the_embeddings_are_named(run: Any, models: Any, tmp_path:
         ran = run(*command, "--data", data, code=4)
         assert "lines 1 and 3" in ran.err
         assert "<a>" in ran.err
+
+
+@pytest.mark.parametrize("kind", ["llama4", "mllama", "emu3"])
+def test_a_class_for_text_alone_leaves_the_towers_in_the_files(run: Any, tmp_path: Path, kind: str) -> None:
+    """Their weights are taken by nothing in it, and that is no error; emu3 has no such class that finds its own."""
+    from architectures import tiny_folder
+
+    folder = tiny_folder(kind, tmp_path / "model")
+    run("init")
+    run("base", "add", "stored", folder)
+    data = oracle.write_jsonl(tmp_path / "data.jsonl", WORDS)
+    found = run("eval", "base", "--base", "stored", "--data", data, "--json").json["results"][0]["loss"]
+    assert found == pytest.approx(losses(_named(folder)), abs=2e-5)
+
+
+def _named(folder: Path) -> Any:
+    """The class that the configuration names, towers and all."""
+    return _loaded(folder)[0]
