@@ -83,6 +83,11 @@ def register(app: typer.Typer) -> None:
         size += f", stored by {scheme.label}" if (scheme := stored_scheme(folder)) else ""
         notes = [f"the tokenizer of {name} is another one than the one that was registered"] if changed else []
         notes += [note] if (note := tokenizer_note(base, folder)) else []
+        if base.untrained_tokens:
+            told = (
+                f"{name} never learned {', '.join(base.untrained_tokens)}, which chats begin and end with: their rows"
+            )
+            notes.append(f"{told} are as they were initialised, and a LoRA on linear layers does not train them")
         return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=tuple(notes))
 
     @command(group, "ls", example="stackctl base ls --json")

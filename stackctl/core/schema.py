@@ -68,6 +68,7 @@ class Base(Entry, frozen=True, kw_only=True):
     ``quantization`` is transformers' name of the scheme that the weights are stored in, and ``dtype`` then the one that
     they are computed in. ``modules`` maps names, with ranges as in ``model.layers.{0-29}.self_attn.q_proj``, to what a
     LoRA can stand on.
+    ``untrained_tokens`` are those of its chat template whose rows are as they were initialised.
     ``former_names`` maps them, with ``*`` for each number, to what they were called by earlier transformers, see
     :mod:`stackctl.lora.naming`. ``converted_names`` are last names of linear layers that PEFT adapts as
     parameters only, see :mod:`stackctl.lora.target_parameters`.
@@ -92,6 +93,7 @@ class Base(Entry, frozen=True, kw_only=True):
     tied_embeddings: bool = False
     input_embedding: str | None = None
     output_embedding: str | None = None
+    untrained_tokens: list[str] = msgspec.field(default_factory=list)
     former_names: dict[str, list[str]] = msgspec.field(default_factory=dict)
     converted_names: list[str] = msgspec.field(default_factory=list)
     modules: dict[str, ModuleShape]

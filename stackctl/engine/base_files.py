@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -25,6 +26,7 @@ from stackctl.engine.base_modules import converted_names, module_shapes
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.former_names import former_names
 from stackctl.engine.tensors import TORCH_DTYPES
+from stackctl.engine.untrained_tokens import find_untrained
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
@@ -140,12 +142,12 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
-    _check_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
     modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
-    return Base(
+    base = Base(
         name=name,
         kind=kind,  # type: ignore[arg-type]
         source=source,
@@ -168,6 +170,9 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         former_names=former_names(model, modules),
         modules=compact_modules(modules),
     )
+    if scheme is not None:
+        return base
+    return msgspec.structs.replace(base, untrained_tokens=find_untrained(tokenizer, base, BaseLayout(folder, model)))
 
 
 def _context_length(config: PretrainedConfig) -> int | None:
@@ -230,8 +235,8 @@ def tokenizer_note(base: Base, folder: Path) -> str | None:
     )
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _load_tokenizer(folder: Path) -> Any:
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core.errors import Usage
+from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.engine import data as data_module
 from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
@@ -20,6 +21,8 @@ from stackctl.render.record_preview import Span, render_preview
 from stackctl.render.terminal import Painted, colours_on, width_of
 
 Say = Callable[[str], None]
+_LOOKED_AT = 100
+"""How many examples are looked at for tokens that the base never learned."""
 _NAMED = 20
 """How many records a note names."""
 
@@ -76,12 +79,30 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
+    if note := _untrained(encoded, tokenizer, prepared.base):
+        say(f"note: {note}")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
     parts = preview_parts(encoded.examples[0], tokenizer)
     say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
     rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation)
+
+
+def _untrained(encoded: Encoded, tokenizer: Any, base: Base) -> str | None:
+    """What to know where the first examples have tokens that a base never learned."""
+    numbers = dict(zip(tokenizer.convert_tokens_to_ids(base.untrained_tokens), base.untrained_tokens, strict=True))
+    if not numbers:
+        return None
+    first = [encoded.examples[index] for index in range(min(len(encoded.examples), _LOOKED_AT))]
+    used = {token for example in first for token in example.input_ids if token in numbers}
+    if not used:
+        return None
+    named = ", ".join(token for number, token in numbers.items() if number in used)
+    learned = any(label in used for example in first for label in example.labels)
+    return f"{base.name} never learned {named}: their rows are as they were initialised, and this adapter does not " + (
+        "train them, so that it may not learn to write them" if learned else "train them"
+    )
 
 
 def preview_parts(example: Example, tokenizer: Any) -> list[Span]:
