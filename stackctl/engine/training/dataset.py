@@ -79,8 +79,8 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
-    if note := _untrained(encoded, tokenizer, prepared.base):
-        say(f"note: {note}")
+    if untrained := _untrained(encoded, tokenizer, prepared.base):
+        say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
     parts = preview_parts(encoded.examples[0], tokenizer)
