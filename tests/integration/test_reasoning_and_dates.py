@@ -153,6 +153,8 @@ def test_the_template_that_an_adapter_brings_is_used_on_a_base_without_one(
     assert said in compared.err
     run("export", "own", "--format", "model", "--out", tmp_path / "model")
     assert (tmp_path / "model" / "chat_template.jinja").read_text() == STRIPPED
+    run("export", "own", "--format", "peft", "--out", tmp_path / "peft")
+    assert (tmp_path / "peft" / "chat_template.jinja").read_text() == STRIPPED
     on_top = run("train", "next", "--on", "own", "--data", data, "--max-steps", 1)
     assert said in on_top.err
     assert (tmp_path / "registry" / "weights" / "next" / "1" / "chat_template.jinja").read_text() == STRIPPED

@@ -24,6 +24,8 @@ from stackctl.engine.records import ChatRecord, CompletionRecord, Record, Record
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
 _SHOWN = 5
+_QUOTED = 50
+"""Characters of a template's own words that a note repeats."""
 
 Reading = Callable[[float], None]
 """Told the share (0 to 1) of the data that was read."""
@@ -179,6 +181,8 @@ class _Layouts:
             return []
         talk = converse(template, record.messages, record.tools, {**self._arguments, **record.template})
         said = set(talk.said)
+        if turns.preamble and not any(message["role"] in ("system", "developer") for message in talk.messages):
+            said.add(f"puts {_cut_text(turns.preamble)!r} before a conversation without a system message")
         layouts: list[Layout] = []
         ends = not turns.end.strip()
         for position in reversed(learned):
@@ -218,6 +222,10 @@ class _Layouts:
         if self._muted:
             notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")
         return notes
+
+
+def _cut_text(text: str) -> str:
+    return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"
 
 
 def _cut(example: Example, max_length: int) -> Example:

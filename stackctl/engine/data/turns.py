@@ -54,8 +54,22 @@ class Turns:
         bare = template.render(opening)
         self._begin = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
         self._openers = self._first_tags(self._begin.lstrip(), bare.removeprefix(template.bos).lstrip())
+        self.preamble = self._preamble(bare)
         self.close = self._close(opening)
         self.end = self._ended(self.end.removesuffix(self.close))
+
+    def _preamble(self, bare: str) -> str:
+        """What the template says of its own before a conversation without a system message."""
+        user = self._template.opening[-1]
+        if len(self._template.opening) > 1:
+            return ""
+        before = bare.partition(user["content"])[0]
+        with contextlib.suppress(*TEMPLATE_ERRORS):
+            goes_on = self._template.render([user, _sentinel(), {**user, "content": f"{SENTINEL} again"}])
+            header = goes_on.partition(SENTINEL)[2].partition(f"{SENTINEL} again")[0]
+            own = _TAG.sub("", before[: len(before) - common(before[::-1], header[::-1])])
+            return " ".join(own.split()) if re.search(r"\w\W+\w", own) else ""
+        return ""
 
     def space_after(self, turn: Turn) -> str:
         """The white space that the template puts behind an end of turn: a token may reach over both."""

@@ -15,6 +15,8 @@ from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
+from stackctl.plan.own_template import FILE as TEMPLATE
+from stackctl.plan.own_template import templates_of
 from stackctl.storage import files
 
 _PREFIX = "base_model.model."
@@ -42,6 +44,8 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
         ranks = _ranks(plan)
         error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
         _write_config(plan, ranks, staged / CONFIG)
+        if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.members)):
+            files.write_atomic(staged / TEMPLATE, templates[0][1])
         _check_written(plan, ranks, staged)
         files.publish_directory(staged, out)
     return {

@@ -1,0 +1,29 @@
+"""The chat template that a checkpoint brings, and the one that members of a stack bring together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from stackctl.plan.model import PlanMember
+from stackctl.storage import files
+
+FILE = "chat_template.jinja"
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that lies in a checkpoint's folder, where transformers looks for it."""
+    if (file := folder / FILE).is_file():
+        return files.read_bounded(file).decode("utf-8-sig", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        value = files.read_own_json(folder / name)
+        template = value.get("chat_template") if isinstance(value, dict) else None
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def templates_of(members: Iterable[PlanMember]) -> list[tuple[str, str]]:
+    """The labels and templates of the members that bring one, the newest first: a stack's last member."""
+    found = [(member.label, own_template(member.checkpoint.path)) for member in members]
+    return [(label, template) for label, template in reversed(found) if template]
