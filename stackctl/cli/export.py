@@ -10,6 +10,7 @@ import typer
 from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.core.errors import Usage
 from stackctl.plan.model import StackPlan
+from stackctl.plan.whole_class import on_whole_class
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes, sha256_file
 
@@ -49,6 +50,13 @@ def register(app: typer.Typer) -> None:
         modelfile: Annotated[
             bool, typer.Option("--modelfile", help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
         ] = False,
+        whole_class: Annotated[
+            bool,
+            typer.Option(
+                "--whole-class",
+                help="With peft, of a model that also sees: names of the class that config.json names, as vLLM wants.",
+            ),
+        ] = False,
         base: BaseOption = None,
     ) -> Result:
         """Export a stack as files for another program: streamed, checked, then moved into place."""
@@ -64,6 +72,10 @@ def register(app: typer.Typer) -> None:
                 "--modelfile belongs to --format gguf",
                 hint=f"stackctl export {stack.text} --format gguf --modelfile --out {out}",
             )
+        if whole_class and format_ != "peft":
+            raise Usage("--whole-class belongs to --format peft", hint="leave it out")
+        if whole_class:
+            plan = on_whole_class(plan)
         wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
         if wanted not in _DTYPES[format_]:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")

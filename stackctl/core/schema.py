@@ -60,6 +60,16 @@ class ModuleShape(Part, frozen=True, kw_only=True):
     shape: list[Count]
 
 
+class WholeClass(Part, frozen=True, kw_only=True):
+    """The class that a base's configuration names, where it was loaded as the class of its text: what the decoder and
+    the output embedding are called in it.
+    """
+
+    architecture: str
+    decoder: str
+    head: str | None = None
+
+
 class Base(Entry, frozen=True, kw_only=True):
     """``bases/NAME.yaml``: a base model, recognised by its fingerprint.
 
@@ -93,6 +103,7 @@ class Base(Entry, frozen=True, kw_only=True):
     tied_embeddings: bool = False
     input_embedding: str | None = None
     output_embedding: str | None = None
+    whole: WholeClass | None = None
     untrained_tokens: list[str] = msgspec.field(default_factory=list)
     former_names: dict[str, list[str]] = msgspec.field(default_factory=dict)
     converted_names: list[str] = msgspec.field(default_factory=list)

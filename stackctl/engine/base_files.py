@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.core.schema import Base
-from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton
+from stackctl.core.schema import Base, WholeClass
+from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton, whole_model
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
@@ -169,10 +169,22 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         converted_names=converted_names(model),
         former_names=former_names(model, modules),
         modules=compact_modules(modules),
+        whole=_whole_class(folder),
     )
     if scheme is not None:
         return base
     return msgspec.structs.replace(base, untrained_tokens=find_untrained(tokenizer, base, BaseLayout(folder, model)))
+
+
+def _whole_class(folder: Path) -> WholeClass | None:
+    """The class that sees, of a model that was loaded as the class of its text."""
+    model = whole_model(folder)
+    if model is None:
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder = names.get(id(model.get_input_embeddings()), "").rpartition(".")[0]
+    head = names.get(id(model.get_output_embeddings()))
+    return WholeClass(architecture=type(model).__name__, decoder=decoder, head=head)
 
 
 def _context_length(config: PretrainedConfig) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.plan.model import Problem, StackPlan
+from stackctl.plan.whole_class import is_named_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,10 @@ def _lint_vllm(plan: StackPlan, dtype: str | None) -> list[Problem]:
     if base.architecture in _VLLM_WITHOUT_LORA:
         what = f"vLLM has no LoRA for {base.architecture}, the architecture of '{base.name}'"
         problems.append(Problem("vllm_architecture", what, _FULL_MODEL))
+    if base.whole is not None and not is_named_for(plan, base.whole):
+        what = f"vLLM serves '{base.name}' as {base.whole.architecture}, and finds there what begins with "
+        what += f"{base.whole.decoder}; by other names an adapter has no effect, and nothing says so"
+        problems.append(Problem("vllm_names", what, f"stackctl export {plan.expression} --whole-class --out DIR"))
     experts = sorted(m.name for m in plan.modules.values() if m.is_experts)
     if experts:
         what = f"vLLM takes LoRA on the experts of some mixtures only, and this stack stands on {_named(experts)}"

@@ -80,7 +80,8 @@ def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path)
         serve += ["--revision", base.revision]
     if base.dtype == "float32":  # which vLLM would run in half precision
         serve += ["--dtype", "float32"]
-    return [[*export, "--format", "peft", "--out", out], serve], notes
+    whole = ["--whole-class"] if base.whole is not None else []
+    return [[*export, "--format", "peft", *whole, "--out", out], serve], notes
 
 
 def _llama_cpp(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:

@@ -128,6 +128,24 @@ def test_the_class_that_sees_live_is_the_text_class_with_its_adapter(run: Any, s
     assert oracle.relative(folded(tmp_path, "b", "a", live=True), wanted, plain) < 1e-5
 
 
+def test_an_export_for_the_class_that_sees(run: Any, seeing: Any, tmp_path: Path) -> None:
+    """PEFT on the whole class computes the same; vLLM, which serves that class, is not given other names in silence."""
+    base = seeing("qwen3_5")
+    tensors = pairs(linear(as_transformers_reads(base), *ALL))
+    run("add", "a", write(tmp_path / "a", tensors, target_modules=ALL))
+    codes = [problem["code"] for problem in run("inspect", "a", "--for", "vllm", "--json", code=None).json["problems"]]
+    assert "vllm_names" in codes
+    run("export", "a", "--format", "peft", "--whole-class", "--out", tmp_path / "whole")
+    assert all("model.language_model.layers." in n for n in load_file(tmp_path / "whole/adapter_model.safetensors"))
+    whole = transformers.AutoModelForMultimodalLM.from_pretrained(base, dtype=torch.float32)
+    plain = logits(whole)
+    wanted = logits(PeftModel.from_pretrained(as_transformers_reads(base), tmp_path / "a"))
+    found = logits(PeftModel.from_pretrained(whole, tmp_path / "whole"))
+    assert oracle.relative(found, wanted, plain) < 1e-5
+    told = run("inspect", tmp_path / "whole", "--base", "b", "--for", "vllm", "--json", code=None).json["problems"]
+    assert "vllm_names" not in [problem["code"] for problem in told]
+
+
 def test_an_adapter_on_a_tower_is_not_put_on_the_text(house: Any) -> None:
     """Layer for layer the names end alike, and the shapes fit."""
     h = house()
