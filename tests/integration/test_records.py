@@ -356,3 +356,17 @@ def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: P
     found = read_records(write(tmp_path / "a.jsonl", known, known, {**known, "rejected": "b", "images": []}))
     (note,) = found.notes
     assert note.endswith("passed over: 'images' (2 records), 'rejected' (1 record)")
+
+
+def test_fields_that_only_other_rows_of_a_table_have_are_absent(tmp_path: Path) -> None:
+    def row(arguments: Any, **more: Any) -> Any:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return {
+            "messages": [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {**PAIR[1], **more}]
+        }
+
+    pq.write_table(pa.Table.from_pylist([row({"a": "x"}), row({"b": "y"}, weight=0.0)]), tmp_path / "a.parquet")
+    records = [record for record in read_records(tmp_path / "a.parquet").records if isinstance(record, ChatRecord)]
+    calls = [record.messages[1]["tool_calls"][0]["function"]["arguments"] for record in records]
+    assert calls == [{"a": "x"}, {"b": "y"}]
+    assert [sorted(record.muted) for record in records] == [[], [2]]

@@ -58,6 +58,20 @@ def test_what_is_learned_of_a_turn(name: str, smollm2: Any) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Write </think> to end it.",
+        "<reasoning>R</reasoning><answer>yes</answer>",
+        "Say <think> or </think>, as you like.",
+    ],
+)
+def test_tags_that_are_words_of_an_answer_stay_there(answer: str, smollm2: Any) -> None:
+    tokenizer = with_template(copy.deepcopy(smollm2), TEMPLATES["GLM-5"])
+    (example,) = encoded(tokenizer, ChatRecord(1, [USER, {"role": "assistant", "content": answer}])).examples
+    assert turns(tokenizer, example) == [f"</think>{answer}<|im_end|>"]
+
+
 def test_the_end_of_turn_ends_what_is_learned(smollm2: Any) -> None:
     """As Command-R7B's template for tools, which begins the next turn behind every turn."""
     template = (

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from stackctl.core.errors import Usage, first_line
+from stackctl.engine.data.thoughts import Tag, tags_in
 from stackctl.engine.records import Message
 
 CHATML = (
@@ -164,6 +165,11 @@ class ChatTemplate:
         if refused is None:
             raise Usage("the chat template does not render what the assistant says")
         raise Usage(f"the chat template fails on a user and an assistant turn ({first_line(refused)})") from refused
+
+    @functools.cached_property
+    def tags(self) -> tuple[Tag, ...]:
+        """What marks a thought in a content."""
+        return tags_in(json.dumps(self._tokenizer.chat_template, ensure_ascii=False))
 
     @functools.cached_property
     def thought_key(self) -> str | None:

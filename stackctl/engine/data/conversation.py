@@ -54,7 +54,7 @@ def converse(
         if role != "assistant":
             shown.append({**message, "role": role})
             continue
-        spoken[position] = take_apart(message)
+        spoken[position] = take_apart(message, template.tags)
         if message.get("tool_calls") and template.arguments_as_text is None:
             raise ValueError(f"it shows nothing of the tool_calls of message {position + 1}")
         shown.append(as_shown(template, message, spoken[position]))

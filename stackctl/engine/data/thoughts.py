@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stackctl.engine.records import Message
@@ -53,18 +54,28 @@ class Spoken:
     tag: Tag = TAGS[0]
 
 
-def take_apart(message: Message) -> Spoken:
+def tags_in(source: str) -> tuple[Tag, ...]:
+    """The tags that mark a thought under a template with this source: ``<think>``, and those that it knows itself.
+
+    Elsewhere ``<reasoning>`` and its like are words of an answer's own format.
+    """
+    return TAGS[:1] + tuple(tag for tag in TAGS[1:] if tag.open.strip() in source)
+
+
+def take_apart(message: Message, tags: Sequence[Tag] = TAGS[:1]) -> Spoken:
     """What of a turn is thought: ``reasoning_content``, or what the content begins with between two tags.
 
-    A content that closes a thought without having opened it, as models write behind a prompt that did, is read so too.
+    A content that closes ``<think>`` at the edge of a line without having opened it, as models write behind a prompt
+    that did, is read so too; in mid-line it is a word of the answer.
     """
     content: str = message.get("content") or ""
     if message.get("reasoning_content"):
         return Spoken(message["reasoning_content"], content)
-    for tag in TAGS:
+    for tag in tags:
         before, closes, after = content.partition(tag.close)
         inner = before.lstrip().removeprefix(tag.open)
-        if closes and tag.open not in inner and (inner != before.lstrip() or not tag.open.startswith("<|channel")):
+        alone = tag is TAGS[0] and (before.endswith("\n") or after.startswith("\n"))
+        if closes and tag.open not in inner and (inner != before.lstrip() or alone):
             space = after[: len(after) - len(after.lstrip())]
             return Spoken(inner.strip(), after.lstrip(), inner + tag.close + space, tag)
     return Spoken("", content)

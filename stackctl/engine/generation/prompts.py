@@ -81,7 +81,8 @@ def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[i
             )
         except TEMPLATE_ERRORS as error:
             raise Usage(
-                f"the chat template refused {prompt.place}: {error}", hint="try --raw, or leave out --system"
+                f"the chat template refused {prompt.place}: {error}",
+                hint="try --raw, or without --system or tools",
             ) from error
     elif prompt.messages is None:
         text = prompt.text

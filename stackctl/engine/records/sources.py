@@ -202,6 +202,8 @@ READERS: dict[str, Callable[[Path, str], Source]] = {
 """What reads a file, by how its name ends."""
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table has every column: a null is an absent key."""
-    return {key: value for key, value in row.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """A row of a table has every column, and what is in it every field that any row has: a null is an absent key."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
