@@ -112,3 +112,29 @@ def test_what_a_template_shows_nothing_of_is_said_or_refused_with_its_line(smoll
     ]
     with pytest.raises(Usage, match="line 7: it shows nothing of the tool_calls of message 2"):
         encoded(tokenizer, ChatRecord(7, [USER, {**yes, "tool_calls": [call]}]))
+
+
+def test_calls_without_an_id_are_numbered_for_a_template_that_wants_one(smollm2: Any) -> None:
+    """As Mistral's, whose ids have nine characters."""
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+        "{{ raise_exception('ids of nine') }}{% endif %}[CALL]{{ c.function | tojson }}{{ c.id }}{% endfor %}<|im_end|>"
+        "{% elif m.role == 'tool' %}[RESULT {{ m.tool_call_id }}]{{ m.content }}{% else %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(copy.deepcopy(smollm2), template)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    found = encoded(tokenizer, ChatRecord(1, messages))
+    (example,) = found.examples
+    assert turns(tokenizer, example) == [
+        '[CALL]{"name": "f", "arguments": {"a": 1}}call00001<|im_end|>',
+        "[assistant]yes<|im_end|>",
+    ]
+    assert "[RESULT call00001]12" in text_of(tokenizer, example)
+    assert "the chat template wants an id for each call: they are numbered: 1 of 1 conversations" in found.notes

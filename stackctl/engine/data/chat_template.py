@@ -187,6 +187,15 @@ class ChatTemplate:
                 return as_text
         return None
 
+    @functools.cached_property
+    def wants_call_ids(self) -> bool:
+        """Whether calls are shown only if they have an id, as Mistral's are."""
+        if self.arguments_as_text is None:
+            return False
+        call = _call({SENTINEL: "x"}, as_text=self.arguments_as_text)
+        call["tool_calls"] = [{key: value for key, value in call["tool_calls"][0].items() if key != "id"}]
+        return not self._shows(*self.opening, call)
+
     def role(self, role: str) -> tuple[str, bool]:
         """What a role is to be called so that the template shows it, and whether it shows it at all."""
         if role not in self._roles:

@@ -43,6 +43,9 @@ def converse(
     """
     check_template_arguments(arguments)
     said: list[str] = []
+    if template.wants_call_ids and any("id" not in call for m in messages for call in m.get("tool_calls", [])):
+        messages = numbered(messages)
+        said.append("wants an id for each call: they are numbered")
     shown: list[Message] = []
     spoken: dict[int, Spoken] = {}
     for position, message in enumerate(messages):
@@ -77,6 +80,25 @@ def render_prompt(
     if hidden := [said for said in talk.said if said.startswith(NOTHING)]:
         raise ValueError(f"it {', '.join(hidden)}")
     return template.render(talk.messages, prompt=True, tools=talk.tools, template=talk.template)
+
+
+def numbered(messages: Sequence[Message]) -> list[Message]:
+    """The same turns with an id for every call, of nine characters, and in the turns of tools that answer them."""
+    made: list[Message] = []
+    waiting: list[str] = []
+    count = 0
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            ids = [call.get("id") or f"call{count + place:05}" for place, call in enumerate(calls, 1)]
+            count += len(calls)
+            waiting += ids
+            calls = [{**call, "id": name} for call, name in zip(calls, ids, strict=True)]
+            made.append({**message, "tool_calls": calls})
+        elif message["role"] == "tool" and "tool_call_id" not in message and waiting:
+            made.append({**message, "tool_call_id": waiting.pop(0)})
+        else:
+            made.append(message)
+    return made
 
 
 def as_shown(template: ChatTemplate, message: Message, spoken: Spoken, *, thought: bool = True) -> Message:
