@@ -52,9 +52,9 @@ def check_embedded(encoded: Encoded, beyond: dict[int, str], where: str, unit: s
     if len(numbers) > _NAMED:
         shown[-1:] = [shown[-1], f"{len(numbers) - _NAMED} more"]
     named = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    subject = f"{unit} {named} of {where} uses" if len(numbers) == 1 else f"{unit}s {named} of {where} use"
     raise Incompatible(
-        f"{unit}{'' if len(numbers) == 1 else 's'} {named} of {where} use {name_tokens(used)}, for which the "
-        f"embeddings of '{base}' have no row",
+        f"{subject} {name_tokens(used)}, for which the embeddings of '{base}' have no row",
         hint="write them otherwise, or resize the base's embeddings first (transformers: resize_token_embeddings)",
     )
 
