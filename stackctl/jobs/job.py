@@ -28,6 +28,7 @@ from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 from stackctl.registry import Registry, ResolvedStack
 from stackctl.storage import files
+from stackctl.storage.data_files import texts_in
 
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 
@@ -116,8 +117,13 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     if folder is not None and not path.is_absolute():
         path = folder / path
     if path.exists():
-        if not path.is_file() and not path.is_dir():
-            raise Usage(f"the data {data} is no regular file", hint="give a .jsonl, .json, .parquet, .csv or .txt file")
+        is_folder = path.is_dir()
+        if not (texts_in(path) if is_folder else path.is_file()):
+            kind = "a folder without texts" if is_folder else "no regular file"
+            raise Usage(
+                f"the data {data} is {kind}",
+                hint="give a .jsonl, .json, .parquet, .csv or .txt file, or a folder of texts",
+            )
         return str(path)
     if parse_dataset_id(data) is None:
         raise files.missing(path, "the data file")
