@@ -181,6 +181,8 @@ _QWEN4: dict[str, Any] = {
 }  # fmt: skip
 _SMALL_VQ: dict[str, Any] = {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}}
 _BESIDES: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "num_blocks": 2, "qk_dim_factor": 1.0},

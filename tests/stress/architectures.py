@@ -120,7 +120,7 @@ class Look:
         self.run("export", "a+b", "--format", "model", "--out", self.folder / "model")
         self.close("exported model", self.loss(self.load(self.folder / "model")), wanted["a+b"])
         self.step = "generate"
-        made = self.run("generate", "a+b", "-p", "the sea", "--raw", "--max-new-tokens", 6)
+        made = self.run("generate", "a+b", "-p", "the sea", "--raw", "--max-new-tokens", 6, may_refuse=True)
         self.like_plain(made)
 
     def close(self, what: str, found: float, wanted: float) -> None:
@@ -278,7 +278,7 @@ def page(findings: list[Finding]) -> str:
     parts.append(f"{len(findings)} types: {counts}.\n")
     parts.append(f"## Right\n\n{_wrapped(f'`{f.model_type}`' for f in by_outcome['right'])}\n")
     for outcome, title, text in (
-        ("refused", "Refused", "By `base add` or `train --dry-run`, with exit code 4 and this reason."),
+        ("refused", "Refused", "By `base add` or `train --dry-run`, or by `generate` alone, with exit code 4."),
         ("failed", "Failed", "Known not to work; a command ends with an error."),
         (
             "unbuilt",
@@ -298,9 +298,10 @@ def _wrapped(words: Iterable[str]) -> str:
 
 def _cell(finding: Finding) -> str:
     why = finding.why.partition(" | hint:")[0].removeprefix("error: ").strip().splitlines()
-    text = re.sub(r"/\S*/base\b", "it", why[-1] if finding.outcome == "unbuilt" else " ".join(why))
-    text = re.sub(r"^\w+(Error|Wrong): ", "", text).replace("|", "\\|")
-    return f"{finding.step}: {text}"[:200] if finding.outcome == "failed" else text[:200]
+    text = re.sub(r"/\S*/base\b|'tiny'", "it", why[-1] if finding.outcome == "unbuilt" else " ".join(why))
+    text = re.sub(r"^\w+(Error|Wrong): ", "", text.strip()).replace("|", "\\|")
+    text = re.sub(r", a \w+For\w+", "", text)  # the type says it
+    return f"{finding.step}: {text}"[:100] if finding.outcome == "failed" else text[: 110 - len(finding.model_type)]
 
 
 def architectures(budget: Budget) -> Outcome:

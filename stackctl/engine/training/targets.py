@@ -105,7 +105,14 @@ def choose_targets(model: PreTrainedModel, base: Base, job: TrainJob, text: Coll
         if asked != ALL_LINEAR:
             break
         left_out |= lost
+        if chosen <= lost.keys():
+            break
         chosen -= lost.keys()
+    if asked == ALL_LINEAR:
+        raise Incompatible(
+            f"PEFT can adapt no linear layer of '{base.name}', a {base.architecture}: {next(iter(lost.values()))}",
+            hint="choose another base",
+        )
     name, why = sorted(lost.items(), key=lambda item: natural_order(item[0]))[0]
     raise Incompatible(
         f"target_modules: {name} of '{base.name}' cannot be adapted: {why}",
@@ -184,7 +191,7 @@ def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen
             found = attached(peft)
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
-            return lost or _unread(peft)
+            return lost or _unread(peft, chosen)
         finally:
             peft.unload()
 
@@ -201,15 +208,16 @@ def attached(model: PeftModel) -> set[str]:
     return found
 
 
-def _unread(model: PeftModel) -> dict[str, str]:
+def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
     """What PEFT would not find again in a checkpoint that it has saved itself."""
     state = {
         name: torch.empty(tensor.shape, device="meta") for name, tensor in get_peft_model_state_dict(model).items()
     }
     result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-    lost = {}
+    lost = dict[str, str]()
     for key in result.missing_keys:
         if f".{ADAPTER}" in key and "lora_" in key:
-            name = key.removeprefix("base_model.model.").partition(".lora_")[0]
-            lost[name] = "PEFT does not find its tensors again when it loads them"
+            name = key.removeprefix("base_model.model.").partition(".lora_")[0].replace(".base_layer", "")
+            held = {own for own in chosen if own == name or own.rpartition(".")[0] == name}
+            lost |= dict.fromkeys(held, "PEFT does not find its tensors again when it loads them")
     return lost
