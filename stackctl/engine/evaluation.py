@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from stackctl.core.errors import Failed
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
-from stackctl.engine.logits import causal_lm, supervised_logits
+from stackctl.engine.logits import causal_lm, supervised_token_losses
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
 from stackctl.engine.row_layout import choose_layout
@@ -168,10 +167,8 @@ def score_examples(
         for row in rows_of(examples) if sharing else [[number] for number in range(len(examples))]:
             part = [examples[number] for number in row]
             batch = {key: value.to(device) for key, value in collate(part).items()}
-            logits, labels = supervised_logits(model, batch).float(), batch["labels"]  # (K, vocabulary), (K,)
-            counts = [example.supervised for example in part]
-            losses = functional.cross_entropy(logits, labels, reduction="none").double().split(counts)
-            right = (logits.argmax(-1) == labels).split(counts)
+            found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
+            losses, right = found.losses.double().split(counts), found.correct.split(counts)
             for number, count, loss, correct in zip(row, counts, losses, right, strict=True):
                 scores[number] = RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))
             if progress:

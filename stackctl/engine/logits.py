@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackctl.engine.segment_attention import SEGMENTS
+from stackctl.engine.token_losses import TokenLosses, find_head, passed_through, token_losses
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:
@@ -21,30 +22,59 @@ def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: boo
     """
     if as_rows:
         return torch.stack([supervised_loss(model, part) for part in _split(inputs)]).sum()
-    logits = supervised_logits(model, inputs)
-    return functional.cross_entropy(logits.float(), inputs["labels"], reduction="sum")
+    return supervised_token_losses(model, inputs).losses.sum()
+
+
+def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor]) -> TokenLosses:
+    """Cross-entropy of each supervised token (K,), and whether it was the likeliest.
+
+    Logits exist a chunk at a time, see :mod:`stackctl.engine.token_losses`; whole ones where a model's head is not
+    all that makes them.
+    """
+    inner = causal_lm(model)
+    arguments, keeps = _arguments(inner, inputs), _takes_positions(inner)
+    head = find_head(inner, arguments)
+    if head is None:
+        logits, labels = supervised_logits(model, inputs).float(), inputs["labels"]
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return TokenLosses(losses, logits.detach().argmax(-1) == labels)
+    with passed_through(head.module) as seen:
+        model(**arguments, **({"logits_to_keep": inputs["keep"]} if keeps else {}))
+    hidden = seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[inputs["keep"]]  # (K, d)
+    return token_losses(head, hidden, inputs["labels"])
 
 
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits (K, vocabulary) at the positions that predict a supervised token."""
-    keep = inputs["keep"]
+    inner = causal_lm(model)
+    arguments, keep = _arguments(inner, inputs), inputs["keep"]
+    if _takes_positions(inner):
+        logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
+        return logits
+    return model(**arguments).logits[0, keep]
+
+
+def _takes_positions(inner: nn.Module) -> bool:
+    """Whether a model computes logits at chosen positions alone."""
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def _arguments(inner: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What a model's forward is given for a row of records."""
     arguments: dict[str, Any] = {
         "input_ids": inputs["input_ids"],
         "position_ids": inputs["position_ids"],
         "use_cache": False,
         "return_dict": True,
     }
-    accepted = inspect.signature(causal_lm(model).forward).parameters
     # A record alone in its row has the positions that the model gives it: not all of them count from 0.
+    accepted = inspect.signature(inner.forward).parameters
     if "position_ids" not in accepted or len(_starts(inputs["position_ids"])) <= 2:
         del arguments["position_ids"]
-    if causal_lm(model).config._attn_implementation == SEGMENTS:
+    if inner.config._attn_implementation == SEGMENTS:  # type: ignore[union-attr]
         starts = _starts(inputs["position_ids"])
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
-    if "logits_to_keep" in accepted:
-        logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
-        return logits
-    return model(**arguments).logits[0, keep]
+    return arguments
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

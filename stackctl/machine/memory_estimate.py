@@ -21,8 +21,10 @@ Precision = Literal["float32", "autocast", "half", "nf4"]
 
 _WEIGHT = {"float32": 4.0, "autocast": 4.0, "half": 2.0, "nf4": 0.516}  # nf4: its scales are 8 bits a 64 weights
 _VALUE = {"float32": 4.0, "autocast": 3.0, "half": 2.0, "nf4": 2.0}
-_LOGIT = 12
-"""A logit's log-probability and, where the backward pass begins, the gradients of the loss and of the softmax."""
+LOSS_CHUNK = 64 * 2**20
+"""Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.token_losses`)."""
+_LOGIT = 16
+"""A logit of such a chunk as the head makes it, in float32, exponentiated, and as the gradient of the loss."""
 _LIBRARIES = 500_000_000
 """Python with torch and its family."""
 _FRAGMENTATION = 0.6
@@ -145,7 +147,7 @@ def estimate_memory(
     low = (rank + live_rank) * len(targets) * 4
     activations = int(tokens * (kept * value + casts + low))
     checkpointed = int(tokens * layers * hidden * value) + activations // layers
-    logits = supervised * base.vocabulary_size * _LOGIT
+    logits = min(supervised * base.vocabulary_size, max(LOSS_CHUNK // 4, base.vocabulary_size)) * _LOGIT
     return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,

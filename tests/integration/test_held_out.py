@@ -120,7 +120,7 @@ def test_a_resumed_run_knows_what_was_best(house: Any) -> None:
     """The best weights came before the save; a second kill comes after a look that the save does not know of."""
     h = house()
     h.add("style", seed=1)
-    options = (*GREEDY, "--eval-steps", 1, "--save-steps", 6, "--frozen", "live")
+    options = (*GREEDY, "--learning-rate", 0.15, "--eval-steps", 1, "--save-steps", 6, "--frozen", "live")
     whole = h.train("whole", *options, *held_out(h), on="style")
     assert whole["kept_step"] <= 12, "otherwise this test shows nothing"
 

@@ -130,6 +130,7 @@ def test_no_mask_of_all_pairs_is_made(models: Any, monkeypatch: pytest.MonkeyPat
     model = model_of("llama", models)
     rows = examples()
     assert choose_layout(model, rows, longest=70) == "segments"
+    supervised_loss(model, collate(rows))  # the first time looks for the head
     seen: list[tuple[int, bool]] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
