@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.generation import prepare
 from benchmarks.timing import compare, parse_runs, show, timed
 from benchmarks.training import write_chats
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_base, resolve_expression
 
 if TYPE_CHECKING:
     from stackctl.engine.data import Example
@@ -26,15 +28,15 @@ def main(options: Sequence[str] = ()) -> None:
     from stackctl.engine.evaluation import DataSet, Scoring, score_examples
     from stackctl.engine.models import load_base, quiet_libraries
     from stackctl.engine.records import read_records
-    from stackctl.registry import Registry
+    from stackctl.registry.store import Registry
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         registry = Registry(folder / "registry")
-        stacked = load_base(registry.base("smollm2"), registry)
-        stacked.use(registry.plan(registry.resolve("a0+a1")))
+        stacked = load_base(resolve_base(registry, "smollm2"), registry)
+        stacked.use(read_plan(registry, resolve_expression(registry, "a0+a1")))
         for kind, (count, median) in _KINDS.items():
             path = folder / f"{kind.replace(' ', '-')}.jsonl"
             write_chats(path, count, median, seed=1)

@@ -14,6 +14,8 @@ from typing import Any
 
 from benchmarks.export import random_adapter
 from benchmarks.timing import compare, parse_runs, run_command, show
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_base, resolve_expression
 
 _DEPTHS = (1, 2, 4)
 _TOKENS = 48
@@ -114,11 +116,13 @@ def _with_stackctl(folder: Path, depth: int, *, live: bool) -> Callable[[], floa
     from stackctl.engine.generation import Sampling, generate_reply
     from stackctl.engine.models import load_base
     from stackctl.engine.records import Prompt
-    from stackctl.registry import Registry
+    from stackctl.registry.store import Registry
 
     registry = Registry(folder / "registry")
-    stacked = load_base(registry.base("smollm2"), registry)
-    stacked.use(registry.plan(registry.resolve("+".join(f"a{number}" for number in range(depth)))), live=live)
+    stacked = load_base(resolve_base(registry, "smollm2"), registry)
+    stacked.use(
+        read_plan(registry, resolve_expression(registry, "+".join(f"a{number}" for number in range(depth)))), live=live
+    )
     sampling = Sampling(max_new_tokens=_TOKENS, raw=True)
     return lambda: generate_reply(stacked, Prompt(_PROMPT), sampling, lambda _: None).tokens_per_second
 

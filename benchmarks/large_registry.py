@@ -12,7 +12,9 @@ from stackctl.core.schema import AdapterVersion, Base, ModuleShape
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import tensor_bytes
 from stackctl.lora.checkpoint import describe_lora, read_checkpoint
-from stackctl.registry import Registry, init_registry, now
+from stackctl.registry.base_entries import save_base
+from stackctl.registry.store import Registry, init_registry, now
+from stackctl.registry.versions import add_version
 
 _SHAPES = {
     "self_attn.q_proj": (4096, 4096),
@@ -40,7 +42,7 @@ def large_registry(folder: Path, *, rank: int) -> Path:
         architecture="LlamaForCausalLM", parameters=8_030_261_248, dtype="bfloat16", vocabulary_size=128256,
         modules=modules,
     )  # fmt: skip
-    registry.save_base(base)
+    save_base(registry, base)
     for seed, name in enumerate(("style", "instruct")):
         checkpoint = folder / name
         _write_adapter(checkpoint, rank, seed)
@@ -77,4 +79,4 @@ def _register(registry: Registry, name: str, folder: Path, base: Base) -> None:
             parameters=checkpoint.parameters, dtype=checkpoint.dtype, bytes=checkpoint.bytes,
         )  # fmt: skip
 
-    registry.add_version(name, entry, None)
+    add_version(registry, name, entry, None)

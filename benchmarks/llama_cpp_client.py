@@ -34,8 +34,8 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.registry import Registry, init_registry
 from stackctl.registry.base_models import EMBEDDED_NAME, embedded_gguf
+from stackctl.registry.store import Registry, init_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import random_adapter

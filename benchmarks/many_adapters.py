@@ -10,7 +10,8 @@ from pathlib import Path
 
 from stackctl.core.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
 from stackctl.lora.checkpoint import Checkpoint, describe_lora, read_checkpoint
-from stackctl.registry import Registry, init_registry, now
+from stackctl.registry.base_entries import save_base
+from stackctl.registry.store import Registry, init_registry, now
 
 _WIDTH = 8
 _NAME = "the-one"
@@ -52,10 +53,10 @@ def registry_of_many(folder: Path, adapters: int, versions: int) -> Registry:
         name="small", kind="hub", source="example/small", fingerprint="sha256:" + "0" * 64,
         architecture="LlamaForCausalLM", parameters=1000, dtype="float32", vocabulary_size=100, modules=modules,
     )  # fmt: skip
-    registry.save_base(base)
+    save_base(registry, base)
     shared = read_checkpoint(write_checkpoint(folder / "shared", 0))
     made = [_version(_digest(_NAME, number), number, base, shared, root) for number in range(1, versions + 1)]
-    registry._write(Adapter(name=_NAME, versions=made))
+    registry.write(Adapter(name=_NAME, versions=made))
     entry = root / "adapters" / f"{_NAME}.yaml"
     text = entry.read_text()
     entry.unlink()

@@ -6,15 +6,15 @@ import argparse
 import itertools
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.many_adapters import adapter_name, registry_of_many, write_checkpoint
 from benchmarks.timing import Timing, compare, run_command, timed
 from stackctl.core.schema import HubSource
-from stackctl.registry import Registry
-from stackctl.registry.index import index_path
+from stackctl.registry.resolve import find_digest, resolve_expression
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import record_push
 
 _FEW = 10
 _DEEP = 2_000
@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] = ()) -> None:
                 run_command(_add(registry, name, write_checkpoint(place / name, seed)))
             crowds[count] = registry
         _show_deep(registry_of_many(Path(folder) / "deep", 1, _DEEP))
-        time.sleep(3)  # what is younger than this is read each time
-        _show_cold(crowds[options.adapters], options.adapters)
         candidates = {
             f"{count}": _candidates(registry, place=Path(folder) / str(count), count=count)
             for count, registry in crowds.items()
@@ -55,7 +53,7 @@ def _add(registry: Registry, name: str, checkpoint: Path) -> list[str]:
 def _candidates(registry: Registry, place: Path, count: int) -> dict[str, Candidate]:
     """What is done in a registry of so many adapters, by what the table calls it."""
     middle, last = adapter_name(count // 2), adapter_name(count - 1)
-    digest = next(row for row in registry.adapter_rows() if row.name == middle).versions[-1].digest
+    digest = next(row for row in registry.adapters() if row.name == middle).versions[-1].digest
     seeds = itertools.count(100)
     where = ["--registry", str(registry.root)]
     completing = {"_STACKCTL_COMPLETE": "complete_bash", "COMP_CWORD": "2", "STACKCTL_REGISTRY": str(registry.root)}
@@ -68,8 +66,8 @@ def _candidates(registry: Registry, place: Path, count: int) -> dict[str, Candid
         return run_command(_add(registry, "new", write_checkpoint(place / f"new-{seed}", seed)))
 
     return {
-        "resolve a name, in the process": timed(lambda: registry.resolve(middle)),
-        "find a digest, in the process": timed(lambda: registry.find_digest(digest)),
+        "resolve a name, in the process": timed(lambda: resolve_expression(registry, middle)),
+        "find a digest, in the process": timed(lambda: find_digest(registry, digest)),
         "inspect NAME --json": command("inspect", middle, "--json"),
         "complete a name": lambda: run_command(
             _COMMAND, {**completing, "COMP_WORDS": f"stackctl inspect {middle[:-1]}"}
@@ -88,18 +86,13 @@ def _show_deep(registry: Registry) -> None:
     name, commits = adapter_name(0), map(str, itertools.count())
 
     def record() -> None:
-        registry.record_push(registry.resolve(name).members[0], HubSource(repo="me/one", commit=next(commits)))
+        record_push(
+            registry, resolve_expression(registry, name).members[0], HubSource(repo="me/one", commit=next(commits))
+        )
 
-    timings = compare({"resolved": timed(lambda: registry.resolve(name)), "changed": timed(record)}, 3)
+    timings = compare({"resolved": timed(lambda: resolve_expression(registry, name)), "changed": timed(record)}, 3)
     said = ", ".join(f"{what} in {timing.median:.2f} s" for what, timing in timings.items())
     print(f"an adapter with {_DEEP:,} versions: {said}")
-
-
-def _show_cold(registry: Registry, adapters: int) -> None:
-    """The first look at a registry, which is in nobody's cache: every entry is parsed."""
-    seconds, peak = run_command([*_COMMAND, "ls", "--registry", str(registry.root)])
-    size = index_path(registry.root / "adapters").stat().st_size
-    print(f"the first ls of {adapters:,}: {seconds:.1f} s, {peak:.0f} MB; its index then has {size / 1e6:.1f} MB")
 
 
 def _show(timings: dict[str, Timing], rows: list[str], adapters: int) -> None:

@@ -13,7 +13,10 @@ import msgspec
 from stackctl.core.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
 from stackctl.lora.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
 from stackctl.plan.model import PlanMember
-from stackctl.registry import Registry, init_registry
+from stackctl.registry.base_entries import save_base
+from stackctl.registry.resolve import resolve_base
+from stackctl.registry.store import Registry, init_registry
+from stackctl.registry.versions import add_version
 
 FINGERPRINT = "sha256:" + "f" * 64
 HIDDEN, VOCABULARY, LAYERS = 8, 32, 2
@@ -136,7 +139,7 @@ def make_registry(root: Path, *bases: Base) -> Registry:
     init_registry(root)
     registry = Registry(root.resolve())
     for base in bases or (make_base(),):
-        registry.save_base(base)
+        save_base(registry, base)
     return registry
 
 
@@ -154,7 +157,7 @@ def register(
     with staging_directory(registry.root / "weights" / name) as staged:
         checkpoint = read_checkpoint(write_checkpoint(staged, seed=seed))
         digest = checkpoint.digest()
-        fingerprint = registry.base(base).fingerprint
+        fingerprint = resolve_base(registry, base).fingerprint
 
         def build(number: int) -> AdapterVersion:
             before_entry(number)
@@ -165,7 +168,7 @@ def register(
                 dtype=checkpoint.dtype, bytes=checkpoint.bytes,
             )  # fmt: skip
 
-        return registry.add_version(name, build, staged)
+        return add_version(registry, name, build, staged)
 
 
 def full_version(number: int) -> AdapterVersion:

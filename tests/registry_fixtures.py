@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import make_base, make_registry, register
 
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 from stackctl.render.terminal import printable
 
 CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verification_failed", 6: "hub"}

@@ -17,7 +17,9 @@ from tiny import random_adapter
 
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.store import Registry
 
 CHAT: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
@@ -136,10 +138,10 @@ class TinyRegistry:
     # -- stacks ---------------------------------------------------------------------------------------------------
 
     def plan(self, expression: str) -> StackPlan:
-        return self.registry.plan(self.registry.resolve(expression))
+        return read_plan(self.registry, resolve_expression(self.registry, expression))
 
     def load(self, dtype: str = "float32") -> StackedModel:
-        return load_base(self.registry.base("tiny"), self.registry, dtype=dtype)
+        return load_base(resolve_base(self.registry, "tiny"), self.registry, dtype=dtype)
 
     def logits(self, stacked: StackedModel, expression: str) -> torch.Tensor:
         stacked.use(self.plan(expression))

@@ -13,9 +13,11 @@ from stackctl.core.schema import AdapterVersion, Base
 from stackctl.lora.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
-from stackctl.registry import Registry, ResolvedStack, now
 from stackctl.registry.base_matching import named_base, recognise_base
-from stackctl.registry.checkpoint_copies import copy_checkpoint
+from stackctl.registry.checkpoint_files import copy_checkpoint
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry, now
+from stackctl.registry.versions import add_version, check_adapter_name, find_same_version
 from stackctl.render.output import Result
 from stackctl.storage import files
 
@@ -46,18 +48,18 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Register an existing PEFT checkpoint as the next version of an adapter."""
         registry = context.registry
-        registry.check_adapter_name(name)
+        check_adapter_name(registry, name)
         folder = find_checkpoint_folder(path)
         checkpoint = read_checkpoint(folder)
         own = None if on or base else recognise_base(registry, checkpoint.config, read_info(folder))
-        stack = registry.resolve(on or "base", base=own.name if own else base)
+        stack = resolve_expression(registry, on or "base", base=own.name if own else base)
         plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
         if checkpoint.copies:
             from stackctl.engine.base_copies import check_copies
             from stackctl.engine.base_files import base_folder
 
             check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
-        known = registry.find_same(name, checkpoint.digest(), stack)
+        known = find_same_version(registry, name, checkpoint.digest(), stack)
         version = known or _add(registry, name, checkpoint, stack, link, description)
         label = f"{name}@{version.version}"
         data = {
@@ -84,14 +86,15 @@ def _add(
     on = [str(member) for member in stack.members]
     if link:
         path = _linked_path(checkpoint.path.resolve(), registry.root)
-        return registry.add_version(
-            name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
+        return add_version(
+            registry, name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
         )
     weights = registry.root / "weights"
     with files.staging_directory(weights) as staged:
         copy_checkpoint(checkpoint.path, staged)
         copied = read_checkpoint(staged)
-        return registry.add_version(
+        return add_version(
+            registry,
             name,
             lambda number: entry(number, registry.relative_weights_path(name, number), copied, stack.base, on),
             staged,

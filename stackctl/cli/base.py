@@ -11,7 +11,7 @@ from stackctl.cli.common import REGISTRY, Context, Current, Group, command, comp
 from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
-from stackctl.registry import Entries
+from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
 _EXAMPLES = """\
@@ -20,7 +20,7 @@ stackctl base add mine ./models/mine
 stackctl base add qwen3 Qwen/Qwen3-8B-Base --revision main"""
 
 
-def base_json(base: Base, registry: Entries) -> dict[str, Any]:
+def base_json(base: Base, registry: Registry) -> dict[str, Any]:
     """A base as ``base ls`` and ``ls`` show it."""
     return {
         "name": base.name,
@@ -66,6 +66,7 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         from stackctl.engine.base_files import base_folder, make_base, tokenizer_note
         from stackctl.engine.models import quiet_libraries
+        from stackctl.registry.base_entries import save_base
 
         quiet_libraries()
         before = registry.find_base(name)
@@ -73,7 +74,7 @@ def register(app: typer.Typer) -> None:
         arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
         base = make_base(name, source, revision, registry, context.output.status)
         base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
-        registry.save_base(base)
+        save_base(registry, base)
         folder = base_folder(base, registry, context.output.status)
         changed = before is not None and (
             before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)
@@ -93,7 +94,7 @@ def register(app: typer.Typer) -> None:
     @command(group, "ls", example="stackctl base ls --json")
     def ls(context: Context) -> Result:
         """List the base models."""
-        registry = context.entries
+        registry = context.registry
         rows = [base_json(base, registry) for base in registry.bases()]
 
         def screen() -> Any:
@@ -113,7 +114,9 @@ def register(app: typer.Typer) -> None:
         name: Annotated[str, typer.Argument(autocompletion=complete_bases, show_default=False)],
     ) -> Result:
         """Remove a base's entry, never its files; refused while adapters depend on it."""
-        context.registry.remove_base(name)
+        from stackctl.registry.base_entries import remove_base
+
+        remove_base(context.registry, name)
         return Result({"removed": [name]}, name, f"removed the base {name}; its files are where they were")
 
     @group.callback(invoke_without_command=True)

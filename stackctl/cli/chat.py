@@ -12,7 +12,10 @@ from stackctl.cli.common import completions
 from stackctl.cli.prompt_options import say_what_rounding_costs
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import BASE
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
 from stackctl.render.output import Output
 from stackctl.storage import files
 
@@ -152,14 +155,16 @@ class Chat:
         if not expression:
             self.output.status(f"{self.stack.pinned} on {self.stacked.base.name}")
             return
-        stack = self.registry.resolve(expression, base=self.stacked.base.name if expression == BASE else None)
+        stack = resolve_expression(
+            self.registry, expression, base=self.stacked.base.name if expression == BASE else None
+        )
         if stack.base.name != self.stacked.base.name:
             raise Incompatible(
                 f"'{expression}' has the base '{stack.base.name}', and this chat runs on '{self.stacked.base.name}'",
                 hint=f"stackctl generate {expression}",
             )
-        plan = self.registry.plan(stack).check()
-        self.registry.check_digests(stack.members)
+        plan = read_plan(self.registry, stack).check()
+        check_digests(self.registry, stack.members)
         before = self.stacked.plan
         try:
             self.stacked.use(plan, live=self.live)

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,9 +20,8 @@ from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
 
 if TYPE_CHECKING:
-    from stackctl.registry import Entries, Registry
+    from stackctl.registry.store import Registry
 
-E = TypeVar("E", bound="Entries")
 TRAIN = "Train and use"
 INSPECT = "Inspect and check"
 SHARE = "Share"
@@ -68,19 +67,9 @@ class Context:
     @functools.cached_property
     def registry(self) -> Registry:
         """The registry in use; an error with a hint when there is none."""
-        from stackctl.registry import Registry
+        from stackctl.registry.store import Registry
 
-        return self._open(Registry)
-
-    @functools.cached_property
-    def entries(self) -> Entries:
-        """The entries of the registry in use, for a command that resolves nothing and starts the sooner."""
-        from stackctl.registry import Entries
-
-        return self._open(Entries)
-
-    def _open(self, kind: type[E]) -> E:
-        opened = kind.open(self.registry_option)
+        opened = Registry.open(self.registry_option)
         opened.fetch_base = _fetch_base
         opened.show_reading = functools.partial(reading_progress, self.output)
         return opened
@@ -233,7 +222,7 @@ def _nothing() -> list[str]:
 # -- arguments that several commands have, with their completion ----------------------------------------------------
 
 
-def completions(entries: Entries, incomplete: str, *kinds: str) -> list[str]:
+def completions(registry: Registry, incomplete: str, *kinds: str) -> list[str]:
     """An expression as far as it was typed, with each name, or version, that its last term could become."""
     from stackctl.core.schema import Adapter, Base, Stack
 
@@ -241,20 +230,20 @@ def completions(entries: Entries, incomplete: str, *kinds: str) -> list[str]:
     head, plus, tail = incomplete.rpartition("+")
     name, at, _ = tail.partition("@")
     if at:
-        adapter = entries.find_adapter(name) if name in entries.names(Adapter) and "adapters" in kinds else None
+        adapter = registry.find_adapter(name) if name in registry.names(Adapter) and "adapters" in kinds else None
         found = [f"{name}@{version.version}" for version in reversed(adapter.versions)] if adapter else []
         return [f"{head}{plus}{label}" for label in found if label.startswith(tail)]
-    names = [name for kind in kinds for name in entries.names(types[kind])]
+    names = [name for kind in kinds for name in registry.names(types[kind])]
     return [f"{head}{plus}{name}" for name in names if name.startswith(tail)]
 
 
 def _complete(*kinds: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
         from stackctl.core.errors import StackctlError
-        from stackctl.registry import Entries
+        from stackctl.registry.store import Registry
 
         try:
-            return completions(Entries.open(), incomplete, *kinds)
+            return completions(Registry.open(), incomplete, *kinds)
         except StackctlError:
             return []
 

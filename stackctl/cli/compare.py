@@ -24,7 +24,8 @@ from stackctl.cli.prompt_options import (
 )
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.plan.model import StackPlan
-from stackctl.registry import ResolvedStack, resolve_all
+from stackctl.registry.planning import plan_expressions
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.render import html as pages
 from stackctl.render.output import Result
 
@@ -74,7 +75,7 @@ def register(app: typer.Typer) -> None:
         with gathering(problems):
             answering.check(context.output)
         with gathering(problems):
-            stacks = resolve_all(context.registry, what, base)
+            stacks = plan_expressions(context.registry, what, base)
         if to is not None:
             with gathering(problems):
                 pages.check_page_place(to)

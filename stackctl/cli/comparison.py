@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from stackctl.engine.generation import Sampling
     from stackctl.plan.model import StackPlan
-    from stackctl.registry import ResolvedStack
+    from stackctl.registry.resolve import ResolvedStack
 
 
 def by_prompt(names: Sequence[str], answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

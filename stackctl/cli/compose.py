@@ -15,7 +15,11 @@ from stackctl.core.library_messages import plain
 from stackctl.core.schema import MethodOptions
 from stackctl.plan.methods import DEFAULTS, METHODS, SUM, check_method
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.stacks import save_stack
+from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
 _METHOD = "The method"
@@ -88,14 +92,14 @@ def register(app: typer.Typer) -> None:
         if name is not None:
             parse_stack_name(name)
         options = _method_options(method, rank, tolerance, density, seed)
-        stack = replace(registry.resolve(expression, base=base, fresh=True), method=method, options=options)
-        plan = registry.plan(stack).check()
-        registry.check_digests(stack.members)
+        stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
+        plan = read_plan(registry, stack).check()
+        check_digests(registry, stack.members)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
         if not dry_run:
-            registry.save_stack(label, stack)
+            save_stack(registry, label, stack)
         data = {
             "stack": label,
             "base": stack.base.name,

@@ -12,8 +12,10 @@ from stackctl.cli.common import TRAIN, Context, command
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Base
 from stackctl.jobs.recipe import FILE, RecipeFile, read_recipe
-from stackctl.registry import Registry, find_registry, init_registry
+from stackctl.registry.base_entries import save_base
 from stackctl.registry.base_models import EMBEDDED_NAME
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.store import Registry, find_registry, init_registry
 from stackctl.render.output import Result
 from stackctl.storage import files
 
@@ -47,18 +49,18 @@ def register(app: typer.Typer) -> None:
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
         from stackctl.engine.records import Prompt
-        from stackctl.registry import resolve_all
+        from stackctl.registry.planning import plan_expressions
 
         built = build_recipe(context, recipe, resume=True)
         say(built.screen if isinstance(built.screen, str) else "")
-        stacks = resolve_all(registry, STACKS)
+        stacks = plan_expressions(registry, STACKS)
         say("the same prompts with the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
         prompts, measured = [Prompt(text) for text in PROMPTS], HeldOut(held_out, read_data(held_out))
         compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
         results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")
-        adapters = [str(registry.resolve(name).members[0].label) for name in recipe.recipe.train]
+        adapters = [str(resolve_expression(registry, name).members[0].label) for name in recipe.recipe.train]
         data = {
             "adapters": adapters,
             "stack": "storyteller",
@@ -74,7 +76,7 @@ def register(app: typer.Typer) -> None:
             from stackctl.core.expressions import format_sum
             from stackctl.render.tables import spaced
 
-            stack, plan = resolve_all(registry, ["storyteller"])[0]
+            stack, plan = plan_expressions(registry, ["storyteller"])[0]
             sizes = ", ".join(f["path"] for f in push["files"])
             return spaced(
                 [
@@ -124,7 +126,7 @@ def _add_base(registry: Registry, say: Any) -> Base:
 
     quiet_libraries()
     base = make_base(EMBEDDED_NAME, None, None, registry, say)
-    registry.save_base(base)
+    save_base(registry, base)
     say(f"registered the base {base.name}: {base.architecture}, {base.parameters / 1e6:.0f} M parameters")
     return base
 

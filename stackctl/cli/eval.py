@@ -16,7 +16,8 @@ from stackctl.core.errors import Usage
 from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.model import StackPlan
-from stackctl.registry import ResolvedStack, resolve_all
+from stackctl.registry.planning import plan_expressions
+from stackctl.registry.resolve import ResolvedStack, current_stack
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ def register(app: typer.Typer) -> None:
         data = data or []
         template = template_arguments(chat_template_kwargs, enable_thinking)
         _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
-        asked = what or [context.registry.current()]
+        asked = what or [current_stack(context.registry)]
         extra = [against] if against and against not in asked else []
-        stacks = resolve_all(context.registry, [*asked, *extra], base)
+        stacks = plan_expressions(context.registry, [*asked, *extra], base)
         harness = _open_tasks(task, limit, num_fewshot, batch_size) if task else None
         records = read_data(data)
         stacked = load_common_base(context, stacks, dtype, device)

@@ -11,6 +11,9 @@ from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.core.errors import Usage
 from stackctl.plan.model import StackPlan
 from stackctl.plan.whole_class import on_whole_class
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes, sha256_file
 
@@ -61,8 +64,8 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Export a stack as files for another program: streamed, checked, then moved into place."""
         registry = context.registry
-        stack = registry.resolve(what, base=base)
-        plan = registry.plan(stack).check()
+        stack = resolve_expression(registry, what, base=base)
+        plan = read_plan(registry, stack).check()
         if out is None:
             raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -79,7 +82,7 @@ def register(app: typer.Typer) -> None:
         wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
         if wanted not in _DTYPES[format_]:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
-        registry.check_digests(stack.members)
+        check_digests(registry, stack.members)
         report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
         digests = report.pop("digests", {})
         written: list[dict[str, Any]] = [

@@ -8,9 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, command
-from stackctl.registry import Freed, Registry
-from stackctl.registry.garbage_collection import drop_runs, free_conversions, free_indices, free_logs, free_tokens
+from stackctl.registry.garbage_collection import (
+    Freed,
+    drop_runs,
+    free_conversions,
+    free_logs,
+    free_tokens,
+    free_weights,
+)
 from stackctl.registry.run_folders import unfinished_runs
+from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes, tree_bytes
 
@@ -28,9 +35,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         cache: Annotated[
             bool,
-            typer.Option(
-                "--cache", help="Also delete cached tokens, converted GGUF models and indexes, of every registry."
-            ),
+            typer.Option("--cache", help="Also delete cached tokens and converted GGUF models, of every registry."),
         ] = False,
     ) -> Result:
         """Delete the weights of removed versions and what killed commands left; what an entry needs stays.
@@ -42,10 +47,10 @@ def register(app: typer.Typer) -> None:
         freed = drop_runs(registry, dry_run=dry_run) if runs else []
         going = {found.what for found in freed}
         needed = {label for run in unfinished_runs(registry) if run["name"] not in going for label in run["on"]}
-        freed += registry.free(needed, dry_run=dry_run)
+        freed += free_weights(registry, needed, dry_run=dry_run)
         freed += free_logs(registry, {found.what for found in freed}, every=logs, dry_run=dry_run)
         freed += free_tokens(every=cache, dry_run=dry_run)
-        freed += [*free_conversions(dry_run=dry_run), *free_indices(dry_run=dry_run)] if cache else []
+        freed += free_conversions(dry_run=dry_run) if cache else []
         total = sum(found.bytes for found in freed)
         kept = _kept(registry, {found.path for found in freed})
         data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
@@ -57,7 +62,7 @@ def register(app: typer.Typer) -> None:
         return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 
-_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "cached tokens, converted models and indexes"}
+_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "cached tokens and converted models"}
 
 
 def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
@@ -65,7 +70,7 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
     runs = [run["path"] for run in unfinished_runs(registry)]
     found = {
         "logs": free_logs(registry, every=True, dry_run=True),
-        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True) + free_indices(dry_run=True),
+        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True),
     }
     return {
         "runs": sum(tree_bytes(Path(path)) for path in runs if path not in freed),

@@ -21,6 +21,9 @@ from stackctl.cli.prompt_options import (
     say_what_rounding_costs,
 )
 from stackctl.core.errors import Usage
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
 from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import files
 
@@ -64,12 +67,12 @@ def register(app: typer.Typer) -> None:
     ) -> Result | None:
         """Generate text with a stack, streamed; without -p, read standard input, or chat on a terminal."""
         registry, output = context.registry, context.output
-        stack = registry.resolve(what, base=base)
-        plan = registry.plan(stack).check()
+        stack = resolve_expression(registry, what, base=base)
+        plan = read_plan(registry, stack).check()
         answering.check(output)
         asked = read_prompts(prompt, prompts)
         _check_place(to, output, asked)
-        registry.check_digests(stack.members)
+        check_digests(registry, stack.members)
         for note in stack.notes:
             output.note(note)
         from stackctl.engine.data import adopt_chat_template, ensure_chat_template

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, command
-from stackctl.registry import init_registry
+from stackctl.registry.store import init_registry
 from stackctl.render.output import Result
 
 

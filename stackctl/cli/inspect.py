@@ -27,10 +27,13 @@ from stackctl.lora.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder,
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import lint_for
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.registry import Registry, ResolvedStack
 from stackctl.registry.base_matching import recognise_base
 from stackctl.registry.base_models import check_linked_base
+from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.lineage import read_lineage
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.store import Registry
 from stackctl.render.html import check_page_place, write_page
 from stackctl.render.loss_curve import read_curve
 from stackctl.render.output import Result
@@ -86,7 +89,7 @@ def register(app: typer.Typer) -> None:
                 raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
             return _inspect_path(Path(what), wishes, context, base)
         registry = context.registry
-        stack = registry.resolve(what, base=base)
+        stack = resolve_expression(registry, what, base=base)
         if not stack.members and stack.name is None:
             if dataclasses.replace(wishes, verify=False).any or serve:
                 raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
@@ -100,9 +103,9 @@ def register(app: typer.Typer) -> None:
                 f"{stack.text} has one member; interference takes two",
                 hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
             )
-        plan = registry.plan(stack)
+        plan = read_plan(registry, stack)
         if verify or weights or interference or output:
-            registry.check_digests(stack.members, fresh=verify)
+            check_digests(registry, stack.members, fresh=verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
         extras = _add_wishes(info, plan, wishes, registry)
@@ -178,7 +181,7 @@ def _means_folder(what: str, context: Context) -> bool:
 def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Base | None:
     """The base to check a folder with: the one that was asked for, else the one that it names, if that is here."""
     if asked is not None:
-        return context.registry.base(asked)
+        return resolve_base(context.registry, asked)
     try:
         return recognise_base(context.registry, checkpoint.config, read_info(checkpoint.path))
     except NotFound:  # no registry

@@ -12,7 +12,8 @@ from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import INFO, Checkpoint, describe_lora
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Problem, StackPlan
-from stackctl.registry import Registry, ResolvedMember, ResolvedStack
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack
+from stackctl.registry.store import Registry
 from stackctl.render.terminal import LABELS
 from stackctl.storage.files import human_bytes, read_bounded
 

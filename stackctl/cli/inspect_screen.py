@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl.cli.inspect_facts import facts_tree, stack_tree
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
 from stackctl.plan.model import StackPlan
-from stackctl.registry import ResolvedStack
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.render.loss_curve import Curve, read_curve, render_curve
 from stackctl.serving.commands import TITLES
 from stackctl.storage.files import human_bytes

@@ -11,7 +11,8 @@ from stackctl.cli.common import Context
 from stackctl.core.errors import StackctlError, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
-from stackctl.registry import ResolvedStack
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
     from stackctl.engine.evaluation import DataSet
@@ -57,7 +58,7 @@ def load_common_base(
     from stackctl.engine.models import load_base
 
     for stack, _ in stacks:
-        context.registry.check_digests(stack.members)
+        check_digests(context.registry, stack.members)
     base = stacks[0][0].base
     stacked = load_base(base, context.registry, dtype=dtype, device=device, say=context.output.status)
     if note := adopt_chat_template(stacked.tokenizer, base.name, [plan for _, plan in stacks]):

@@ -11,8 +11,7 @@ import typer
 from stackctl.cli.base import base_json
 from stackctl.cli.common import INSPECT, Context, command
 from stackctl.core.expressions import BASE, format_term
-from stackctl.core.schema import Stack
-from stackctl.registry import AdapterRow, Rows
+from stackctl.core.schema import Adapter, Stack
 from stackctl.registry.run_folders import unfinished_runs
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
@@ -35,20 +34,21 @@ def register(app: typer.Typer) -> None:
 
         The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
         """
-        registry = context.entries
+        registry = context.registry
         root, current = str(registry.root), registry.settings().current
-        adapters, stacks = registry.adapter_rows(), registry.stack_rows()
+        adapters = [_adapter(adapter, root) for adapter in registry.adapters()]
+        stacks = [_stack(stack, current) for stack in registry.stacks()]
         bases = [base_json(base, registry) for base in registry.bases()]
         runs = list(unfinished_runs(registry))
         data: dict[str, Any] = {
             "registry": root,
             "current": current,
-            "adapters": (_adapter(adapter, root) for adapter in adapters),
-            "stacks": (_stack(stack, current) for stack in stacks),
+            "adapters": adapters,
+            "stacks": stacks,
             "bases": bases,
             "runs": runs,
         }
-        names = [*adapters.names, *stacks.names, *(base["name"] for base in bases)]
+        names = [one["name"] for one in (*adapters, *stacks, *bases)]
         if tree:
             from stackctl.registry.lineage import read_lineage
 
@@ -56,10 +56,10 @@ def register(app: typer.Typer) -> None:
             data["lineage"] = [one.json() for one in kin]
             roots = [base["name"] for base in bases]
             return Result(data, "\n".join(names), lambda: _tree_screen(kin, roots), paged=True)
-        return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs, current), paged=True)
+        return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs), paged=True)
 
 
-def _adapter(adapter: AdapterRow, root: str) -> dict[str, Any]:
+def _adapter(adapter: Adapter, root: str) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "description": adapter.description,
@@ -71,10 +71,10 @@ def _adapter(adapter: AdapterRow, root: str) -> dict[str, Any]:
                 "base": v.base,
                 "trained_on": v.trained_on,
                 "created": v.created,
-                "rank": v.rank,
+                "rank": v.lora.r,
                 "parameters": v.parameters,
                 "bytes": v.bytes,
-                "loss": v.loss,
+                "loss": v.run.loss if v.run else None,
             }
             for v in adapter.versions
         ],
@@ -102,20 +102,19 @@ def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
 
 
 def _screen(
-    adapters: Rows[AdapterRow],
-    stacks: Rows[Stack],
+    adapters: list[dict[str, Any]],
+    stacks: list[dict[str, Any]],
     bases: list[dict[str, Any]],
     runs: list[dict[str, Any]],
-    current: str | None,
 ) -> Any:
     from stackctl.render.tables import StreamedTable, spaced, table
 
     parts: list[Any] = []
-    if len(adapters):
+    if adapters:
         columns = ["adapter", "base", "trained on", "rank", "size", "loss", "created"]
         parts.append(StreamedTable(columns, lambda: (line for adapter in adapters for line in _version_lines(adapter))))
-    if len(stacks):
-        parts.append(StreamedTable(["  stack", "base", "members"], lambda: (_stack_line(s, current) for s in stacks)))
+    if stacks:
+        parts.append(StreamedTable(["  stack", "base", "members"], lambda: (_stack_line(stack) for stack in stacks)))
     if bases:
         rows = [[b["name"], b["source"], f"{b['parameters']:,}", b["dtype"]] for b in bases]
         parts.append(table(["base", "source", "parameters", "dtype"], rows))
@@ -125,15 +124,14 @@ def _screen(
     return spaced(parts) if parts else _NOTHING
 
 
-def _version_lines(adapter: AdapterRow) -> Iterator[list[str]]:
-    for v in adapter.versions:
-        trained_on = "+".join(v.trained_on) or "-"
-        loss = f"{v.loss:.3f}" if v.loss is not None else "-"
-        yield [
-            f"{adapter.name}@{v.version}", v.base, trained_on, str(v.rank), human_bytes(v.bytes), loss, v.created[:10]
-        ]  # fmt: skip
+def _version_lines(adapter: dict[str, Any]) -> Iterator[list[str]]:
+    for v in adapter["versions"]:
+        trained_on = "+".join(v["trained_on"]) or "-"
+        loss = f"{v['loss']:.3f}" if v["loss"] is not None else "-"
+        label, size = f"{adapter['name']}@{v['version']}", human_bytes(v["bytes"])
+        yield [label, v["base"], trained_on, str(v["rank"]), size, loss, v["created"][:10]]
 
 
-def _stack_line(stack: Stack, current: str | None) -> list[str]:
-    members = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in stack.members)
-    return [("* " if stack.name == current else "  ") + stack.name, stack.base, members or BASE]
+def _stack_line(stack: dict[str, Any]) -> list[str]:
+    members = "+".join(format_term(f"{m['adapter']}@{m['version']}", m["weight"]) for m in stack["members"])
+    return [("* " if stack["current"] else "  ") + stack["name"], stack["base"], members or BASE]

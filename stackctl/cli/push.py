@@ -13,7 +13,8 @@ from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
 from stackctl.core.schema import PushTarget
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry
+from stackctl.registry.resolve import current_stack, resolve_expression
+from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
 _REPO, _CARD = "The repo", "The model card"
@@ -83,7 +84,7 @@ def register(app: typer.Typer) -> None:
 
         registry, output = context.registry, context.output
         target = _target(registry, what, repo)
-        stack = registry.resolve(target.stack)
+        stack = resolve_expression(registry, target.stack)
         repo_id = parse_repo(target.repo)
         options = PushOptions(
             again=typed(),
@@ -114,7 +115,7 @@ def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
     from stackctl.hub.push import PushOptions, prepare
 
     options = PushOptions(CommandLine(("stackctl", "push", what, repo)), _export)
-    files = prepare(registry, registry.resolve(what), repo, options)
+    files = prepare(registry, resolve_expression(registry, what), repo, options)
     return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}
 
 
@@ -130,12 +131,12 @@ def _target(registry: Registry, what: str | None, repo: str | None) -> PushTarge
         return PushTarget(stack=what, repo=repo)
     recipe = _recipe_target()
     if what is not None and "/" in what:
-        return PushTarget(stack=registry.current(), repo=what)
+        return PushTarget(stack=current_stack(registry), repo=what)
     if recipe is None:
         named = what or "storyteller"
         hint = f"stackctl push {named} owner/name, or put push: {{stack: {named}, repo: owner/name}} into stackctl.yaml"
         raise Usage(f"no repo was named{f' to push {what} to' if what else ''}", hint=hint)
-    chosen = what or recipe.stack or registry.current()
+    chosen = what or recipe.stack or current_stack(registry)
     return PushTarget(stack=chosen, repo=recipe.repo, base_id=recipe.base_id, private=recipe.private)
 
 

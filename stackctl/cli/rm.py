@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
     ) -> Result:
         """Remove a stack, an adapter or one version of it; refused while something depends on it."""
-        removal = context.registry.remove(reference, dry_run=dry_run)
+        from stackctl.registry.remove import remove_entry
+
+        removal = remove_entry(context.registry, reference, dry_run=dry_run)
         text = f"{'would remove' if dry_run else 'removed'} {', '.join(removal.removed)}"
         if removal.bytes:
             text += f"; {human_bytes(removal.bytes)} of weights are kept until: stackctl gc"

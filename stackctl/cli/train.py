@@ -28,7 +28,9 @@ from stackctl.jobs.recipe import (
     read_recipe,
     resolve_recipe_stack,
 )
-from stackctl.registry import Registry
+from stackctl.registry.planning import read_plan
+from stackctl.registry.stacks import save_stack
+from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
 _ABOUT = {
@@ -252,8 +254,8 @@ def _labels(built: list[dict[str, Any]]) -> list[str]:
 
 def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]:
     resolved = resolve_recipe_stack(found, registry, name)
-    registry.plan(resolved).check()
-    registry.save_stack(name, resolved)
+    read_plan(registry, resolved).check()
+    save_stack(registry, name, resolved)
     return {"stack": name, "members": [str(member) for member in resolved.members]}
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, command, complete_stacks
+from stackctl.registry.stacks import use_stack
 from stackctl.render.output import Result
 
 
@@ -19,5 +20,5 @@ def register(app: typer.Typer) -> None:
         ],
     ) -> Result:
         """Set the current stack: the one that is used when none is named."""
-        entry = context.registry.use(stack)
+        entry = use_stack(context.registry, stack)
         return Result({"stack": entry.name}, entry.name, f"the current stack is {entry.name}")

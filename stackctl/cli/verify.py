@@ -13,8 +13,10 @@ from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
 from stackctl.hub.repair import RepairSource, find_sources
 from stackctl.hub.repair import repair as repair_version
-from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.registry.base_models import check_linked_base
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import bytes_to_verify, verify_registry
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
 from stackctl.storage.files import existing
@@ -56,7 +58,7 @@ def register(app: typer.Typer) -> None:
         if from_ is not None:
             existing(from_, "the folder")
         registry = context.registry
-        asked = registry.resolve(what) if what else None
+        asked = resolve_expression(registry, what) if what else None
         damaged: list[ResolvedMember] = []
         checked, problems = _hash(context, asked, damaged)
         problems += _changed_bases(registry, [asked.base.name] if asked else registry.names(Base))
@@ -80,16 +82,17 @@ def _hash(
     registry = context.registry
     only = {member.label for member in asked.members} if asked else None
     if not context.output.shows_progress:
-        return registry.verify(only, damaged=damaged.append)
+        return verify_registry(registry, only, damaged=damaged.append)
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    total = sum(m.version.bytes for m in asked.members) if asked else registry.bytes_to_verify()
+    total = sum(m.version.bytes for m in asked.members) if asked else bytes_to_verify(registry)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     with context.output.progress(*columns) as progress:
         task = progress.add_task("verifying", total=total)
-        return registry.verify(
+        return verify_registry(
+            registry,
             only,
             lambda label: progress.update(task, description=f"verifying {label}"),
             damaged.append,
@@ -117,7 +120,7 @@ def _restore(
             continue
         restored.append({"what": member.label, **source.json()})
         problems.remove(problem)
-        problems += context.registry.verify({member.label})[1]
+        problems += verify_registry(context.registry, {member.label})[1]
     return restored
 
 

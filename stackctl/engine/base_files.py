@@ -30,7 +30,6 @@ from stackctl.engine.untrained_tokens import find_untrained
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
-from stackctl.registry import Registry
 from stackctl.registry.base_models import (
     EMBEDDED_HUB_ID,
     base_gguf,
@@ -47,6 +46,7 @@ from stackctl.registry.base_models import (
     tokenizer_digest,
 )
 from stackctl.registry.base_quantization import Quantization, stored_scheme
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 
 Say = Callable[[str], None]

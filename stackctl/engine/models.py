@@ -32,8 +32,8 @@ from stackctl.engine.tensors import MemberTensors
 from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry
 from stackctl.registry.base_quantization import stored_scheme
+from stackctl.registry.store import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Say = Callable[[str], None]

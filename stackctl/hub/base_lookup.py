@@ -8,8 +8,9 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound
 from stackctl.core.schema import AdapterInfo, AdapterVersion, Base, Stack
-from stackctl.registry import Registry
 from stackctl.registry.base_matching import is_called, named_base
+from stackctl.registry.resolve import resolve_base
+from stackctl.registry.store import Registry
 
 
 def find_base(
@@ -28,7 +29,7 @@ def find_base(
         Incompatible: another model has its name.
     """
     if asked is not None:
-        return registry.base(asked)
+        return resolve_base(registry, asked)
     bases = list(registry.bases())
     hub_id = named_base(config) or (info.base_hub_id if info else None) or ""
     fingerprint = (
@@ -54,7 +55,7 @@ def find_base(
     unnamed = [base for base in bases if base.hub_id is None]
     if not unnamed:
         raise NotFound(f"its base '{hub_id}' is not registered here", hint=offer)
-    base = registry.base()
+    base = resolve_base(registry)
     if base.hub_id is not None:
         raise NotFound(f"its base '{hub_id}' is not registered here", hint=f"{offer}, or say which it is: --base NAME")
     say(f"note: it says that its base is '{hub_id}'; it is registered on '{base.name}' (--base chooses another)")

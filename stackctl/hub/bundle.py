@@ -22,8 +22,10 @@ from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, D
 from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, render_card
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
-from stackctl.registry import Registry, ResolvedMember, ResolvedStack
 from stackctl.registry.base_models import EMBEDDED_HUB_ID, TOKENIZER, read_json
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_adapter
+from stackctl.registry.store import Registry
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
 from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
@@ -235,7 +237,7 @@ def _foundations(
         known = told.get((name, number))
         digest, repo = (known.digest, known.repo) if known else ("", None)
         try:
-            version = registry.resolve_adapter(Reference(name, number)).version
+            version = resolve_adapter(registry, Reference(name, number)).version
         except StackctlError:
             version = None
         if version is not None:
@@ -328,7 +330,7 @@ def check_pushable(registry: Registry, stack: ResolvedStack) -> None:
     """
     if not stack.members:
         raise Usage(f"'{stack.text}' is the base alone: there is nothing to push", hint="stackctl ls shows adapters")
-    registry.check_digests(stack.members)
+    check_digests(registry, stack.members)
     for member in stack.members:
         if not read_checkpoint(registry.weights_path(member.version)).tensors:
             raise Incompatible(f"{member.label} holds no tensors", hint=f"stackctl inspect {member.label}")

@@ -35,7 +35,12 @@ from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
-from stackctl.registry import Registry, ResolvedMember, now
+from stackctl.registry.checkpoint_files import damaged_members
+from stackctl.registry.resolve import ResolvedMember, find_digest, resolve_adapter, resolve_base
+from stackctl.registry.restore import own_folder, restore_files
+from stackctl.registry.stacks import put_stack
+from stackctl.registry.store import Registry, now
+from stackctl.registry.versions import add_version, check_adapter_name
 from stackctl.storage import files
 
 
@@ -124,7 +129,7 @@ class _Pull:
                 return replace(done, added=(part.label,))
             known = brought[0]
             done = replace(done, added=(known.label,))
-        elif self.registry.damaged([known]):
+        elif damaged_members(self.registry, [known]):
             done = replace(done, restored=tuple(self._restore({known.label: (known, part)})))
         return replace(
             done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
@@ -135,14 +140,14 @@ class _Pull:
         if part.digest is None:
             return None
         if self.options.name is None:
-            return self.registry.find_digest(part.digest)
+            return find_digest(self.registry, part.digest)
         adapter = self.registry.find_adapter(part.name)
         same = [v for v in adapter.versions if v.digest == part.digest] if adapter else []
         return ResolvedMember(adapter, same[0], 1.0) if adapter and same else None
 
     def _check_adapter_name(self, name: str) -> None:
         try:
-            self.registry.check_adapter_name(name)
+            check_adapter_name(self.registry, name)
         except Usage as error:
             hint = f"choose another name: {self.options.again.having('--name', 'NAME')}"
             raise Usage(error.message, hint=hint) from None
@@ -158,12 +163,12 @@ class _Pull:
             names = [parse_name(member.adapter) for member in recipe.members]
         except Usage as error:
             raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
-        missing = [m for m in recipe.members if self.registry.find_digest(m.digest) is None]
+        missing = [m for m in recipe.members if find_digest(self.registry, m.digest) is None]
         if not all(self._holds(member) for member in missing):
             return None
         self._check_stack_name(self.options.name or recipe.name, names)
         for member in missing:
-            self.registry.check_adapter_name(member.adapter)
+            check_adapter_name(self.registry, member.adapter)
         return [self._member_part(member) for member in missing]
 
     def _holds(self, member: Member) -> bool:
@@ -195,11 +200,11 @@ class _Pull:
         added = [member.label for member in brought]
         members = []
         for member in recipe.members:
-            found = self.registry.find_digest(member.digest)
+            found = find_digest(self.registry, member.digest)
             if found is None:
                 raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=str(self.options.again))
             members.append(ResolvedMember(found.adapter, found.version, member.weight))
-        own = self.registry.base(members[0].version.base)
+        own = resolve_base(self.registry, members[0].version.base)
         entry = Stack(
             name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, options=recipe.options,
             created=recipe.created,
@@ -208,7 +213,7 @@ class _Pull:
                 for m in members
             ],
         )  # fmt: skip
-        before = self.registry.put_stack(entry)
+        before = put_stack(self.registry, entry)
         if before is not None and before.members != entry.members:
             old = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in before.members)
             self.say(f"note: '{name}' was {old} (to have that back: stackctl compose {old} --name NAME)")
@@ -218,8 +223,8 @@ class _Pull:
 
     def _damaged_members(self, recipe: Stack) -> dict[str, tuple[ResolvedMember, RepoAdapter]]:
         """The members that are registered here without whole files, with what the repo has of them."""
-        here = {m.digest: found for m in recipe.members if (found := self.registry.find_digest(m.digest))}
-        damaged = {member.version.digest: member for member in self.registry.damaged(here.values())}
+        here = {m.digest: found for m in recipe.members if (found := find_digest(self.registry, m.digest))}
+        damaged = {member.version.digest: member for member in damaged_members(self.registry, here.values())}
         held = {m.digest: m for m in recipe.members if m.digest in damaged and self._holds(m)}
         if absent := [member.label for digest, member in damaged.items() if digest not in held]:
             self.say(
@@ -249,7 +254,7 @@ class _Pull:
             for part in _foundations_first(parts):
                 on = [format_term((labels | outside)[str(t.reference)], t.weight) for t in _terms(part)]
                 version = self._register(part, checkpoints[part.folder], base, on)
-                member = self.registry.resolve_adapter(Reference(part.name, version.version))
+                member = resolve_adapter(self.registry, Reference(part.name, version.version))
                 labels[part.label] = member.label
                 found.append(member)
                 if part.entry and member.label != part.label:
@@ -270,8 +275,8 @@ class _Pull:
         self._show(part for _, part in damaged.values())
         for member, part in damaged.values() if not self.options.dry_run else ():
             with files.staging_directory(self.registry.root / "weights") as staged:
-                self.repo.fetch(part, staged, self.registry.own_folder(member))
-                self.registry.restore(member, staged)
+                self.repo.fetch(part, staged, own_folder(self.registry, member))
+                restore_files(self.registry, member, staged)
         return list(damaged)
 
     def _checked(self, part: RepoAdapter, folder: Path, base: Base) -> Checkpoint:
@@ -303,7 +308,7 @@ class _Pull:
 
     def _foundation(self, part: RepoAdapter, label: str, told: CheckpointMember | None) -> str:
         digest = told.digest if told else ""
-        if digest and (here := self.registry.find_digest(digest)):
+        if digest and (here := find_digest(self.registry, digest)):
             return here.label
         where = (
             f"stackctl pull {shlex.quote(told.repo)}"
@@ -311,7 +316,7 @@ class _Pull:
             else "ask its author for it, or for a --members push"
         )
         try:
-            taken = self.registry.resolve_adapter(parse_reference(label))
+            taken = resolve_adapter(self.registry, parse_reference(label))
         except NotFound:
             self.say(f"note: {part.label} needs {label}, which is not here: {where}")
             return label
@@ -339,7 +344,7 @@ class _Pull:
             )  # fmt: skip
 
         staged, described = checkpoint.path, part.description or None
-        return self.registry.add_version(part.name, build, staged, described, number=part.number, digest=digest)
+        return add_version(self.registry, part.name, build, staged, described, number=part.number, digest=digest)
 
 
 def _terms(part: RepoAdapter) -> tuple[Term, ...]:

@@ -31,7 +31,10 @@ from stackctl.hub.card import CARD, CardFacts
 from stackctl.hub.client import Hub, Say, open_hub
 from stackctl.hub.remote_files import Content, Snapshot, sha256
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import record_push
 from stackctl.storage.files import human_bytes
 
 Export = Callable[[StackPlan, Path], object]
@@ -163,7 +166,7 @@ def _bundle(
     if _is_adapter(stack):
         return bundle_adapter(registry, stack.members[0], stack.base, to)
     exported = folder / "sum"
-    options.export(registry.plan(stack).check(), exported)
+    options.export(read_plan(registry, stack).check(), exported)
     return bundle_stack(registry, stack, _name(stack), to, exported, members=options.bundle.members)
 
 
@@ -264,6 +267,6 @@ def _finish(registry: Registry, stack: ResolvedStack, hub: Hub, options: PushOpt
         for member in held:
             if member.version.hub != HubSource(repo=pushed.repo, commit=pushed.commit):
                 with contextlib.suppress(NotFound):  # somebody removed it meanwhile
-                    registry.record_push(member, HubSource(repo=pushed.repo, commit=pushed.commit))
+                    record_push(registry, member, HubSource(repo=pushed.repo, commit=pushed.commit))
     url = pushed.url or f"{hub.url}/commit/{pushed.commit}"
     return Pushed(pushed.what, pushed.repo, pushed.commit, url, pushed.files, pushed.outcome, pushed.pull_request)

@@ -14,8 +14,10 @@ from typing import Any, Literal
 from stackctl.core.command_line import typed
 from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.lora.checkpoint import INFO, WEIGHTS
-from stackctl.registry import Registry, ResolvedMember
-from stackctl.registry.checkpoint_copies import checkpoint_folders, copy_checkpoint, folder_digest
+from stackctl.registry.checkpoint_files import checkpoint_folders, copy_checkpoint, folder_digest
+from stackctl.registry.resolve import ResolvedMember
+from stackctl.registry.restore import find_copies, own_folder, restore_files
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 
 Say = Callable[[str], None]
@@ -46,7 +48,7 @@ def find_sources(
     """
     wanted = {member.version.digest for member in members}
     named = _copies_in(folder, members) if folder and members else {}
-    here = registry.copies(wanted) if members else {}
+    here = find_copies(registry, wanted) if members else {}
     found = {}
     for member in members:
         version = member.version
@@ -91,7 +93,7 @@ def repair(
                     _fetch(registry, member, source.place, staged, say, progress)
                 else:
                     _copy(Path(source.place), staged, is_its_own=source.kind == "folder")
-                registry.restore(member, staged)
+                restore_files(registry, member, staged)
             return source
         except StackctlError as error:
             why.append(error.message)
@@ -117,4 +119,4 @@ def _fetch(registry: Registry, member: ResolvedMember, place: str, staged: Path,
         part = reader.find(member.version.digest, member.adapter.name)
         if part is None:
             raise NotFound(f"{repo} does not hold {member.label} at {commit[:12]}")
-        reader.fetch(part, staged, registry.own_folder(member))
+        reader.fetch(part, staged, own_folder(registry, member))

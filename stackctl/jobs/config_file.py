@@ -14,7 +14,7 @@ from stackctl.core.errors import NotFound, StackctlError, Usage, did_you_mean, g
 from stackctl.core.expressions import parse_expression, parse_name
 from stackctl.core.schema import Adapter, Base, Recipe, Stack, TrainJob
 from stackctl.lora.checkpoint import find_checkpoint_folder, read_checkpoint
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import Marks, parse_yaml
@@ -154,7 +154,7 @@ def _stack_of(registry: Registry, text: str) -> str:
         raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {text}")
     checkpoint = read_checkpoint(find_checkpoint_folder(folder))
     place, digest = checkpoint.path.resolve(), checkpoint.digest()
-    rows = [(f"{row.name}@{version.version}", version) for row in registry.adapter_rows() for version in row.versions]
+    rows = [(f"{row.name}@{version.version}", version) for row in registry.adapters() for version in row.versions]
     known = [(label, version) for label, version in rows if version.digest == digest]
     for label, version in known or rows:  # what was changed since is known by its place alone
         if registry.weights_path(version) == place:

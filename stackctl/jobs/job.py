@@ -26,7 +26,10 @@ from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import check_adapter_name
 from stackctl.storage import files
 from stackctl.storage.data_files import texts_in
 
@@ -81,9 +84,9 @@ def prepare_job(
     """
     problems: list[StackctlError] = []
     attempt = functools.partial(errors.attempt, problems)
-    attempt(registry.check_adapter_name, name)
-    stack = attempt(registry.resolve, job.on or BASE, base=job.base, fresh=fresh)
-    plan = attempt(lambda: registry.plan(stack).check()) if stack else None
+    attempt(check_adapter_name, registry, name)
+    stack = attempt(resolve_expression, registry, job.on or BASE, base=job.base, fresh=fresh)
+    plan = attempt(lambda: read_plan(registry, stack).check()) if stack else None
     data = attempt(data_path, job.data, folder, name)
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
     if stack:

@@ -18,7 +18,9 @@ from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
 from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.store import Registry
 from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
@@ -146,7 +148,7 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
     going: set[str] = set()
     attempt = functools.partial(errors.attempt, problems)
     if recipe.base:
-        attempt(registry.base, recipe.base)
+        attempt(resolve_base, registry, recipe.base)
     for name in build_order(recipe) if not problems else ():
         kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
         newer = [needed for needed in _needs(recipe, name) if needed.name in going and not _is_there(registry, needed)]
@@ -161,7 +163,7 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
         steps.append(Step(kind, name, why))
     if recipe.push and recipe.push.stack:
         for needed in _made_elsewhere(recipe, recipe.push.stack):
-            attempt(registry.resolve, str(needed))
+            attempt(resolve_expression, registry, str(needed))
     raise_all(problems)
     return steps
 
@@ -182,7 +184,7 @@ def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
     """What can be known of a part before that is made which it stands on."""
     recipe, problems = found.recipe, list[StackctlError]()
     checks: list[Callable[[], Any]] = [
-        functools.partial(registry.resolve, str(needed))
+        functools.partial(resolve_expression, registry, str(needed))
         for needed in _made_elsewhere(recipe, _expression(recipe, name))
     ]
     if name in recipe.train:
@@ -269,12 +271,12 @@ def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:
 def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:
     """A stack of the recipe by the newest versions of what it names."""
     expression = found.recipe.stacks[name]
-    return registry.resolve(expression, base=found.recipe.base if expression == BASE else None, fresh=True)
+    return resolve_expression(registry, expression, base=found.recipe.base if expression == BASE else None, fresh=True)
 
 
 def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None:
     resolved = resolve_recipe_stack(found, registry, name)
-    registry.plan(resolved).check()
+    read_plan(registry, resolved).check()
     stack = registry.find_stack(name)
     if not stack:
         return "not composed yet"

@@ -11,7 +11,8 @@ from pathlib import Path
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
 from stackctl.core.schema import TrainJob
 from stackctl.machine.optional_packages import check_installed
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import next_number
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 _NONE = "none"
@@ -57,7 +58,7 @@ def check_trackers(job: TrainJob) -> None:
 
 def log_folder(registry: Registry, name: str) -> Path:
     """Where trackers write about the next version of an adapter; a resumed run goes on there."""
-    return registry.root / "logs" / name / str(registry.next_number(name))
+    return registry.root / "logs" / name / str(next_number(registry, name))
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from typing import Any
 
 from stackctl.core.errors import NotFound
 from stackctl.core.schema import AdapterInfo, Base
-from stackctl.registry import Registry
 from stackctl.registry.base_models import base_gguf, converted_folder
+from stackctl.registry.store import Registry
 
 
 def named_base(config: dict[str, Any]) -> str:

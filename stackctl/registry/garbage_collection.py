@@ -1,4 +1,4 @@
-"""What ``gc`` can free beside the registry's weights: unfinished runs, trackers' logs, and what is only a cache.
+"""What ``gc`` frees: weights that no entry needs, unfinished runs, trackers' logs, and what is only a cache.
 
 What is in a cache can be made again, so that it may go at any time: a run that reads it has its files open.
 """
@@ -6,21 +6,114 @@ What is in a cache can be made again, so that it may go at any time: a run that 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from stackctl.core.errors import Failed, Usage
-from stackctl.registry import Freed, Registry
+from stackctl.core.schema import AdapterVersion, Removed
+from stackctl.lora.checkpoint import CONFIG
 from stackctl.registry.base_models import converted_models
-from stackctl.registry.index import indices_folder
+from stackctl.registry.resolve import foundations
 from stackctl.registry.run_folders import RunFolder, run_folder, unfinished_runs
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 from stackctl.storage.cache_folder import cache_root
 
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Tokenised data that no run asked for in so long is removed."""
+
+
+@dataclass(frozen=True)
+class Freed:
+    """One thing that ``gc`` freed, or would."""
+
+    what: str
+    why: str
+    path: str
+    bytes: int
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: bool = False) -> list[Freed]:
+    """Free the weights that no entry needs and what killed processes left.
+
+    Args:
+        needed: labels that something outside the entries stands on, such as unfinished training.
+
+    Raises:
+        Usage: an entry cannot be read, so that nobody knows what it needs; nothing is freed then.
+    """
+    freed = _free_staging(registry, dry_run)
+    with contextlib.nullcontext() if dry_run else registry.lock():
+        live = {f"{a.name}@{v.version}": (a.name, v) for a in registry.adapters() for v in a.versions}
+        wanted = {str(term.reference) for _, version in live.values() for term in foundations(version)}
+        wanted |= {f"{m.adapter}@{m.version}" for stack in registry.stacks() for m in stack.members} | set(needed)
+        kept = [version for _, version in live.values()]
+        going: list[tuple[Removed, list[AdapterVersion]]] = []
+        for removed in [registry.find_removed(name) for name in registry.names(Removed)]:
+            labels = {v.version: f"{removed.name}@{v.version}" for v in removed.versions}
+            staying = [v for v in removed.versions if labels[v.version] in wanted and labels[v.version] not in live]
+            kept += staying
+            if staying != removed.versions:
+                going.append((removed, staying))
+        was_removed = {
+            f"{removed.name}@{v.version}" for removed, staying in going for v in removed.versions if v not in staying
+        }
+        places = {registry.weights_path(version) for version in kept}
+        for folder in unreferenced_weights(registry, places):
+            label = f"{folder.parent.name}@{folder.name}"
+            why = "removed" if label in was_removed else "never registered"
+            freed.append(Freed(label, why, str(folder), files.tree_bytes(folder)))
+        if dry_run:
+            return freed
+        for removed, staying in going:  # before their weights: what is half gone is nobody's
+            registry.write(msgspec.structs.replace(removed, versions=staying))
+        names = set() if (registry.root / "weights").is_symlink() else {*files.children(registry.root / "weights")}
+        for folder in unreferenced_weights(registry, places):
+            files.remove_tree(folder)
+            names.add(folder.parent)
+        for name in names:
+            if name.name[0] != ".":
+                with contextlib.suppress(OSError):  # it is not empty
+                    name.rmdir()
+    return freed
+
+
+def unreferenced_weights(registry: Registry, places: set[Path]) -> list[Path]:
+    """The folders ``weights/NAME/NUMBER`` in which no entry's checkpoint lies.
+
+    ``weights`` may be a link to a larger disk; what lies behind it is freed only if it is a checkpoint, for who
+    cloned a registry has not made that link. Links below it are not followed.
+    """
+    weights = registry.root / "weights"
+    inside = {parent for place in places for parent in (place, *place.parents)}
+    names = [name for name in files.children(weights) if name.name[0] != "." and not name.is_symlink()]
+    found = [f for name in names for f in files.children(name) if f.name.isdigit()]
+    found = [f for f in found if f.is_dir() and f.resolve() not in inside]
+    return [f for f in found if (f / CONFIG).is_file()] if weights.is_symlink() else found
+
+
+def _free_staging(registry: Registry, dry_run: bool) -> list[Freed]:
+    """What killed processes left anywhere in the registry."""
+    left: list[Path] = []
+    for folder, folders, names in os.walk(registry.root):  # others add and remove meanwhile, which it takes lightly
+        left += [Path(folder, name) for name in [*folders, *names] if name.startswith(files.STAGING_PREFIX)]
+        folders[:] = [name for name in folders if not name.startswith(files.STAGING_PREFIX)]
+    sizes = {path: files.tree_bytes(path) for path in left}
+    swept = [p for parent in {p.parent for p in left} for p in files.sweep_staging(parent, dry_run=dry_run)]
+    return [
+        Freed(str(p.relative_to(registry.root)), "left by a killed process", str(p), sizes.get(p, 0))
+        for p in sorted(swept)
+    ]
 
 
 def drop_runs(registry: Registry, *, dry_run: bool) -> list[Freed]:
@@ -96,20 +189,6 @@ def free_conversions(*, dry_run: bool) -> list[Freed]:
             freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
             if not dry_run:
                 files.discard(model)
-    return freed
-
-
-def free_indices(*, dry_run: bool) -> list[Freed]:
-    """Remove what is remembered of the entries of every registry."""
-    freed = list(_left_over(indices_folder(), dry_run))
-    for index in files.children(indices_folder()):
-        if index.suffix != ".msgpack":
-            continue
-        with contextlib.suppress(OSError):  # somebody else cleans up, too, or it is somebody else's
-            size = index.stat().st_size
-            if not dry_run:
-                index.unlink()
-            freed.append(Freed(f"index/{index.stem[:8]}", "an index of entries", str(index), size))
     return freed
 
 

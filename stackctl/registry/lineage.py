@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.core.schema import Removed
-from stackctl.registry import Entries, VersionRow, version_row
+from stackctl.core.schema import AdapterVersion, Removed
+from stackctl.registry.store import Registry
 
 _DEEPEST = 24
 """Levels that are indented; a longer chain goes on below one another."""
@@ -40,7 +40,7 @@ class Kin:
         }  # fmt: skip
 
 
-def read_lineage(registry: Entries) -> list[Kin]:
+def read_lineage(registry: Registry) -> list[Kin]:
     """Every version that a registry has or had, adapters in alphabetical order, versions in theirs."""
     found: dict[str, Kin] = {}
     for name in registry.names(Removed):
@@ -48,18 +48,18 @@ def read_lineage(registry: Entries) -> list[Kin]:
         for number in removed.given:
             found[f"{name}@{number.version}"] = Kin(f"{name}@{number.version}", None, removed=True, freed=True)
         for version in removed.versions:
-            found[f"{name}@{version.version}"] = _kin(name, version_row(version), removed=True)
-    for adapter in registry.adapter_rows():
-        for row in adapter.versions:
-            found[f"{adapter.name}@{row.version}"] = _kin(adapter.name, row, removed=False)
+            found[f"{name}@{version.version}"] = _kin(name, version, removed=True)
+    for adapter in registry.adapters():
+        for version in adapter.versions:
+            found[f"{adapter.name}@{version.version}"] = _kin(adapter.name, version, removed=False)
     return sorted(found.values(), key=lambda kin: _order(kin.label))
 
 
-def _kin(name: str, version: VersionRow, *, removed: bool) -> Kin:
-    loss = f", loss {version.loss:.3f}" if version.loss is not None else ""
+def _kin(name: str, version: AdapterVersion, *, removed: bool) -> Kin:
+    loss = f", loss {version.run.loss:.3f}" if version.run else ""
     return Kin(
         f"{name}@{version.version}", version.base, tuple(version.trained_on), removed,
-        facts=f"rank {version.rank}{loss}, {version.created[:10]}",
+        facts=f"rank {version.lora.r}{loss}, {version.created[:10]}",
     )  # fmt: skip
 
 

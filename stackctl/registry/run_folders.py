@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.registry.entries import Entries
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 from stackctl.storage.locks import locked
 
@@ -87,12 +87,12 @@ def _is_whole(save: Path) -> bool:
         return False
 
 
-def run_folder(registry: Entries, name: str) -> RunFolder:
+def run_folder(registry: Registry, name: str) -> RunFolder:
     """The run folder of an adapter's name."""
     return RunFolder(registry.root / "runs" / name)
 
 
-def unfinished_runs(registry: Entries) -> Iterator[dict[str, Any]]:
+def unfinished_runs(registry: Registry) -> Iterator[dict[str, Any]]:
     """What ``ls`` shows under runs: training that has begun and is not registered."""
     for folder in sorted((registry.root / "runs").glob("[!.]*")):
         if folder.is_dir():

@@ -1,7 +1,6 @@
 """Files of strict YAML, read into types: every error names the file, the line and the column.
 
-What the text may be, :mod:`stackctl.storage.yaml_text` says; most files need only a quick look
-(:mod:`stackctl.storage.yaml_fast`).
+What the text may be, :mod:`stackctl.storage.yaml_text` says.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from stackctl.core.errors import StackctlError, Usage, did_you_mean, joined
 from stackctl.core.library_messages import plain
 from stackctl.core.migrations import migrate
 from stackctl.storage.files import missing, read_bounded
-from stackctl.storage.yaml_fast import read_quickly
 
 if TYPE_CHECKING:
     from stackctl.storage.yaml_text import KeyPath, Marks
@@ -36,16 +34,9 @@ def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
         NotFound: there is no such file.
         Usage: it is not strict YAML, does not fit the type, or is of another schema.
     """
-    text = read_text(path)
-    quick = read_quickly(text)
-    if quick is not None and (schema is None or quick.get("schema") == schema):
-        try:
-            return msgspec.convert(quick, type_, strict=True)
-        except msgspec.ValidationError:
-            pass  # what is wrong with it, and where, is found out below
-    from stackctl.storage.yaml_text import parse_yaml
+    from stackctl.storage.yaml_text import parse_yaml  # only completing names reads no file, and is to be quick
 
-    return convert(parse_yaml(text, str(path)), type_, str(path), schema=schema)
+    return convert(parse_yaml(read_text(path), str(path)), type_, str(path), schema=schema)
 
 
 def read_text(path: Path) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from stackctl.core.errors import MergeConflict, Usage
-from stackctl.storage.yaml_scalars import parse_scalar
 
 _MAX_DEPTH = 50
 MOST_VALUES = 1_000_000
@@ -23,6 +22,12 @@ MOST_VALUES = 1_000_000
 _CONFLICT = re.compile(r"^(?:<{7} |={7}$|>{7} )", re.MULTILINE)
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NULL = re.compile(r"|~|null|Null|NULL")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_MAX_DIGITS = 640  # what Python converts whatever its limit (sys.set_int_max_str_digits) is
 
 _TAGS = "tag:yaml.org,2002:"
 
@@ -112,6 +117,22 @@ def _value(events: Iterator[Any], event: Any, path: KeyPath, marks: Marks, sourc
             marks[(*path, name)] = _place(key)
         result[name] = _value(events, item, (*path, name), marks, source)
     return result
+
+
+def parse_scalar(text: str) -> Any:
+    """A plain (unquoted) scalar as YAML 1.2's core schema reads it; a number too large to be one stays text."""
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text[0] in "tT"
+    if _INT.fullmatch(text):
+        return int(text) if len(text) <= _MAX_DIGITS else text
+    if _FLOAT.fullmatch(text):
+        value = float(text)
+        return value if math.isfinite(value) else text
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
 
 
 def _refuse_indirection(event: Any, source: str) -> None:

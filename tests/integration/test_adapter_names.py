@@ -17,7 +17,9 @@ from stored import as_transformers_reads, mixture, seeing_model
 from tiny import SIZES, random_adapter, tiny_tokenizer
 
 from stackctl.engine.models import load_base
-from stackctl.registry import Registry
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.store import Registry
 
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,8 +63,8 @@ def logits(model: Any) -> torch.Tensor:
 
 def folded(folder: Path, base: str, name: str, *, live: bool = False) -> torch.Tensor:
     registry = Registry(folder / "registry")
-    stacked = load_base(registry.base(base), registry, dtype="float32")
-    stacked.use(registry.plan(registry.resolve(name)), live=live)
+    stacked = load_base(resolve_base(registry, base), registry, dtype="float32")
+    stacked.use(read_plan(registry, resolve_expression(registry, name)), live=live)
     return logits(stacked.model)
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from tiny import random_adapter
 
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 
 RECIPE = "base: tiny\ntrain: {style: {data: data/style.jsonl}}\n"
 

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from checkpoints import lora_config, lora_tensors, register, write_checkpoint
 
+from stackctl.registry.resolve import resolve_base
+
 
 def members(document):
     return [(m["adapter"], m["version"], m["weight"]) for m in document["members"]]
@@ -167,7 +169,7 @@ def test_a_folder_is_held_against_the_base_that_it_names_or_that_is_asked_for(sh
     assert found["checked_on"] == "tiny"
     assert [p["code"] for p in found["problems"]] == ["missing_tensors"]
     assert found["problems"][0]["message"].partition(": ")[2] in fails("add", "style", folder, "--base", "tiny", code=4)
-    base = shelf.base("tiny")
+    base = resolve_base(shelf, "tiny")
     write_checkpoint(folder, lora_config(base_model_name_or_path=base.hub_id or base.source), tensors)
     assert run("inspect", folder, "--json").json["checked_on"] == "tiny"
     fails("inspect", folder, "--base", "nosuch", code=3)

@@ -15,6 +15,8 @@ from tiny_registry import CHAT
 
 from stackctl.engine.base_modules import converted_names
 from stackctl.lora.target_parameters import CONVERTED_NAMES
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
 
 KINDS = ["mixtral", "gpt_oss", "llama4_text"]
 """Stored (experts, out, in), where PEFT converts names; stored (experts, in, out); and in an order of its own."""
@@ -54,13 +56,13 @@ def test_stacks_are_the_sum_of_their_deltas(h, tmp_path):
 
 def test_folding_and_live_are_what_peft_makes(h):
     from stackctl.engine.models import load_base
-    from stackctl.registry import Registry
+    from stackctl.registry.store import Registry
 
     live = oracle.live(h.base, *members(h), dtype=torch.float32)
     wanted, bare = oracle.logits(live), oracle.logits(oracle.load_plain(h.base))
     registry = Registry(Path("registry").resolve())
-    stack = registry.resolve("one+two:-0.5")
-    plan = registry.plan(stack)
+    stack = resolve_expression(registry, "one+two:-0.5")
+    plan = read_plan(registry, stack)
     for kept_live in (True, False):
         model = load_base(stack.base, registry, dtype="float32", device="cpu")
         before = oracle.logits(model.model)
@@ -76,12 +78,12 @@ def test_methods_work_on_each_expert(h, method, tmp_path):
     from stackctl.engine import algebra
     from stackctl.engine.merging import exact_delta, module_delta
     from stackctl.engine.tensors import MemberTensors
-    from stackctl.registry import Registry
+    from stackctl.registry.store import Registry
 
     members(h)
     h.run("compose", "one+two", "--method", *method, "--name", "m")
     registry = Registry(Path("registry").resolve())
-    plan = registry.plan(registry.resolve("m"))
+    plan = read_plan(registry, resolve_expression(registry, "m"))
     module = next(module for module in plan.modules.values() if module.is_experts)
     with torch.no_grad(), MemberTensors(plan) as tensors:
         factors = tensors.factors(module)

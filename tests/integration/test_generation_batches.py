@@ -16,6 +16,7 @@ from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.answering import batches
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records import Prompt
+from stackctl.registry.resolve import resolve_base
 
 TEXTS = [
     "Hi",
@@ -51,7 +52,7 @@ def test_a_sliding_window_slides_over_real_tokens_only(house: Any, models: Any, 
     h = house("mistral")
     wide = texts(h.load(), PROMPTS, 5)
     h.run("base", "add", "sliding", folder)
-    stacked = load_base(h.registry.base("sliding"), h.registry)
+    stacked = load_base(resolve_base(h.registry, "sliding"), h.registry)
     alone = texts(stacked, PROMPTS, 1)
     assert alone != wide, "the window is shorter than the prompts"
     assert texts(stacked, PROMPTS, 5) == alone

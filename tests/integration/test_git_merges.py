@@ -71,7 +71,7 @@ def trained(shelf, foundation_digest):
     run = Run(steps=1, epochs=1, loss=1, tokens=1, supervised_tokens=1, seconds=1, frozen="fold")
     adapter = shelf.find_adapter("instruct")
     versions = [msgspec.structs.replace(v, run=run) if v.version == 2 else v for v in adapter.versions]
-    shelf._write(msgspec.structs.replace(adapter, versions=versions))
+    shelf.write(msgspec.structs.replace(adapter, versions=versions))
 
 
 def test_what_was_trained_on_another_version_of_that_number_is_found(shelf, run):

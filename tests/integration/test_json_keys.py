@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoints import make_base
 
+from stackctl.registry.base_entries import save_base
+
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 
 
@@ -19,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
     ids=" ".join,
 )  # fmt: skip
 def test_every_key_is_documented_and_every_documented_key_is_there(shelf, run, words):
-    shelf.save_base(make_base("spare"))
+    save_base(shelf, make_base("spare"))
     run("compose", "style+instruct", "--name", "both")
     named = " ".join(words[: 2 if words[0] == "base" else 1])
     (row,) = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{named}` |")]

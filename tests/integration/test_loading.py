@@ -14,7 +14,8 @@ from tiny import random_adapter, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stackctl.engine.models import load_base
-from stackctl.registry import Registry
+from stackctl.registry.resolve import resolve_base
+from stackctl.registry.store import Registry
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral"])
@@ -39,7 +40,9 @@ def test_it_knows_every_token_that_ends_an_answer(run: Any, models: Any, tmp_pat
     run("init")
     run("base", "add", "other", folder)
     registry = Registry(tmp_path / "registry")
-    assert load_base(registry.base("other"), registry, dtype="bfloat16").model.generation_config.eos_token_id == [
+    assert load_base(
+        resolve_base(registry, "other"), registry, dtype="bfloat16"
+    ).model.generation_config.eos_token_id == [
         257,
         10,
     ]
@@ -53,7 +56,7 @@ from stackctl.engine.generation import Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
 from stackctl.machine.resources import return_freed_memory
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 
 registry = Registry(Path(sys.argv[1]))
 
@@ -62,8 +65,8 @@ def megabytes(what):
 
 def work(base, dtype):
     adapters = "little-" if base == "little" else ""
-    stacked = load_base(registry.base(base), registry, dtype=dtype)
-    stacked.use(registry.plan(registry.resolve(f"{adapters}one+{adapters}two")))
+    stacked = load_base(resolve_base(registry, base), registry, dtype=dtype)
+    stacked.use(read_plan(registry, resolve_expression(registry, f"{adapters}one+{adapters}two")))
     generate_reply(stacked, Prompt("Hi"), Sampling(max_new_tokens=4, raw=True), lambda _: None)
     return {p.data_ptr(): p.numel() * p.element_size() for p in stacked.model.parameters()}
 

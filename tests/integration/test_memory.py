@@ -20,7 +20,8 @@ from stackctl.engine.logits import supervised_loss
 from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
 from stackctl.machine.memory_estimate import MemoryEstimate, estimate_memory
-from stackctl.registry import Registry
+from stackctl.registry.resolve import resolve_base
+from stackctl.registry.store import Registry
 
 TOLERANCE = 0.25
 """What docs/how-to/many-gpus.md promises."""
@@ -45,7 +46,7 @@ def base_of(run: Any, tmp_path: Path) -> Any:
         MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](CONFIGS[name]).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         run("base", "add", name, folder)
-        return Registry(tmp_path / "registry").base(name), folder
+        return resolve_base(Registry(tmp_path / "registry"), name), folder
 
     return make
 

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.engine.generation import Remembered, Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
-from stackctl.registry import Registry
+from stackctl.registry.resolve import resolve_base
+from stackctl.registry.store import Registry
 
 CONFIGS: dict[str, Any] = {
     "window": MistralConfig(**SIZES, sliding_window=16),
@@ -44,7 +45,7 @@ def other(run: Any, tmp_path: Path) -> Any:
         run("init")
         run("base", "add", "other", tmp_path / "other")
         registry = Registry(tmp_path / "registry")
-        return load_base(registry.base("other"), registry)
+        return load_base(resolve_base(registry, "other"), registry)
 
     return load
 

@@ -21,7 +21,8 @@ from checkpoints import (
 from hub_server import HubServer
 
 from stackctl.core.schema import AdapterVersion
-from stackctl.registry import Registry, init_registry
+from stackctl.registry.store import Registry, init_registry
+from stackctl.registry.verify import verify_registry
 
 ID = ("--base-id", "acme/tiny")
 
@@ -82,7 +83,7 @@ def test_an_adapter_comes_back_as_the_same_version(
     folder = there.weights_path(theirs)
     assert (folder / "tokenizer.json").read_text() == '{"a": 1}' and not (folder / "README.md").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
-    assert there.verify() == (2, [])
+    assert verify_registry(there) == (2, [])
 
 
 def test_a_stack_comes_back_with_its_members_apart(
@@ -99,7 +100,7 @@ def test_a_stack_comes_back_with_its_members_apart(
     mine = here.find_stack("teller")
     assert stack is not None and mine is not None and stack.members == mine.members
     assert there.settings().current is None  # what is current is for compose and use to say
-    assert there.verify() == (4, [])
+    assert verify_registry(there) == (4, [])
 
 
 @pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
@@ -193,7 +194,7 @@ def test_an_adapter_without_what_it_stands_on_says_where_that_is(
     assert "stackctl pull me/style" in ran.err
     assert version(there, "instruct@1").trained_on == ["style@2:0.5"]
     run("pull", "me/style", "--registry", there.root)
-    assert there.verify() == (3, [])
+    assert verify_registry(there) == (3, [])
 
 
 def test_another_adapter_of_that_name_is_not_taken_for_it(
@@ -339,7 +340,7 @@ def test_other_bytes_than_the_digest_says_are_exit_5_and_not_kept(
     assert path in error["message"] and tree(there) == before
     hub.heal()
     run("pull", "me/style", "--registry", there.root)  # the cache did not keep them
-    assert there.verify() == (2, [])
+    assert verify_registry(there) == (2, [])
 
 
 def test_a_repo_that_was_changed_behind_its_entry_is_exit_5(

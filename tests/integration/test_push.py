@@ -14,7 +14,8 @@ from checkpoints import lora_config, make_registry, register, write_checkpoint
 from hub_server import HubServer, git_oid
 
 from stackctl.core.schema import Adapter
-from stackctl.registry import Registry
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.store import Registry
 
 ID = ("--base-id", "acme/tiny")
 CHECKPOINT = {"README.md", "adapter.yaml", "adapter_config.json", "adapter_info.json", "adapter_model.safetensors"}
@@ -241,7 +242,7 @@ def test_a_push_can_be_prepared_without_asking_anybody(here: Registry, hub: HubS
     monkeypatch.delenv("HF_TOKEN")
     line = CommandLine(("stackctl", "push", "style", "me/style"))
     options = PushOptions(line, lambda *_: None, BundleOptions(base_id="acme/tiny"))
-    files = prepare(here, here.resolve("style"), "me/style", options)
+    files = prepare(here, resolve_expression(here, "style"), "me/style", options)
     assert {file.path for file in files} == CHECKPOINT and not hub.trace
 
 

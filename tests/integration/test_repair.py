@@ -11,7 +11,8 @@ import pytest
 from checkpoints import hub_base, make_registry, register
 from hub_server import HubServer
 
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -54,7 +55,7 @@ def flip(path: Path) -> None:
 
 
 def damaged(registry: Registry) -> set[str]:
-    return {problem["what"] for problem in registry.verify()[1]}
+    return {problem["what"] for problem in verify_registry(registry)[1]}
 
 
 # -- pull ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from stackctl.core import migrations
 from stackctl.core.errors import Usage
 from stackctl.core.schema import SCHEMA, Adapter, Removed, Stack
-from stackctl.registry import Registry, entries
+from stackctl.registry import store
+from stackctl.registry.store import Registry
 
 FROZEN = Path(__file__).parent.parent / "frozen"
 Run = Callable[..., Any]
@@ -94,7 +95,7 @@ def test_a_later_schema_reads_it_and_writes_its_own_with_the_next_change(
     frozen: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = entry_texts(frozen)
-    monkeypatch.setattr(entries, "SCHEMA", 2)
+    monkeypatch.setattr(store, "SCHEMA", 2)
     monkeypatch.setattr(migrations, "STEPS", (to_2,))
     style = frozen.find_adapter("style")
     assert style and style.description == "the voice."

@@ -33,7 +33,11 @@ from stackctl.engine.export.peft import export_peft
 from stackctl.lora.checkpoint import describe_lora, read_checkpoint, read_header
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.registry import Registry
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.stacks import save_stack
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import add_version
 
 BASE = make_base()
 KINDS = ["q_proj", "v_proj", "up_proj", "embed_tokens", "lm_head"]
@@ -218,9 +222,9 @@ def test_nesting_equals_flattening(found: list[Member], weight: float, inner: in
             return "+".join(f"m{i}@1:{found[i].weight * times!r}" for i in which)
 
         outer = text(range(inner, len(found)))
-        registry.save_stack("inner", registry.resolve(text(range(inner))))
-        nested = registry.plan(registry.resolve(f"inner:{weight!r}+{outer}"))
-        flat = registry.plan(registry.resolve(f"{text(range(inner), weight)}+{outer}"))
+        save_stack(registry, "inner", resolve_expression(registry, text(range(inner))))
+        nested = read_plan(registry, resolve_expression(registry, f"inner:{weight!r}+{outer}"))
+        flat = read_plan(registry, resolve_expression(registry, f"{text(range(inner), weight)}+{outer}"))
         assert [(m.label, m.weight) for m in nested.members] == [(m.label, m.weight) for m in flat.members]
         assert nested.modules == flat.modules
         assert not nested.problems
@@ -228,7 +232,7 @@ def test_nesting_equals_flattening(found: list[Member], weight: float, inner: in
 
 def add(registry: Registry, name: str, folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
-    registry.add_version(
+    add_version(registry, 
         name,
         lambda number: AdapterVersion(
             version=number, digest=checkpoint.digest(), path=str(folder), base=BASE.name, fingerprint=FINGERPRINT,

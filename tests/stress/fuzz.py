@@ -15,7 +15,7 @@ from hostile import bound, contain, damage, ill_mannered, mutate, mutate_json_li
 from stackctl.cli import make_app
 from stackctl.core.errors import StackctlError
 from stackctl.core.schema import DataSource, Run, TrainSettings
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 from stackctl.storage.files import sha256_file
 from stackctl.storage.yaml_text import format_yaml
 
@@ -87,7 +87,7 @@ def make_template(folder: Path) -> None:
     assert adapter
     told = {"data": source, "run": run, "settings": msgspec.to_builtins(TrainSettings(rank=16, epochs=3))}
     versions = [msgspec.structs.replace(version, **told) for version in adapter.versions]
-    registry._write(msgspec.structs.replace(adapter, versions=versions, description="the voice"))
+    registry.write(msgspec.structs.replace(adapter, versions=versions, description="the voice"))
     files = {
         "stackctl.yaml": format_yaml(_RECIPE),
         "settings.yaml": format_yaml(_SETTINGS),

@@ -15,7 +15,11 @@ from hub_server import connect, running_hub
 
 from stackctl.cli import make_app
 from stackctl.lora.checkpoint import read_checkpoint
-from stackctl.registry import Registry
+from stackctl.registry.remove import remove_entry
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.stacks import save_stack
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
 
 from .killing import Kill, run_command
 from .runner import Budget, Outcome
@@ -49,10 +53,10 @@ def make_template(folder: Path) -> None:
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1"], seed=3)
-    registry.save_stack("both", registry.resolve("style@1+instruct"))
+    save_stack(registry, "both", resolve_expression(registry, "style@1+instruct"))
     register(registry, "free", seed=6)
     register(registry, "old", seed=5)
-    registry.remove("old")
+    remove_entry(registry, "old")
     shutil.copytree(registry.root / "weights" / "style", folder / "backup" / "style")
     write_checkpoint(folder / "new", seed=4)
     (folder / "new" / "tokenizer.json").write_text("{}")
@@ -72,7 +76,7 @@ def corrupt(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    return Registry(folder / "registry").verify({"style@2"})[1] == []
+    return verify_registry(Registry(folder / "registry"), {"style@2"})[1] == []
 
 
 def _fill_cache(folder: Path) -> None:
@@ -136,7 +140,7 @@ def hub_with(template: Path) -> Iterator[None]:
         registry = make_registry(there / "registry", hub_base())
         for name, on, seed in (("first", [], 11), ("second", ["first@1"], 12)):
             register(registry, name, on, seed=seed)
-        registry.save_stack("far", registry.resolve("first+second"))
+        save_stack(registry, "far", resolve_expression(registry, "first+second"))
         for folder, what, repo in ((there, "far", "me/far"), (template, "style@2", "me/style")):
             ended = run_command(["push", what, repo, "--members"], folder)
             assert ended.code == 0, ended.said
@@ -169,7 +173,7 @@ def kill_and_look(template: Path, place: Path, scenario: Scenario, step: int) ->
 
 def _wrong(place: Path, but: str = "") -> Iterator[str]:
     registry = Registry(place / "registry")
-    for problem in registry.verify()[1]:
+    for problem in verify_registry(registry)[1]:
         if problem["what"] != but:
             yield f"{problem['what']}: {problem['message']}"
 

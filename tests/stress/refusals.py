@@ -16,7 +16,8 @@ from typing import Any
 from hostile import CHANGES, ill_mannered, tree
 
 from stackctl.cli import make_app
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
 from stackctl.storage.files import STAGING_PREFIX
 
 from .killing import run_command
@@ -88,13 +89,13 @@ def refuse_and_look(template: Path, place: Path, scenario: Scenario, code: int, 
     again = run_command(arguments, place)
     if again.code not in (0, scenario.code_again if was_done else 0) or not scenario.done(place):
         wrong.append(f"the same command again, on a disk that works, ended with {again.code}: {again.said}")
-    wrong += [f"verify afterwards: {problem}" for problem in Registry(place / "registry").verify()[1]]
+    wrong += [f"verify afterwards: {problem}" for problem in verify_registry(Registry(place / "registry"))[1]]
     return True, [f"{scenario.name}, {os.strerror(code)} from step {after}: {text}\n{ended.said}" for text in wrong]
 
 
 def _wrong(place: Path, before: dict[str, bytes], *, can_remove: bool) -> Iterator[str]:
     registry = Registry(place / "registry")
-    for problem in registry.verify()[1]:
+    for problem in verify_registry(registry)[1]:
         yield f"{problem['what']}: {problem['message']}"
     known = {registry.weights_path(version) for adapter in registry.adapters() for version in adapter.versions}
     left = {*place.glob("registry/weights/*/*"), *place.rglob(f"{STAGING_PREFIX}*")} - known

@@ -16,7 +16,7 @@ from oracle import write_jsonl
 from tiny import TinyModels, random_adapter
 from tiny_registry import CHAT, TEXTS
 
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 
 from .killing import Ended, Kill, run_engine
 from .kills import weights_without_entry

@@ -13,8 +13,8 @@ from pathlib import Path
 from checkpoints import hub_base, make_registry, register, write_checkpoint
 
 from stackctl.cli import make_app
-from stackctl.registry import Registry
-from stackctl.registry.checkpoint_copies import folder_digest
+from stackctl.registry.checkpoint_files import folder_digest
+from stackctl.registry.store import Registry
 
 from .killing import run_command
 from .kills import hub_with

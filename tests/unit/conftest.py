@@ -3,6 +3,9 @@
 import pytest
 from checkpoints import make_base, make_registry, register
 
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.stacks import save_stack
+
 
 @pytest.fixture
 def registry(tmp_path):
@@ -14,5 +17,5 @@ def storyteller(registry):
     """style@1, instruct@1 on it, and a stack of both."""
     register(registry, "style")
     register(registry, "instruct", ["style@1"], seed=1)
-    registry.save_stack("storyteller", registry.resolve("style:0.5+instruct"))
+    save_stack(registry, "storyteller", resolve_expression(registry, "style:0.5+instruct"))
     return registry

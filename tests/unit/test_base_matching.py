@@ -7,9 +7,9 @@ from checkpoints import make_base
 from msgspec.structs import replace
 
 from stackctl.core.schema import AdapterInfo, Defaults, RegistryFile
-from stackctl.registry import Registry
 from stackctl.registry.base_matching import is_called, recognise_base
 from stackctl.registry.base_models import converted_folder
+from stackctl.registry.store import Registry
 
 
 @pytest.fixture

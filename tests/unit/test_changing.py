@@ -12,7 +12,14 @@ from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, 
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, RegistryFile, Stack
 from stackctl.lora.checkpoint import read_checkpoint
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.base_entries import remove_base
+from stackctl.registry.planning import read_plan
+from stackctl.registry.remove import remove_entry
+from stackctl.registry.resolve import ResolvedStack, resolve_adapter, resolve_expression
+from stackctl.registry.stacks import save_stack, use_stack
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
+from stackctl.registry.versions import add_version
 from stackctl.storage import files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
@@ -23,7 +30,7 @@ def test_versions_count_up_and_keep_their_weights(registry):
         assert register(registry, "style", seed=number).version == number
     folders = sorted(p.name for p in (registry.root / "weights" / "style").iterdir())
     assert folders == ["1", "2", "3"]
-    assert registry.verify() == (4, [])
+    assert verify_registry(registry) == (4, [])
 
 
 class Kill(BaseException):
@@ -33,7 +40,7 @@ class Kill(BaseException):
 @pytest.mark.parametrize("moment", ["build", "publish", "entry"])
 def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, moment):
     register(registry, "style", seed=1)
-    before = registry._entry_path(Adapter, "style").read_bytes()
+    before = registry.entry_path(Adapter, "style").read_bytes()
 
     def die(*_):
         raise Kill
@@ -45,12 +52,12 @@ def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, m
             patch.setattr(files, "write_atomic", die)
         with pytest.raises(Kill):
             register(registry, "style", seed=2, before_entry=die if moment == "build" else lambda _: None)
-    assert registry._entry_path(Adapter, "style").read_bytes() == before
-    assert registry.resolve("style").pinned == "style@1"
-    assert registry.verify() == (2, [])
+    assert registry.entry_path(Adapter, "style").read_bytes() == before
+    assert resolve_expression(registry, "style").pinned == "style@1"
+    assert verify_registry(registry) == (2, [])
     again = register(registry, "style", seed=3)
     assert again.version == 2
-    assert registry.verify() == (3, [])
+    assert verify_registry(registry) == (3, [])
     assert not list(registry.root.rglob(".tmp-*"))
 
 
@@ -64,9 +71,9 @@ def test_a_first_version_that_was_killed_does_not_exist(registry, monkeypatch):
             register(registry, "style")
     assert registry.names(Adapter) == []
     with pytest.raises(NotFound):
-        registry.resolve("style")
+        resolve_expression(registry, "style")
     assert register(registry, "style").version == 1
-    assert registry.verify() == (2, [])
+    assert verify_registry(registry) == (2, [])
 
 
 def _add_five(root, worker, barrier, results):
@@ -91,15 +98,15 @@ def test_eight_processes_add_five_versions_each(registry):
     assert sorted(versions) == list(range(1, 41))
     assert [v.version for v in registry.find_adapter("style").versions] == list(range(1, 41))
     assert len({v.digest for v in registry.find_adapter("style").versions}) == 40
-    assert registry.verify() == (41, [])
+    assert verify_registry(registry) == (41, [])
 
 
 def test_a_held_lock_is_an_error_and_readers_go_on(storyteller, monkeypatch):
     monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "0.1")
     with storyteller.lock():
-        assert storyteller.resolve("storyteller").members
+        assert resolve_expression(storyteller, "storyteller").members
         with pytest.raises(Failed):
-            storyteller.use("storyteller")
+            use_stack(storyteller, "storyteller")
 
 
 def test_links_point_outside_and_are_left_alone(registry, tmp_path):
@@ -108,36 +115,39 @@ def test_links_point_outside_and_are_left_alone(registry, tmp_path):
 
     digest = read_checkpoint(outside).digest()
     for name, path in (("rel", os.path.relpath(outside, registry.root)), ("abs", str(outside))):
-        registry.add_version(
-            name, lambda n, p=path: msgspec.structs.replace(full_version(n), digest=digest, path=p, trained_on=[]), None
+        add_version(
+            registry,
+            name,
+            lambda n, p=path: msgspec.structs.replace(full_version(n), digest=digest, path=p, trained_on=[]),
+            None,
         )
         assert registry.weights_path(registry.find_adapter(name).newest()) == outside.resolve()
-        assert registry.verify({f"{name}@1"}) == (1, [])
-        registry.remove(name)
+        assert verify_registry(registry, {f"{name}@1"}) == (1, [])
+        remove_entry(registry, name)
     assert (outside / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", ["weights/style/1", "weights", "weights/style", ".", "weights/../bases"])
 def test_removing_a_link_into_the_registry_removes_nothing_of_others(registry, path):
     register(registry, "style")
-    registry.add_version("linked", lambda n: msgspec.structs.replace(full_version(n), path=path, trained_on=[]), None)
-    registry.remove("linked")
-    assert registry.verify() == (2, [])
+    add_version(registry, "linked", lambda n: msgspec.structs.replace(full_version(n), path=path, trained_on=[]), None)
+    remove_entry(registry, "linked")
+    assert verify_registry(registry) == (2, [])
 
 
 def test_rm_refuses_while_something_stands_on_it(storyteller):
     with pytest.raises(Usage) as caught:
-        storyteller.remove("style")
+        remove_entry(storyteller, "style")
     assert "instruct@1" in caught.value.message
     assert "storyteller" in caught.value.message
     with pytest.raises(Usage):
-        storyteller.remove("style@1")
+        remove_entry(storyteller, "style@1")
     with pytest.raises(Usage):
-        storyteller.remove_base("tiny")
-    assert storyteller.remove("storyteller").removed == ("storyteller",)
-    assert storyteller.remove("instruct@1").removed == ("instruct@1",)
-    assert storyteller.remove("style").removed == ("style@1",)
-    storyteller.remove_base("tiny")
+        remove_base(storyteller, "tiny")
+    assert remove_entry(storyteller, "storyteller").removed == ("storyteller",)
+    assert remove_entry(storyteller, "instruct@1").removed == ("instruct@1",)
+    assert remove_entry(storyteller, "style").removed == ("style@1",)
+    remove_base(storyteller, "tiny")
     assert storyteller.settings() == RegistryFile()
 
 
@@ -145,66 +155,67 @@ def test_rm_of_one_version(registry):
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1:0.5"])
-    assert registry.remove("style@2").removed == ("style@2",)
-    assert registry.resolve("style").pinned == "style@1"
+    assert remove_entry(registry, "style@2").removed == ("style@2",)
+    assert resolve_expression(registry, "style").pinned == "style@1"
     with pytest.raises(Usage):
-        registry.remove("style")
+        remove_entry(registry, "style")
     with pytest.raises(NotFound):
-        registry.remove("style@2")
+        remove_entry(registry, "style@2")
 
 
 def test_an_adapter_may_be_removed_with_its_own_later_versions(registry):
     register(registry, "style", seed=1)
-    registry.add_version("style", lambda n: msgspec.structs.replace(full_version(n), trained_on=["style@1"]), None)
+    add_version(registry, "style", lambda n: msgspec.structs.replace(full_version(n), trained_on=["style@1"]), None)
     with pytest.raises(Usage):
-        registry.remove("style@1")
-    assert registry.remove("style").removed == ("style@1", "style@2")
+        remove_entry(registry, "style@1")
+    assert remove_entry(registry, "style").removed == ("style@1", "style@2")
 
 
 @pytest.mark.parametrize("text", ["base", "style+instruct", "style:0.5", "tiny", "storyteller@1"])
 def test_what_rm_does_not_remove(storyteller, text):
     with pytest.raises(StackctlError) as caught:
-        storyteller.remove(text)
+        remove_entry(storyteller, text)
     assert caught.value.exit_code in (2, 3)
-    assert storyteller.verify() == (4, [])
+    assert verify_registry(storyteller) == (4, [])
 
 
 def test_similar_names_are_different_things(registry):
     for name in ("foo", "foobar", "foo-1"):
         register(registry, name)
     register(registry, "upper", ["foobar@1"])
-    assert registry.remove("foo").removed == ("foo@1",)
-    assert registry.verify() == (4, [])
+    assert remove_entry(registry, "foo").removed == ("foo@1",)
+    assert verify_registry(registry) == (4, [])
     with pytest.raises(Usage):
-        registry.remove("foobar")
+        remove_entry(registry, "foobar")
 
 
 def test_saving_a_stack_whose_member_is_gone(storyteller):
-    resolved = storyteller.resolve("instruct")
-    storyteller.remove("storyteller")
-    storyteller.remove("instruct")
+    resolved = resolve_expression(storyteller, "instruct")
+    remove_entry(storyteller, "storyteller")
+    remove_entry(storyteller, "instruct")
     with pytest.raises(NotFound):
-        storyteller.save_stack("late", resolved)
+        save_stack(storyteller, "late", resolved)
     assert storyteller.names(Stack) == []
     assert isinstance(resolved, ResolvedStack)
 
 
 def test_references(storyteller):
-    assert storyteller.resolve_adapter(Reference("style")).label == "style@1"
+    assert resolve_adapter(storyteller, Reference("style")).label == "style@1"
     with pytest.raises(NotFound):
-        storyteller.resolve_adapter(Reference("style", 9))
+        resolve_adapter(storyteller, Reference("style", 9))
 
 
 def test_a_refused_adapter_is_refused_by_its_plan(registry, tmp_path):
     folder = write_checkpoint(tmp_path / "dora", lora_config(use_dora=True))
     digest = read_checkpoint(folder).digest()
-    registry.add_version(
+    add_version(
+        registry,
         "dora",
         lambda n: msgspec.structs.replace(full_version(n), path=str(folder), trained_on=[], digest=digest),
         None,
     )
     with pytest.raises(Incompatible) as caught:
-        registry.plan(registry.resolve("dora")).check()
+        read_plan(registry, resolve_expression(registry, "dora")).check()
     assert "DoRA" in caught.value.message
 
 
@@ -235,4 +246,4 @@ def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch
     assert [path.name for path in (registry.root / "weights" / "style").iterdir()] == ["1"]
     assert [version.version for version in registry.find_adapter("style").versions] == [1]
     assert register(registry, "style", seed=1).version == 2
-    assert registry.verify()[1] == []
+    assert verify_registry(registry)[1] == []

@@ -84,9 +84,9 @@ def test_nobody_imports_click():
 @pytest.mark.parametrize(
     ("words", "unneeded"),
     [
-        (["ls"], ["stackctl.plan.model", "stackctl.lora.checkpoint", "stackctl.registry.resolving", "yaml", "socket"]),
-        (["ls", "-q"], ["rich", "stackctl.plan.model", "stackctl.lora.checkpoint", "yaml"]),
-        (["rm", "sty"], ["rich", "stackctl.registry.resolving", "yaml"]),
+        (["ls"], ["stackctl.plan.model", "stackctl.lora.checkpoint", "stackctl.registry.resolve", "socket"]),
+        (["ls", "-q"], ["rich", "stackctl.plan.model", "stackctl.lora.checkpoint"]),
+        (["rm", "sty"], ["rich", "stackctl.registry.resolve", "yaml"]),
     ],
     ids=["ls", "ls -q", "completing"],
 )

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import make_registry, register, write_checkpoint
 
 from stackctl.core.schema import DataSource, TrainSettings
-from stackctl.registry import Registry
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 
 HEAVY = {
@@ -98,7 +98,7 @@ def test_an_up_to_date_recipe_loads_nothing_heavy(shelf, tmp_path):
         settings=msgspec.to_builtins(TrainSettings(rank=2)),
         data=DataSource(path="style.jsonl", sha256=files.sha256_file(data), records=1, format="text"),
     )
-    shelf._write(msgspec.structs.replace(adapter, versions=[trained]))
+    shelf.write(msgspec.structs.replace(adapter, versions=[trained]))
     recipe = "base: tiny\ntrain: {style: {data: style.jsonl, rank: 2}}\nstacks: {solo: style}\n"
     (tmp_path / "stackctl.yaml").write_text(recipe)
     assert [step["why"] for step in json.loads(light(tmp_path, "train", "--json", "--dry-run"))["plan"]] == [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import make_base, make_registry, register
 
-from stackctl.registry import Registry
 from stackctl.registry.lineage import Kin, relatives, tree_lines
+from stackctl.registry.store import Registry
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_settings_in_an_entry_that_are_none_are_named(tmp_path, settings):
     registry = make_registry(tmp_path / "registry")
     register(registry, "style")
     adapter = registry.find_adapter("style")
-    registry._write(
+    registry.write(
         msgspec.structs.replace(
             adapter, versions=[msgspec.structs.replace(v, settings=settings) for v in adapter.versions]
         )

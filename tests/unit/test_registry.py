@@ -8,7 +8,10 @@ from checkpoints import full_version, make_base, register
 
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
-from stackctl.registry import Registry, find_registry, init_registry
+from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.stacks import save_stack
+from stackctl.registry.store import Registry, find_registry, init_registry
+from stackctl.registry.verify import verify_registry
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -26,7 +29,7 @@ def test_init_is_done_once(tmp_path):
     registry = Registry(tmp_path / "registry")
     assert registry.settings() == RegistryFile()
     assert [registry.names(kind) for kind in (Base, Adapter, Stack)] == [[], [], []]
-    assert registry.verify() == (0, [])
+    assert verify_registry(registry) == (0, [])
 
 
 def test_init_keeps_what_is_there(tmp_path):
@@ -84,20 +87,20 @@ def test_every_entry_survives_its_round_trip(registry):
     )
     adapter = Adapter(name="x", description="on: #1\n  two lines\n", versions=[full_version(1), full_version(3)])
     for entry in (base, adapter):
-        registry._write(entry)
-        assert registry._read(type(entry), entry.name) == entry
+        registry.write(entry)
+        assert registry.read(type(entry), entry.name) == entry
     register(registry, "keys")
-    stack = registry.save_stack("s", registry.resolve("keys:-0.25"))
+    stack = save_stack(registry, "s", resolve_expression(registry, "keys:-0.25"))
     assert registry.find_stack("s") == stack
     settings = RegistryFile(current="s", defaults=Defaults(base="on"))
-    registry._write_settings(settings)
+    registry.write_settings(settings)
     assert registry.settings() == settings
 
 
 def test_writing_the_same_twice_changes_no_byte(storyteller):
-    path = storyteller._entry_path(Stack, "storyteller")
+    path = storyteller.entry_path(Stack, "storyteller")
     before = path.read_bytes()
-    storyteller.save_stack("storyteller", storyteller.resolve("style:0.5+instruct"))
+    save_stack(storyteller, "storyteller", resolve_expression(storyteller, "style:0.5+instruct"))
     assert path.read_bytes() == before
 
 
@@ -123,7 +126,7 @@ versions:
 
 
 def test_an_entry_written_by_hand_is_read(registry):
-    registry._entry_path(Adapter, "style").write_text(HAND_WRITTEN)
+    registry.entry_path(Adapter, "style").write_text(HAND_WRITTEN)
     version = registry.find_adapter("style").newest()
     assert version.created == "2026-01-31T12:00:00Z"
     assert version.run.frozen == "fold"
@@ -152,43 +155,43 @@ def test_an_entry_written_by_hand_is_read(registry):
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_line_and_column(registry, old, new, place):
-    path = registry._entry_path(Adapter, "style")
+    path = registry.entry_path(Adapter, "style")
     assert old in HAND_WRITTEN
     path.write_text(HAND_WRITTEN.replace(old, new, 1))
     with pytest.raises(Usage) as caught:
-        registry.resolve("style")
+        resolve_expression(registry, "style")
     assert f"{path}, {place}" in caught.value.message
     assert caught.value.hint
 
 
 def test_a_file_under_another_name(registry):
     register(registry, "style")
-    shutil.copy(registry._entry_path(Adapter, "style"), registry._entry_path(Adapter, "copy"))
+    shutil.copy(registry.entry_path(Adapter, "style"), registry.entry_path(Adapter, "copy"))
     with pytest.raises(Usage) as caught:
-        registry.resolve("copy")
+        resolve_expression(registry, "copy")
     assert "style" in caught.value.message
 
 
 @pytest.mark.parametrize("versions", [[], [1, 1], [2, 1], [0], [-1]])
 def test_versions_out_of_order(registry, versions):
-    registry._write(Adapter(name="x", versions=[full_version(number) for number in versions]))
+    registry.write(Adapter(name="x", versions=[full_version(number) for number in versions]))
     with pytest.raises(Usage):
-        registry.resolve("x")
+        resolve_expression(registry, "x")
 
 
 def test_files_with_crlf_and_byte_order_mark(storyteller):
     for path in storyteller.root.rglob("*.yaml"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert labels(storyteller.resolve()) == ["style@1:0.5", "instruct@1"]
+    assert labels(resolve_expression(storyteller)) == ["style@1:0.5", "instruct@1"]
 
 
 def test_a_broken_stack_is_an_error_and_not_an_expression(registry):
     register(registry, "a")
     register(registry, "b")
-    registry.save_stack("a+b", registry.resolve("a+b"))
-    registry._entry_path(Stack, "a+b").write_text("schema: 1\nname: [\n")
+    save_stack(registry, "a+b", resolve_expression(registry, "a+b"))
+    registry.entry_path(Stack, "a+b").write_text("schema: 1\nname: [\n")
     with pytest.raises(Usage) as caught:
-        registry.resolve("a+b")
+        resolve_expression(registry, "a+b")
     assert "a+b.yaml" in caught.value.message
 
 

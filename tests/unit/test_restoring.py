@@ -12,8 +12,14 @@ from stackctl.core.errors import NotFound, VerificationFailed
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter
 from stackctl.hub.repair import find_sources, repair
-from stackctl.registry import Registry
-from stackctl.registry.checkpoint_copies import folder_digest
+from stackctl.registry.checkpoint_files import damaged_members, folder_digest
+from stackctl.registry.garbage_collection import free_weights
+from stackctl.registry.remove import remove_entry
+from stackctl.registry.resolve import resolve_adapter
+from stackctl.registry.restore import restore_files
+from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
+from stackctl.registry.versions import add_version
 from stackctl.storage.files import staging_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -42,7 +48,7 @@ def weights(registry, label="style@2"):
 
 def member(registry, label="style@2"):
     name, _, number = label.partition("@")
-    return registry.resolve_adapter(Reference(name, int(number)))
+    return resolve_adapter(registry, Reference(name, int(number)))
 
 
 def flip(path):
@@ -101,10 +107,10 @@ def change_both(registry):
 def test_only_what_is_damaged_is_replaced(registry, backup, damage):
     before = everything(registry.root)
     damage(registry)
-    assert [p["what"] for p in registry.verify()[1]] == ["style@2"]
+    assert [p["what"] for p in verify_registry(registry)[1]] == ["style@2"]
     broken = everything(registry.root)
     assert mend(registry, backup).place == str(backup / "style" / "2")
-    assert registry.verify() == (4, [])
+    assert verify_registry(registry) == (4, [])
     after = everything(registry.root)
     assert {path: content for path, (content, _) in after.items()} == {p: c for p, (c, _) in before.items()}
     for path, (content, inode) in broken.items():
@@ -130,7 +136,7 @@ def test_what_has_another_digest_never_gets_into_place(registry, backup):
         with staging_directory(registry.root / "weights") as staged:
             shutil.copytree(source, staged, dirs_exist_ok=True)
             with pytest.raises(VerificationFailed):
-                registry.restore(member(registry), staged)
+                restore_files(registry, member(registry), staged)
     assert everything(registry.root) == broken
 
 
@@ -138,8 +144,8 @@ def test_the_configuration_alone_is_enough_where_the_weights_are_right(registry,
     change_the_configuration(registry)
     with staging_directory(registry.root / "weights") as staged:
         shutil.copy(backup / "style" / "2" / CONFIG, staged)
-        registry.restore(member(registry), staged)
-    assert registry.verify() == (4, [])
+        restore_files(registry, member(registry), staged)
+    assert verify_registry(registry) == (4, [])
 
 
 @pytest.mark.parametrize("where", ["another entry", "a removed one", "one without an entry"])
@@ -148,9 +154,9 @@ def test_the_registry_itself_is_looked_through(registry, where):
     assert twin.digest == member(registry).version.digest
     (weights(registry, "twin@1") / "adapter_info.json").write_text('{"adapter": "twin"}')
     if where == "a removed one":
-        registry.remove("twin")
+        remove_entry(registry, "twin")
     if where == "one without an entry":
-        registry._entry_path(Adapter, "twin").unlink()
+        registry.entry_path(Adapter, "twin").unlink()
     lose(registry)
     assert mend(registry).kind == "registry"
     assert folder_digest(weights(registry)) == twin.digest
@@ -163,21 +169,23 @@ def test_the_registry_itself_is_looked_through(registry, where):
 def test_a_link_whose_files_are_gone_becomes_the_registrys_own(registry, backup, tmp_path):
     version = member(registry).version
     outside = shutil.copytree(weights(registry), tmp_path / "outside")
-    linked = registry.add_version("far", lambda n: msgspec.structs.replace(version, version=n, path=str(outside)), None)
+    linked = add_version(
+        registry, "far", lambda n: msgspec.structs.replace(version, version=n, path=str(outside)), None
+    )
     flip(outside / WEIGHTS)
     theirs = everything(outside)
     assert mend(registry, backup, "far@1").kind == "folder"
     assert everything(outside) == theirs, "somebody else's folder was written to"
     now = member(registry, "far@1").version
     assert now == msgspec.structs.replace(linked, path="weights/far/1")
-    assert registry.verify() == (5, [])
+    assert verify_registry(registry) == (5, [])
 
 
 def test_what_was_removed_meanwhile_is_not_brought_back(registry, backup):
     lose(registry)
     found = member(registry)
     sources = find_sources(registry, [found], backup)["style@2"]
-    registry.remove("style@2")
+    remove_entry(registry, "style@2")
     with pytest.raises(VerificationFailed, match="removed"):
         repair(registry, found, sources, lambda _: None, progress=False)
     assert not weights(registry).exists()
@@ -207,10 +215,10 @@ def test_somebody_who_was_quicker_is_not_disturbed(registry, backup):
 
 def test_an_entry_that_cannot_be_read_does_not_stop_the_others(registry, backup):
     register(registry, "twin", seed=2)
-    registry._entry_path(Adapter, "instruct").write_text("schema: 1\nname: [")
+    registry.entry_path(Adapter, "instruct").write_text("schema: 1\nname: [")
     lose(registry)
     assert mend(registry).kind == "registry"
-    assert [p["what"] for p in registry.verify()[1]] == ["instruct"]
+    assert [p["what"] for p in verify_registry(registry)[1]] == ["instruct"]
 
 
 def test_a_configuration_that_stackctl_cannot_use_is_still_known_by_its_digest(tmp_path):
@@ -228,12 +236,12 @@ def _mend_and_more(root, backup, worker, barrier):
     barrier.wait()
     for turn in range(6):
         if worker == "free":
-            registry.free()
+            free_weights(registry)
         elif worker == "add":
             register(registry, "more", ["style@2"], seed=50 + turn)
-            registry.remove("more")
+            remove_entry(registry, "more")
         else:
-            damaged = registry.damaged([member(registry, label) for label in LABELS])
+            damaged = damaged_members(registry, [member(registry, label) for label in LABELS])
             for found in damaged:
                 repair(registry, found, find_sources(registry, [found], backup)[found.label], print, progress=False)
 
@@ -256,6 +264,6 @@ def test_several_may_repair_while_others_add_remove_and_free(registry, backup):
         for process in running:
             process.join(60)
         assert [process.exitcode for process in running] == [0] * len(workers)
-        registry.free()
-        assert registry.verify() == (4, [])
+        free_weights(registry)
+        assert verify_registry(registry) == (4, [])
         assert not list(registry.root.rglob(".tmp-*"))

@@ -11,8 +11,8 @@ from registry_fixtures import fails, shelf  # noqa: F401
 from stackctl.cli import make_app
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import TARGETS, VLLM_RANKS
-from stackctl.registry import ResolvedStack
 from stackctl.registry.base_models import converted_folder
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.serving.commands import TITLES, serve_commands
 
 BASE = make_base()

@@ -9,6 +9,8 @@ import select
 import pytest
 from checkpoints import hub_base, make_registry, register_three
 
+from stackctl.registry.verify import bytes_to_verify, verify_registry
+
 
 @pytest.fixture
 def registry(tmp_path):
@@ -24,23 +26,23 @@ def weights(registry, label):
 
 def test_every_byte_that_is_hashed_is_counted(registry):
     read, whole = [], [weights(registry, label).stat().st_size for label in ("instruct@1", "style@1", "style@2")]
-    assert registry.verify(read=read.append) == (4, [])
+    assert verify_registry(registry, read=read.append) == (4, [])
     assert read == whole
     tensors = sum(version.bytes for name in ("instruct", "style") for version in registry.find_adapter(name).versions)
-    assert registry.bytes_to_verify() == tensors
+    assert bytes_to_verify(registry) == tensors
     assert 0 < tensors < sum(whole), "a header is not counted in entries"
 
 
 def test_the_sum_is_known_where_an_entry_cannot_be_read(registry):
     instruct = registry.find_adapter("instruct").newest().bytes
     (registry.root / "adapters" / "style.yaml").write_text("broken")
-    assert registry.bytes_to_verify() == instruct
+    assert bytes_to_verify(registry) == instruct
 
 
 def test_large_files_are_counted_piece_by_piece(registry, monkeypatch):
     monkeypatch.setattr("stackctl.storage.files._CHUNK", 100)
     size, read = weights(registry, "style@1").stat().st_size, []
-    registry.verify({"style@1"}, read=read.append)
+    verify_registry(registry, {"style@1"}, read=read.append)
     assert sum(read) == size
     assert read[:2] == [100, 100]
 

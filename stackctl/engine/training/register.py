@@ -23,8 +23,9 @@ from stackctl.jobs.job import PreparedJob
 from stackctl.lora.checkpoint import INFO, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
-from stackctl.registry import Registry, now
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
+from stackctl.registry.store import Registry, now
+from stackctl.registry.versions import add_version, find_same_version
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
 from stackctl.storage import files
 
@@ -52,7 +53,8 @@ def register_version(
         points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
         (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))
         digest = _check_saved(prepared, staged)
-        return (resume and registry.find_same(prepared.name, digest, prepared.stack)) or registry.add_version(
+        return (resume and find_same_version(registry, prepared.name, digest, prepared.stack)) or add_version(
+            registry,
             prepared.name,
             lambda number: _entry(prepared, registry, staged, number, corpus, outcome),
             staged,

@@ -30,8 +30,9 @@ from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.trackers import log_folder, tracking
-from stackctl.registry import Registry
+from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.run_folders import RunFolder, run_folder
+from stackctl.registry.store import Registry
 from stackctl.storage import files
 
 Say = Callable[[str], None]
@@ -64,7 +65,7 @@ def train_adapter(
         VerificationFailed: a proof failed; nothing is registered.
         Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
     """
-    registry.check_digests(prepared.stack.members)
+    check_digests(registry, prepared.stack.members)
     if resume:
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())
@@ -130,7 +131,7 @@ def _train(
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
-    registry.check_digests(prepared.stack.members, fresh=True)
+    check_digests(registry, prepared.stack.members, fresh=True)
     state = adapter_state(model)
     if ranks.rank() > 0:
         return None

@@ -1,4 +1,8 @@
-"""Entries as files: find a registry, read and write its small YAML files, hold its lock."""
+"""The store: find a registry, read and write its small YAML files, hold its lock.
+
+One small file per thing, so that a name resolves by reading one file and a change is one atomic replace. Weights
+are put in place first, the entry is written last: what has no entry does not exist.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,8 @@ import msgspec
 
 from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
-from stackctl.core.schema import (
-    SCHEMA,
-    Adapter,
-    Base,
-    RegistryFile,
-    Removed,
-    Stack,
-)
+from stackctl.core.schema import SCHEMA, Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
 from stackctl.plan.methods import check_method
-from stackctl.registry.index import Row, Rows, entry_files, entry_name, read_rows
-from stackctl.registry.summaries import AdapterRow, adapter_row
 from stackctl.storage import files
 from stackctl.storage.locks import locked
 from stackctl.storage.yaml_files import read_yaml
@@ -92,7 +87,7 @@ def _cannot_fetch(repo: str, revision: str | None, say: Callable[[str], None]) -
     raise HubFailure(f"the base {repo} is on the Hub, and nothing says how to fetch it")
 
 
-class Entries:
+class Registry:
     """A registry on disk. Nothing is kept in memory: every question reads the file that answers it.
 
     ``fetch_base`` gets the files of a base that is on the Hub; whoever opens the registry says how.
@@ -108,13 +103,23 @@ class Entries:
     def open(cls, explicit: Path | None = None) -> Self:
         return cls(find_registry(explicit))
 
-    # -- entries ------------------------------------------------------------------------------------------------
+    # -- one entry ----------------------------------------------------------------------------------------------
 
-    def _entry_path(self, kind: type, name: str) -> Path:
+    def entry_path(self, kind: type, name: str) -> Path:
+        """Where the entry of a name lies, whether it is there or not."""
         return self.root / _FOLDERS[kind] / f"{name}.yaml"
 
-    def _read(self, kind: type[E], name: str) -> E | None:
-        path = self._entry_path(kind, name)
+    def has(self, kind: type, name: str) -> bool:
+        """Whether there is an entry of that name; it is not read."""
+        return self.entry_path(kind, name).is_file()
+
+    def read(self, kind: type[E], name: str) -> E | None:
+        """The entry of a name that is known to be one; None when there is none.
+
+        Raises:
+            Usage: it cannot be read, or does not hold together.
+        """
+        path = self.entry_path(kind, name)
         if not path.is_file():
             return None
         try:
@@ -136,67 +141,86 @@ class Entries:
                 )
         return entry
 
-    def _write(self, entry: Base | Adapter | Stack | Removed) -> None:
+    def find_base(self, name: str) -> Base | None:
+        return self.read(Base, parse_name(name, "base name"))
+
+    def find_adapter(self, name: str) -> Adapter | None:
+        return self.read(Adapter, parse_name(name))
+
+    def find_stack(self, name: str) -> Stack | None:
+        return self.read(Stack, parse_stack_name(name))
+
+    def find_removed(self, name: str) -> Removed:
+        """What an adapter had once: empty when nothing of that name was ever removed."""
+        return self.read(Removed, parse_name(name)) or Removed(name=name, given=[])
+
+    def write(self, entry: Base | Adapter | Stack | Removed) -> None:
+        """Replace an entry's file whole; the lock is held by who changes something."""
         value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
-        files.write_atomic(self._entry_path(type(entry), entry.name), _text(value))
+        files.write_atomic(self.entry_path(type(entry), entry.name), _text(value))
+
+    def delete(self, kind: type, name: str) -> None:
+        """Remove the entry of a name, for good."""
+        path = self.entry_path(kind, name)
+        path.unlink()
+        files.fsync_directory(path.parent)
+
+    # -- all entries of a kind ----------------------------------------------------------------------------------
 
     def names(self, kind: type) -> list[str]:
         """The names of all entries of a kind, in alphabetical order, without reading them."""
-        return sorted(entry_name(entry) for entry in entry_files(self.root / _FOLDERS[kind]))
+        found = files.children(self.root / _FOLDERS[kind])
+        return [path.name.removesuffix(".yaml") for path in found if path.suffix == ".yaml" and path.name[0] != "."]
 
     def bases(self) -> Iterator[Base]:
-        return (entry for name in self.names(Base) if (entry := self._read(Base, name)))
+        return self._all(Base)
 
-    def adapters(self) -> Iterator[Adapter]:
-        """Every adapter, whole and from its own file; :meth:`adapter_rows` has what most questions need in no time."""
-        names = self.names(Adapter)
-        with self.show_reading() as progress:
-            for number, name in enumerate(names, 1):
-                if entry := self._read(Adapter, name):
-                    yield entry
-                progress(number / len(names))
-
-    def stacks(self) -> Iterator[Stack]:
-        return (entry for name in self.names(Stack) if (entry := self._read(Stack, name)))
-
-    def adapter_rows(self) -> Rows[AdapterRow]:
-        """Every adapter in short, by name; what an index remembers is not parsed again.
+    def adapters(self, mentioning: str = "") -> Iterator[Adapter]:
+        """Every adapter, by name; with ``mentioning`` only those whose file may hold that text, and more quickly.
 
         Raises:
             Usage: an entry cannot be read.
         """
-        return self._rows(Adapter, AdapterRow, adapter_row)
+        return self._all(Adapter, mentioning)
 
-    def stack_rows(self) -> Rows[Stack]:
-        """Every stack by name, as :meth:`adapter_rows`."""
-        return self._rows(Stack, Stack, lambda stack: stack)
+    def stacks(self, mentioning: str = "") -> Iterator[Stack]:
+        """Every stack, as :meth:`adapters`."""
+        return self._all(Stack, mentioning)
 
-    def _rows(self, kind: type[E], row: type[Row], make: Callable[[E], Row]) -> Rows[Row]:
-        def read(name: str) -> Row | None:
-            entry = self._read(kind, name)
-            return make(entry) if entry else None
-
+    def _all(self, kind: type[E], mentioning: str = "") -> Iterator[E]:
+        names = self.names(kind)
         with self.show_reading() as progress:
-            return read_rows(self.root / _FOLDERS[kind], row, read, progress)
+            for number, name in enumerate(names, 1):
+                if self._may_mention(kind, name, mentioning) and (entry := self.read(kind, name)):
+                    yield entry
+                progress(number / len(names))
 
-    def find_base(self, name: str) -> Base | None:
-        return self._read(Base, parse_name(name, "base name"))
+    def _may_mention(self, kind: type, name: str, text: str) -> bool:
+        """Whether an entry's file holds some text, as it stands or behind an escape of YAML."""
+        if not text:
+            return True
+        try:
+            content = self.entry_path(kind, name).read_bytes()
+        except FileNotFoundError:  # removed this moment
+            return False
+        return text.encode() in content or b"\\" in content
 
-    def find_adapter(self, name: str) -> Adapter | None:
-        return self._read(Adapter, parse_name(name))
-
-    def find_removed(self, name: str) -> Removed:
-        """What an adapter had once: empty when nothing of that name was ever removed."""
-        return self._read(Removed, parse_name(name)) or Removed(name=name, given=[])
-
-    def find_stack(self, name: str) -> Stack | None:
-        return self._read(Stack, parse_stack_name(name))
+    # -- settings, weights, lock --------------------------------------------------------------------------------
 
     def settings(self) -> RegistryFile:
         return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
 
-    def _write_settings(self, settings: RegistryFile) -> None:
+    def write_settings(self, settings: RegistryFile) -> None:
         files.write_atomic(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
+
+    def weights_path(self, version: AdapterVersion) -> Path:
+        """Where a version's checkpoint lies, absolute: for a link, in somebody else's folder."""
+        return (self.root / version.path).resolve()
+
+    @staticmethod
+    def relative_weights_path(name: str, number: int) -> str:
+        """Where a version's checkpoint lies below the registry when it is the registry's own."""
+        return f"weights/{name}/{number}"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,0 +1,95 @@
+"""The files of a checkpoint: how they are copied, and how they are known, by their digest and not by where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, VerificationFailed, raise_all
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest
+from stackctl.registry.base_models import read_json
+from stackctl.registry.resolve import ResolvedMember
+from stackctl.registry.store import Registry
+from stackctl.storage import files
+from stackctl.storage.hash_cache import DigestCache
+
+# Trainer's own state (pickles, and as large as the optimizer) is of no use to an adapter; pickles are never copied.
+_COPIED = {".safetensors", ".json", ".jinja", ".jsonl", ".model", ".txt", ".md"}
+_TRAINER_STATE = {"trainer_state.json", "stackctl_counters.json"}
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy what belongs to an adapter: weights, configuration, tokenizer and notes; no pickles, no folders."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _COPIED and path.name not in _TRAINER_STATE:
+            shutil.copyfile(path, target / path.name)
+
+
+def folder_digest(folder: Path, sha256: Callable[[Path], str] = files.sha256_file) -> str | None:
+    """The digest of the checkpoint in a folder, fit for use or not; None where its two files are not there to read.
+
+    Args:
+        sha256: gives the ``sha256:<hex>`` of a file.
+    """
+    if (folder / WEIGHTS).is_file():
+        with contextlib.suppress(NotFound, Incompatible):
+            return adapter_digest(read_json(folder / CONFIG), sha256(folder / WEIGHTS))
+    return None
+
+
+def checkpoint_folders(root: Path) -> Iterator[Path]:
+    """A folder and those below it that hold a checkpoint, in a fixed order."""
+    for config in sorted(root.rglob(CONFIG)):
+        if (config.parent / WEIGHTS).is_file():
+            yield config.parent
+
+
+def damaged_members(
+    registry: Registry,
+    members: Iterable[ResolvedMember],
+    *,
+    fresh: bool = False,
+    read: Callable[[int], None] = lambda _: None,
+) -> list[ResolvedMember]:
+    """Those members whose files are missing or changed; ``fresh`` hashes even files that look unchanged.
+
+    Args:
+        read: is called with the bytes that were hashed freshly, piece by piece.
+    """
+    cache = DigestCache(registry.root)
+    sha256 = functools.partial(files.sha256_file, read=read) if fresh else cache.sha256
+    found = [m for m in members if folder_digest(registry.weights_path(m.version), sha256) != m.version.digest]
+    cache.save()
+    return found
+
+
+def check_digests(
+    registry: Registry,
+    members: tuple[ResolvedMember, ...],
+    *,
+    fresh: bool = False,
+    read: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Compare every member's checkpoint with what was registered; ``fresh`` and ``read`` as of :func:`damaged_members`.
+
+    Raises:
+        VerificationFailed, NotFound: with the names of all that changed, and of all whose files are missing.
+    """
+    damaged = damaged_members(registry, members, fresh=fresh, read=read)
+    missing = [member.label for member in damaged if not _has_files(registry, member)]
+    changed = [member.label for member in damaged if member.label not in missing]
+    hint = f"stackctl verify --repair (or remove it: stackctl rm {(changed + missing + [''])[0]})"
+    problems: list[StackctlError] = []
+    if changed:
+        what = f"the files of {', '.join(changed)} are not the ones that were registered (digests differ)"
+        problems.append(VerificationFailed(what, hint=hint))
+    if missing:
+        problems.append(NotFound(f"the files of {', '.join(missing)} are missing", hint=hint))
+    raise_all(problems)
+
+
+def _has_files(registry: Registry, member: ResolvedMember) -> bool:
+    return all((registry.weights_path(member.version) / name).is_file() for name in (CONFIG, WEIGHTS))

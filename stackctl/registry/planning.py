@@ -1,0 +1,72 @@
+"""Resolved stacks to plans, from entries and the headers of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, VerificationFailed, gathering, raise_all
+from stackctl.core.expressions import BASE
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
+
+
+def read_plan(registry: Registry, stack: ResolvedStack) -> StackPlan:
+    """The plan of a resolved stack, from its entries and its members' headers.
+
+    Raises:
+        NotFound, Incompatible, VerificationFailed: a checkpoint is missing, changed, or cannot be read.
+    """
+    try:
+        members = [plan_member(registry, member) for member in stack.members]
+        plan = plan_stack(stack.base, members, stack.method, stack.options)
+    except (NotFound, Incompatible, VerificationFailed):
+        check_digests(registry, stack.members)  # a file that was changed is the cause, whatever it led to
+        raise
+    if plan.errors:
+        check_digests(registry, stack.members)
+    return plan
+
+
+def plan_member(registry: Registry, member: ResolvedMember) -> PlanMember:
+    """A member with the header of its checkpoint."""
+    version = member.version
+    return PlanMember(
+        label=member.label, weight=member.weight, checkpoint=read_checkpoint(registry.weights_path(version)),
+        adapter=member.adapter.name, version=version.version, digest=version.digest, base=version.base,
+        fingerprint=version.fingerprint, trained_on=tuple(version.trained_on),
+    )  # fmt: skip
+
+
+def plan_expressions(
+    registry: Registry, expressions: Sequence[str], base: str | None = None
+) -> list[tuple[ResolvedStack, StackPlan]]:
+    """Resolve and plan expressions that one loaded base shall serve; ``base`` among them means the others' base.
+
+    Raises:
+        StackctlError: everything that is wrong with them, at once.
+    """
+    problems: list[StackctlError] = []
+    found: dict[int, tuple[ResolvedStack, StackPlan]] = {}
+
+    def attempt(index: int, text: str, on: str | None) -> None:
+        with gathering(problems):
+            stack = resolve_expression(registry, text, base=on)
+            found[index] = (stack, read_plan(registry, stack).check())
+
+    for index, text in enumerate(expressions):
+        if text != BASE:
+            attempt(index, text, base)
+    common = base or next((stack.base.name for stack, _ in found.values()), None)
+    for index, text in enumerate(expressions):
+        if text == BASE:
+            attempt(index, text, common)
+    raise_all(problems)
+    stacks = [found[index] for index in range(len(expressions))]
+    if len({stack.base.name for stack, _ in stacks}) > 1:
+        which = ", ".join(f"{stack.text} on {stack.base.name}" for stack, _ in stacks)
+        raise Incompatible(f"they have different bases: {which}", hint="ask for stacks of one base at a time")
+    return stacks

@@ -1,0 +1,318 @@
+"""Names and expressions to pinned versions. Reads entries, changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from stackctl.core.errors import (
+    Incompatible,
+    NotFound,
+    StackctlError,
+    Usage,
+    VerificationFailed,
+    did_you_mean,
+    gathering,
+    raise_all,
+)
+from stackctl.core.expressions import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
+from stackctl.core.schema import Adapter, AdapterVersion, Base, MethodOptions, Removed, Stack
+from stackctl.plan.methods import SUM
+from stackctl.registry.store import Registry
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
+
+
+@dataclass(frozen=True)
+class ResolvedMember:
+    """One adapter version of an expression, with its weight."""
+
+    adapter: Adapter
+    version: AdapterVersion
+    weight: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.adapter.name}@{self.version.version}"
+
+    def __str__(self) -> str:
+        return format_term(self.label, self.weight)
+
+
+@dataclass(frozen=True)
+class ResolvedStack:
+    """An expression with every name found and pinned. ``name`` is that of a stored stack, else None."""
+
+    text: str
+    base: Base
+    members: tuple[ResolvedMember, ...]
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+    method: str = SUM
+    options: MethodOptions = field(default_factory=MethodOptions)
+
+    @property
+    def pinned(self) -> str:
+        return "+".join(str(member) for member in self.members) or BASE
+
+    @property
+    def default_name(self) -> str:
+        """The expression's names joined by '+', which is what an unnamed stack is called."""
+        return "+".join(member.adapter.name for member in self.members) or BASE
+
+
+def resolve_expression(
+    registry: Registry, text: str | None = None, *, base: str | None = None, fresh: bool = False
+) -> ResolvedStack:
+    """Find and pin everything that an expression names; None means the current stack.
+
+    ``style+instruct`` that is also a stored stack's name means that stack, as pinned; with ``fresh`` it is read as
+    an expression all the same, which is how one composes it again.
+
+    Raises:
+        NotFound, Usage, Incompatible: a name is missing, the text is no expression, the bases differ.
+    """
+    if text is None:
+        text = current_stack(registry)
+    resolved = _resolve(registry, text, base, fresh)
+    if base is not None and base != BASE and resolved.base.name != resolve_base(registry, base).name:
+        raise Incompatible(
+            f"'{text}' has the base '{resolved.base.name}', not '{base}'",
+            hint=f"leave out --base, or train on {base}",
+        )
+    return resolved
+
+
+def current_stack(registry: Registry) -> str:
+    """The name of the stack that is meant when none is named.
+
+    Raises:
+        Usage: there is none.
+    """
+    current = registry.settings().current
+    if current is None:
+        raise Usage("no stack was named and there is no current one", hint="stackctl compose style+instruct")
+    return current
+
+
+def resolve_base(registry: Registry, name: str | None = None) -> Base:
+    """A base by name; without a name the default one, or the only one there is.
+
+    Raises:
+        NotFound, Usage: it is not there, or several are and none is the default.
+    """
+    if name is not None and name != BASE:
+        found = registry.find_base(name)
+        if not found:
+            raise NotFound(
+                f"there is no base '{name}'",
+                hint=did_you_mean(name, registry.names(Base), f"register it: stackctl base add {name} SOURCE"),
+            )
+        return found
+    default = registry.settings().defaults.base
+    names = registry.names(Base)
+    if default and default in names:
+        return resolve_base(registry, default)
+    if len(names) == 1:
+        return resolve_base(registry, names[0])
+    if not names:
+        raise NotFound("no base is registered", hint="stackctl base add smollm2")
+    raise Usage(f"there are several bases: {', '.join(names)}", hint=f"say which one: --base {names[0]}")
+
+
+def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
+    """An adapter version; without a version the newest.
+
+    Raises:
+        NotFound: no such adapter, or not in that version.
+    """
+    adapter = registry.find_adapter(reference.name)
+    if adapter:
+        if reference.version is None:
+            return ResolvedMember(adapter, adapter.newest(), 1.0)
+        for version in adapter.versions:
+            if version.version == reference.version:
+                return ResolvedMember(adapter, version, 1.0)
+    if removed := find_removed_version(registry, reference):
+        raise NotFound(
+            f"{reference} was removed; its weights are kept until: stackctl gc",
+            hint=f"to have it again: stackctl add {reference.name} {registry.weights_path(removed.version)}",
+        )
+    if not adapter:
+        raise _not_found(registry, reference.name)
+    have = ", ".join(str(v.version) for v in adapter.versions)
+    raise NotFound(
+        f"there is no {reference}; '{adapter.name}' has version {have}",
+        hint=f"use {adapter.name}@{adapter.newest().version}",
+    )
+
+
+def find_digest(registry: Registry, digest: str) -> ResolvedMember | None:
+    """The registered adapter version with that digest, under whatever name."""
+    for adapter in registry.adapters(mentioning=digest):
+        for version in adapter.versions:
+            if version.digest == digest:
+                return ResolvedMember(adapter, version, 1.0)
+    return None
+
+
+def find_removed_version(registry: Registry, reference: Reference) -> ResolvedMember | None:
+    """A version that was removed and whose weights are still there."""
+    for version in registry.find_removed(reference.name).versions:
+        if version.version == reference.version:
+            adapter = registry.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
+            return ResolvedMember(adapter, version, 1.0)
+    return None
+
+
+def resolve_stack_base(registry: Registry, stack: Stack) -> Base:
+    """The base of a stored stack.
+
+    Raises:
+        NotFound, Incompatible: it is not there, or another model has its name by now.
+    """
+    base = resolve_base(registry, stack.base)
+    if base.fingerprint != stack.fingerprint:
+        raise Incompatible(
+            f"the stack '{stack.name}' was composed on another model than the base '{base.name}' now is",
+            hint="register that model under its own name, and compose again",
+        )
+    return base
+
+
+def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]:
+    """The members of a stored stack, removed ones too as long as their weights are there.
+
+    Raises:
+        NotFound, VerificationFailed: one of them is gone, or is not what the stack was composed of.
+    """
+    for member in stack.members:
+        reference = Reference(member.adapter, member.version)
+        try:
+            found = resolve_adapter(registry, reference)
+        except NotFound:
+            if not (removed := find_removed_version(registry, reference)):
+                raise
+            found = removed
+        if found.version.digest != member.digest:
+            raise VerificationFailed(
+                f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",
+                hint=f"stackctl compose {'+'.join(m.adapter for m in stack.members)} --name {stack.name}",
+            )
+        yield replace(found, weight=member.weight)
+
+
+def foundations(version: AdapterVersion) -> tuple[Term, ...]:
+    """The terms that a version was trained on."""
+    return parse_expression("+".join(version.trained_on)) if version.trained_on else ()
+
+
+def registered_versions(registry: Registry) -> Iterator[AdapterVersion]:
+    """Every registered version; an entry that cannot be read is passed over."""
+    for name in registry.names(Adapter):
+        with contextlib.suppress(StackctlError):
+            adapter = registry.find_adapter(name)
+            yield from adapter.versions if adapter else ()
+
+
+def _resolve(registry: Registry, text: str, base: str | None, fresh: bool) -> ResolvedStack:
+    if _DIGEST.fullmatch(text):
+        member = _by_digest(registry, text)
+        return ResolvedStack(member.label, resolve_base(registry, member.version.base), (member,))
+    terms = parse_expression(text)
+    if not (fresh and "+" in text) and (stored := _stored(registry, text)):
+        members = tuple(pinned_members(registry, stored))
+        notes, base_entry = tuple(_newer(members)), resolve_stack_base(registry, stored)
+        return ResolvedStack(text, base_entry, members, stored.name, notes, stored.method, stored.options)
+    if not terms:
+        return ResolvedStack(text, resolve_base(registry, base), ())
+    only = terms[0].reference
+    is_name = len(terms) == 1 and only.version is None and terms[0].weight == 1
+    is_taken = registry.has(Adapter, only.name) or registry.has(Stack, only.name)
+    if is_name and not is_taken and (named := registry.find_base(only.name)):
+        return ResolvedStack(text, named, ())
+    members = _members(registry, terms)
+    bases = {member.version.base for member in members}
+    if len(bases) > 1:
+        which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
+        raise Incompatible(f"the members have different bases: {which}", hint="use adapters of one base")
+    return ResolvedStack(text, resolve_base(registry, bases.pop()), members)
+
+
+def _by_digest(registry: Registry, text: str) -> ResolvedMember:
+    """A version by its digest or the beginning of it, also one that was removed, until ``gc``.
+
+    Raises:
+        NotFound, Usage: nothing has it, or several have.
+    """
+    removed = (registry.find_removed(name) for name in registry.names(Removed))
+    owners: Iterator[Adapter | Removed] = itertools.chain(removed, registry.adapters(mentioning=text))
+    found = {
+        v.digest: Reference(owner.name, v.version)
+        for owner in owners
+        for v in owner.versions
+        if v.digest.startswith(text)
+    }
+    if not found:
+        raise NotFound(f"nothing here has the digest {text}", hint="stackctl ls --json shows digests")
+    if len(found) > 1:
+        raise Usage(f"{len(found)} versions have a digest that begins with {text}", hint="write more of it")
+    reference = found.popitem()[1]
+    return find_removed_version(registry, reference) or resolve_adapter(registry, reference)
+
+
+def _not_found(registry: Registry, name: str) -> NotFound:
+    known = [*registry.names(Adapter), *registry.names(Stack), *registry.names(Base)]
+    return NotFound(
+        f"there is no adapter, stack or base '{name}'",
+        hint=did_you_mean(name, known, "stackctl ls shows what there is"),
+    )
+
+
+def _members(registry: Registry, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:
+    """The members of all terms; everything that is wrong with any of them is told at once."""
+    problems: list[StackctlError] = []
+    members: list[ResolvedMember] = []
+    for term in terms:
+        with gathering(problems):
+            members += _expand(registry, term)
+    raise_all(problems)
+    return tuple(members)
+
+
+def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:
+    """A term's members: the adapter, or a named stack's members with their weights multiplied."""
+    name = term.reference.name
+    if not registry.has(Adapter, name) and (stack := registry.find_stack(name)):
+        if term.reference.version is not None:
+            raise Usage(f"'{term.reference}': a stack has no versions", hint=f"write {name}")
+        if stack.method != SUM:
+            raise Incompatible(
+                f"the stack '{name}' is composed by {stack.method} and cannot be a term of a sum",
+                hint="write out its members: " + "+".join(m.adapter for m in stack.members),
+            )
+        members = [replace(m, weight=m.weight * term.weight) for m in pinned_members(registry, stack)]
+        if not all(math.isfinite(member.weight) for member in members):
+            raise Usage(f"the weights of '{term}' are not finite numbers", hint="use a smaller weight")
+        return members
+    return [replace(resolve_adapter(registry, term.reference), weight=term.weight)]
+
+
+def _stored(registry: Registry, text: str) -> Stack | None:
+    """The stored stack that an expression is the name of."""
+    try:
+        parse_stack_name(text)
+    except Usage:
+        return None
+    return registry.find_stack(text)
+
+
+def _newer(members: tuple[ResolvedMember, ...]) -> Iterator[str]:
+    for member in members:
+        name, newest = member.adapter.name, member.adapter.newest().version
+        if newest > member.version.version:
+            yield f"{member.label} is used as composed; {name}@{newest} is newer (compose again to take it)"

@@ -1,0 +1,85 @@
+"""Stacks: writing their entries, and which of them is the current one."""
+
+from __future__ import annotations
+
+import msgspec
+
+from stackctl.core.errors import NotFound, Usage, did_you_mean
+from stackctl.core.expressions import Reference, parse_stack_name
+from stackctl.core.schema import Adapter, Member, Stack
+from stackctl.registry.resolve import ResolvedStack, resolve_adapter
+from stackctl.registry.store import Registry, now
+
+
+def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
+    """Write a stack's entry and make it the current one.
+
+    Raises:
+        Usage: the name is an adapter's, or another expression's.
+    """
+    parse_stack_name(name)
+    if "+" in name and name != stack.default_name:
+        raise Usage(
+            f"'{name}' reads as an expression, and not as the one it would name",
+            hint=f"use a name without '+', or leave out --name: it is then called {stack.default_name}",
+        )
+    with registry.lock():
+        if "+" not in name and registry.has(Adapter, name):
+            raise Usage(f"'{name}' is the name of an adapter", hint="choose another name with --name")
+        for member in stack.members:  # under the lock, so that none is removed meanwhile
+            resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
+        members = [
+            Member(adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight)
+            for m in stack.members
+        ]
+        entry = Stack(
+            name=name,
+            base=stack.base.name,
+            fingerprint=stack.base.fingerprint,
+            method=stack.method,
+            options=stack.options,
+            members=members,
+            created=now(),
+        )
+        known = registry.find_stack(name)
+        if known and msgspec.structs.replace(known, created=entry.created) == entry:
+            entry = known
+        else:
+            registry.write(entry)
+        set_current(registry, name)
+    return entry
+
+
+def put_stack(registry: Registry, stack: Stack) -> Stack | None:
+    """Write the entry of a stack that was composed elsewhere; the current stack stays. Returns what it replaced.
+
+    Raises:
+        Usage: the name is an adapter's.
+    """
+    parse_stack_name(stack.name)
+    with registry.lock():
+        if "+" not in stack.name and registry.has(Adapter, stack.name):
+            raise Usage(f"'{stack.name}' is the name of an adapter", hint="choose another name with --name")
+        known = registry.find_stack(stack.name)
+        if known != stack:
+            registry.write(stack)
+    return known
+
+
+def use_stack(registry: Registry, name: str) -> Stack:
+    """Make a stored stack the current one."""
+    with registry.lock():
+        stack = registry.find_stack(name)
+        if not stack:
+            if registry.find_adapter(name):
+                raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name}")
+            near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
+            raise NotFound(f"there is no stack '{name}'", hint=near)
+        set_current(registry, name)
+    return stack
+
+
+def set_current(registry: Registry, name: str | None) -> None:
+    settings = registry.settings()
+    if settings.current != name:
+        registry.write_settings(msgspec.structs.replace(settings, current=name))

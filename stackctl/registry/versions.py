@@ -1,0 +1,133 @@
+"""Versions of adapters: weights in place first, then one atomic write of the entry, under the registry's lock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from stackctl.core.errors import Usage
+from stackctl.core.expressions import Reference, parse_name
+from stackctl.core.schema import Adapter, AdapterVersion, HubSource, Removed, Stack
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
+from stackctl.registry.store import Registry
+from stackctl.storage import files
+
+
+def check_adapter_name(registry: Registry, name: str) -> str:
+    """A name that a new version of an adapter may have.
+
+    Raises:
+        Usage: it is no name, reserved, or a stack's.
+    """
+    parse_name(name)
+    if registry.has(Stack, name):
+        raise Usage(f"'{name}' is the name of a stack", hint=f"choose another name, or: stackctl rm {name}")
+    return name
+
+
+def add_version(
+    registry: Registry,
+    name: str,
+    build: Callable[[int], AdapterVersion],
+    staged: Path | None,
+    description: str | None = None,
+    *,
+    number: int | None = None,
+    digest: str | None = None,
+) -> AdapterVersion:
+    """Register the next version of an adapter: weights in place first, then one atomic write of the entry.
+
+    Args:
+        build: makes the version's entry for a version number (and may write into ``staged``).
+        staged: the finished checkpoint in a staging folder, moved to its place; None for a link.
+        number: the number that it has elsewhere, kept if it was never given here, or to the same digest; the
+            same digest under that name is then the same version, and is not registered twice.
+        digest: of what has a ``number``.
+    """
+    with registry.lock():
+        check_adapter_name(registry, name)
+        adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
+        removed = registry.find_removed(name)
+        version = build(_choose_number(adapter, removed, number, digest))
+        if number is not None:
+            for known in adapter.versions:
+                if known.digest == version.digest:
+                    return known
+        if staged is not None:
+            final = registry.root / version.path
+            if final.exists():  # left by a process that was killed before it wrote the entry
+                files.remove_tree(final)
+            files.publish_directory(staged, final)
+        try:
+            _bring_back(registry, version)
+            adapter = registry.find_adapter(name) or adapter
+            adapter = msgspec.structs.replace(
+                adapter,
+                versions=sorted([*adapter.versions, version], key=lambda v: v.version),
+                description=adapter.description if description is None else description,
+            )
+            registry.write(adapter)
+        except OSError:  # the entry is not there, so its weights shall not fill the disk
+            if staged is not None:
+                with contextlib.suppress(OSError):
+                    files.remove_tree(registry.root / version.path)
+            raise
+        _forget(registry, removed, {version.version})
+    return version
+
+
+def find_same_version(registry: Registry, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
+    """The version of an adapter that is the same bytes on the same stack."""
+    adapter = registry.find_adapter(name)
+    wanted = (digest, stack.base.fingerprint, [str(member) for member in stack.members])
+    for version in adapter.versions if adapter else ():
+        if (version.digest, version.fingerprint, version.trained_on) == wanted:
+            return version
+    return None
+
+
+def next_number(registry: Registry, name: str) -> int:
+    """The number that the next version of an adapter gets."""
+    adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
+    return _choose_number(adapter, registry.find_removed(name), None, None)
+
+
+def _choose_number(adapter: Adapter, removed: Removed, number: int | None, digest: str | None) -> int:
+    """The number wished for if it means nothing else, else one more than was ever given."""
+    given = {g.version: g.digest for g in removed.given} | {v.version: v.digest for v in adapter.versions}
+    free = number is not None and given.get(number, digest) == digest
+    return number if number and free else max(given, default=0) + 1
+
+
+def _bring_back(registry: Registry, version: AdapterVersion) -> None:
+    """Un-remove what a new version stands on: while it was trained, somebody may have removed that."""
+    for name, number in {(t.reference.name, t.reference.version) for t in foundations(version)}:
+        removed = registry.find_removed(name)
+        adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
+        back = [v for v in removed.versions if v.version == number]
+        if back and all(v.version != number for v in adapter.versions):
+            versions = sorted([*adapter.versions, *back], key=lambda v: v.version)
+            registry.write(msgspec.structs.replace(adapter, versions=versions))
+            _forget(registry, removed, {number})
+
+
+def _forget(registry: Registry, removed: Removed, numbers: set[int | None]) -> None:
+    """What is registered again is not removed any more; its number stays given."""
+    staying = [v for v in removed.versions if v.version not in numbers]
+    if staying != removed.versions:
+        registry.write(msgspec.structs.replace(removed, versions=staying))
+
+
+def record_push(registry: Registry, member: ResolvedMember, place: HubSource) -> None:
+    """Remember where a version lives on the Hub."""
+    with registry.lock():
+        adapter = resolve_adapter(registry, Reference(member.adapter.name, member.version.version)).adapter
+        versions = [
+            msgspec.structs.replace(v, pushed=place) if v.version == member.version.version else v
+            for v in adapter.versions
+        ]
+        if versions != adapter.versions:
+            registry.write(msgspec.structs.replace(adapter, versions=versions))
