@@ -15,6 +15,7 @@ from checkpoints import hub_base, make_registry, register, write_checkpoint
 from stackctl.cli import make_app
 from stackctl.registry.checkpoint_files import folder_digest
 from stackctl.registry.store import Registry
+from stackctl.registry.verify import verify_registry
 
 from .killing import run_command
 from .kills import hub_with
@@ -118,7 +119,7 @@ def work_together(registry: Path, place: Path, seed: str, workers: int, commands
             for label, d in worker.added.items()
             if (here.get(label) == d) == (label in worker.removed)
         ]
-    wrong += [f"{problem['what']}: {problem['message']}" for problem in now.verify()[1]]
+    wrong += [f"{problem['what']}: {problem['message']}" for problem in verify_registry(now)[1]]
     wrong += [f"{path} was left" for path in registry.rglob(".tmp-*")]
     return len(labels), wrong
 
