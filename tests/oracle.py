@@ -9,6 +9,7 @@ special ones.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -134,6 +135,23 @@ def loss(model: Any, records: Sequence[dict[str, Any]]) -> float:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+def adapter_digest(folder: Path) -> str:
+    """A checkpoint's digest: of its configuration without what its base is called, and of its weights."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["base_model_name_or_path"]
+    weights = "sha256:" + hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    text = json.dumps({"config": config, "weights": weights}, sort_keys=True, ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def initial_seed(seed: int, members: Sequence[Member]) -> int:
+    """What the new factors A are drawn with, by what docs/reference/registry.md says of ``initial_seed``."""
+    if not members:
+        return seed
+    below = [[adapter_digest(Path(path)), float(weight)] for path, weight in members]
+    return int(hashlib.sha256(json.dumps([seed, below], separators=(",", ":")).encode()).hexdigest()[:8], 16)
+
+
 def train(
     base: Path,
     members: Sequence[Member],
@@ -153,7 +171,7 @@ def train(
     Gradients are clipped at norm 1, which is Trainer's default. Returns the factors by name, and each step's loss.
     """
     model = load_plain(base)
-    set_seed(seed)
+    set_seed(initial_seed(seed, members))
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=copy.copy(targets), target_parameters=parameters, task_type="CAUSAL_LM"
     )

@@ -54,7 +54,7 @@ _COMPLETIONS = {"on": complete_what, "base": complete_bases}
 _TRAINING, _RUN = "Training", "The run"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "What is trained": ("on", "base", "data", "description"),
-    "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora"),
+    "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
     DEVICE_PANEL: ("dtype", "frozen", "gradient_checkpointing", "cache", "num_processes", "accelerate_config"),

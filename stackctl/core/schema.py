@@ -138,6 +138,7 @@ class DataSource(Part, frozen=True, kw_only=True):
 class Run(Part, frozen=True, kw_only=True):
     """How training went. ``loss`` is the mean over the run's supervised tokens.
 
+    ``initial_seed`` is what the new factors A were drawn with: on a frozen stack another than ``settings.seed``.
     With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
     """
 
@@ -149,6 +150,7 @@ class Run(Part, frozen=True, kw_only=True):
     seconds: Finite
     frozen: Literal["none", "fold", "live"]
     frozen_error: Finite | None = None
+    initial_seed: Count | None = None
     dtype: str = "float32"
     device: str = "cpu"
     processes: Count = 1
@@ -261,6 +263,9 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         list[str] | str, Meta(description="Modules to adapt: names joined by ',', a regular expression, or all-linear.")
     ] = "all-linear"
     use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
+    orthogonal: Annotated[
+        bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
+    ] = False
     epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
     max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
     batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = 8

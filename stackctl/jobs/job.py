@@ -6,6 +6,8 @@ A :class:`PreparedJob` is what the engine trains.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,18 @@ class PreparedJob:
         """The frozen stack as terms, pinned: ``["style@1"]``."""
         return [str(member) for member in self.stack.members]
 
+    @property
+    def initial_seed(self) -> int:
+        """The seed of the new factors A: the job's own on a bare base, on a frozen stack another for each stack.
+
+        Factors that are drawn with one seed read nearly the same directions, and members of a stack must not.
+        """
+        if not self.stack.members:
+            return self.job.seed
+        below = [[member.version.digest, float(member.weight)] for member in self.stack.members]
+        text = json.dumps([self.job.seed, below], separators=(",", ":"))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
     def signature(self, data_digest: str, eval_digest: str | None) -> dict[str, Any]:
         """Everything that decides what comes out: equal signatures mean nothing would change."""
         return {
@@ -95,6 +109,8 @@ def prepare_job(
         attempt(_check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:
         job = arguments
+    if plan and job.orthogonal:
+        attempt(_check_orthogonal, job, plan)
     attempt(_check_watching, job)
     attempt(_check_precision, job)
     attempt(check_trackers, job)
@@ -147,6 +163,19 @@ def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:
             f"'{name}' cannot be trained on itself",
             hint=f"choose another name for what comes next, for example {name}-2",
         )
+
+
+def _check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
+    if not plan.members:
+        raise Usage("--orthogonal needs a frozen stack to be orthogonal to", hint="name it: --on STACK")
+    for name, module in plan.modules.items():
+        reads = module.shape[0] if module.type == "Embedding" else module.shape[1]
+        if module.rank + job.rank > reads:
+            raise Incompatible(
+                f"--orthogonal: {name} reads {reads} directions, the frozen stack {module.rank} of them, "
+                f"and rank {job.rank} finds no room beside it",
+                hint="use a smaller --rank, or leave out --orthogonal",
+            )
 
 
 def _check_watching(job: TrainJob) -> None:

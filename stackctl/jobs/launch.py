@@ -57,6 +57,13 @@ class Launch:
     checkpointing: bool = False
 
 
+NOT_WHOLE = Usage(
+    "--orthogonal projects whole factors, and FSDP and DeepSpeed keep parts of them in each process",
+    hint="use distributed_type: MULTI_GPU, or leave out --orthogonal",
+)
+"""What keeps the new adapter's rows from being projected in several processes."""
+
+
 def plan_launch(prepared: PreparedJob) -> Launch | None:
     """How this job is to be launched; None when it is trained in this process.
 
@@ -83,6 +90,8 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")
     config = convert(parsed, _Config, str(path))
     _check_config(path, config)
+    if job.orthogonal and config.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise NOT_WHOLE
     processes = job.num_processes or config.num_processes or 1
     sharded = config.distributed_type == "FSDP"
     checkpointing = sharded and config.fsdp_config is not None and config.fsdp_config.fsdp_activation_checkpointing

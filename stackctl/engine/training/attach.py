@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from stackctl.core.errors import VerificationFailed
@@ -52,7 +53,9 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
         **copy.deepcopy(targets.settings),
     )
     stacked.model.name_or_path = base.hub_id or str(stacked.folder)
-    model: PeftModel = get_peft_model(stacked.model, config, adapter_name=ADAPTER)
+    with torch.random.fork_rng():
+        torch.manual_seed(prepared.initial_seed)
+        model: PeftModel = get_peft_model(stacked.model, config, adapter_name=ADAPTER)
     if odd := sorted(attached(model) ^ targets.modules, key=natural_order):
         raise VerificationFailed(
             f"PEFT did not attach the adapter to what it was asked for: {', '.join(odd[:3])}; nothing was trained",

@@ -43,6 +43,11 @@ def is_sharded() -> bool:
     return ranks.is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def keeps_parts() -> bool:
+    """Whether a process may hold only parts of the new adapter, or copies that its optimizer works on instead."""
+    return is_sharded() or (ranks.is_launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
+
+
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """The body runs on rank 0, and on the others when that is done: caches are made once."""

@@ -18,6 +18,7 @@ from stackctl.engine.data import Example
 from stackctl.engine.training.callbacks import Counters, Progress
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
+from stackctl.engine.training.orthogonal import OrthogonalRows
 from stackctl.engine.training.trainer import StackTrainer
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
@@ -98,6 +99,8 @@ def run_trainer(
         say=say,
         held_out=held_out,
     )
+    if job.orthogonal:
+        trainer.add_callback(OrthogonalRows(model, prepared.plan))
     saves = run.checkpoints if resume else []
     if saves:
         say(f"going on after step {saves[-1].name.rpartition('-')[2]}")

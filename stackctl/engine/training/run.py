@@ -29,6 +29,7 @@ from stackctl.engine.training.register import register_version
 from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
+from stackctl.jobs.launch import NOT_WHOLE
 from stackctl.jobs.trackers import log_folder, tracking
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.run_folders import RunFolder, run_folder
@@ -65,6 +66,8 @@ def train_adapter(
         VerificationFailed: a proof failed; nothing is registered.
         Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
     """
+    if prepared.job.orthogonal and group.keeps_parts():
+        raise NOT_WHOLE
     check_digests(registry, prepared.stack.members)
     if resume:
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
@@ -144,6 +147,7 @@ def _train(
         seconds=round(counters.seconds, 3),
         frozen=how,  # type: ignore[arg-type]
         frozen_error=stacked.rounding_error if how == "fold" else None,
+        initial_seed=prepared.initial_seed,
         dtype=("nf4, " if prepared.job.dtype == "nf4" else "")
         + str(stacked.model.dtype).removeprefix("torch.")
         + (", bfloat16 autocast" if bfloat16 else ""),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,14 +198,17 @@ def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen
 
 def attached(model: PeftModel) -> set[str]:
     """What the adapter in training stands on, by full names of the model itself."""
-    found = set()
+    return {name for name, _ in new_layers(model)}
+
+
+def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """PEFT's layers of the adapter in training, with the full names of what they stand on."""
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
             while name.endswith(".base_layer"):
                 name = name.removesuffix(".base_layer")
             own = isinstance(layer, ParamWrapper) and layer.parameter_name != "weight"
-            found.add(f"{name}.{layer.parameter_name}" if own else name)
-    return found
+            yield (f"{name}.{layer.parameter_name}" if own else name), layer
 
 
 def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
