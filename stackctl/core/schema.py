@@ -221,12 +221,17 @@ class Removed(Entry, frozen=True, kw_only=True):
 
 
 class Member(Part, frozen=True, kw_only=True):
-    """One member of a stack, pinned."""
+    """One member of a stack, pinned.
+
+    ``layer_weights`` are weights by the name of a layer or a module, which stand there in place of ``weight``: see
+    :mod:`stackctl.plan.layer_weights`.
+    """
 
     adapter: str
     version: Count
     digest: str
     weight: Finite = 1.0
+    layer_weights: dict[str, Finite] = msgspec.field(default_factory=dict)
 
 
 class MethodOptions(Part, frozen=True, kw_only=True):

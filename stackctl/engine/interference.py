@@ -75,7 +75,7 @@ def _left_out(plan: StackPlan) -> Iterator[NotCompared]:
     """Members whose effect is no delta that could be compared, and what members bring whole."""
     for member in plan.members:
         reasons = [p.message for p in plan.errors if p.member == member.label and p.code not in _COMPARABLE]
-        if member.weight == 0:
+        if not member.is_used:
             reasons.append(f"{member.label} has weight 0 and changes nothing")
         if reasons:
             yield NotCompared(member.label, None, "; ".join(reasons))

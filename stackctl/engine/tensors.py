@@ -90,7 +90,7 @@ class MemberTensors(TensorFiles):
             (
                 self.of(factor.member, factor.a).to(device=device, dtype=torch.float32),
                 self.of(factor.member, factor.b).to(device=device, dtype=torch.float32),
-                self._plan.members[factor.member].weight * factor.scaling,
+                factor.weight * factor.scaling,
             )
             for factor in module.factors
         ]

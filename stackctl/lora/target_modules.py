@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from stackctl.core.errors import Usage
 from stackctl.core.schema import ModuleShape
@@ -22,6 +22,7 @@ ALL_LINEAR = "all-linear"
 _RANGES = re.compile(r"\{([0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*)\}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 _MOST_MODULES = 1_000_000
+_Value = TypeVar("_Value")
 
 
 def compact_modules(modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
@@ -70,14 +71,23 @@ def expand_modules(compact: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]
     Raises:
         Usage: so many that no model has them: a few bytes may stand for more than memory holds.
     """
+    again = "register the base again: stackctl base rm NAME, then stackctl base add NAME SOURCE"
+    return expand_names(compact, "a base's modules", again)
+
+
+def expand_names(
+    compact: Mapping[str, _Value], what: str = "layer_weights", hint: str = "name layers or modules that there are"
+) -> dict[str, _Value]:
+    """Every name that some with ranges stand for, with what is said of them.
+
+    Raises:
+        Usage: so many that no model has them: a few bytes may stand for more than memory holds.
+    """
     if sum(map(_count, compact)) > _MOST_MODULES:
-        raise Usage(
-            f"the ranges of a base's modules stand for more than {_MOST_MODULES:,} modules",
-            hint="register the base again: stackctl base rm NAME, then stackctl base add NAME SOURCE",
-        )
+        raise Usage(f"the ranges of {what} stand for more than {_MOST_MODULES:,} modules", hint=hint)
     return {
-        name: shape
-        for pattern, shape in compact.items()
+        name: value
+        for pattern, value in compact.items()
         for name in _expand(pattern)
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stackctl.core.schema import Base, MethodOptions, ModuleShape
@@ -10,6 +11,7 @@ from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
+from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan
 from stackctl.plan.validate import (
@@ -18,6 +20,7 @@ from stackctl.plan.validate import (
     other_rows,
     refusals,
     same_adapter_twice,
+    unfitting_layer_weights,
     unfitting_tensors,
     unlike_bases,
 )
@@ -44,7 +47,7 @@ def plan_stack(
         problems += unfitting_tensors(member, pairs, theirs, base)
         if base is not None:
             problems += other_rows(member, naming, base)
-        apart = _SingleExperts(index, config)
+        apart, weights = _SingleExperts(index, config), Weights.of(member.weight, member.layer_weights)
         for module, pair in pairs.items():
             shape = theirs.get(module) if theirs is not None else _shape_from(pair, config, module)
             if shape is None or set(pair) != {"A", "B"}:
@@ -53,14 +56,16 @@ def plan_stack(
             shapes[place.module] = known[place.module] if known is not None else shape
             if place.expert is not None:
                 apart.add(place, module, pair)
-            elif member.weight != 0:
+            elif (weight := weights.at(place.module)) != 0:
                 scaling = lora_scaling(config, pattern_name(config, module, shape))
                 rank = (pair["A"].shape[0] if pair["A"].shape else 0) // _experts(shape)
-                factors.setdefault(place.module, []).append(Factor(index, pair["A"], pair["B"], rank, scaling))
+                factors.setdefault(place.module, []).append(Factor(index, pair["A"], pair["B"], rank, scaling, weight))
         for module, factor in apart.factors(shapes).items():
-            if member.weight != 0 and factor is not None:
-                factors.setdefault(module, []).append(factor)
+            if factor is not None and (weight := weights.at(module)) != 0:
+                factors.setdefault(module, []).append(replace(factor, weight=weight))
         problems += apart.problems(member)
+        if known is not None:
+            problems += unfitting_layer_weights(member, known, shapes)
         replacements += _replacements(index, member, naming)
     problems += clashing_replacements(replacements, members)
     problems += missing_foundations(members)
@@ -107,7 +112,7 @@ class _SingleExperts:
                 for role in ("A", "B")
             )
             rank = next(iter(found.values()))["A"].shape[0] * parts
-            made[module] = Factor(self._index, a, b, rank, next(iter(self._scaling[module])))
+            made[module] = Factor(self._index, a, b, rank, next(iter(self._scaling[module])), 1.0)
         return made
 
     def problems(self, member: PlanMember) -> list[Problem]:

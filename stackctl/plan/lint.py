@@ -223,7 +223,7 @@ def _not_plain(plan: StackPlan, target: str, program: str) -> list[Problem]:
             m.label,
         )
         for m in plan.members
-        if m.weight != 0 and m.checkpoint.config.get("use_dora")
+        if m.is_used and m.checkpoint.config.get("use_dora")
     ]
     for index, member in enumerate(plan.members):
         brought = [r.parameter for r in plan.replacements if r.member == index]

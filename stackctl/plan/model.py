@@ -41,7 +41,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class PlanMember:
-    """One adapter version with its weight. ``label`` is ``style@1``; ``trained_on`` its own members, by label."""
+    """One adapter version with its weight. ``label`` is ``style@1``; ``trained_on`` its own members, by label.
+
+    ``layer_weights`` are as in the entry of a stack: see :mod:`stackctl.plan.layer_weights`.
+    """
 
     label: str
     weight: float
@@ -52,6 +55,12 @@ class PlanMember:
     base: str = ""
     fingerprint: str = ""
     trained_on: tuple[str, ...] = ()
+    layer_weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it has a weight other than zero anywhere."""
+        return self.weight != 0 or any(self.layer_weights.values())
 
     @property
     def rank(self) -> int:
@@ -67,7 +76,7 @@ class PlanMember:
 class Factor:
     """A member's share of one module: ΔW = weight · scaling · B @ A, with A (rank, in) and B (out, rank).
 
-    Of experts, ``a`` and ``b`` hold the factors of all of them, and ``rank`` is that of each.
+    ``weight`` is the member's on that module, which is its one weight unless it has others by layer. Of experts, ``a`` and ``b`` hold the factors of all of them, and ``rank`` is that of each.
     """
 
     member: int
@@ -75,6 +84,7 @@ class Factor:
     b: TensorInfo | ExpertFactors
     rank: int
     scaling: float
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from stackctl.core.errors import did_you_mean
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.lora.naming import Naming
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
+from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.model import PlanMember, Problem, Replacement
 
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -115,9 +117,10 @@ def refusals(member: PlanMember) -> list[Problem]:
                 label,
             )
         )
-    if config.get("bias", "none") != "none" and member.weight not in (0, 1):
+    weighed = member.weight not in (0, 1) or bool(member.layer_weights)
+    if config.get("bias", "none") != "none" and weighed:
         problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
-    if (config.get("modules_to_save") or _saved(member)) and member.weight not in (0, 1):
+    if (config.get("modules_to_save") or _saved(member)) and weighed:
         problems.append(_not_weighable(label, "whole modules (modules_to_save)"))
     problems += [
         Problem(
@@ -205,6 +208,24 @@ def unfitting_tensors(
             "tensors for modules that it does not target",
             again,
         )
+    return problems
+
+
+def unfitting_layer_weights(member: PlanMember, known: Mapping[str, ModuleShape], own: Iterable[str]) -> list[Problem]:
+    """Weights for layers or modules that the base does not have, or on which no member stands."""
+    if not member.layer_weights:
+        return []
+    absent = names_nothing(member.layer_weights, known)
+    idle = [name for name in names_nothing(member.layer_weights, own) if name not in absent]
+    problems = []
+    if absent:
+        what = f"{member.label} has weights for what the base does not have: {', '.join(absent[:3])}"
+        like = next(iter(sorted(known, key=natural_order)), "")
+        hint = did_you_mean(absent[0], list(known), f"name a layer or a module as the base does: {like}")
+        problems.append(Problem("layer_weights", what, hint, member.label))
+    if idle:
+        what = f"{member.label} has weights for what it does not change: {', '.join(idle[:3])}"
+        problems.append(Problem("layer_weights", what, "they can be left out", member.label, "warning"))
     return problems
 
 
@@ -304,10 +325,12 @@ def clashing_replacements(replacements: Sequence[Replacement], members: Sequence
 
 def missing_foundations(members: Sequence[PlanMember]) -> list[Problem]:
     """A warning where a member stands without what it was trained on, or on another version of it."""
-    present = {m.adapter: format_term(m.label, m.weight) for m in members}
+    present = {
+        m.adapter: format_term(m.label, m.weight) + (" weighted by layer" if m.layer_weights else "") for m in members
+    }
     problems = []
     for member in members:
-        for needed in member.trained_on if member.weight != 0 else ():
+        for needed in member.trained_on if member.is_used else ():
             name = needed.partition("@")[0]
             if present.get(name) == needed:
                 continue

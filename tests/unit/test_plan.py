@@ -406,3 +406,29 @@ def test_experts_of_which_an_older_entry_tells_no_layout_are_refused_for_that():
 def test_a_weight_that_layers_share_is_refused_for_that():
     shared = {name: ModuleShape(type="Shared", shape=shape.shape) for name, shape in BASE.modules.items()}
     assert "shared_modules" in codes(planned(base=msgspec.structs.replace(BASE, modules=shared)), "error")
+
+
+def test_a_weight_by_layer_or_module_stands_in_place_of_the_weight():
+    layers = {"model.layers.{0-1}": 0.5, Q0: -2.0, "model.layers.1.self_attn.v_proj": 0.0}
+    plan = plan_stack(BASE, [member("style@1", 0.25, layer_weights=layers), member("instruct@1", 3.0)])
+    assert not plan.problems
+    scale = {name: [(f.member, f.weight) for f in module.factors] for name, module in plan.modules.items()}
+    assert scale[Q0] == [(0, -2.0), (1, 3.0)]
+    assert scale["model.layers.1.self_attn.q_proj"] == [(0, 0.5), (1, 3.0)]
+    assert scale["model.layers.1.self_attn.v_proj"] == [(1, 3.0)]
+    assert plan_stack(BASE, [member("style@1", 0.0, layer_weights={Q0: 1.0})]).rank == plan.members[0].rank
+    assert list(plan_stack(BASE, [member("style@1", 0.0, layer_weights={Q0: 1.0})]).modules) == [Q0]
+
+
+def test_weights_for_layers_that_are_not_there_are_refused():
+    plan = plan_stack(BASE, [member("style@1", layer_weights={"model.layers.{0-9}": 0.5})])
+    assert codes(plan, "error") == ["layer_weights"]
+    assert "model.layers.2" in plan.errors[0].message
+    assert "model.layers.1" not in plan.errors[0].message
+    idle = plan_stack(BASE, [member("style@1", layer_weights={"lm_head": 0.5})])
+    assert [p.severity for p in idle.problems] == ["warning"]
+    whole = memory_checkpoint(
+        lora_config(modules_to_save=["lm_head"]), lora_tensors() | {f"{P}lm_head.weight": (32, HIDDEN)}
+    )
+    refused = plan_stack(BASE, [member("style@1", 1.0, whole, layer_weights={Q0: 0.5})])
+    assert codes(refused, "error") == ["not_weighable"]

@@ -49,7 +49,7 @@ class Concatenation(OpenFiles):
     def _factors(self, module: ModulePlan) -> Iterator[tuple[Any, Any]]:
         """Each member's share of A and B: √|s| of its scale, and the sign with B."""
         for factor in module.factors:
-            scale = self._plan.members[factor.member].weight * factor.scaling
+            scale = factor.weight * factor.scaling
             root = abs(scale) ** 0.5
             yield (
                 self._scaled(factor.member, factor.a, root),
