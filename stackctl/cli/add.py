@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
 def _add(
     registry: Registry, name: str, checkpoint: Checkpoint, stack: ResolvedStack, link: bool, description: str
 ) -> AdapterVersion:
-    on = [str(member) for member in stack.members]
+    on = stack.terms()
     if link:
         path = _linked_path(checkpoint.path.resolve(), registry.root)
         return add_version(

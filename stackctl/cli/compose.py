@@ -157,6 +157,7 @@ def members_json(stack: ResolvedStack, plan: StackPlan) -> list[dict[str, Any]]:
             "version": member.version.version,
             "digest": member.version.digest,
             "weight": member.weight,
+            **({"layer_weights": dict(member.layer_weights)} if member.layer_weights else {}),
             "rank": planned.rank,
         }
         for member, planned in zip(stack.members, plan.members, strict=True)

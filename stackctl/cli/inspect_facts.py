@@ -105,6 +105,7 @@ def stack_info(stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
                 "version": m.version.version,
                 "digest": m.version.digest,
                 "weight": m.weight,
+                "layer_weights": dict(m.layer_weights),
                 "rank": planned.rank,
                 "trained_on": m.version.trained_on,
                 "parameters": m.version.parameters,
@@ -127,6 +128,8 @@ def stack_tree(stack: ResolvedStack, plan: StackPlan, *, problems: bool = True) 
     for member, planned in zip(stack.members, plan.members, strict=True):
         version = member.version
         weight = "" if member.weight == 1 else f" × {format_weight(member.weight)}"
+        if member.layer_weights:
+            weight += f" ({len(member.layer_weights)} weights by layer)"
         size = f"{version.parameters:,} parameters, {human_bytes(version.bytes)}"
         branch = tree.add(Text(f"+ {member.label}{weight}  rank {planned.rank}, {size}"))
         if version.trained_on:

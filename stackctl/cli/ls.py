@@ -87,7 +87,14 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
         "base": stack.base,
         "method": stack.method,
         "members": [
-            {"adapter": m.adapter, "version": m.version, "digest": m.digest, "weight": m.weight} for m in stack.members
+            {
+                "adapter": m.adapter,
+                "version": m.version,
+                "digest": m.digest,
+                "weight": m.weight,
+                **({"layer_weights": m.layer_weights} if m.layer_weights else {}),
+            }
+            for m in stack.members
         ],
         "created": stack.created,
         "current": stack.name == current,

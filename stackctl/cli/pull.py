@@ -70,10 +70,15 @@ def _result(pulled: Any) -> Result:
                 "version": m.version.version,
                 "digest": m.version.digest,
                 "weight": m.weight,
+                **({"layer_weights": dict(m.layer_weights)} if m.layer_weights else {}),
             }
             for m in pulled.members
         ]
-        digest = sha256_bytes(json.dumps([[m["digest"], m["weight"]] for m in members]).encode())
+        digest = sha256_bytes(
+            json.dumps(
+                [[value for key, value in m.items() if key not in ("adapter", "version")] for m in members]
+            ).encode()
+        )
         data = {"stack": pulled.stack, "version": None, "digest": digest if members else None, "members": members}
         label = pulled.stack
     else:

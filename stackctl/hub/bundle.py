@@ -275,6 +275,7 @@ def bundle_stack(
     curve = _picture([(m, registry.weights_path(m.version)) for m in stack.members])
     card = Card(
         name=name, repo=to.repo, base_id=to.base_id, rank=read_config(exported)["r"], is_stack=True, facts=to.facts,
+        has_layer_weights=any(m.layer_weights for m in stack.members),
         members=tuple(
             CardMember(
                 m.adapter.name, _published(m), m.weight, m.adapter.description,
@@ -304,10 +305,7 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
         name=name, base=_base_name(registry.weights_path(stack.members[0].version), stack.base),
         fingerprint=stack.base.fingerprint, method=stack.method, options=stack.options, members=[], created=created,
     )  # fmt: skip
-    rows = [
-        {"adapter": m.adapter.name, "version": m.version.version, "digest": m.version.digest, "weight": m.weight}
-        for m in stack.members
-    ]
+    rows = [{**msgspec.to_builtins(m.entry()), "weight": m.weight} for m in stack.members]
     return {**msgspec.to_builtins(entry), "members": rows}
 
 

@@ -94,6 +94,7 @@ class Card:
     members: tuple[CardMember, ...]
     rank: int
     is_stack: bool = False
+    has_layer_weights: bool = False
     foundations: tuple[TrainedOn, ...] = ()
     facts: CardFacts = field(default_factory=CardFacts)
     has_picture: bool = False

@@ -203,20 +203,20 @@ class _Pull:
             found = find_digest(self.registry, member.digest)
             if found is None:
                 raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=str(self.options.again))
-            members.append(ResolvedMember(found.adapter, found.version, member.weight))
+            members.append(replace(found, weight=member.weight, layer_weights=member.layer_weights))
         own = resolve_base(self.registry, members[0].version.base)
         entry = Stack(
             name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, options=recipe.options,
             created=recipe.created,
-            members=[
-                Member(adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight)
-                for m in members
-            ],
+            members=[member.entry() for member in members],
         )  # fmt: skip
         before = put_stack(self.registry, entry)
         if before is not None and before.members != entry.members:
             old = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in before.members)
-            self.say(f"note: '{name}' was {old} (to have that back: stackctl compose {old} --name NAME)")
+            back = f"to have that back: stackctl compose {old} --name NAME"
+            if any(m.layer_weights for m in before.members):
+                back = "its weights by layer are gone"
+            self.say(f"note: '{name}' was {old} ({back})")
         if before is None or before.members != entry.members:
             added = [*added, name]
         return replace(self._done(added), stack=name, members=tuple(members), restored=tuple(restored))

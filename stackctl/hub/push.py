@@ -153,7 +153,7 @@ def _name(stack: ResolvedStack) -> str:
 
 
 def _is_adapter(stack: ResolvedStack) -> bool:
-    return stack.name is None and len(stack.members) == 1 and stack.members[0].weight == 1
+    return stack.name is None and len(stack.members) == 1 and stack.members[0].is_plain
 
 
 def _message(stack: ResolvedStack, what: str) -> str:

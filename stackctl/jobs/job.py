@@ -60,7 +60,7 @@ class PreparedJob:
     @property
     def trained_on(self) -> list[str]:
         """The frozen stack as terms, pinned: ``["style@1"]``."""
-        return [str(member) for member in self.stack.members]
+        return self.stack.terms()
 
     @property
     def initial_seed(self) -> int:
@@ -105,6 +105,7 @@ def prepare_job(
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
     if stack:
         attempt(_check_is_sum, stack)
+        attempt(stack.terms)
         attempt(_check_not_on_itself, name, stack)
         attempt(_check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:

@@ -280,8 +280,7 @@ def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None
     stack = registry.find_stack(name)
     if not stack:
         return "not composed yet"
-    wanted = [(m.adapter.name, m.version.version, m.version.digest, m.weight) for m in resolved.members]
-    same = wanted == [(m.adapter, m.version, m.digest, m.weight) for m in stack.members]
+    same = [member.entry() for member in resolved.members] == stack.members
     if stack.method != resolved.method:
         return f"composed by {stack.method}"
     return None if same and stack.fingerprint == resolved.base.fingerprint else "other members"

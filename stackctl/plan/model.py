@@ -76,7 +76,8 @@ class PlanMember:
 class Factor:
     """A member's share of one module: ΔW = weight · scaling · B @ A, with A (rank, in) and B (out, rank).
 
-    ``weight`` is the member's on that module, which is its one weight unless it has others by layer. Of experts, ``a`` and ``b`` hold the factors of all of them, and ``rank`` is that of each.
+    ``weight`` is the member's on that module, which is its one weight unless it has others by layer. Of experts, ``a``
+    and ``b`` hold the factors of all of them, and ``rank`` is that of each.
     """
 
     member: int

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stackctl.core.errors import (
@@ -20,7 +20,7 @@ from stackctl.core.errors import (
     raise_all,
 )
 from stackctl.core.expressions import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
-from stackctl.core.schema import Adapter, AdapterVersion, Base, MethodOptions, Removed, Stack
+from stackctl.core.schema import Adapter, AdapterVersion, Base, Member, MethodOptions, Removed, Stack
 from stackctl.plan.methods import SUM
 from stackctl.registry.store import Registry
 
@@ -29,11 +29,12 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
 
 @dataclass(frozen=True)
 class ResolvedMember:
-    """One adapter version of an expression, with its weight."""
+    """One adapter version of an expression, with its weight, and of a stored stack others by layer or module."""
 
     adapter: Adapter
     version: AdapterVersion
     weight: float
+    layer_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -41,6 +42,23 @@ class ResolvedMember:
 
     def __str__(self) -> str:
         return format_term(self.label, self.weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the adapter as it was trained, with the weight one everywhere."""
+        return self.weight == 1 and not self.layer_weights
+
+    def times(self, weight: float) -> ResolvedMember:
+        """This member in a stack that has a weight itself."""
+        by_name = {name: value * weight for name, value in self.layer_weights.items()}
+        return replace(self, weight=self.weight * weight, layer_weights=by_name)
+
+    def entry(self) -> Member:
+        """How the entry of a stack pins it."""
+        return Member(
+            adapter=self.adapter.name, version=self.version.version, digest=self.version.digest, weight=self.weight,
+            layer_weights=dict(self.layer_weights),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,25 @@ class ResolvedStack:
     @property
     def pinned(self) -> str:
         return "+".join(str(member) for member in self.members) or BASE
+
+    @property
+    def expression(self) -> str:
+        """What means this stack again: its members pinned, or as it was typed where an expression cannot say it all."""
+        return self.text if any(member.layer_weights for member in self.members) else self.pinned
+
+    def terms(self) -> list[str]:
+        """Its members as terms, pinned, which is how an adapter says what it was trained on.
+
+        Raises:
+            Incompatible: terms cannot say it: a member has weights by layer.
+        """
+        if layered := [member.label for member in self.members if member.layer_weights]:
+            raise Incompatible(
+                f"{', '.join(layered)} has weights by layer in '{self.text}', which nothing can be trained on as it is",
+                hint=f"make it one adapter: stackctl export {self.text} --format peft --out DIR, then stackctl add "
+                "NAME DIR",
+            )
+        return [str(member) for member in self.members]
 
     @property
     def default_name(self) -> str:
@@ -203,7 +240,7 @@ def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]
                 f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",
                 hint=f"stackctl compose {'+'.join(m.adapter for m in stack.members)} --name {stack.name}",
             )
-        yield replace(found, weight=member.weight)
+        yield replace(found, weight=member.weight, layer_weights=member.layer_weights)
 
 
 def foundations(version: AdapterVersion) -> tuple[Term, ...]:
@@ -295,8 +332,8 @@ def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:
                 f"the stack '{name}' is composed by {stack.method} and cannot be a term of a sum",
                 hint="write out its members: " + "+".join(m.adapter for m in stack.members),
             )
-        members = [replace(m, weight=m.weight * term.weight) for m in pinned_members(registry, stack)]
-        if not all(math.isfinite(member.weight) for member in members):
+        members = [m.times(term.weight) for m in pinned_members(registry, stack)]
+        if not all(math.isfinite(w) for m in members for w in (m.weight, *m.layer_weights.values())):
             raise Usage(f"the weights of '{term}' are not finite numbers", hint="use a smaller weight")
         return members
     return [replace(resolve_adapter(registry, term.reference), weight=term.weight)]

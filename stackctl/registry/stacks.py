@@ -6,7 +6,7 @@ import msgspec
 
 from stackctl.core.errors import NotFound, Usage, did_you_mean
 from stackctl.core.expressions import Reference, parse_stack_name
-from stackctl.core.schema import Adapter, Member, Stack
+from stackctl.core.schema import Adapter, Stack
 from stackctl.registry.resolve import ResolvedStack, resolve_adapter
 from stackctl.registry.store import Registry, now
 
@@ -28,10 +28,7 @@ def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
             raise Usage(f"'{name}' is the name of an adapter", hint="choose another name with --name")
         for member in stack.members:  # under the lock, so that none is removed meanwhile
             resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
-        members = [
-            Member(adapter=m.adapter.name, version=m.version.version, digest=m.version.digest, weight=m.weight)
-            for m in stack.members
-        ]
+        members = [member.entry() for member in stack.members]
         entry = Stack(
             name=name,
             base=stack.base.name,

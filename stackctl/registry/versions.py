@@ -82,7 +82,7 @@ def add_version(
 def find_same_version(registry: Registry, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
     """The version of an adapter that is the same bytes on the same stack."""
     adapter = registry.find_adapter(name)
-    wanted = (digest, stack.base.fingerprint, [str(member) for member in stack.members])
+    wanted = (digest, stack.base.fingerprint, stack.terms())
     for version in adapter.versions if adapter else ():
         if (version.digest, version.fingerprint, version.trained_on) == wanted:
             return version

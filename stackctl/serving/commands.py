@@ -42,7 +42,7 @@ def serve_commands(
     Raises:
         NotFound: the file that the base came from is gone.
     """
-    export = ["stackctl", "export", stack.name or stack.pinned, *(["--registry", str(root)] if named else [])]
+    export = ["stackctl", "export", stack.name or stack.expression, *(["--registry", str(root)] if named else [])]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stack.name or stack.default_name).strip("-.")
     made = {"vllm": _vllm, "gguf": _llama_cpp, "ollama": _ollama}
     recipes = {}

@@ -19,6 +19,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from hub_server import HubServer
+from msgspec import structs
 
 from stackctl.core.schema import AdapterVersion
 from stackctl.registry.store import Registry, init_registry
@@ -101,6 +102,25 @@ def test_a_stack_comes_back_with_its_members_apart(
     assert stack is not None and mine is not None and stack.members == mine.members
     assert there.settings().current is None  # what is current is for compose and use to say
     assert verify_registry(there) == (4, [])
+
+
+def test_weights_by_layer_go_up_and_come_back(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+) -> None:
+    run("compose", "style:0.25+instruct", "--name", "teller")
+    mine = here.find_stack("teller")
+    assert mine is not None
+    layers = {"model.layers.0": 0.5, "model.layers.1.self_attn.q_proj": -1.0}
+    mine = structs.replace(mine, members=[structs.replace(mine.members[0], layer_weights=layers), mine.members[1]])
+    here.write(mine)
+    run("push", "teller", "me/teller", "--members", *ID)
+    assert "layer_weights" in hub.repos["me/teller"].files["README.md"].decode()
+    pulled = run("pull", "me/teller", "--registry", there.root, "--json").json
+    assert [m.get("layer_weights") for m in pulled["members"]] == [layers, None]
+    stack = there.find_stack("teller")
+    assert stack is not None and stack.members == mine.members
+    again = run("push", "teller", "me/teller", "--members", "--registry", there.root, "--json").json
+    assert again["outcome"] == "unchanged"
 
 
 @pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
