@@ -14,7 +14,7 @@ from stackctl.cli.common import Context
 from stackctl.core.command_line import typed
 from stackctl.core.schema import Run
 from stackctl.jobs import ranks
-from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
 from stackctl.lora.target_modules import natural_order
 from stackctl.render.output import Result
@@ -54,7 +54,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     processes = launch.processes if launch else ranks.world_size()
     batch = job.batch_size * job.gradient_accumulation * processes
     memory = _estimate(prepared, corpus, launch)
-    steps = job.max_steps or round(-(-len(corpus.rows) // batch) * job.epochs)
+    steps = optimizer_steps(job, len(corpus.rows), processes)
     data = {
         "adapter": prepared.name,
         "base": prepared.base.name,
@@ -130,17 +130,10 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
             root = context.registry.root
             again = typed_again()
             return launch_training(launch, prepared, root, context.output, progress, resume=resume, again=again)
-        from stackctl.engine.training import train_adapter
+        from stackctl.engine.training import RunOutput, train_adapter
 
-        done = train_adapter(
-            prepared,
-            context.registry,
-            resume=resume,
-            again=typed_again(),
-            say=context.output.status,
-            progress=progress,
-            reading=reading,
-        )
+        output = RunOutput(context.output.status, progress, reading, typed_again())
+        done = train_adapter(prepared, context.registry, output, resume=resume)
     if done is None:
         return Result({}, "")
     version, run = done.version, done.version.run

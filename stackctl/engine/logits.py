@@ -14,13 +14,13 @@ from stackctl.engine.segment_attention import SEGMENTS
 from stackctl.engine.token_losses import TokenLosses, find_head, passed_through, token_losses
 
 
-def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool = False) -> Tensor:
+def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
     """Summed cross-entropy of a collated micro-batch; logits are computed only where a label is.
 
     ``inputs``: input_ids and position_ids (1, T), keep (K,), labels (K,), as :func:`stackctl.engine.data.collate`
-    makes them. ``as_rows`` runs the examples one by one, for models that cannot keep documents in one row apart.
+    makes them. ``one_by_one`` runs the examples one by one, for models that cannot keep documents in one row apart.
     """
-    if as_rows:
+    if one_by_one:
         return torch.stack([supervised_loss(model, part) for part in _split(inputs)]).sum()
     return supervised_token_losses(model, inputs).losses.sum()
 

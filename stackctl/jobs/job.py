@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,16 @@ def _check_precision(job: TrainJob) -> None:
             "a delta cannot be folded into weights of four bits", hint="leave out --frozen fold: the stack is kept live"
         )
     check_installed("bitsandbytes")
+
+
+def optimizer_steps(job: TrainJob, rows: int, processes: int) -> int:
+    """Optimizer steps of a whole run over ``rows`` records (or packed sequences), as transformers' Trainer counts them.
+
+    An epoch has a step for every full global batch and one for what is left; a part of an epoch counts as far as a
+    step that has begun (``Trainer.set_initial_training_values``, transformers 5.23).
+    """
+    batches = -(-rows // (job.batch_size * processes))
+    return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
 
 
 def parse_targets(text: list[str] | str) -> list[str] | str:

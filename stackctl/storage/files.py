@@ -344,6 +344,19 @@ def check_place(path: Path, option: str) -> None:
         raise Failed(f"nothing can be written to {folder}", hint="check who owns the folder and its permissions")
 
 
+_ROOM = 2**20
+"""Free bytes under which a library that only says that it could not write has met a full disk."""
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether something could not be written into ``folder`` for want of space, also where a library hides why."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < _ROOM
+    return False
+
+
 def explain_oserror(error: OSError) -> Failed:
     """An operating-system error as one sentence and a way on."""
     name = str(error.filename or "")

@@ -85,7 +85,7 @@ def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) 
     model = model_of(name, models)
     expected, expected_gradient = alone(model, rows)
     layout = choose_layout(model, rows, longest=70)
-    loss = supervised_loss(model, collate(rows), as_rows=layout == "apart")
+    loss = supervised_loss(model, collate(rows), one_by_one=layout == "apart")
     loss.backward()
     gradient = gradients(model)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
@@ -121,7 +121,7 @@ def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(models: Any) ->
     assert choose_layout(model, rows, longest=70) == "apart"
     expected, _ = alone(model, rows)
     with torch.no_grad():
-        assert float(supervised_loss(model, collate(rows), as_rows=True)) == pytest.approx(expected, rel=1e-5)
+        assert float(supervised_loss(model, collate(rows), one_by_one=True)) == pytest.approx(expected, rel=1e-5)
         assert float(supervised_loss(model, collate(rows))) != pytest.approx(expected, rel=1e-4)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
@@ -62,6 +63,18 @@ def wait() -> None:
     """Go on when all of the group are here."""
     if ranks.world_size() > 1:
         PartialState().wait_for_everyone()
+
+
+def numbers_of_each(numbers: list[float], device: torch.device) -> Tensor:
+    """Some numbers of each process as rows, (processes, N), in float64; every process gets them all."""
+    own = torch.tensor([numbers], dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    rows: Tensor = gather(own) if ranks.world_size() > 1 else own
+    return rows
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any of the processes; all of them have to ask."""
+    return bool(numbers_of_each([float(flag)], device).any())
 
 
 class WholeSteps(Sampler[int]):

@@ -1,8 +1,8 @@
 """Held-out records during a run: their loss at intervals, the weights that were best, and when to stop.
 
-Trainer decides when to look (``eval_steps``) and reports what was found. Which weights were best is kept here, in
-memory and with each save: Trainer would save optimizer and all at every look, and load the best weights into the first
-active adapter, which may be a frozen one.
+Trainer decides when to evaluate (``eval_steps``) and reports what was found. Which weights were best is kept here, in
+memory and with each save: Trainer would save optimizer and all at every evaluation, and load the best weights into the
+first active adapter, which may be a frozen one.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from stackctl.core.schema import TrainJob
 from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
-from stackctl.engine.training.callbacks import Counters
-from stackctl.engine.training.trainer import StackTrainer
+from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.state import Counters
+from stackctl.jobs import ranks
 
-_LOOKS = 10
-"""How often a run looks at held-out records unless told otherwise."""
+_EVALUATIONS = 10
+"""How often a run is evaluated unless told otherwise."""
 _BEST = "best_{rank}.safetensors"
 
 
 def evaluation_steps(job: TrainJob, steps: int) -> int:
-    """Optimizer steps between two looks at the held-out records."""
-    return job.eval_steps or max(1, steps // _LOOKS)
+    """Optimizer steps between two evaluations."""
+    return job.eval_steps or max(1, steps // _EVALUATIONS)
 
 
 class HeldOut(TrainerCallback):
     """The held-out records of a run.
 
-    ``looks`` has an entry for each look: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
+    ``evaluations`` has an entry for each: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
     tokens; the first is of step 0, before anything is learned. The list is that of the run's counters, with which it is
     saved and restored.
     """
@@ -54,33 +55,35 @@ class HeldOut(TrainerCallback):
         self._best: dict[str, Tensor] = {}
 
     @property
-    def looks(self) -> list[dict[str, float]]:
-        return self._counters.looks
+    def evaluations(self) -> list[dict[str, float]]:
+        return self._counters.evaluations
 
     # -- what was found -------------------------------------------------------------------------------------------
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The look with the lowest loss, the earliest of equal ones; step 0 has nothing to keep."""
-        return min((look for look in self.looks if look["step"]), key=lambda look: look["eval_loss"], default=None)
+        """The evaluation with the lowest loss, the earliest of equal ones; step 0 has nothing to keep."""
+        return min((e for e in self.evaluations if e["step"]), key=lambda e: e["eval_loss"], default=None)
 
     @property
     def kept(self) -> dict[str, float]:
-        """The look at the weights that are registered."""
-        return self.best if self._keeps_best and self.best else self.looks[-1]
+        """The evaluation of the weights that are registered."""
+        return self.best if self._keeps_best and self.best else self.evaluations[-1]
 
     @property
     def is_over(self) -> bool:
-        """Whether ``patience`` looks in a row found nothing better."""
-        learned = [look for look in self.looks if look["step"]]
+        """Whether ``patience`` evaluations in a row found nothing better."""
+        learned = [evaluation for evaluation in self.evaluations if evaluation["step"]]
         if self._patience is None or self.best is None:
             return False
         return len(learned) - 1 - learned.index(self.best) >= self._patience
 
-    # -- looking --------------------------------------------------------------------------------------------------
+    # -- evaluating -----------------------------------------------------------------------------------------------
 
-    def look(self, trainer: StackTrainer) -> float:
-        """The loss of the model as it stands. Each process reads its share, and all of them know the result.
+    def evaluate(self, wrapped: nn.Module, model: nn.Module, step: int) -> float:
+        """The loss of the model as it stands; ``wrapped`` is what runs it over all processes.
+
+        Each process reads its share, and all of them know the result.
 
         Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
         processes together.
@@ -88,28 +91,26 @@ class HeldOut(TrainerCallback):
         Raises:
             Failed: the loss is no number.
         """
-        processes, rank = trainer.args.world_size, trainer.args.process_index
+        processes, rank = ranks.world_size(), ranks.rank()
         share = -(-len(self._examples) // processes)
         places = [rank + processes * turn for turn in range(share)]
-        losses = record_losses(trainer.model_wrapped, [self._examples[p % len(self._examples)] for p in places])
+        losses = record_losses(wrapped, [self._examples[p % len(self._examples)] for p in places])
         own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
-        loss = trainer.sum_over_processes([own])[0] / max(self._tokens, 1)
-        step = trainer.state.global_step
+        device = next(model.parameters()).device
+        loss = float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)
         if not math.isfinite(loss):
             raise Failed(
                 f"the held-out loss after step {step} is not a finite number",
                 hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
             )
-        self.looks.append({"step": step, "eval_loss": loss})
+        self.evaluations.append({"step": step, "eval_loss": loss})
         self._say(f"step {step}: held-out loss {loss:.3f}")
-        if self._keeps_best and self.best is self.looks[-1]:
-            self._best = {
-                name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(trainer.model)
-            }
+        if self._keeps_best and self.best is self.evaluations[-1]:
+            self._best = {name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(model)}
         return loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if state.global_step >= state.max_steps:  # whatever the interval: the last weights are looked at
+        if state.global_step >= state.max_steps:  # whatever the interval: the last weights are evaluated
             control.should_evaluate = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, 
 from stackctl.engine.records import RecordStream
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import save_adapter
-from stackctl.engine.training.callbacks import Counters
 from stackctl.engine.training.dataset import Corpus
+from stackctl.engine.training.state import Counters
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.checkpoint import INFO, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
@@ -30,33 +31,36 @@ from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_sv
 from stackctl.storage import files
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a proved run leaves to be registered: the adapter, what it was trained on, and how that went."""
+
+    model: PeftModel
+    state: dict[str, Tensor]
+    tokenizer: Any
+    corpus: Corpus
+    outcome: Run
+    counters: Counters
+
+
 def register_version(
-    prepared: PreparedJob,
-    registry: Registry,
-    model: PeftModel,
-    state: dict[str, Tensor],
-    tokenizer: Any,
-    corpus: Corpus,
-    outcome: Run,
-    counters: Counters,
-    *,
-    resume: bool,
+    prepared: PreparedJob, registry: Registry, finished: FinishedRun, *, resume: bool
 ) -> AdapterVersion:
     """Write the checkpoint beside its place, read it back, and register it.
 
     A run that is resumed may have been killed right after it was registered: then it is not registered twice.
     """
-    weights = registry.root / "weights"
-    with files.staging_directory(weights) as staged:
-        save_adapter(model, staged, state)
-        tokenizer.save_pretrained(staged)
-        points = sorted([*counters.curve, *counters.looks], key=lambda point: point["step"])
+    counters = finished.counters
+    with files.staging_directory(registry.root / "weights") as staged:
+        save_adapter(finished.model, staged, finished.state)
+        finished.tokenizer.save_pretrained(staged)
+        points = sorted([*counters.curve, *counters.evaluations], key=lambda point: point["step"])
         (staged / LOG).write_text("".join(json.dumps(point) + "\n" for point in points))
         digest = _check_saved(prepared, staged)
         return (resume and find_same_version(registry, prepared.name, digest, prepared.stack)) or add_version(
             registry,
             prepared.name,
-            lambda number: _entry(prepared, registry, staged, number, corpus, outcome),
+            lambda number: _entry(prepared, registry, staged, number, finished),
             staged,
             prepared.job.description or None,
         )
@@ -80,8 +84,9 @@ def _check_saved(prepared: PreparedJob, staged: Path) -> str:
 
 
 def _entry(
-    prepared: PreparedJob, registry: Registry, staged: Path, number: int, corpus: Corpus, outcome: Run
+    prepared: PreparedJob, registry: Registry, staged: Path, number: int, finished: FinishedRun
 ) -> AdapterVersion:
+    corpus = finished.corpus
     checkpoint = read_checkpoint(staged)
     base, stack = prepared.base, prepared.stack
     used_with = "+".join([*prepared.trained_on, f"{prepared.name}@{number}"])
@@ -119,7 +124,7 @@ def _entry(
         data=_source(prepared.data, corpus.records),
         eval_data=_source(prepared.eval_data, corpus.held_out) if prepared.eval_data and corpus.held_out else None,
         settings=msgspec.to_builtins(prepared.job.settings()),
-        run=outcome,
+        run=finished.outcome,
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"stackctl": __version__},
     )

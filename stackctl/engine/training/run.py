@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from transformers import set_seed
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Failed, Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion, Run
 from stackctl.engine import data as data_module
-from stackctl.engine.data import Reading
 from stackctl.engine.live_adapter import LIVE
 from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
 from stackctl.engine.row_layout import choose_layout
@@ -20,13 +21,16 @@ from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
 from stackctl.engine.training.adapter import adapter_state
 from stackctl.engine.training.attach import attach_new, freeze_stack
-from stackctl.engine.training.callbacks import Counters, Progress
+from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
-from stackctl.engine.training.loop import run_trainer
 from stackctl.engine.training.memory import estimate_job
-from stackctl.engine.training.register import register_version
+from stackctl.engine.training.orthogonal import OrthogonalRows
+from stackctl.engine.training.register import FinishedRun, register_version
+from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
+from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
+from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch import NOT_WHOLE
@@ -35,8 +39,6 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.run_folders import RunFolder, run_folder
 from stackctl.registry.store import Registry
 from stackctl.storage import files
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,19 @@ class Trained:
     trainable_parameters: int
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens."""
+
+    stacked: StackedModel
+    targets: Targets
+    corpus: Corpus
+
+
 def train_adapter(
-    prepared: PreparedJob,
-    registry: Registry,
-    *,
-    resume: bool,
-    again: str,
-    say: Say,
-    progress: Progress,
-    reading: Reading = lambda _: None,
+    prepared: PreparedJob, registry: Registry, output: RunOutput, *, resume: bool = False
 ) -> Trained | None:
-    """Train, prove and register one adapter version; ``again`` is the command that goes on after an interruption.
+    """Train, prove and register one adapter version.
 
     Returns None on every rank but 0, which alone registers.
 
@@ -73,74 +77,127 @@ def train_adapter(
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())
     with group.first_rank_first():
-        stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
-        if note := data_module.adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
-            say(f"note: {note}")
-        if data_module.ensure_chat_template(stacked.tokenizer):
-            say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
-        targets = targets_of(prepared, stacked.folder)
-        told = ranks.is_worker()  # the command that launched this read the data as well, to check it
-        corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, reading)
-        if not told:
-            say(str(targets))
-            say(str(estimate_job(prepared, corpus, processes=ranks.world_size(), sharded=group.is_sharded())))
-    run = run_folder(registry, prepared.name)
-    with run.held() if ranks.rank() == 0 else contextlib.nullcontext():
+        loaded = _load(prepared, registry, output)
+    folder = run_folder(registry, prepared.name)
+    with folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
-                _open_run(run, prepared, corpus, resume, data_module.shown_date(stacked.tokenizer))
-        done = _train(
-            prepared, registry, stacked, targets, corpus, run, resume=resume, again=again, say=say, progress=progress
-        )
+                date = data_module.shown_date(loaded.stacked.tokenizer)
+                _open_run(folder, prepared, loaded.corpus, resume, date)
+        done = _train(prepared, registry, loaded, folder, output, resume=resume)
         if ranks.rank() == 0:
-            shutil.rmtree(run.path, ignore_errors=True)
+            shutil.rmtree(folder.path, ignore_errors=True)
         group.wait()
     return done
 
 
+def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Loaded:
+    """Load the base and read the data, and say what a person should know about both."""
+    say = output.say
+    stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
+    if note := data_module.adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
+        say(f"note: {note}")
+    if data_module.ensure_chat_template(stacked.tokenizer):
+        say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
+    targets = targets_of(prepared, stacked.folder)
+    told = ranks.is_worker()  # the command that launched this read the data as well, to check it
+    corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, output.reading)
+    if not told:
+        say(str(targets))
+        say(str(estimate_job(prepared, corpus, processes=ranks.world_size(), sharded=group.is_sharded())))
+    return _Loaded(stacked, targets, corpus)
+
+
 def _train(
-    prepared: PreparedJob,
-    registry: Registry,
-    stacked: StackedModel,
-    targets: Targets,
-    corpus: Corpus,
-    run: RunFolder,
-    *,
-    resume: bool,
-    again: str,
-    say: Say,
-    progress: Progress,
+    prepared: PreparedJob, registry: Registry, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
 ) -> Trained | None:
-    set_seed(prepared.job.seed)
+    """Freeze the stack, attach the adapter, train it between two looks at what was frozen, and register it."""
+    stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
+    set_seed(job.seed)
     probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
     bare = proofs.probe(stacked.model, probe_tokens)
-    how = freeze_stack(stacked, prepared, say)
-    model = attach_new(stacked, prepared, targets, live=how == "live")
+    how = freeze_stack(stacked, prepared, output.say)
+    model = attach_new(stacked, prepared, loaded.targets, live=how == "live")
     live = LIVE if how == "live" else None
     trainable = proofs.check_trainable(model)
     with proofs.new_adapter_off(model, live):
         frozen = proofs.probe(model, probe_tokens)
     if prepared.plan.members:
         effect = proofs.check_active(bare, frozen, prepared.plan.expression)
-        say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
-    counters = Counters()
-    bfloat16 = computes_in_bfloat16(prepared.job.dtype, stacked.device, stacked.model)
+        output.say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
+
+    state = RunState(stacked.device)
     examples = corpus.encoded.examples
     longest = int(data_module.lengths_of(examples).max())
-    as_rows = choose_layout(model, examples, longest=longest) == "apart"
-    held_out = HeldOut(corpus.evaluation.examples, prepared.job, counters, say) if corpus.evaluation else None
-    with tracking(prepared.job, log_folder(registry, prepared.name), say):
-        run_trainer(prepared, model, corpus, run, counters, as_rows, bfloat16, resume, again, progress, say, held_out)
+    parts = TrainerParts(
+        state=state,
+        saves=RunSaves(folder, stacked.device),
+        steps=StepCallback(state, output.progress, output.say),
+        held_out=HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None,
+        one_by_one=choose_layout(model, examples, longest=longest) == "apart",
+        bfloat16=computes_in_bfloat16(job.dtype, stacked.device, stacked.model),
+    )
+    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device)
+    with tracking(job, log_folder(registry, prepared.name), output.say):
+        trainer = StackTrainer(model, arguments, corpus, parts)
+        if job.orthogonal:
+            trainer.add_callback(OrthogonalRows(model, prepared.plan))
+        _run_trainer(trainer, parts, folder.checkpoints if resume else [], output)
+
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)
     check_digests(registry, prepared.stack.members, fresh=True)
-    state = adapter_state(model)
+    factors = adapter_state(model)
     if ranks.rank() > 0:
         return None
-    outcome = Run(
+    finished = FinishedRun(
+        model, factors, stacked.tokenizer, corpus, _outcome(prepared, loaded, parts, how), state.counters
+    )
+    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, trainable)
+
+
+def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], output: RunOutput) -> None:
+    """Let Trainer run from the last save, or from the beginning, to the weights that are to be registered.
+
+    Raises:
+        Failed: the loss is no number, a save could not be written, the device's memory is full.
+        Interrupted, Terminated: a signal ended it; it was saved.
+    """
+    held_out, state = parts.held_out, parts.state
+    if saves:
+        output.say(f"going on after step {saves[-1].name.rpartition('-')[2]}")
+    if saves and held_out:
+        trainer.restore(saves[-1])
+        if held_out.is_over:  # killed between the last step and the registering
+            held_out.use_kept(trainer.model)
+            return
+    trainer.args.eval_on_start = held_out is not None and not saves
+    try:
+        trainer.train(resume_from_checkpoint=str(saves[-1]) if saves else None)
+    except torch.OutOfMemoryError as error:
+        raise Failed("the device's memory is full", hint="use a smaller --batch-size or --max-length") from error
+    except WRITE_ERRORS as error:
+        parts.saves.fail(error)
+        raise
+    finally:
+        parts.steps.release_signals()
+    if state.stop_signal:
+        kind = Terminated if state.stop_signal == signal.SIGTERM else Interrupted
+        raise kind(
+            f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; it was saved",
+            hint=f"go on with: {output.again}",
+        )
+    if held_out:
+        held_out.use_kept(trainer.model)
+
+
+def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: str) -> Run:
+    """What the entry says of the run."""
+    stacked, counters, held_out = loaded.stacked, parts.state.counters, parts.held_out
+    return Run(
         steps=len(counters.curve),
-        epochs=round(counters.tokens / max(corpus.encoded.tokens, 1), 4),
+        epochs=round(counters.tokens / max(loaded.corpus.encoded.tokens, 1), 4),
         loss=counters.loss,
         tokens=counters.tokens,
         supervised_tokens=counters.supervised_tokens,
@@ -150,19 +207,15 @@ def _train(
         initial_seed=prepared.initial_seed,
         dtype=("nf4, " if prepared.job.dtype == "nf4" else "")
         + str(stacked.model.dtype).removeprefix("torch.")
-        + (", bfloat16 autocast" if bfloat16 else ""),
+        + (", bfloat16 autocast" if parts.bfloat16 else ""),
         device=stacked.device.type,
         processes=ranks.world_size(),
-        eval_loss_before=held_out.looks[0]["eval_loss"] if held_out else None,
+        eval_loss_before=held_out.evaluations[0]["eval_loss"] if held_out else None,
         eval_loss=held_out.kept["eval_loss"] if held_out else None,
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
         template_date=data_module.shown_date(stacked.tokenizer),
     )
-    version = register_version(
-        prepared, registry, model, state, stacked.tokenizer, corpus, outcome, counters, resume=resume
-    )
-    return Trained(version, counters, trainable)
 
 
 def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool, date: str | None) -> None:

@@ -1,75 +1,78 @@
 """transformers' Trainer, told what a stack needs: exact loss, the right adapter saved, numbers of the whole run.
 
 Trainer keeps what it is good at: the loop, accumulation, optimizer, schedule, distribution, resuming. Overridden is
-only what would otherwise be silently wrong here.
+only what would otherwise be silently wrong here: three public methods, and three private ones as they are in
+transformers 5.23 (``_get_num_items_in_batch``, ``_get_train_sampler``, ``_load_from_checkpoint``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from stackctl.core.errors import Failed, first_line
+from stackctl.core.errors import Failed
+from stackctl.core.schema import TrainJob
+from stackctl.engine import data as data_module
+from stackctl.engine.data import Example
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
-from stackctl.engine.training.callbacks import Counters, Progress, StepGuard
-from stackctl.engine.training.distributed import WholeSteps, like, wait
+from stackctl.engine.training.callbacks import StepCallback
+from stackctl.engine.training.dataset import Corpus
+from stackctl.engine.training.distributed import WholeSteps, like
+from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
+from stackctl.engine.training.saves import RunSaves
+from stackctl.engine.training.state import RunState
+from stackctl.jobs import ranks
+from stackctl.jobs.job import PreparedJob, optimizer_steps
+from stackctl.jobs.trackers import parse_trackers
 from stackctl.lora.checkpoint import WEIGHTS
-from stackctl.registry.run_folders import RunFolder
 from stackctl.storage import files
 
-if TYPE_CHECKING:
-    from stackctl.engine.training.early_stopping import HeldOut
-
 _COUNTERS = "stackctl_counters.json"
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What a Trainer works with besides its arguments; ``one_by_one``: records cannot share a row on this model."""
+
+    state: RunState
+    saves: RunSaves
+    steps: StepCallback
+    held_out: HeldOut | None
+    one_by_one: bool
+    bfloat16: bool
 
 
 class StackTrainer(Trainer):
     """Trainer for one adapter on a frozen stack; see the module's docstring."""
 
-    def __init__(
-        self,
-        *args: Any,
-        run: RunFolder,
-        counters: Counters,
-        as_rows: bool,
-        bfloat16: bool,
-        progress: Progress,
-        say: Callable[[str], None],
-        held_out: HeldOut | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._run = run
-        self.order: WholeSteps | None = None
-        self.held_out = held_out
-        self._bfloat16 = bfloat16
-        self.counters = counters
-        self._as_rows = as_rows
-        self._step_loss = torch.zeros((), dtype=torch.float64, device=self._sum_device())
-        self._step_tokens = self._step_supervised = 0
+    def __init__(self, model: PeftModel, arguments: TrainingArguments, corpus: Corpus, parts: TrainerParts) -> None:
+        several = ranks.world_size() > 1
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=[*corpus.rows, []] if several else corpus.rows,  # the last one fills up a step
+            eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
+            data_collator=_collate,
+        )
+        self._parts, self._run = parts, parts.state
         self.model_accepts_loss_kwargs = True  # the loss below is normalised over the whole step already
         for printer in (PrinterCallback, ProgressCallback):  # they print on stdout, which belongs to the result
             self.remove_callback(printer)
-        self.guard = StepGuard(self, progress, say)
-        self.add_callback(self.guard)
-        if held_out:
-            self.add_callback(held_out)
-
-    def _sum_device(self) -> torch.device:
-        device = self.args.device
-        return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        for callback in (parts.steps, parts.held_out, parts.saves):
+            if callback is not None:
+                self.add_callback(callback)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Supervised tokens of the whole optimizer step, over all micro-batches and ranks."""
@@ -77,51 +80,26 @@ class StackTrainer(Trainer):
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Cross-entropy summed over this micro-batch, divided by the supervised tokens of the whole step."""
         # Not Trainer's own bf16 flag: that leaves the model's forward wrapped, and the proofs look at it afterwards.
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bfloat16):
-            total = supervised_loss(model, inputs, as_rows=self._as_rows)
-        self._step_loss += total.detach().to(self._step_loss)
-        if inputs["labels"].numel():  # else a place that only keeps the ranks in step
-            self._step_tokens += inputs["input_ids"].numel()
-            self._step_supervised += inputs["labels"].numel()
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._parts.bfloat16):
+            total = supervised_loss(model, inputs, one_by_one=self._parts.one_by_one)
+        self._run.add_micro_batch(total, inputs)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         return total / num_items_in_batch * self.args.world_size
 
-    def take_step_totals(self, stop: int) -> tuple[float, int, int, int]:
-        """Loss sum, tokens and supervised tokens since the last call, over all ranks; and the signal that any got."""
-        own = [float(self._step_loss), float(self._step_tokens), float(self._step_supervised)]
-        self._step_loss.zero_()
-        self._step_tokens = self._step_supervised = 0
-        each = self._from_processes([*own, float(stop)])
-        loss, tokens, supervised, _ = each.sum(0).tolist()
-        return loss, int(tokens), int(supervised), int(each[:, 3].max())
-
-    def sum_over_processes(self, numbers: list[float]) -> list[float]:
-        """Numbers of each process, added up; every process gets the sums."""
-        sums: list[float] = self._from_processes(numbers).sum(0).tolist()
-        return sums
-
-    def _from_processes(self, numbers: list[float]) -> Tensor:
-        """Numbers of each process as rows, (processes, N), in float64."""
-        own = torch.tensor([numbers], dtype=torch.float64, device=self._sum_device())
-        return self.accelerator.gather(own) if self.args.world_size > 1 else own
-
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Look at the held-out records. Trainer's own loop would pad them and average over batches."""
-        assert self.held_out is not None, "nothing asks for this without held-out records"
+        """The loss on the held-out records. Trainer's own loop would pad them and average over batches."""
+        held_out = self._parts.held_out
+        assert held_out is not None, "nothing asks for this without held-out records"
         started = time.perf_counter()
-        metrics = {"eval_loss": self.held_out.look(self)}
+        metrics = {"eval_loss": held_out.evaluate(self.model_wrapped, self.model, self.state.global_step)}
         self.log(metrics)
         # Callbacks change the one control that Trainer holds.
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.guard.away += time.perf_counter() - started
+        self._run.evaluating_seconds += time.perf_counter() - started
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -129,40 +107,20 @@ class StackTrainer(Trainer):
         if self.args.world_size == 1:
             return super()._get_train_sampler(train_dataset)
         places = self.args.per_device_train_batch_size * self.args.world_size
-        self.order = WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
-        return self.order
-
-    # -- saves of an unfinished run -------------------------------------------------------------------------------
+        self._run.order = WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
+        return self._run.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter in training and nothing else, at the folder's root, whatever wraps the model."""
+        folder = Path(output_dir or self.args.output_dir)
+        self._parts.saves.begin(folder)
         model = self.accelerator.unwrap_model(self.model)
         state = adapter_state(model)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             save_adapter(model, folder, state)
-            files.write_atomic(folder / _COUNTERS, json.dumps(asdict(self.counters)))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A save is one only when all ranks have written all of it to the disk."""
-        save = self._run.save_at(self.state.global_step)
-        try:
-            super()._save_checkpoint(model, trial)
-            wait()
-            if self.args.should_save:
-                self._run.finish(save)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system said
-            files.remove_tree(save)
-            raise Failed(
-                f"{save.name} could not be written: {first_line(error)}",
-                hint="free some space; the same command with --resume goes on from the save before it",
-            ) from error
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """What every process has a part of: here also the best weights so far."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.held_out:
-            self.held_out.save(Path(output_dir), self.args.process_index)
+            files.write_atomic(folder / _COUNTERS, json.dumps(asdict(self._run.counters)))
+        if self._parts.held_out:  # every process has a part of the best weights
+            self._parts.held_out.save(folder, self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapter in training by its name. Trainer's own way takes the first adapter, and unfreezes it."""
@@ -177,7 +135,61 @@ class StackTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(like(parameter, saved[name]))
-        for name, value in json.loads((folder / _COUNTERS).read_text()).items():
-            setattr(self.counters, name, value)
-        if self.held_out:
-            self.held_out.load(folder, self.args.process_index)
+        self._run.counters.restore(json.loads((folder / _COUNTERS).read_text()))
+        if self._parts.held_out:
+            self._parts.held_out.load(folder, self.args.process_index)
+
+
+def training_arguments(prepared: PreparedJob, output: Path, rows: int, device: torch.device) -> TrainingArguments:
+    """A job in Trainer's own settings.
+
+    Args:
+        output: where saves lie.
+        rows: what an epoch consists of.
+    """
+    job = prepared.job
+    steps = optimizer_steps(job, rows, ranks.world_size())
+    evaluates = job.eval_data is not None
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=job.batch_size,
+        gradient_accumulation_steps=job.gradient_accumulation,
+        num_train_epochs=job.epochs,
+        max_steps=job.max_steps or -1,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.scheduler,
+        warmup_steps=_warmup_steps(job, steps),
+        weight_decay=job.weight_decay,
+        seed=job.seed,
+        data_seed=job.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps" if job.save_steps else "no",
+        save_steps=job.save_steps or 500,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=evaluation_steps(job, steps),
+        report_to=parse_trackers(job.report_to) or "none",
+        run_name=prepared.name,
+        project="stackctl",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        gradient_checkpointing=job.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind wants inputs that have a gradient
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
+        average_tokens_across_devices=False,  # the loss is normalised over all ranks by StackTrainer itself
+        label_names=["labels"],
+    )
+
+
+def _warmup_steps(job: TrainJob, steps: int) -> int:
+    """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
+    wanted = int(job.warmup) if job.warmup >= 1 else math.floor(job.warmup * steps)
+    return min(wanted, steps - 1)
+
+
+def _collate(rows: list[list[Example]]) -> dict[str, Tensor]:
+    """One micro-batch; of a place that stands empty, two tokens of which nothing is learned."""
+    examples = [example for row in rows for example in row]
+    return data_module.collate(examples or [Example([0, 0], [data_module.IGNORED] * 2)])

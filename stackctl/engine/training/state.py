@@ -1,0 +1,100 @@
+"""What changes while a run trains: Trainer and its callbacks share one :class:`RunState`, and none holds another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackctl.engine.data import Reading
+from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
+
+
+@dataclass
+class Counters:
+    """What a run has seen so far; it is saved and restored with the run.
+
+    ``loss_sum`` is over supervised tokens. ``curve`` has an entry for each optimizer step, ``evaluations`` one for each
+    evaluation on held-out records: ``step`` and ``eval_loss``.
+    """
+
+    tokens: int = 0
+    supervised_tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on with the counters of a save."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.supervised_tokens if self.supervised_tokens else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+Progress = Callable[[int, int, Counters], None]
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """How a run speaks with whoever started it.
+
+    ``say`` gets a line for a person, ``progress`` (step, steps, counters) after each step, ``reading`` the share of the
+    data that was read; ``again`` is the command that goes on after an interruption.
+    """
+
+    say: Callable[[str], None]
+    progress: Progress
+    reading: Reading
+    again: str
+
+
+@dataclass
+class RunState:
+    """The counters of the run, the sums of the step that is being computed, and how the run is to end."""
+
+    device: torch.device
+    counters: Counters = field(default_factory=Counters)
+    evaluating_seconds: float = 0.0
+    """Seconds since training began that went into evaluations."""
+    stop_signal: int = 0
+    """The signal that ends the training after this step, whichever rank got it; else 0."""
+    order: WholeSteps | None = None
+    """The order of the records where several processes train."""
+    _tokens: int = 0
+    _supervised: int = 0
+
+    def __post_init__(self) -> None:
+        where = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        self._loss = torch.zeros((), dtype=torch.float64, device=where)
+
+    def add_micro_batch(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        """Add the summed loss (scalar, nats) and the tokens of a micro-batch to those of the step."""
+        self._loss += loss.detach().to(self._loss)
+        if inputs["labels"].numel():  # else a place that only keeps the ranks in step
+            self._tokens += inputs["input_ids"].numel()
+            self._supervised += inputs["labels"].numel()
+
+    def end_step(self, wanted_stop: int) -> float:
+        """Count what all ranks computed in this step, and agree on ``stop_signal``. Returns the step's mean loss."""
+        own = [float(self._loss), float(self._tokens), float(self._supervised), float(wanted_stop)]
+        self._loss.zero_()
+        self._tokens = self._supervised = 0
+        each = numbers_of_each(own, self.device)
+        loss, tokens, supervised, _ = each.sum(0).tolist()
+        self.stop_signal = int(each[:, 3].max())
+        self.counters.loss_sum += loss
+        self.counters.tokens += int(tokens)
+        self.counters.supervised_tokens += int(supervised)
+        return float(loss / supervised) if supervised else math.nan
