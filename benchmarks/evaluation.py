@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.generation import prepare
 from benchmarks.timing import compare, parse_runs, show, timed
 from benchmarks.training import write_chats
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.resolve import resolve_expression
 
 if TYPE_CHECKING:
     from stackctl.engine.data import Example

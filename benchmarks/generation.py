@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks.export import random_adapter
 from benchmarks.timing import compare, parse_runs, run_command, show
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.resolve import resolve_expression
 
 _DEPTHS = (1, 2, 4)
 _TOKENS = 48

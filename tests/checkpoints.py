@@ -13,8 +13,7 @@ import msgspec
 from stackctl.core.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
 from stackctl.lora.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
 from stackctl.plan.model import PlanMember
-from stackctl.registry.base_entries import save_base
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base, save_base
 from stackctl.registry.store import Registry, init_registry
 from stackctl.registry.versions import add_version
 
@@ -152,7 +151,7 @@ def register(
     before_entry: Callable[[int], None] = lambda _: None,
 ) -> AdapterVersion:
     """Add one more version of an adapter, with weights of its own."""
-    from stackctl.storage.files import staging_directory
+    from stackctl.storage.atomic import staging_directory
 
     with staging_directory(registry.root / "weights" / name) as staged:
         checkpoint = read_checkpoint(write_checkpoint(staged, seed=seed))

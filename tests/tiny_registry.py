@@ -17,8 +17,9 @@ from tiny import random_adapter
 
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.plan.model import StackPlan
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.store import Registry
 
 CHAT: list[dict[str, Any]] = [

@@ -15,7 +15,7 @@ from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
 from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean
-from stackctl.core.library_messages import plain
+from stackctl.core.library_messages import reword_message
 from stackctl.jobs.ranks import make_output
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
@@ -96,7 +96,7 @@ def _as_ours(error: BaseException) -> StackctlError:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted("interrupted", hint="run the command again to go on")
     if isinstance(error, OSError):
-        from stackctl.storage.files import explain_oserror
+        from stackctl.core.errors import explain_oserror
 
         return explain_oserror(error)
     if isinstance(error, typer.TyperException):
@@ -113,7 +113,7 @@ def _typed_command() -> str | None:
 
 def _usage_error(error: Any) -> Usage:
     """What typer says of a command line, in the voice of all other errors."""
-    message = plain(error.format_message())
+    message = reword_message(error.format_message())
     context: Any = getattr(error, "ctx", None)
     typed = _typed_command()
     named = f"stackctl {typed}" if typed in _COMMANDS else "stackctl"

@@ -19,7 +19,8 @@ from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry, now
 from stackctl.registry.versions import add_version, check_adapter_name, find_same_version
 from stackctl.render.output import Result
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.paths import portable_path
 
 _EXAMPLES = """\
 stackctl add instruct ./output/stage2/instruct --on style
@@ -90,7 +91,7 @@ def _add(
             registry, name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
         )
     weights = registry.root / "weights"
-    with files.staging_directory(weights) as staged:
+    with atomic.staging_directory(weights) as staged:
         copy_checkpoint(checkpoint.path, staged)
         copied = read_checkpoint(staged)
         return add_version(
@@ -109,7 +110,7 @@ def _linked_path(folder: Path, root: Path) -> str:
         raise Usage(
             f"the name of {folder} is not Unicode, and entries are", hint="leave out --link, so that it is copied"
         ) from None
-    return files.portable_path(folder, root)
+    return portable_path(folder, root)
 
 
 def entry(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:

@@ -17,7 +17,8 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.output import Output
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.paths import existing_path, typed_path
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Remembered, Sampling
@@ -180,16 +181,16 @@ class Chat:
 
     def save(self, text: str) -> None:
         """The conversation as one more record of a file that ``train --data`` reads."""
-        path = files.typed_path(text)
+        path = typed_path(text)
         if path.suffix.lower() != ".jsonl":
             raise Usage("/save writes JSON Lines", hint="/save chat.jsonl")
         if not self.messages:
             raise Usage("the conversation is empty", hint="/save comes after an answer")
-        files.existing(path.absolute().parent, "the folder")
+        existing_path(path.absolute().parent, "the folder")
         system = [{"role": "system", "content": self.sampling.system}] if self.sampling.system else []
         record = json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n"
         known = path.read_bytes() if path.exists() else b""
-        files.write_atomic(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
+        atomic.write_atomic(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
         self.output.status(f"{'added to' if known else 'saved as'} {path}: train --data reads it")
 
     def undo(self, _: str) -> None:

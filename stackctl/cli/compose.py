@@ -11,7 +11,7 @@ import typer
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
-from stackctl.core.library_messages import plain
+from stackctl.core.library_messages import reword_message
 from stackctl.core.schema import MethodOptions
 from stackctl.plan.methods import DEFAULTS, METHODS, SUM, check_method
 from stackctl.plan.model import StackPlan
@@ -130,7 +130,7 @@ def _method_options(
         options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$.")
-        raise Usage(f"--{place.rstrip('`')}: {plain(message)}", hint="stackctl compose --help") from None
+        raise Usage(f"--{place.rstrip('`')}: {reword_message(message)}", hint="stackctl compose --help") from None
     return check_method(method, options)
 
 

@@ -17,7 +17,7 @@ from stackctl.registry.base_models import EMBEDDED_NAME
 from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.store import Registry, find_registry, init_registry
 from stackctl.render.output import Result
-from stackctl.storage import files
+from stackctl.storage.hashes import sha256_file
 
 PROMPTS = ("Tell me about the sea.", "How do I keep bread fresh?", "Describe a morning in a town by the water.")
 STACKS = ("base", "style", "style+instruct")
@@ -112,7 +112,7 @@ def _check_free(registry: Registry, recipe: RecipeFile) -> None:
     """
     for name, job in recipe.recipe.train.items():
         adapter = registry.find_adapter(name)
-        digest = files.sha256_file(recipe.folder / str(job.data))
+        digest = sha256_file(recipe.folder / str(job.data))
         if adapter and (not adapter.newest().data or adapter.newest().data.sha256 != digest):  # type: ignore[union-attr]
             raise Usage(
                 f"there is an adapter '{name}' here that is not the demo's",

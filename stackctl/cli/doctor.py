@@ -16,8 +16,8 @@ from stackctl.machine.optional_packages import PACKAGES
 from stackctl.machine.reference_models import RANK, SIZES, TOKENS, needs
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
-from stackctl.storage.cache_folder import cache_root
 from stackctl.storage.files import human_bytes
+from stackctl.storage.paths import cache_root
 
 
 def register(app: typer.Typer) -> None:

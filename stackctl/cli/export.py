@@ -15,7 +15,8 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 from stackctl.render.output import Result
-from stackctl.storage.files import human_bytes, sha256_file
+from stackctl.storage.files import human_bytes
+from stackctl.storage.hashes import sha256_file
 
 _DTYPES = {
     "peft": ("float32", "bfloat16", "float16"),

@@ -25,7 +25,8 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 from stackctl.render.output import JSON_SCHEMA, Output, Result
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.paths import check_place
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Generated, Sampling
@@ -105,7 +106,7 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
             f"a chat has no {'--output' if to else '--json'}", hint='give prompts with -p "…", --prompts FILE or a pipe'
         )
     if to is not None:
-        files.check_place(to, "--output")
+        check_place(to, "--output")
 
 
 def _answer(
@@ -137,7 +138,7 @@ def _answer(
             advance()
     if to is None:
         return None
-    files.write_atomic(to, "".join(written))
+    atomic.write_atomic(to, "".join(written))
     count = f"{len(asked)} answers" if len(asked) > 1 else "the answer"
     if output.json_mode:
         output.status(f"wrote {count} to {to}")

@@ -27,12 +27,13 @@ from stackctl.lora.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder,
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import lint_for
 from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import recognise_base
 from stackctl.registry.base_models import check_linked_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.lineage import read_lineage
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.html import check_page_place, write_page
 from stackctl.render.loss_curve import read_curve

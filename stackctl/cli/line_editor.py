@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stackctl.storage.cache_folder import cache_root
+from stackctl.storage.paths import cache_root
 
 Complete = Callable[[str], Iterable[tuple[str, str]]]
 """What may stand instead of the last word of some text: that word, and the text that replaces it."""

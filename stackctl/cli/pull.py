@@ -11,7 +11,7 @@ from stackctl.cli.common import SHARE, BaseOption, Context, command
 from stackctl.core.command_line import typed
 from stackctl.core.errors import Usage
 from stackctl.render.output import Result
-from stackctl.storage.files import sha256_bytes
+from stackctl.storage.hashes import sha256_bytes
 
 _EXAMPLES = """\
 stackctl pull me/storyteller

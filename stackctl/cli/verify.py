@@ -19,7 +19,7 @@ from stackctl.registry.store import Registry
 from stackctl.registry.verify import bytes_to_verify, verify_registry
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
-from stackctl.storage.files import existing
+from stackctl.storage.paths import existing_path
 
 _EXAMPLES = """\
 stackctl verify storyteller
@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         if from_ is not None and not repair:
             raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {from_}")
         if from_ is not None:
-            existing(from_, "the folder")
+            existing_path(from_, "the folder")
         registry = context.registry
         asked = resolve_expression(registry, what) if what else None
         damaged: list[ResolvedMember] = []

@@ -6,6 +6,7 @@ Anything else that is raised is a bug and is reported as one.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,3 +135,25 @@ def joined(problems: list[StackctlError]) -> StackctlError:
         return first
     hints = dict.fromkeys(p.hint for p in problems if p.hint)
     return type(first)("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
+
+
+_LONGEST_NAME = 300
+"""Characters of a path that a message shows; what is longer is cut in the middle."""
+
+
+def explain_oserror(error: OSError) -> Failed:
+    """An operating-system error as one sentence and a way on."""
+    name = str(error.filename or "")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 :]}"
+    where = f" ({name})" if name else ""
+    hints = {
+        errno.ENOSPC: "free some space and run the command again; nothing was registered",
+        errno.EDQUOT: "free some of your quota and run the command again; nothing was registered",
+        errno.EACCES: "check who owns the folder and its permissions",
+        errno.EPERM: "check who owns the folder and its permissions",
+        errno.EROFS: "the file system is read-only: choose another place with --registry or --out",
+        errno.ENAMETOOLONG: "choose a shorter path",
+    }
+    reason = error.strerror or type(error).__name__
+    return Failed(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hints.get(error.errno or 0))

@@ -25,7 +25,7 @@ _PHRASES = (
 """typer's phrases."""
 
 
-def plain(message: str) -> str:
+def reword_message(message: str) -> str:
     """A library's message in plain words, beginning in lower case, without a full stop."""
     for theirs, ours in _PHRASES:
         message = re.sub(theirs, ours, message)

@@ -47,7 +47,8 @@ from stackctl.registry.base_models import (
 )
 from stackctl.registry.base_quantization import Quantization, stored_scheme
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage import atomic, files
+from stackctl.storage.paths import portable_path
 
 Say = Callable[[str], None]
 
@@ -64,14 +65,14 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     path: str | None = None
     if kind == "folder":
         folder = check_model_folder(Path(source)).resolve()
-        path = files.portable_path(folder, registry.root)
+        path = portable_path(folder, registry.root)
         source = path
     elif kind == "hub":
         folder, revision = registry.fetch_base(source, revision, say)
         check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
-        source = EMBEDDED if kind == "wheel" else files.portable_path(gguf, registry.root)
+        source = EMBEDDED if kind == "wheel" else portable_path(gguf, registry.root)
         folder = _converted(gguf, say)
     return _describe(name, kind, source, revision, path, folder)
 
@@ -100,11 +101,11 @@ def _converted(gguf: Path, say: Say) -> Path:
         if (final / "config.json").is_file():
             return final
         say(f"converting {gguf.name} once into the cache, in float32")
-        with files.staging_directory(bases) as staged:
+        with atomic.staging_directory(bases) as staged:
             _convert_gguf(gguf, staged)
             if final.exists():
                 files.remove_tree(final)
-            files.publish_directory(staged, final)
+            atomic.publish_directory(staged, final)
     return final
 
 

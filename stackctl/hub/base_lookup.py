@@ -8,8 +8,8 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound
 from stackctl.core.schema import AdapterInfo, AdapterVersion, Base, Stack
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import is_called, named_base
-from stackctl.registry.resolve import resolve_base
 from stackctl.registry.store import Registry
 
 

@@ -35,13 +35,14 @@ from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import damaged_members
-from stackctl.registry.resolve import ResolvedMember, find_digest, resolve_adapter, resolve_base
+from stackctl.registry.resolve import ResolvedMember, find_digest, resolve_adapter
 from stackctl.registry.restore import own_folder, restore_files
 from stackctl.registry.stacks import put_stack
 from stackctl.registry.store import Registry, now
 from stackctl.registry.versions import add_version, check_adapter_name
-from stackctl.storage import files
+from stackctl.storage import atomic, files
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class _Pull:
         weights = self.registry.root / "weights"
         found, labels = [], dict[str, str]()
         with contextlib.ExitStack() as stack:
-            staged = {part.folder: stack.enter_context(files.staging_directory(weights)) for part in parts}
+            staged = {part.folder: stack.enter_context(atomic.staging_directory(weights)) for part in parts}
             for part in parts:
                 self.repo.fetch(part, staged[part.folder])
             checkpoints = {part.folder: self._checked(part, staged[part.folder], base) for part in parts}
@@ -274,7 +275,7 @@ class _Pull:
         """
         self._show(part for _, part in damaged.values())
         for member, part in damaged.values() if not self.options.dry_run else ():
-            with files.staging_directory(self.registry.root / "weights") as staged:
+            with atomic.staging_directory(self.registry.root / "weights") as staged:
                 self.repo.fetch(part, staged, own_folder(self.registry, member))
                 restore_files(self.registry, member, staged)
         return list(damaged)

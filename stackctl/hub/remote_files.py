@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stackctl.storage import files
+from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 Content = Path | bytes
 """A file to upload: where it lies, or what is in it."""
@@ -42,7 +42,7 @@ class Snapshot:
 
 def sha256(content: Content) -> str:
     """The SHA-256 of a content as hexadecimal text."""
-    prefixed = files.sha256_file(content) if isinstance(content, Path) else files.sha256_bytes(content)
+    prefixed = sha256_file(content) if isinstance(content, Path) else sha256_bytes(content)
     return prefixed.removeprefix("sha256:")
 
 

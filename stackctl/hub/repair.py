@@ -18,7 +18,7 @@ from stackctl.registry.checkpoint_files import checkpoint_folders, copy_checkpoi
 from stackctl.registry.resolve import ResolvedMember
 from stackctl.registry.restore import find_copies, own_folder, restore_files
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 Say = Callable[[str], None]
 
@@ -88,7 +88,7 @@ def repair(
     for source in sources:
         say(f"restoring {member.label} from {source}")
         try:
-            with files.staging_directory(registry.root / "weights") as staged:
+            with atomic.staging_directory(registry.root / "weights") as staged:
                 if source.kind == "hub":
                     _fetch(registry, member, source.place, staged, say, progress)
                 else:

@@ -15,7 +15,7 @@ from stackctl.core.expressions import parse_expression, parse_name
 from stackctl.core.schema import Adapter, Base, Recipe, Stack, TrainJob
 from stackctl.lora.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import Marks, parse_yaml
 
@@ -124,7 +124,7 @@ def _base_of(registry: Registry, text: str) -> str:
     """
     if text in registry.names(Base):
         return text
-    folder = files.typed_path(text)
+    folder = typed_path(text)
     for base in registry.bases():
         if text.lower() in (base.source.lower(), (base.hub_id or "").lower()):
             return base.name
@@ -147,7 +147,7 @@ def _stack_of(registry: Registry, text: str) -> str:
     """
     if _is_known_expression(registry, text):
         return text
-    folder = files.typed_path(text)
+    folder = typed_path(text)
     if not folder.exists():
         if "/" not in text:
             return text  # a name that is not there: resolving it names the nearest one

@@ -33,8 +33,8 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import check_adapter_name
-from stackctl.storage import files
 from stackctl.storage.data_files import texts_in
+from stackctl.storage.paths import missing_path, typed_path
 
 _REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 
@@ -134,7 +134,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     """A file of data as a path, or the name of a Hub data set as it stands."""
     if not data:
         raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
-    path = files.typed_path(data)
+    path = typed_path(data)
     if folder is not None and not path.is_absolute():
         path = folder / path
     if path.exists():
@@ -147,7 +147,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
             )
         return str(path)
     if parse_dataset_id(data) is None:
-        raise files.missing(path, "the data file")
+        raise missing_path(path, "the data file")
     return data
 
 

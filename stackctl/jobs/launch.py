@@ -29,7 +29,7 @@ from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated,
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.render.output import Output, Result
-from stackctl.storage import files
+from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
 
@@ -84,7 +84,7 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         return None
     if not job.accelerate_config:
         return Launch(job.num_processes or 1, None)
-    path = files.typed_path(job.accelerate_config)
+    path = typed_path(job.accelerate_config)
     parsed = parse_yaml(read_text(path), str(path))
     if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
         raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")

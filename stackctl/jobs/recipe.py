@@ -18,8 +18,9 @@ from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
 from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text

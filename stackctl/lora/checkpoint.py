@@ -18,7 +18,8 @@ import msgspec
 
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
 from stackctl.core.schema import AdapterInfo, Finite, Lora
-from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded, sha256_bytes, sha256_file
+from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded
+from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -1,14 +1,53 @@
-"""Entries of base models: writing and removing them, never their files."""
+"""Entries of base models: finding, writing and removing them, never their files."""
 
 from __future__ import annotations
 
 import msgspec
 
-from stackctl.core.errors import Usage
-from stackctl.core.expressions import parse_name
-from stackctl.core.schema import Base, Defaults
-from stackctl.registry.resolve import resolve_base
+from stackctl.core.errors import Incompatible, NotFound, Usage, did_you_mean
+from stackctl.core.expressions import BASE, parse_name
+from stackctl.core.schema import Base, Defaults, Stack
 from stackctl.registry.store import Registry
+
+
+def resolve_base(registry: Registry, name: str | None = None) -> Base:
+    """A base by name; without a name the default one, or the only one there is.
+
+    Raises:
+        NotFound, Usage: it is not there, or several are and none is the default.
+    """
+    if name is not None and name != BASE:
+        found = registry.find_base(name)
+        if not found:
+            raise NotFound(
+                f"there is no base '{name}'",
+                hint=did_you_mean(name, registry.names(Base), f"register it: stackctl base add {name} SOURCE"),
+            )
+        return found
+    default = registry.settings().defaults.base
+    names = registry.names(Base)
+    if default and default in names:
+        return resolve_base(registry, default)
+    if len(names) == 1:
+        return resolve_base(registry, names[0])
+    if not names:
+        raise NotFound("no base is registered", hint="stackctl base add smollm2")
+    raise Usage(f"there are several bases: {', '.join(names)}", hint=f"say which one: --base {names[0]}")
+
+
+def resolve_stack_base(registry: Registry, stack: Stack) -> Base:
+    """The base of a stored stack.
+
+    Raises:
+        NotFound, Incompatible: it is not there, or another model has its name by now.
+    """
+    base = resolve_base(registry, stack.base)
+    if base.fingerprint != stack.fingerprint:
+        raise Incompatible(
+            f"the stack '{stack.name}' was composed on another model than the base '{base.name}' now is",
+            hint="register that model under its own name, and compose again",
+        )
+    return base
 
 
 def save_base(registry: Registry, base: Base) -> None:

@@ -19,10 +19,10 @@ from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import TensorInfo, read_header
 from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
-from stackctl.storage.cache_folder import cache_root
-from stackctl.storage.files import existing, read_bounded, sha256_bytes, sha256_file
-from stackctl.storage.hash_cache import DigestCache
+from stackctl.storage.files import read_bounded
+from stackctl.storage.hashes import DigestCache, sha256_bytes, sha256_file
 from stackctl.storage.locks import locked
+from stackctl.storage.paths import cache_root, existing_path
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -228,7 +228,7 @@ def parse_source(name: str, source: str | None) -> tuple[str, str]:
         return "embedded", EMBEDDED
     path = Path(source)
     if path.suffix.lower() == ".gguf":
-        existing(path, "the file")
+        existing_path(path, "the file")
         return "gguf", source
     if path.exists():
         return "folder", source
@@ -272,7 +272,7 @@ def base_gguf(base: Base, root: Path) -> Path | None:
     if base.kind == "wheel":
         return embedded_file()
     if base.kind == "gguf":
-        return existing((root / base.source).resolve(), f"the file of the base '{base.name}',")
+        return existing_path((root / base.source).resolve(), f"the file of the base '{base.name}',")
     return None
 
 

@@ -13,8 +13,7 @@ from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest
 from stackctl.registry.base_models import read_json
 from stackctl.registry.resolve import ResolvedMember
 from stackctl.registry.store import Registry
-from stackctl.storage import files
-from stackctl.storage.hash_cache import DigestCache
+from stackctl.storage.hashes import DigestCache, sha256_file
 
 # Trainer's own state (pickles, and as large as the optimizer) is of no use to an adapter; pickles are never copied.
 _COPIED = {".safetensors", ".json", ".jinja", ".jsonl", ".model", ".txt", ".md"}
@@ -28,7 +27,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def folder_digest(folder: Path, sha256: Callable[[Path], str] = files.sha256_file) -> str | None:
+def folder_digest(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str | None:
     """The digest of the checkpoint in a folder, fit for use or not; None where its two files are not there to read.
 
     Args:
@@ -60,7 +59,7 @@ def damaged_members(
         read: is called with the bytes that were hashed freshly, piece by piece.
     """
     cache = DigestCache(registry.root)
-    sha256 = functools.partial(files.sha256_file, read=read) if fresh else cache.sha256
+    sha256 = functools.partial(sha256_file, read=read) if fresh else cache.sha256
     found = [m for m in members if folder_digest(registry.weights_path(m.version), sha256) != m.version.digest]
     cache.save()
     return found

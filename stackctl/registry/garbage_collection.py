@@ -23,8 +23,8 @@ from stackctl.registry.base_models import converted_models
 from stackctl.registry.resolve import foundations
 from stackctl.registry.run_folders import RunFolder, run_folder, unfinished_runs
 from stackctl.registry.store import Registry
-from stackctl.storage import files
-from stackctl.storage.cache_folder import cache_root
+from stackctl.storage import atomic, files
+from stackctl.storage.paths import cache_root
 
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Tokenised data that no run asked for in so long is removed."""
@@ -106,10 +106,10 @@ def _free_staging(registry: Registry, dry_run: bool) -> list[Freed]:
     """What killed processes left anywhere in the registry."""
     left: list[Path] = []
     for folder, folders, names in os.walk(registry.root):  # others add and remove meanwhile, which it takes lightly
-        left += [Path(folder, name) for name in [*folders, *names] if name.startswith(files.STAGING_PREFIX)]
-        folders[:] = [name for name in folders if not name.startswith(files.STAGING_PREFIX)]
+        left += [Path(folder, name) for name in [*folders, *names] if name.startswith(atomic.STAGING_PREFIX)]
+        folders[:] = [name for name in folders if not name.startswith(atomic.STAGING_PREFIX)]
     sizes = {path: files.tree_bytes(path) for path in left}
-    swept = [p for parent in {p.parent for p in left} for p in files.sweep_staging(parent, dry_run=dry_run)]
+    swept = [p for parent in {p.parent for p in left} for p in atomic.sweep_staging(parent, dry_run=dry_run)]
     return [
         Freed(str(p.relative_to(registry.root)), "left by a killed process", str(p), sizes.get(p, 0))
         for p in sorted(swept)
@@ -176,7 +176,7 @@ def free_tokens(*, every: bool, dry_run: bool) -> list[Freed]:
             if every or time.time() - used > _UNUSED_SECONDS:
                 size, when = files.tree_bytes(folder), datetime.fromtimestamp(used, UTC).date()
                 if not dry_run:
-                    files.discard(folder)
+                    atomic.discard_folder(folder)
                 freed.append(Freed(f"tokens/{folder.name[:8]}", f"cached tokens, last used {when}", str(folder), size))
     return freed
 
@@ -188,11 +188,11 @@ def free_conversions(*, dry_run: bool) -> list[Freed]:
         for model in sorted(folder.glob("gguf-*")):
             freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
             if not dry_run:
-                files.discard(model)
+                atomic.discard_folder(model)
     return freed
 
 
 def _left_over(folder: Path, dry_run: bool) -> Iterator[Freed]:
-    sizes = {path: files.tree_bytes(path) for path in folder.glob(f"{files.STAGING_PREFIX}*")}
-    for path in files.sweep_staging(folder, dry_run=dry_run):
+    sizes = {path: files.tree_bytes(path) for path in folder.glob(f"{atomic.STAGING_PREFIX}*")}
+    for path in atomic.sweep_staging(folder, dry_run=dry_run):
         yield Freed(path.name, "left by a killed process", str(path), sizes.get(path, 0))

@@ -22,6 +22,7 @@ from stackctl.core.errors import (
 from stackctl.core.expressions import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
 from stackctl.core.schema import Adapter, AdapterVersion, Base, Member, MethodOptions, Removed, Stack
 from stackctl.plan.methods import SUM
+from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.store import Registry
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
@@ -136,31 +137,6 @@ def current_stack(registry: Registry) -> str:
     return current
 
 
-def resolve_base(registry: Registry, name: str | None = None) -> Base:
-    """A base by name; without a name the default one, or the only one there is.
-
-    Raises:
-        NotFound, Usage: it is not there, or several are and none is the default.
-    """
-    if name is not None and name != BASE:
-        found = registry.find_base(name)
-        if not found:
-            raise NotFound(
-                f"there is no base '{name}'",
-                hint=did_you_mean(name, registry.names(Base), f"register it: stackctl base add {name} SOURCE"),
-            )
-        return found
-    default = registry.settings().defaults.base
-    names = registry.names(Base)
-    if default and default in names:
-        return resolve_base(registry, default)
-    if len(names) == 1:
-        return resolve_base(registry, names[0])
-    if not names:
-        raise NotFound("no base is registered", hint="stackctl base add smollm2")
-    raise Usage(f"there are several bases: {', '.join(names)}", hint=f"say which one: --base {names[0]}")
-
-
 def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
     """An adapter version; without a version the newest.
 
@@ -204,21 +180,6 @@ def find_removed_version(registry: Registry, reference: Reference) -> ResolvedMe
             adapter = registry.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
             return ResolvedMember(adapter, version, 1.0)
     return None
-
-
-def resolve_stack_base(registry: Registry, stack: Stack) -> Base:
-    """The base of a stored stack.
-
-    Raises:
-        NotFound, Incompatible: it is not there, or another model has its name by now.
-    """
-    base = resolve_base(registry, stack.base)
-    if base.fingerprint != stack.fingerprint:
-        raise Incompatible(
-            f"the stack '{stack.name}' was composed on another model than the base '{base.name}' now is",
-            hint="register that model under its own name, and compose again",
-        )
-    return base
 
 
 def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]:

@@ -20,8 +20,8 @@ from stackctl.registry.checkpoint_files import damaged_members, folder_digest
 from stackctl.registry.garbage_collection import unreferenced_weights
 from stackctl.registry.resolve import ResolvedMember, registered_versions, resolve_adapter
 from stackctl.registry.store import Registry
-from stackctl.storage import files
-from stackctl.storage.hash_cache import DigestCache
+from stackctl.storage import atomic
+from stackctl.storage.hashes import DigestCache, sha256_file
 
 
 def find_copies(registry: Registry, digests: Collection[str]) -> dict[str, list[Path]]:
@@ -68,8 +68,8 @@ def restore_files(registry: Registry, member: ResolvedMember, staged: Path) -> N
         NotFound: the version was removed meanwhile.
     """
     folder, digest = own_folder(registry, member), member.version.digest
-    in_place = files.sha256_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
-    brought = files.sha256_file(staged / WEIGHTS) if (staged / WEIGHTS).is_file() else in_place
+    in_place = sha256_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
+    brought = sha256_file(staged / WEIGHTS) if (staged / WEIGHTS).is_file() else in_place
     if brought is None or adapter_digest(read_config(staged), brought) != digest:
         raise VerificationFailed(f"it is not the {member.label} that was registered (digests differ)")
     with registry.lock():
@@ -81,7 +81,7 @@ def restore_files(registry: Registry, member: ResolvedMember, staged: Path) -> N
         if folder.is_dir():
             _merge(staged, folder, digest, brought, has_weights=brought == in_place)
         else:
-            files.publish_directory(staged, folder)
+            atomic.publish_directory(staged, folder)
         _make_own(registry, now)
 
 
@@ -98,8 +98,8 @@ def _merge(staged: Path, folder: Path, digest: str, weights: str, *, has_weights
     """What is missing or wrong in a folder, the weights next to last; a kill in between is mended by doing it again."""
     for path in sorted(staged.iterdir()):
         if path.name not in (CONFIG, WEIGHTS) and not (folder / path.name).exists():
-            files.put_in_place(path, folder / path.name)
+            atomic.put_in_place(path, folder / path.name)
     if not has_weights:
-        files.put_in_place(staged / WEIGHTS, folder / WEIGHTS)
+        atomic.put_in_place(staged / WEIGHTS, folder / WEIGHTS)
     if folder_digest(folder, lambda _: weights) != digest:
-        files.put_in_place(staged / CONFIG, folder / CONFIG)
+        atomic.put_in_place(staged / CONFIG, folder / CONFIG)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage import atomic, files
 from stackctl.storage.locks import locked
 
 _WHOLE = "stackctl_save.json"
@@ -43,7 +43,7 @@ class RunFolder:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             sizes[path.relative_to(save).as_posix()] = path.stat().st_size
-        files.write_atomic(save / _WHOLE, json.dumps(sizes, indent=2))
+        atomic.write_atomic(save / _WHOLE, json.dumps(sizes, indent=2))
 
     def sweep(self) -> None:
         """Remove what a kill left of saves that were being written, or removed."""
@@ -76,7 +76,7 @@ class RunFolder:
 
     def begin(self, signature: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
+        atomic.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
 
 
 def _is_whole(save: Path) -> bool:

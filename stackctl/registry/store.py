@@ -20,7 +20,7 @@ from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.schema import SCHEMA, Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
 from stackctl.plan.methods import check_method
-from stackctl.storage import files
+from stackctl.storage import atomic, files
 from stackctl.storage.locks import locked
 from stackctl.storage.yaml_files import read_yaml
 
@@ -58,10 +58,10 @@ def init_registry(folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
         raise Usage(f"{folder} is a file", hint="choose another folder")
     for name in _FOLDERS.values():
-        files.make_directory(folder / name)
-    files.sweep_staging(folder)
+        atomic.make_directory(folder / name)
+    atomic.sweep_staging(folder)
     _ignore_in_git(folder / ".gitignore")
-    files.write_atomic(folder / _FILE, _text({"schema": SCHEMA, "current": None, "defaults": {}}))
+    atomic.write_atomic(folder / _FILE, _text({"schema": SCHEMA, "current": None, "defaults": {}}))
     return True
 
 
@@ -71,7 +71,7 @@ def _ignore_in_git(path: Path) -> None:
     missing = [line for line in _IGNORED_BY_GIT if line not in text.splitlines()]
     if missing:
         start = text if not text or text.endswith("\n") else text + "\n"
-        files.write_atomic(path, start + "\n".join(missing) + "\n")
+        atomic.write_atomic(path, start + "\n".join(missing) + "\n")
 
 
 def now() -> str:
@@ -157,13 +157,13 @@ class Registry:
     def write(self, entry: Base | Adapter | Stack | Removed) -> None:
         """Replace an entry's file whole; the lock is held by who changes something."""
         value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
-        files.write_atomic(self.entry_path(type(entry), entry.name), _text(value))
+        atomic.write_atomic(self.entry_path(type(entry), entry.name), _text(value))
 
     def delete(self, kind: type, name: str) -> None:
         """Remove the entry of a name, for good."""
         path = self.entry_path(kind, name)
         path.unlink()
-        files.fsync_directory(path.parent)
+        atomic.fsync_directory(path.parent)
 
     # -- all entries of a kind ----------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Registry:
         return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
 
     def write_settings(self, settings: RegistryFile) -> None:
-        files.write_atomic(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
+        atomic.write_atomic(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
 
     def weights_path(self, version: AdapterVersion) -> Path:
         """Where a version's checkpoint lies, absolute: for a link, in somebody else's folder."""
@@ -241,7 +241,7 @@ class Registry:
     def sweep(self) -> None:
         """Remove what killed writers left."""
         for folder in (self.root, *(self.root / name for name in _FOLDERS.values()), self.root / "weights"):
-            files.sweep_staging(folder)
+            atomic.sweep_staging(folder)
 
 
 def _text(entry: dict[str, Any]) -> str:

@@ -6,23 +6,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from stackctl.core.errors import Incompatible, StackctlError
+from stackctl.core.errors import Incompatible, StackctlError, explain_oserror
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, AdapterInfo, Base, Removed, Stack
 from stackctl.lora.checkpoint import read_info
+from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import plan_member
-from stackctl.registry.resolve import (
-    ResolvedMember,
-    foundations,
-    pinned_members,
-    registered_versions,
-    resolve_adapter,
-    resolve_base,
-    resolve_stack_base,
-)
+from stackctl.registry.resolve import ResolvedMember, foundations, pinned_members, registered_versions, resolve_adapter
 from stackctl.registry.store import Registry
-from stackctl.storage.files import explain_oserror
 
 _REMEMBERED = 1000
 """Entries that others stand on, kept while everything is checked: many stand on the same few."""

@@ -13,7 +13,7 @@ from stackctl.core.expressions import Reference, parse_name
 from stackctl.core.schema import Adapter, AdapterVersion, HubSource, Removed, Stack
 from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage import atomic, files
 
 
 def check_adapter_name(registry: Registry, name: str) -> str:
@@ -60,7 +60,7 @@ def add_version(
             final = registry.root / version.path
             if final.exists():  # left by a process that was killed before it wrote the entry
                 files.remove_tree(final)
-            files.publish_directory(staged, final)
+            atomic.publish_directory(staged, final)
         try:
             _bring_back(registry, version)
             adapter = registry.find_adapter(name) or adapter

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from stackctl import __version__
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.paths import check_place
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,7 +33,7 @@ def check_page_place(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         problems.append(Usage(f"--output {path} is not the name of a page", hint="name a file that ends with .html"))
     with gathering(problems):
-        files.check_place(path, "--output")
+        check_place(path, "--output")
     raise_all(problems)
 
 
@@ -52,7 +53,7 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         OSError: as for any file.
     """
-    files.write_atomic(path, html.replace("\0", "?").encode("utf-8", "replace"))
+    atomic.write_atomic(path, html.replace("\0", "?").encode("utf-8", "replace"))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from stackctl.core.errors import Failed, Usage
-from stackctl.storage.files import make_directory
+from stackctl.storage.atomic import make_directory
 
 _TIMEOUT = "STACKCTL_LOCK_TIMEOUT"
 _LONGEST_COMMAND = 200

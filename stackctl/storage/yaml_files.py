@@ -15,9 +15,10 @@ import msgspec
 
 from stackctl import __version__
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, joined
-from stackctl.core.library_messages import plain
+from stackctl.core.library_messages import reword_message
 from stackctl.core.migrations import migrate
-from stackctl.storage.files import missing, read_bounded
+from stackctl.storage.files import read_bounded
+from stackctl.storage.paths import missing_path
 
 if TYPE_CHECKING:
     from stackctl.storage.yaml_text import KeyPath, Marks
@@ -44,7 +45,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise missing(path) from None
+        raise missing_path(path) from None
     except IsADirectoryError:
         raise Usage(f"{path} is a folder, not a file") from None
     except UnicodeDecodeError as error:
@@ -141,7 +142,7 @@ def _explain(
         hint = did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
         return Usage(f"{where}: unknown key '{unknown[1]}'", hint=hint), full
     dotted = ".".join(str(part) for part in full)
-    said = f"{where}: {dotted + ': ' if dotted else ''}{plain(message)}"
+    said = f"{where}: {dotted + ': ' if dotted else ''}{reword_message(message)}"
     return Usage(said, hint="mend that value"), full
 
 

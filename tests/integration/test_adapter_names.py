@@ -17,8 +17,9 @@ from stored import as_transformers_reads, mixture, seeing_model
 from tiny import SIZES, random_adapter, tiny_tokenizer
 
 from stackctl.engine.models import load_base
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_base, resolve_expression
+from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.store import Registry
 
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}

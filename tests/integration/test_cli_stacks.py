@@ -7,7 +7,7 @@ import shutil
 import pytest
 from checkpoints import lora_config, lora_tensors, register, write_checkpoint
 
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base
 
 
 def members(document):

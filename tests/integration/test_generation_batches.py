@@ -16,7 +16,7 @@ from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.answering import batches
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records import Prompt
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base
 
 TEXTS = [
     "Hi",

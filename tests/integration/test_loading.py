@@ -14,7 +14,7 @@ from tiny import random_adapter, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stackctl.engine.models import load_base
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.store import Registry
 
 

@@ -20,7 +20,7 @@ from stackctl.engine.logits import supervised_loss
 from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
 from stackctl.machine.memory_estimate import MemoryEstimate, estimate_memory
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.store import Registry
 
 TOLERANCE = 0.25

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.engine.generation import Remembered, Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
-from stackctl.registry.resolve import resolve_base
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.store import Registry
 
 CONFIGS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from chat_tokenizers import USER, chat, turns
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage
 from stackctl.engine.data import encode
 from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord, read_records
-from stackctl.storage.files import sha256_file
+from stackctl.storage.hashes import sha256_file
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import random_adapter
 
-from stackctl.storage.hash_cache import DigestCache
+from stackctl.storage.hashes import DigestCache
 
 TRAIN = ("--data", "x.jsonl", "--max-steps", "1", "--rank", "2")
 LOADING_ADAPTERS = (
@@ -49,7 +49,7 @@ def adapter(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(run: Any, models: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """style@1, instruct@1 and their stack ``both`` on a base in ``model``, all of whose digests are remembered."""
-    monkeypatch.setattr("stackctl.storage.files._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("stackctl.storage.hashes._SETTLED_SECONDS", 0.0)
     shutil.copytree(models("llama"), tmp_path / "model")
     run("init")
     run("base", "add", "tiny", "model")
@@ -150,6 +150,6 @@ def test_a_file_that_is_gone_is_3_and_named(project: Path, run: Any, name: str) 
 def test_what_is_remembered_is_not_read_again(project: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run("inspect", "both", "--weights")
     hashed: list[Path] = []
-    monkeypatch.setattr("stackctl.storage.hash_cache.sha256_file", hashed.append)
+    monkeypatch.setattr("stackctl.storage.hashes.sha256_file", hashed.append)
     run("inspect", "both", "--weights")
     assert hashed == []

@@ -16,7 +16,7 @@ from stackctl.cli import make_app
 from stackctl.core.errors import StackctlError
 from stackctl.core.schema import DataSource, Run, TrainSettings
 from stackctl.registry.store import Registry
-from stackctl.storage.files import sha256_file
+from stackctl.storage.hashes import sha256_file
 from stackctl.storage.yaml_text import format_yaml
 
 from . import kills

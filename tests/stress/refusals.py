@@ -18,7 +18,7 @@ from hostile import CHANGES, ill_mannered, tree
 from stackctl.cli import make_app
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
-from stackctl.storage.files import STAGING_PREFIX
+from stackctl.storage.atomic import STAGING_PREFIX
 
 from .killing import run_command
 from .kills import LIGHT, Scenario, count_steps, make_template

@@ -20,7 +20,7 @@ from stackctl.registry.stacks import save_stack, use_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -47,9 +47,9 @@ def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, m
 
     with monkeypatch.context() as patch:
         if moment == "publish":
-            patch.setattr(files, "publish_directory", die)
+            patch.setattr(atomic, "publish_directory", die)
         if moment == "entry":
-            patch.setattr(files, "write_atomic", die)
+            patch.setattr(atomic, "write_atomic", die)
         with pytest.raises(Kill):
             register(registry, "style", seed=2, before_entry=die if moment == "build" else lambda _: None)
     assert registry.entry_path(Adapter, "style").read_bytes() == before
@@ -66,7 +66,7 @@ def test_a_first_version_that_was_killed_does_not_exist(registry, monkeypatch):
         raise Kill
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", die)
+        patch.setattr(atomic, "write_atomic", die)
         with pytest.raises(Kill):
             register(registry, "style")
     assert registry.names(Adapter) == []
@@ -232,7 +232,7 @@ def test_nothing_is_changed_when_the_settings_cannot_be_read(run, tmp_path):
 
 def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch):
     register(registry, "style")
-    write = files.write_atomic
+    write = atomic.write_atomic
 
     def full(path, content):
         if path.parent.name == "adapters":
@@ -240,7 +240,7 @@ def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", full)
+        patch.setattr(atomic, "write_atomic", full)
         with pytest.raises(OSError, match="No space"):
             register(registry, "style", seed=1)
     assert [path.name for path in (registry.root / "weights" / "style").iterdir()] == ["1"]

@@ -13,7 +13,7 @@ from checkpoints import make_registry, register, write_checkpoint
 
 from stackctl.core.schema import DataSource, TrainSettings
 from stackctl.registry.store import Registry
-from stackctl.storage import files
+from stackctl.storage.hashes import sha256_file
 
 HEAVY = {
     "accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "pandas", "peft", "prompt_toolkit", "safetensors",
@@ -96,7 +96,7 @@ def test_an_up_to_date_recipe_loads_nothing_heavy(shelf, tmp_path):
     trained = msgspec.structs.replace(
         adapter.newest(),
         settings=msgspec.to_builtins(TrainSettings(rank=2)),
-        data=DataSource(path="style.jsonl", sha256=files.sha256_file(data), records=1, format="text"),
+        data=DataSource(path="style.jsonl", sha256=sha256_file(data), records=1, format="text"),
     )
     shelf.write(msgspec.structs.replace(adapter, versions=[trained]))
     recipe = "base: tiny\ntrain: {style: {data: style.jsonl, rank: 2}}\nstacks: {solo: style}\n"

@@ -18,7 +18,7 @@ from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version, next_number
-from stackctl.storage import files
+from stackctl.storage import atomic, files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -162,8 +162,8 @@ def test_gc_frees_what_was_never_registered_and_left_behind(registry):
     shutil.copytree(registry.root / "weights" / "style" / "1", registry.root / "weights" / "style" / "9")
     shutil.copytree(registry.root / "weights" / "style", registry.root / "weights" / "ghost")
     left = [
-        registry.root / "weights" / "style" / (files._own_prefix() + "x") / (files._own_prefix() + "y"),
-        registry.root / "runs" / "r" / (files._own_prefix() + "z"),
+        registry.root / "weights" / "style" / (atomic._own_prefix() + "x") / (atomic._own_prefix() + "y"),
+        registry.root / "runs" / "r" / (atomic._own_prefix() + "z"),
     ]
     for folder in left:
         folder.mkdir(parents=True)

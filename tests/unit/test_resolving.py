@@ -8,11 +8,11 @@ from checkpoints import full_version, make_base, make_registry, register, write_
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Adapter, Base, RegistryFile, Stack
-from stackctl.registry.base_entries import remove_base, save_base
+from stackctl.registry.base_entries import remove_base, resolve_base, save_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.remove import remove_entry
-from stackctl.registry.resolve import current_stack, resolve_base, resolve_expression
+from stackctl.registry.resolve import current_stack, resolve_expression
 from stackctl.registry.stacks import save_stack, use_stack
 from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version, check_adapter_name

@@ -20,7 +20,7 @@ from stackctl.registry.restore import restore_files
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version
-from stackctl.storage.files import staging_directory
+from stackctl.storage.atomic import staging_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -40,7 +40,7 @@ def test_the_sum_is_known_where_an_entry_cannot_be_read(registry):
 
 
 def test_large_files_are_counted_piece_by_piece(registry, monkeypatch):
-    monkeypatch.setattr("stackctl.storage.files._CHUNK", 100)
+    monkeypatch.setattr("stackctl.storage.hashes._CHUNK", 100)
     size, read = weights(registry, "style@1").stat().st_size, []
     verify_registry(registry, {"style@1"}, read=read.append)
     assert sum(read) == size

@@ -28,7 +28,8 @@ from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
 from stackctl.engine.data.examples import Encoded
 from stackctl.engine.records import RecordStream
 from stackctl.registry.garbage_collection import free_tokens, tokens_folder
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.hashes import sha256_file
 
 _EXAMPLES, _ABOUT = "examples.arrow", "about.json"
 
@@ -61,7 +62,7 @@ def encode_cached(
     if (found := _read(place, records)) is not None:
         return found
     free_tokens(every=False, dry_run=False)
-    with files.staging_directory(root) as staged:
+    with atomic.staging_directory(root) as staged:
         encoded = Encoded([])
         with ExampleWriter(staged / _EXAMPLES) as writer:
             for examples in encode_pieces(
@@ -80,7 +81,7 @@ def encode_cached(
         (staged / _ABOUT).write_text(json.dumps(about))
         encoded.examples = ExampleStore(staged / _EXAMPLES)  # stays readable under its other name, and after removal
         with contextlib.suppress(Usage):  # another run was quicker
-            files.publish_directory(staged, place)
+            atomic.publish_directory(staged, place)
     return encoded
 
 
@@ -102,7 +103,7 @@ def _read(place: Path, records: RecordStream) -> Encoded | None:
         os.utime(place)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         with contextlib.suppress(OSError):
-            files.discard(place)
+            atomic.discard_folder(place)
         return None
     return found
 
@@ -121,7 +122,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
-                digest.update(path.name.encode() + b"\0" + files.sha256_file(path).encode())
+                digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
     return digest.hexdigest()
 
 

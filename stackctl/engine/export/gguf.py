@@ -32,7 +32,8 @@ from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_n
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, StackPlan
 from stackctl.registry.base_models import read_json
-from stackctl.storage import files
+from stackctl.storage import atomic
+from stackctl.storage.paths import existing_path
 
 _DTYPES = {
     "float32": (torch.float32, np.float32, gguf.LlamaFileType.ALL_F32),
@@ -97,15 +98,15 @@ def export_gguf(
     config = read_json(base / "config.json")
     targets = _targets(plan, architecture, config)
     if base_gguf is not None:
-        _check_base(targets, architecture, config, files.existing(base_gguf, "the file"))
+        _check_base(targets, architecture, config, existing_path(base_gguf, "the file"))
     rank = _largest_rank(plan)
-    with files.staging_directory(out.parent) as staged:
+    with atomic.staging_directory(out.parent) as staged:
         path = staged / gguf_file_name(out)
         error, written = _write(plan, targets, architecture, rank, path, dtype)
         _check_written(targets, architecture, rank, path, dtype, written)
         if modelfile:
-            files.write_atomic(staged / MODELFILE, _modelfile(plan, base_gguf or base, path.name))
-        files.publish_directory(staged, out)
+            atomic.write_atomic(staged / MODELFILE, _modelfile(plan, base_gguf or base, path.name))
+        atomic.publish_directory(staged, out)
     return {"rank": rank, "max_relative_error": error, "exact": dtype == "float32" and plan.method == SUM}
 
 

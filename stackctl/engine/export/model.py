@@ -20,7 +20,7 @@ from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_models import read_json
 from stackctl.registry.base_quantization import KEYS
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 _INDEX = "model.safetensors.index.json"
 _ALONGSIDE = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -45,11 +45,11 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
     model, quantizer = quantised_skeleton(base, torch.float32)
     source = ModelTensors(plan, BaseLayout(base, model, quantizer), quantizer is not None, dtype)
     shards = source.shards()
-    with files.staging_directory(out.parent) as staged, torch.no_grad(), MemberTensors(plan) as tensors:
+    with atomic.staging_directory(out.parent) as staged, torch.no_grad(), MemberTensors(plan) as tensors:
         digests = {name: _write_shard(source, tensors, staged / name, wanted) for name, wanted in shards.items()}
         _write_side_files(source, base, staged, shards)
         _check_written(staged, shards)
-        files.publish_directory(staged, out)
+        atomic.publish_directory(staged, out)
     changed = [tensor for wanted in shards.values() for tensor in wanted if tensor.changed]
     exact = plan.method == SUM and all(tensor.dtype in ("F32", "F64") for tensor in changed)
     return {"rank": plan.rank, "max_relative_error": source.worst, "exact": exact, "digests": digests}
@@ -74,12 +74,12 @@ def _write_side_files(source: ModelTensors, base: Path, staged: Path, shards: di
                     shutil.copyfile(path, staged / path.name)
     config = read_json(base / "config.json")
     _describe_weights(config, source)
-    files.write_atomic(staged / "config.json", json.dumps(config, indent=2) + "\n")
+    atomic.write_atomic(staged / "config.json", json.dumps(config, indent=2) + "\n")
     if len(shards) > 1:
         sizes = [path.stat().st_size for path in staged.glob("*.safetensors")]
         weight_map = {tensor.name: shard for shard, wanted in shards.items() for tensor in wanted}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-        files.write_atomic(staged / _INDEX, json.dumps(index, indent=2) + "\n")
+        atomic.write_atomic(staged / _INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _describe_weights(config: dict[str, Any], source: ModelTensors) -> None:

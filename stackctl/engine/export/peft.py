@@ -17,7 +17,7 @@ from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
 from stackctl.plan.own_template import FILE as TEMPLATE
 from stackctl.plan.own_template import templates_of
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 _PREFIX = "base_model.model."
 
@@ -40,14 +40,14 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which a plain LoRA cannot hold", hint="--format model")
-    with files.staging_directory(out.parent) as staged:
+    with atomic.staging_directory(out.parent) as staged:
         ranks = _ranks(plan)
         error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
         _write_config(plan, ranks, staged / CONFIG)
         if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.members)):
-            files.write_atomic(staged / TEMPLATE, templates[0][1])
+            atomic.write_atomic(staged / TEMPLATE, templates[0][1])
         _check_written(plan, ranks, staged)
-        files.publish_directory(staged, out)
+        atomic.publish_directory(staged, out)
     return {
         "rank": max(ranks.values()),
         "max_relative_error": error,
@@ -115,7 +115,7 @@ def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:
     base = plan.base
     name = (base.hub_id or base.source) if base else None
     config = {**plain_lora_config(*plan.peft_names(ranks)), "base_model_name_or_path": name, "inference_mode": True}
-    files.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    atomic.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _check_written(plan: StackPlan, ranks: dict[str, int], folder: Path) -> None:

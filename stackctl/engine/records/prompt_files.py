@@ -13,7 +13,7 @@ from stackctl.engine.records.raw_lines import lines_of
 from stackctl.engine.records.shapes import asked_text, before_turns
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Message
-from stackctl.storage.files import existing
+from stackctl.storage.paths import existing_path
 
 _HINT = 'a record is {"prompt"}, {"messages": [{"role", "content"}]}, {"instruction", "input"} or a string'
 _SHOWN = 5
@@ -43,7 +43,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     Raises:
         NotFound, Usage: no such file, or some lines hold no prompt (the first five are named).
     """
-    if existing(path, "the file of prompts").is_dir():
+    if existing_path(path, "the file of prompts").is_dir():
         raise Usage(f"{path} is a folder, not a file of prompts", hint=_HINT)
     if path.is_char_device() or path.is_block_device():  # some never end
         raise Usage(f"{path} is a device, not a file of prompts", hint=_HINT)

@@ -19,7 +19,7 @@ from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
 from stackctl.render.terminal import counted
-from stackctl.storage.files import missing
+from stackctl.storage.paths import missing_path
 
 _SHOWN = 5
 _ELSEWHERE = {
@@ -148,7 +148,7 @@ def open_records(source: str | Path) -> RecordStream:
     if not path.exists():
         if found := parse_dataset_id(name):
             return RecordStream(sources.open_hub_dataset(*found))
-        raise missing(path, "the data file")
+        raise missing_path(path, "the data file")
     if path.is_dir():
         return RecordStream(sources.open_folder(path, name))
     if not path.is_file():

@@ -16,8 +16,8 @@ from stackctl.engine.records.raw_lines import Seen, lines_of
 from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Unit
-from stackctl.storage import files
 from stackctl.storage.data_files import TEXTS, data_digest, texts_in
+from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 KINDS_HINT = (
     "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), CSV (.csv, .tsv), text (.txt), a folder of texts or a "
@@ -48,7 +48,7 @@ class Source:
 
 def _of_file(path: Path, name: str, unit: Unit, values: Callable[[Seen], Values]) -> Source:
     stamp = _stamp(path)
-    return Source(name, files.sha256_file(path), unit, values, path, stamp)
+    return Source(name, sha256_file(path), unit, values, path, stamp)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ def open_hub_dataset(repo: str, split: str | None) -> Source:
         ) from error
     known = [column for column in dataset.column_names if column in COLUMNS]
     rows = dataset.select_columns(known) if known else dataset
-    sha256 = files.sha256_bytes(f"{label}@{dataset._fingerprint}".encode())
+    sha256 = sha256_bytes(f"{label}@{dataset._fingerprint}".encode())
 
     def values(seen: Seen) -> Values:
         for number, row in enumerate(rows, 1):

@@ -28,7 +28,7 @@ from stackctl.registry.base_models import EMBEDDED_HUB_ID
 from stackctl.registry.store import Registry, now
 from stackctl.registry.versions import add_version, find_same_version
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def register_version(
     A run that is resumed may have been killed right after it was registered: then it is not registered twice.
     """
     counters = finished.counters
-    with files.staging_directory(registry.root / "weights") as staged:
+    with atomic.staging_directory(registry.root / "weights") as staged:
         save_adapter(finished.model, staged, finished.state)
         finished.tokenizer.save_pretrained(staged)
         points = sorted([*counters.curve, *counters.evaluations], key=lambda point: point["step"])
@@ -107,8 +107,8 @@ def _entry(
         created_by=f"stackctl {__version__}",
     )
     if picture := render_curve_svg({f"{prepared.name}@{number}": read_curve(staged)}):
-        files.write_atomic(staged / PICTURE, picture)
-    files.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
+        atomic.write_atomic(staged / PICTURE, picture)
+    atomic.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
     return AdapterVersion(
         version=number,
         digest=checkpoint.digest(),

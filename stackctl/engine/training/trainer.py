@@ -37,7 +37,7 @@ from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.trackers import parse_trackers
 from stackctl.lora.checkpoint import WEIGHTS
-from stackctl.storage import files
+from stackctl.storage import atomic
 
 _COUNTERS = "stackctl_counters.json"
 
@@ -118,7 +118,7 @@ class StackTrainer(Trainer):
         state = adapter_state(model)
         if self.args.should_save:
             save_adapter(model, folder, state)
-            files.write_atomic(folder / _COUNTERS, json.dumps(asdict(self._run.counters)))
+            atomic.write_atomic(folder / _COUNTERS, json.dumps(asdict(self._run.counters)))
         if self._parts.held_out:  # every process has a part of the best weights
             self._parts.held_out.save(folder, self.args.process_index)
 

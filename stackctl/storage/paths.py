@@ -1,0 +1,70 @@
+"""Paths: as they were typed, as they are kept, and where caches lie."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+
+from stackctl.core.errors import Failed, NotFound, Usage, closest
+
+_LOOKED_AT = 1000
+"""Names in a folder that a mistyped one is compared with."""
+
+
+def typed_path(text: str) -> Path:
+    """A path as somebody typed it, with ``~`` for a home where there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # nobody of that name
+        return Path(text)
+
+
+def existing_path(path: Path, what: str) -> Path:
+    """``path`` if something is there.
+
+    Raises:
+        NotFound: nothing is.
+    """
+    if not path.exists():
+        raise missing_path(path, what)
+    return path
+
+
+def missing_path(path: Path, what: str = "") -> NotFound:
+    """The error that something typed is not there; its hint names what is called nearly so beside it."""
+    near = None
+    with contextlib.suppress(OSError), os.scandir(path.parent) as found:
+        near = closest(path.name, [each.name for each in itertools.islice(found, _LOOKED_AT)])
+    hint = "check the path; it may be relative to the working directory"
+    return NotFound(
+        f"{what} {path} does not exist".strip(), hint=f"did you mean '{path.with_name(near)}'?" if near else hint
+    )
+
+
+def portable_path(path: Path, root: Path) -> str:
+    """Relative to a registry's ``root`` when both lie in one project, so that the project can move; else absolute."""
+    return os.path.relpath(path, root) if path.is_relative_to(root.parent) else str(path)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Where a file is to go is known to be possible before anything is computed; ``option`` is what named it.
+
+    Raises:
+        NotFound, Usage, Failed: there is no such folder, it cannot be written to, or the file's name is a folder's.
+    """
+    folder = existing_path(path.absolute().parent, "the folder")
+    if not folder.is_dir():
+        raise Usage(f"{folder} is a file, not a folder", hint=f"name another place: {option} FILE")
+    if path.is_dir():
+        raise Usage(f"{option} {path} is a folder", hint="name a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failed(f"nothing can be written to {folder}", hint="check who owns the folder and its permissions")
+
+
+def cache_root() -> Path:
+    """The folder of caches, which serve every registry of a user and can be made again: models, tokens."""
+    if value := os.environ.get("STACKCTL_CACHE"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stackctl"
