@@ -22,8 +22,8 @@ from stackctl.jobs.ranks import make_output
 _COMMANDS = {
     "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
     "eval": "eval", "inspect": "inspect", "ls": "ls", "verify": "verify", "doctor": "doctor", "export": "export",
-    "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base", "add": "add",
-    "use": "use", "rm": "rm", "gc": "gc",
+    "serve": "serve", "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base",
+    "add": "add", "use": "use", "rm": "rm", "gc": "gc",
 }  # fmt: skip
 
 

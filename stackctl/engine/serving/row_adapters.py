@@ -1,0 +1,147 @@
+"""Adapters beside a base, with a weight for each row of a batch: y += ((x Aᵀ) · w) Bᵀ.
+
+The factors of all members in use are concatenated along their rank, as a stack's are when it is exported; a row's
+``w`` holds each member's weight on that member's columns, and zero on the others'. So rows of different stacks share
+every product with the base, and no row changes another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from stackctl.engine.tensors import MemberTensors
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import StackPlan
+
+_KINDS = (nn.Linear, nn.Embedding, Conv1D)
+"""Modules whose output grows by exactly the product of the factors; a subclass may do more with its weight."""
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By module: A (rank, in) and B (out, rank), the scaling in B."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A module's concatenated factors; ``columns`` says which member each column of the rank belongs to."""
+
+    a: Tensor
+    b: Tensor
+    columns: tuple[int, ...]
+    embeds: bool
+
+
+class RowAdapters:
+    """The members in memory, at most ``limit`` beyond those in use, and the hooks that add them to the base."""
+
+    def __init__(self, model: Any, limit: int) -> None:
+        self._model, self._limit = model, limit
+        self._resident: OrderedDict[str, Factors] = OrderedDict()
+        self._active: tuple[str, ...] = ()
+        self._blocks: dict[str, _Block] = {}
+        self._weights: dict[tuple[int, ...], Tensor] = {}
+        self._rows = 0
+        self._hooked: set[str] = set()
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The digests in memory, least recently used first."""
+        return tuple(self._resident)
+
+    def carries(self, plan: StackPlan) -> bool:
+        """Whether a stack can be kept beside the base: a plain sum of factors on plain modules."""
+        if plan.method != SUM or plan.replacements:
+            return False
+        return all(
+            not module.is_experts and type(self._model.get_submodule(module.name)) in _KINDS
+            for module in plan.modules.values()
+        )
+
+    def load(self, plan: StackPlan, in_use: Collection[str]) -> None:
+        """Have a stack's members in memory; the least recently used that nobody uses make room.
+
+        Raises:
+            VerificationFailed: a tensor is damaged or not finite.
+        """
+        wanted = {member.digest for member in plan.members if member.weight}
+        missing = {
+            member.digest: index
+            for index, member in enumerate(plan.members)
+            if member.weight and member.digest not in self._resident
+        }
+        if missing:
+            with torch.no_grad(), MemberTensors(plan) as tensors:
+                found = {index: self._read(plan, index, tensors) for index in missing.values()}
+            self._resident.update({digest: found[index] for digest, index in missing.items()})
+        for digest in wanted:
+            self._resident.move_to_end(digest)
+        for digest in list(self._resident):
+            if len(self._resident) <= self._limit:
+                break
+            if digest not in wanted and digest not in in_use:
+                del self._resident[digest]
+
+    def _read(self, plan: StackPlan, index: int, tensors: MemberTensors) -> Factors:
+        factors: Factors = {}
+        for module in plan.modules.values():
+            for factor in module.factors:
+                if factor.member == index:
+                    weight = self._model.get_submodule(module.name).weight
+                    dtype = weight.dtype if weight.dtype.is_floating_point else self._model.dtype
+                    a = tensors.of(index, factor.a).float()
+                    b = tensors.of(index, factor.b).float() * factor.scaling
+                    factors[module.name] = (a.to(weight.device, dtype), b.to(weight.device, dtype))
+        return factors
+
+    def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """The weights of each row of the next forward pass, by digest; no rows: the base alone."""
+        self._rows = len(rows)
+        used = {digest for row in rows for digest in row}
+        if not used:
+            self._weights = {}
+            return
+        if not used <= set(self._active):
+            self._concatenate(tuple(sorted(used)))
+        matrix = torch.tensor([[row.get(digest, 0.0) for digest in self._active] for row in rows])
+        patterns = {(block.columns, block.b.device, block.b.dtype): block.columns for block in self._blocks.values()}
+        self._weights = {
+            columns: matrix[:, list(columns)].to(device, dtype) for (_, device, dtype), columns in patterns.items()
+        }
+
+    def _concatenate(self, active: tuple[str, ...]) -> None:
+        self._active = active
+        names = dict.fromkeys(name for digest in active for name in self._resident[digest])
+        self._blocks = {}
+        for name in names:
+            own = [(i, self._resident[d][name]) for i, d in enumerate(active) if name in self._resident[d]]
+            module = self._model.get_submodule(name)
+            self._blocks[name] = _Block(
+                torch.cat([a for _, (a, _) in own]),
+                torch.cat([b for _, (_, b) in own], dim=1),
+                tuple(i for i, (a, _) in own for _ in range(a.shape[0])),
+                isinstance(module, nn.Embedding),
+            )
+            if name not in self._hooked:
+                self._hooked.add(name)
+                module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            block = self._blocks.get(name)
+            if block is None or not self._weights:
+                return None
+            x = inputs[0]
+            inner = functional.embedding(x, block.a.T) if block.embeds else functional.linear(x, block.a)
+            weights = self._weights[block.columns]
+            # Some modules see (rows · tokens, width): the rows' tokens one after another.
+            weights = weights.repeat_interleave(inner.shape[:-1].numel() // self._rows, 0).view(inner.shape)
+            return output + functional.linear(inner * weights, block.b)
+
+        return add

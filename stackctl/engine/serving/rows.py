@@ -1,0 +1,87 @@
+"""One answer in the making: what it was asked, with which weights, and where its text goes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackctl.engine.generation.answering import Generated
+from stackctl.engine.generation.sampling import Sampling, processors
+from stackctl.engine.generation.stopping import Answer
+from stackctl.engine.records import Prompt
+from stackctl.plan.model import StackPlan
+
+OnEnd = Callable[["Row", Exception | None], object]
+
+
+@dataclass(eq=False)
+class Row:
+    """``ids`` are the prompt's tokens, ``limit`` the most that may follow, ``template`` the chat template in use.
+
+    ``on_end`` is called once, from the engine's thread, with the error that ended it or None. ``weights`` are the
+    members' by digest; None where the stack has to be folded.
+    """
+
+    plan: StackPlan
+    prompt: Prompt
+    sampling: Sampling
+    ids: list[int]
+    limit: int
+    seed: int
+    template: str | None
+    answer: Answer
+    weights: dict[str, float] | None
+    on_text: Callable[[str], object] | None = None
+    on_end: OnEnd = lambda row, error: None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    made: int = 0
+    last: int = 0
+    folded: Generated | None = None
+    """The whole answer, of a stack that had to be folded."""
+    _chosen: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
+
+    @property
+    def new_tokens(self) -> int:
+        return self.folded.new_tokens if self.folded else len(self.answer.ids)
+
+    @property
+    def text(self) -> str:
+        return self.folded.text if self.folded else self.answer.text
+
+    @property
+    def stop(self) -> str:
+        """``end``, ``stop`` or ``length``; empty while it is not finished."""
+        return self.folded.stop if self.folded else self.answer.stop
+
+    def choose(self, logits: Tensor) -> None:
+        """Take the next token by the logits (vocabulary) in float32."""
+        if len(self._processors):
+            seen = torch.tensor([[*self.ids, *self._chosen]], device=logits.device)
+            logits = self._processors(seen, logits[None])[0]
+        self.take(int(logits.argmax()))
+
+    def take(self, token: int) -> None:
+        """The next token; the answer is finished when it ends it, or is the last that may follow."""
+        self.last = token
+        self._chosen.append(token)
+        self.made += 1
+        self.answer.add(token)
+        if self.made >= self.limit:
+            self.answer.finish()
+
+
+def row_weights(plan: StackPlan) -> dict[str, float]:
+    """The weight of each member by its digest; the same bytes under two names add up."""
+    weights: dict[str, float] = {}
+    for member in plan.members:
+        if member.weight:
+            weights[member.digest] = weights.get(member.digest, 0.0) + member.weight
+    return weights

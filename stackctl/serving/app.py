@@ -1,0 +1,234 @@
+"""The server's addresses: OpenAI's API, and the page. Imported only by ``serve``, for it needs the extra."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from stackctl.core.errors import NotFound, StackctlError
+from stackctl.serving.answers import DONE, Shape, event
+from stackctl.serving.api_errors import ApiError, api_error
+from stackctl.serving.guard import Guard, read_body
+from stackctl.serving.models import Models
+from stackctl.serving.request_body import Asked, parse_body
+
+if TYPE_CHECKING:
+    from stackctl.engine.serving import Engine, Row
+
+_LOOK = 0.5
+"""Seconds between looks whether who asked is still there."""
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answers: the engine, the models it may be asked for, who may ask, and where a line on each request goes."""
+
+    engine: Engine
+    models: Models
+    guard: Guard
+    say: Callable[[str], None]
+    debug: bool = False
+
+    def prepare(self, asked: Asked) -> list[Row]:
+        """The rows of a request.
+
+        Raises:
+            StackctlError: the model or a prompt cannot be had.
+        """
+        from stackctl.engine.generation import Sampling
+        from stackctl.engine.records import Prompt
+
+        _, plan = self.models.find(asked.model)
+        sampling = Sampling(
+            asked.max_tokens, asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty,
+            asked.seed, not asked.messages, None, asked.stop, asked.template,
+        )  # fmt: skip
+        prompts = [Prompt(text) for text in asked.prompts]
+        if asked.messages:
+            prompts = [Prompt(asked.messages[-1]["content"], [dict(m) for m in asked.messages])]  # type: ignore[misc]
+        try:
+            return self.engine.prepare(plan, prompts, sampling, copies=asked.n, streams=asked.stream)
+        except NotFound as error:
+            raise ApiError(500, error.message) from error
+
+
+def _text_of(tell: Callable[..., None], index: int, text: str) -> None:
+    tell(index, text, None)
+
+
+def _end_of(tell: Callable[..., None], index: int, row: Row, error: Exception | None) -> None:
+    tell(index, None, error)
+
+
+class Waiting:
+    """What the rows of one request say, brought from the engine's thread to the event loop."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.events: asyncio.Queue[tuple[int, str | None, Exception | None]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(*what: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self.events.put_nowait, what)
+
+        for index, row in enumerate(rows):
+            row.on_text = partial(_text_of, tell, index)
+            row.on_end = partial(_end_of, tell, index)
+
+    def cancel(self) -> None:
+        for row in self.rows:
+            row.cancelled.set()
+
+    def usage(self, copies: int) -> dict[str, int]:
+        """Tokens read, each prompt once, and tokens written."""
+        read = sum(len(row.ids) for row in self.rows[::copies])
+        made = sum(row.new_tokens for row in self.rows)
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+
+def make_app(service: Service) -> Any:
+    """The ASGI application."""
+
+    async def complete(request: Request, *, chat: bool) -> Response:
+        started = time.perf_counter()
+        asked = parse_body(await read_body(request), chat=chat)
+        rows = await run_in_threadpool(service.prepare, asked)
+        waiting = Waiting(rows)
+        service.engine.submit(rows)
+        shape = Shape(asked.model, chat)
+
+        def done() -> None:
+            used = waiting.usage(asked.n)
+            seconds = time.perf_counter() - started
+            service.say(f"{asked.model}  {used['prompt_tokens']} + {used['completion_tokens']} tokens  {seconds:.2f} s")
+
+        if asked.stream:
+            return StreamingResponse(_stream(waiting, shape, asked, done), media_type="text/event-stream")
+        try:
+            left = len(rows)
+            while left:
+                try:
+                    _, text, error = await asyncio.wait_for(waiting.events.get(), _LOOK)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return Response(status_code=499)
+                    continue
+                if error is not None:
+                    raise error
+                left -= text is None
+        finally:
+            waiting.cancel()
+            done()
+        return JSONResponse(shape.whole([(row.text, row.stop) for row in rows], waiting.usage(asked.n)))
+
+    async def chat_completions(request: Request) -> Response:
+        return await complete(request, chat=True)
+
+    async def completions(request: Request) -> Response:
+        return await complete(request, chat=False)
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await run_in_threadpool(service.models.listed)})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        stack, _ = await run_in_threadpool(service.models.find, name)
+        members = [{"adapter": member.label, "weight": member.weight} for member in stack.members]
+        return JSONResponse(
+            {"id": name, "object": "model", "created": 0, "owned_by": "stackctl", "base": stack.base.name,
+             "expression": stack.pinned, "members": members}
+        )  # fmt: skip
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "base": service.models.base.name})
+
+    async def page(request: Request) -> Response:
+        text = (resources.files("stackctl.serving") / "mixing_desk.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY, "X-Frame-Options": "DENY"})
+
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)
+        if isinstance(error, HTTPException):
+            error = ApiError(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
+        answer = api_error(error)
+        if answer.status >= 500:
+            service.say(f"error: {type(error).__name__}: {error}")
+        headers = {"Connection": "close"} if answer.status in (408, 413) else None
+        return JSONResponse(answer.json(), answer.status, headers=headers)
+
+    app = Starlette(
+        routes=[
+            Route("/", page, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/v1/models/{name:path}", model, methods=["GET"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+        ],
+    )
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await app(scope, receive, send)
+            return
+        request, begun = Request(scope, receive), False
+
+        async def sending(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            service.guard.check(scope["method"], scope["path"], request.headers)
+            await app(scope, receive, sending)
+        except Exception as error:
+            if begun:
+                raise
+            await (await told(request, error))(scope, receive, send)
+
+    # Starlette's own handler of errors would send them as text; ours answers all of them alike.
+    for kind in (HTTPException, ApiError, StackctlError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, told)
+    return guarded
+
+
+async def _stream(waiting: Waiting, shape: Shape, asked: Asked, done: Callable[[], None]) -> AsyncIterator[bytes]:
+    """The answers as server-sent events; who leaves in the middle of it ends them."""
+    try:
+        for index in range(len(waiting.rows)):
+            if first := shape.begin(index):
+                yield first
+        left = len(waiting.rows)
+        while left:
+            index, text, error = await waiting.events.get()
+            if error is not None:
+                yield event(api_error(error).json())
+                return
+            if text is None:
+                left -= 1
+                yield shape.end(index, waiting.rows[index].stop)
+            elif text:
+                yield shape.piece(index, text)
+        if asked.include_usage:
+            yield shape.usage(waiting.usage(asked.n))
+        yield DONE
+    finally:
+        waiting.cancel()
+        done()

@@ -1,0 +1,112 @@
+"""What a request may call its model: every expression of the registry on one base. Entries and headers only."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
+from stackctl.core.expressions import BASE, format_term
+from stackctl.core.schema import Base
+from stackctl.plan.model import StackPlan
+from stackctl.registry import Registry, ResolvedStack
+
+_KEPT = 256
+"""Plans that are kept: one is some kilobytes, and takes some milliseconds to make."""
+_JOINS = set("+:@")
+
+
+@dataclass
+class Models:
+    """The models of a server: the expressions on ``base``, those in ``first`` listed first."""
+
+    registry: Registry
+    base: Base
+    first: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[tuple[Any, ...], StackPlan] = OrderedDict()
+
+    def find(self, text: str) -> tuple[ResolvedStack, StackPlan]:
+        """An expression as the registry has it now, its members' bytes checked to be those that were registered.
+
+        Raises:
+            NotFound: there is no such name.
+            Usage, Incompatible, VerificationFailed: it cannot be stacked, or a member was changed.
+        """
+        with self._lock:
+            try:
+                stack = self.registry.resolve(text, base=self.base.name if text == BASE else None)
+            except Usage as error:
+                if text and not _JOINS & set(text):
+                    raise NotFound(f"there is no model '{text[:80]}'", hint="a model is an expression") from error
+                raise
+            if stack.base.name != self.base.name or stack.base.fingerprint != self.base.fingerprint:
+                raise Incompatible(
+                    f"'{text}' has the base '{stack.base.name}', and this server runs '{self.base.name}'",
+                    hint=f"stackctl serve --base {stack.base.name}",
+                )
+            self.registry.check_digests(stack.members)
+            return stack, self._plan(stack)
+
+    def _plan(self, stack: ResolvedStack) -> StackPlan:
+        key = (stack.method, repr(stack.options), *((m.version.digest, m.label, repr(m)) for m in stack.members))
+        if (plan := self._plans.get(key)) is None:
+            plan = self._plans[key] = self.registry.plan(stack).check()
+        self._plans.move_to_end(key)
+        if len(self._plans) > _KEPT:
+            self._plans.popitem(last=False)
+        return plan
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The base, and every stack and adapter on it: ``id``, ``kind``, ``members`` (as ``name@version``, weight)."""
+        with self._lock:
+            current = self.registry.settings().current
+            found = [self._row(BASE, "base", [])]
+            for stack in self.registry.stack_rows():
+                if stack.base == self.base.name:
+                    members = [(f"{m.adapter}@{m.version}", m.weight) for m in stack.members]
+                    found.append(self._row(stack.name, "stack", members))
+            for adapter in self.registry.adapter_rows():
+                newest = adapter.versions[-1]
+                if newest.base == self.base.name:
+                    found.append(self._row(adapter.name, "adapter", [(f"{adapter.name}@{newest.version}", 1.0)]))
+        known = {row["id"] for row in found}
+        for text in self.first:
+            if text not in known:
+                with contextlib.suppress(StackctlError):
+                    resolved, _ = self.find(text)
+                    members = [(member.label, member.weight) for member in resolved.members]
+                    found.append(self._row(text, "expression", members))
+        for row in found:
+            row["current"] = row["id"] == current
+        return sorted(
+            found, key=lambda row: self.first.index(row["id"]) if row["id"] in self.first else len(self.first)
+        )
+
+    def _row(self, name: str, kind: str, members: list[tuple[str, float]]) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": 0, "owned_by": "stackctl", "kind": kind,
+            "base": self.base.name, "expression": "+".join(format_term(*member) for member in members) or BASE,
+            "members": [{"adapter": label, "weight": weight} for label, weight in members],
+        }  # fmt: skip
+
+
+def common_base(registry: Registry, what: list[str], base: str | None) -> tuple[Base, tuple[str, ...]]:
+    """The base to serve, and the expressions that were named: of these, else of the current stack, else the only one.
+
+    Raises:
+        StackctlError: all that is wrong with them.
+    """
+    from stackctl.registry import resolve_all
+
+    if what:
+        return resolve_all(registry, what, base)[0][0].base, tuple(what)
+    current = registry.settings().current
+    if base is None and current is not None:
+        return registry.resolve(current).base, ()
+    return registry.base(base), ()

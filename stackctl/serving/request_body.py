@@ -1,0 +1,197 @@
+"""The body of a request to the API, read strictly: a field of a wrong type, or one that nothing obeys, is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackctl.core.errors import did_you_mean
+from stackctl.serving.api_errors import ApiError
+
+DEFAULT_TOKENS = 256
+"""The longest answer when a request does not say, as of ``generate``."""
+MOST_CHOICES = 16
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""Fields that say nothing about the answer."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False, 0),
+    "top_logprobs": (0,), "response_format": ({"type": "text"},), "best_of": (1,), "echo": (False,), "suffix": ("",),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "modalities": (["text"],),
+}  # fmt: skip
+"""Fields that this server has no use for, and the values of them that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request asks for. ``messages`` of a chat, else ``prompts``; limits and kinds are checked."""
+
+    model: str
+    messages: tuple[dict[str, str], ...] = ()
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = DEFAULT_TOKENS
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    template: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_body(body: bytes, *, chat: bool) -> Asked:
+    """Read the body of a chat completion, or of a completion.
+
+    Raises:
+        ApiError: 400, and what is wrong with which field.
+    """
+    given = _object(body)
+    allowed = {*_FIELDS, *_IGNORED, *_NEUTRAL, "model", "stream_options", "max_completion_tokens"}
+    allowed.add("messages" if chat else "prompt")
+    for name, value in given.items():
+        if name not in allowed:
+            hint = did_you_mean(name, sorted(allowed), "leave it out")
+            raise ApiError(400, f"there is no field '{name[:80]}' ({hint})", code="unknown_field", param=name[:80])
+        if name in _NEUTRAL and value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
+            raise ApiError(400, f"'{name}' is not supported by this server", code="unsupported_field", param=name)
+    values = {name: read(given[name], name) for name, read in _FIELDS.items() if given.get(name) is not None}
+    if (longest := given.get("max_completion_tokens")) is not None:
+        values["max_tokens"] = _integer(1)(longest, "max_completion_tokens")
+    values["template"] = values.pop("chat_template_kwargs", {})
+    model = _text(given.get("model"), "model")
+    values["include_usage"] = _include_usage(given.get("stream_options"), values.get("stream", False))
+    if values.get("top_k", 1) < 1:
+        values["top_k"] = None  # -1 and 0 are how others say: all of them
+    if chat:
+        return Asked(model, messages=_messages(given.get("messages")), **values)
+    return Asked(model, prompts=_prompts(given.get("prompt")), **values)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        given = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    return given
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return type(value) in (type(neutral), float) and bool(value == neutral)
+
+
+def _wrong(name: str, wanted: str) -> ApiError:
+    return ApiError(400, f"'{name}' has to be {wanted}", code="invalid_value", param=name)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(name, "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _wrong(name, "Unicode: it holds half a character") from None
+    return value
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false")
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[Any, str], float]:
+    def read(value: Any, name: str) -> float:
+        wanted = f"a number from {low:g} to {high:g}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong(name, wanted)
+        if not (low <= value <= high) or not math.isfinite(value):
+            raise _wrong(name, wanted)
+        return float(value)
+
+    return read
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[Any, str], int]:
+    def read(value: Any, name: str) -> int:
+        wanted = f"a whole number from {low}" + ("" if high is None else f" to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            raise _wrong(name, wanted)
+        return value
+
+    return read
+
+
+def _stops(value: Any, name: str) -> tuple[str, ...]:
+    stops = tuple(_text(stop, name) for stop in (value if isinstance(value, list) else [value]))
+    if not all(stops) or len(stops) > MOST_CHOICES:
+        raise _wrong(name, f"a text, or up to {MOST_CHOICES} of them, none empty")
+    return stops
+
+
+def _template(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(name, "an object")
+    return value
+
+
+_FIELDS: dict[str, Callable[[Any, str], Any]] = {
+    "max_tokens": _integer(1), "temperature": _number(0, 100), "top_p": _number(0, 1), "top_k": _integer(-1, 1 << 31),
+    "min_p": _number(0, 1), "repetition_penalty": _number(1e-6, 100), "seed": _integer(-(1 << 63), (1 << 64) - 1),
+    "n": _integer(1, MOST_CHOICES), "stop": _stops, "stream": _boolean, "chat_template_kwargs": _template,
+}  # fmt: skip
+
+
+def _include_usage(options: Any, stream: bool) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict) or not stream:
+        raise _wrong("stream_options", "an object, and only with 'stream'")
+    return _boolean(options.get("include_usage", False), "stream_options.include_usage")
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise _wrong("messages", "a list of messages, not empty")
+    return tuple(_message(message, f"messages[{number}]") for number, message in enumerate(value))
+
+
+def _message(message: Any, place: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise _wrong(place, "an object with 'role' and 'content'")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _wrong(f"{place}.role", "one of " + ", ".join(_ROLES))
+    if message.get("tool_calls") or message.get("function_call"):
+        raise ApiError(400, "calls of tools are not supported by this server", code="unsupported_field", param=place)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{place}.content") for part in content)
+    return {"role": "system" if role == "developer" else role, "content": _text(content, f"{place}.content")}
+
+
+def _part(part: Any, place: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise _wrong(place, "text, or a list of parts of the type text")
+    return _text(part.get("text"), place)
+
+
+def _prompts(value: Any) -> tuple[str, ...]:
+    prompts = value if isinstance(value, list) else [value]
+    if not prompts or len(prompts) > MOST_CHOICES:
+        raise _wrong("prompt", f"a text, or up to {MOST_CHOICES} of them")
+    return tuple(_text(prompt, "prompt") for prompt in prompts)

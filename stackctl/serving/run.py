@@ -1,0 +1,65 @@
+"""Run the server until it is told to stop; then what is being written is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from stackctl.core.errors import Failed
+
+_FINISHING = 120
+"""Seconds that answers have to end in once the server was told to stop."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its habit of raising the signal again that ended it, which would be no exit 0."""
+
+    ready: Callable[[], None] = staticmethod(lambda: None)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        wanted = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; port 0 takes a free one.
+
+    Raises:
+        Failed: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.set_inheritable(True)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise Failed(f"cannot listen on {host} port {port}: {error}", hint="--port 0 takes a free one") from error
+    return made
+
+
+def run(app: Any, bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve on a socket; ``ready`` is called once it answers. Returns after SIGINT or SIGTERM."""
+    config = uvicorn.Config(
+        app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=_FINISHING,
+        server_header=False, timeout_keep_alive=30, ws="none", proxy_headers=False,
+    )  # fmt: skip
+    server = _Server(config)
+    server.ready = ready
+    server.run(sockets=[bound])

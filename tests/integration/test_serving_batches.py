@@ -1,0 +1,122 @@
+"""Rows of different stacks in one running batch write what ``generate`` writes for each stack by itself."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.records import Prompt
+from stackctl.engine.serving import Engine, Limits, QueueFull
+
+TEXTS = ["Hi.", "Tell me of the sea, and of the rain that falls on it.", "海", "One, two, three, four, five, six"]
+STACKS = ["base", "style", "tone:0.5", "style+tone:-1.5", "style:2+tone+words"]
+
+
+def answered(engine, plan, text, sampling, **options):
+    """Submitted rows, and an event that is set when all have ended."""
+    rows = engine.prepare(plan, [Prompt(text)], sampling, **options)
+    ended, left, errors = threading.Event(), [len(rows)], []
+
+    def end(row, error):
+        left[0] -= 1
+        errors.extend([error] if error else [])
+        if not left[0]:
+            ended.set()
+
+    for row in rows:
+        row.on_end = end
+    engine.submit(rows)
+    return rows, ended, errors
+
+
+def expected(shelf, sampling):
+    stacked = shelf.load()
+    found = {}
+    for name in STACKS:
+        stacked.use(shelf.plan(name))
+        for answer in generate(stacked, [Prompt(text) for text in TEXTS], sampling, batch_size=1):
+            found[name, answer.prompt.text] = (answer.text, answer.stop, answer.new_tokens)
+    return found
+
+
+@pytest.fixture
+def filled(house):
+    def make(kind):
+        shelf = house(kind)
+        shelf.add("style", seed=1)
+        shelf.add("tone", seed=2, r=3)
+        shelf.add("words", seed=3, target_modules=["wte" if kind == "gpt2" else "embed_tokens"])
+        return shelf
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen3", "tied"])
+def test_twenty_rows_of_five_stacks_at_once(filled, kind):
+    shelf = filled(kind)
+    sampling = Sampling(max_new_tokens=24)
+    known = expected(shelf, sampling)
+    assert len({text for text, _, _ in known.values()}) > len(TEXTS), "the stacks make a difference"
+    engine = Engine(shelf.load(), Limits(rows=7, wait=64))
+    try:
+        asked = [(name, text, answered(engine, shelf.plan(name), text, sampling)) for text in TEXTS for name in STACKS]
+        for name, text, (rows, ended, errors) in asked:
+            assert ended.wait(60) and not errors
+            assert (rows[0].text, rows[0].stop, rows[0].new_tokens) == known[name, text], (name, text)
+    finally:
+        engine.close()
+
+
+def test_a_stack_that_is_no_sum_is_folded_in_its_turn(filled, run):
+    shelf = filled("llama")
+    run("compose", "style+tone", "--method", "ties", "--name", "mixed")
+    sampling = Sampling(max_new_tokens=12)
+    stacked = shelf.load()
+    known = {}
+    for name in ("mixed", "style"):
+        stacked.use(shelf.plan(name))
+        known[name] = next(generate(stacked, [Prompt("Hi.")], sampling)).text
+    engine = Engine(shelf.load())
+    try:
+        asked = [(n, answered(engine, shelf.plan(n), "Hi.", sampling)) for n in ("style", "mixed", "style", "mixed")]
+        for name, (rows, ended, errors) in asked:
+            assert ended.wait(60) and not errors
+            assert rows[0].text == known[name]
+    finally:
+        engine.close()
+
+
+def test_sampling_is_that_of_generate(filled):
+    shelf = filled("llama")
+    sampling = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=5)
+    stacked = shelf.load()
+    stacked.use(shelf.plan("style"))
+    known = [answer.text for answer in generate(stacked, [Prompt("Hi."), Prompt("Hi.")], sampling, batch_size=1)]
+    assert known[0] != known[1]
+    engine = Engine(shelf.load())
+    try:
+        rows, ended, errors = answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+        assert ended.wait(60) and not errors
+        assert [row.text for row in rows] == known
+    finally:
+        engine.close()
+
+
+def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
+    shelf = filled("llama")
+    engine = Engine(shelf.load(), Limits(rows=1, wait=2, adapters=1))
+    sampling = Sampling(max_new_tokens=400)
+    try:
+        with pytest.raises(QueueFull):
+            answered(engine, shelf.plan("style"), "Hi.", sampling, copies=3)
+        for name in ("style", "tone", "words"):
+            rows, ended, errors = answered(engine, shelf.plan(name), "Hi.", Sampling(max_new_tokens=2))
+            assert ended.wait(60) and not errors
+        assert len(engine.resident) == 1
+        rows, ended, _ = answered(engine, shelf.plan("style"), "Hi.", sampling)
+        rows[0].cancelled.set()
+        assert ended.wait(60) and rows[0].made < 400
+    finally:
+        engine.close()
