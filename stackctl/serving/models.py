@@ -12,7 +12,10 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import BASE, format_term
 from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
-from stackctl.registry import Registry, ResolvedStack
+from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.planning import plan_expressions, read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.store import Registry
 
 _KEPT = 256
 """Plans that are kept: one is some kilobytes, and takes some milliseconds to make."""
@@ -40,7 +43,7 @@ class Models:
         """
         with self._lock:
             try:
-                stack = self.registry.resolve(text, base=self.base.name if text == BASE else None)
+                stack = resolve_expression(self.registry, text, base=self.base.name if text == BASE else None)
             except Usage as error:
                 if text and not _JOINS & set(text):
                     raise NotFound(f"there is no model '{text[:80]}'", hint="a model is an expression") from error
@@ -50,13 +53,17 @@ class Models:
                     f"'{text}' has the base '{stack.base.name}', and this server runs '{self.base.name}'",
                     hint=f"stackctl serve --base {stack.base.name}",
                 )
-            self.registry.check_digests(stack.members)
+            check_digests(self.registry, stack.members)
             return stack, self._plan(stack)
 
     def _plan(self, stack: ResolvedStack) -> StackPlan:
-        key = (stack.method, repr(stack.options), *((m.version.digest, m.label, repr(m)) for m in stack.members))
+        key = (
+            stack.method,
+            repr(stack.options),
+            *((m.version.digest, str(m), repr(m.layer_weights)) for m in stack.members),
+        )
         if (plan := self._plans.get(key)) is None:
-            plan = self._plans[key] = self.registry.plan(stack).check()
+            plan = self._plans[key] = read_plan(self.registry, stack).check()
         self._plans.move_to_end(key)
         if len(self._plans) > _KEPT:
             self._plans.popitem(last=False)
@@ -67,12 +74,12 @@ class Models:
         with self._lock:
             current = self.registry.settings().current
             found = [self._row(BASE, "base", [])]
-            for stack in self.registry.stack_rows():
+            for stack in self.registry.stacks():
                 if stack.base == self.base.name:
                     members = [(f"{m.adapter}@{m.version}", m.weight) for m in stack.members]
                     found.append(self._row(stack.name, "stack", members))
-            for adapter in self.registry.adapter_rows():
-                newest = adapter.versions[-1]
+            for adapter in self.registry.adapters():
+                newest = adapter.newest()
                 if newest.base == self.base.name:
                     found.append(self._row(adapter.name, "adapter", [(f"{adapter.name}@{newest.version}", 1.0)]))
         known = {row["id"] for row in found}
@@ -102,11 +109,9 @@ def common_base(registry: Registry, what: list[str], base: str | None) -> tuple[
     Raises:
         StackctlError: all that is wrong with them.
     """
-    from stackctl.registry import resolve_all
-
     if what:
-        return resolve_all(registry, what, base)[0][0].base, tuple(what)
+        return plan_expressions(registry, what, base)[0][0].base, tuple(what)
     current = registry.settings().current
     if base is None and current is not None:
-        return registry.resolve(current).base, ()
-    return registry.base(base), ()
+        return resolve_expression(registry, current).base, ()
+    return resolve_base(registry, base), ()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, QueueFull
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
 
 TEXTS = ["Hi.", "Tell me of the sea, and of the rain that falls on it.", "海", "One, two, three, four, five, six"]
 STACKS = ["base", "style", "tone:0.5", "style+tone:-1.5", "style:2+tone+words"]
@@ -118,5 +121,31 @@ def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
         rows, ended, _ = answered(engine, shelf.plan("style"), "Hi.", sampling)
         rows[0].cancelled.set()
         assert ended.wait(60) and rows[0].made < 400
+    finally:
+        engine.close()
+
+
+def test_weights_by_layer_are_a_rows_own(filled):
+    """Beside a row that has the same adapter everywhere, whichever of them was asked first."""
+    shelf = filled("llama")
+    by_layer = replace(
+        resolve_expression(shelf.registry, "style+tone").members[0], layer_weights={"model.layers.0": 0.0}
+    )
+    stack = replace(resolve_expression(shelf.registry, "style+tone"), text="layered")
+    layered = read_plan(shelf.registry, replace(stack, members=(by_layer, stack.members[1])))
+    plans = [layered, shelf.plan("style+tone"), layered, shelf.plan("style")]
+    sampling = Sampling(max_new_tokens=16)
+    stacked = shelf.load()
+    known = []
+    for plan in plans:
+        stacked.use(plan)
+        known.append(next(generate(stacked, [Prompt("Hi.")], sampling)).text)
+    assert known[0] != known[1]
+    engine = Engine(shelf.load())
+    try:
+        asked = [answered(engine, plan, "Hi.", sampling) for plan in plans]
+        for (rows, ended, errors), text in zip(asked, known, strict=True):
+            assert ended.wait(60) and not errors
+            assert rows[0].text == text
     finally:
         engine.close()

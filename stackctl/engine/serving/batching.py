@@ -27,9 +27,9 @@ from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import Prompt
-from stackctl.engine.serving.row_adapters import RowAdapters
+from stackctl.engine.serving.row_adapters import RowAdapters, row_weights
 from stackctl.engine.serving.row_cache import RowCache, can_batch
-from stackctl.engine.serving.rows import Row, row_weights
+from stackctl.engine.serving.rows import Row
 from stackctl.plan.model import StackPlan
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from stackctl.engine.tensors import MemberTensors
+from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 
@@ -38,6 +39,22 @@ class _Block:
     embeds: bool
 
 
+RowWeights = Mapping[str, float | Mapping[str, float]]
+"""By digest: the weight of a member of a row, or where it has weights by layer, that on each module by its name."""
+
+
+def row_weights(plan: StackPlan) -> RowWeights:
+    """The weights of every member of a stack that has any but zero."""
+    weights: dict[str, float | Mapping[str, float]] = {}
+    for index, member in enumerate(plan.members):
+        if member.is_used and member.layer_weights:
+            modules = plan.modules.values()
+            weights[member.digest] = {m.name: f.weight for m in modules for f in m.factors if f.member == index}
+        elif member.is_used:
+            weights[member.digest] = member.weight
+    return weights
+
+
 class RowAdapters:
     """The members in memory, at most ``limit`` beyond those in use, and the hooks that add them to the base."""
 
@@ -46,8 +63,8 @@ class RowAdapters:
         self._resident: OrderedDict[str, Factors] = OrderedDict()
         self._active: tuple[str, ...] = ()
         self._blocks: dict[str, _Block] = {}
-        self._weights: dict[tuple[int, ...], Tensor] = {}
-        self._rows = 0
+        self._weights: dict[str, Tensor] = {}
+        self._rows: tuple[RowWeights, ...] = ()
         self._hooked: set[str] = set()
 
     @property
@@ -62,7 +79,7 @@ class RowAdapters:
         return all(
             not module.is_experts and type(self._model.get_submodule(module.name)) in _KINDS
             for module in plan.modules.values()
-        )
+        ) and len({member.digest for member in plan.members}) == len(plan.members)
 
     def load(self, plan: StackPlan, in_use: Collection[str]) -> None:
         """Have a stack's members in memory; the least recently used that nobody uses make room.
@@ -70,16 +87,12 @@ class RowAdapters:
         Raises:
             VerificationFailed: a tensor is damaged or not finite.
         """
-        wanted = {member.digest for member in plan.members if member.weight}
-        missing = {
-            member.digest: index
-            for index, member in enumerate(plan.members)
-            if member.weight and member.digest not in self._resident
-        }
-        if missing:
-            with torch.no_grad(), MemberTensors(plan) as tensors:
-                found = {index: self._read(plan, index, tensors) for index in missing.values()}
-            self._resident.update({digest: found[index] for digest, index in missing.items()})
+        wanted = {member.digest: member for member in plan.members if member.is_used}
+        for digest, member in wanted.items():
+            if digest not in self._resident:
+                self._resident[digest] = self._read(
+                    plan_stack(plan.base, [replace(member, weight=1.0, layer_weights={}, trained_on=())])
+                )
         for digest in wanted:
             self._resident.move_to_end(digest)
         for digest in list(self._resident):
@@ -88,32 +101,33 @@ class RowAdapters:
             if digest not in wanted and digest not in in_use:
                 del self._resident[digest]
 
-    def _read(self, plan: StackPlan, index: int, tensors: MemberTensors) -> Factors:
+    def _read(self, plan: StackPlan) -> Factors:
+        """All factors of a single member, also those on which this or that stack has a weight of zero."""
         factors: Factors = {}
-        for module in plan.modules.values():
-            for factor in module.factors:
-                if factor.member == index:
-                    weight = self._model.get_submodule(module.name).weight
-                    dtype = weight.dtype if weight.dtype.is_floating_point else self._model.dtype
-                    a = tensors.of(index, factor.a).float()
-                    b = tensors.of(index, factor.b).float() * factor.scaling
-                    factors[module.name] = (a.to(weight.device, dtype), b.to(weight.device, dtype))
+        with torch.no_grad(), MemberTensors(plan) as tensors:
+            for module in plan.modules.values():
+                weight = self._model.get_submodule(module.name).weight
+                dtype = weight.dtype if weight.dtype.is_floating_point else self._model.dtype
+                [(a, b, scaling)] = tensors.factors(module)
+                factors[module.name] = (a.to(weight.device, dtype), (b * scaling).to(weight.device, dtype))
         return factors
 
-    def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """The weights of each row of the next forward pass, by digest; no rows: the base alone."""
-        self._rows = len(rows)
-        used = {digest for row in rows for digest in row}
-        if not used:
-            self._weights = {}
+    def set_rows(self, rows: Sequence[RowWeights]) -> None:
+        """The weights of each row of the next forward pass; no rows: the base alone."""
+        if len(rows) == len(self._rows) and all(one is other for one, other in zip(rows, self._rows, strict=True)):
             return
+        self._rows = tuple(rows)
+        used = {digest for row in rows for digest in row}
         if not used <= set(self._active):
             self._concatenate(tuple(sorted(used)))
-        matrix = torch.tensor([[row.get(digest, 0.0) for digest in self._active] for row in rows])
-        patterns = {(block.columns, block.b.device, block.b.dtype): block.columns for block in self._blocks.values()}
-        self._weights = {
-            columns: matrix[:, list(columns)].to(device, dtype) for (_, device, dtype), columns in patterns.items()
-        }
+        self._weights = {}
+        made: dict[object, Tensor] = {}
+        for name, block in self._blocks.items() if used else ():
+            values = tuple(tuple(_on(row.get(digest, 0.0), name) for digest in self._active) for row in rows)
+            key = (values, block.columns, block.b.device, block.b.dtype)
+            if key not in made:
+                made[key] = torch.tensor(values)[:, list(block.columns)].to(block.b.device, block.b.dtype)
+            self._weights[name] = made[key]
 
     def _concatenate(self, active: tuple[str, ...]) -> None:
         self._active = active
@@ -135,13 +149,17 @@ class RowAdapters:
     def _hook(self, name: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             block = self._blocks.get(name)
-            if block is None or not self._weights:
+            weights = self._weights.get(name)
+            if block is None or weights is None:
                 return None
             x = inputs[0]
             inner = functional.embedding(x, block.a.T) if block.embeds else functional.linear(x, block.a)
-            weights = self._weights[block.columns]
             # Some modules see (rows · tokens, width): the rows' tokens one after another.
-            weights = weights.repeat_interleave(inner.shape[:-1].numel() // self._rows, 0).view(inner.shape)
+            weights = weights.repeat_interleave(inner.shape[:-1].numel() // len(weights), 0).view(inner.shape)
             return output + functional.linear(inner * weights, block.b)
 
         return add
+
+
+def _on(weight: float | Mapping[str, float], module: str) -> float:
+    return weight.get(module, 0.0) if isinstance(weight, Mapping) else weight

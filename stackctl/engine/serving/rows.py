@@ -14,6 +14,7 @@ from stackctl.engine.generation.answering import Generated
 from stackctl.engine.generation.sampling import Sampling, processors
 from stackctl.engine.generation.stopping import Answer
 from stackctl.engine.records import Prompt
+from stackctl.engine.serving.row_adapters import RowWeights
 from stackctl.plan.model import StackPlan
 
 OnEnd = Callable[["Row", Exception | None], object]
@@ -35,7 +36,7 @@ class Row:
     seed: int
     template: str | None
     answer: Answer
-    weights: dict[str, float] | None
+    weights: RowWeights | None
     on_text: Callable[[str], object] | None = None
     on_end: OnEnd = lambda row, error: None
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -76,12 +77,3 @@ class Row:
         self.answer.add(token)
         if self.made >= self.limit:
             self.answer.finish()
-
-
-def row_weights(plan: StackPlan) -> dict[str, float]:
-    """The weight of each member by its digest; the same bytes under two names add up."""
-    weights: dict[str, float] = {}
-    for member in plan.members:
-        if member.weight:
-            weights[member.digest] = weights.get(member.digest, 0.0) + member.weight
-    return weights
