@@ -12,9 +12,10 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import BASE, format_term
 from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
+from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import plan_expressions, read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_base, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 
 _KEPT = 256
