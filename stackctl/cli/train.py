@@ -36,6 +36,7 @@ from stackctl.render.output import Result
 _ABOUT = {
     "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
     "base": "The base, when there are several and it stands on none of your stacks.",
+    "from": "Begin at another adapter's factors, with its rank, alpha and modules; a higher --rank adds to them.",
     "data": "What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set.",
     "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
     "description": "A line about the adapter.",
@@ -50,10 +51,10 @@ _EXAMPLES = """\
 stackctl train
 stackctl train style --base smollm2 --data style.jsonl --rank 16 --epochs 3
 stackctl train instruct --on style --data chat.jsonl --eval-data heldout.jsonl"""
-_COMPLETIONS = {"on": complete_what, "base": complete_bases}
+_COMPLETIONS = {"on": complete_what, "from": complete_what, "base": complete_bases}
 _TRAINING, _RUN = "Training", "The run"
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "What is trained": ("on", "base", "data", "description"),
+    "What is trained": ("on", "from", "base", "data", "description"),
     "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
@@ -63,7 +64,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 """The options of the help by their group, in this order; those that stand in none say how it is trained."""
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _KINDS = {
-    "on": "EXPR", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
+    "on": "EXPR", "from": "REF", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
     "target_modules": "NAMES", "report_to": "NAMES",
 }  # fmt: skip
 
@@ -76,7 +77,7 @@ def register(app: typer.Typer) -> None:
         proved on every run, or nothing is registered.
         """
         resume, dry_run, force = flags.pop("resume"), flags.pop("dry_run"), flags.pop("force")
-        given = {key: value for key, value in flags.items() if value is not None}
+        given = {key.rstrip("_"): value for key, value in flags.items() if value is not None}
         if name is None and (config is None or is_recipe(config)):
             return _build(context, config, given, dry_run=dry_run, force=force, resume=resume)
         found = read_job(config, context.registry) if config else None
@@ -105,7 +106,7 @@ def _parameters() -> list[inspect.Parameter]:
         ),
     }
     for field in sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name)):
-        own[field.encode_name] = (_option(field), None)
+        own[field.name] = (_option(field), None)
     config = typer.Option(
         help="Settings as YAML or JSON; a flag beats the file.",
         metavar="FILE",

@@ -59,6 +59,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "adapter": prepared.name,
         "base": prepared.base.name,
         "on": prepared.trained_on,
+        "from": prepared.beginning.label if prepared.beginning else None,
         "records": corpus.records.count,
         "tokens": corpus.encoded.tokens,
         "supervised_tokens": corpus.encoded.supervised_tokens,
@@ -79,7 +80,8 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
     text = (
         f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
-        f"rank {job.rank}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch\n{targets}\n{memory}"
+        f"rank {job.effective_rank()}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch"
+        f"\n{targets}\n{memory}"
     )
     return Result(data, prepared.name, text)
 
@@ -147,6 +149,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "path": str(context.registry.weights_path(version)),
         "base": prepared.base.name,
         "on": version.trained_on,
+        "from": version.from_,
         "steps": run.steps,
         "tokens": run.tokens,
         "supervised_tokens": run.supervised_tokens,

@@ -171,7 +171,8 @@ class HubSource(Part, frozen=True, kw_only=True):
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
-    ``hub`` is where it was pulled from, ``pushed`` where it was pushed to last.
+    ``from`` is the version at whose factors its training began; ``hub`` is where it was pulled from, ``pushed`` where it
+    was pushed to last.
     """
 
     version: Count
@@ -180,6 +181,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     base: str
     fingerprint: str
     trained_on: list[str] = msgspec.field(default_factory=list)
+    from_: str | None = msgspec.field(name="from", default=None)
     created: str
     lora: Lora
     parameters: Count
@@ -258,10 +260,13 @@ class Stack(Entry, frozen=True, kw_only=True):
 Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
 
 
+_RANK = 16
+
+
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides what training makes of given data, with its one default."""
 
-    rank: Rank = 16
+    rank: Rank = _RANK
     alpha: Annotated[float, Meta(gt=0, le=_HUGE, description="LoRA alpha; twice the rank if left out.")] | None = None
     dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout before the new adapter.")] = 0.0
     target_modules: Annotated[
@@ -323,13 +328,20 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ) = None
 
     def effective_alpha(self) -> float:
-        return self.alpha if self.alpha is not None else 2.0 * self.rank
+        return self.alpha if self.alpha is not None else 2.0 * self.effective_rank()
+
+    def effective_rank(self) -> int:
+        return self.rank or _RANK
 
 
 class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One adapter to train, as a recipe or ``--config`` says it."""
 
+    rank: Annotated[  # type: ignore[assignment]  # None: that of what it begins at, else the default
+        int | None, Meta(ge=1, le=65536, description="Rank of the adapter's two factors; 16 if left out.")
+    ] = None
     on: str | None = None
+    from_: str | None = msgspec.field(name="from", default=None)
     base: str | None = None
     data: str | None = None
     eval_data: str | None = None
@@ -347,7 +359,8 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.eval_data is not None and (self.keep == "best" or self.patience is not None)
 
     def settings(self) -> TrainSettings:
-        return TrainSettings(**{name: getattr(self, name) for name in TrainSettings.__struct_fields__})
+        told = {name: getattr(self, name) for name in TrainSettings.__struct_fields__}
+        return TrainSettings(**{**told, "rank": self.effective_rank()})
 
 
 class PushTarget(Part, frozen=True, kw_only=True):

@@ -44,7 +44,7 @@ _OLDER_KEYS = {
 }
 # The registry knows where weights lie, and the rest changes nothing about what is learned.
 _OLDER_IGNORED = ("output_dir", "overwrite_output_dir", "logging_steps", "save_total_limit")
-_OWN = (*TrainJob.__struct_fields__, "name")
+_OWN = (*TrainJob.__struct_encode_fields__, "name")
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base, TrainJob
 from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
+from stackctl.jobs.beginning import Beginning, find_beginning, settle
 from stackctl.jobs.trackers import check_trackers
-from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets
+from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
@@ -35,8 +36,6 @@ from stackctl.registry.store import Registry
 from stackctl.registry.versions import check_adapter_name
 from stackctl.storage.data_files import texts_in
 from stackctl.storage.paths import missing_path, typed_path
-
-_REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class PreparedJob:
     plan: StackPlan
     data: str
     eval_data: str | None
+    beginning: Beginning | None = None
 
     @property
     def base(self) -> Base:
@@ -83,6 +83,7 @@ class PreparedJob:
             "held-out data": eval_digest,
             "base": self.base.fingerprint,
             "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
+            "from": [self.beginning.label, self.beginning.member.version.digest] if self.beginning else None,
             "processes": ranks.world_size(),
         }
 
@@ -98,6 +99,7 @@ def prepare_job(
         StackctlError: everything that is wrong with it, at once.
     """
     problems: list[StackctlError] = []
+    beginning: Beginning | None = None
     attempt = functools.partial(errors.attempt, problems)
     attempt(check_adapter_name, registry, name)
     stack = attempt(resolve_expression, registry, job.on or BASE, base=job.base, fresh=fresh)
@@ -108,6 +110,8 @@ def prepare_job(
         attempt(_check_is_sum, stack)
         attempt(stack.terms)
         attempt(_check_not_on_itself, name, stack)
+        if job.from_ and (beginning := attempt(find_beginning, registry, name, job, stack)):
+            job = attempt(settle, job, beginning) or job
         attempt(_check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:
         job = arguments
@@ -118,7 +122,7 @@ def prepare_job(
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
-    return PreparedJob(name, job, stack, plan, data, eval_data)
+    return PreparedJob(name, job, stack, plan, data, eval_data, beginning)
 
 
 def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
@@ -172,10 +176,10 @@ def _check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
         raise Usage("--orthogonal needs a frozen stack to be orthogonal to", hint="name it: --on STACK")
     for name, module in plan.modules.items():
         reads = module.shape[0] if module.type == "Embedding" else module.shape[1]
-        if module.rank + job.rank > reads:
+        if module.rank + job.effective_rank() > reads:
             raise Incompatible(
                 f"--orthogonal: {name} reads {reads} directions, the frozen stack {module.rank} of them, "
-                f"and rank {job.rank} finds no room beside it",
+                f"and rank {job.effective_rank()} finds no room beside it",
                 hint="use a smaller --rank, or leave out --orthogonal",
             )
 
@@ -207,15 +211,6 @@ def optimizer_steps(job: TrainJob, rows: int, processes: int) -> int:
     """
     batches = -(-rows // (job.batch_size * processes))
     return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
-
-
-def parse_targets(text: list[str] | str) -> list[str] | str:
-    """``q_proj,v_proj`` to a list; a regular expression and all-linear stay text."""
-    if isinstance(text, list):
-        return text
-    if text.lower() == ALL_LINEAR:
-        return ALL_LINEAR
-    return text if _REGEX_SIGNS.search(text) else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _check_targets(job: TrainJob, base: Base) -> None:

@@ -17,10 +17,11 @@ from stackctl.core import errors
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
-from stackctl.jobs.job import PreparedJob, data_path, parse_targets, prepare_job
+from stackctl.jobs.job import PreparedJob, data_path, prepare_job
+from stackctl.lora.target_modules import parse_targets
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_adapter, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text
@@ -63,7 +64,7 @@ def read_recipe(path: Path) -> RecipeFile:
     problems: list[StackctlError] = []
     checks: list[tuple[Callable[[str], Any], str]] = [
         *((parse_name, name) for name in recipe.train),
-        *((parse_expression, job.on) for job in recipe.train.values() if job.on),
+        *((parse_expression, text) for job in recipe.train.values() for text in (job.on, job.from_) if text),
         *((parse_expression, text) for text in [recipe.push and recipe.push.stack] if text),
         *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
     ]
@@ -119,13 +120,18 @@ def build_order(recipe: Recipe) -> list[str]:
 
 
 def _needs(recipe: Recipe, name: str) -> list[Reference]:
-    """What a part of the recipe names in its expression."""
-    expression = _expression(recipe, name)
-    return [term.reference for term in parse_expression(expression)] if expression else []
+    """What a part of the recipe names: in its expression, and as its ``from``, a version of its own aside."""
+    begins = recipe.train[name].from_ if name in recipe.train else None
+    beginning = [found for found in _named(begins) if found.name != name or found.version is None]
+    return [*_named(_expression(recipe, name)), *beginning]
 
 
 def _expression(recipe: Recipe, name: str) -> str | None:
     return recipe.train[name].on if name in recipe.train else recipe.stacks[name]
+
+
+def _named(expression: str | None) -> list[Reference]:
+    return [term.reference for term in parse_expression(expression)] if expression else []
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,9 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
 
 def _made_elsewhere(recipe: Recipe, expression: str | None) -> list[Reference]:
     """What an expression names that is no part of the recipe."""
-    named = [term.reference for term in parse_expression(expression)] if expression else []
-    return [needed for needed in named if needed.name not in recipe.train and needed.name not in recipe.stacks]
+    return [
+        needed for needed in _named(expression) if needed.name not in recipe.train and needed.name not in recipe.stacks
+    ]
 
 
 def _is_there(registry: Registry, reference: Reference) -> bool:
@@ -190,6 +197,9 @@ def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
     ]
     if name in recipe.train:
         job = recipe.train[name]
+        checks += [
+            functools.partial(resolve_adapter, registry, needed) for needed in _made_elsewhere(recipe, job.from_)
+        ]
         checks.append(functools.partial(data_path, job.data, found.folder, name))
         if job.eval_data:
             checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
@@ -224,6 +234,9 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
         return (
             f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
         )
+    begins = prepared.beginning.label if prepared.beginning else None
+    if newest.from_ != begins:
+        return f"begun at {newest.from_ or 'nothing'}, now at {begins or 'nothing'}"
     if not registry.weights_path(newest).is_dir():
         return "its weights are missing"
     return None

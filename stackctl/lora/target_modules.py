@@ -199,3 +199,15 @@ def lora_scaling(config: Mapping[str, Any], name: str) -> float:
 def natural_order(name: str) -> list[tuple[bool, str]]:
     """A key that sorts layer 2 before layer 10."""
     return [(not part.isdigit(), part.zfill(20) if part.isdigit() else part) for part in name.split(".")]
+
+
+_REGEX_SIGNS = re.compile(r"[\\|()\[\]{}^$*+?]")
+
+
+def parse_targets(text: list[str] | str) -> list[str] | str:
+    """``q_proj,v_proj`` to a list; a regular expression and all-linear stay text."""
+    if isinstance(text, list):
+        return text
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    return text if _REGEX_SIGNS.search(text) else [part.strip() for part in text.split(",") if part.strip()]

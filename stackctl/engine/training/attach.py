@@ -11,8 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine.live_adapter import LIVE, attach_live
 from stackctl.engine.models import StackedModel
+from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.targets import Targets, attached
+from stackctl.engine.training.targets import Targets, attached, new_layers
+from stackctl.jobs.beginning import Beginning
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import natural_order
 
@@ -45,12 +47,13 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     """
     job, base = prepared.job, prepared.base
     config = LoraConfig(
-        r=job.rank,
+        r=job.effective_rank(),
         lora_alpha=_whole(job.effective_alpha()),
         lora_dropout=job.dropout,
         use_rslora=job.use_rslora,
         task_type="CAUSAL_LM",
         **copy.deepcopy(targets.settings),
+        **(prepared.beginning.patterns if prepared.beginning else {}),
     )
     stacked.model.name_or_path = base.hub_id or str(stacked.folder)
     with torch.random.fork_rng():
@@ -61,6 +64,8 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
             f"PEFT did not attach the adapter to what it was asked for: {', '.join(odd[:3])}; nothing was trained",
             hint=f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name}",
         )
+    if prepared.beginning:
+        begin_at(model, prepared.beginning)
     if live:
         attach_live(model, prepared.plan)
         model.base_model.set_adapter([LIVE, ADAPTER])
@@ -68,6 +73,27 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
             if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
                 parameter.requires_grad_(False)
     return model
+
+
+@torch.no_grad()
+def begin_at(model: PeftModel, beginning: Beginning) -> None:
+    """Give the new adapter the factors of another: its first step begins with that one's effect.
+
+    Rows of A beyond its rank stay as they were drawn, with columns of zeros in B. B takes up another scaling.
+    """
+    modules = beginning.plan.modules
+    with MemberTensors(beginning.plan) as tensors:
+        for name, layer in new_layers(model):
+            [(a, b, scale)] = tensors.factors(modules[name])
+            embedding = ADAPTER in layer.lora_embedding_A
+            new_a = layer.lora_embedding_A[ADAPTER] if embedding else layer.lora_A[ADAPTER].weight  # (r, in)
+            new_b = layer.lora_embedding_B[ADAPTER] if embedding else layer.lora_B[ADAPTER].weight  # (out, r)
+            if embedding:  # PEFT draws B of an embedding and leaves A at zero
+                new_a[a.shape[0] :].normal_()
+            new_a[: a.shape[0]].copy_(a)
+            new_b.zero_()
+            ratio = scale / layer.scaling[ADAPTER]
+            new_b[:, : b.shape[1]].copy_(b if abs(ratio - 1) < 1e-12 else b * ratio)
 
 
 def _whole(number: float) -> int | float:

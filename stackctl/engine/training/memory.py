@@ -43,7 +43,7 @@ def estimate_job(
     live = job.frozen == "live" or job.dtype == "nf4"
     memory = estimate_memory(
         base,
-        rank=job.rank,
+        rank=job.effective_rank(),
         targets=targets,
         tokens=int(lengths[largest].sum()),
         supervised=supervised,

@@ -116,6 +116,7 @@ def _entry(
         base=base.name,
         fingerprint=base.fingerprint,
         trained_on=prepared.trained_on,
+        from_=prepared.beginning.label if prepared.beginning else None,
         created=now(),
         lora=describe_lora(checkpoint.config),
         parameters=checkpoint.parameters,

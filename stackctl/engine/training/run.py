@@ -72,7 +72,8 @@ def train_adapter(
     """
     if prepared.job.orthogonal and group.keeps_parts():
         raise NOT_WHOLE
-    check_digests(registry, prepared.stack.members)
+    begins = (prepared.beginning.member,) if prepared.beginning else ()
+    check_digests(registry, (*prepared.stack.members, *begins))
     if resume:
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())

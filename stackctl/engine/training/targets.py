@@ -24,8 +24,8 @@ from stackctl.core.schema import Base, ModuleShape, TrainJob
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_modules import text_modules
 from stackctl.engine.training.adapter import ADAPTER
-from stackctl.jobs.job import PreparedJob, parse_targets
-from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order
+from stackctl.jobs.job import PreparedJob
+from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, shortest_suffixes
 
 _SHOWN = 12
@@ -69,7 +69,14 @@ def targets_of(prepared: PreparedJob, folder: Path) -> Targets:
     model = empty_model(folder)
     if why := _untrainable(model.config):
         raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
-    return choose_targets(model, prepared.base, prepared.job, text_modules(model))
+    targets = choose_targets(model, prepared.base, prepared.job, text_modules(model))
+    begins = prepared.beginning
+    if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
+        raise Incompatible(
+            f"--from {begins.label}: on '{prepared.base.name}' PEFT would not adapt the same modules: {odd[0]}",
+            hint="train it from nothing: leave out --from",
+        )
+    return targets
 
 
 def _untrainable(config: PretrainedConfig) -> str:
@@ -177,7 +184,7 @@ def _settings(
 
 def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen: set[str]) -> dict[str, str]:
     """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
-    config = LoraConfig(r=job.rank, lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
+    config = LoraConfig(r=job.effective_rank(), lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,0 +1,125 @@
+"""``--from REF``: a job that begins at another adapter's factors, checked by its header before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from stackctl.core.errors import Incompatible, Usage
+from stackctl.core.expressions import format_expression, parse_expression
+from stackctl.core.schema import TrainJob
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
+from stackctl.registry.store import Registry
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a job begins: an adapter version, planned alone on the job's base."""
+
+    member: ResolvedMember
+    plan: StackPlan
+
+    @property
+    def label(self) -> str:
+        return self.member.label
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.plan.members[0].checkpoint.config
+
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """Ranks and alphas of its own that single modules have, as LoraConfig takes them."""
+        return {key: self.config[key] for key in ("rank_pattern", "alpha_pattern") if self.config.get(key)}
+
+
+def find_beginning(registry: Registry, name: str, job: TrainJob, stack: ResolvedStack) -> Beginning:
+    """The adapter that a job begins at.
+
+    Raises:
+        Usage: it is no single adapter, or stands on what is trained, or beneath it.
+        NotFound, Incompatible, VerificationFailed: it is not there, does not fit the base, or is no plain LoRA.
+    """
+    assert job.from_ is not None, "only asked for where a job begins at something"
+    terms = parse_expression(job.from_)
+    if len(terms) > 1 or terms[0].weight != 1:
+        raise Usage(f"--from {job.from_} is no single adapter", hint="name one, for example --from style@1")
+    member = resolve_adapter(registry, terms[0].reference)
+    if any(below.adapter.name == member.adapter.name for below in stack.members):
+        raise Usage(
+            f"--from {member.label} would stand on itself: {stack.pinned} holds {member.adapter.name} already",
+            hint=f"leave {member.adapter.name} out of --on, or begin at another adapter",
+        )
+    if member.adapter.name != name and any(term.reference.name == name for term in foundations(member.version)):
+        raise Usage(
+            f"--from {member.label} would stand on itself: it was trained on "
+            f"{format_expression(foundations(member.version))}",
+            hint=f"choose another name for what comes of it, for example {name}-2",
+        )
+    checkpoint = read_checkpoint(registry.weights_path(member.version))
+    plan = plan_stack(stack.base, [PlanMember(member.label, 1.0, checkpoint, member.adapter.name)]).check()
+    if plan.replacements:
+        raise Incompatible(
+            f"--from {member.label}: it carries {plan.replacements[0].parameter} whole, which is not trained on",
+            hint="begin at an adapter without modules_to_save and biases",
+        )
+    if any(module.is_experts for module in plan.modules.values()):
+        raise Incompatible(
+            f"--from {member.label}: it stands on experts, whose factors cannot be begun at",
+            hint="leave out --from, or begin at an adapter on plain layers",
+        )
+    return Beginning(member, plan)
+
+
+def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
+    """A job whose rank, alpha, targets and kind of scaling are those of what it begins at, where it says nothing else.
+
+    With a higher rank alpha grows along, so that the scaling stays what it was.
+
+    Raises:
+        Usage, Incompatible: it asks for a lower rank, for other targets, or to be orthogonal to the stack.
+    """
+    config, label = beginning.config, beginning.label
+    own_rank = int(config.get("r", 8))
+    own_alpha = float(config.get("lora_alpha", 8))
+    rank = job.rank or own_rank
+    if rank < own_rank:
+        raise Usage(f"--rank {rank}: {label} has rank {own_rank}, and a rank can only be raised", hint="leave it out")
+    if rank > own_rank and beginning.patterns:
+        raise Incompatible(
+            f"--rank {rank}: modules of {label} have ranks or alphas of their own", hint="leave out --rank"
+        )
+    if job.orthogonal:
+        raise Usage(f"--orthogonal would change where --from {label} begins", hint="leave out one of the two")
+    grown = rank / own_rank
+    rslora = bool(config.get("use_rslora")) or job.use_rslora
+    return msgspec.structs.replace(
+        job,
+        rank=rank,
+        alpha=job.alpha or own_alpha * (grown**0.5 if config.get("use_rslora") else grown),
+        use_rslora=rslora,
+        target_modules=_targets(job, beginning),
+    )
+
+
+def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:
+    """What the adapter stands on, in its own words where they mean that here, else by full names."""
+    base = beginning.plan.base
+    assert base is not None, "a beginning is planned on a base"
+    known, own = expand_modules(base.modules), set(beginning.plan.modules)
+    asked = parse_targets(job.target_modules)
+    if job.target_modules != TrainJob().target_modules and named_targets(asked, known, base.output_embedding) != own:
+        raise Incompatible(
+            f"target_modules: {beginning.label} stands on other modules than {job.target_modules}",
+            hint="leave out --target-modules: they are those of --from",
+        )
+    told = beginning.config.get("target_modules")
+    if isinstance(told, list) and named_targets(told, known, base.output_embedding) == own:
+        return sorted(told)
+    return sorted(own)
