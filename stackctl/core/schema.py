@@ -171,8 +171,8 @@ class HubSource(Part, frozen=True, kw_only=True):
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
-    ``from`` is the version at whose factors its training began; ``hub`` is where it was pulled from, ``pushed`` where it
-    was pushed to last.
+    ``from`` is the version at whose factors its training began; ``hub`` is where it was pulled from, and ``pushed``
+    where it was pushed to last.
     """
 
     version: Count
@@ -334,12 +334,15 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.rank or _RANK
 
 
+_RankOrOwn = (
+    Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors; 16 if left out.")] | None
+)
+
+
 class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One adapter to train, as a recipe or ``--config`` says it."""
 
-    rank: Annotated[  # type: ignore[assignment]  # None: that of what it begins at, else the default
-        int | None, Meta(ge=1, le=65536, description="Rank of the adapter's two factors; 16 if left out.")
-    ] = None
+    rank: _RankOrOwn = None  # type: ignore[assignment]  # None: that of what it begins at, else the default
     on: str | None = None
     from_: str | None = msgspec.field(name="from", default=None)
     base: str | None = None
