@@ -39,8 +39,8 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_defaults(project, run):
 def test_every_option_is_a_key_of_the_file(project, run):
     values = {
         "data": "data/style.jsonl", "eval_data": "data/style.jsonl", "base": "tiny", "rank": 3, "alpha": 7,
-        "dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True, "orthogonal": False, "epochs": 2, "max_steps": 3,
-        "batch_size": 2,
+        "dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True, "orthogonal": False, "epochs": 2,
+        "max_steps": 3, "batch_size": 2,
         "gradient_accumulation": 2, "max_length": 99, "pack": True, "learning_rate": 0.001, "scheduler": "constant",
         "warmup": 0.1, "weight_decay": 0.01, "seed": 4, "dtype": "float32", "frozen": "live", "description": "x",
         "save_steps": 2, "report_to": "none", "eval_steps": 3, "keep": "last", "patience": 4,
