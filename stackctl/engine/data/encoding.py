@@ -19,7 +19,15 @@ from stackctl.engine.data.conversation import converse
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
 from stackctl.engine.data.tokenize import Tokenise
 from stackctl.engine.data.turns import Turns
-from stackctl.engine.records import ChatRecord, CompletionRecord, Record, RecordSet, RecordStream, TextRecord
+from stackctl.engine.records import (
+    ChatRecord,
+    CompletionRecord,
+    PreferenceRecord,
+    Record,
+    RecordSet,
+    RecordStream,
+    TextRecord,
+)
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
@@ -37,6 +45,7 @@ def encode(
     *,
     max_length: int,
     split_long: bool = False,
+    pairs: bool = False,
     template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Encoded:
@@ -44,6 +53,7 @@ def encode(
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
     * prompt and completion: the completion and an EOS after it;
+    * pairs of answers: the chosen one as the other kinds; with ``pairs`` both, one after the other;
     * conversations: for every assistant turn what the model has to write behind the generation prompt of that moment,
       up to its end of turn, and nothing else. What follows the last of them is left out, since it changes no loss.
 
@@ -58,7 +68,14 @@ def encode(
     encoded = Encoded([], owners=[])
     examples: list[Example] = []
     for some in encode_pieces(
-        records, tokenizer, encoded, max_length=max_length, split_long=split_long, template=template, reading=reading
+        records,
+        tokenizer,
+        encoded,
+        max_length=max_length,
+        split_long=split_long,
+        pairs=pairs,
+        template=template,
+        reading=reading,
     ):
         examples += some
     encoded.examples = examples
@@ -72,12 +89,13 @@ def encode_pieces(
     *,
     max_length: int,
     split_long: bool,
+    pairs: bool = False,
     template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Iterator[list[Example]]:
     """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
     tokenise = Tokenise(tokenizer)
-    layouts = _Layouts(records, tokenizer, template or {})
+    layouts = _Layouts(records, tokenizer, template or {}, pairs=pairs)
     stream = iter(records.records)
     while batch := list(itertools.islice(stream, _BATCH)):
         laid_out = [(record, layouts.of(record)) for record in batch]
@@ -115,7 +133,8 @@ def _kept(
                 needed = _cut(example, len(example.input_ids))
                 cut = cut or len(needed.input_ids) > max_length
                 kept.append(_cut(needed, max_length))
-        kept = [example for example in kept if example.input_ids]
+        whole = all(example.input_ids for example in kept) or not isinstance(record, PreferenceRecord)
+        kept = [example for example in kept if example.input_ids] if whole else []
         if encoded.owners is not None:
             encoded.owners += [record.number] * len(kept)
         encoded.truncated += cut
@@ -141,17 +160,29 @@ def _all_threads() -> Iterator[None]:
 class _Layouts:
     """The texts of records, and what is unusual about them."""
 
-    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any]) -> None:
+    def __init__(
+        self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any], *, pairs: bool
+    ) -> None:
         self._records = records
         self._tokenizer = tokenizer
         self._arguments = template
+        self._pairs = pairs
         self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []
         self._said: Counter[str] = Counter()
-        self._several = self._muted = 0
+        self._several = self._muted = self._unread = 0
         self.refused = 0
 
     def of(self, record: Record) -> list[Layout]:
+        """The texts of a record; of a pair the chosen one, or with ``pairs`` both, each in one text."""
+        if isinstance(record, PreferenceRecord):
+            if not self._pairs:
+                self._unread += 1
+                return self.of(record.chosen)
+            both = [self.of(record.chosen), self.of(record.rejected)]
+            if any(len(layouts) > 1 for layouts in both):
+                self._refuse(record, "it renders earlier turns differently, so that an answer of several is no one text")
+            return [layouts[0] for layouts in both] if all(len(layouts) == 1 for layouts in both) else []
         if isinstance(record, TextRecord):
             return [Layout(record.text, [(0, len(record.text))], document=True, ends=True)]
         if isinstance(record, CompletionRecord):
@@ -163,10 +194,13 @@ class _Layouts:
         try:
             return self._of_chat(record, *self._turns)
         except TEMPLATE_ERRORS as error:
-            self.refused += 1
-            if self.refused <= _SHOWN:
-                self._problems.append(f"{self._records.place(record.number)}: {first_line(error)}")
+            self._refuse(record, first_line(error))
             return []
+
+    def _refuse(self, record: Record, why: str) -> None:
+        self.refused += 1
+        if self.refused <= _SHOWN:
+            self._problems.append(f"{self._records.place(record.number)}: {why}")
 
     def _of_chat(self, record: ChatRecord, template: ChatTemplate, turns: Turns) -> list[Layout]:
         """Every assistant turn that is to be learned, in as few texts as possible.
@@ -218,6 +252,8 @@ class _Layouts:
                 f"the chat template renders earlier assistant turns differently: {self._several} of "
                 f"{count} conversations became one example per turn"
             )
+        if self._unread:
+            notes.append(f"of {self._unread} pairs of answers 'chosen' is read, and 'rejected' is passed over")
         notes += [f"the chat template {said}: {number} of {count} conversations" for said, number in self._said.items()]
         if self._muted:
             notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")

@@ -40,6 +40,7 @@ def encode_cached(
     *,
     max_length: int,
     split_long: bool = False,
+    pairs: bool = False,
     template: dict[str, Any] | None = None,
     cache: bool = True,
     reading: Reading = lambda _: None,
@@ -56,9 +57,16 @@ def encode_cached(
     root = tokens_folder()
     if not cache or not _can_write(root):
         return encode(
-            records, tokenizer, max_length=max_length, split_long=split_long, template=template, reading=reading
+            records,
+            tokenizer,
+            max_length=max_length,
+            split_long=split_long,
+            pairs=pairs,
+            template=template,
+            reading=reading,
         )
-    place = root / _key(records, tokenizer, max_length, split_long, template or {})
+    settings = [max_length, split_long, pairs, template or {}]
+    place = root / _key(records, tokenizer, settings)
     if (found := _read(place, records)) is not None:
         return found
     free_tokens(every=False, dry_run=False)
@@ -71,6 +79,7 @@ def encode_cached(
                 encoded,
                 max_length=max_length,
                 split_long=split_long,
+                pairs=pairs,
                 template=template,
                 reading=reading,
             ):
@@ -108,10 +117,10 @@ def _read(place: Path, records: RecordStream) -> Encoded | None:
     return found
 
 
-def _key(records: RecordStream, tokenizer: Any, max_length: int, split_long: bool, template: dict[str, Any]) -> str:
+def _key(records: RecordStream, tokenizer: Any, settings: list[Any]) -> str:
     kind = "".join(Path(records.path).suffixes[-2:]).lower()
     date = run_date().date().isoformat() if is_dated(tokenizer) else None
-    parts = [records.sha256, kind, _tokenizer_digest(tokenizer), max_length, split_long, template, date, _code_digest()]
+    parts = [records.sha256, kind, _tokenizer_digest(tokenizer), settings, date, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

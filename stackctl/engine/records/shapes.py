@@ -1,7 +1,8 @@
-"""The shapes in which records are written: recognised, checked, and turned into one of the three kinds."""
+"""The shapes in which records are written: recognised, checked, and turned into one of the four kinds."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from stackctl.engine.records.types import (
     CompletionRecord,
     Format,
     Message,
+    PreferenceRecord,
     Record,
     TextRecord,
 )
@@ -33,6 +35,10 @@ _ELSEWHERE = (
     ),
 )
 """Keys of a record that mean something to peers and nothing here."""
+
+_PROMPTS = ("prompt", "question", "conversations", "messages")
+"""Where the prompt of two answers stands, if it stands beside them."""
+_EQUAL = "its 'chosen' and 'rejected' are equal: there is nothing to prefer"
 
 
 class Shape(NamedTuple):
@@ -75,7 +81,49 @@ def _asked(question: str, answer: str, given: str = "") -> Callable[[int, dict[s
     return parse
 
 
+def _preference(number: int, record: dict[str, Any]) -> Record:
+    """Two texts behind a prompt's, joined as they stand; or two conversations that share a beginning."""
+    prompt = next((record[key] for key in _PROMPTS if record.get(key) is not None), None)
+    answers = {key: record[key] for key in ("chosen", "rejected")}
+    if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers.values()):
+        asked = text_of(prompt, "'prompt'")
+        one, other = (CompletionRecord(number, asked, text_of(answers[key], f"'{key}'")) for key in answers)
+        if one == other:
+            raise BadRecord(_EQUAL)
+        return PreferenceRecord(number, one, other)
+    before = turns_of(prompt, "the prompt").messages if isinstance(prompt, list) else []
+    if isinstance(prompt, str):
+        before = [{"role": "user", "content": text_of(prompt, "'prompt'")}]
+    said = {key: _conversation(before, answer, f"'{key}'") for key, answer in answers.items()}
+    first, second = said["chosen"].messages, said["rejected"].messages
+    if first == second:
+        raise BadRecord(_EQUAL)
+    same = (a == b for a, b in zip(first, second, strict=False))
+    shared = sum(1 for _ in itertools.takewhile(bool, same))
+    if not shared:
+        raise BadRecord("has no prompt: 'chosen' and 'rejected' share no beginning, and no 'prompt' stands beside them")
+    for key, turns in said.items():
+        later = range(shared, len(turns.messages))
+        if not any(turns.messages[n]["role"] == "assistant" and n not in turns.muted for n in later):
+            raise BadRecord(f"its '{key}' has no assistant turn of its own behind what both share")
+    chosen, rejected = (_chat(number, record, turns, shared) for turns in said.values())
+    return PreferenceRecord(number, chosen, rejected)
+
+
+def _conversation(before: list[Message], answer: Any, what: str) -> Turns:
+    """A whole conversation; an answer, which begins with the assistant, is put behind what was said before."""
+    if isinstance(answer, str) and not answer.lstrip().startswith("["):
+        turns = Turns([{"role": "assistant", "content": text_of(answer, what)}])
+    else:
+        turns = turns_of([answer] if isinstance(answer, dict) else answer, what)
+    if turns.messages and turns.messages[0]["role"] != "assistant":
+        return turns
+    return Turns(before + turns.messages, {len(before) + position for position in turns.muted})
+
+
 SHAPES = (
+    # Sets of preferences carry a "prompt", "messages" or "conversations" beside the two answers.
+    Shape("preference", ("chosen", "rejected"), _preference, _PROMPTS),
     # The more specific come first: published Alpaca files carry a "text" as well, UltraChat a "prompt".
     Shape("messages", ("messages",), _listed("messages")),
     Shape("conversations", ("conversations",), _listed("conversations")),
@@ -91,7 +139,8 @@ SHAPES = (
 COLUMNS = {*_AROUND, *_ELSEWHERE, *(key for shape in SHAPES for key in (*shape.keys, *shape.also))}
 SHAPE_HINT = (
     'a record is {"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
-    '{"prompt", "completion"}, {"instruction", "input", "output"}, {"prompt", "response"} or {"question", "answer"}'
+    '{"prompt", "completion"}, {"instruction", "input", "output"}, {"prompt", "response"}, {"question", "answer"} or '
+    '{"prompt", "chosen", "rejected"}'
 )
 
 
@@ -128,8 +177,9 @@ def parse(number: int, value: Any, shape: Shape) -> Parsed:
         BadRecord: something in it is wrong.
     """
     record = shape.parse(number, value)
-    unread = _ELSEWHERE if isinstance(record, ChatRecord) else (*_ELSEWHERE, *_AROUND)
-    ignored = [key for key in unread if value.get(key) not in (None, "", [], {}) and key not in shape.keys]
+    kind = record.chosen if isinstance(record, PreferenceRecord) else record
+    unread = _ELSEWHERE if isinstance(kind, ChatRecord) else (*_ELSEWHERE, *_AROUND)
+    ignored = [key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)]
     if value.get("label") is False and not isinstance(record, TextRecord):  # what KTO learns to avoid
         return Parsed(None, [key for key in ignored if key != "label"])
     return Parsed(record, ignored)

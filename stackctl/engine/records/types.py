@@ -1,4 +1,4 @@
-"""What a record is once it was read: a text, something to complete, or a conversation."""
+"""What a record is once it was read: a text, something to complete, a conversation, or a pair of answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Format = Literal[
-    "text", "messages", "conversations", "conversation", "prompt", "response", "question", "query", "instruction"
-]
+    "text", "messages", "conversations", "conversation", "prompt", "response", "question", "query", "instruction",
+    "preference",
+]  # fmt: skip
 Unit = Literal["line", "record", "file"]
 """What a record's number counts: lines, files of a folder, or records where a file has no lines to speak of."""
 Message = dict[str, Any]
@@ -53,7 +54,16 @@ class ChatRecord:
         return spoken and position >= self.context and position not in self.muted
 
 
-Record = TextRecord | CompletionRecord | ChatRecord
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """Two answers to one prompt, of which ``chosen`` is the better; what is to be learned of both comes after it."""
+
+    number: int
+    chosen: CompletionRecord | ChatRecord
+    rejected: CompletionRecord | ChatRecord
+
+
+Record = TextRecord | CompletionRecord | ChatRecord | PreferenceRecord
 
 
 @dataclass(frozen=True)
