@@ -181,7 +181,9 @@ class _Layouts:
                 return self.of(record.chosen)
             both = [self.of(record.chosen), self.of(record.rejected)]
             if any(len(layouts) > 1 for layouts in both):
-                self._refuse(record, "it renders earlier turns differently, so that an answer of several is no one text")
+                self._refuse(
+                    record, "it renders earlier turns differently, so that an answer of several is no one text"
+                )
             return [layouts[0] for layouts in both] if all(len(layouts) == 1 for layouts in both) else []
         if isinstance(record, TextRecord):
             return [Layout(record.text, [(0, len(record.text))], document=True, ends=True)]

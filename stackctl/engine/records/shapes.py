@@ -179,7 +179,9 @@ def parse(number: int, value: Any, shape: Shape) -> Parsed:
     record = shape.parse(number, value)
     kind = record.chosen if isinstance(record, PreferenceRecord) else record
     unread = _ELSEWHERE if isinstance(kind, ChatRecord) else (*_ELSEWHERE, *_AROUND)
-    ignored = [key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)]
+    ignored = [
+        key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)
+    ]
     if value.get("label") is False and not isinstance(record, TextRecord):  # what KTO learns to avoid
         return Parsed(None, [key for key in ignored if key != "label"])
     return Parsed(record, ignored)
