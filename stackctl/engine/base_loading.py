@@ -70,7 +70,9 @@ def load_weights(
         ) from error
     check_keys(found, folder, model)
     if scheme is not None and scheme.method == FOUR_BITS and not four_bits:
-        model = model.dequantize(dtype)
+        return model.dequantize(dtype)
+    if four_bits:
+        _keep_unpacked(model)
     return model
 
 
@@ -131,6 +133,20 @@ def _check_bitsandbytes(*, needed: bool) -> None:
         if needed:
             hint = "pip install 'stackctl-lora[quant]', or use the model that it was made from"
         raise Incompatible(f"bitsandbytes does not run on this machine ({error})", hint=hint) from error
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Leave weights of four bits as they are stored, on every CPU.
+
+    On a CPU with AVX512-BF16 bitsandbytes (0.50) packs them when they are first multiplied without gradients. That
+    rounds their scales to bfloat16, no gradient goes through what is packed (its product has no backward pass, so
+    training after an evaluation would be wrong without a word), and rows narrower than a block cannot be packed.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:

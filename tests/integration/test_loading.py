@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ from stackctl.engine.generation import Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
 from stackctl.machine.resources import return_freed_memory
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_base, resolve_expression
 from stackctl.registry.store import Registry
 
 registry = Registry(Path(sys.argv[1]))
@@ -77,12 +80,22 @@ for case in sys.argv[2:]:
         return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what there is now
         before = megabytes("VmRSS:")
-        own = sum(work(*case.split()).values()) / 2**20
-        print(case, (megabytes("VmHWM:") - before) / own, flush=True)
+        own = [size / 2**20 for size in work(*case.split()).values()]
+        print(case, (megabytes("VmHWM:") - before) / sum(own), max(own) / sum(own), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
-"""The work of ``generate``; the peak above what there was before it, as a multiple of the weights."""
+"""The work of ``generate``; the peak above what there was before it and the largest weight, as parts of the weights."""
+
+
+def peaks(registry: Path, cases: list[str], **environment: str) -> dict[str, tuple[float, float]]:
+    """By case. One thread: a process that has started OpenMP's threads hangs in a fork."""
+    command = [sys.executable, "-c", WORK, str(registry), *cases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment)
+    found = {" ".join(line.split()[:2]): line.split()[2:] for line in done.stdout.splitlines()}
+    assert list(found) == cases
+    return {case: (float(peak), float(largest)) for case, (peak, largest) in found.items()}
 
 
 def test_the_peak_is_hardly_more_than_the_weights(run: Any, tmp_path: Path) -> None:
@@ -106,9 +119,9 @@ def test_the_peak_is_hardly_more_than_the_weights(run: Any, tmp_path: Path) -> N
         adapter = name if base == "tied" else f"{base}-{name}"
         run("add", adapter, random_adapter(tmp_path / base, tmp_path / adapter, seed=number), "--base", base)
     cases = ["tied bfloat16", "untied bfloat16", "half float32", "tied float32"]
-    command = [sys.executable, "-c", WORK, str(tmp_path / "registry"), *cases]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    peaks = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()}
-    assert list(peaks) == cases
-    assert max(peaks.values()) < 1.15, peaks
-    assert min(peaks.values()) > 0.95, f"the weights must be among what was measured: {peaks}"
+    found = peaks(tmp_path / "registry", cases, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert max(peak for peak, _ in found.values()) < 1.15, found
+    assert min(peak for peak, _ in found.values()) > 0.95, f"the weights must be among what was measured: {found}"
+    # Where a CPU multiplies bfloat16 in hardware, oneDNN multiplies by a copy that has the order of its registers.
+    native = peaks(tmp_path / "registry", cases[:2])
+    assert all(0.95 < peak < 1.15 + largest for peak, largest in native.values()), native

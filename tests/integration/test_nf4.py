@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_registry import CHAT
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from stackctl.engine.base_loading import load_weights
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["AVX512-BF16", "another CPU"])
+def packing_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What bitsandbytes sees of the CPU: whether it would pack weights that are multiplied without gradients."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+    return request.param
 
 
 def quantised(base: Any) -> Any:
@@ -21,7 +32,11 @@ def quantised(base: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config).eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # it cannot pack rows of 32 weights
+    return model
 
 
 def test_training_on_a_base_of_four_bits_has_the_stack_live(house: Any) -> None:
@@ -47,6 +62,23 @@ def test_training_on_a_base_of_four_bits_has_the_stack_live(house: Any) -> None:
     both.load_adapter(h.weights("new"), adapter_name="new")
     oracle.activate(both, ["style", "new"])
     assert oracle.loss(both.eval(), CHAT) < curve[-1], "plain PEFT loads it on such a base"
+
+
+def test_gradients_go_through_weights_that_were_evaluated(packing_cpu: bool, tmp_path: Path) -> None:
+    """Rows of 128 weights can be packed, and then have no backward pass."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).save_pretrained(tmp_path)
+    model = load_weights(tmp_path, torch.float32, torch.device("cpu"), four_bits=True).eval()
+    embedded = torch.randn(1, 3, 128, requires_grad=True)
+    with torch.no_grad():
+        evaluated = model(inputs_embeds=embedded).logits
+    trained = model.train()(inputs_embeds=embedded).logits
+    assert torch.allclose(trained, evaluated, rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(trained.square().sum(), embedded)
+    plain = model.dequantize(torch.float32)(inputs_embeds=embedded).logits
+    assert torch.allclose(trained, plain, rtol=1e-4, atol=1e-6)
+    (wanted,) = torch.autograd.grad(plain.square().sum(), embedded)
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_on_four_bits_is_resumed(house: Any) -> None:
