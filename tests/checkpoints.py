@@ -92,8 +92,9 @@ def lora_tensors(modules: Iterable[str] | None = None, rank: int = 2) -> Tensors
     shapes = base_modules()
     tensors: Tensors = {}
     for module in attention() if modules is None else modules:
-        rows, columns = shapes[module].shape
-        if shapes[module].type == "Embedding":
+        shape = shapes.get(module, ModuleShape(type="Linear", shape=[HIDDEN, HIDDEN]))
+        rows, columns = shape.shape
+        if shape.type == "Embedding":
             tensors[f"base_model.model.{module}.lora_embedding_A"] = (rank, rows)
             tensors[f"base_model.model.{module}.lora_embedding_B"] = (columns, rank)
         else:

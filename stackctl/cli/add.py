@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stackctl.cli.common import REGISTRY, BaseOption, Context, command, complete_what
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import AdapterVersion, Base
 from stackctl.lora.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
+from stackctl.lora.effect import NO_EFFECT, has_no_effect
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
-from stackctl.registry.base_matching import named_base, recognise_base
-from stackctl.registry.checkpoint_files import copy_checkpoint
+from stackctl.plan.validate import no_plain_lora
+from stackctl.registry.base_matching import choose_base
+from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry, now
 from stackctl.registry.versions import add_version, check_adapter_name, find_same_version
@@ -51,10 +54,20 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         check_adapter_name(registry, name)
         folder = find_checkpoint_folder(path)
+        left_out = check_links(folder)
         checkpoint = read_checkpoint(folder)
-        own = None if on or base else recognise_base(registry, checkpoint.config, read_info(folder))
+        member = PlanMember(name, 1.0, checkpoint, name)
+        if no_plain_lora(member):
+            plan_stack(None, [member]).check()
+        own, unknown = (None, "") if on or base else choose_base(registry, checkpoint, read_info(folder))
         stack = resolve_expression(registry, on or "base", base=own.name if own else base)
-        plan = plan_stack(stack.base, [PlanMember(name, 1.0, checkpoint, name)]).check()
+        plan = plan_stack(stack.base, [member])
+        if unknown and plan.errors:
+            raise Incompatible(
+                f"its base is '{unknown}', which is not registered, and it does not fit '{stack.base.name}'",
+                hint=f"register it: {shlex.join(['stackctl', 'base', 'add', 'NAME', unknown])}",
+            )
+        plan.check()
         if checkpoint.copies:
             from stackctl.engine.base_copies import check_copies
             from stackctl.engine.base_files import base_folder
@@ -75,9 +88,13 @@ def register(app: typer.Typer) -> None:
         said = f"{label} is registered already" if known else f"registered {label}"
         text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
         notes = [p.message for p in plan.problems]
-        if not (own or on or base) and (said_base := named_base(checkpoint.config)):
-            told = f"its base is '{said_base}', which is not registered; it is registered on '{stack.base.name}'"
+        if unknown:
+            told = f"its base is '{unknown}', which is not registered; it is registered on '{stack.base.name}'"
             notes.append(f"{told} (--base chooses another)")
+        if left_out:
+            notes.append(f"{', '.join(left_out)}: links out of {folder}, which are not followed")
+        if has_no_effect(checkpoint):
+            notes.append(f"{label} {NO_EFFECT}")
         return Result(data, label, text, notes=tuple(notes))
 
 

@@ -24,9 +24,10 @@ from stackctl.core.errors import NotFound, Usage
 from stackctl.core.expressions import parse_expression
 from stackctl.core.schema import Adapter, Base, Stack
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
+from stackctl.lora.effect import NO_EFFECT, has_no_effect
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import lint_for
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.model import PlanMember, Problem, StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import recognise_base
 from stackctl.registry.base_models import check_linked_base
@@ -139,6 +140,12 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
         info["verified"] = True
     if wishes.modules:
         info["module_table"] = module_table(plan)
+    idle = [
+        Problem("no_effect", f"{member.label} {NO_EFFECT}", "train it, or leave it out", member.label, "warning")
+        for member in plan.members
+        if has_no_effect(member.checkpoint)
+    ]
+    info["problems"] = [*info["problems"], *(problem.json() for problem in idle)]
     found = [p.json() for p in lint_for(wishes.target, plan)] if wishes.target else []
     if wishes.target:
         info |= {"for": wishes.target, "problems": [*info["problems"], *found]}

@@ -7,8 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_MESSAGE_WORD, _HINT_WORD = 300, 2000
+"""Characters of one word, such as a path or an expression; a hint is to be typed, and so cut only when nobody would."""
+
+
+def shorten_words(text: str, most: int) -> str:
+    """A text in which words of more than ``most`` characters, which somebody typed or a file holds, are cut."""
+    if len(text) <= most:
+        return text
+    return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 5]}…{word[0][-(most // 10) :]}", text)
 
 
 class StackctlError(Exception):
@@ -18,9 +29,10 @@ class StackctlError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = shorten_words(message, _MESSAGE_WORD)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = shorten_words(hint, _HINT_WORD) if hint else hint
 
 
 class Failed(StackctlError):
@@ -134,7 +146,8 @@ def joined(problems: list[StackctlError]) -> StackctlError:
     if len(problems) == 1:
         return first
     hints = dict.fromkeys(p.hint for p in problems if p.hint)
-    return type(first)("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
+    messages = dict.fromkeys(p.message for p in problems)
+    return type(first)("; ".join(messages), hint="; ".join(hints) or None)
 
 
 _LONGEST_NAME = 300

@@ -26,6 +26,7 @@ _NAME_RE = re.compile(_NAME)
 _TERM_RE = re.compile(rf"(?P<name>{_NAME})(?:@(?P<version>[0-9]+))?(?::(?P<weight>{_NUMBER}))?")
 _STACK_NAME_RE = re.compile(rf"{_NAME}(?:\+{_NAME})*")
 _MAX_STACK_NAME = 240  # it is the name of a file, with an extension, and file systems hold 255 bytes
+_QUOTED = 120
 _GRAMMAR = "an expression is name[@version][:weight] joined by '+', for example style:0.7+instruct@2"
 
 
@@ -59,7 +60,7 @@ def parse_name(text: str, what: str = "name") -> str:
     """
     if not _NAME_RE.fullmatch(text):
         raise Usage(
-            f"'{text}' is not a valid {what}",
+            f"'{cut(text)}' is not a valid {what}",
             hint="a name is 1 to 64 of a-z, 0-9, '.', '_', '-' and begins with a letter or a digit",
         )
     if text == BASE:
@@ -67,14 +68,19 @@ def parse_name(text: str, what: str = "name") -> str:
     return text
 
 
+def cut(text: str) -> str:
+    """What somebody typed, short enough to be quoted in an error."""
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 20]}…{text[-19:]}"
+
+
 def parse_stack_name(text: str) -> str:
     """Check the name of a stack: a name, or names joined by '+', which is what a stack without a name is called."""
     if "+" not in text:
         return parse_name(text, "stack name")
     if not _STACK_NAME_RE.fullmatch(text) or BASE in text.split("+"):
-        raise Usage(f"'{text}' is not a valid stack name", hint="use a plain name, or names joined by '+'")
+        raise Usage(f"'{cut(text)}' is not a valid stack name", hint="use a plain name, or names joined by '+'")
     if len(text) > _MAX_STACK_NAME:
-        raise Usage(f"'{text}' is too long for the name of a stack", hint="give it a shorter one with --name")
+        raise Usage(f"'{cut(text)}' is too long for the name of a stack", hint="give it a shorter one with --name")
     return text
 
 
@@ -86,7 +92,7 @@ def parse_reference(text: str) -> Reference:
     """
     match = _TERM_RE.fullmatch(text)
     if not match or match["weight"] is not None:
-        raise Usage(f"'{text}' is not a reference", hint="write name or name@version, for example style@2")
+        raise Usage(f"'{cut(text)}' is not a reference", hint="write name or name@version, for example style@2")
     return Reference(match["name"], _parse_version(match["version"], text))
 
 
@@ -105,17 +111,17 @@ def parse_expression(text: str) -> tuple[Term, ...]:
     while True:
         match = _TERM_RE.match(text, position)
         if not match:
-            raise Usage(f"'{text}' is not an expression{_where(text, position)}", hint=_GRAMMAR)
+            raise Usage(f"'{cut(text)}' is not an expression{_where(text, position)}", hint=_GRAMMAR)
         end = match.end()
         if end < len(text) and text[end] != "+":
-            raise Usage(f"'{text}' is not an expression{_where(text, end)}", hint=_GRAMMAR)
+            raise Usage(f"'{cut(text)}' is not an expression{_where(text, end)}", hint=_GRAMMAR)
         terms.append(_term(match, text))
         if end == len(text):
             break
         position = end + 1
     if any(term.reference.name == BASE for term in terms):
         raise Usage(
-            f"'{BASE}' is the base alone and cannot be a term of '{text}'",
+            f"'{BASE}' is the base alone and cannot be a term of '{cut(text)}'",
             hint=f"leave it out: {format_expression(t for t in terms if t.reference.name != BASE) or BASE}",
         )
     return tuple(terms)
@@ -124,7 +130,7 @@ def parse_expression(text: str) -> tuple[Term, ...]:
 def _term(match: re.Match[str], text: str) -> Term:
     weight = float(match["weight"]) if match["weight"] is not None else 1.0
     if not math.isfinite(weight):
-        raise Usage(f"the weight of '{match['name']}' in '{text}' is not a finite number", hint=_GRAMMAR)
+        raise Usage(f"the weight of '{match['name']}' in '{cut(text)}' is not a finite number", hint=_GRAMMAR)
     return Term(Reference(match["name"], _parse_version(match["version"], text)), weight)
 
 
@@ -132,7 +138,7 @@ def _parse_version(digits: str | None, text: str) -> int | None:
     if digits is None:
         return None
     if len(digits) > 9 or int(digits) < 1:
-        raise Usage(f"'{text}' has no valid version", hint="versions count from 1, for example style@2")
+        raise Usage(f"'{cut(text)}' has no valid version", hint="versions count from 1, for example style@2")
     return int(digits)
 
 

@@ -23,7 +23,7 @@ from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, rend
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.registry.base_models import EMBEDDED_HUB_ID, TOKENIZER, read_json
-from stackctl.registry.checkpoint_files import check_digests
+from stackctl.registry.checkpoint_files import check_digests, check_links, stays_inside
 from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_adapter
 from stackctl.registry.store import Registry
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
@@ -155,7 +155,10 @@ def checkpoint_files(
         here: labels of the adapters that go up together with it, to their repo.
     """
     folder = registry.weights_path(member.version)
-    content: dict[str, Content] = {name: folder / name for name in CHECKPOINT if (folder / name).is_file()}
+    check_links(folder)
+    content: dict[str, Content] = {
+        name: path for name in CHECKPOINT if (path := folder / name).is_file() and stays_inside(path)
+    }
     content[CONFIG] = _published_config(folder, base_id)
     if "tokenizer_config.json" in content:
         content["tokenizer_config.json"] = _published_tokenizer_config(folder / "tokenizer_config.json")
@@ -264,7 +267,7 @@ def bundle_stack(
     }
     newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
-    content |= {file: source / file for file in _TOKENIZER if (source / file).is_file()}
+    content |= {file: path for file in _TOKENIZER if (path := source / file).is_file() and stays_inside(path)}
     if "tokenizer_config.json" in content:
         content["tokenizer_config.json"] = _published_tokenizer_config(source / "tokenizer_config.json")
     content[STACK] = format_yaml(_recipe(registry, stack, name)).encode()

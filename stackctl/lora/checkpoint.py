@@ -18,6 +18,7 @@ import msgspec
 
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
 from stackctl.core.schema import AdapterInfo, Finite, Lora
+from stackctl.lora.recognition import recognise_folder, refuse_pointer
 from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded
 from stackctl.storage.hashes import sha256_bytes, sha256_file
 
@@ -279,13 +280,24 @@ def find_checkpoint_folder(path: Path) -> Path:
         raise Usage(f"{path} is a file", hint="give the folder that holds adapter_config.json")
     if (path / CONFIG).is_file():
         return path
-    nested = sorted({p.parent for p in path.glob(f"*/{CONFIG}")} | {p.parent for p in path.glob(f"*/*/{CONFIG}")})
+    found, nested = recognise_folder(path, read_header), _nested_checkpoints(path)
+    if found and found.kind == "diffusers":  # whose parts lie in folders of their own
+        nested = []
     if len(nested) == 1:
         return nested[0]
     if nested:
         names = ", ".join(str(p.relative_to(path)) for p in nested)
         raise Usage(f"{path} holds several checkpoints: {names}", hint=f"name one, for example {nested[-1]}")
+    if found:
+        raise Incompatible(f"{path} {found.what}", hint=found.hint)
     raise Incompatible(f"{path} holds no PEFT checkpoint", hint=f"a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
+
+
+def _nested_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints one or two folders below, by number and name; links to one, or out of the folder, are none."""
+    folders = {config.parent for pattern in (f"*/{CONFIG}", f"*/*/{CONFIG}") for config in path.glob(pattern)}
+    own = [folder for folder in folders if folder.resolve() == path.resolve() / folder.relative_to(path)]
+    return sorted(own, key=lambda f: [(int(n or 0), t) for n, t in re.findall(r"([0-9]{1,18})|([^0-9]+)", str(f))])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -304,6 +316,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Incompatible(f"{path} is not valid JSON ({error})", hint="restore it from where it came") from None
     if not isinstance(config, dict) or "peft_type" not in config:
+        if found := recognise_folder(folder, read_header):
+            raise Incompatible(f"{folder} {found.what}", hint=found.hint)
         raise Incompatible(
             f"{path} is no PEFT configuration: it has no peft_type", hint="is this a model, not an adapter?"
         )
@@ -365,7 +379,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} has only adapter_model.bin, a pickle, which can execute code",
                 hint="save it again with safe_serialization=True, where it was made",
             )
+        if found := recognise_folder(folder, read_header):
+            raise Incompatible(f"{folder} {found.what}", hint=found.hint)
         raise Incompatible(f"{folder} has no {WEIGHTS}", hint="give a folder that PEFT's save_pretrained wrote")
+    refuse_pointer(folder / WEIGHTS)
     return Checkpoint(folder, config, read_header(folder / WEIGHTS))
 
 

@@ -17,6 +17,7 @@ from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replace
 from stackctl.plan.validate import (
     clashing_replacements,
     missing_foundations,
+    no_plain_lora,
     other_rows,
     refusals,
     same_adapter_twice,
@@ -36,10 +37,10 @@ def plan_stack(
     shapes: dict[str, ModuleShape] = {}
     replacements: list[Replacement] = []
     for index, member in enumerate(members):
-        refused = refusals(member)
-        problems += refused
-        if not member.checkpoint.is_lora:
+        if other := no_plain_lora(member):
+            problems += other
             continue
+        problems += refusals(member)
         config = member.checkpoint.config
         naming = Naming(known or {}, {}) if known is None or base is None else naming_of(member.checkpoint, base, known)
         theirs = None if known is None else naming.known

@@ -9,6 +9,7 @@ from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.lora.naming import Naming
+from stackctl.lora.recognition import recognise_model, recognise_task, trains_parts_of_fused_layers
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing
@@ -25,6 +26,8 @@ _HARMLESS = {
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "alpha_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
     "velora_config",
+    "enable_lora", "merge_weights",  # of PEFT before 0.3; what the first of them may change is refused apart
+    "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "swift_type",  # of ms-swift: how it was trained
 }  # fmt: skip
 
 NEWEST_PEFT = "0.21"
@@ -78,12 +81,29 @@ def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Probl
     ]
 
 
+def no_plain_lora(member: PlanMember) -> list[Problem]:
+    """What a member is that is no LoRA for writing text; the rest of it need not be looked at then."""
+    config, label = member.checkpoint.config, member.label
+    if not member.checkpoint.is_lora:
+        what = f"{label} is of PEFT type {str(config.get('peft_type'))[:40]}, not LORA"
+        return [Problem("not_lora", what, "only LoRA adapters can be stacked", label)]
+    if found := recognise_task(config, member.checkpoint.tensors):
+        return [Problem(found.kind, f"{label} {found.what}", found.hint, label)]
+    if trains_parts_of_fused_layers(config):
+        what = "was saved by a PEFT older than 0.3, with parts of fused layers adapted alone (enable_lora)"
+        return [Problem("enable_lora", f"{label} {what}", f"train {member.adapter or label} again", label)]
+    tensors = member.checkpoint.tensors
+    if empty := [name for name, tensor in tensors.items() if 0 in tensor.shape]:
+        what = f"{label}: {len(empty)} of its {len(tensors)} tensors are empty, as DeepSpeed ZeRO-3 leaves"
+        why = f"{what} weights that were not gathered before they were saved"
+        gather = "save it again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py where it is"
+        return [Problem("empty_tensors", why, gather, label)]
+    return []
+
+
 def refusals(member: PlanMember) -> list[Problem]:
     """What cannot be summed, by the configuration alone."""
     config, label = member.checkpoint.config, member.label
-    if not member.checkpoint.is_lora:
-        what = f"{label} is of PEFT type {config.get('peft_type')}, not LORA"
-        return [Problem("not_lora", what, "only LoRA adapters can be stacked", label)]
     problems = [
         Problem(key, f"{label} {why}", f"train {member.adapter or label} again as a plain LoRA", label)
         for key, why in _REFUSED.items()
@@ -196,6 +216,8 @@ def unfitting_tensors(
     again_base = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
     add("older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", again_base)
     missing = [m for m in pairs if m not in known]
+    if missing and (other := recognise_model(checkpoint.config, pairs)):
+        return [Problem(other.kind, f"{label} {other.what}", other.hint, label)]
     add("unknown_modules", missing, f"modules that {base.name} does not have", fits)
     add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
     expected = expected_targets(checkpoint.config, known, base.output_embedding)

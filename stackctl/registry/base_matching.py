@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import NotFound
+from stackctl.core.errors import NotFound, StackctlError
 from stackctl.core.schema import AdapterInfo, Base
-from stackctl.registry.base_models import base_gguf, converted_folder
+from stackctl.lora.checkpoint import Checkpoint
+from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.base_models import base_gguf, converted_folder, fingerprint
+from stackctl.registry.resolve import find_digest
 from stackctl.registry.store import Registry
 
 
@@ -31,7 +35,46 @@ def recognise_base(registry: Registry, config: dict[str, Any], info: AdapterInfo
     bases = sorted(registry.bases(), key=lambda base: base.name != default)
     if info and info.base_fingerprint:
         return next((base for base in bases if base.fingerprint == info.base_fingerprint), None)
-    return next((base for base in bases if is_called(base, named_base(config), registry)), None)
+    name = named_base(config)
+    return next((base for base in bases if is_called(base, name, registry)), None) or _same_model(bases, name)
+
+
+def _same_model(bases: list[Base], name: str) -> Base | None:
+    """The base that is the model in the folder of that name: a copy in another place."""
+    try:
+        if not name or not (Path(name) / "config.json").is_file():
+            return None
+        own = fingerprint(Path(name))
+    except (ValueError, OSError, StackctlError):
+        return None
+    return next((base for base in bases if base.fingerprint == own), None)
+
+
+def choose_base(registry: Registry, checkpoint: Checkpoint, info: AdapterInfo | None) -> tuple[Base, str]:
+    """The base of a checkpoint that somebody registers without saying which, and what it calls it if that is not here.
+
+    That is the one that it was made on, where it says which. A base in a folder may be that model under another name:
+    where it is the only one here it is taken, and to be said. No other one is.
+
+    Raises:
+        NotFound: the one that it names is not here.
+    """
+    if known := recognise_base(registry, checkpoint.config, info):
+        return known, ""
+    name = named_base(checkpoint.config) or (info.base_hub_id or info.base if info else "")
+    bases = list(registry.bases())
+    if not name or not bases:
+        return resolve_base(registry), ""
+    if called := next((base for base in bases if base.name == name), None):
+        return called, ""
+    if same := find_digest(registry, checkpoint.digest()):  # it was registered here already, on a base that was said
+        return resolve_base(registry, same.version.base), name
+    if len(bases) == 1 and bases[0].hub_id is None:
+        return bases[0], name
+    offer = shlex.join(["stackctl", "base", "add", info.base if info else "NAME", name])
+    raise NotFound(
+        f"its base is '{name}', which is not registered", hint=f"register it: {offer}, or say which it is: --base NAME"
+    )
 
 
 def _is_its_folder(base: Base, name: str, registry: Registry) -> bool:

@@ -23,8 +23,38 @@ _TRAINER_STATE = {"trainer_state.json", "stackctl_counters.json"}
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy what belongs to an adapter: weights, configuration, tokenizer and notes; no pickles, no folders."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _COPIED and path.name not in _TRAINER_STATE:
+        if path.suffix in _COPIED and path.name not in _TRAINER_STATE and path.is_file() and stays_inside(path):
             shutil.copyfile(path, target / path.name)
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a file of a checkpoint is one, or a link to one of the same folder: no link out of it is followed.
+
+    The Hub's cache is one place: ``snapshots/COMMIT/FILE`` is a link into ``blobs/`` beside ``snapshots/``.
+    """
+    if not path.is_symlink():
+        return True
+    folder, place = path.parent.resolve(), path.resolve()
+    allowed = [folder]
+    for above in folder.parents:
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            allowed.append(above.parent / "blobs")
+    return any(root in place.parents for root in allowed)
+
+
+def check_links(folder: Path) -> list[str]:
+    """The other files of a checkpoint that are links out of its folder, and so are left out.
+
+    Raises:
+        Incompatible: its weights or its configuration are such links.
+    """
+    out = [path.name for path in sorted(folder.iterdir()) if path.suffix in _COPIED and not stays_inside(path)]
+    if needed := [name for name in out if name in (CONFIG, WEIGHTS)]:
+        raise Incompatible(
+            f"{' and '.join(needed)} of {folder} are links out of that folder, which are not followed",
+            hint="put the files themselves there, or give the folder that holds them",
+        )
+    return out
 
 
 def folder_digest(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str | None:

@@ -104,11 +104,11 @@ def test_vllm_has_models_without_lora():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_a_plain_lora_cannot_hold(target):
-    saved = lora_tensors() | {"base_model.model.model.norm.weight": (8,), "base_model.model.score.bias": (8,)}
-    plan = planned(lora_config(modules_to_save=["norm", "score"]), saved)
+    saved = lora_tensors() | {"base_model.model.model.norm.weight": (8,), "base_model.model.head.bias": (8,)}
+    plan = planned(lora_config(modules_to_save=["norm", "head"]), saved)
     (problem,) = [p for p in lint_for(target, plan) if p.code == f"{target}_modules_to_save"]
     assert (problem.severity, problem.member) == ("error", "style@1")
-    assert "model.norm, score" in problem.message
+    assert "head, model.norm" in problem.message
     assert f"{target}_bias" not in found(target, plan), "a saved module's own bias is part of it"
 
     biases = lora_tensors() | {f"base_model.model.{name}.base_layer.bias": (8,) for name in attention()}
