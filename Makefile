@@ -29,6 +29,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry .
 	$(BIN)/python -m tools.reference --check
 	$(BIN)/zensical build --strict
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property -n $(WORKERS)
@@ -47,4 +49,4 @@ outdated: $(READY)
 	$(BIN)/python -m tools.outdated
 
 clean:
-	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

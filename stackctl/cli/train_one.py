@@ -26,17 +26,15 @@ _LARGEST_LOSS = 20.0
 
 def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
     """A job's corpus, the tokenizer that it was read with, and what it would adapt; the base itself is not loaded."""
-    from transformers import AutoTokenizer
-
     from stackctl.cli.progress import reading_progress
-    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.base_files import base_folder, load_tokenizer
     from stackctl.engine.data import adopt_chat_template, ensure_chat_template
     from stackctl.engine.models import quiet_libraries
     from stackctl.engine.training import read_corpus, targets_of
 
     quiet_libraries()
     folder = base_folder(prepared.base, context.registry, context.output.status)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     adopt_chat_template(tokenizer, prepared.base.name, [prepared.plan])
     ensure_chat_template(tokenizer)
     targets = targets_of(prepared, folder)

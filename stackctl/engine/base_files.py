@@ -143,7 +143,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
     modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -239,7 +239,7 @@ def _quantised_keys(folder: Path, scheme: Quantization) -> dict[str, Any]:
 
 def tokenizer_note(base: Base, folder: Path) -> str | None:
     """What to know where a base's tokenizer has more tokens than its embeddings have rows."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     if not (beyond := unembedded_tokens(tokenizer, base.vocabulary_size)):
         return None
     return (
@@ -248,7 +248,12 @@ def tokenizer_note(base: Base, folder: Path) -> str | None:
     )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a base's folder, without the network and without code of its own.
+
+    Raises:
+        Incompatible: there is none that transformers can read.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

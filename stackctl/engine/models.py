@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
 from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_files import base_folder
+from stackctl.engine.base_files import base_folder, load_tokenizer
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import load_weights
 from stackctl.engine.devices import cpu_multiplies_bfloat16
@@ -227,7 +227,7 @@ def load_base(
     folder = base_folder(base, registry, say)
     where = choose_device(device)
     plain = choose_dtype(dtype, where, base)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     return_freed_memory()  # reading a large vocabulary takes three times what stays of it; the weights come after it
     model = load_weights(
         folder,
