@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,23 @@ def test_the_tree_of_the_code_names_what_is_there() -> None:
             seen += 1
             assert (place / name).is_dir() if name.endswith("/") else (place / f"{name}.py").is_file(), name
     assert seen > 20
+
+
+def test_the_map_lists_the_rooms_in_the_order_that_import_linter_holds() -> None:
+    rooms = re.findall(r"^\| `stackctl/([a-z]+)/`", read(ROOT / "AGENTS.md"), re.MULTILINE)
+    assert sorted(rooms) == sorted(file.parent.name for file in ROOT.glob("stackctl/*/__init__.py"))
+    contracts = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layer = {room: i for i, line in enumerate(contracts[0]["layers"]) for room in line.split(" | ")}
+    assert [layer[room] for room in rooms] == sorted(layer.values(), reverse=True)
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "docs/contributing.md"])
+def test_every_file_that_a_map_names_is_there(page: str) -> None:
+    named = set(re.findall(r"`([\w.-]+/[\w./-]*|[\w-]+\.(?:md|toml|py))`", read(ROOT / page)))
+    places = [ROOT, ROOT / "stackctl", ROOT / "tests" / "integration", *(ROOT / "stackctl" / "engine").rglob("*/")]
+    lost = {name for name in named if not any((place / name).exists() for place in places)}
+    assert {name for name in lost if "NAME" not in name} <= {"utils.py"}, "there is no utils.py, as the page says"
+    assert len(named) > 10
 
 
 @pages
