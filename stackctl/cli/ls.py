@@ -36,7 +36,8 @@ def register(app: typer.Typer) -> None:
         """
         registry = context.registry
         root, current = str(registry.root), registry.settings().current
-        adapters = [_adapter(adapter, root) for adapter in registry.adapters()]
+        entries = list(registry.adapters()) if tree else registry.adapters()
+        adapters = [_adapter(entry, root) for entry in entries]
         stacks = [_stack(stack, current) for stack in registry.stacks()]
         bases = [base_json(base, registry) for base in registry.bases()]
         runs = list(unfinished_runs(registry))
@@ -52,7 +53,7 @@ def register(app: typer.Typer) -> None:
         if tree:
             from stackctl.registry.lineage import read_lineage
 
-            kin = read_lineage(registry)
+            kin = read_lineage(registry, entries)
             data["lineage"] = [one.json() for one in kin]
             roots = [base["name"] for base in bases]
             return Result(data, "\n".join(names), lambda: _tree_screen(kin, roots), paged=True)

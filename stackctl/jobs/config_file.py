@@ -17,7 +17,7 @@ from stackctl.lora.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
-from stackctl.storage.yaml_text import Marks, parse_yaml
+from stackctl.storage.yaml_text import KeyPath, parse_yaml
 
 _OLDER_BASE = ("base_model_name", "base_model", "base_model_name_or_path", "model_name_or_path", "model_name")
 _OLDER_ON = ("stage1_adapter_path",)
@@ -70,7 +70,8 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     Raises:
         NotFound, Usage: the file, its base or its first stage is not there, or a key or a value is wrong.
     """
-    value, marks = parse_yaml(read_text(path), str(path))
+    value, places = parse_yaml(read_text(path), str(path))
+    marks = dict(places)
     if not isinstance(value, dict):
         raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
     if "train" in value:
@@ -91,7 +92,9 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     return JobFile({k: v for k, v in values.items() if v not in (None, "")}, name, ignored)
 
 
-def _rename(value: dict[str, Any], marks: Marks, path: Path, problems: list[StackctlError]) -> dict[str, Any]:
+def _rename(
+    value: dict[str, Any], marks: dict[KeyPath, tuple[int, int]], path: Path, problems: list[StackctlError]
+) -> dict[str, Any]:
     """Older keys by their present names; ``marks`` follow them. What is unknown or given twice is a problem."""
     renamed: dict[str, Any] = {}
     for key, item in value.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.core.schema import AdapterVersion, Removed
+from stackctl.core.schema import Adapter, AdapterVersion, Removed
 from stackctl.registry.store import Registry
 
 _DEEPEST = 24
@@ -40,8 +40,11 @@ class Kin:
         }  # fmt: skip
 
 
-def read_lineage(registry: Registry) -> list[Kin]:
-    """Every version that a registry has or had, adapters in alphabetical order, versions in theirs."""
+def read_lineage(registry: Registry, adapters: Iterable[Adapter] | None = None) -> list[Kin]:
+    """Every version that a registry has or had, adapters in alphabetical order, versions in theirs.
+
+    ``adapters`` are all that are registered, where they have been read already.
+    """
     found: dict[str, Kin] = {}
     for name in registry.names(Removed):
         removed = registry.find_removed(name)
@@ -49,7 +52,7 @@ def read_lineage(registry: Registry) -> list[Kin]:
             found[f"{name}@{number.version}"] = Kin(f"{name}@{number.version}", None, removed=True, freed=True)
         for version in removed.versions:
             found[f"{name}@{version.version}"] = _kin(name, version, removed=True)
-    for adapter in registry.adapters():
+    for adapter in registry.adapters() if adapters is None else adapters:
         for version in adapter.versions:
             found[f"{adapter.name}@{version.version}"] = _kin(adapter.name, version, removed=False)
     return sorted(found.values(), key=lambda kin: _order(kin.label))
