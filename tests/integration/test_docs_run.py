@@ -28,7 +28,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(?P<language>sh|console|yaml|json)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SMOLLM2, QWEN3 = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B-Base"
-ELSEWHERE = {"curl", 
+ELSEWHERE = {
+    "curl": "tests/integration/test_serve.py asks the same",
     "make": "what continuous integration runs, and `make setup` before it",
     "pip": "what `make setup` does",
     "hf": "a program of huggingface_hub's",
