@@ -23,7 +23,7 @@ _COMMANDS = {
     "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
     "eval": "eval", "inspect": "inspect", "ls": "ls", "verify": "verify", "doctor": "doctor", "export": "export",
     "serve": "serve", "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init", "base": "base",
-    "add": "add", "use": "use", "rm": "rm", "gc": "gc",
+    "add": "add", "extract": "extract", "use": "use", "rm": "rm", "gc": "gc",
 }  # fmt: skip
 
 

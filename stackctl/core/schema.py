@@ -168,6 +168,21 @@ class HubSource(Part, frozen=True, kw_only=True):
     commit: str
 
 
+class Extracted(Part, frozen=True, kw_only=True):
+    """The full fine-tune that an adapter was made of, and what was lost: ‖ΔW - BA‖ / ‖ΔW‖ over all modules and of each.
+
+    ``saved`` are modules kept whole, ``left_out`` parameters that changed and are not kept.
+    """
+
+    source: str
+    revision: str | None = None
+    fingerprint: str
+    relative_error: Finite
+    errors: dict[str, Finite] = msgspec.field(default_factory=dict)
+    saved: list[str] = msgspec.field(default_factory=list)
+    left_out: list[str] = msgspec.field(default_factory=list)
+
+
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
@@ -191,6 +206,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     eval_data: DataSource | None = None
     settings: dict[str, _Setting] | None = None
     run: Run | None = None
+    extracted: Extracted | None = None
     hub: HubSource | None = None
     pushed: HubSource | None = None
     versions: dict[str, str] = msgspec.field(default_factory=dict)

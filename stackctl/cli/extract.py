@@ -1,0 +1,107 @@
+"""stackctl extract"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from stackctl.cli.add import entry
+from stackctl.cli.common import REGISTRY, BaseOption, Context, command
+from stackctl.core.errors import Usage
+from stackctl.core.schema import Extracted
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember
+from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.versions import add_version, check_adapter_name
+from stackctl.render.output import Result
+from stackctl.storage import atomic
+
+_EXAMPLES = """\
+stackctl extract chat --base smollm2 --tuned ./my-full-finetune --rank 32
+stackctl extract chat --base smollm2 --tuned me/my-full-finetune --rank auto --tolerance 0.1"""
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "extract", example=_EXAMPLES, panel=REGISTRY)
+    def extract(
+        context: Context,
+        name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],
+        tuned: Annotated[
+            str, typer.Option(help="The fine-tuned model: a folder or a Hub id.", metavar="SOURCE", show_default=False)
+        ],
+        base: BaseOption = None,
+        rank: Annotated[str, typer.Option(help="Rank of each layer's pair, or auto.", metavar="N|auto")] = "16",
+        tolerance: Annotated[
+            float | None,
+            typer.Option(help="With --rank auto: the share of a layer's change that may be lost; 0.1 if left out."),
+        ] = None,
+        description: Annotated[str, typer.Option(help="A line about it.")] = "",
+    ) -> Result:
+        """Make a LoRA adapter of the difference between a full fine-tune and its base."""
+        registry = context.registry
+        check_adapter_name(registry, name)
+        number = _rank(rank, tolerance)
+        found_base = resolve_base(registry, base)
+        from stackctl.engine import extraction
+        from stackctl.engine.base_files import base_folder
+        from stackctl.engine.models import quiet_libraries
+
+        quiet_libraries()
+        say = context.output.status
+        model, folder = extraction.find_tuned(found_base, tuned, registry, say)
+        wanted = extraction.Wanted(number, tolerance or 0.1)
+        found = extraction.extract(found_base, base_folder(found_base, registry, say), folder, wanted)
+        told = Extracted(
+            source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
+            errors=found.errors, saved=found.saved_modules, left_out=found.left_out,
+        )  # fmt: skip
+        with atomic.staging_directory(registry.root / "weights") as staged:
+            extraction.write_extraction(found, found_base, staged)
+            checkpoint = read_checkpoint(staged)
+            plan_stack(found_base, [PlanMember(name, 1.0, checkpoint, name)]).check()
+            version = add_version(
+                registry,
+                name,
+                lambda number: msgspec.structs.replace(
+                    entry(number, registry.relative_weights_path(name, number), checkpoint, found_base, []),
+                    extracted=told,
+                ),
+                staged,
+                description or None,
+            )
+        label = f"{name}@{version.version}"
+        data = {
+            "adapter": name,
+            "version": version.version,
+            "digest": version.digest,
+            "path": str(registry.weights_path(version)),
+            "base": found_base.name,
+            "rank": found.rank,
+            "relative_error": found.relative_error,
+            "modules": len(found.pairs),
+            "saved": found.saved_modules,
+            "left_out": found.left_out,
+        }
+        text = (
+            f"extracted {label}: rank {found.rank} on {len(found.pairs)} modules, "
+            f"{found.relative_error:.2%} of the change is lost"
+        )
+        notes = [f"kept whole: {', '.join(found.saved_modules)}"] if found.saved else []
+        notes += [f"changed and not kept: {', '.join(found.left_out)}"] if found.left_out else []
+        return Result(data, label, text, notes=tuple(notes))
+
+
+def _rank(text: str, tolerance: float | None) -> int | None:
+    """A rank, or None for auto."""
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise Usage(f"--tolerance {tolerance:g} is not between 0 and 1", hint="give a share, for example 0.1")
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
+        raise Usage(f"--rank {text} is no rank", hint="give a number from 1 to 65536, or auto")
+    if tolerance is not None:
+        raise Usage("--tolerance needs --rank auto", hint="leave out one of the two")
+    return int(text)

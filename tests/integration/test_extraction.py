@@ -1,0 +1,106 @@
+"""``extract``: a planted change comes back, any other is as near as its singular values allow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stackctl.engine.extraction import Wanted, best_pair
+
+
+def tuned_model(h: Any, change: Any, name: str = "tuned") -> Path:
+    """The base with some of its parameters changed, saved by transformers itself."""
+    model = AutoModelForCausalLM.from_pretrained(h.base)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            change(key, parameter)
+    folder = h.folder / name
+    model.save_pretrained(folder)
+    for file in h.base.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def planted(key: str, parameter: torch.Tensor) -> None:
+    if parameter.ndim == 2 and ("proj" in key or "c_attn" in key or "c_fc" in key):
+        a, b = torch.randn(3, parameter.shape[1]), torch.randn(parameter.shape[0], 3)
+        parameter += 0.05 * b @ a
+    elif "norm" in key or "ln_" in key:  # beside the linear layers
+        parameter += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("rank", [("--rank", 3), ("--rank", "auto", "--tolerance", 1e-3)])
+def test_a_planted_change_comes_back(house: Any, name: str, rank: tuple[object, ...]) -> None:
+    h = house(name)
+    folder = tuned_model(h, planted)
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, *rank, "--json").json
+    assert found["relative_error"] < 1e-5
+    assert (found["adapter"], found["version"], found["rank"]) == ("chat", 1, 3)
+    assert found["modules"] > 0
+    assert found["saved"]
+    assert found["left_out"] == []
+    wanted = oracle.logits(oracle.load_plain(folder))
+    stacked = h.load()
+    assert oracle.relative(h.logits(stacked, "chat"), wanted, oracle.logits(oracle.load_plain(h.base))) < 1e-4
+    entry = h.run("inspect", "chat", "--json").json["extracted"]
+    assert len(entry["errors"]) == found["modules"]
+    assert max(entry["errors"].values()) < 1e-5
+    assert h.run("verify", "--json").json["problems"] == []
+
+
+def test_a_full_change_is_cut_to_the_best_of_its_rank(house: Any) -> None:
+    h = house()
+    folder = tuned_model(h, lambda key, p: p.add_(0.1 * torch.randn_like(p)) if "proj" in key else None)
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 4, "--json").json
+    before, after = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (h.base, folder))
+    lost = total = 0.0
+    for key in before:
+        if "proj" in key:
+            sigma = torch.linalg.svdvals(after[key].double() - before[key].double())
+            lost, total = lost + float(sigma[4:].square().sum()), total + float(sigma.square().sum())
+    assert found["relative_error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    auto = h.run("extract", "near", "--base", "tiny", "--tuned", folder, "--rank", "auto", "--tolerance", 0.3, "--json")
+    errors = h.run("inspect", "near", "--json").json["extracted"]["errors"].values()
+    assert 0.1 < max(errors) <= 0.3 + 1e-6
+    assert auto.json["rank"] > 4
+
+
+def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> None:
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(1100, 900, generator=generator) / 30  # a flat spectrum, which is the hardest
+    (a, b), lost, total = best_pair(delta, Wanted(32, 0.1))
+    assert (a.shape, b.shape) == ((32, 900), (1100, 32))
+    best = torch.linalg.svdvals(delta.double())[32:].square().sum()
+    assert lost**0.5 <= 1.01 * float(best) ** 0.5
+    assert lost == pytest.approx(float((delta.double() - b.double() @ a.double()).square().sum()), rel=1e-5)
+    assert total == pytest.approx(float(delta.double().square().sum()))
+
+
+def test_what_cannot_be_extracted_is_refused(house: Any, models: Any) -> None:
+    h = house()
+    cases: list[tuple[object, int, str]] = [
+        (h.base, 4, "nothing was changed"),
+        (models("gpt2"), 4, "no fine-tune"),
+        (h.folder / "nowhere", 3, "nowhere"),
+        (tuned_model(h, lambda key, p: p.add_(0.1) if "norm" in key else None, "norms"), 4, "no linear layer"),
+    ]
+    for tuned, code, said in cases:
+        ran = h.run("extract", "chat", "--base", "tiny", "--tuned", tuned, "--json", code=code)
+        assert said in json.dumps(ran.json["error"])
+    for options in (
+        ("--rank", 0),
+        ("--rank", "x"),
+        ("--rank", 4, "--tolerance", 0.1),
+        ("--rank", "auto", "--tolerance", 2),
+    ):
+        h.run("extract", "chat", "--base", "tiny", "--tuned", h.base, *options, code=2)
+    assert h.adapters() == set()
