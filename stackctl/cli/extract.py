@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
             str, typer.Option(help="The fine-tuned model: a folder or a Hub id.", metavar="SOURCE", show_default=False)
         ],
         base: BaseOption = None,
-        rank: Annotated[str, typer.Option(help="Rank of each layer's pair, or auto.", metavar="N|auto")] = "16",
+        rank: Annotated[str, typer.Option(help="Rank of each layer's pair, or auto.", metavar="N")] = "16",
         tolerance: Annotated[
             float | None,
             typer.Option(help="With --rank auto: the share of a layer's change that may be lost; 0.1 if left out."),
