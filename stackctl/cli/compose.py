@@ -9,7 +9,8 @@ import msgspec
 import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
-from stackctl.core.errors import Usage
+from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
+from stackctl.core.errors import Usage, did_you_mean
 from stackctl.core.expressions import format_sum, parse_stack_name
 from stackctl.core.library_messages import reword_message
 from stackctl.core.schema import MethodOptions
@@ -18,15 +19,18 @@ from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
-from stackctl.registry.stacks import save_stack
+from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
 _METHOD = "The method"
+_FIT = "Weights learned from data"
+_PER = ("member", "layer", "module")
+_DEVICES = ("auto", "cpu", "cuda", "mps")
 _EXAMPLES = """\
 stackctl compose style:0.7+instruct@2
 stackctl compose style+instruct+tone --method ties --density 0.3
-stackctl compose style+instruct --name storyteller"""
+stackctl compose style+instruct --fit chat.jsonl --per layer --name storyteller"""
 
 
 def _of(option: str) -> str:
@@ -77,9 +81,58 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[
             int | None,
             typer.Option(
-                help=f"{_of('seed')}: the seed of what is dropped.",
+                help=f"{_of('seed')}: the seed of what is dropped. With --fit: of which half is learned from.",
                 show_default=str(DEFAULTS["seed"]),
                 rich_help_panel=_METHOD,
+            ),
+        ] = None,
+        fit: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Learn the weights alone from these records, shaped as for train; may be repeated: then the mean "
+                "of the losses counts. Kept only if better on records kept apart.",
+                rich_help_panel=_FIT,
+                metavar="FILE",
+            ),
+        ] = None,
+        per: Annotated[
+            str | None,
+            typer.Option(
+                help="With --fit: what has a weight of its own: member, layer or module.",
+                show_default="member",
+                rich_help_panel=_FIT,
+                autocompletion=lambda: list(_PER),
+                metavar="|".join(_PER),
+            ),
+        ] = None,
+        holdout: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="With --fit: records to judge by; half of those of --fit if left out. May be repeated.",
+                rich_help_panel=_FIT,
+                metavar="FILE",
+            ),
+        ] = None,
+        fit_steps: Annotated[
+            int | None,
+            typer.Option(min=1, help="With --fit: steps of L-BFGS at most.", show_default="30", rich_help_panel=_FIT),
+        ] = None,
+        max_length: Annotated[
+            int | None,
+            typer.Option(
+                min=2,
+                help="With --fit: longest record in tokens; what is longer is cut.",
+                show_default="1024",
+                rich_help_panel=_FIT,
+            ),
+        ] = None,
+        device: Annotated[
+            str | None,
+            typer.Option(
+                help="With --fit: auto, cpu, cuda or mps.",
+                show_default="auto",
+                rich_help_panel=_FIT,
+                metavar="|".join(_DEVICES),
             ),
         ] = None,
         base: BaseOption = None,
@@ -91,13 +144,24 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        options = _method_options(method, rank, tolerance, density, seed)
+        wishes = _fit_wishes(
+            fit, {"per": per, "holdout": holdout, "steps": fit_steps, "max_length": max_length, "device": device}, seed
+        )
+        if wishes is not None and method != SUM:
+            raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
+        options = _method_options(method, rank, tolerance, density, None if wishes else seed)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
         plan = read_plan(registry, stack).check()
         check_digests(registry, stack.members)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
+        found: dict[str, Any] | None = None
+        said: list[str] = []
+        if wishes is not None:
+            check_stack_name(registry, label, stack)  # before minutes of work
+            stack, found, said = fit_stack(context, stack, plan, wishes)
+            plan = read_plan(registry, stack).check()
         if not dry_run:
             save_stack(registry, label, stack)
         data = {
@@ -109,11 +173,32 @@ def register(app: typer.Typer) -> None:
             "exact": method == SUM,
             "rank": plan.rank,
             **_measured(registry, stack, plan),
+            **({"fit": found} if found else {}),
             "problems": [p.json() for p in plan.problems],
             "dry_run": dry_run,
         }
-        notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems))
+        notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems), *said)
         return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
+
+
+def _fit_wishes(data: list[str] | None, typed: dict[str, Any], seed: int | None) -> FitWishes | None:
+    """What --fit and its options ask for; None without it.
+
+    Raises:
+        Usage: an option of it was given without it, or is none of its values.
+    """
+    given = {key: value for key, value in typed.items() if value is not None and value != []}
+    if not data:
+        if given:
+            options = ", ".join("--fit-steps" if key == "steps" else f"--{key.replace('_', '-')}" for key in given)
+            raise Usage(f"{options} applies to --fit, and none was given", hint="name records: --fit FILE")
+        return None
+    for key, allowed in (("per", _PER), ("device", _DEVICES)):
+        if (value := given.get(key)) is not None and value not in allowed:
+            raise Usage(f"--{key} is not '{value}'", hint=did_you_mean(value, allowed, f"one of {', '.join(allowed)}"))
+    if seed is not None and seed < 0:
+        raise Usage("--seed: a seed is no negative number", hint="--seed 0")
+    return FitWishes(data, seed=seed or 0, **given)
 
 
 def _method_options(
@@ -179,4 +264,5 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
             f"at worst {data.get('worst_relative_error', 0.0):.3g} on {data.get('worst_module')}"
         )
     follow = "" if data["dry_run"] else '\nit is the current stack; next: stackctl generate -p "…"'
-    return Group(Text(head), stack_tree(stack, plan, problems=False), Text(foot + follow))
+    fitted = fit_lines(data["fit"]) if "fit" in data else []
+    return Group(Text(head), *map(Text, fitted), stack_tree(stack, plan, problems=False), Text(foot + follow))

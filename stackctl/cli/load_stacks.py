@@ -15,7 +15,7 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.evaluation import DataSet, ReadsText
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import RecordSet
 
@@ -68,7 +68,7 @@ def load_common_base(
 
 def tokenise_data(
     context: Context,
-    stacked: StackedModel,
+    stacked: ReadsText,
     sources: Sequence[str],
     records: Sequence[RecordSet],
     max_length: int,

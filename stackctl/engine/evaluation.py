@@ -10,11 +10,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from stackctl.core.errors import Failed
+from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.logits import causal_lm, supervised_token_losses
@@ -71,8 +72,17 @@ class Score:
         return ratio_error([r.loss for r in self.records], [r.tokens for r in self.records])
 
 
+class ReadsText(Protocol):
+    """What a data set is tokenised for: a loaded base, or its tokenizer alone."""
+
+    @property
+    def base(self) -> Base: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+
 def tokenise_for(
-    stacked: StackedModel,
+    stacked: ReadsText,
     records: RecordSet,
     source: str,
     max_length: int,
@@ -111,7 +121,7 @@ class Scoring:
         Raises:
             Failed: a loss is no number.
         """
-        with self._sharing() as sharing:
+        with self.sharing() as sharing:
             scores = [_score(self._stacked, data, progress, sharing) for data in self._sets]
         for data, score in zip(self._sets, scores, strict=True):
             if not math.isfinite(score.loss):
@@ -119,7 +129,7 @@ class Scoring:
         return scores
 
     @contextlib.contextmanager
-    def _sharing(self) -> Iterator[bool]:
+    def sharing(self) -> Iterator[bool]:
         """Whether records share rows while the body runs; the model has its own attention again afterwards."""
         examples = [example for data in self._sets for example in data.examples]
         if sum(len(rows_of(data.examples)) for data in self._sets) + _LOOKS > len(examples):

@@ -11,8 +11,8 @@ from stackctl.registry.resolve import ResolvedStack, resolve_adapter
 from stackctl.registry.store import Registry, now
 
 
-def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
-    """Write a stack's entry and make it the current one.
+def check_stack_name(registry: Registry, name: str, stack: ResolvedStack) -> None:
+    """Make sure that a stack may have a name.
 
     Raises:
         Usage: the name is an adapter's, or another expression's.
@@ -23,9 +23,18 @@ def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
             f"'{name}' reads as an expression, and not as the one it would name",
             hint=f"use a name without '+', or leave out --name: it is then called {stack.default_name}",
         )
+    if "+" not in name and registry.has(Adapter, name):
+        raise Usage(f"'{name}' is the name of an adapter", hint="choose another name with --name")
+
+
+def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
+    """Write a stack's entry and make it the current one.
+
+    Raises:
+        Usage: the name is an adapter's, or another expression's.
+    """
     with registry.lock():
-        if "+" not in name and registry.has(Adapter, name):
-            raise Usage(f"'{name}' is the name of an adapter", hint="choose another name with --name")
+        check_stack_name(registry, name, stack)
         for member in stack.members:  # under the lock, so that none is removed meanwhile
             resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
         members = [member.entry() for member in stack.members]

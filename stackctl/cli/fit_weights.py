@@ -1,0 +1,216 @@
+"""compose --fit: the weights of a stack learned from data, and taken where they are better on records kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from stackctl.cli.common import Context
+from stackctl.cli.load_stacks import load_common_base, read_data, tokenise_data
+from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
+from stackctl.core.expressions import format_weight
+from stackctl.plan.build import plan_stack
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import StackPlan
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack
+
+if TYPE_CHECKING:
+    from stackctl.engine.evaluation import DataSet, Score
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.weight_fit import Judged
+    from stackctl.engine.weighted_members import WeightedFactors
+
+_NEXT_TO_NOTHING = 0.02
+"""A member whose weights are all smaller than this can be left out."""
+_FEWEST = 6
+"""Held-out records with which the test can find a difference: of five, all alike, chance has 1 in 16."""
+
+
+@dataclass(frozen=True)
+class FitWishes:
+    """What was asked for. ``holdout`` are data sets to judge by; without any, half of the records are."""
+
+    data: Sequence[str]
+    per: Literal["member", "layer", "module"] = "member"
+    holdout: Sequence[str] = field(default_factory=tuple)
+    steps: int = 30
+    seed: int = 0
+    max_length: int = 1024
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class _Sets:
+    learned: list[DataSet]
+    held_out: list[DataSet]
+
+
+def fit_stack(
+    context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes
+) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
+    """The stack with the weights that it is to have, what ``fit`` of the JSON says, and notes.
+
+    Everything that can be wrong is found before the base is loaded.
+    """
+    _check_fits(stack, plan)
+    from stackctl.engine.weighted_members import read_factors
+
+    weighted = replace(read_factors(_with_all_factors(plan), wishes.per), plan=plan)
+    sets = _read_sets(context, stack, plan, wishes)
+    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
+    return _fit(context, stacked, stack, weighted, sets, wishes)
+
+
+def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
+    if not stack.members:
+        raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
+    if plan.method != SUM:
+        raise Usage(f"the weights of a sum are learned, and not those of {plan.method}", hint="leave out --method")
+    if plan.replacements:
+        label = plan.members[plan.replacements[0].member].label
+        raise Incompatible(
+            f"{label} carries whole modules or biases, which have no weight to learn", hint="compose it without --fit"
+        )
+
+
+def _with_all_factors(plan: StackPlan) -> StackPlan:
+    """The same members with a weight of one, so that those that begin at zero are there as well."""
+    members = [replace(member, weight=1.0, layer_weights={}) for member in plan.members]
+    return plan_stack(plan.base, members).check()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A base's tokenizer, before there is a base."""
+
+    base: Any
+    tokenizer: Any
+
+
+def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> _Sets:
+    from transformers import AutoTokenizer
+
+    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.data import adopt_chat_template
+    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.weight_fit import halve, shorten
+
+    problems: list[StackctlError] = []
+    records, others = [], []
+    with gathering(problems):
+        records = read_data(wishes.data)
+    with gathering(problems):
+        others = read_data(wishes.holdout)
+    raise_all(problems)
+    quiet_libraries()
+    folder = base_folder(stack.base, context.registry, context.output.status)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    adopt_chat_template(tokenizer, stack.base.name, [plan])
+    reader = _Reader(stack.base, tokenizer)
+    sets = tokenise_data(context, reader, wishes.data, records, wishes.max_length)
+    if wishes.holdout:
+        held_out = tokenise_data(context, reader, wishes.holdout, others, wishes.max_length)
+    else:
+        halves = [halve(data, wishes.seed) for data in sets]
+        sets, held_out = [half.learned for half in halves], [half.held_out for half in halves]
+    learned = [shorten(data, wishes.seed, stack.base.parameters) for data in sets]
+    for whole, part in zip(sets, learned, strict=True):
+        if part is not whole:
+            count, total = len(set(part.owners)), len(set(whole.owners))
+            context.output.note(f"{count} of {total} records of {whole.source} are learned from: more only take longer")
+    return _Sets(learned, held_out)
+
+
+def _fit(
+    context: Context,
+    stacked: StackedModel,
+    stack: ResolvedStack,
+    weighted: WeightedFactors,
+    sets: _Sets,
+    wishes: FitWishes,
+) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
+    from stackctl.engine.evaluation import Scoring
+    from stackctl.engine.weight_fit import fit_weights, judge, mean_loss, member_weights
+
+    with context.output.progress() as progress:
+        task = progress.add_task("learning weights", total=wishes.steps)
+        found = fit_weights(
+            stacked, weighted, sets.learned, wishes.steps, lambda step: progress.update(task, completed=step)
+        )
+    made = member_weights(weighted, found.weights)
+    tried = replace(
+        stack,
+        members=tuple(
+            replace(member, **{"layer_weights": {}, **changes})
+            for member, changes in zip(stack.members, made, strict=True)
+        ),
+    )
+    scores: dict[str, tuple[list[Score], list[Score]]] = {}
+    with context.output.progress() as progress:
+        task = progress.add_task("judging", total=2 * sum(len(d.examples) for d in (*sets.learned, *sets.held_out)))
+        for what, one in (("typed", stack), ("tried", tried)):
+            stacked.use(read_plan(context.registry, one).check())
+            parts = [
+                Scoring(stacked, part).score(what, lambda count: progress.advance(task, count))
+                for part in (sets.learned, sets.held_out)
+            ]
+            scores[what] = parts[0], parts[1]
+    judged = judge(scores["typed"][1], scores["tried"][1])
+    taken = judged.is_better
+    chosen = tried if taken else stack
+    kept = "tried" if taken else "typed"
+    weights = {m.adapter.name: change.get("layer_weights") or change.get("weight", m.weight)
+               for m, change in zip(stack.members, made, strict=True)}  # fmt: skip
+    fit = {
+        "per": wishes.per,
+        "records": sum(len(set(data.owners)) for data in sets.learned),
+        "held_out_records": sum(len(set(data.owners)) for data in sets.held_out),
+        "steps": found.steps,
+        "loss_before": mean_loss(scores["typed"][0]),
+        "loss_after": mean_loss(scores[kept][0]),
+        "held_out_before": judged.before,
+        "held_out_after": judged.after if taken else judged.before,
+        "standard_error": judged.standard_error,
+        "p_value": judged.p_value,
+        "fitted": taken,
+        "weights": weights if taken else {m.adapter.name: _typed(m) for m in stack.members},
+        "tried": {"weights": weights, "loss": mean_loss(scores["tried"][0]), "held_out": judged.after},
+        "leave_out": [name for name, value in weights.items() if _is_nothing(value)] if taken else [],
+    }
+    return chosen, fit, _notes(fit, judged)
+
+
+def _typed(member: Any) -> Any:
+    return dict(member.layer_weights) or member.weight
+
+
+def _is_nothing(value: float | dict[str, float]) -> bool:
+    return all(abs(w) < _NEXT_TO_NOTHING for w in (value.values() if isinstance(value, dict) else [value]))
+
+
+def _notes(fit: dict[str, Any], judged: Judged) -> list[str]:
+    gap = f"{judged.before:.4f} to {judged.after:.4f} on {fit['held_out_records']} held-out records"
+    chance = f"p = {judged.p_value:.2g}"
+    notes = [f"the learned weights are taken: the loss goes from {gap}, {chance}"]
+    if not fit["fitted"]:
+        notes = [f"the typed weights are kept: with the learned ones the loss goes from {gap}, {chance}"]
+        if fit["held_out_records"] < _FEWEST:
+            notes.append(f"fewer than {_FEWEST} held-out records cannot show that anything is better than by chance")
+    notes += [f"{name} has next to no weight and can be left out" for name in fit["leave_out"]]
+    return notes
+
+
+def fit_lines(fit: dict[str, Any]) -> list[str]:
+    """What a person reads of the learned weights, a line for each member."""
+    lines = []
+    for name, value in fit["tried"]["weights"].items():
+        if isinstance(value, dict):
+            numbers = sorted(value.values())
+            middle = numbers[len(numbers) // 2]
+            text = f"{len(numbers)} weights from {numbers[0]:.3g} to {numbers[-1]:.3g}, half of them below {middle:.3g}"
+        else:
+            text = format_weight(value)
+        lines.append(f"learned for {name}: {text}")
+    return lines

@@ -1,0 +1,195 @@
+"""The weights of a stack, learned from data while base and factors stay as they are, and judged on records kept apart.
+
+A stack is a smooth function of a handful of numbers, of which L-BFGS finds the best: LoRA Soups (arXiv:2410.13025)
+learns a weight for each member and layer, LoraHub (arXiv:2307.13269) one for each member.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stackctl.core.errors import Failed, Usage
+from stackctl.engine.data import Example, collate
+from stackctl.engine.evaluation import DataSet, Score, Scoring, rows_of
+from stackctl.engine.logits import supervised_token_losses
+from stackctl.engine.models import StackedModel
+from stackctl.engine.significance import ratio_error, sign_flip_p
+from stackctl.engine.weighted_members import Group, WeightedFactors, attached
+
+_FEW_TOKENS, _MANY_TOKENS, _WORK = 8_192, 262_144, 1e12
+"""Tokens of a data set that are learned from: the weights are few, and more data only makes each step longer. As many
+as make a step, over a model of so many parameters, a matter of seconds."""
+_BOUND = 3.0
+"""No weight gets larger than this, or than twice the one it began with."""
+_DIGITS = 4
+"""Of a weight behind the point: what is judged is what is written."""
+NOISE = 0.05
+"""A difference that chance shows as often as this, or more often, is none."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A data set for learning and one for judging; no record is in both."""
+
+    learned: DataSet
+    held_out: DataSet
+
+
+def halve(data: DataSet, seed: int) -> Halves:
+    """Half of the records, drawn by a seed, to learn from, and the others to judge by.
+
+    Raises:
+        Usage: there is only one record with anything to learn.
+    """
+    numbers = sorted(set(data.owners))
+    if len(numbers) < 2:
+        raise Usage(
+            f"{data.source} has one record, and half of the records are kept apart to judge by",
+            hint="give more records, or name others to judge by: --holdout FILE",
+        )
+    random.Random(seed).shuffle(numbers)
+    middle = (len(numbers) + 1) // 2
+    return Halves(_chosen(data, numbers[:middle]), _chosen(data, numbers[middle:]))
+
+
+def shorten(data: DataSet, seed: int, parameters: int) -> DataSet:
+    """As many records, drawn by a seed, as are enough for a model of that size: 8,192 to 262,144 tokens."""
+    most = min(max(_WORK / max(parameters, 1), _FEW_TOKENS), _MANY_TOKENS)
+    tokens: dict[int, int] = {}
+    for owner, example in zip(data.owners, data.examples, strict=True):
+        tokens[owner] = tokens.get(owner, 0) + len(example.input_ids)
+    numbers = sorted(tokens)
+    random.Random(seed).shuffle(numbers)
+    kept, total = list[int](), 0
+    for number in numbers:
+        total += tokens[number]
+        if kept and total > most:
+            break
+        kept.append(number)
+    return data if len(kept) == len(numbers) else _chosen(data, kept)
+
+
+def _chosen(data: DataSet, numbers: Sequence[int]) -> DataSet:
+    wanted = set(numbers)
+    places = [place for place, owner in enumerate(data.owners) if owner in wanted]
+    return DataSet(data.source, [data.examples[place] for place in places], [data.owners[place] for place in places])
+
+
+class _Learned:
+    """The weights as a bounded function of a parameter: bound · tanh(parameter / bound)."""
+
+    def __init__(self, start: Sequence[float]) -> None:
+        begin = torch.tensor(start, dtype=torch.float64)
+        self._bound = (2 * begin.abs()).clamp_min(_BOUND)
+        self.parameter = nn.Parameter(self._bound * torch.atanh(begin / self._bound))
+
+    def __call__(self) -> Tensor:
+        return self._bound * torch.tanh(self.parameter / self._bound)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights by group, and how many steps it took to find them."""
+
+    weights: dict[Group, float]
+    steps: int
+
+
+def fit_weights(
+    stacked: StackedModel,
+    weighted: WeightedFactors,
+    sets: Sequence[DataSet],
+    steps: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """Weights that make the mean of the data sets' losses smallest; nothing else learns.
+
+    Args:
+        steps: of L-BFGS at most, each over all records; it ends earlier where the loss is as small as it gets.
+        progress: is called with the number of the step after each look at the data.
+
+    Raises:
+        Failed: a loss is no number.
+    """
+    stacked.restore()
+    learned = _Learned(weighted.start())
+    optimizer = torch.optim.LBFGS(
+        [learned.parameter], max_iter=steps, max_eval=3 * steps, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7, tolerance_change=1e-9,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(_add_gradient(stacked, data.examples, len(sets), sharing) for data in sets)
+        if not math.isfinite(loss):
+            raise Failed("the loss is not a finite number", hint="begin with smaller weights")
+        progress(int(optimizer.state[learned.parameter].get("n_iter", 0)))
+        return torch.tensor(loss, dtype=torch.float64)
+
+    stacked.model.eval()
+    with Scoring(stacked, sets).sharing() as sharing, attached(stacked.model, weighted, learned), torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    found = [round(value, _DIGITS) + 0.0 for value in learned().tolist()]
+    return Fitted(dict(zip(weighted.groups, found, strict=True)), int(optimizer.state[learned.parameter]["n_iter"]))
+
+
+def _add_gradient(stacked: StackedModel, examples: Sequence[Example], sets: int, sharing: bool) -> float:
+    """The share of a data set in the mean loss; its gradient is added to that of the weights."""
+    tokens, total = sum(example.supervised for example in examples), 0.0
+    for row in rows_of(examples) if sharing else [[number] for number in range(len(examples))]:
+        batch = collate([examples[number] for number in row])
+        batch = {key: value.to(stacked.device) for key, value in batch.items()}
+        loss = supervised_token_losses(stacked.model, batch).losses.sum() / (tokens * sets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def member_weights(weighted: WeightedFactors, weights: Mapping[Group, float]) -> list[dict[str, Any]]:
+    """What the entry of each member has to say for some weights: ``weight``, ``layer_weights`` or neither."""
+    made: list[dict[str, Any]] = [{} for _ in weighted.plan.members]
+    for (member, name), value in weights.items():
+        if name:
+            made[member].setdefault("layer_weights", {})[name] = value
+        else:
+            made[member] = {"weight": value, "layer_weights": {}}
+    return made
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The mean losses of two stacks over some data sets, each set counted alike: after less before, and how sure."""
+
+    before: float
+    after: float
+    standard_error: float | None
+    p_value: float
+
+    @property
+    def is_better(self) -> bool:
+        return self.after < self.before and self.p_value <= NOISE
+
+
+def judge(before: Sequence[Score], after: Sequence[Score]) -> Judged:
+    """Compare two stacks on the same records by the sign-flip test of :mod:`stackctl.engine.significance`."""
+    gaps, errors = [], []
+    for old, new in zip(before, after, strict=True):
+        own = [a.loss - b.loss for a, b in zip(new.records, old.records, strict=True)]
+        gaps += [gap / (len(before) * old.tokens) for gap in own]
+        errors.append(ratio_error(own, [record.tokens for record in old.records]))
+    known = [error for error in errors if error is not None]
+    return Judged(
+        mean_loss(before), mean_loss(after),
+        math.hypot(*known) / len(before) if len(known) == len(errors) else None, sign_flip_p(gaps),
+    )  # fmt: skip
+
+
+def mean_loss(scores: Sequence[Score]) -> float:
+    return math.fsum(score.loss for score in scores) / len(scores)

@@ -1,0 +1,168 @@
+"""A stack's members live beside the base with nothing but their weights to learn.
+
+Each weight stands on a group of modules: all of a member's, those of one layer, or a single one. On a linear layer a
+member adds w · scaling · B (A x) to what the layer makes of x. Anything else, an embedding, experts, the head, has its
+whole weight changed by w · scaling · BA for each forward pass, as folding would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stackctl.engine import algebra
+from stackctl.engine.merging import matrices
+from stackctl.engine.tensors import MemberTensors
+from stackctl.lora.module_grid import place
+from stackctl.lora.target_modules import natural_order
+from stackctl.plan.layer_weights import Weights
+from stackctl.plan.model import ModulePlan, StackPlan
+
+Per = Literal["member", "layer", "module"]
+Group = tuple[int, str]
+"""A member's number, and the name of a layer or module; empty for all of the member."""
+
+
+@dataclass(frozen=True)
+class WeightedFactors:
+    """The factors of every member on every module, in float32, and which weight each of them has.
+
+    ``groups`` are the weights, in an order that depends on what the members are and not on where they stand, so that
+    the same members give the same bits in any order. ``factors[module]`` are (A, B, scaling) with ``index[module]``
+    the place of each one's weight among the groups.
+    """
+
+    plan: StackPlan
+    groups: tuple[Group, ...]
+    factors: Mapping[str, Sequence[algebra.Factors]]
+    index: Mapping[str, Sequence[int]]
+
+    def start(self) -> list[float]:
+        """The weights that the plan's members have now; of a group whose modules differ, their mean."""
+        found: dict[Group, list[float]] = {}
+        weights = [Weights.of(m.weight, m.layer_weights) for m in self.plan.members]
+        for name, places in self.index.items():
+            for number in places:
+                group = self.groups[number]
+                found.setdefault(group, []).append(weights[group[0]].at(name))
+        return [sum(found[group]) / len(found[group]) for group in self.groups]
+
+
+def read_factors(plan: StackPlan, per: Per) -> WeightedFactors:
+    """The factors of a plan in which every member has a weight other than zero, and the weights that ``per`` asks for.
+
+    Raises:
+        VerificationFailed: a tensor holds NaN or infinity.
+    """
+    order = sorted(range(len(plan.members)), key=lambda number: (plan.members[number].digest, number))
+    rank = {member: number for number, member in enumerate(order)}
+    factors: dict[str, list[algebra.Factors]] = {}
+    owners: dict[str, list[Group]] = {}
+    with MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            read = tensors.factors(module)
+            own = sorted(range(len(read)), key=lambda number: rank[module.factors[number].member])
+            factors[module.name] = [(*read[n][:2], module.factors[n].scaling) for n in own]
+            owners[module.name] = [(module.factors[n].member, _group(module.name, per)) for n in own]
+    groups = sorted(
+        {group for found in owners.values() for group in found}, key=lambda g: (rank[g[0]], natural_order(g[1]))
+    )
+    numbers = {group: number for number, group in enumerate(groups)}
+    index = {name: [numbers[group] for group in found] for name, found in owners.items()}
+    return WeightedFactors(plan, tuple(groups), factors, index)
+
+
+def _group(module: str, per: Per) -> str:
+    return {"member": "", "layer": place(module).name, "module": module}[per]
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, weighted: WeightedFactors, weights: Callable[[], Tensor]) -> Iterator[None]:
+    """The members live on a base while the body runs.
+
+    Args:
+        weights: one number for each of the groups, (groups,), asked for again in each forward pass.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with contextlib.ExitStack() as stack:
+        for module in weighted.plan.modules.values():
+            places = torch.tensor(weighted.index[module.name])
+            factors = weighted.factors[module.name]
+            layer = None if module.is_experts else model.get_submodule(module.name)
+            if layer is not None and layer is not head and module.type in ("Linear", "Conv1D"):
+                stack.enter_context(_beside(layer, factors, places, weights))
+            else:
+                stack.enter_context(_inside(model, module, factors, places, weights))
+        yield
+
+
+@contextlib.contextmanager
+def _beside(
+    layer: nn.Module, factors: Sequence[algebra.Factors], places: Tensor, weights: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Add to a layer's output while the body runs."""
+    device = next(layer.parameters()).device
+    a = torch.cat([A for A, _, _ in factors]).to(device)  # (Σ rank, in)
+    b = torch.cat([B * s for _, B, s in factors], dim=1).to(device)  # (out, Σ rank)
+    spread = torch.repeat_interleave(places, torch.tensor([A.shape[0] for A, _, _ in factors]))
+
+    def add(_: nn.Module, given: tuple[Any, ...], made: Tensor) -> Tensor:
+        inner = nn.functional.linear(given[0].to(a.dtype), a) * weights().to(device, a.dtype)[spread.to(device)]
+        return made + nn.functional.linear(inner, b).to(made.dtype)
+
+    handle = layer.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _inside(
+    model: nn.Module,
+    module: ModulePlan,
+    factors: Sequence[algebra.Factors],
+    places: Tensor,
+    weights: Callable[[], Tensor],
+) -> Iterator[None]:
+    """Change a parameter while the body runs."""
+    parent, _, name = module.parameter.rpartition(".")
+    owner = model.get_submodule(parent)
+    parametrize.register_parametrization(owner, name, _Changed(module, factors, places, weights), unsafe=True)
+    try:
+        yield
+    finally:
+        parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+
+
+class _Changed(nn.Module):
+    """A parameter with the members' deltas added to it."""
+
+    def __init__(
+        self,
+        module: ModulePlan,
+        factors: Sequence[algebra.Factors],
+        places: Tensor,
+        weights: Callable[[], Tensor],
+    ) -> None:
+        super().__init__()
+        self._module, self._factors, self._places, self._weights = module, factors, places, weights
+        self.learned = getattr(weights, "parameter", None)
+        """Where the numbers come from, so that whoever looks for what is trained finds it here."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        now = self._weights().to(weight.device, torch.float32)[self._places.to(weight.device)]
+        read = [(A.to(weight.device), B.to(weight.device), s) for A, B, s in self._factors]
+        deltas = []
+        for own in matrices(self._module, read):
+            parts = [s * (B @ A) for A, B, s in own]
+            total = (torch.stack(parts) * now[:, None, None]).sum(0)
+            deltas.append(total.T if self._module.is_transposed else total)
+        delta = torch.stack(deltas) if self._module.is_experts else deltas[0]
+        return (weight.float() + delta).to(weight.dtype)

@@ -1,0 +1,140 @@
+"""compose --fit: what is no better is not taken, and nothing else is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+
+def texts(first: int, last: int) -> list[dict[str, Any]]:
+    things, moods = ("sea", "gull", "boat", "rain", "shore", "night"), ("grey", "loud", "cold", "slow", "far", "still")
+    return [{"text": f"The {a} was {b}, and nobody came."} for a in things for b in moods][first:last]
+
+
+@pytest.fixture
+def pair(house: Any) -> Any:
+    """``style``, trained on texts like those that the weights are learned from, and ``noise``, which is random."""
+    h = house("llama")
+    h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
+    h.add("noise", seed=2, r=3)
+    return h
+
+
+def test_a_stack_that_is_no_better_keeps_the_typed_weights(pair: Any) -> None:
+    made = pair.run(
+        "compose", "style:0.9", "--name", "s", "--fit", pair.data(texts(12, 16)), "--fit-steps", 5, "--json"
+    ).json
+    fit = made["fit"]
+    assert fit["fitted"] is False, "with two records kept apart chance cannot be told"
+    assert (fit["records"], fit["per"], fit["weights"]) == (2, "member", {"style": 0.9})
+    assert fit["held_out_after"] == fit["held_out_before"] and fit["loss_after"] == fit["loss_before"]
+    assert made["members"][0]["weight"] == 0.9
+    assert pair.run("inspect", "s", "--json").json["members"][0]["weight"] == 0.9
+
+
+def test_learned_weights_are_better_where_it_is_judged_and_are_what_is_written(pair: Any) -> None:
+    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
+    ask = ("--fit", data, "--holdout", held, "--fit-steps", 3, "--json")
+    made = pair.run("compose", "style:0+noise", "--name", "s", *ask).json
+    fit = made["fit"]
+    assert fit["fitted"] is True and fit["records"] == 10 and fit["held_out_records"] == 14
+    assert fit["held_out_after"] < fit["held_out_before"] and fit["loss_after"] < fit["loss_before"]
+    assert {m["adapter"]: m["weight"] for m in made["members"]} == fit["weights"]
+    losses = {
+        what: pair.run("eval", what, "--data", held, "--json").json["results"][0]["loss"]
+        for what in ("style:0+noise", "s")
+    }
+    assert losses["s"] == pytest.approx(fit["held_out_after"], abs=1e-6)
+    assert losses["style:0+noise"] == pytest.approx(fit["held_out_before"], abs=1e-6)
+    again = pair.run("compose", "style:0+noise", "--name", "s2", *ask).json["fit"]
+    assert again == fit, "the same seed gives the same bits"
+    turned = pair.run("compose", "noise+style:0", "--name", "s3", *ask).json["fit"]
+    assert turned["tried"]["weights"] == fit["tried"]["weights"] and list(turned["weights"]) == ["noise", "style"]
+
+
+def test_layers_and_modules_have_their_own_weights(pair: Any) -> None:
+    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
+    for per, names in (("layer", {"model.layers.0", "model.layers.1"}), ("module", set(pair.plan("style").modules))):
+        ask = ("--fit", data, "--holdout", held, "--per", per, "--fit-steps", 2, "--json")
+        made = pair.run("compose", "style:0.2", "--name", f"by-{per}", *ask).json
+        assert made["fit"]["fitted"] is True and made["fit"]["steps"] <= 2
+        assert set(made["fit"]["weights"]["style"]) == names == set(made["members"][0]["layer_weights"])
+        entry = yaml.safe_load((pair.folder / f"registry/stacks/by-{per}.yaml").read_text())
+        assert entry["members"][0]["layer_weights"] == made["fit"]["weights"]["style"]
+
+
+def test_what_cannot_be_fitted_is_said_before_the_base_is_loaded(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("stackctl.engine.models.load_base", load)
+    data = pair.data()
+    cases: list[tuple[tuple[Any, ...], int, str]] = [
+        (("style+style", "--fit", data), 4, "style"),
+        (("style", "--fit", data, "--method", "ties"), 2, "--fit"),
+        (("style", "--fit", data, "--per", "head"), 2, "--per"),
+        (("style", "--per", "layer"), 2, "--fit"),
+        (("style", "--fit", "nothing.jsonl"), 3, "nothing.jsonl"),
+        (("style", "--fit", pair.data([{"text": "one record"}], "one.jsonl")), 2, "--holdout"),
+        (("style", "--fit", pair.data([{"text": ""}], "empty.jsonl")), 2, "empty.jsonl"),
+        (("base", "--fit", data), 2, "base"),
+    ]
+    for arguments, code, said in cases:
+        assert said in pair.run("compose", *arguments, "--name", "s", code=code).err
+    assert pair.run("ls", "--json").json["stacks"] == []
+    path = pair.weights("style") / "adapter_model.safetensors"
+    pair.folder.joinpath("bad").mkdir()
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first] * float("nan")}, path, {"format": "pt"})
+    assert pair.run("compose", "style", "--name", "s", "--fit", data, code=5).err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "tied", "gemma"])
+def test_weights_live_are_weights_folded(house: Any, name: str) -> None:
+    """With all that a LoRA stands on: embeddings, a head, transposed layers, experts."""
+    from stackctl.engine.logits import supervised_loss
+    from stackctl.engine.weighted_members import attached, read_factors
+
+    h = house(name)
+    heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
+    more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
+    if name == "mixtral":
+        more["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    h.add("style", seed=1, **more)
+    h.add("instruct", seed=2, r=3)
+    stacked = h.load()
+    batch = {
+        "input_ids": oracle.TOKENS, "position_ids": torch.arange(32)[None], "keep": torch.arange(31),
+        "labels": oracle.TOKENS[0, 1:],
+    }  # fmt: skip
+    weighted = read_factors(h.plan("style+instruct"), "member")
+    order = [h.plan("style+instruct").members[member].adapter for member, _ in weighted.groups]
+    now = _Weights([{"style": 0.3, "instruct": -1.2}[name] for name in order])
+    before = float(supervised_loss(stacked.model, batch))
+    with attached(stacked.model, weighted, now):
+        loss = supervised_loss(stacked.model, batch)
+        loss.backward()
+    assert float(supervised_loss(stacked.model, batch)) == before, "and the base is as it was"
+    found, step = [], 3e-3
+    for style in (0.3, 0.3 + step, 0.3 - step):
+        stacked.use(h.plan(f"style:{style}+instruct:-1.2"))
+        found.append(float(supervised_loss(stacked.model, batch).detach().double()))
+    assert float(loss.detach()) == pytest.approx(found[0], rel=1e-5)
+    assert now.parameter.grad is not None and bool((now.parameter.grad != 0).all())
+    if name != "mixtral":  # whose router jumps
+        slope = (found[1] - found[2]) / (2 * step)
+        assert float(now.parameter.grad[order.index("style")]) == pytest.approx(slope, rel=2e-2, abs=3e-2)
+
+
+class _Weights:
+    def __init__(self, values: list[float]) -> None:
+        self.parameter = torch.nn.Parameter(torch.tensor(values))
+
+    def __call__(self) -> torch.Tensor:
+        return self.parameter
