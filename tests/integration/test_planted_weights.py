@@ -1,0 +1,42 @@
+"""Weights that are known are found again in what a stack with them draws from its own distribution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from stackctl.engine.data import Example
+from stackctl.engine.evaluation import DataSet
+from stackctl.engine.weight_fit import fit_weights, member_weights
+from stackctl.engine.weighted_members import read_factors
+from stackctl.plan.build import plan_stack
+
+RECORDS, LENGTH = 60, 60
+
+
+@pytest.mark.parametrize(
+    ("per", "weights", "tolerance"),
+    [("member", (0.6, 1.4), 0.02), ("layer", (0.7, 1.3, 1.2, 0.8), 0.08)],  # of layers 3,600 tokens tell less
+)
+def test_planted_weights_come_back(house: Any, per: Any, weights: tuple[float, ...], tolerance: float) -> None:
+    h = house("llama")
+    h.add("style", seed=1, scale=0.4)
+    h.add("instruct", seed=2, scale=0.4)
+    plan, stacked = h.plan("style+instruct"), h.load()
+    weighted = read_factors(plan, per)
+    planted = dict(zip(weighted.groups, weights, strict=True))
+    members = [replace(m, **w) for m, w in zip(plan.members, member_weights(weighted, planted), strict=True)]
+    stacked.use(plan_stack(plan.base, members))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 260, (RECORDS, 1), generator=generator)
+    with torch.no_grad():
+        for _ in range(LENGTH):
+            logits = stacked.model(input_ids=tokens, use_cache=False).logits[:, -1]
+            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+    examples = [Example(row, [-100, *row[1:]]) for row in tokens.tolist()]
+    found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 12).weights
+    for group, wanted in planted.items():
+        assert found[group] == pytest.approx(wanted, rel=tolerance), found
