@@ -66,7 +66,8 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "unsupervised": corpus.encoded.unsupervised,
         "preview": [
             {"text": text, "supervised": learned}
-            for text, learned in preview_parts(corpus.encoded.examples[0], tokenizer)
+            for example in corpus.rows[0][: 2 if job.objective != "sft" else 1]
+            for text, learned in preview_parts(example, tokenizer)
         ],
         "steps": steps,
         "adapts": sorted(targets.modules, key=natural_order),
@@ -161,6 +162,10 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "eval_loss": run.eval_loss,
         "kept_step": run.kept_step,
         "stopped_early": run.stopped_early,
+        "objective": prepared.job.objective,
+        "beta": prepared.job.effective_beta,
+        "accuracy": run.accuracy,
+        "margin": run.margin,
     }
     steps = counted(run.steps, "step")
     text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
@@ -180,6 +185,8 @@ def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
     """What the run was good for, in a line or two."""
     first, last = curve[0]["loss"], curve[-1]["loss"]
     text = f"loss of a step {_change(first, last)}"
+    if run.accuracy is not None and run.margin is not None:
+        text += f"\npairs ranked rightly while learning {run.accuracy:.0%}, mean margin {run.margin:.3f}"
     before, after = run.eval_loss_before, run.eval_loss
     if before is None or after is None:
         return text

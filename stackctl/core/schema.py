@@ -139,7 +139,8 @@ class Run(Part, frozen=True, kw_only=True):
     """How training went. ``loss`` is the mean over the run's supervised tokens.
 
     ``initial_seed`` is what the new factors A were drawn with: on a frozen stack another than ``settings.seed``.
-    With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
+    On pairs ``loss`` is the mean over pairs, ``accuracy`` the share that was ranked rightly, ``margin`` the mean by how
+    much. With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
     """
 
     steps: Count
@@ -159,6 +160,8 @@ class Run(Part, frozen=True, kw_only=True):
     kept_step: Count | None = None
     stopped_early: bool = False
     template_date: str | None = None
+    accuracy: Finite | None = None
+    margin: Finite | None = None
 
 
 class HubSource(Part, frozen=True, kw_only=True):
@@ -292,6 +295,19 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     orthogonal: Annotated[
         bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
     ] = False
+    objective: Annotated[
+        Literal["sft", "dpo", "ipo", "orpo", "simpo"],
+        Meta(
+            description="What is made small: sft on any records; the others on pairs of a chosen and a rejected answer."
+        ),
+    ] = "sft"
+    beta: (
+        Annotated[float, Meta(gt=0, le=_HUGE, description="Strength of the preference; 0.1 if left out, for simpo 2.")]
+        | None
+    ) = None
+    label_smoothing: Annotated[
+        float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be the wrong way round.")
+    ] = 0.0
     epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
     max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
     batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = 8
@@ -342,6 +358,13 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Annotated[int, Meta(ge=1, description="Stop after so many looks at --eval-data in a row without a lower loss.")]
         | None
     ) = None
+
+    @property
+    def effective_beta(self) -> float | None:
+        """``beta`` as it is used; none where nothing is preferred."""
+        if self.objective == "sft":
+            return None
+        return self.beta if self.beta is not None else {"simpo": 2.0}.get(self.objective, 0.1)
 
     def effective_alpha(self) -> float:
         return self.alpha if self.alpha is not None else 2.0 * self.effective_rank()

@@ -44,6 +44,12 @@ def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor]) -> Toke
     return token_losses(head, hidden, inputs["labels"])
 
 
+def token_losses_of_rows(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool) -> Tensor:
+    """Cross-entropy of each supervised token (K,); ``as_rows`` as in :func:`supervised_loss`."""
+    parts = _split(inputs) if as_rows else [inputs]
+    return torch.cat([supervised_token_losses(model, part).losses for part in parts or [inputs]])
+
+
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits (K, vocabulary) at the positions that predict a supervised token."""
     inner = causal_lm(model)

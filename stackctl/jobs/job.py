@@ -119,6 +119,7 @@ def prepare_job(
         attempt(_check_orthogonal, job, plan)
     attempt(_check_watching, job)
     attempt(_check_precision, job)
+    attempt(_check_objective, job)
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
@@ -190,6 +191,19 @@ def _check_watching(job: TrainJob) -> None:
         need = "needs" if len(given) == 1 else "need"
         raise Usage(
             f"{' and '.join(given)} {need} held-out records to evaluate on", hint="name them: --eval-data FILE.jsonl"
+        )
+
+
+def _check_objective(job: TrainJob) -> None:
+    if job.objective == "sft" and job.beta is not None:
+        raise Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
+    if job.objective != "dpo" and job.label_smoothing:
+        raise Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
+    if job.objective != "sft" and job.pack:
+        raise Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
+    if job.objective != "sft" and job.eval_data:
+        raise Usage(
+            f"--objective {job.objective} does not look at held-out pairs while it trains", hint="leave out --eval-data"
         )
 
 

@@ -4,7 +4,7 @@ from stackctl.engine.data.adapter_template import adopt_chat_template
 from stackctl.engine.data.chat_template import CHATML, ensure_chat_template, fix_date, prefix_ids, shown_date
 from stackctl.engine.data.encoding import Reading, encode
 from stackctl.engine.data.examples import IGNORED, Encoded, Example
-from stackctl.engine.data.rows import Rows, collate, lengths_of, one_by_one, pack
+from stackctl.engine.data.rows import Rows, collate, lengths_of, one_by_one, pack, pairs_of
 from stackctl.engine.data.turns import end_of_turn
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "lengths_of",
     "one_by_one",
     "pack",
+    "pairs_of",
     "prefix_ids",
     "shown_date",
 ]

@@ -13,11 +13,15 @@ IGNORED = -100
 class Example:
     """One sequence. ``labels`` are as long as ``input_ids`` and not shifted; -100 where nothing is learned.
 
+    ``reference`` is the log-probability (nats) of its supervised tokens under a frozen stack, where an objective looks
+    at that.
+
     The first label is always -100: nothing stands before it that could predict it.
     """
 
     input_ids: list[int]
     labels: list[int]
+    reference: float = 0.0
 
     @property
     def supervised(self) -> int:

@@ -53,6 +53,11 @@ def one_by_one(examples: Sequence[Example]) -> Rows:
     return Rows(examples, np.arange(len(examples)), np.arange(len(examples) + 1))
 
 
+def pairs_of(examples: Sequence[Example]) -> Rows:
+    """A row for each two that follow one another."""
+    return Rows(examples, np.arange(len(examples)), np.arange(0, len(examples) + 1, 2))
+
+
 def pack(examples: Sequence[Example], max_length: int) -> Rows:
     """Rows of at most ``max_length`` tokens, filled by best fit, the longest examples first.
 

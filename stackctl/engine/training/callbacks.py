@@ -68,6 +68,7 @@ class StepCallback(TrainerCallback):
             )
         counters.curve.append(
             {"step": state.global_step, "loss": loss, "learning_rate": self._rate, "tokens": counters.tokens}
+            | run.step_pairs
         )
         self._progress(state.global_step, state.max_steps, counters)
         if args.world_size == 1:  # what came meanwhile; several ranks have to agree, and do so once in a step

@@ -54,6 +54,13 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
     if job.pack and (shape := records.peek_format()) not in ("text", None):
         raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
 
+    pairs = job.objective != "sft"
+    if pairs and (shape := records.peek_format()) not in ("preference", None):
+        raise Usage(
+            f"--objective {job.objective} takes pairs of answers, and {prepared.data} holds {shape}",
+            hint='give records of {"prompt", "chosen", "rejected"}, or leave out --objective',
+        )
+
     beyond = unembedded_tokens(tokenizer, prepared.base.vocabulary_size)
 
     def encode(source: RecordStream, **options: Any) -> Encoded:
@@ -66,7 +73,7 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
             check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
         return found
 
-    encoded = encode(records, split_long=job.pack)
+    encoded = encode(records, split_long=job.pack, pairs=pairs)
     held_out = open_records(prepared.eval_data) if prepared.eval_data else None
     evaluation = encode(held_out) if held_out else None
     for note in encoded.notes:
@@ -83,9 +90,15 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
-    parts = preview_parts(encoded.examples[0], tokenizer)
-    say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
-    rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
+    for number in range(2 if pairs else 1):
+        if number:
+            say("and what is rejected:")
+        parts = preview_parts(encoded.examples[number], tokenizer)
+        say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
+    if pairs:
+        rows = data_module.pairs_of(encoded.examples)
+    else:
+        rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation)
 
 

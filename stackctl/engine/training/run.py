@@ -25,7 +25,9 @@ from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.memory import estimate_job
+from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.orthogonal import OrthogonalRows
+from stackctl.engine.training.preferences import reference
 from stackctl.engine.training.register import FinishedRun, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
@@ -130,13 +132,17 @@ def _train(
     state = RunState(stacked.device)
     examples = corpus.encoded.examples
     longest = int(data_module.lengths_of(examples).max())
+    bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
+    compares = job.objective in OBJECTIVES and OBJECTIVES[job.objective].compares
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder, stacked.device),
         steps=StepCallback(state, output.progress, output.say),
         held_out=HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None,
         one_by_one=choose_layout(model, examples, longest=longest) == "apart",
-        bfloat16=computes_in_bfloat16(job.dtype, stacked.device, stacked.model),
+        bfloat16=bfloat16,
+        pairs=job if job.objective in OBJECTIVES else None,
+        references=reference(model, examples, live, bfloat16=bfloat16) if compares else None,
     )
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device)
     with tracking(job, log_folder(registry, prepared.name), output.say):
@@ -215,6 +221,8 @@ def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: s
         eval_loss=held_out.kept["eval_loss"] if held_out else None,
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
+        accuracy=counters.accuracy,
+        margin=counters.margin,
         template_date=data_module.shown_date(stacked.tokenizer),
     )
 

@@ -12,19 +12,23 @@ from torch import Tensor
 
 from stackctl.engine.data import Reading
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
+from stackctl.engine.training.objectives import ranked
 
 
 @dataclass
 class Counters:
     """What a run has seen so far; it is saved and restored with the run.
 
-    ``loss_sum`` is over supervised tokens. ``curve`` has an entry for each optimizer step, ``evaluations`` one for each
-    evaluation on held-out records: ``step`` and ``eval_loss``.
+    ``loss_sum`` is over supervised tokens, or where there are ``pairs`` over those. ``curve`` has an entry for each
+    optimizer step, ``evaluations`` one for each evaluation on held-out records: ``step`` and ``eval_loss``.
     """
 
     tokens: int = 0
     supervised_tokens: int = 0
     loss_sum: float = 0.0
+    pairs: int = 0
+    ranked: float = 0.0
+    margin_sum: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -36,7 +40,18 @@ class Counters:
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / self.supervised_tokens if self.supervised_tokens else math.nan
+        count = self.pairs or self.supervised_tokens
+        return self.loss_sum / count if count else math.nan
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of pairs that were ranked rightly when they were learned from; none without pairs."""
+        return self.ranked / self.pairs if self.pairs else None
+
+    @property
+    def margin(self) -> float | None:
+        """The mean by how much; none without pairs."""
+        return self.margin_sum / self.pairs if self.pairs else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,12 +87,21 @@ class RunState:
     """The signal that ends the training after this step, whichever rank got it; else 0."""
     order: WholeSteps | None = None
     """The order of the records where several processes train."""
+    step_pairs: dict[str, float] = field(default_factory=dict)
+    """``accuracy`` and ``margin`` of the last step, where it had pairs."""
     _tokens: int = 0
     _supervised: int = 0
 
     def __post_init__(self) -> None:
         where = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
         self._loss = torch.zeros((), dtype=torch.float64, device=where)
+        self._pairs = torch.zeros(3, dtype=torch.float64, device=where)
+
+    def add_pairs(self, margins: Tensor) -> None:
+        """Count the pairs of a micro-batch by their margins (P,)."""
+        self._pairs += torch.stack([margins.new_tensor(len(margins)), ranked(margins).sum(), margins.sum()]).to(
+            self._pairs
+        )
 
     def add_micro_batch(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         """Add the summed loss (scalar, nats) and the tokens of a micro-batch to those of the step."""
@@ -88,13 +112,25 @@ class RunState:
 
     def end_step(self, wanted_stop: int) -> float:
         """Count what all ranks computed in this step, and agree on ``stop_signal``. Returns the step's mean loss."""
-        own = [float(self._loss), float(self._tokens), float(self._supervised), float(wanted_stop)]
+        own = [
+            float(self._loss),
+            float(self._tokens),
+            float(self._supervised),
+            float(wanted_stop),
+            *self._pairs.tolist(),
+        ]
         self._loss.zero_()
+        self._pairs.zero_()
         self._tokens = self._supervised = 0
         each = numbers_of_each(own, self.device)
-        loss, tokens, supervised, _ = each.sum(0).tolist()
+        loss, tokens, supervised, _, pairs, right, margin = each.sum(0).tolist()
         self.stop_signal = int(each[:, 3].max())
         self.counters.loss_sum += loss
         self.counters.tokens += int(tokens)
         self.counters.supervised_tokens += int(supervised)
-        return float(loss / supervised) if supervised else math.nan
+        self.counters.pairs += int(pairs)
+        self.counters.ranked += right
+        self.counters.margin_sum += margin
+        self.step_pairs = {"accuracy": right / pairs, "margin": margin / pairs} if pairs else {}
+        count = pairs or supervised
+        return float(loss / count) if count else math.nan

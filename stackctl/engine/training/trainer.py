@@ -31,6 +31,7 @@ from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import WholeSteps, like
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
+from stackctl.engine.training.preferences import ReferencedRows, pair_scores
 from stackctl.engine.training.saves import RunSaves
 from stackctl.engine.training.state import RunState
 from stackctl.jobs import ranks
@@ -52,6 +53,10 @@ class TrainerParts:
     held_out: HeldOut | None
     one_by_one: bool
     bfloat16: bool
+    pairs: TrainJob | None = None
+    """The job, where it learns from pairs of answers."""
+    references: list[float] | None = None
+    """The log-probability (nats) of each answer under the frozen stack, where an objective compares with it."""
 
 
 class StackTrainer(Trainer):
@@ -59,10 +64,11 @@ class StackTrainer(Trainer):
 
     def __init__(self, model: PeftModel, arguments: TrainingArguments, corpus: Corpus, parts: TrainerParts) -> None:
         several = ranks.world_size() > 1
+        rows = ReferencedRows(corpus.rows, parts.references) if parts.references else corpus.rows
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=[*corpus.rows, []] if several else corpus.rows,  # the last one fills up a step
+            train_dataset=[*rows, []] if several else rows,  # the last one fills up a step
             eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
             data_collator=_collate,
         )
@@ -75,17 +81,23 @@ class StackTrainer(Trainer):
                 self.add_callback(callback)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Supervised tokens of the whole optimizer step, over all micro-batches and ranks."""
-        count = torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)
+        """Supervised tokens, or pairs, of the whole optimizer step, over all micro-batches and ranks."""
+        key, each = ("references", 2) if self._parts.pairs else ("labels", 1)
+        count = torch.tensor(sum(batch[key].numel() // each for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Cross-entropy summed over this micro-batch, divided by the supervised tokens of the whole step."""
+        """The loss summed over this micro-batch, divided by the supervised tokens, or the pairs, of the whole step."""
         # Not Trainer's own bf16 flag: that leaves the model's forward wrapped, and the proofs look at it afterwards.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._parts.bfloat16):
-            total = supervised_loss(model, inputs, one_by_one=self._parts.one_by_one)
+            if self._parts.pairs:
+                scores = pair_scores(model, inputs, self._parts.pairs, as_rows=self._parts.one_by_one)
+                total = scores.losses.sum()
+                self._run.add_pairs(scores.margins)
+            else:
+                total = supervised_loss(model, inputs, one_by_one=self._parts.one_by_one)
         self._run.add_micro_batch(total, inputs)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         return total / num_items_in_batch * self.args.world_size
@@ -192,4 +204,5 @@ def _warmup_steps(job: TrainJob, steps: int) -> int:
 def _collate(rows: list[list[Example]]) -> dict[str, Tensor]:
     """One micro-batch; of a place that stands empty, two tokens of which nothing is learned."""
     examples = [example for row in rows for example in row]
-    return data_module.collate(examples or [Example([0, 0], [data_module.IGNORED] * 2)])
+    batch = data_module.collate(examples or [Example([0, 0], [data_module.IGNORED] * 2)])
+    return {**batch, "references": torch.tensor([example.reference for example in examples], dtype=torch.float32)}

@@ -1,0 +1,121 @@
+"""What training on pairs of answers makes small: objectives as pure functions of log-probabilities.
+
+Each takes :class:`Pairs` and a :class:`Strength` and returns losses (P,) in nats, one for a pair. Adding one takes a
+function and a line of :data:`OBJECTIVES`. Written below: c and r are the log-probabilities of the chosen and of the
+rejected answer, c' and r' those under the frozen stack, |c| and |r| their tokens, s the logistic function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+SIMPO_MARGIN = 0.5
+"""SimPO's gamma: what the margin should be above zero (TRL's default)."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Log-probabilities of both answers of P pairs, each (P,), float32, summed over the answer's tokens.
+
+    ``*_tokens`` (P,) count those tokens; ``*_reference`` (P,) are the log-probabilities under the frozen stack alone.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    chosen_reference: Tensor
+    rejected_reference: Tensor
+
+
+@dataclass(frozen=True)
+class Strength:
+    """``beta`` as each objective means it; ``label_smoothing``: the share of pairs that are taken to be the wrong way
+    round."""
+
+    beta: float
+    label_smoothing: float = 0.0
+
+
+def _log_ratio(pairs: Pairs) -> Tensor:
+    """How much more than the reference a model prefers the chosen answer, (P,): (c - c') - (r - r')."""
+    return (pairs.chosen - pairs.chosen_reference) - (pairs.rejected - pairs.rejected_reference)
+
+
+def dpo(pairs: Pairs, strength: Strength) -> Tensor:
+    """DPO (https://arxiv.org/abs/2305.18290): -(1 - e) log s(beta h) - e log s(-beta h), h = (c - c') - (r - r').
+
+    e is the label smoothing of conservative DPO (https://ericmitchell.ai/cdpo.pdf).
+    """
+    h, e = strength.beta * _log_ratio(pairs), strength.label_smoothing
+    return -(1 - e) * logsigmoid(h) - e * logsigmoid(-h)
+
+
+def ipo(pairs: Pairs, strength: Strength) -> Tensor:
+    """IPO (https://arxiv.org/abs/2310.12036, equation 17): ((c - c')/|c| - (r - r')/|r| - 1/(2 beta))^2.
+
+    With means over tokens, as its authors recommend and TRL computes it.
+    """
+    chosen = (pairs.chosen - pairs.chosen_reference) / pairs.chosen_tokens
+    rejected = (pairs.rejected - pairs.rejected_reference) / pairs.rejected_tokens
+    return (chosen - rejected - 1 / (2 * strength.beta)) ** 2
+
+
+def orpo(pairs: Pairs, strength: Strength) -> Tensor:
+    """ORPO (https://arxiv.org/abs/2403.07691, equations 6 and 7): -c/|c| - beta log s(log odds(c) - log odds(r)).
+
+    log odds(x) = x/|x| - log(1 - exp(x/|x|)). Without a reference; the chosen answer's own loss is part of it.
+    """
+    chosen, rejected = _means(pairs)
+    odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+    return -chosen - strength.beta * logsigmoid(odds)
+
+
+def simpo(pairs: Pairs, strength: Strength) -> Tensor:
+    """SimPO (https://arxiv.org/abs/2405.14734, equation 6): -log s(beta (c/|c| - r/|r|) - gamma), without a reference.
+
+    gamma is :data:`SIMPO_MARGIN`.
+    """
+    chosen, rejected = _means(pairs)
+    return -logsigmoid(strength.beta * (chosen - rejected) - SIMPO_MARGIN)
+
+
+def _means(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Log-probabilities per token, each (P,)."""
+    return pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+
+
+def _reward_margin(pairs: Pairs, beta: float) -> Tensor:
+    return beta * _log_ratio(pairs)
+
+
+def _mean_margin(pairs: Pairs, beta: float) -> Tensor:
+    chosen, rejected = _means(pairs)
+    return beta * (chosen - rejected)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, the margin (P,) by which it ranks the chosen answer first, and whether both look at the reference."""
+
+    loss: Callable[[Pairs, Strength], Tensor]
+    margin: Callable[[Pairs, float], Tensor]
+    compares: bool
+
+
+OBJECTIVES = {
+    "dpo": Objective(dpo, _reward_margin, compares=True),
+    "ipo": Objective(ipo, _reward_margin, compares=True),
+    "orpo": Objective(orpo, _mean_margin, compares=False),
+    "simpo": Objective(simpo, _mean_margin, compares=False),
+}
+
+
+def ranked(margins: Tensor) -> Tensor:
+    """1 where a pair is ranked rightly, 0 where wrongly, and one half where both answers are equally likely, (P,)."""
+    return ((margins.sign() + 1) / 2).float()
