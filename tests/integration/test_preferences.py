@@ -88,6 +88,14 @@ def test_accumulation_and_layout_change_no_number(house, data):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_without_it(house, data):
+    h = house()
+    args = ("--data", data, "--objective", "dpo", "--dtype", "float32", "--learning-rate", "1e-2", "--json")
+    h.run("train", "first", *args, "--max-steps", 6)
+    done = h.run("train", "second", *args, "--max-steps", 1, "--from", "first").json
+    assert done["margin"] > 0.01
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [

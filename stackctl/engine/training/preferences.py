@@ -50,10 +50,12 @@ class ReferencedRows(Sequence[list[Example]]):
         ]
 
 
-def reference(model: PeftModel, examples: Sequence[Example], live: str | None, *, bfloat16: bool) -> list[float]:
+def reference(
+    model: PeftModel, examples: Sequence[Example], live: str | None, *, bfloat16: bool, at_zero: bool
+) -> list[float]:
     """The log-probability (nats) of each answer under the frozen stack: the model with its new adapter off.
 
-    Called before the first step, with the new adapter at zero.
+    Called before the first step. ``at_zero``: the new adapter has no effect yet, which is looked at.
 
     Raises:
         VerificationFailed: the adapter, at zero, changes a log-probability.
@@ -62,6 +64,8 @@ def reference(model: PeftModel, examples: Sequence[Example], live: str | None, *
     with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
         with new_adapter_off(model, live):
             found = [-loss for loss in record_losses(model, examples)]
+        if not at_zero:
+            return found
         first = [examples[number] for number in range(min(_LOOKED_AT, len(examples)))]
         if [-loss for loss in record_losses(model, first)] != found[: len(first)]:
             raise VerificationFailed(

@@ -142,7 +142,9 @@ def _train(
         one_by_one=choose_layout(model, examples, longest=longest) == "apart",
         bfloat16=bfloat16,
         pairs=job if job.objective in OBJECTIVES else None,
-        references=reference(model, examples, live, bfloat16=bfloat16) if compares else None,
+        references=reference(model, examples, live, bfloat16=bfloat16, at_zero=not prepared.beginning)
+        if compares
+        else None,
     )
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device)
     with tracking(job, log_folder(registry, prepared.name), output.say):
