@@ -102,7 +102,7 @@ def register(app: typer.Typer) -> None:
                 show_default="member",
                 rich_help_panel=_FIT,
                 autocompletion=lambda: list(_PER),
-                metavar="|".join(_PER),
+                metavar="WHAT",
             ),
         ] = None,
         holdout: Annotated[
@@ -132,7 +132,7 @@ def register(app: typer.Typer) -> None:
                 help="With --fit: auto, cpu, cuda or mps.",
                 show_default="auto",
                 rich_help_panel=_FIT,
-                metavar="|".join(_DEVICES),
+                metavar="NAME",
             ),
         ] = None,
         base: BaseOption = None,
