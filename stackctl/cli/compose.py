@@ -98,7 +98,7 @@ def register(app: typer.Typer) -> None:
         per: Annotated[
             str | None,
             typer.Option(
-                help="With --fit: what has a weight of its own: member, layer or module.",
+                help="With --fit: a weight for each member, layer or module.",
                 show_default="member",
                 rich_help_panel=_FIT,
                 autocompletion=lambda: list(_PER),

@@ -90,9 +90,7 @@ class _Reader:
 
 
 def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> _Sets:
-    from transformers import AutoTokenizer
-
-    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.base_files import base_folder, load_tokenizer
     from stackctl.engine.data import adopt_chat_template
     from stackctl.engine.models import quiet_libraries
     from stackctl.engine.weight_fit import halve, shorten
@@ -106,7 +104,7 @@ def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     raise_all(problems)
     quiet_libraries()
     folder = base_folder(stack.base, context.registry, context.output.status)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     adopt_chat_template(tokenizer, stack.base.name, [plan])
     reader = _Reader(stack.base, tokenizer)
     sets = tokenise_data(context, reader, wishes.data, records, wishes.max_length)
