@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def lay_out(folder: Path, page: Path, made: dict[str, Path]) -> None:
     }
     for place, name in places.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).symlink_to(made[name])
+        shutil.copytree(made[name], folder / place)
     for name in set(re.findall(r"[\w-]+\.(?:jsonl|json|txt)\b", page.read_text(encoding="utf-8"))):
         if name == "prompts.txt":
             (folder / name).write_text("How do I keep bread fresh?\nTell me about the sea.\n")
