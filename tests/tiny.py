@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,4 +118,10 @@ def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, 
             if "lora_" in name:
                 parameter.normal_(0, scale)
     model.save_pretrained(out)
+    file = out / "adapter_config.json"
+    written = json.loads(file.read_text())
+    for key in ("target_modules", "target_parameters"):  # sets inside PEFT, in another order in each process; and so
+        if isinstance(written.get(key), list):  # would be the digest, and the seed of what is trained on top of it
+            written[key].sort()
+    file.write_text(json.dumps(written, indent=2, sort_keys=True))
     return out
