@@ -11,7 +11,6 @@ from stackctl.cli.load_stacks import load_common_base, read_data, tokenise_data
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
-from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
@@ -66,8 +65,6 @@ def fit_stack(
 def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
     if not stack.members:
         raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
-    if plan.method != SUM:
-        raise Usage(f"the weights of a sum are learned, and not those of {plan.method}", hint="leave out --method")
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(

@@ -20,17 +20,18 @@ def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: 
     ``inputs``: input_ids and position_ids (1, T), keep (K,), labels (K,), as :func:`stackctl.engine.data.collate`
     makes them. ``one_by_one`` runs the examples one by one, for models that cannot keep documents in one row apart.
     """
-    if one_by_one:
-        return torch.stack([supervised_loss(model, part) for part in _split(inputs)]).sum()
-    return supervised_token_losses(model, inputs).losses.sum()
+    return supervised_token_losses(model, inputs, one_by_one=one_by_one).losses.sum()
 
 
-def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor]) -> TokenLosses:
-    """Cross-entropy of each supervised token (K,), and whether it was the likeliest.
+def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> TokenLosses:
+    """Cross-entropy of each supervised token (K,), and whether it was the likeliest; arguments as above.
 
     Logits exist a chunk at a time, see :mod:`stackctl.engine.token_losses`; whole ones where a model's head is not
     all that makes them.
     """
+    if one_by_one and (parts := _split(inputs)):
+        each = [supervised_token_losses(model, part) for part in parts]
+        return TokenLosses(torch.cat([part.losses for part in each]), torch.cat([part.correct for part in each]))
     inner = causal_lm(model)
     arguments, keeps = _arguments(inner, inputs), _takes_positions(inner)
     head = find_head(inner, arguments)
@@ -42,12 +43,6 @@ def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor]) -> Toke
         model(**arguments, **({"logits_to_keep": inputs["keep"]} if keeps else {}))
     hidden = seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[inputs["keep"]]  # (K, d)
     return token_losses(head, hidden, inputs["labels"])
-
-
-def token_losses_of_rows(model: nn.Module, inputs: dict[str, Tensor], *, as_rows: bool) -> Tensor:
-    """Cross-entropy of each supervised token (K,); ``as_rows`` as in :func:`supervised_loss`."""
-    parts = _split(inputs) if as_rows else [inputs]
-    return torch.cat([supervised_token_losses(model, part).losses for part in parts or [inputs]])
 
 
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -74,11 +69,10 @@ def _arguments(inner: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         "return_dict": True,
     }
     # A record alone in its row has the positions that the model gives it: not all of them count from 0.
-    accepted = inspect.signature(inner.forward).parameters
-    if "position_ids" not in accepted or len(_starts(inputs["position_ids"])) <= 2:
+    accepted, starts = inspect.signature(inner.forward).parameters, _starts(inputs["position_ids"])
+    if "position_ids" not in accepted or len(starts) <= 2:
         del arguments["position_ids"]
     if inner.config._attn_implementation == SEGMENTS:  # type: ignore[union-attr]
-        starts = _starts(inputs["position_ids"])
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
     return arguments
 

@@ -117,7 +117,7 @@ def prepare_job(
         job = arguments
     if plan and job.orthogonal:
         attempt(_check_orthogonal, job, plan)
-    attempt(_check_watching, job)
+    attempt(_check_evaluation, job)
     attempt(_check_precision, job)
     attempt(_check_objective, job)
     attempt(check_trackers, job)
@@ -185,7 +185,7 @@ def _check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
             )
 
 
-def _check_watching(job: TrainJob) -> None:
+def _check_evaluation(job: TrainJob) -> None:
     given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
     if given and not job.eval_data:
         need = "needs" if len(given) == 1 else "need"

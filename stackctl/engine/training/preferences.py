@@ -14,7 +14,7 @@ from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import TrainJob
 from stackctl.engine.data import Example, Rows
 from stackctl.engine.evaluation import record_losses
-from stackctl.engine.logits import token_losses_of_rows
+from stackctl.engine.logits import supervised_token_losses
 from stackctl.engine.training.objectives import OBJECTIVES, Pairs, Strength
 from stackctl.engine.training.proofs import new_adapter_off
 
@@ -75,12 +75,12 @@ def reference(
     return found
 
 
-def pair_scores(model: nn.Module, inputs: dict[str, Any], job: TrainJob, *, as_rows: bool) -> PairScores:
+def pair_scores(model: nn.Module, inputs: dict[str, Any], job: TrainJob, *, one_by_one: bool) -> PairScores:
     """Losses and margins of a collated micro-batch in which chosen and rejected answers take turns.
 
     ``inputs`` as :func:`stackctl.engine.data.collate` makes them, and ``references`` (2P,).
     """
-    losses = token_losses_of_rows(model, inputs, as_rows=as_rows)
+    losses = supervised_token_losses(model, inputs, one_by_one=one_by_one).losses
     owners = (inputs["position_ids"][0] == 0).cumsum(0)[inputs["keep"]] - 1
     count = inputs["references"].numel()
     summed = losses.new_zeros(count).index_add(0, owners, -losses).float().view(count // 2, 2)

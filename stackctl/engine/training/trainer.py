@@ -93,7 +93,7 @@ class StackTrainer(Trainer):
         # Not Trainer's own bf16 flag: that leaves the model's forward wrapped, and the proofs look at it afterwards.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._parts.bfloat16):
             if self._parts.pairs:
-                scores = pair_scores(model, inputs, self._parts.pairs, as_rows=self._parts.one_by_one)
+                scores = pair_scores(model, inputs, self._parts.pairs, one_by_one=self._parts.one_by_one)
                 total = scores.losses.sum()
                 self._run.add_pairs(scores.margins)
             else:
