@@ -86,7 +86,7 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     With B = Q_b R_b and Aᵀ = Q_a R_a, U, σ and V are those of the small matrix R_b R_aᵀ. Returns Q_b (out, k),
     U (k, l), σ (l) with the largest first, V (m, l) and Q_a (in, m); k, l and m are at most the rank of the factors.
     """
-    with _one_thread():
+    with one_thread():
         q_b, r_b = torch.linalg.qr(B.double())
         q_a, r_a = torch.linalg.qr(A.double().T)
         u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -94,7 +94,7 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The factorisation of a thin matrix waits for all threads at each of its columns: with two on a busy machine it
     took ten times as long as with one."""
     threads = torch.get_num_threads()
@@ -124,7 +124,7 @@ def factorise(matrix: Tensor, rank: int) -> Pair:
 
 def magnitude_prune(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
     """Keep the ``density`` largest entries of each delta by magnitude, then add the deltas. Returns (out, in)."""
-    return _total([s * _largest(B.float() @ A.float(), density) for A, B, s in factors])
+    return _total([s * keep_largest(B.float() @ A.float(), density) for A, B, s in factors])
 
 
 def dare_linear(factors: Sequence[Factors], *, density: float, seed: int, **_: Any) -> Tensor:
@@ -135,20 +135,20 @@ def dare_linear(factors: Sequence[Factors], *, density: float, seed: int, **_: A
 
 def ties(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
     """TIES (https://arxiv.org/abs/2306.01708): trim each delta, elect a sign per entry, average what agrees with it."""
-    return _elect_and_average([s * _largest(B.float() @ A.float(), density) for A, B, s in factors])
+    return elect_and_average([s * keep_largest(B.float() @ A.float(), density) for A, B, s in factors])
 
 
 def dare_ties(factors: Sequence[Factors], *, density: float, seed: int, **_: Any) -> Tensor:
     """DARE's random drop and rescale in the place of TIES' trim, then TIES' election and average."""
     generator = torch.Generator().manual_seed(seed)
-    return _elect_and_average([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
+    return elect_and_average([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
 
 
 def _total(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(matrices)).sum(0)
 
 
-def _largest(matrix: Tensor, density: float) -> Tensor:
+def keep_largest(matrix: Tensor, density: float) -> Tensor:
     """The matrix with all but its largest entries set to zero; exactly round(density · size) of them stay."""
     keep = round(density * matrix.numel())
     kept = torch.zeros_like(matrix).flatten()
@@ -164,7 +164,7 @@ def _dropped(matrix: Tensor, density: float, generator: torch.Generator) -> Tens
     return matrix * mask.to(matrix) / density
 
 
-def _elect_and_average(matrices: Sequence[Tensor]) -> Tensor:
+def elect_and_average(matrices: Sequence[Tensor]) -> Tensor:
     """Per entry: the sign with the larger total magnitude wins, and the mean of those that carry it is taken."""
     stacked = torch.stack(list(matrices))  # (members, out, in)
     elected = torch.sign(stacked.sum(0))

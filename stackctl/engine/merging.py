@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackctl.engine import algebra
+from stackctl.engine import algebra, aligned_merging
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
+
+_FUNCTIONS = {"algebra": algebra, "aligned_merging": aligned_merging}
 
 
 def matrices(module: ModulePlan, factors: Sequence[algebra.Factors]) -> list[Sequence[algebra.Factors]]:
@@ -27,7 +29,8 @@ def matrices(module: ModulePlan, factors: Sequence[algebra.Factors]) -> list[Seq
 
 def combine(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair | Tensor:
     """A matrix's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one."""
-    function = getattr(algebra, METHODS[plan.method].function)
+    module_name, name = METHODS[plan.method].function.split(".")
+    function = getattr(_FUNCTIONS[module_name], name)
     if plan.method == SUM:
         pair: algebra.Pair = function(factors)
         return pair

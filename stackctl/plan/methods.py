@@ -1,8 +1,8 @@
 """The ways to compose a stack, as data: what each is called, takes, and where its function stands.
 
-A method is a small pure function in :mod:`stackctl.engine.algebra`; this table is what ``compose --method`` lists,
-and costs no torch. ``sum`` is exact; every other one is an approximation or a different thing on purpose, and its
-distance from the exact sum is measured.
+A method is a small pure function in :mod:`stackctl.engine.algebra` or :mod:`stackctl.engine.aligned_merging`; this
+table is what ``compose --method`` lists, and costs no torch. ``sum`` is exact; every other one is an approximation or
+a different thing on purpose, and its distance from the exact sum is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUM = "sum"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to compose. ``function`` is its name in the algebra; ``options`` what it takes beside the members."""
+    """One way to compose. ``function`` is its module and name in the engine; ``options`` what it takes beside the members."""
 
     about: str
     function: str
@@ -27,12 +27,26 @@ class Method:
 
 
 METHODS = {
-    SUM: Method("the exact sum of the deltas", "concatenate", low_rank=True),
-    "svd": Method("the sum, cut to a rank where that loses least", "truncate", ("rank", "tolerance"), low_rank=True),
-    "ties": Method("trim, elect signs, average what agrees", "ties", ("density", "rank")),
-    "dare_linear": Method("drop entries at random, rescale the rest, add", "dare_linear", ("density", "seed", "rank")),
-    "dare_ties": Method("drop entries at random, then elect signs", "dare_ties", ("density", "seed", "rank")),
-    "magnitude_prune": Method("keep the largest entries of each delta, add", "magnitude_prune", ("density", "rank")),
+    SUM: Method("the exact sum of the deltas", "algebra.concatenate", low_rank=True),
+    "svd": Method(
+        "the sum, cut to a rank where that loses least", "algebra.truncate", ("rank", "tolerance"), low_rank=True
+    ),
+    "ties": Method("trim, elect signs, average what agrees", "algebra.ties", ("density", "rank")),
+    "dare_linear": Method(
+        "drop entries at random, rescale the rest, add", "algebra.dare_linear", ("density", "seed", "rank")
+    ),
+    "dare_ties": Method("drop entries at random, then elect signs", "algebra.dare_ties", ("density", "seed", "rank")),
+    "magnitude_prune": Method(
+        "keep the largest entries of each delta, add", "algebra.magnitude_prune", ("density", "rank")
+    ),
+    "knots_ties": Method(
+        "ties on members aligned by KnOTS", "aligned_merging.knots_ties", ("density", "rank"), low_rank=True
+    ),
+    "tsv": Method(
+        "singular vectors of all, made orthogonal to one another", "aligned_merging.tsv", ("rank",), low_rank=True
+    ),
+    "iso_c": Method("the sum, all its singular values their mean", "aligned_merging.iso_c", ("rank",), low_rank=True),
+    "core_ties": Method("ties in core space", "aligned_merging.core_ties", ("density", "rank"), low_rank=True),
 }
 
 DEFAULTS: dict[str, float | int] = {"density": 0.5, "seed": 0}
@@ -57,6 +71,8 @@ def check_method(name: str, options: MethodOptions) -> MethodOptions:
     for key in method.options:
         if values[key] is None and key in DEFAULTS:
             values[key] = DEFAULTS[key]
+    if values["rank"] == "auto" and "tolerance" not in method.options:
+        raise Usage(f"--method {name} takes no --rank auto", hint="--rank 32")
     if name == "svd":
         if values["rank"] is None:
             raise Usage("--method svd needs a rank", hint="--rank 32, or --rank auto --tolerance 0.01")

@@ -19,7 +19,12 @@ METHODS = {
     "dare_linear": ("--density", "0.6", "--seed", "7"),
     "dare_ties": ("--density", "0.6"),
     "magnitude_prune": ("--density", "0.5"),
+    "knots_ties": ("--density", "0.4"),
+    "tsv": (),
+    "iso_c": (),
+    "core_ties": ("--density", "0.4"),
 }
+ALIGNED = ("knots_ties", "tsv", "iso_c", "core_ties")
 
 
 def test_every_method_is_tried_here() -> None:
@@ -110,6 +115,31 @@ def test_a_full_matrix_is_written_at_the_rank_that_was_planned(pair: Any, method
         made = tensors[f"{key}.lora_B.weight"].double() @ tensors[f"{key}.lora_A.weight"].double()
         worst = max(worst, float((made - exact).norm() / exact.norm()))
     assert report["max_relative_error"] == pytest.approx(worst, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ALIGNED)
+def test_a_pair_is_written_and_folded_as_it_was_made(pair: Any, method: str) -> None:
+    """What is exported is what is folded, at the members' ranks together; the order of the members changes nothing."""
+    options = METHODS[method]
+    report = pair.run("compose", "style+instruct", "--name", "s", "--method", method, *options, "--json").json
+    assert report["rank"] == max(module.rank for module in pair.plan("s").modules.values())
+    written = pair.run("export", "s", "--out", pair.folder / "out", "--json").json
+    assert (written["rank"], written["exact"]) == (report["rank"], False)
+    assert written["max_relative_error"] == pytest.approx(report["worst_relative_error"], rel=1e-4)
+    pair.run("compose", "instruct+style", "--name", "t", "--method", method, *options)
+    other = folded_deltas(pair, "t")
+    for name, delta in folded_deltas(pair, "s").items():
+        assert float((oracle.exact_delta([(pair.folder / "out", 1.0)], name) - delta).norm() / delta.norm()) < 1e-6
+        assert torch.equal(delta, other[name])
+
+
+@pytest.mark.parametrize("method", ALIGNED)
+def test_a_pair_is_cut_to_a_rank_wherever_it_stands(pair: Any, method: str) -> None:
+    report = pair.run("compose", "style+instruct", "--name", "s", "--method", method, "--rank", "2", "--json").json
+    assert report["rank"] == 2
+    assert pair.run("export", "s", "--out", pair.folder / "out", "--json").json["rank"] == 2
+    for delta in folded_deltas(pair, "s").values():
+        assert float(torch.linalg.svdvals(delta)[2:].norm() / delta.norm()) < 1e-6
 
 
 def test_a_stack_that_is_no_sum_is_no_term_and_no_foundation(pair: Any) -> None:
