@@ -17,7 +17,7 @@ SUM = "sum"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to compose. ``function`` is its module and name in the engine; ``options`` what it takes beside the members."""
+    """One way to compose. ``function`` is its module and name in the engine; ``options`` what it takes."""
 
     about: str
     function: str
