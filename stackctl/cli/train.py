@@ -33,20 +33,6 @@ from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
-_ABOUT = {
-    "on": "The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base.",
-    "base": "The base, when there are several and it stands on none of your stacks.",
-    "from": "Begin at another adapter's factors, with its rank, alpha and modules; a higher --rank adds to them.",
-    "data": "What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set.",
-    "eval_data": "Held-out records: their loss is looked at now and then, and the best weights are registered.",
-    "description": "A line about the adapter.",
-    "save_steps": "Save the run every so many optimizer steps, for --resume.",
-    "cache": "Keep the tokens of the data on disk, for runs to come and for data larger than memory.",
-    "gradient_checkpointing": "Compute activations twice instead of keeping them: less memory, about a third slower.",
-    "report_to": "Where to report to besides, several joined by ',': tensorboard, trackio, wandb.",
-    "num_processes": "Train in that many processes, one to a GPU, by way of accelerate launch.",
-    "accelerate_config": "A configuration of accelerate's: DDP, FSDP, DeepSpeed.",
-}
 _EXAMPLES = """\
 stackctl train
 stackctl train style --base smollm2 --data style.jsonl --rank 16 --epochs 3
@@ -145,7 +131,7 @@ def _option(field: msgspec.structs.FieldInfo) -> Any:
     names = [f"{flag}/--no-{flag[2:]}"] if type_ is bool else [flag]
     option = typer.Option(
         *names,
-        help=about or _ABOUT[name],
+        help=about,
         show_default=_shown(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
         rich_help_panel=_group(name),

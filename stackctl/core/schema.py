@@ -346,7 +346,10 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "auto"
     eval_steps: (
         Annotated[
-            int, Meta(ge=1, description="Optimizer steps between looks at --eval-data; a tenth of the run if left out.")
+            int,
+            Meta(
+                ge=1, description="Optimizer steps between evaluations on --eval-data; a tenth of the run if left out."
+            ),
         ]
         | None
     ) = None
@@ -355,7 +358,9 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="With --eval-data: which weights are registered, those with the lowest loss or the last."),
     ] = "best"
     patience: (
-        Annotated[int, Meta(ge=1, description="Stop after so many looks at --eval-data in a row without a lower loss.")]
+        Annotated[
+            int, Meta(ge=1, description="Stop after so many evaluations on --eval-data in a row without a lower loss.")
+        ]
         | None
     ) = None
 
@@ -382,18 +387,59 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One adapter to train, as a recipe or ``--config`` says it."""
 
     rank: _RankOrOwn = None  # type: ignore[assignment]  # None: that of what it begins at, else the default
-    on: str | None = None
-    from_: str | None = msgspec.field(name="from", default=None)
-    base: str | None = None
-    data: str | None = None
-    eval_data: str | None = None
-    description: str = ""
-    save_steps: Annotated[int, Meta(ge=1)] | None = None
-    report_to: list[str] | str | None = None
-    num_processes: Annotated[int, Meta(ge=1, le=65536)] | None = None
-    accelerate_config: str | None = None
-    cache: bool = True
-    gradient_checkpointing: bool = False
+    on: Annotated[
+        str | None,
+        Meta(
+            description="The stack that it stands on, frozen and active: style, style:0.7+tone, "
+            "or nothing for the bare base."
+        ),
+    ] = None
+    from_: Annotated[
+        str | None,
+        Meta(
+            description="Begin at another adapter's factors, with its rank, alpha and modules; "
+            "a higher --rank adds to them."
+        ),
+    ] = msgspec.field(name="from", default=None)
+    base: Annotated[
+        str | None, Meta(description="The base, when there are several and it stands on none of your stacks.")
+    ] = None
+    data: Annotated[
+        str | None,
+        Meta(
+            description="What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set."
+        ),
+    ] = None
+    eval_data: Annotated[
+        str | None,
+        Meta(description="Held-out records: evaluated every --eval-steps steps, and the best weights are registered."),
+    ] = None
+    description: Annotated[str, Meta(description="A line about the adapter.")] = ""
+    save_steps: (
+        Annotated[int, Meta(ge=1, description="Save the run every so many optimizer steps, for --resume.")] | None
+    ) = None
+    report_to: Annotated[
+        list[str] | str | None,
+        Meta(description="Where to report to besides, several joined by ',': tensorboard, trackio, wandb."),
+    ] = None
+    num_processes: (
+        Annotated[
+            int,
+            Meta(
+                ge=1, le=65536, description="Train in that many processes, one to a GPU, by way of accelerate launch."
+            ),
+        ]
+        | None
+    ) = None
+    accelerate_config: Annotated[
+        str | None, Meta(description="A configuration of accelerate's: DDP, FSDP, DeepSpeed.")
+    ] = None
+    cache: Annotated[
+        bool, Meta(description="Keep the tokens of the data on disk, for runs to come and for data larger than memory.")
+    ] = True
+    gradient_checkpointing: Annotated[
+        bool, Meta(description="Compute activations twice instead of keeping them: less memory, about a third slower.")
+    ] = False
 
     @property
     def held_out_decides(self) -> bool:

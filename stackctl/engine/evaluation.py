@@ -140,7 +140,7 @@ class Scoring:
         try:
             if self._attention is None:  # the architecture decides, and no stack changes that
                 layout = choose_layout(inner, examples, longest=max(len(example.input_ids) for example in examples))
-                self._attention = inner.config._attn_implementation if layout in ("segments", "flash") else ""
+                self._attention = inner.config._attn_implementation if layout in ("per_record", "flash") else ""
             elif self._attention:
                 inner.set_attn_implementation(self._attention)
             yield bool(self._attention)

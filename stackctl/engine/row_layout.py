@@ -20,16 +20,16 @@ from stackctl.engine.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.models import evaluating
 from stackctl.engine.segment_attention import SEGMENTS
 
-Layout = Literal["segments", "flash", "mask", "apart"]
+RowLayout = Literal["per_record", "flash", "mask", "one_by_one"]
 """Attention record by record; flash attention's own; a mask of all pairs in the row; or records run one by one."""
 
-_IMPLEMENTATIONS: dict[Layout, str] = {"flash": "flash_attention_2", "segments": SEGMENTS}
+_IMPLEMENTATIONS: dict[RowLayout, str] = {"flash": "flash_attention_2", "per_record": SEGMENTS}
 _TOKENS = 48
 _BEYOND = 32
 """By how much a probe is longer than what a model attends to at once, so that a window that was lost shows."""
 
 
-def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int) -> Layout:
+def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int) -> RowLayout:
     """Give ``model`` the fastest attention that agrees with its own, and say which that is.
 
     ``longest`` is the length in tokens of the longest record to come.
@@ -38,11 +38,11 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int
     own = inner.config._attn_implementation
     pair = _probe(inner, examples, longest)
     with evaluating(model):
-        apart = torch.cat([_logits(model, [example]) for example in pair])
-        tolerance = 1e-3 if apart.dtype == torch.float32 else 3e-2
+        alone = torch.cat([_logits(model, [example]) for example in pair])
+        tolerance = 1e-3 if alone.dtype == torch.float32 else 3e-2
 
         def agrees() -> bool:
-            return difference(_logits(model, pair).float(), apart.float()) <= tolerance
+            return difference(_logits(model, pair).float(), alone.float()) <= tolerance
 
         for layout in _faster(inner, own):
             with contextlib.suppress(Exception):  # a forward that wants a mask, a machine without the kernel
@@ -50,15 +50,15 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int
                 if agrees():
                     return layout
             inner.set_attn_implementation(own)
-        return "mask" if agrees() else "apart"
+        return "mask" if agrees() else "one_by_one"
 
 
-def _faster(inner: nn.Module, own: str) -> Iterator[Layout]:
+def _faster(inner: nn.Module, own: str) -> Iterator[RowLayout]:
     """What may take the place of PyTorch's attention; a model that runs another one has its reasons."""
     if own == "sdpa":
         if inner.device.type == "cuda" and inner.dtype != torch.float32 and is_flash_attn_2_available():
             yield "flash"
-        yield "segments"
+        yield "per_record"
 
 
 def _probe(inner: nn.Module, examples: Sequence[Example], longest: int) -> list[Example]:

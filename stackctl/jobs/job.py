@@ -59,6 +59,15 @@ class PreparedJob:
         return parse_targets(self.job.target_modules)
 
     @property
+    def stays_live(self) -> bool:
+        """Whether the frozen stack is attached beside the base in any case, and nothing of it folded.
+
+        Four bits have no room for a delta. Otherwise ``frozen: auto`` folds, and keeps a stack live only when folding
+        turns out to lose too much of it.
+        """
+        return bool(self.plan.modules) and (self.job.frozen == "live" or self.job.dtype == "nf4")
+
+    @property
     def trained_on(self) -> list[str]:
         """The frozen stack as terms, pinned: ``["style@1"]``."""
         return self.stack.terms()

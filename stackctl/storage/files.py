@@ -69,6 +69,7 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = 2**20
 """Free bytes under which a library that only says that it could not write has met a full disk."""
 
@@ -76,7 +77,9 @@ _ROOM = 2**20
 def disk_is_full(error: BaseException, folder: Path) -> bool:
     """Whether something could not be written into ``folder`` for want of space, also where a library hides why."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in _NO_ROOM
+    if any(os.strerror(number) in str(error) for number in _NO_ROOM):  # safetensors repeats the system's words
+        return True
     with contextlib.suppress(OSError):
         return shutil.disk_usage(folder).free < _ROOM
     return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +28,59 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_two_processes_are_one_training(house: Any) -> None:
-    """Interrupted in the middle and resumed, two processes end with what one process makes of the same steps."""
+_MEDDLING = """
+import os, pathlib, time
+_rank, _mkdir = os.environ.get("RANK"), os.mkdir
+
+def mkdir(path, *more, **options):
+    if _rank == "0" and pathlib.Path(path).name.startswith("checkpoint-"):
+        time.sleep({delay})
+    _mkdir(path, *more, **options)
+
+def makedirs(path, *more, **options):
+    if _rank == "1" and {error} and pathlib.Path(path).name == "checkpoint-4":
+        raise OSError({error}, os.strerror({error}), str(path))
+    _makedirs(path, *more, **options)
+
+_makedirs, os.mkdir, os.makedirs = os.makedirs, mkdir, makedirs
+"""
+"""What a process does before anything else: rank 0 makes a save's folder late, rank 1 may not write into the second."""
+
+
+def meddle(h: Any, monkeypatch: pytest.MonkeyPatch, *, delay: float = 0, error: int = 0) -> None:
+    folder = h.folder / "meddling"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(_MEDDLING.format(delay=delay, error=error))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+@pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EACCES, False)])
+def test_a_save_that_one_process_cannot_write_ends_both(
+    house: Any, monkeypatch: pytest.MonkeyPatch, number: int, room: bool
+) -> None:
+    """Both say the true reason, nothing is left of it, and the save before it is what --resume goes on from."""
     h = house()
+    options = (*TWO, "--save-steps", 2, "--max-steps", 6)
+    meddle(h, monkeypatch, error=number)
+    error = h.train("new", *options, code=1)["error"]
+    assert "checkpoint-4 could not be written" in error["message"]
+    assert os.strerror(number) in error["message"]
+    assert ("free some space" in error["hint"]) is room
+    assert "--resume" in error["hint"]
+    [run] = h.run("ls", "--json").json["runs"]
+    assert (run["step"], run["saves"]) == (2, 1)
+    assert not (Path(run["path"]) / "checkpoint-4").exists()
+    meddle(h, monkeypatch)
+    assert h.train("new", *options, "--resume")["steps"] == 6
+
+
+def test_two_processes_are_one_training(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the middle and resumed, two processes end with what one process makes of the same steps.
+
+    The process that makes a save's folder is late, and the other has something to write into it.
+    """
+    h = house()
+    meddle(h, monkeypatch, delay=0.3)
     h.add("style", seed=1)
     style = h.bytes_of("style")
     # Five records held out: one of the two processes reads one more than the other.

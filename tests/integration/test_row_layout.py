@@ -85,12 +85,12 @@ def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) 
     model = model_of(name, models)
     expected, expected_gradient = alone(model, rows)
     layout = choose_layout(model, rows, longest=70)
-    loss = supervised_loss(model, collate(rows), one_by_one=layout == "apart")
+    loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
     loss.backward()
     gradient = gradients(model)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
-    assert layout == EXPECTED.get(name, "segments")
+    assert layout == EXPECTED.get(name, "per_record")
 
 
 def test_a_window_that_is_lost_is_seen(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_window_that_is_lost_is_seen(models: Any, monkeypatch: pytest.MonkeyPa
     attention.AttentionInterface.register(attention.SEGMENTS, windowless)
     try:
         assert choose_layout(model, examples(), longest=70) == "mask"
-        assert choose_layout(model, examples(longest=16), longest=16) == "segments"  # no record feels it
+        assert choose_layout(model, examples(longest=16), longest=16) == "per_record"  # no record feels it
     finally:
         attention.AttentionInterface.register(attention.SEGMENTS, right)
 
@@ -118,7 +118,7 @@ def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(models: Any) ->
 
     model.get_base_model().model.embed_tokens.register_forward_hook(leak)
     rows = examples()
-    assert choose_layout(model, rows, longest=70) == "apart"
+    assert choose_layout(model, rows, longest=70) == "one_by_one"
     expected, _ = alone(model, rows)
     with torch.no_grad():
         assert float(supervised_loss(model, collate(rows), one_by_one=True)) == pytest.approx(expected, rel=1e-5)
@@ -129,7 +129,7 @@ def test_no_mask_of_all_pairs_is_made(models: Any, monkeypatch: pytest.MonkeyPat
     """Every attention gets one record, without a mask."""
     model = model_of("llama", models)
     rows = examples()
-    assert choose_layout(model, rows, longest=70) == "segments"
+    assert choose_layout(model, rows, longest=70) == "per_record"
     supervised_loss(model, collate(rows))  # the first time looks for the head
     seen: list[tuple[int, bool]] = []
     real = torch.nn.functional.scaled_dot_product_attention

@@ -238,3 +238,17 @@ def test_a_file_of_any_size_is_read_whole(tmp_path, size):
     data = bytes(n % 251 for n in range(size))
     (tmp_path / "file").write_bytes(data)
     assert files.read_bounded(tmp_path / "file") == data
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "no"), True),
+        (OSError(errno.EDQUOT, "no"), True),
+        (FileNotFoundError(errno.ENOENT, "no"), False),
+        (RuntimeError(f"I/O error: {os.strerror(errno.EDQUOT)} (os error 122)"), True),
+        (RuntimeError("unexpected pos 64 vs 0"), False),
+    ],
+)
+def test_only_a_disk_without_room_is_full(tmp_path, error, full):
+    assert files.disk_is_full(error, tmp_path) is full

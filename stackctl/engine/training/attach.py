@@ -28,8 +28,7 @@ def freeze_stack(stacked: StackedModel, prepared: PreparedJob, say: Say) -> str:
     """Fold the frozen stack into the base, or leave it to be attached live. Returns none, fold or live."""
     if not prepared.plan.members:
         return "none"
-    live = prepared.job.frozen == "live" or prepared.job.dtype == "nf4"  # four bits have no room for a delta
-    if live and prepared.plan.modules:  # nothing at all is folded, for the proof to find
+    if prepared.stays_live:  # nothing at all is folded, for the proof to find
         return "live"
     stacked.use(prepared.plan)
     if prepared.job.frozen == "fold" or stacked.rounding_error <= FOLD_TOLERANCE:

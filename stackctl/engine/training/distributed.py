@@ -8,18 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 
 from stackctl.core.errors import Failed
 from stackctl.jobs import ranks
+
+T = TypeVar("T")
 
 
 def join(device: torch.device) -> None:
@@ -72,9 +74,10 @@ def numbers_of_each(numbers: list[float], device: torch.device) -> Tensor:
     return rows
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in any of the processes; all of them have to ask."""
-    return bool(numbers_of_each([float(flag)], device).any())
+def told_by_each(value: T | None) -> list[T]:
+    """What each process has to tell, in the order of ranks, without those that have nothing; all have to ask."""
+    everyone: list[T | None] = gather_object([value]) if ranks.world_size() > 1 else [value]
+    return [told for told in everyone if told is not None]
 
 
 class WholeSteps(Sampler[int]):

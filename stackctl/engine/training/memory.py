@@ -40,7 +40,6 @@ def estimate_job(
     largest = [int(row) for row in lengths.argsort()[::-1][: job.batch_size]]
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
-    live = job.frozen == "live" or job.dtype == "nf4"
     memory = estimate_memory(
         base,
         rank=job.effective_rank(),
@@ -48,7 +47,7 @@ def estimate_job(
         tokens=int(lengths[largest].sum()),
         supervised=supervised,
         precision=_precision(prepared, device),
-        live_rank=max((module.rank for module in prepared.plan.modules.values()), default=0) if live else 0,
+        live_rank=max(module.rank for module in prepared.plan.modules.values()) if prepared.stays_live else 0,
         processes=processes,
         sharded=sharded,
         checkpointing=checkpointing or job.gradient_checkpointing,

@@ -136,10 +136,10 @@ def _train(
     compares = job.objective in OBJECTIVES and OBJECTIVES[job.objective].compares
     parts = TrainerParts(
         state=state,
-        saves=RunSaves(folder, stacked.device),
+        saves=RunSaves(folder),
         steps=StepCallback(state, output.progress, output.say),
         held_out=HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None,
-        one_by_one=choose_layout(model, examples, longest=longest) == "apart",
+        one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
         bfloat16=bfloat16,
         pairs=job if job.objective in OBJECTIVES else None,
         references=reference(model, examples, live, bfloat16=bfloat16, at_zero=not prepared.beginning)

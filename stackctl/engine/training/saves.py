@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.core.errors import Failed, first_line
-from stackctl.engine.training.distributed import any_of, keeps_parts
+from stackctl.engine.training.distributed import keeps_parts, told_by_each, wait
 from stackctl.jobs import ranks
 from stackctl.registry.run_folders import RunFolder
 from stackctl.storage import files
@@ -26,8 +25,8 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 class RunSaves(TrainerCallback):
     """Where Trainer's saves lie, and which one is being written; a save is one when :meth:`on_save` has ended."""
 
-    def __init__(self, folder: RunFolder, device: torch.device) -> None:
-        self._folder, self._device = folder, device
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
         self._writing: Path | None = None
 
     def begin(self, save: Path) -> None:
@@ -65,33 +64,32 @@ class RunSaves(TrainerCallback):
         if self._writing is None:
             return
         if keeps_parts():  # the others are on the way to an exchange inside of it, and cannot be asked
-            raise self._failed(error) from error
+            raise self._failed(self._writing, *self._reason(error)) from error
         self._agree(error)
 
     def _agree(self, error: Exception | None) -> None:
-        """Go on when all ranks are here; if one of them failed, rank 0 removes the save and all raise.
+        """Go on when all ranks are here; if one of them failed, rank 0 removes the save and all raise what that said.
 
         Raises:
             Failed: a rank could not write.
         """
         save, self._writing = self._writing, None  # what the exchange itself raises is no failure to write
-        failed = any_of(error is not None, self._device)
-        self._writing = save
-        if not failed:
+        reasons = told_by_each(self._reason(error) if error else None)
+        if save is None or not reasons:
+            self._writing = save
             return
-        problem = self._failed(error)
-        if ranks.rank() == 0 and save is not None:
+        if ranks.rank() == 0:
             files.remove_tree(save)
-        self._writing = None
-        raise problem from error
+        wait()  # the first that raises ends all
+        raise self._failed(save, *reasons[0]) from error
 
-    def _failed(self, error: Exception | None) -> Failed:
-        assert self._writing is not None, "only what is being written can fail"
+    def _reason(self, error: Exception) -> tuple[str, bool]:
+        """What went wrong, and whether that is a full disk."""
+        return first_line(error), files.disk_is_full(error, self._folder.path)
+
+    @staticmethod
+    def _failed(save: Path, reason: str, full: bool) -> Failed:
         again = "the same command with --resume goes on from the save before it"
-        if error is None:
-            return Failed(f"{self._writing.name} could not be written by another process of the run", hint=again)
-        full = files.disk_is_full(error, self._folder.path)
         return Failed(
-            f"{self._writing.name} could not be written: {first_line(error)}",
-            hint=f"free some space; {again}" if full else again,
+            f"{save.name} could not be written: {reason}", hint=f"free some space; {again}" if full else again
         )

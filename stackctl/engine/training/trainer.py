@@ -1,15 +1,17 @@
 """transformers' Trainer, told what a stack needs: exact loss, the right adapter saved, numbers of the whole run.
 
 Trainer keeps what it is good at: the loop, accumulation, optimizer, schedule, distribution, resuming. Overridden is
-only what would otherwise be silently wrong here: three public methods, and three private ones as they are in
-transformers 5.23 (``_get_num_items_in_batch``, ``_get_train_sampler``, ``_load_from_checkpoint``).
+only what would otherwise be silently wrong here: five public methods, and ``_load_from_checkpoint`` as it is in
+transformers 5.23, which has no public way to say how an adapter is loaded.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -29,7 +32,7 @@ from stackctl.engine.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus
-from stackctl.engine.training.distributed import WholeSteps, like
+from stackctl.engine.training.distributed import WholeSteps, like, numbers_of_each
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
 from stackctl.engine.training.preferences import ReferencedRows, pair_scores
 from stackctl.engine.training.saves import RunSaves
@@ -80,11 +83,14 @@ class StackTrainer(Trainer):
             if callback is not None:
                 self.add_callback(callback)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Supervised tokens, or pairs, of the whole optimizer step, over all micro-batches and ranks."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of a step, and the supervised tokens, or pairs, in all of them on all ranks."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         key, each = ("references", 2) if self._parts.pairs else ("labels", 1)
-        count = torch.tensor(sum(batch[key].numel() // each for batch in batch_samples), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        own = sum(batch[key].numel() // each for batch in batches)
+        return batches, numbers_of_each([float(own)], device).sum().long().to(device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -114,13 +120,21 @@ class StackTrainer(Trainer):
         self._run.evaluating_seconds += time.perf_counter() - started
         return metrics
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The order of one process, dealt out so that no record is seen twice."""
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows in the order of one process, dealt out to several so that no record is seen twice."""
         if self.args.world_size == 1:
-            return super()._get_train_sampler(train_dataset)
-        places = self.args.per_device_train_batch_size * self.args.world_size
-        self._run.order = WholeSteps(len(self.train_dataset) - 1, places, self.args.data_seed)
-        return self._run.order
+            return super().get_train_dataloader()
+        batch = self.args.per_device_train_batch_size
+        self._run.order = WholeSteps(len(self.train_dataset) - 1, batch * self.args.world_size, self.args.data_seed)
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_size=batch,
+            sampler=self._run.order,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter in training and nothing else, at the folder's root, whatever wraps the model."""
@@ -142,12 +156,13 @@ class StackTrainer(Trainer):
         """The adapter in training, the numbers of the run and the best weights so far, out of a save."""
         parameters = named_parameters(self.accelerator.unwrap_model(model or self.model))
         saved = load_file(folder / WEIGHTS)
-        if saved.keys() != parameters.keys():
+        numbers = json.loads((folder / _COUNTERS).read_text())
+        if saved.keys() != parameters.keys() or numbers.keys() != asdict(self._run.counters).keys():
             raise Failed(f"{folder} is not a save of this run", hint="start it again without --resume")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(like(parameter, saved[name]))
-        self._run.counters.restore(json.loads((folder / _COUNTERS).read_text()))
+        self._run.counters.restore(numbers)
         if self._parts.held_out:
             self._parts.held_out.load(folder, self.args.process_index)
 
