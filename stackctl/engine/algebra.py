@@ -8,6 +8,7 @@ B apart, which would be another thing.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -177,7 +178,7 @@ def elect_and_average(matrices: Sequence[Tensor]) -> Tensor:
 
 def product_norm(A: Tensor, B: Tensor) -> float:
     """Frobenius norm of B @ A: √trace((BᵀB)(AAᵀ)), in float64, without forming B @ A."""
-    return inner_product((A, B), (A, B)) ** 0.5
+    return math.sqrt(inner_product((A, B), (A, B)))
 
 
 def inner_product(first: Pair, second: Pair) -> float:

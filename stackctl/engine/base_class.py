@@ -106,7 +106,8 @@ def empty_model(folder: Path) -> PreTrainedModel:
 def _empty(folder: Path, found: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return found._from_config(config)
+            model: PreTrainedModel = found._from_config(config)
+            return model
     except ImportError as error:
         raise Incompatible(
             f"{found.__name__} needs a package that is not installed ({first_line(error)[:200]})",

@@ -130,7 +130,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
     # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]  # transformers itself keeps it so
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -219,7 +219,8 @@ def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, Tens
         name: torch.empty(info.shape, dtype=TORCH_DTYPES.get(info.dtype), device="meta")
         for name, info in tensors.items()
     }
-    _, found = type(model).from_pretrained(
+    loader: Any = type(model)  # with output_loading_info it returns a pair, which its annotation leaves out
+    _, found = loader.from_pretrained(
         None, config=model.config, state_dict=empty, device_map={"": "meta"}, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
@@ -234,7 +235,8 @@ def _quantised_keys(folder: Path, scheme: Quantization) -> dict[str, Any]:
     model._adjust_missing_and_unexpected_keys(found)
     # of a layer that quantises what goes through it, too: no part of its weight
     found.unexpected_keys = {n for n in found.unexpected_keys if not n.endswith((".activation_scale", ".input_scale"))}
-    return found.to_dict()
+    keys: dict[str, Any] = found.to_dict()
+    return keys
 
 
 def tokenizer_note(base: Base, folder: Path) -> str | None:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -100,7 +102,7 @@ class BaseLayout:
             return {group.first: read(*self.tensors[name])}
         converter = copy.deepcopy(group.converter)
         for name, pattern in group.sources.items():
-            converter.add_tensor(group.first, name, pattern, read(*self.tensors[name]))
+            converter.add_tensor(group.first, name, pattern, read(*self.tensors[name]))  # type: ignore[arg-type]  # or a tensor
         made = converter.convert(
             group.first, model=self._model, config=self._model.config, hf_quantizer=self._quantizer
         )
@@ -139,7 +141,7 @@ class BaseLayout:
             plain = [c for c in get_model_conversion_mapping(self._model) if self._was_used(c)]
         else:
             plain = [conversion for conversion in self._mapping if conversion.was_used()]
-        model = self._model
+        model: Any = self._model
         before = getattr(model, "_weight_conversions", None)
         try:
             model._weight_conversions = plain
@@ -147,7 +149,7 @@ class BaseLayout:
         finally:
             model._weight_conversions = before
 
-    def _was_used(self, conversion: WeightRenaming | WeightConverter) -> bool:
+    def _was_used(self, conversion: WeightTransform) -> bool:
         return any(conversion.rename_source_key(name)[1] is not None for name in self.tensors)
 
     def written_as_stored(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

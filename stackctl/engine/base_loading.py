@@ -42,12 +42,13 @@ def load_weights(
             hint="leave out --dtype nf4: its weights are read as plain ones",
         )
     if scheme is None and converts:
-        model, found = load_converting(folder, dtype)
-        check_keys(found, folder, model)
-        return model
+        converted, found = load_converting(folder, dtype)
+        check_keys(found, folder, converted)
+        return converted
     if four_bits or (scheme is not None and scheme.method == FOUR_BITS):
         _check_bitsandbytes(needed=scheme is not None)
     settings: Any = reading(scheme) if scheme is not None else _nf4(dtype) if four_bits else None
+    loader: Any  # with output_loading_info it returns a pair, which its annotation leaves out
     loader, config = model_class(folder)
     try:
         model, found = loader.from_pretrained(
@@ -70,10 +71,11 @@ def load_weights(
         ) from error
     check_keys(found, folder, model)
     if scheme is not None and scheme.method == FOUR_BITS and not four_bits:
-        return model.dequantize(dtype)
-    if four_bits:
+        model = model.dequantize(dtype)
+    elif four_bits:
         _keep_unpacked(model)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def check_keys(found: dict[str, Any], folder: Path, model: PreTrainedModel) -> None:
@@ -142,7 +144,7 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
     rounds their scales to bfloat16, no gradient goes through what is packed (its product has no backward pass, so
     training after an evaluation would be wrong without a word), and rows narrower than a block cannot be packed.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -60,7 +60,8 @@ def is_plain_linear(kind: type[nn.Linear]) -> bool:
         return True
     probe: nn.Linear = object.__new__(kind)
     nn.Module.__init__(probe)
-    probe.in_features, probe.out_features, probe.bias = 3, 2, None
+    probe.in_features, probe.out_features = 3, 2
+    probe.register_parameter("bias", None)
     probe.weight = nn.Parameter(torch.arange(6.0, device="cpu").view(2, 3))
     given = torch.arange(12.0, device="cpu").view(1, 4, 3)
     try:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stackctl.core.errors import Incompatible
-from stackctl.core.schema import Base
+from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_files import base_folder, make_base
 from stackctl.engine.base_layout import BaseLayout
@@ -122,7 +122,12 @@ def extract(base: Base, folder: Path, tuned: Path, wanted: Wanted) -> Extraction
 
 
 def _keep(
-    found: Extraction, base: Base, name: str, modules: dict, models: tuple[Tensor, Tensor], wanted: Wanted
+    found: Extraction,
+    base: Base,
+    name: str,
+    modules: dict[str, ModuleShape],
+    models: tuple[Tensor, Tensor],
+    wanted: Wanted,
 ) -> None:
     """What is kept of one parameter that changed."""
     old, new = models

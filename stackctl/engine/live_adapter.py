@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
 from transformers import PreTrainedModel
 
 from stackctl.core.errors import Incompatible
@@ -32,7 +33,7 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)
-    target = model.base_model.model if isinstance(model, PeftModel) else model
+    target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
     config = LoraConfig(**plain_lora_config(modules, parameters))
     config.target_parameters = _as_others_have(model, parameters)
@@ -44,15 +45,25 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
         for module in plan.modules.values():
             layer = lora_layer(target, module)
             a, b = module_pair(plan, module, tensors.factors(module))
-            if name in layer.lora_embedding_A:
-                layer.lora_embedding_A[name].copy_(a)
-                layer.lora_embedding_B[name].copy_(b)
-            else:
-                layer.lora_A[name].weight.copy_(a)
-                layer.lora_B[name].weight.copy_(b)
+            own_a, own_b = layer_factors(layer, name)
+            own_a.copy_(a)
+            own_b.copy_(b)
 
 
-def lora_layer(model: torch.nn.Module, module: ModulePlan) -> LoraLayer:
+def layer_factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (r, in) and B (out, r) of an adapter, as PEFT holds them; it keeps those of embeddings elsewhere."""
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def lora_layer(model: nn.Module, module: ModulePlan) -> LoraLayer:
     """What PEFT put around a module; around one with parameters it puts a wrapper for each, one around the other."""
     layer = model.get_submodule(module.name.rpartition(".")[0] if module.is_experts else module.name)
     while module.is_experts and isinstance(layer, ParamWrapper) and layer.parameter_name != module.name.split(".")[-1]:

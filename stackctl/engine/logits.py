@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from stackctl.engine.segment_attention import SEGMENTS
 from stackctl.engine.token_losses import TokenLosses, find_head, passed_through, token_losses
@@ -52,7 +53,8 @@ def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     if _takes_positions(inner):
         logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
         return logits
-    return model(**arguments).logits[0, keep]
+    whole: Tensor = model(**arguments).logits
+    return whole[0, keep]
 
 
 def _takes_positions(inner: nn.Module) -> bool:
@@ -60,7 +62,7 @@ def _takes_positions(inner: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def _arguments(inner: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """What a model's forward is given for a row of records."""
     arguments: dict[str, Any] = {
         "input_ids": inputs["input_ids"],
@@ -72,17 +74,17 @@ def _arguments(inner: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     accepted, starts = inspect.signature(inner.forward).parameters, _starts(inputs["position_ids"])
     if "position_ids" not in accepted or len(starts) <= 2:
         del arguments["position_ids"]
-    if inner.config._attn_implementation == SEGMENTS:  # type: ignore[union-attr]
+    if inner.config._attn_implementation == SEGMENTS:
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
     return arguments
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model under whatever wraps it (DDP, PEFT)."""
-    model = getattr(model, "module", model)
+    within: Any = getattr(model, "module", model)
     # Asked for by its method, not by its class: importing PEFT takes seconds, which eval can save.
-    inside = getattr(model, "get_base_model", None)
-    base: nn.Module = inside() if inside else model
+    inside = getattr(within, "get_base_model", None)
+    base: PreTrainedModel = inside() if inside else within
     return base
 
 

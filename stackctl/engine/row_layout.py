@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_flash_attn_2_available
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from stackctl.engine.data import IGNORED, Example, collate
 from stackctl.engine.logits import causal_lm, difference, supervised_logits
@@ -53,7 +54,7 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int
         return "mask" if agrees() else "one_by_one"
 
 
-def _faster(inner: nn.Module, own: str) -> Iterator[RowLayout]:
+def _faster(inner: PreTrainedModel, own: str | None) -> Iterator[RowLayout]:
     """What may take the place of PyTorch's attention; a model that runs another one has its reasons."""
     if own == "sdpa":
         if inner.device.type == "cuda" and inner.dtype != torch.float32 and is_flash_attn_2_available():
@@ -61,7 +62,7 @@ def _faster(inner: nn.Module, own: str) -> Iterator[RowLayout]:
         yield "per_record"
 
 
-def _probe(inner: nn.Module, examples: Sequence[Example], longest: int) -> list[Example]:
+def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) -> list[Example]:
     """Two records made of the data's tokens, the first longer than any window that a record of the data exceeds."""
     config = inner.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]

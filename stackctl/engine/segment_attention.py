@@ -67,12 +67,12 @@ def _band(length: int, width: int | None, device: torch.device) -> Tensor:
 
 
 def _segment_mask(
-    *arguments: Any, attention_mask: Tensor | None = None, q_length: int = 0, kv_length: int = 0, **options: Any
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any
 ) -> Tensor | None:
     """No mask for a row of records; what PyTorch's attention would get where there is padding or a cache."""
     if attention_mask is None and q_length == kv_length:
         return None
-    return sdpa_mask(*arguments, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **options)
+    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **options)
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -44,7 +44,7 @@ def tensor_bytes(name: str, tensor: Tensor) -> memoryview:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise VerificationFailed(f"{name} does not fit {dtype}", hint="use --dtype float32")
     data = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(data.view(torch.uint8).numpy()).cast("B") if data.numel() else memoryview(b"")
+    return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
 
 
 class TensorFiles(OpenFiles):

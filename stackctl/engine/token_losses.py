@@ -44,7 +44,9 @@ class OutputHead:
         """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
         project: Callable[[Tensor], Tensor] = self.module
         if type(self.module) is nn.Linear and not self.parameters:
-            weight, bias, dtype = self.module.weight, self.module.bias, _autocast_dtype(self.module.weight)
+            weight: Tensor = self.module.weight
+            bias: Tensor | None = self.module.bias
+            dtype = _autocast_dtype(weight)
             if dtype is not None:
                 weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
 

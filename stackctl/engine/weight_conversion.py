@@ -65,8 +65,8 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     """
     empty = empty_model(folder)
     tensors = {name: Unread(*place) for name, place in read_base_tensors(folder).items()}
-    model: PreTrainedModel
-    model, found = type(empty).from_pretrained(
+    loader: Any = type(empty)  # with output_loading_info it returns a pair, which its annotation leaves out
+    model, found = loader.from_pretrained(
         None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     model.name_or_path = model.config.name_or_path = str(folder)

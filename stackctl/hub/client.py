@@ -70,7 +70,7 @@ class Hub:
         Raises:
             HubFailure: there is none.
         """
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
         with explained(self._attempt):
             known = "authorization" in build_hf_headers()
@@ -237,7 +237,8 @@ def open_hub(repo: str, *, again: CommandLine, writes: bool, say: Say, progress:
     """Work with a repo; huggingface_hub is made quiet, and impatient, for as long as that lasts."""
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     attempt = Attempt(repo, scrub(constants.ENDPOINT), again, writes=writes)
     level = logging.get_verbosity()

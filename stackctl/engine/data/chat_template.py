@@ -46,8 +46,8 @@ def ensure_chat_template(tokenizer: Any) -> bool:
 
 def prefix_ids(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer puts before a text of its own accord; those it puts after are not wanted."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]

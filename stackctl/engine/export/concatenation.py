@@ -44,7 +44,7 @@ class Concatenation(OpenFiles):
         for factor in (a, b):
             if not _all_finite(factor):
                 self._blame(module)
-        return memoryview(a).cast("B"), memoryview(b).cast("B")
+        return a.data.cast("B"), b.data.cast("B")
 
     def _factors(self, module: ModulePlan) -> Iterator[tuple[Any, Any]]:
         """Each member's share of A and B: √|s| of its scale, and the sign with B."""

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
 
 _WINDOW = 16
 """Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
@@ -115,7 +118,7 @@ def answer_encoded(
     cache = remembered.begin(stacked, batch[0]) if remembered else None
     try:
         with evaluating(stacked.model), _without_defaults(stacked.model):
-            stacked.model.generate(
+            cast("GenerativePreTrainedModel", stacked.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
@@ -147,7 +150,8 @@ def _fails_by_itself(stacked: StackedModel, input_ids: Tensor, kind: type[Except
     """Whether transformers' ``generate`` fails alike when nothing of ours is in it."""
     try:
         with evaluating(stacked.model):
-            stacked.model.generate(input_ids=input_ids[:1, -1:].repeat(1, 4), max_new_tokens=2, do_sample=False)
+            model = cast("GenerativePreTrainedModel", stacked.model)
+            model.generate(input_ids=input_ids[:1, -1:].repeat(1, 4), max_new_tokens=2, do_sample=False)
     except kind:
         return True
     except Exception:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stackctl.engine.models import StackedModel
 from stackctl.plan.model import StackPlan
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
 
 _CHANGING = ("dynamic", "longrope")
 """Rotary positions whose frequencies depend on how long the text is: what was computed for a shorter one is not that
@@ -55,7 +60,7 @@ class Remembered:
 
 def new_cache(stacked: StackedModel) -> DynamicCache | None:
     """An empty cache of keys and values; None for a model that keeps something else, or whose positions change."""
-    model = stacked.model
+    model = cast("GenerativePreTrainedModel", stacked.model)
     if not model._supports_default_dynamic_cache() or _positions_change(stacked):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -70,9 +75,13 @@ def _positions_change(stacked: StackedModel) -> bool:
     return any(changing in kind for kind in kinds for changing in _CHANGING)
 
 
+def _columns(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.shape[-2]
+
+
 def _cut(cache: DynamicCache, length: int) -> bool:
     """Leave the first ``length`` tokens in every layer; whether that was possible."""
-    for layer in cache.layers:
+    for layer in cast(list[DynamicLayer], cache.layers):
         surplus = layer.get_seq_length() - length
         if surplus < 0:
             return False
@@ -81,6 +90,6 @@ def _cut(cache: DynamicCache, length: int) -> bool:
                 layer.crop(-surplus)
         except RuntimeError:  # a window that has moved on
             return False
-        if layer.get_seq_length() != length or layer.keys.shape[-2] != layer.values.shape[-2]:
+        if layer.get_seq_length() != length or _columns(layer.keys) != _columns(layer.values):
             return False
     return True

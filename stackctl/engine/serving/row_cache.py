@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class RowCache:
     def join(self, cache: DynamicCache, length: int) -> None:
         """Add a row, whose prompt of ``length`` tokens was computed by itself."""
         width = max([*self._lengths, length])
-        added = [(layer.keys, layer.values) for layer in cache.layers]
+        added = _held(cache)
         if not self._lengths:
             self._layers = added
         else:
@@ -87,8 +88,12 @@ class RowCache:
 
     def close(self, cache: DynamicCache) -> None:
         """Take over what the cache holds after that token."""
-        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
+        self._layers = _held(cache)
         self._lengths = [length + 1 for length in self._lengths]
+
+
+def _held(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

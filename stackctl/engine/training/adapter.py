@@ -36,7 +36,7 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
     """Write :func:`adapter_state` as a PEFT checkpoint at ``folder``'s root, in float32."""
     model.save_pretrained(
-        folder, selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
+        str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
     )
     if any(_WRAPPER in name for name in state):  # PEFT finds tensors by the wrapped names only, and writes those
         tensors = load_file(folder / WEIGHTS)

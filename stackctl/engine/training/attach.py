@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.engine.live_adapter import LIVE, attach_live
+from stackctl.engine.live_adapter import LIVE, attach_live, layer_factors
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
@@ -47,7 +48,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     job, base = prepared.job, prepared.base
     config = LoraConfig(
         r=job.effective_rank(),
-        lora_alpha=_whole(job.effective_alpha()),
+        lora_alpha=_whole(job.effective_alpha()),  # type: ignore[arg-type]  # PEFT divides it, and takes any number
         lora_dropout=job.dropout,
         use_rslora=job.use_rslora,
         task_type="CAUSAL_LM",
@@ -67,7 +68,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
         begin_at(model, prepared.beginning)
     if live:
         attach_live(model, prepared.plan)
-        model.base_model.set_adapter([LIVE, ADAPTER])
+        cast(LoraModel, model.base_model).set_adapter([LIVE, ADAPTER])
         for name, parameter in model.named_parameters():
             if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
                 parameter.requires_grad_(False)
@@ -84,10 +85,8 @@ def begin_at(model: PeftModel, beginning: Beginning) -> None:
     with MemberTensors(beginning.plan) as tensors:
         for name, layer in new_layers(model):
             [(a, b, scale)] = tensors.factors(modules[name])
-            embedding = ADAPTER in layer.lora_embedding_A
-            new_a = layer.lora_embedding_A[ADAPTER] if embedding else layer.lora_A[ADAPTER].weight  # (r, in)
-            new_b = layer.lora_embedding_B[ADAPTER] if embedding else layer.lora_B[ADAPTER].weight  # (out, r)
-            if embedding:  # PEFT draws B of an embedding and leaves A at zero
+            new_a, new_b = layer_factors(layer, ADAPTER)
+            if ADAPTER in layer.lora_embedding_A:  # PEFT draws B of an embedding and leaves A at zero
                 new_a[a.shape[0] :].normal_()
             new_a[: a.shape[0]].copy_(a)
             new_b.zero_()

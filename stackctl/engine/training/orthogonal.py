@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.engine import algebra
+from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
@@ -78,14 +79,11 @@ def _read(factors: Sequence[algebra.Factors]) -> Tensor:
             spaces.append((q_a @ v)[:, sigma > _NEGLIGIBLE * sigma.max()].double())
     if not spaces:
         return torch.zeros(factors[0][0].shape[1], 0, dtype=torch.float64)
+    u: Tensor
     u, sigma, _ = torch.linalg.svd(torch.cat(spaces, dim=1), full_matrices=False)
     return u[:, sigma > _NEGLIGIBLE * sigma.max()]
 
 
 def _first_factors(model: PeftModel) -> dict[str, nn.Parameter]:
     """The new adapter's A's by the names of what they stand on."""
-    found = {}
-    for name, layer in new_layers(model):
-        embedding = ADAPTER in layer.lora_embedding_A
-        found[name] = layer.lora_embedding_A[ADAPTER] if embedding else layer.lora_A[ADAPTER].weight
-    return found
+    return {name: layer_factors(layer, ADAPTER)[0] for name, layer in new_layers(model)}

@@ -179,7 +179,7 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
     if saves and held_out:
         trainer.restore(saves[-1])
         if held_out.is_over:  # killed between the last step and the registering
-            held_out.use_kept(trainer.model)
+            held_out.use_kept(trainer.peft_model)
             return
     trainer.args.eval_on_start = held_out is not None and not saves
     try:
@@ -198,7 +198,7 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
             hint=f"go on with: {output.again}",
         )
     if held_out:
-        held_out.use_kept(trainer.model)
+        held_out.use_kept(trainer.peft_model)
 
 
 def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: str) -> Run:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -153,7 +153,7 @@ def _default(
 def _forbidden(config: LoraConfig, model: PreTrainedModel, last_name: str) -> str:
     """Why PEFT takes no layer of a name in this model."""
     try:
-        LoraModel._check_target_module_compatiblity(None, config, model, last_name)
+        LoraModel._check_target_module_compatiblity(cast(LoraModel, None), config, model, last_name)
     except ValueError:
         return f"PEFT forbids it in {model.config.model_type}"
     return ""
@@ -210,12 +210,12 @@ def attached(model: PeftModel) -> set[str]:
 
 def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """PEFT's layers of the adapter in training, with the full names of what they stand on."""
-    for name, layer in model.base_model.model.named_modules():
+    for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
             while name.endswith(".base_layer"):
                 name = name.removesuffix(".base_layer")
-            own = isinstance(layer, ParamWrapper) and layer.parameter_name != "weight"
-            yield (f"{name}.{layer.parameter_name}" if own else name), layer
+            parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            yield (name if parameter == "weight" else f"{name}.{parameter}"), layer
 
 
 def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
     state = {
         name: torch.empty(tensor.shape, device="meta") for name, tensor in get_peft_model_state_dict(model).items()
     }
-    result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    result: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     lost = dict[str, str]()
     for key in result.missing_keys:
         if f".{ADAPTER}" in key and "lora_" in key:

@@ -68,13 +68,15 @@ class StackTrainer(Trainer):
     def __init__(self, model: PeftModel, arguments: TrainingArguments, corpus: Corpus, parts: TrainerParts) -> None:
         several = ranks.world_size() > 1
         rows = ReferencedRows(corpus.rows, parts.references) if parts.references else corpus.rows
+        train = [*rows, []] if several else rows  # the last one fills up a step
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=[*rows, []] if several else rows,  # the last one fills up a step
+            train_dataset=train,
             eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
             data_collator=_collate,
         )
+        self.peft_model, self._rows = model, train
         self._parts, self._run = parts, parts.state
         self.model_accepts_loss_kwargs = True  # the loss below is normalised over the whole step already
         for printer in (PrinterCallback, ProgressCallback):  # they print on stdout, which belongs to the result
@@ -106,14 +108,15 @@ class StackTrainer(Trainer):
                 total = supervised_loss(model, inputs, one_by_one=self._parts.one_by_one)
         self._run.add_micro_batch(total, inputs)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
-        return total / num_items_in_batch * self.args.world_size
+        share: Tensor = total / num_items_in_batch * self.args.world_size
+        return share
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the held-out records. Trainer's own loop would pad them and average over batches."""
         held_out = self._parts.held_out
         assert held_out is not None, "nothing asks for this without held-out records"
         started = time.perf_counter()
-        metrics = {"eval_loss": held_out.evaluate(self.model_wrapped, self.model, self.state.global_step)}
+        metrics = {"eval_loss": held_out.evaluate(self.model_wrapped, self.peft_model, self.state.global_step)}
         self.log(metrics)
         # Callbacks change the one control that Trainer holds.
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -125,9 +128,9 @@ class StackTrainer(Trainer):
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         batch = self.args.per_device_train_batch_size
-        self._run.order = WholeSteps(len(self.train_dataset) - 1, batch * self.args.world_size, self.args.data_seed)
+        self._run.order = WholeSteps(len(self._rows) - 1, batch * self.args.world_size, self.args.data_seed or 0)
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
+            self._rows,  # type: ignore[arg-type]  # any sequence will do
             batch_size=batch,
             sampler=self._run.order,
             collate_fn=self.data_collator,
@@ -138,9 +141,9 @@ class StackTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter in training and nothing else, at the folder's root, whatever wraps the model."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self._parts.saves.begin(folder)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.peft_model)
         state = adapter_state(model)
         if self.args.should_save:
             save_adapter(model, folder, state)
