@@ -113,7 +113,8 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal factor of a matrix's polar decomposition; on what the matrix does not reach, zero."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = _support(sigma)
-    return u[:, kept] @ vh[kept]
+    nearest: Tensor = u[:, kept] @ vh[kept]
+    return nearest
 
 
 def iso_c(factors: Sequence[Factors], *, rank: int | None = None, **_: Any) -> Pair:
