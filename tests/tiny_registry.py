@@ -81,7 +81,7 @@ class TinyRegistry:
     def add(self, name: str, *, seed: int, scale: float = 0.1, **config: Any) -> Path:
         """Register an adapter with random factors, and with saved modules and biases that are not the base's."""
         path = random_adapter(self.base, self.folder / "made" / name, seed=seed, scale=scale, **config)
-        if config.get("modules_to_save") or config.get("bias"):
+        if any(config.get(key) for key in ("modules_to_save", "bias", "trainable_token_indices")):
             disturb(path)
         self.run("add", name, path)
         self.paths[name] = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,6 +104,16 @@ def register(app: typer.Typer) -> None:
         return Result(data, str(out), text, notes=stack.notes)
 
 
+def _base_folder(context: Context, plan: StackPlan) -> Path:
+    """The folder of a stack's base."""
+    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.models import quiet_libraries
+
+    quiet_libraries()
+    assert plan.base is not None, "a resolved stack stands on a base"
+    return base_folder(plan.base, context.registry, context.output.status)
+
+
 def _carry_out(
     context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool
 ) -> dict[str, Any]:
@@ -110,16 +121,13 @@ def _carry_out(
     if format_ == "peft":
         from stackctl.engine.export.peft import export_peft
 
-        return export_peft(plan, out, dtype=dtype)
-    from stackctl.engine.base_files import base_folder
+        return export_peft(plan, out, dtype=dtype, base=functools.partial(_base_folder, context, plan))
     from stackctl.engine.export.gguf import export_gguf
     from stackctl.engine.export.model import export_model
-    from stackctl.engine.models import quiet_libraries
     from stackctl.registry.base_models import base_gguf
 
-    quiet_libraries()
     assert plan.base is not None, "a resolved stack stands on a base"
-    folder = base_folder(plan.base, context.registry, context.output.status)
+    folder = _base_folder(context, plan)
     if format_ == "gguf":
         gguf = base_gguf(plan.base, context.registry.root)
         return export_gguf(plan, folder, out, dtype=dtype, modelfile=modelfile, base_gguf=gguf)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,7 +90,7 @@ def register(app: typer.Typer) -> None:
         repo_id = parse_repo(target.repo)
         options = PushOptions(
             again=typed(),
-            export=_export,
+            export=functools.partial(_export, registry, output.status),
             bundle=BundleOptions(
                 base_id=target.base_id if base_id is None else base_id,
                 facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
@@ -114,15 +116,22 @@ def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
     """What a push would send, as JSON shows it; asks nobody."""
     from stackctl.hub.push import PushOptions, prepare
 
-    options = PushOptions(CommandLine(("stackctl", "push", what, repo)), _export)
+    export = functools.partial(_export, registry, lambda _: None)
+    options = PushOptions(CommandLine(("stackctl", "push", what, repo)), export)
     files = prepare(registry, resolve_expression(registry, what), repo, options)
     return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}
 
 
-def _export(plan: StackPlan, out: Path) -> None:
+def _export(registry: Registry, say: Callable[[str], None], plan: StackPlan, out: Path) -> None:
     from stackctl.engine.export.peft import export_peft
 
-    export_peft(plan, out)
+    def base() -> Path:
+        from stackctl.engine.base_files import base_folder
+
+        assert plan.base is not None, "a stack that is pushed stands on a base"
+        return base_folder(plan.base, registry, say)
+
+    export_peft(plan, out, base=base)
 
 
 def _target(registry: Registry, what: str | None, repo: str | None) -> PushTarget:

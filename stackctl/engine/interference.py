@@ -82,6 +82,9 @@ def _left_out(plan: StackPlan) -> Iterator[NotCompared]:
     for replacement in plan.replacements:
         label = plan.members[replacement.member].label
         yield NotCompared(label, replacement.parameter, "it comes whole (modules_to_save or bias), not as a delta")
+    for rows in plan.token_rows:
+        label = plan.members[rows.member].label
+        yield NotCompared(label, rows.module, "rows of single tokens, of which no two members train the same")
 
 
 def _pair(

@@ -29,9 +29,11 @@ from stackctl.engine.base_loading import load_weights
 from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Rounding, add_delta, deltas_of
 from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.model import StackPlan
+from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
 
@@ -124,16 +126,21 @@ class StackedModel:
         self.restore()
         self.plan = plan
         if live and plan.members:
-            from stackctl.engine.live_adapter import (
-                attach_live,  # peft takes seconds to import, and folding needs none of it
-            )
+            self.write_token_rows(plan)
+            if plan.modules:
+                from stackctl.engine.live_adapter import (
+                    attach_live,  # peft takes seconds to import, and folding needs none of it
+                )
 
-            attach_live(self.model, plan)
-            self._live = True
+                attach_live(self.model, plan)
+                self._live = True
             return
         self._untie_for(plan)
+        rounding = Rounding()
         with torch.no_grad(), MemberTensors(plan) as tensors:
-            self._fold_modules(plan, tensors)
+            self._fold_modules(plan, tensors, rounding)
+            self._write_rows(plan, tensors, rounding)
+            self.rounding_error = rounding.error
             for replacement in plan.replacements:
                 parameter = self._parameter(replacement.parameter)
                 value = tensors.of(replacement.member, replacement.tensor)
@@ -141,8 +148,29 @@ class StackedModel:
                 parameter.copy_(value)
                 self._touched.add(replacement.parameter)
 
-    def _fold_modules(self, plan: StackPlan, tensors: MemberTensors) -> None:
-        rounding = Rounding()
+    def write_token_rows(self, plan: StackPlan) -> None:
+        """Write the rows of single tokens into the weights and nothing else: beside a base PEFT does the same.
+
+        Raises:
+            Incompatible: they are in a head with a bias.
+        """
+        if differ_on_tied(plan.token_rows, plan.base):
+            self._untie()
+        with torch.no_grad(), MemberTensors(plan) as tensors:
+            self._write_rows(plan, tensors, Rounding())
+
+    def _write_rows(self, plan: StackPlan, tensors: MemberTensors, rounding: Rounding) -> None:
+        refuse_biased(plan, self.model)
+        written = set[tuple[int, int, str]]()
+        for rows in plan.token_rows:
+            weight = self._parameter(rows.parameter)
+            key = (id(weight), rows.member, rows.tensor.name)
+            if key not in written:  # a tied head is the embedding
+                set_rows(weight, rows, tensors, rounding)
+            written.add(key)
+            self._touched.add(rows.parameter)
+
+    def _fold_modules(self, plan: StackPlan, tensors: MemberTensors, rounding: Rounding) -> None:
         for module in plan.modules.values():
             name = module.parameter
             weight = self._parameter(name)
@@ -151,7 +179,6 @@ class StackedModel:
             for matrix, delta in zip(weight if module.is_experts else [weight], deltas, strict=True):
                 add_delta(matrix, delta, rounding)
             self._touched.add(name)
-        self.rounding_error = rounding.error
 
     def restore(self) -> None:
         """Take the stack out: the weights that it was folded into are read from the base's files again."""
@@ -193,13 +220,15 @@ class StackedModel:
 
         PEFT's LoRA on one of them leaves the other alone, which one shared weight could not.
         """
-        output, tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if output is None or tied is None or output.weight is not tied.weight:
-            return
-        names = {id(module): name for name, module in self.model.named_modules()}
-        pair = {names[id(output)], names[id(tied)]}
+        ends = {id(self.model.get_output_embeddings()), id(self.model.get_input_embeddings())}
+        pair = {name for name, module in self.model.named_modules() if id(module) in ends}
         touched = set(plan.modules) | {r.parameter.removesuffix(".weight") for r in plan.replacements}
-        if pair & touched:
+        if pair & touched or differ_on_tied(plan.token_rows, plan.base):
+            self._untie()
+
+    def _untie(self) -> None:
+        output, tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if output is not None and tied is not None and output.weight is tied.weight:
             output.weight = nn.Parameter(tied.weight.detach().clone(), requires_grad=False)
             self._tied = True
 

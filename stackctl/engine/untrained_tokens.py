@@ -16,8 +16,7 @@ from torch import Tensor
 from stackctl.core.schema import Base
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.data.chat_template import CHATML
-from stackctl.engine.tensors import TensorFiles
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.engine.token_rows import rows_of_file
 
 _RESERVED = re.compile(r"reserved|unused|extra_?\d|placeholder|dummy|\bpad\d", re.IGNORECASE)
 _ORDINARY = (
@@ -64,24 +63,12 @@ def find_untrained(tokenizer: Any, base: Base, layout: BaseLayout) -> list[str]:
     groups = [group for name in names if (group := layout.group(name)) and group.is_plain]
     if min(len(used), len(unused)) < _FEWEST or not tokens or not groups:
         return []
-    matrices = [_rows(layout, next(iter(group.sources)), wanted) for group in groups]
+    matrices = [rows_of_file(layout, next(iter(group.sources)), wanted) for group in groups]
     place = {number: index for index, number in enumerate(wanted)}
     found = untrained_tokens(
         matrices, [place[n] for n in tokens], [place[n] for n in used], [place[n] for n in unused]
     )  # fmt: skip
     return [tokens[wanted[index]] for index in found]
-
-
-def _rows(layout: BaseLayout, name: str, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stored matrix, without reading the others."""
-    path, info = layout.tensors[name]
-    size = (info.end - info.start) // info.shape[0]
-    with TensorFiles() as files:
-        parts = [
-            TensorInfo(name, info.dtype, (1, *info.shape[1:]), info.start + row * size, info.start + (row + 1) * size)
-            for row in rows
-        ]
-        return torch.cat([files.read(path, part) for part in parts])
 
 
 def untrained_tokens(

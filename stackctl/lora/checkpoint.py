@@ -36,7 +36,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "saved", "bias", "unknown"]
+Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "tokens", "saved", "bias", "unknown"]
 
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -139,6 +139,7 @@ _SUFFIXES: tuple[tuple[str, Role], ...] = (
     (r"\.lora_embedding_B(?:\.[^.]+)?", "B"),
     (r"\.lora_B(?:\.[^.]+)?\.bias", "lora_bias"),
     (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", "magnitude"),
+    (r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?", "tokens"),
     (r"\.base_layer\.weight", "aside"),
     (r"\.base_layer\.bias", "bias"),
     (r"\.lora_velora_embed(?:\.[^.]+)?", "aside"),  # what VeLoRA's backward pass projects on; no forward one does
@@ -327,6 +328,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
 class _LoraConfig(msgspec.Struct):
@@ -344,6 +346,7 @@ class _LoraConfig(msgspec.Struct):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool | None = False
     use_dora: bool | None = False
+    trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
 
     @property
     def expressions(self) -> list[str]:

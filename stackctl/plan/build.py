@@ -13,7 +13,8 @@ from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan
+from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
+from stackctl.plan.token_rows import clashing_rows, member_rows, rows_without_sum
 from stackctl.plan.validate import (
     clashing_replacements,
     missing_foundations,
@@ -36,6 +37,7 @@ def plan_stack(
     factors: dict[str, list[Factor]] = {}
     shapes: dict[str, ModuleShape] = {}
     replacements: list[Replacement] = []
+    rows: list[TokenRows] = []
     for index, member in enumerate(members):
         if other := no_plain_lora(member):
             problems += other
@@ -65,10 +67,16 @@ def plan_stack(
             if factor is not None and (weight := weights.at(module)) != 0:
                 factors.setdefault(module, []).append(replace(factor, weight=weight))
         problems += apart.problems(member)
+        own_rows, wrong_rows = member_rows(index, member, naming, base)
+        rows, problems = [*rows, *own_rows], [*problems, *wrong_rows]
         if known is not None:
-            problems += unfitting_layer_weights(member, known, shapes)
+            problems += unfitting_layer_weights(member, known, [*shapes, *(row.module for row in own_rows)])
         replacements += _replacements(index, member, naming)
     problems += clashing_replacements(replacements, members)
+    standing = {name: [factor.member for factor in found] for name, found in factors.items()}
+    problems += clashing_rows(rows, members, standing, replacements)
+    if rows and method != SUM:
+        problems.append(rows_without_sum(members[rows[0].member].label, method))
     problems += missing_foundations(members)
     modules = {
         name: ModulePlan(name, shape.type, (shape.shape[-2], shape.shape[-1]), tuple(found), experts=_experts(shape))
@@ -76,8 +84,9 @@ def plan_stack(
         if len((shape := shapes[name]).shape) == (3 if shape.type in EXPERTS else 2)
     }
     return StackPlan(
-        base, tuple(members), modules, tuple(replacements), tuple(problems), method, options or MethodOptions()
-    )
+        base, tuple(members), modules, tuple(replacements), tuple(rows), tuple(problems), method,
+        options or MethodOptions(),
+    )  # fmt: skip
 
 
 class _SingleExperts:

@@ -214,7 +214,7 @@ def _vllm_rank(plan: StackPlan) -> list[Problem]:
 
 
 def _not_plain(plan: StackPlan, target: str, program: str) -> list[Problem]:
-    """What a plain LoRA cannot hold: DoRA, whole modules, biases. Members of weight zero bring none of it."""
+    """What a plain LoRA cannot hold: DoRA, whole modules, biases, single tokens. A member of weight zero has none."""
     problems = [
         Problem(
             f"{target}_dora",
@@ -235,6 +235,9 @@ def _not_plain(plan: StackPlan, target: str, program: str) -> list[Problem]:
         if biases:
             what = f"{member.label} carries trained biases, which {program} does not take"
             problems.append(Problem(f"{target}_bias", what, _FULL_MODEL, member.label))
+        if modules := sorted({rows.module for rows in plan.token_rows if rows.member == index}):
+            what = f"{member.label} trained rows of single tokens in {' and '.join(modules)}, and {program} takes none "
+            problems.append(Problem(f"{target}_tokens", f"{what}with a LoRA", _FULL_MODEL, member.label))
     return problems
 
 

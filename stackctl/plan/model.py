@@ -135,6 +135,24 @@ class Replacement:
     tensor: TensorInfo
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of single tokens in an embedding or a head: ``tensor`` (tokens, width) holds values, not changes.
+
+    ΔW of a token's row is weight · (value - the base's own row).
+    """
+
+    member: int
+    module: str
+    tokens: tuple[int, ...]
+    tensor: TensorInfo
+    weight: float
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.module}.weight"
+
+
 @dataclass(frozen=True)
 class StackPlan:
     """What a stack is, module by module. Members of weight zero are listed and contribute nothing."""
@@ -143,6 +161,7 @@ class StackPlan:
     members: tuple[PlanMember, ...]
     modules: dict[str, ModulePlan]
     replacements: tuple[Replacement, ...] = ()
+    token_rows: tuple[TokenRows, ...] = ()
     problems: tuple[Problem, ...] = field(default=())
     method: str = SUM
     options: MethodOptions = field(default_factory=MethodOptions)

@@ -24,8 +24,8 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "alpha_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
-    "velora_config",
+    "alpha_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_rslora", "velora_config",
     "enable_lora", "merge_weights",  # of PEFT before 0.3; what the first of them may change is refused apart
     "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "swift_type",  # of ms-swift: how it was trained
 }  # fmt: skip
@@ -35,7 +35,6 @@ NEWEST_PEFT = "0.21"
 
 _REFUSED = {
     "use_dora": "is DoRA, whose effect is not a sum of deltas",
-    "trainable_token_indices": "trains single token embeddings (trainable_token_indices)",
     "lora_bias": "has a bias in its B factor (lora_bias)",
     "layer_replication": "replicates layers of the base (layer_replication)",
     "alora_invocation_tokens": "is an activated LoRA, on only after its invocation tokens",
@@ -189,8 +188,6 @@ def unfitting_tensors(
     floats = [n for n, t in checkpoint.tensors.items() if t.dtype not in DTYPE_NAMES]
     add("dtype", floats, "not a floating-point tensor", again)
     extra = [n for n, slot in checkpoint.slots.items() if slot.role == "unknown"]
-    if checkpoint.config.get("trainable_token_indices"):
-        extra = [n for n in extra if "trainable_tokens" not in n]
     if checkpoint.config.get("bias", "none") == "none":
         extra += [n for n, slot in checkpoint.slots.items() if slot.role == "bias"]
     if not checkpoint.config.get("use_dora"):

@@ -45,7 +45,8 @@ def on_whole_class(plan: StackPlan) -> StackPlan:
         dataclasses.replace(r, parameter=f"{renamed(r.parameter.rpartition('.')[0])}.{r.parameter.rpartition('.')[2]}")
         for r in plan.replacements
     )
-    return dataclasses.replace(plan, base=named, modules=modules, replacements=replacements)
+    rows = tuple(dataclasses.replace(r, module=renamed(r.module)) for r in plan.token_rows)
+    return dataclasses.replace(plan, base=named, modules=modules, replacements=replacements, token_rows=rows)
 
 
 def is_named_for(plan: StackPlan, whole: WholeClass) -> bool:

@@ -286,7 +286,6 @@ def test_weight_tying_that_reaches_two_modules_is_refused(tmp_path):
 REFUSED = {
     "dora": ({"use_dora": True}, "use_dora"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
-    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "pissa": ({"init_lora_weights": "pissa"}, "changed_base"),
     "olora": ({"init_lora_weights": "olora"}, "changed_base"),
 }

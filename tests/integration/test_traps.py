@@ -185,7 +185,6 @@ def test_masking_by_the_pad_token_drops_the_end_of_turn(house: Any) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True, "target_modules": ["q_proj"]},
-    "trainable_token_indices": {"trainable_token_indices": [3, 4], "target_modules": ["q_proj"]},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
 }

@@ -107,13 +107,13 @@ def test_every_problem_at_once():
     tensors[f"{P}elsewhere.lora_A.weight"] = (2, HIDDEN)
     tensors[f"{P}elsewhere.lora_B.weight"] = (HIDDEN, 2)
     tensors[f"{P}model.norm.weight"] = (HIDDEN,)
-    broken = memory_checkpoint(lora_config(init_lora_weights="pissa_niter_4", trainable_token_indices=[1]), tensors)
+    broken = memory_checkpoint(lora_config(init_lora_weights="pissa_niter_4", layer_replication=[[0, 2]]), tensors)
     other = memory_checkpoint({"peft_type": "IA3"}, {f"{P}x.ia3_l": (3, 1)})
     plan = plan_stack(
         BASE, [member("a@1", 1.0, dora), member("b@1", 1.0, broken, fingerprint="sha256:0"), member("c@1", 1.0, other)]
     )
     assert set(codes(plan)) >= {
-        "use_dora", "changed_base", "trainable_token_indices", "missing_tensors", "shape", "unknown_modules",
+        "use_dora", "changed_base", "layer_replication", "missing_tensors", "shape", "unknown_modules",
         "extra_tensors", "other_base", "not_lora",
     }  # fmt: skip
     with pytest.raises(Incompatible) as caught:
@@ -125,8 +125,7 @@ def test_every_problem_at_once():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("trainable_token_indices", [1, 2]), ("trainable_token_indices", {"embed_tokens": [1]}),
-        ("lora_bias", True), ("layer_replication", [[0, 2]]),
+        ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config",
         {"top_k": 2}),
         ("kasa_config", {"x": 1}), ("monteclora_config", {"x": 1}),

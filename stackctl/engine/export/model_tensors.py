@@ -13,9 +13,11 @@ from stackctl.engine.base_layout import BaseLayout, Group
 from stackctl.engine.merging import exact_delta, module_delta
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
+from stackctl.engine.token_rows import new_rows
 from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, Replacement, StackPlan
+from stackctl.plan.model import ModulePlan, Replacement, StackPlan, TokenRows
+from stackctl.plan.token_rows import differ_on_tied
 
 _SINGLE, _SECOND = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _EXTRA = "model-untied.safetensors"
@@ -63,10 +65,14 @@ class ModelTensors:
         head, embedding = (f"{base.output_embedding}.weight", f"{base.input_embedding}.weight")
         tied = base.tied_embeddings and base.output_embedding is not None
         touched = set(self._modules) | set(self._replaced)
-        self.untied = tied and bool({head, embedding} & touched)
+        self._rows: dict[str, list[TokenRows]] = {}
+        for rows in self.plan.token_rows:
+            self._rows.setdefault(rows.parameter, []).append(rows)
+        self.untied = tied and (bool({head, embedding} & touched) or differ_on_tied(self.plan.token_rows, base))
         """Whether a tied pair has to be taken apart, for a stack that touches one of them."""
         self._absent = head if tied and self.layout.group(head) is None else None
-        for parameter in sorted(touched - {self._absent}):
+        self._changed = touched | set(self._rows)
+        for parameter in sorted(self._changed - {self._absent}):
             if self.layout.group(parameter) is None:
                 raise Incompatible(
                     f"the files of '{base.name}' have no {parameter}, so that no full model can be written",
@@ -86,7 +92,7 @@ class ModelTensors:
         (name,) = self.layout.written({self._absent: self._empty(self._absent)})
         head = Written(
             name, self._wanted(stored), self.layout.shape(self._absent), twin,
-            self._absent in self._modules or self._absent in self._replaced, self._absent,
+            self._absent in self._changed, self._absent,
         )  # fmt: skip
         if len(shards) == 1:  # readers prefer model.safetensors to an index, so a second file needs the first renamed
             shards = {_SINGLE: next(iter(shards.values()))}
@@ -102,7 +108,7 @@ class ModelTensors:
                 return  # a scale of activations, or the like: no part of a plain model
             yield Written(name, self._wanted(name), info.shape)
             return
-        changed = any(target in self._modules or target in self._replaced for target in group.targets)
+        changed = any(target in self._changed for target in group.targets)
         if not self.quantised:
             yield Written(name, self._wanted(name), info.shape, group if changed else None, changed)
         elif name == next(iter(group.sources)):
@@ -151,6 +157,8 @@ class ModelTensors:
         """A parameter with the stack in it, summed in float32 and rounded once; measures what that lost."""
         replacement: Replacement | None = self._replaced.get(parameter)
         module: ModulePlan | None = self._modules.get(parameter)
+        if parameter in self._rows:
+            return self._with_rows(weight, self._rows[parameter], tensors, dtype)
         if replacement is not None:
             weight = tensors.of(replacement.member, replacement.tensor)
         if module is None:
@@ -163,6 +171,16 @@ class ModelTensors:
         summed = (weight.float() + delta).to(dtype)
         self.worst = max(self.worst, _lost(weight, wished, summed))
         return summed
+
+    def _with_rows(self, weight: Tensor, found: list[TokenRows], tensors: MemberTensors, dtype: torch.dtype) -> Tensor:
+        """A parameter with the rows of single tokens in it; a plan has nothing else on one."""
+        written = weight.to(dtype, copy=True)
+        for rows in found:
+            own = weight[list(rows.tokens)].float()
+            new = new_rows(rows, lambda own=own: own, tensors)  # type: ignore[misc]
+            written[list(rows.tokens)] = new.to(dtype)
+            self.worst = max(self.worst, _lost(own, new - own, written[list(rows.tokens)]))
+        return written
 
 
 def _lost(before: Tensor, delta: Tensor, after: Tensor) -> float:

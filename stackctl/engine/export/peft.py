@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
 from stackctl.plan.own_template import FILE as TEMPLATE
 from stackctl.plan.own_template import templates_of
+from stackctl.plan.token_rows import KEY, all_tokens, peft_rows
 from stackctl.storage import atomic
 
 _PREFIX = "base_model.model."
 
 
-def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[str, Any]:
+def export_peft(
+    plan: StackPlan, out: Path, *, dtype: str = "float32", base: Callable[[], Path] | None = None
+) -> dict[str, Any]:
     """Write a stack as one plain LoRA: alpha = rank on every module, so that every reader scales it by one.
 
-    The base is never loaded, and no more than one module is in memory at a time.
+    The base is never loaded, and no more than one module is in memory at a time. Rows of single tokens are written as
+    the values that they have in the sum; for those with a weight other than one the base's own are read from its
+    folder, which ``base`` gives.
 
     Returns:
         ``rank``; ``max_relative_error``, the worst module's ‖written - exact sum‖ / ‖exact sum‖; ``exact``: a sum in
@@ -36,13 +41,16 @@ def export_peft(plan: StackPlan, out: Path, *, dtype: str = "float32") -> dict[s
     """
     plan.check()
     if not plan.modules:
-        raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
+        what = "changes only rows of single tokens, and a LoRA" if plan.token_rows else "adds nothing to the base:"
+        hint = "--format model" if plan.token_rows else None
+        raise Incompatible(f"{plan.expression} {what} there is no adapter to write", hint=hint)
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which a plain LoRA cannot hold", hint="--format model")
+    peft_rows(plan)
     with atomic.staging_directory(out.parent) as staged:
         ranks = _ranks(plan)
-        error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype])
+        error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype], base)
         _write_config(plan, ranks, staged / CONFIG)
         if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.members)):
             atomic.write_atomic(staged / TEMPLATE, templates[0][1])
@@ -82,20 +90,47 @@ def _tensors(module: ModulePlan, name: str, rank: int) -> list[tuple[str, tuple[
     return [(f"{name}.lora_A.weight", (rank, columns)), (f"{name}.lora_B.weight", (rows, rank))]
 
 
-def _write_weights(plan: StackPlan, ranks: dict[str, int], path: Path, dtype: str) -> tuple[float, str]:
-    """Stream the factors module by module.
+def _row_layout(plan: StackPlan) -> list[tuple[str, tuple[int, int]]]:
+    """The tensors of rows of single tokens, after those of the modules."""
+    return [
+        (f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta", (len(all_tokens(rows)), rows[0].tensor.shape[1]))
+        for module, rows in peft_rows(plan).items()
+    ]
+
+
+def _write_weights(
+    plan: StackPlan, ranks: dict[str, int], path: Path, dtype: str, base: Callable[[], Path] | None
+) -> tuple[float, str]:
+    """Stream the factors module by module, then rows of single tokens.
 
     Returns the worst module's relative error against the exact sum, and the file's digest.
     """
-    layout = _layout(plan, ranks)
-    tensors = [(name, dtype, shape) for pair in layout.values() for name, shape in pair]
+    layout, rows = _layout(plan, ranks), _row_layout(plan)
+    tensors = [(name, dtype, shape) for pair in (*layout.values(), rows) for name, shape in pair]
     worst = 0.0
     with SafetensorsWriter(path, tensors) as writer:
         for module, pair, error in _pairs(plan, dtype):
             for (name, _), factor in zip(layout[module.name], pair, strict=True):
                 writer.write(name, factor)
             worst = max(worst, error)
+        for (name, _), (data, error) in zip(rows, _rows(plan, dtype, base), strict=True):
+            writer.write(name, data)
+            worst = max(worst, error)
     return worst, writer.check()
+
+
+def _rows(plan: StackPlan, dtype: str, base: Callable[[], Path] | None) -> Iterator[tuple[memoryview, float]]:
+    """The rows of single tokens as bytes, module by module, and their relative error."""
+    if not plan.token_rows:
+        return
+    from stackctl.engine.token_rows import OwnRows, base_rows, written_rows
+
+    def own() -> OwnRows:
+        assert base is not None, "whoever exports weighted rows, or in half precision, knows where the base is"
+        return base_rows(plan, base())
+
+    for _, data, error in written_rows(plan, dtype, own):
+        yield data, error
 
 
 def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memoryview, memoryview], float]]:
@@ -115,6 +150,8 @@ def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:
     base = plan.base
     name = (base.hub_id or base.source) if base else None
     config = {**plain_lora_config(*plan.peft_names(ranks)), "base_model_name_or_path": name, "inference_mode": True}
+    if plan.token_rows:
+        config[KEY] = {module: all_tokens(rows) for module, rows in peft_rows(plan).items()}
     atomic.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -127,6 +164,7 @@ def _check_written(plan: StackPlan, ranks: dict[str, int], folder: Path) -> None
     again = plan_stack(plan.base, [PlanMember("export", 1.0, read_checkpoint(folder))])
     planned = {name: (module.shape, ranks[name]) for name, module in plan.modules.items()}
     written = {name: (module.shape, module.rank) for name, module in again.modules.items()}
-    if again.errors or planned != written:
+    rows = [{(r.module, token) for r in own.token_rows for token in r.tokens} for own in (plan, again)]
+    if again.errors or planned != written or rows[0] != rows[1]:
         reasons = "; ".join(p.message for p in again.errors) or "modules or ranks differ"
         raise VerificationFailed(f"what was written is not what was planned: {reasons}")

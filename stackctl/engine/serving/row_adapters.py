@@ -74,7 +74,7 @@ class RowAdapters:
 
     def carries(self, plan: StackPlan) -> bool:
         """Whether a stack can be kept beside the base: a plain sum of factors on plain modules."""
-        if plan.method != SUM or plan.replacements:
+        if plan.method != SUM or plan.replacements or plan.token_rows:
             return False
         return all(
             not module.is_experts and type(self._model.get_submodule(module.name)) in _KINDS

@@ -1,0 +1,272 @@
+"""Rows of single tokens (PEFT's ``trainable_token_indices``): alone, weighted, added up, exported; tied and untied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import SIZES, random_adapter, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+
+TOKENS = torch.cat([oracle.TOKENS, torch.tensor([[3, 4, 5, 10, 11, 200]])], dim=1)
+"""What logits are looked at with: the tokens whose rows are trained are among them."""
+BOTH = {"embed_tokens": [5, 200], "lm_head": [5, 200]}
+
+
+def must_not_load(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a base was loaded")
+
+
+def peft_logits(base: Path, *paths: Path) -> torch.Tensor:
+    """Raw PEFT: the last adapter live, those before it merged, since PEFT runs one with tokens at a time."""
+    model: Any = oracle.load_plain(base)
+    for path in paths[:-1]:
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    for path in paths[-1:]:
+        model = PeftModel.from_pretrained(model, path)
+    return oracle.logits(model.double().eval(), TOKENS)
+
+
+def summed(base: Path, members: Sequence[oracle.Member], *, head_only: bool = False) -> torch.Tensor:
+    """W + Σ weight · (scaling · BA), and of each token's row W + weight · (value - W), in float64 from the files."""
+    model = oracle.load_plain(base, torch.float64)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    rows = []
+    with torch.no_grad():
+        for path, weight in members:
+            for name, delta in oracle.deltas(path, weight).items():
+                model.get_submodule(name.removeprefix("base_model.model.")).weight += delta
+            told = json.loads((path / "adapter_config.json").read_text())["trainable_token_indices"]
+            for name, value in oracle.factors_of(path).items():
+                if "trainable_tokens" in name:
+                    module = name.removeprefix("base_model.model.").partition(".token_adapter")[0]
+                    tokens = told if isinstance(told, list) else told[module.rpartition(".")[2]]
+                    rows.append((module, tokens, value, weight))
+        if tied and {module for module, *_ in rows} - {"model.embed_tokens"}:
+            weight = model.get_output_embeddings().weight
+            model.get_output_embeddings().weight = torch.nn.Parameter(weight.clone())
+        for module, tokens, value, weight in rows:
+            target = model.get_submodule(module).weight
+            own = target[tokens].clone()
+            target[tokens] = own + weight * (value - own)
+    return oracle.logits(model, TOKENS)
+
+
+def folded(h: Any, stacked: Any, expression: str, *, live: bool = False) -> torch.Tensor:
+    stacked.use(h.plan(expression).check(), live=live)
+    return oracle.logits(stacked.model, TOKENS)
+
+
+FORMS: dict[str, Any] = {
+    "list": [3, 10],
+    "one": {"embed_tokens": [4]},
+    "both": BOTH,
+    "head": {"lm_head": [11, 3]},
+    "unlike": {"embed_tokens": [3], "lm_head": [10, 11]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["llama", "tied", "gemma"])
+def test_one_member_is_what_peft_makes_of_it(house: Any, kind: str, form: str) -> None:
+    h = house(kind)
+    path = h.add("style", seed=1, trainable_token_indices=FORMS[form])
+    stacked = h.load()
+    before = {name: tensor.clone() for name, tensor in stacked.model.state_dict().items()}
+    bare, wanted = peft_logits(h.base), peft_logits(h.base, path)
+    assert oracle.relative(folded(h, stacked, "style"), wanted, bare) < 1e-5
+    assert oracle.relative(folded(h, stacked, "style", live=True), wanted, bare) < 1e-5
+    stacked.restore()
+    assert all(torch.equal(before[name], tensor) for name, tensor in stacked.model.state_dict().items())
+    if kind != "gemma":  # whose embedding is scaled in float32 by itself
+        assert oracle.relative(summed(h.base, [(path, 1)]), wanted, bare) < 1e-6
+        for weight in (0.5, -1.5):
+            wanted = summed(h.base, [(path, weight)])
+            for live in (False, True):
+                assert oracle.relative(folded(h, stacked, f"style:{weight}", live=live), wanted, bare) < 1e-5
+    assert torch.equal(folded(h, stacked, "style:0"), folded(h, stacked, "base"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_members_that_train_different_tokens_add_up(house: Any, kind: str, tmp_path: Path) -> None:
+    h = house(kind)
+    style = h.add("style", seed=1, trainable_token_indices=[3, 10])
+    chat = h.add("chat", seed=2, trainable_token_indices=BOTH)
+    h.add("plain", seed=3)
+    stacked, bare = h.load(), peft_logits(h.base)
+    wanted = peft_logits(h.base, style, chat)
+    for expression in ("style+chat", "chat+style"):
+        for live in (False, True):
+            assert oracle.relative(folded(h, stacked, expression, live=live), wanted, bare) < 1e-5
+    weighted = "style:0.5+chat:-1+plain:2"
+    members = [(h.paths["style"], 0.5), (h.paths["chat"], -1.0), (h.paths["plain"], 2.0)]
+    wanted = summed(h.base, members)
+    assert oracle.relative(folded(h, stacked, weighted), wanted, bare) < 1e-5
+    for expression, target in ((weighted, wanted), ("style+chat", peft_logits(h.base, style, chat))):
+        out = tmp_path / f"out-{expression[:7]}"
+        exported = h.run("export", expression, "--format", "peft", "--out", out / "peft", "--json").json
+        assert exported["exact"]
+        assert exported["max_relative_error"] == 0
+        assert oracle.relative(peft_logits(h.base, out / "peft"), target, bare) < 1e-5
+        h.run("export", expression, "--format", "model", "--out", out / "model")
+        model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float64)
+        assert model.config.tie_word_embeddings == (kind == "tied")
+        assert oracle.relative(oracle.logits(model, TOKENS), target, bare) < 1e-5
+    h.run("add", "again", tmp_path / "out-style:0" / "peft")
+    assert oracle.relative(folded(h, stacked, "again"), wanted, bare) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["head", "unlike"])
+def test_a_tied_pair_that_rows_make_different(house: Any, form: str, tmp_path: Path) -> None:
+    h = house("tied")
+    path = h.add("style", seed=1, trainable_token_indices=FORMS[form])
+    bare = peft_logits(h.base)
+    for expression, wanted in (("style", peft_logits(h.base, path)), ("style:2", summed(h.base, [(path, 2)]))):
+        out = tmp_path / expression.replace(":", "-")
+        h.run("export", expression, "--format", "peft", "--out", out / "peft")
+        assert oracle.relative(peft_logits(h.base, out / "peft"), wanted, bare) < 1e-5
+        h.run("export", expression, "--format", "model", "--out", out / "model")
+        model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float64)
+        assert not model.config.tie_word_embeddings
+        assert oracle.relative(oracle.logits(model, TOKENS), wanted, bare) < 1e-5
+
+
+def test_half_precision_says_what_it_lost(house: Any, tmp_path: Path) -> None:
+    h = house("tied")
+    path = h.add("style", seed=1, trainable_token_indices=[3, 10])
+    told = h.run("export", "style", "--dtype", "bfloat16", "--out", tmp_path / "half", "--json").json
+    written = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    name = next(name for name in written if "trainable_tokens" in name)
+    exact = oracle.factors_of(path)[name]
+    own = oracle.load_plain(h.base).get_input_embeddings().weight[[3, 10]].detach().double()
+    lost = float((written[name].double() - exact).norm() / (exact - own).norm())
+    assert told["max_relative_error"] >= lost > 1e-4
+    assert not told["exact"]
+
+
+def test_a_token_is_one_members(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    h = house("llama")
+    h.add("style", seed=1, trainable_token_indices=[3, 10])
+    h.add("chat", seed=2, trainable_token_indices={"embed_tokens": [10, 200]})
+    h.add("apart", seed=3, trainable_token_indices={"lm_head": [10]})
+    h.add("lora", seed=4, target_modules=["q_proj", "embed_tokens"])
+    h.add("whole", seed=5, modules_to_save=["embed_tokens"])
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", must_not_load)
+    out = tmp_path / "out"
+    for command in (["compose"], ["generate", "-p", "x"], ["export", "--out", out], ["eval", "--data", h.data()]):
+        message = h.run(*command, "style+chat", "--json", code=4).json["error"]["message"]
+        assert "style@1 and chat@1" in message
+        assert "the token 10 " in message
+    h.run("compose", "style+apart")
+    h.run("compose", "style+chat:0")
+    for other in ("lora", "whole"):
+        message = h.run("compose", f"style+{other}", "--json", code=4).json["error"]["message"]
+        assert "style@1" in message
+        assert f"{other}@1" in message
+    message = h.run("compose", "style", "--method", "ties", "--json", code=4).json["error"]["message"]
+    assert "style@1" in message
+    assert "ties" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_a_weight_by_module_stands_on_its_rows(house: Any, kind: str, tmp_path: Path) -> None:
+    h = house(kind)
+    path = h.add("style", seed=1, trainable_token_indices=BOTH)
+    h.run("compose", "style", "--name", "s")
+    file = h.folder / "registry" / "stacks" / "s.yaml"
+    entry = yaml.safe_load(file.read_text())
+    entry["members"][0]["layer_weights"] = {"lm_head": 0.5}
+    file.write_text(yaml.safe_dump(entry, sort_keys=False))
+    model = oracle.load_plain(h.base, torch.float64)
+    rows = {name.split(".")[-3]: t for name, t in oracle.factors_of(path).items() if "trainable_tokens" in name}
+    with torch.no_grad():
+        for name, delta in oracle.deltas(path).items():
+            model.get_submodule(name.removeprefix("base_model.model.")).weight += delta
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.clone())
+        tokens = BOTH["lm_head"]
+        own = head.weight[tokens].clone()
+        head.weight[tokens] = own + 0.5 * (rows.get("lm_head", rows["embed_tokens"]) - own)
+        embedding.weight[tokens] = rows["embed_tokens"]
+    wanted, bare = oracle.logits(model, TOKENS), peft_logits(h.base)
+    assert oracle.relative(folded(h, h.load(), "s"), wanted, bare) < 1e-5
+    h.run("export", "s", "--format", "model", "--out", tmp_path / "model")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    assert oracle.relative(oracle.logits(exported, TOKENS), wanted, bare) < 1e-5
+    if kind == "tied":
+        error = h.run("export", "s", "--format", "peft", "--out", tmp_path / "peft", "--json", code=4).json["error"]
+        assert "ties" in error["message"]
+        assert "--format model" in error["hint"]
+    else:
+        h.run("export", "s", "--format", "peft", "--out", tmp_path / "peft")
+        assert oracle.relative(peft_logits(h.base, tmp_path / "peft"), wanted, bare) < 1e-5
+
+
+def test_what_other_programs_take(house: Any, tmp_path: Path) -> None:
+    h = house("llama")
+    h.add("style", seed=1, trainable_token_indices=[3, 10])
+    for target in ("vllm", "gguf", "ollama"):
+        problems = h.run("inspect", "style", "--for", target, "--json", code=None).json["problems"]
+        assert f"{target}_tokens" in {p["code"] for p in problems if p["severity"] == "error"}
+    error = h.run("export", "style", "--format", "gguf", "--out", tmp_path / "gguf", "--json", code=4).json["error"]
+    assert "style@1 trained rows of single tokens" in error["message"]
+    assert "--format model" in error["hint"]
+    assert not (tmp_path / "gguf").exists()
+
+
+def broken(h: Any, out: Path, **change: Any) -> Path:
+    """A checkpoint whose configuration, or whose tensors, do not say what they should."""
+    path = h.add("whole", seed=1, trainable_token_indices=[3, 10])
+    tensors = load_file(path / "adapter_model.safetensors")
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = change.get("tokens", [3, 10])
+    if change.get("without"):
+        tensors = {name: t for name, t in tensors.items() if "trainable_tokens" not in name}
+    if change.get("narrow"):
+        tensors = {name: t[:, :-1].contiguous() if "trainable" in name else t for name, t in tensors.items()}
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": [3]}, "names 1 tokens"),
+        ({"tokens": None}, "configuration does not name"),
+        ({"tokens": {"lm_head": [3, 10]}}, "configuration does not name"),
+        ({"tokens": [3, 3]}, "twice"),
+        ({"tokens": [3, 260]}, "none of the tokens 260"),
+        ({"tokens": [3, -1]}, "trainable_token_indices"),
+        ({"tokens": ["a", 3]}, "trainable_token_indices"),
+        ({"without": True}, "rows are missing"),
+        ({"narrow": True}, "31 values"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_itself(house: Any, tmp_path: Path, change: Any, said: str) -> None:
+    h = house("llama")
+    message = h.run("add", "odd", broken(h, tmp_path / "odd", **change), "--json", code=4).json["error"]["message"]
+    assert said in message
+
+
+def test_a_head_with_a_bias_is_refused(house: Any, tmp_path: Path) -> None:
+    """PEFT leaves that bias out where it has trained rows: what was trained is another model than a sum makes."""
+    torch.manual_seed(0)
+    folder = tmp_path / "phi"
+    PhiForCausalLM(PhiConfig(**SIZES)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    h = house("llama")
+    h.run("base", "add", "phi", folder)
+    path = random_adapter(folder, tmp_path / "made", trainable_token_indices={"lm_head": [3]})
+    h.run("add", "odd", path, "--base", "phi")
+    assert "bias" in h.run("generate", "odd", "-p", "x", "--json", code=4).json["error"]["message"]
