@@ -10,7 +10,10 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
-from stackctl.core.errors import Usage, did_you_mean
+from stackctl.cli.sweep_table import sweep_page, sweep_screen
+from stackctl.cli.sweep_weights import SweepWishes, Swept, expression_of, sweep_stack
+from stackctl.cli.weight_options import WeightOptions
+from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
 from stackctl.core.library_messages import reword_message
 from stackctl.core.schema import MethodOptions
@@ -21,15 +24,14 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.registry.store import Registry
+from stackctl.render import html as pages
 from stackctl.render.output import Result
 
 _METHOD = "The method"
-_FIT = "Weights learned from data"
-_PER = ("member", "layer", "module")
-_DEVICES = ("auto", "cpu", "cuda", "mps")
 _EXAMPLES = """\
 stackctl compose style:0.7+instruct@2
 stackctl compose style+instruct+tone --method ties --density 0.3
+stackctl compose style+instruct --sweep style=0:1.5:0.25 --data heldout.jsonl
 stackctl compose style+instruct --fit chat.jsonl --per layer --name storyteller"""
 
 
@@ -86,55 +88,8 @@ def register(app: typer.Typer) -> None:
                 rich_help_panel=_METHOD,
             ),
         ] = None,
-        fit: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="Learn the weights alone from these records, shaped as for train; may be repeated: then the mean "
-                "of the losses counts. Kept only if better on records kept apart.",
-                rich_help_panel=_FIT,
-                metavar="FILE",
-            ),
-        ] = None,
-        per: Annotated[
-            str | None,
-            typer.Option(
-                help="With --fit: a weight for each member, layer or module.",
-                show_default="member",
-                rich_help_panel=_FIT,
-                autocompletion=lambda: list(_PER),
-                metavar="WHAT",
-            ),
-        ] = None,
-        holdout: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="With --fit: records to judge by; half of those of --fit if left out. May be repeated.",
-                rich_help_panel=_FIT,
-                metavar="FILE",
-            ),
-        ] = None,
-        fit_steps: Annotated[
-            int | None,
-            typer.Option(min=1, help="With --fit: steps of L-BFGS at most.", show_default="30", rich_help_panel=_FIT),
-        ] = None,
-        max_length: Annotated[
-            int | None,
-            typer.Option(
-                min=2,
-                help="With --fit: longest record in tokens; what is longer is cut.",
-                show_default="1024",
-                rich_help_panel=_FIT,
-            ),
-        ] = None,
-        device: Annotated[
-            str | None,
-            typer.Option(
-                help="With --fit: auto, cpu, cuda or mps.",
-                show_default="auto",
-                rich_help_panel=_FIT,
-                metavar="NAME",
-            ),
-        ] = None,
+        *,
+        weights: WeightOptions,
         base: BaseOption = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Check and show the stack without writing it.")
@@ -144,15 +99,17 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        wishes = _fit_wishes(
-            fit, {"per": per, "holdout": holdout, "steps": fit_steps, "max_length": max_length, "device": device}, seed
-        )
-        if wishes is not None and method != SUM:
+        wishes = weights.wishes(seed)
+        if isinstance(wishes, FitWishes) and method != SUM:
             raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
-        options = _method_options(method, rank, tolerance, density, None if wishes else seed)
+        options = _method_options(method, rank, tolerance, density, None if isinstance(wishes, FitWishes) else seed)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
         plan = read_plan(registry, stack).check()
         check_digests(registry, stack.members)
+        if isinstance(wishes, SweepWishes):
+            if name is not None:
+                check_stack_name(registry, name, stack)
+            return _swept(context, sweep_stack(context, stack, plan, wishes), wishes, None if dry_run else name)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
@@ -181,24 +138,39 @@ def register(app: typer.Typer) -> None:
         return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
 
 
-def _fit_wishes(data: list[str] | None, typed: dict[str, Any], seed: int | None) -> FitWishes | None:
-    """What --fit and its options ask for; None without it.
+def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None) -> Result:
+    """The losses over a grid; the best of it becomes a stack where a name was given for it."""
+    registry, stack = context.registry, swept.stack
+    plan = read_plan(registry, stack).check()
+    if wishes.page is not None:
+        title = f"{stack.default_name}: {' and '.join(axis.name for axis in swept.axes)}"
+        pages.write_page(wishes.page, sweep_page(swept, title, stack.base.name, stack.method))
+    if name is not None:
+        save_stack(registry, name, stack)
+    data = {
+        "stack": name,
+        "base": stack.base.name,
+        "members": members_json(stack, plan),
+        "method": stack.method,
+        "options": msgspec.to_builtins(stack.options),
+        "expression": expression_of(stack),
+        "sweep": swept.rows,
+        "best": swept.best,
+        "trade_off": swept.trade_off,
+        "path": str(wishes.page.absolute()) if wishes.page else None,
+    }
+    after = f"{name} has these weights and is the current stack" if name else "nothing was written; --name N writes it"
+    said = [after, *([f"wrote the page to {wishes.page}"] if wishes.page else [])]
+    return Result(
+        data, name or expression_of(stack), lambda: _sweep_screen(swept, said), notes=(*stack.notes, *swept.notes)
+    )
 
-    Raises:
-        Usage: an option of it was given without it, or is none of its values.
-    """
-    given = {key: value for key, value in typed.items() if value is not None and value != []}
-    if not data:
-        if given:
-            options = ", ".join("--fit-steps" if key == "steps" else f"--{key.replace('_', '-')}" for key in given)
-            raise Usage(f"{options} applies to --fit, and none was given", hint="name records: --fit FILE")
-        return None
-    for key, allowed in (("per", _PER), ("device", _DEVICES)):
-        if (value := given.get(key)) is not None and value not in allowed:
-            raise Usage(f"--{key} is not '{value}'", hint=did_you_mean(value, allowed, f"one of {', '.join(allowed)}"))
-    if seed is not None and seed < 0:
-        raise Usage("--seed: a seed is no negative number", hint="--seed 0")
-    return FitWishes(data, seed=seed or 0, **given)
+
+def _sweep_screen(swept: Swept, said: list[str]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(sweep_screen(swept), *map(Text, said))
 
 
 def _method_options(

@@ -9,7 +9,7 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
+from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, score_stacks, tokenise_data
 from stackctl.cli.prompt_options import DEVICE, DTYPE
 from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import Usage
@@ -23,7 +23,7 @@ from stackctl.render.output import Result
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stackctl.engine.evaluation import DataSet, Score
+    from stackctl.engine.evaluation import Score
     from stackctl.engine.harness import Harness, TaskScore
     from stackctl.engine.models import StackedModel
 
@@ -101,7 +101,8 @@ def register(app: typer.Typer) -> None:
         if harness:
             harness.attach(stacked)
         sets = tokenise_data(context, stacked, data, records, max_length, template)
-        scores = _score_sets(context, stacked, stacks, sets) if sets else []
+        named = [(stack.text, plan) for stack, plan in stacks]
+        scores = score_stacks(context, stacked, named, sets) if sets else []
         found = _score_tasks(context, stacked, stacks, harness) if harness else []
         names = [stack.text for stack, _ in stacks]
         rows = scores_json(names, data, scores) if data else []
@@ -143,24 +144,6 @@ def _screen(
 
     parts = [render_scores(rows, comparisons)] if rows else []
     return Group(*parts, *([render_tasks(found)] if found else []))
-
-
-def _score_sets(
-    context: Context,
-    stacked: StackedModel,
-    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
-    sets: Sequence[DataSet],
-) -> list[list[Score]]:
-    from stackctl.engine.evaluation import Scoring
-
-    scoring = Scoring(stacked, sets)
-    scores = []
-    with context.output.progress() as progress:
-        task = progress.add_task("evaluating", total=len(stacks) * sum(len(found.examples) for found in sets))
-        for stack, plan in stacks:
-            stacked.use(plan)
-            scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)))
-    return scores
 
 
 def _score_tasks(

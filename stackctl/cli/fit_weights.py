@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from stackctl.cli.common import Context
-from stackctl.cli.load_stacks import load_common_base, read_data, tokenise_data
+from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
@@ -16,11 +16,12 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet, Score
+    from stackctl.engine.evaluation import DataSet
     from stackctl.engine.models import StackedModel
     from stackctl.engine.weight_fit import Judged
     from stackctl.engine.weighted_members import WeightedFactors
 
+Per = Literal["member", "layer", "module"]
 _NEXT_TO_NOTHING = 0.02
 """A member whose weights are all smaller than this can be left out."""
 _FEWEST = 6
@@ -32,7 +33,7 @@ class FitWishes:
     """What was asked for. ``holdout`` are data sets to judge by; without any, half of the records are."""
 
     data: Sequence[str]
-    per: Literal["member", "layer", "module"] = "member"
+    per: Per = "member"
     holdout: Sequence[str] = field(default_factory=tuple)
     steps: int = 30
     seed: int = 0
@@ -78,36 +79,18 @@ def _with_all_factors(plan: StackPlan) -> StackPlan:
     return plan_stack(plan.base, members).check()
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A base's tokenizer, before there is a base."""
-
-    base: Any
-    tokenizer: Any
-
-
 def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> _Sets:
-    from stackctl.engine.base_files import base_folder, load_tokenizer
-    from stackctl.engine.data import adopt_chat_template
-    from stackctl.engine.models import quiet_libraries
     from stackctl.engine.weight_fit import halve, shorten
 
     problems: list[StackctlError] = []
-    records, others = [], []
+    sets: list[DataSet] = []
+    held_out: list[DataSet] = []
     with gathering(problems):
-        records = read_data(wishes.data)
+        sets = read_sets(context, stack, plan, wishes.data, wishes.max_length)
     with gathering(problems):
-        others = read_data(wishes.holdout)
+        held_out = read_sets(context, stack, plan, wishes.holdout, wishes.max_length) if wishes.holdout else []
     raise_all(problems)
-    quiet_libraries()
-    folder = base_folder(stack.base, context.registry, context.output.status)
-    tokenizer = load_tokenizer(folder)
-    adopt_chat_template(tokenizer, stack.base.name, [plan])
-    reader = _Reader(stack.base, tokenizer)
-    sets = tokenise_data(context, reader, wishes.data, records, wishes.max_length)
-    if wishes.holdout:
-        held_out = tokenise_data(context, reader, wishes.holdout, others, wishes.max_length)
-    else:
+    if not wishes.holdout:
         halves = [halve(data, wishes.seed) for data in sets]
         sets, held_out = [half.learned for half in halves], [half.held_out for half in halves]
     learned = [shorten(data, wishes.seed, stack.base.parameters) for data in sets]
@@ -126,7 +109,6 @@ def _fit(
     sets: _Sets,
     wishes: FitWishes,
 ) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
-    from stackctl.engine.evaluation import Scoring
     from stackctl.engine.weight_fit import fit_weights, judge, mean_loss, member_weights
 
     with context.output.progress() as progress:
@@ -142,16 +124,11 @@ def _fit(
             for member, changes in zip(stack.members, made, strict=True)
         ),
     )
-    scores: dict[str, tuple[list[Score], list[Score]]] = {}
-    with context.output.progress() as progress:
-        task = progress.add_task("judging", total=2 * sum(len(d.examples) for d in (*sets.learned, *sets.held_out)))
-        for what, one in (("typed", stack), ("tried", tried)):
-            stacked.use(read_plan(context.registry, one).check())
-            parts = [
-                Scoring(stacked, part).score(what, lambda count: progress.advance(task, count))
-                for part in (sets.learned, sets.held_out)
-            ]
-            scores[what] = parts[0], parts[1]
+    both = [("typed", stack), ("tried", tried)]
+    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
+    found_scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
+    count = len(sets.learned)
+    scores = {what: (own[:count], own[count:]) for (what, _), own in zip(both, found_scores, strict=True)}
     judged = judge(scores["typed"][1], scores["tried"][1])
     taken = judged.is_better
     chosen = tried if taken else stack

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,8 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet, ReadsText
+    from stackctl.core.schema import Base
+    from stackctl.engine.evaluation import DataSet, ReadsText, Score
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import RecordSet
 
@@ -82,3 +84,67 @@ def tokenise_data(
         tokenise_for(stacked, found, source, max_length, note, template)
         for source, found in zip(sources, records, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A base's tokenizer, before there is a base."""
+
+    base: Base
+    tokenizer: Any
+
+
+def read_sets(
+    context: Context, stack: ResolvedStack, plan: StackPlan, sources: Sequence[str], max_length: int
+) -> list[DataSet]:
+    """Data sets in the tokens of a stack's base, before that is loaded.
+
+    Raises:
+        StackctlError: everything that is wrong with any of them, at once.
+    """
+    from stackctl.engine.base_files import base_folder, load_tokenizer
+    from stackctl.engine.data import adopt_chat_template
+    from stackctl.engine.models import quiet_libraries
+
+    records = read_data(sources)
+    quiet_libraries()
+    tokenizer = load_tokenizer(base_folder(stack.base, context.registry, context.output.status))
+    adopt_chat_template(tokenizer, stack.base.name, [plan])
+    reader = _Reader(stack.base, tokenizer)
+    found: list[DataSet] = []
+    problems: list[StackctlError] = []
+    for source, read in zip(sources, records, strict=True):
+        with gathering(problems):
+            found += tokenise_data(context, reader, [source], [read], max_length)
+    raise_all(problems)
+    return found
+
+
+def score_stacks(
+    context: Context,
+    stacked: StackedModel,
+    stacks: Sequence[tuple[str, StackPlan]],
+    sets: Sequence[DataSet],
+    doing: str = "evaluating",
+    *,
+    finite: bool = True,
+) -> list[list[Score]]:
+    """What each of some stacks, by name, makes of each data set; each is folded in once.
+
+    Raises:
+        Failed: a loss is no number, unless they need not be ``finite``.
+    """
+    from stackctl.engine.evaluation import Scoring
+
+    scoring = Scoring(stacked, sets)
+    scores = []
+    with context.output.progress() as progress:
+        task = progress.add_task(doing, total=len(stacks) * sum(len(found.examples) for found in sets))
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+
+        for name, plan in stacks:
+            stacked.use(plan)
+            scores.append(scoring.score(name, advance) if finite else scoring.measure(advance))
+    return scores

@@ -121,12 +121,16 @@ class Scoring:
         Raises:
             Failed: a loss is no number.
         """
-        with self.sharing() as sharing:
-            scores = [_score(self._stacked, data, progress, sharing) for data in self._sets]
+        scores = self.measure(progress)
         for data, score in zip(self._sets, scores, strict=True):
             if not math.isfinite(score.loss):
                 raise Failed(f"the loss of {name} on {data.source} is not a finite number", hint="use smaller weights")
         return scores
+
+    def measure(self, progress: Progress | None = None) -> list[Score]:
+        """The same, whatever the losses are."""
+        with self.sharing() as sharing:
+            return [_score(self._stacked, data, progress, sharing) for data in self._sets]
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[bool]:

@@ -25,10 +25,20 @@ _WIDEST = {True: 3, False: 2}
 
 
 @dataclass(frozen=True)
+class Axes:
+    """What stands at a map's sides: what runs across, the name of each column by layer, and of each row by kind."""
+
+    across: str
+    columns: Mapping[int, str]
+    rows: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class HeatMap:
     """Numbers on a grid. ``top`` is the number of the brightest colour; zero is the darkest.
 
-    ``signed`` maps run from -top to top. ``beside`` has, under a heading, a text to the right of each kind.
+    ``signed`` maps run from -top to top. ``beside`` has, under a heading, a text to the right of each kind. What is no
+    map of modules by layer brings names of its own.
     """
 
     grid: Grid
@@ -36,6 +46,11 @@ class HeatMap:
     top: float
     signed: bool = False
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Axes | None = None
+
+    @property
+    def axes(self) -> Axes:
+        return self.names or Axes("layer", {n: str(n) for n in self.grid.layers}, short_names(self.grid.kinds))
 
 
 def render_heat_map(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
@@ -44,8 +59,9 @@ def render_heat_map(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
     Where not all layers fit beside one another, the map goes on below itself. Without colours a bar's height is the
     number; of signed maps, where one looks for what is opposed, a digit says how much; ``+`` is aligned.
     """
-    names = short_names(heat.grid.kinds)
-    margin = min(max([len("layer"), *map(len, names.values())]), max(width // 4, 8))
+    axes = heat.axes
+    names = axes.rows
+    margin = min(max([len(axes.across), *map(len, names.values())]), max(width // 4, 8))
     beside = {heading: max(len(heading), *map(len, texts)) for heading, texts in heat.beside.items() if texts}
     room = max(width - margin - 1 - sum(columns + 2 for columns in beside.values()), 1)
     numbers = {cell: _number(value) for cell, value in heat.values.items() if value is not None}
@@ -61,7 +77,8 @@ def render_heat_map(heat: HeatMap, width: int, *, colours: bool) -> list[Line]:
         band = layers[start : start + size]
         is_last = start + size >= len(layers)
         headings = "".join(f"  {heading:>{columns}}" for heading, columns in beside.items()) if is_last else ""
-        lines.append([(f"{'layer':>{margin}} {_axis(band, cell):{cell * len(band)}}{headings}".rstrip(), "dim")])
+        above = _axis([axes.columns[layer] for layer in band], cell)
+        lines.append([(f"{_cut(axes.across, margin):>{margin}} {above:{cell * len(band)}}{headings}".rstrip(), "dim")])
         for row, kind in enumerate(heat.grid.kinds):
             line: Line = [(f"{_cut(names[kind], margin):>{margin}} ", "")]
             for layer in band:
@@ -81,14 +98,14 @@ def _cut(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
-def _axis(layers: Sequence[int], cell: int) -> str:
-    """The numbers of layers above their cells: every one, or every second, fourth and so on where that is too close."""
-    widest = len(str(layers[-1]))
+def _axis(names: Sequence[str], cell: int) -> str:
+    """The names of columns above their cells: every one, or every second, fourth and so on where that is too close."""
+    widest = max(map(len, names))
     step = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20) if step * cell > widest or step == 20)
     text = ""
-    for index in range(0, len(layers), step):
-        label = str(layers[index])
-        if not index or index * cell + len(label) <= cell * len(layers):
+    for index in range(0, len(names), step):
+        label = names[index]
+        if not index or index * cell + len(label) <= cell * len(names):
             text = f"{text:{index * cell}}{label}"
     return text
 

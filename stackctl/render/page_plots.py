@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stackctl.lora.module_grid import short_names
 from stackctl.render.heat_map import HeatMap
 from stackctl.render.loss_curve import ticks
 from stackctl.render.terminal import signed
@@ -62,8 +61,9 @@ class Plot:
 
 def heat_plot(name: str, heat: HeatMap) -> Plot:
     """Layers across, kinds of module down, and beside each what stands there."""
-    kinds = {kind: _cut(name, 40) for kind, name in short_names(heat.grid.kinds).items()}
-    left = max(map(len, [*kinds.values(), "layer"])) * _LETTER + 10
+    axes = heat.axes
+    kinds = {kind: _cut(name, 40) for kind, name in axes.rows.items()}
+    left = max(map(len, [*kinds.values(), axes.across])) * _LETTER + 10
     layers = heat.grid.layers
     cell = min(max(760 / len(layers), 7.0), 44.0)
     top, right = 20.0, left + cell * len(layers)
@@ -73,8 +73,12 @@ def heat_plot(name: str, heat: HeatMap) -> Plot:
         for layer in layers
         if (value := heat.values.get((kind, layer), math.nan)) is None or not math.isnan(value)
     ]
-    step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100) if step * cell >= 26 or step == 100)
-    labels = [Label(left + (n + 0.5) * cell, top - 7, str(layers[n]), "middle") for n in range(0, len(layers), step)]
+    wide = max(26, max(map(len, axes.columns.values())) * _LETTER + 4)
+    step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100) if step * cell >= wide or step == 100)
+    labels = [
+        Label(left + (n + 0.5) * cell, top - 7, axes.columns[layers[n]], "middle") for n in range(0, len(layers), step)
+    ]
+    labels += [Label(left - 8, top - 7, axes.across, "end")] if heat.names else []
     labels += [Label(left - 8, top + (n + 0.7) * _ROW, kinds[kind], "end") for n, kind in enumerate(heat.grid.kinds)]
     for heading, texts in heat.beside.items():
         right += max(map(len, [heading, *texts])) * _LETTER + 18

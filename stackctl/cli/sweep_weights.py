@@ -1,0 +1,186 @@
+"""compose --sweep: the losses of a stack over a grid of one or two of its members' weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackctl.cli.common import Context
+from stackctl.cli.eval_table import NOISE
+from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
+from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, gathering, raise_all
+from stackctl.core.expressions import format_expression, format_term, format_weight
+from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import StackPlan
+from stackctl.registry.resolve import ResolvedMember, ResolvedStack
+from stackctl.render import html as pages
+
+if TYPE_CHECKING:
+    from stackctl.engine.evaluation import DataSet, Score
+
+MEAN = "mean"
+"""What the mean of several data sets is called in their place."""
+
+
+@dataclass(frozen=True)
+class SweepWishes:
+    """What was asked for: ranges as they are typed, and the data sets that the losses are of."""
+
+    ranges: Sequence[str]
+    data: Sequence[str]
+    page: Path | None = None
+    max_length: int = 1024
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A grid and what was found on it. ``rows`` are those of the JSON: point by point, of each the data sets in order
+    and, of several, their mean. ``judged`` says of which the lowest loss is the best.
+    """
+
+    axes: list[Axis]
+    data: Sequence[str]
+    stack: ResolvedStack
+    rows: list[dict[str, Any]]
+    best: dict[str, Any]
+    trade_off: list[dict[str, Any]]
+    notes: tuple[str, ...]
+
+    @property
+    def judged(self) -> str:
+        return self.best["data"]  # type: ignore[no-any-return]
+
+    def of(self, data: str) -> list[dict[str, Any]]:
+        """The rows of one data set, or of the mean, in the order of the points."""
+        return [row for row in self.rows if row["data"] == data]
+
+
+def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: SweepWishes) -> Swept:
+    """Try every point of the grid. Each is folded in as ``eval`` would, so that its loss is that of ``eval``.
+
+    Everything that can be wrong is found, and said at once, before the base is loaded.
+    """
+    problems: list[StackctlError] = []
+    axes, places = list[Axis](), list[int]()
+    sets: list[DataSet] = []
+    with gathering(problems):
+        axes = parse_axes(wishes.ranges)
+        places = place_axes(axes, [(member.adapter.name, member.label) for member in stack.members])
+        _check_plain([stack.members[place] for place in places])
+    if wishes.page is not None:
+        with gathering(problems):
+            pages.check_page_place(wishes.page)
+    with gathering(problems):
+        _check_sources(wishes.data)
+        sets = read_sets(context, stack, plan, wishes.data, wishes.max_length)
+    raise_all(problems)
+    tried = [_weighted(stack, plan, dict(zip(places, point, strict=True))) for point in grid_points(axes)]
+    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
+    named = [(expression_of(one), planned) for one, planned in tried]
+    scores = score_stacks(context, stacked, named, sets, "trying weights", finite=False)
+    return _found(axes, wishes.data, [one for one, _ in tried], scores)
+
+
+def _check_plain(members: Sequence[ResolvedMember]) -> None:
+    if layered := [member.label for member in members if member.layer_weights]:
+        raise Incompatible(
+            f"{', '.join(layered)} has weights by layer, in whose place one weight cannot be tried",
+            hint="name the adapter itself in the expression, or learn them: --fit FILE --per layer",
+        )
+
+
+def _check_sources(data: Sequence[str]) -> None:
+    if twice := [source for source in dict.fromkeys(data) if list(data).count(source) > 1]:
+        raise Usage(f"--data {', '.join(twice)} is given twice", hint="name each data set once")
+    if len(data) > 1 and MEAN in data:
+        raise Usage(f"'{MEAN}' is what the mean of several data sets is called", hint=f"name it ./{MEAN}")
+
+
+def _weighted(stack: ResolvedStack, plan: StackPlan, weights: dict[int, float]) -> tuple[ResolvedStack, StackPlan]:
+    """A stack with other weights for some members, and its plan."""
+    members = tuple(replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(stack.members))
+    planned = [replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(plan.members)]
+    return replace(stack, members=members), plan_stack(plan.base, planned, plan.method, plan.options).check()
+
+
+def expression_of(stack: ResolvedStack) -> str:
+    """A stack as one types it, with the names that its members have and their versions where these are not newest."""
+    return format_expression(
+        format_term(m.adapter.name if m.version.version == m.adapter.newest().version else m.label, m.weight)
+        for m in stack.members
+    )
+
+
+def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], scores: list[list[Score]]) -> Swept:
+    from stackctl.engine.weight_fit import judge, mean_loss
+
+    losses = [mean_loss(own) for own in scores]
+    finite = [number for number, loss in enumerate(losses) if math.isfinite(loss)]
+    if not finite:
+        raise Failed("no point of the grid has a loss that is a finite number", hint="try smaller weights")
+    winner = min(finite, key=losses.__getitem__)
+    rows: list[dict[str, Any]] = []
+    for one, own in zip(tried, scores, strict=True):
+        parts = list(zip(data, ([score] for score in own), ([score] for score in scores[winner]), strict=True))
+        if len(data) > 1:
+            parts.append((MEAN, own, scores[winner]))
+        rows += [_row(one, source, mine, judge(best, mine).p_value) for source, mine, best in parts]
+    each = len(rows) // len(tried)
+    best = rows[(winner + 1) * each - 1]
+    front = not_dominated([[score.loss for score in scores[number]] for number in finite]) if len(data) > 1 else []
+    kept = sorted((finite[number] for number in front), key=lambda number: scores[number][0].loss)
+    trade_off = [
+        {"weights": weights_of(tried[n]), "losses": {s: score.loss for s, score in zip(data, scores[n], strict=True)}}
+        for n in kept
+    ]
+    notes = _notes(axes, tried[winner], [row for row in rows if row["data"] == best["data"]], scores[winner])
+    return Swept(axes, data, tried[winner], rows, best, trade_off, notes)
+
+
+def weights_of(stack: ResolvedStack) -> dict[str, Any]:
+    """The weight of each member by its name; of one that has them by layer, these."""
+    return {m.adapter.name: dict(m.layer_weights) or m.weight for m in stack.members}
+
+
+def _row(stack: ResolvedStack, source: str, scores: Sequence[Score], p_value: float) -> dict[str, Any]:
+    from stackctl.engine.weight_fit import mean_loss
+
+    loss, errors = mean_loss(scores), [score.standard_error for score in scores]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    finite = math.isfinite(loss)
+    return {
+        "weights": weights_of(stack),
+        "data": source,
+        "loss": loss if finite else None,
+        "standard_error": math.hypot(*known) / len(scores) if finite and len(known) == len(errors) else None,
+        "p_value": p_value if finite else None,
+    }
+
+
+def _notes(
+    axes: Sequence[Axis], best: ResolvedStack, rows: Sequence[dict[str, Any]], scores: Sequence[Score]
+) -> tuple[str, ...]:
+    """What a person should know of the best point: how far it stands out, and whether it lies at an end."""
+    notes = []
+    alike = sum(row["p_value"] is not None and row["p_value"] > NOISE for row in rows) - 1
+    records = sum(len(score.records) for score in scores)
+    if alike:
+        notes.append(
+            f"{alike} of the other {len(rows) - 1} points cannot be told from the best by {records} records "
+            f"(p > {NOISE})"
+        )
+    weights = {name: m.weight for m in best.members for name in (m.adapter.name, m.label)}
+    for axis in axes:
+        weight = weights[axis.name]
+        if len(axis.values) > 1 and weight in (axis.values[0], axis.values[-1]):
+            notes.append(
+                f"the best weight of {axis.name}, {format_weight(weight)}, is the last that was tried on that side"
+            )
+    if failed := sum(row["loss"] is None for row in rows):
+        notes.append(f"{failed} of {len(rows)} points have a loss that is not a finite number")
+    return tuple(notes)

@@ -1,0 +1,141 @@
+"""The options of compose with which weights are found: learned with --fit, or tried with --sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from stackctl.cli.fit_weights import FitWishes, Per
+from stackctl.cli.sweep_weights import SweepWishes
+from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
+
+_FIT, _SWEEP, _BOTH = "Weights learned from data", "Weights tried one by one", "Data for either"
+_PER = get_args(Per)
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """Each field is an option of compose, with its help; None where it was not given."""
+
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Learn the weights alone from these records, shaped as for train; may be repeated: then the mean "
+            "of the losses counts. Kept only if better on records kept apart.",
+            rich_help_panel=_FIT,
+            metavar="FILE",
+        ),
+    ] = None
+    per: Annotated[
+        str | None,
+        typer.Option(
+            help="With --fit: a weight for each member, layer or module.",
+            show_default="member",
+            rich_help_panel=_FIT,
+            autocompletion=lambda: list(_PER),
+            metavar="WHAT",
+        ),
+    ] = None
+    holdout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --fit: records to judge by; half of those of --fit if left out. May be repeated.",
+            rich_help_panel=_FIT,
+            metavar="FILE",
+        ),
+    ] = None
+    fit_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --fit: steps of L-BFGS at most.", show_default="30", rich_help_panel=_FIT),
+    ] = None
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Losses over a range of one member's weights, both ends in it: 'style=0:1.5:0.25'; given twice, over "
+            "a grid. Writes nothing, or with --name the best.",
+            rich_help_panel=_SWEEP,
+            metavar="NAME=FIRST:LAST:STEP",
+        ),
+    ] = None
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --sweep: records as for eval; may be repeated: then the mean of the losses says which is best.",
+            rich_help_panel=_SWEEP,
+            metavar="FILE",
+        ),
+    ] = None
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="With --sweep: write one self-contained page: sweep.html.",
+            rich_help_panel=_SWEEP,
+            metavar="FILE",
+        ),
+    ] = None
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Longest record in tokens; what is longer is cut.",
+            show_default="1024",
+            rich_help_panel=_BOTH,
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or mps.", show_default="auto", rich_help_panel=_BOTH, metavar="NAME"),
+    ] = None
+
+    def wishes(self, seed: int | None) -> FitWishes | SweepWishes | None:
+        """What is asked for; None when the weights are those that are typed.
+
+        Raises:
+            Usage: options without what they belong to, or with none of their values; all of it at once.
+        """
+        problems: list[StackctlError] = []
+        of_fit = {"--per": self.per, "--holdout": self.holdout, "--fit-steps": self.fit_steps}
+        of_sweep = {"--data": self.data, "--output": self.to}
+        of_both = {"--max-length": self.max_length, "--device": self.device}
+        if self.fit and self.sweep:
+            problems.append(
+                Usage("--fit learns weights and --sweep tries given ones", hint="one of them at a time: leave out one")
+            )
+        if not self.fit and (given := _given(of_fit)):
+            problems.append(Usage(f"{given} applies to --fit, and none was given", hint="name records: --fit FILE"))
+        if not self.sweep and (given := _given(of_sweep)):
+            problems.append(
+                Usage(
+                    f"{given} applies to --sweep, and none was given", hint="say what to try: --sweep style=0:1.5:0.25"
+                )
+            )
+        if not self.fit and not self.sweep and (given := _given(of_both)):
+            problems.append(
+                Usage(f"{given} applies to --fit and --sweep, and none was given", hint="name records: --fit FILE")
+            )
+        if self.sweep and not self.data:
+            problems.append(Usage("--sweep measures losses, and no --data was given", hint="name records: --data FILE"))
+        for name, value, allowed in (("--per", self.per, _PER), ("--device", self.device, _DEVICES)):
+            if value is not None and value not in allowed:
+                hint = did_you_mean(value, allowed, f"one of {', '.join(allowed)}")
+                problems.append(Usage(f"{name} is not '{value}'", hint=hint))
+        if (self.fit or self.sweep) and seed is not None and seed < 0:
+            problems.append(Usage("--seed: a seed is no negative number", hint="--seed 0"))
+        raise_all(problems)
+        shared: dict[str, Any] = {"max_length": self.max_length or 1024, "device": self.device or "auto"}
+        if self.sweep:
+            return SweepWishes(self.sweep, self.data or (), self.to, **shared)
+        if not self.fit:
+            return None
+        typed = {"per": self.per, "holdout": self.holdout, "steps": self.fit_steps}
+        chosen: dict[str, Any] = {key: value for key, value in typed.items() if value is not None}
+        return FitWishes(self.fit, seed=seed or 0, **chosen, **shared)
+
+
+def _given(options: dict[str, Any]) -> str:
+    return ", ".join(name for name, value in options.items() if value is not None and value != [])
