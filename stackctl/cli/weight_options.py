@@ -58,7 +58,7 @@ class WeightOptions:
             help="Losses over a range of one member's weights, both ends in it: 'style=0:1.5:0.25'; given twice, over "
             "a grid. Writes nothing, or with --name the best.",
             rich_help_panel=_SWEEP,
-            metavar="NAME=FIRST:LAST:STEP",
+            metavar="RANGE",
         ),
     ] = None
     data: Annotated[
