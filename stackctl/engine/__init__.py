@@ -2,6 +2,15 @@
 
 import os
 
-# Threads of OpenMP that spin while they wait for one another cost little on an idle machine and nearly everything on
-# a shared one: decision 15 has the figures. Read by libgomp when torch loads it, so it has to stand here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from stackctl.machine import openmp
+
+
+def _run_in_parallel() -> None:
+    import torch
+
+    torch.ones(2**20).add_(1)
+
+
+# Before torch is loaded, which reads it.
+if _threads := openmp.set_waiting(os.environ):
+    openmp.watch(_threads, _run_in_parallel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -21,9 +22,21 @@ class Memory:
     available: int
 
 
+def allowed_cores() -> list[int]:
+    """The numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
-    """The processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors' time this process may use: a container's share of them counts, rounded up."""
+    share = _text(_CPU_SHARE).split()  # microseconds of each period, or max; and the period
+    limit = math.ceil(int(share[0]) / int(share[1])) if len(share) == 2 and share[0].isdigit() else None
+    return max(1, min(len(allowed_cores()), limit or len(allowed_cores())))
+
+
+_CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 
 
 def main_memory() -> Memory:
@@ -48,11 +61,15 @@ _CGROUP = (
 
 def _number(file: Path) -> int | None:
     """The number that a file holds; None when it is not there or says ``max``."""
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
+    text = _text(file)
     return int(text) if text.isdigit() else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def disk_free(path: Path) -> int:

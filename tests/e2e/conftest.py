@@ -26,7 +26,7 @@ class Place:
     def __call__(self, *arguments: object, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
-        environment |= {"HOME": str(self.home), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment |= {"HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
         # Threads that spin while they wait, in more processes than there are cores, took 48 s a step instead of one.
         if "PYTEST_XDIST_WORKER" in os.environ:
             environment["OMP_NUM_THREADS"] = "1"

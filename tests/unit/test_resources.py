@@ -29,6 +29,17 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, limit, used, total):
         assert memory.available == 600_000
 
 
+@pytest.mark.parametrize(
+    ("share", "cores"),
+    [("150000 100000\n", 2), ("50000 100000", 1), ("max 100000\n", 8), ("900000 100000", 8), ("", 8)],
+)
+def test_a_containers_share_of_the_processors_counts(tmp_path, monkeypatch, share, cores):
+    (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(machine, "_CPU_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "allowed_cores", lambda: list(range(8)))
+    assert machine.cores() == cores
+
+
 def test_free_space_where_a_folder_would_be_made(tmp_path):
     assert machine.disk_free(tmp_path / "not" / "there" / "yet") > 0
 
