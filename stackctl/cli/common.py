@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
-from stackctl.cli.progress import reading_progress
+from stackctl.cli.progress import share_progress
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
@@ -71,7 +71,7 @@ class Context:
 
         opened = Registry.open(self.registry_option)
         opened.fetch_base = _fetch_base
-        opened.show_reading = functools.partial(reading_progress, self.output)
+        opened.show_reading = functools.partial(share_progress, self.output)
         return opened
 
 

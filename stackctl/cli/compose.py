@@ -10,6 +10,7 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
+from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
 from stackctl.cli.sweep_weights import SweepWishes, Swept, expression_of, sweep_stack
 from stackctl.cli.weight_options import WeightOptions
@@ -23,7 +24,6 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.stacks import check_stack_name, save_stack
-from stackctl.registry.store import Registry
 from stackctl.render import html as pages
 from stackctl.render.output import Result
 
@@ -129,7 +129,7 @@ def register(app: typer.Typer) -> None:
             "options": msgspec.to_builtins(options),
             "exact": method == SUM,
             "rank": plan.rank,
-            **_measured(registry, stack, plan),
+            **_measured(context, plan),
             **({"fit": found} if found else {}),
             "problems": [p.json() for p in plan.problems],
             "dry_run": dry_run,
@@ -191,13 +191,14 @@ def _method_options(
     return check_method(method, options)
 
 
-def _measured(registry: Registry, stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
+def _measured(context: Context, plan: StackPlan) -> dict[str, Any]:
     """How far a method that is not the exact sum is from it; this one reads the tensors."""
     if plan.method == SUM or not plan.modules:
         return {}
     from stackctl.engine.merging import measure
 
-    found = measure(plan)
+    with share_progress(context.output, f"merging by {plan.method}") as progress:
+        found = measure(plan, progress)
     return {
         "rank": found.rank,
         "relative_error": found.relative_error,

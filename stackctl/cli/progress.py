@@ -11,7 +11,7 @@ from stackctl.jobs import ranks
 from stackctl.render.output import Output
 
 _PATIENCE, _BETWEEN_LINES = 1.0, 10.0
-"""Seconds before reading shows how far it is, and between two lines where no bar can be drawn."""
+"""Seconds before it is shown how far something is, and between two lines where no bar can be drawn."""
 _LINES = 10
 """How many lines a run prints where no bar can be drawn."""
 
@@ -82,8 +82,8 @@ def _line(output: Output, name: str, step: int, steps: int, counters: Any) -> No
 
 
 @contextlib.contextmanager
-def reading_progress(output: Output) -> Iterator[Callable[[float], None]]:
-    """A function to call with the share (0 to 1) of the data that was read; what is read at once shows nothing."""
+def share_progress(output: Output, what: str = "reading") -> Iterator[Callable[[float], None]]:
+    """A function to call with the share (0 to 1) of something that is done; what is done at once shows nothing."""
     with contextlib.ExitStack() as stack:
         state: dict[str, Any] = {"next": time.monotonic() + _PATIENCE}
 
@@ -96,9 +96,9 @@ def reading_progress(output: Output) -> Iterator[Callable[[float], None]]:
             elif share < 1 and time.monotonic() > state["next"]:
                 if output.shows_progress:
                     progress = stack.enter_context(output.progress())
-                    state.update(bar=progress, task=progress.add_task("reading", total=1.0))
+                    state.update(bar=progress, task=progress.add_task(what, total=1.0))
                 else:
-                    output.status(f"reading: {share:.0%}")
+                    output.status(f"{what}: {share:.0%}")
                     state["next"] = time.monotonic() + _BETWEEN_LINES
 
         yield update

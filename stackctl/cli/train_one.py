@@ -26,7 +26,7 @@ _LARGEST_LOSS = 20.0
 
 def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
     """A job's corpus, the tokenizer that it was read with, and what it would adapt; the base itself is not loaded."""
-    from stackctl.cli.progress import reading_progress
+    from stackctl.cli.progress import share_progress
     from stackctl.engine.base_files import base_folder, load_tokenizer
     from stackctl.engine.data import adopt_chat_template, ensure_chat_template
     from stackctl.engine.models import quiet_libraries
@@ -38,7 +38,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     adopt_chat_template(tokenizer, prepared.base.name, [prepared.plan])
     ensure_chat_template(tokenizer)
     targets = targets_of(prepared, folder)
-    with reading_progress(context.output) as reading:
+    with share_progress(context.output) as reading:
         return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer, targets
 
 
@@ -118,7 +118,7 @@ def typed_again() -> str:
 
 def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> Result:
     """Train a prepared job, here or in several processes, and say what came of it."""
-    from stackctl.cli.progress import reading_progress, training_progress
+    from stackctl.cli.progress import share_progress, training_progress
 
     ranks.check_number()
     for note in prepared.stack.notes:
@@ -126,7 +126,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     launch = plan_launch(prepared)
     if launch:
         _check_before_launch(context, prepared, launch)
-    with reading_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
+    with share_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
         if launch:
             root = context.registry.root
             again = typed_again()

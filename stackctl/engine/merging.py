@@ -7,7 +7,7 @@ against the exact sum.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra, aligned_merging
+from stackctl.engine.module_pool import each_module
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
@@ -98,25 +99,42 @@ class Measured:
     rank: int
 
 
-def measure(plan: StackPlan) -> Measured:
-    """Compare a plan's method with the exact sum, module by module, in float64."""
+def measure(plan: StackPlan, progress: Callable[[float], None] = lambda _: None) -> Measured:
+    """Compare a plan's method with the exact sum, module by module, in float64.
+
+    ``progress`` is called with the share of the modules (0 to 1) that were compared.
+    """
     lost = total = worst = 0.0
     worst_module, rank = "", 0
     with torch.no_grad(), MemberTensors(plan) as tensors:
-        for module in plan.modules.values():
-            module_lost = module_total = 0.0
-            for factors in matrices(module, tensors.factors(module)):
-                exact = algebra.concatenate(factors)
-                made = combine(plan, module, factors)
-                norm = algebra.product_norm(*exact)
-                if isinstance(made, Tensor):
-                    gap = float((made.double() - algebra.delta(factors, torch.float64)).norm())
-                    rank = max(rank, min(made.shape))
-                else:
-                    gap = algebra.relative_error(exact, made) * norm
-                    rank = max(rank, made[0].shape[0])
-                module_lost, module_total = module_lost + gap**2, module_total + norm**2
-            lost, total = lost + module_lost, total + module_total
-            if module_total and (module_lost / module_total) ** 0.5 > worst:
-                worst, worst_module = (module_lost / module_total) ** 0.5, module.name
+        made = each_module(plan, tensors, lambda module, factors: _distance(plan, module, factors))
+        for done, (module, found) in enumerate(made, 1):
+            lost, total, rank = lost + found.lost, total + found.total, max(rank, found.rank)
+            if found.total and (found.lost / found.total) ** 0.5 > worst:
+                worst, worst_module = (found.lost / found.total) ** 0.5, module.name
+            progress(done / len(plan.modules))
     return Measured((lost / total) ** 0.5 if total else 0.0, worst, worst_module, rank)
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """Of one module: ‖made - sum‖², ‖sum‖², and the rank of what was made."""
+
+    lost: float
+    total: float
+    rank: int
+
+
+def _distance(plan: StackPlan, module: ModulePlan, all_factors: Sequence[algebra.Factors]) -> _Distance:
+    lost = total = 0.0
+    rank = 0
+    for factors in matrices(module, all_factors):
+        exact = algebra.concatenate(factors)
+        made = combine(plan, module, factors)
+        norm = algebra.product_norm(*exact)
+        if isinstance(made, Tensor):
+            gap, rank = algebra.distance(made, factors), max(rank, min(made.shape))
+        else:
+            gap, rank = algebra.relative_error(exact, made) * norm, max(rank, made[0].shape[0])
+        lost, total = lost + gap**2, total + norm**2
+    return _Distance(lost, total, rank)

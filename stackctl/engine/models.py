@@ -22,17 +22,19 @@ from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
+from stackctl.engine.algebra import Factors
 from stackctl.engine.base_class import quantised_skeleton
 from stackctl.engine.base_files import base_folder, load_tokenizer
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import load_weights
 from stackctl.engine.devices import cpu_multiplies_bfloat16
-from stackctl.engine.folding import Rounding, add_delta, deltas_of
+from stackctl.engine.folding import Delta, Rounding, add_delta, deltas_of
+from stackctl.engine.module_pool import each_module
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
-from stackctl.plan.model import StackPlan
+from stackctl.plan.model import ModulePlan, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
@@ -171,14 +173,15 @@ class StackedModel:
             self._touched.add(rows.parameter)
 
     def _fold_modules(self, plan: StackPlan, tensors: MemberTensors, rounding: Rounding) -> None:
-        for module in plan.modules.values():
-            name = module.parameter
-            weight = self._parameter(name)
-            self._check_shape(name, weight, module.stored_shape)
-            deltas = deltas_of(plan, module, tensors.factors(module), weight.device)
+        def made(module: ModulePlan, factors: Sequence[Factors]) -> tuple[nn.Parameter, list[Delta]]:
+            weight = self._parameter(module.parameter)
+            self._check_shape(module.parameter, weight, module.stored_shape)
+            return weight, list(deltas_of(plan, module, factors, weight.device))
+
+        for module, (weight, deltas) in each_module(plan, tensors, made):
             for matrix, delta in zip(weight if module.is_experts else [weight], deltas, strict=True):
                 add_delta(matrix, delta, rounding)
-            self._touched.add(name)
+            self._touched.add(module.parameter)
 
     def restore(self) -> None:
         """Take the stack out: the weights that it was folded into are read from the base's files again."""

@@ -142,6 +142,28 @@ def test_a_pair_is_cut_to_a_rank_wherever_it_stands(pair: Any, method: str) -> N
         assert float(torch.linalg.svdvals(delta)[2:].norm() / delta.norm()) < 1e-6
 
 
+def test_a_method_says_how_far_it_is(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stackctl.cli.progress._PATIENCE", 0.0)
+    monkeypatch.setattr("stackctl.cli.progress._BETWEEN_LINES", 0.0)
+    modules = len(pair.plan("style+instruct").modules)
+    shown = pair.run("compose", "style+instruct", "--name", "s", "--method", "ties").err
+    shares = [line.partition(": ")[2] for line in shown.splitlines() if line.startswith("merging by ties: ")]
+    assert shares == [f"{done / modules:.0%}" for done in range(1, modules)]
+    assert "merging" not in pair.run("compose", "style+instruct", "--name", "t").err
+
+
+def test_modules_are_made_on_all_cores_in_the_order_of_the_plan(pair: Any) -> None:
+    from stackctl.engine.module_pool import each_module
+    from stackctl.engine.tensors import MemberTensors
+
+    pair.run("compose", "style+instruct", "--name", "s", "--method", "ties")
+    plan, threads = pair.plan("s"), torch.get_num_threads()
+    with MemberTensors(plan) as tensors:
+        found = list(each_module(plan, tensors, lambda module, factors: (module.name, torch.get_num_threads())))
+    assert [(module.name, made) for module, made in found] == [(name, (name, 1)) for name in plan.modules]
+    assert torch.get_num_threads() == threads
+
+
 def test_a_stack_that_is_no_sum_is_no_term_and_no_foundation(pair: Any) -> None:
     pair.run("compose", "style+instruct", "--name", "s", "--method", "ties")
     pair.run("inspect", "s:0.5", code=4)
