@@ -196,7 +196,7 @@ def distance(made: Tensor, factors: Sequence[Factors]) -> float:
     step, total = max(1, _BLOCK // max(1, made.shape[1])), 0.0
     for start in range(0, made.shape[0], step):
         total += float((made[start : start + step].double() - b[start : start + step] @ a).square().sum())
-    return total**0.5
+    return math.sqrt(total)
 
 
 # -- norms, from the factors alone -----------------------------------------------------------------------------------
