@@ -17,6 +17,7 @@ from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
 from stackctl.lora.target_modules import natural_order
+from stackctl.plan.validate import recorded_problems
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
 
@@ -166,15 +167,21 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "beta": prepared.job.effective_beta,
         "accuracy": run.accuracy,
         "margin": run.margin,
+        "problems": [problem.json() for problem in recorded_problems(label, version.problems)],
     }
     steps = counted(run.steps, "step")
     text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
+    for problem in version.problems:
+        context.output.status(f"warning: {problem.message}\nhint: {problem.hint}")
     return Result(data, label, text)
 
 
 def with_next(result: Result, prepared: PreparedJob) -> Result:
-    """The result, and what one does with a new adapter: try it, or put it together with what it stands on."""
-    if ranks.is_worker():  # the command that launched it says so
+    """The result, and what one does with a new adapter: try it, or put it together with what it stands on.
+
+    After a run that went wrong the hint has said what is next.
+    """
+    if ranks.is_worker() or result.json["problems"]:  # the command that launched a worker says so
         return result
     below = [member.adapter.name for member in prepared.stack.members]
     then = f"compose {'+'.join([*below, prepared.name])}" if below else f"generate {prepared.name}"

@@ -186,11 +186,19 @@ class Extracted(Part, frozen=True, kw_only=True):
     left_out: list[str] = msgspec.field(default_factory=list)
 
 
+class EntryProblem(Part, frozen=True, kw_only=True):
+    """What a person should know of a version for as long as it is there: a training that went wrong."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
     ``from`` is the version at whose factors its training began; ``hub`` is where it was pulled from, and ``pushed``
-    where it was pushed to last.
+    where it was pushed to last. ``problems`` are those of its training.
     """
 
     version: Count
@@ -209,6 +217,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     eval_data: DataSource | None = None
     settings: dict[str, _Setting] | None = None
     run: Run | None = None
+    problems: list[EntryProblem] = msgspec.field(default_factory=list)
     extracted: Extracted | None = None
     hub: HubSource | None = None
     pushed: HubSource | None = None

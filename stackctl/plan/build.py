@@ -20,6 +20,7 @@ from stackctl.plan.validate import (
     missing_foundations,
     no_plain_lora,
     other_rows,
+    recorded_problems,
     refusals,
     same_adapter_twice,
     unfitting_layer_weights,
@@ -39,6 +40,7 @@ def plan_stack(
     replacements: list[Replacement] = []
     rows: list[TokenRows] = []
     for index, member in enumerate(members):
+        problems += recorded_problems(member.label, member.recorded)
         if other := no_plain_lora(member):
             problems += other
             continue

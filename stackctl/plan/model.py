@@ -7,14 +7,14 @@ which factors, ranks and scalings. Fold, export, inspect and every refusal are m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
-from stackctl.core.schema import Base, MethodOptions
+from stackctl.core.schema import Base, EntryProblem, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint, TensorInfo
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.target_modules import lora_rank
@@ -43,7 +43,8 @@ class Problem:
 class PlanMember:
     """One adapter version with its weight. ``label`` is ``style@1``; ``trained_on`` its own members, by label.
 
-    ``layer_weights`` are as in the entry of a stack: see :mod:`stackctl.plan.layer_weights`.
+    ``layer_weights`` are as in the entry of a stack: see :mod:`stackctl.plan.layer_weights`; ``recorded`` is what its
+    own entry warns of.
     """
 
     label: str
@@ -56,6 +57,7 @@ class PlanMember:
     fingerprint: str = ""
     trained_on: tuple[str, ...] = ()
     layer_weights: Mapping[str, float] = field(default_factory=dict)
+    recorded: Sequence[EntryProblem] = ()
 
     @property
     def is_used(self) -> bool:

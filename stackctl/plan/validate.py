@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from stackctl.core.errors import did_you_mean
 from stackctl.core.expressions import format_term
-from stackctl.core.schema import Base, ModuleShape
+from stackctl.core.schema import Base, EntryProblem, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.lora.naming import Naming
 from stackctl.lora.recognition import recognise_model, recognise_task, trains_parts_of_fused_layers
@@ -78,6 +78,11 @@ def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Probl
         for member in members
         if base and member.fingerprint and member.fingerprint != base.fingerprint
     ]
+
+
+def recorded_problems(label: str, recorded: Iterable[EntryProblem]) -> list[Problem]:
+    """The warnings that a version's own entry holds."""
+    return [Problem(found.code, f"{label}: {found.message}", found.hint, label, "warning") for found in recorded]
 
 
 def no_plain_lora(member: PlanMember) -> list[Problem]:

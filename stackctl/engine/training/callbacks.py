@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.core.errors import Failed
+from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.state import Progress, RunState
 from stackctl.jobs import ranks
 
@@ -19,8 +20,8 @@ from stackctl.jobs import ranks
 class StepCallback(TrainerCallback):
     """Counts steps, keeps the loss curve, stops at a loss that is no number, and lets Ctrl-C end a step in peace."""
 
-    def __init__(self, run: RunState, progress: Progress, say: Callable[[str], None]) -> None:
-        self._run, self._progress, self._say = run, progress, say
+    def __init__(self, run: RunState, progress: Progress, say: Callable[[str], None], held_out: HeldOut | None) -> None:
+        self._run, self._progress, self._say, self._held_out = run, progress, say, held_out
         self._started = self._seconds_before = self._rate = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._asked = 0
@@ -62,10 +63,8 @@ class StepCallback(TrainerCallback):
         loss = run.end_step(self._wanted_stop())
         counters.seconds = self._seconds_before + time.perf_counter() - self._started - run.evaluating_seconds
         if not math.isfinite(loss):
-            raise Failed(
-                f"the loss of step {state.global_step} is not a finite number",
-                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
-            )
+            self._end_broken(state.global_step, control)
+            return
         counters.curve.append(
             {"step": state.global_step, "loss": loss, "learning_rate": self._rate, "tokens": counters.tokens}
             | run.step_pairs
@@ -76,6 +75,20 @@ class StepCallback(TrainerCallback):
         if run.stop_signal:
             control.should_save = True
             control.should_training_stop = True
+
+    def _end_broken(self, step: int, control: TrainerControl) -> None:
+        """End at a loss that is no number: with the best weights so far, where those were kept.
+
+        Raises:
+            Failed: they were not.
+        """
+        if self._held_out is None or not self._held_out.end_with_best(step):
+            raise Failed(
+                f"the loss of step {step} is not a finite number",
+                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
+            )
+        control.should_evaluate = control.should_save = False
+        control.should_training_stop = True
 
     def release_signals(self) -> None:
         """Give the signals back, however the training ended."""

@@ -99,6 +99,8 @@ class HeldOut(TrainerCallback):
         device = next(model.parameters()).device
         loss = float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)
         if not math.isfinite(loss):
+            if self.end_with_best(step):
+                return loss
             raise Failed(
                 f"the held-out loss after step {step} is not a finite number",
                 hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
@@ -109,12 +111,23 @@ class HeldOut(TrainerCallback):
             self._best = {name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(model)}
         return loss
 
+    def end_with_best(self, step: int) -> bool:
+        """End the run at a loss that is no number, if there are best weights to go back to. Returns whether it did."""
+        best = self.best if self._keeps_best else None
+        if best is None:
+            return False
+        self._counters.broken_step = step
+        self._say(f"the loss of step {step} is not a finite number: back to the weights of step {best['step']}")
+        return True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if state.global_step >= state.max_steps:  # whatever the interval: the last weights are evaluated
+        if (
+            state.global_step >= state.max_steps and self._counters.broken_step is None
+        ):  # whatever the interval: the last weights are evaluated
             control.should_evaluate = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self.is_over:
+        if self.is_over or self._counters.broken_step is not None:
             control.should_training_stop = True
 
     # -- the best weights -----------------------------------------------------------------------------------------

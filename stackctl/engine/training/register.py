@@ -21,6 +21,7 @@ from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.state import Counters
 from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.outcome import problems_of_run
 from stackctl.lora.checkpoint import INFO, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
@@ -126,6 +127,12 @@ def _entry(
         eval_data=_source(prepared.eval_data, corpus.held_out) if prepared.eval_data and corpus.held_out else None,
         settings=msgspec.to_builtins(prepared.job.settings()),
         run=finished.outcome,
+        problems=problems_of_run(
+            prepared.job,
+            finished.counters.losses,
+            base.vocabulary_size,
+            finished.outcome.kept_step,
+        ),
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"stackctl": __version__},
     )

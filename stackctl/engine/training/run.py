@@ -134,11 +134,12 @@ def _train(
     longest = int(data_module.lengths_of(examples).max())
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
     compares = job.objective in OBJECTIVES and OBJECTIVES[job.objective].compares
+    held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
-        steps=StepCallback(state, output.progress, output.say),
-        held_out=HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None,
+        steps=StepCallback(state, output.progress, output.say, held_out),
+        held_out=held_out,
         one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
         bfloat16=bfloat16,
         pairs=job if job.objective in OBJECTIVES else None,

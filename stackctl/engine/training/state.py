@@ -21,6 +21,7 @@ class Counters:
 
     ``loss_sum`` is over supervised tokens, or where there are ``pairs`` over those. ``curve`` has an entry for each
     optimizer step, ``evaluations`` one for each evaluation on held-out records: ``step`` and ``eval_loss``.
+    ``broken_step`` is the one at which a loss was no number and the training ended; nothing of it is counted.
     """
 
     tokens: int = 0
@@ -32,11 +33,18 @@ class Counters:
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    broken_step: int | None = None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on with the counters of a save."""
         for name, value in saved.items():
             setattr(self, name, value)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step in nats, NaN of a broken one."""
+        broken = [] if self.broken_step is None else [math.nan]
+        return [point["loss"] for point in self.curve] + broken
 
     @property
     def loss(self) -> float:
@@ -111,7 +119,10 @@ class RunState:
             self._supervised += inputs["labels"].numel()
 
     def end_step(self, wanted_stop: int) -> float:
-        """Count what all ranks computed in this step, and agree on ``stop_signal``. Returns the step's mean loss."""
+        """Count what all ranks computed in this step, and agree on ``stop_signal``.
+
+        Returns the step's mean loss; where that is no finite number, nothing is counted.
+        """
         own = [
             float(self._loss),
             float(self._tokens),
@@ -125,6 +136,8 @@ class RunState:
         each = numbers_of_each(own, self.device)
         loss, tokens, supervised, _, pairs, right, margin = each.sum(0).tolist()
         self.stop_signal = int(each[:, 3].max())
+        if not math.isfinite(loss):
+            return math.nan
         self.counters.loss_sum += loss
         self.counters.tokens += int(tokens)
         self.counters.supervised_tokens += int(supervised)
