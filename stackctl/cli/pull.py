@@ -9,13 +9,13 @@ import typer
 
 from stackctl.cli.common import SHARE, BaseOption, Context, command
 from stackctl.core.command_line import typed
-from stackctl.core.errors import Usage
 from stackctl.render.output import Result
 from stackctl.storage.hashes import sha256_bytes
 
 _EXAMPLES = """\
 stackctl pull me/storyteller
 stackctl pull somebody/some-lora --name borrowed --base smollm2
+stackctl pull somebody/many-loras/style
 stackctl pull me/storyteller@v1 --dry-run"""
 
 
@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
         repo: Annotated[
             str,
             typer.Argument(
-                metavar="REPO[@REV]",
-                help="A repo on the Hub with an adapter or a stack, at a branch, a tag or a commit.",
+                metavar="REPO[/FOLDER][@REV]",
+                help="A repo on the Hub with an adapter or a stack, or a folder of it; a branch, tag or commit.",
                 show_default=False,
             ),
         ],
@@ -38,29 +38,24 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> Result:
         """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
-        from stackctl.hub.client import parse_repo
+        from stackctl.hub.client import parse_place
         from stackctl.hub.pull import PullOptions
         from stackctl.hub.pull import pull as pull_repo
 
         registry, output = context.registry, context.output
-        place, at, revision = repo.partition("@")
-        if at and not revision:
-            raise Usage(f"'{repo}' has no revision after @", hint="write REPO@REVISION, for example me/storyteller@v1")
-        repo_id = parse_repo(place)
         options = PullOptions(
             again=typed(),
-            revision=revision or None,
             name=name,
             base=base,
             dry_run=dry_run,
             progress=output.shows_progress,
         )
-        return _result(pull_repo(registry, repo_id, options, output.status))
+        return _result(pull_repo(registry, parse_place(repo), options, output.status))
 
 
 def _result(pulled: Any) -> Result:
     shared = {
-        "commit": pulled.commit, "repo": pulled.repo, "added": list(pulled.added),
+        "commit": pulled.commit, "repo": pulled.repo, "folder": pulled.folder or None, "added": list(pulled.added),
         "restored": list(pulled.restored), "dry_run": pulled.planned,
     }  # fmt: skip
     if pulled.stack is not None:
@@ -84,7 +79,8 @@ def _result(pulled: Any) -> Result:
     else:
         data = {"adapter": pulled.adapter, "version": pulled.version, "digest": pulled.digest}
         label = f"{pulled.adapter}@{pulled.version}"
-    what = f"{label} from {pulled.repo} at {pulled.commit[:12]}"
+    place = "/".join(filter(None, (pulled.repo, pulled.folder)))
+    what = f"{label} from {place} at {pulled.commit[:12]}"
     news = ", ".join([*pulled.added, *(f"the files of {found}" for found in pulled.restored)])
     if pulled.planned:
         text = f"would pull {what}: {news or 'nothing new'}"

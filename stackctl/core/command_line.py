@@ -32,6 +32,11 @@ class CommandLine:
                 return CommandLine((*options[:index], *given, *options[index + 1 :], *rest))
         return CommandLine((*options, *given, *rest))
 
+    def naming(self, argument: str, instead: str) -> CommandLine:
+        """The same command with another word in the place of an argument."""
+        place = self.words.index(argument) if argument in self.words else len(self.words)
+        return CommandLine((*self.words[:place], instead, *self.words[place + 1 :]))
+
     def without(self, option: str, *, value: bool = False) -> CommandLine:
         """The same command without an option, and without its value where it takes one."""
         end = self.words.index("--") if "--" in self.words else len(self.words)

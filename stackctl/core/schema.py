@@ -165,10 +165,11 @@ class Run(Part, frozen=True, kw_only=True):
 
 
 class HubSource(Part, frozen=True, kw_only=True):
-    """A place on the Hub: a repository at one commit."""
+    """A place on the Hub: a repository at one commit, and the folder in it where one was asked for."""
 
     repo: str
     commit: str
+    folder: str | None = None
 
 
 class Extracted(Part, frozen=True, kw_only=True):

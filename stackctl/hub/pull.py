@@ -29,8 +29,7 @@ from stackctl.core.expressions import (
 from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
 from stackctl.hub.base_lookup import find_base
 from stackctl.hub.bundle import MEMBERS, STACK
-from stackctl.hub.client import Hub, Say, open_hub
-from stackctl.hub.remote_files import Snapshot
+from stackctl.hub.client import RepoPlace, Say, open_hub
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
 from stackctl.plan.build import plan_stack
@@ -50,7 +49,6 @@ class PullOptions:
     """How a pull is done. ``again`` is the command line that repeats it, for hints."""
 
     again: CommandLine
-    revision: str | None = None
     name: str | None = None
     base: str | None = None
     dry_run: bool = False
@@ -63,6 +61,7 @@ class Pulled:
 
     repo: str
     commit: str
+    folder: str = ""
     adapter: str | None = None
     version: int | None = None
     digest: str | None = None
@@ -73,39 +72,39 @@ class Pulled:
     planned: bool = False
 
 
-def pull(registry: Registry, repo: str, options: PullOptions, say: Say) -> Pulled:
-    """Register what a repo holds; what is here already, by its digest, is not registered twice.
+def pull(registry: Registry, place: RepoPlace, options: PullOptions, say: Say) -> Pulled:
+    """Register what a repo, or a folder of it, holds; what is here already, by its digest, is not registered twice.
 
     Raises:
-        NotFound: no such repo, revision or base.
+        NotFound: no such repo, revision, folder or base.
         Incompatible: it holds no adapter that can be used here.
         VerificationFailed: bytes are not what their digest says.
         HubFailure: the Hub or the network said no.
     """
     if options.name is not None:
         parse_stack_name(options.name)
-    with open_hub(repo, again=options.again, writes=False, say=say, progress=options.progress) as hub:
-        seen = hub.find(options.revision)
+    with open_hub(place.repo, again=options.again, writes=False, say=say, progress=options.progress) as hub:
+        seen = hub.find(place.revision)
         if seen is None:
             raise NotFound(
-                f"there is no repo '{repo}'{f' with a revision {options.revision}' if options.revision else ''}",
+                f"there is no repo '{place.repo}'{f' with a revision {place.revision}' if place.revision else ''}",
                 hint="check the name; for a private repo: hf auth login",
             )
-        return _Pull(registry, hub, seen, options, say).run()
+        return _Pull(registry, RepoReader(hub, seen), place, options, say).run()
 
 
 class _Pull:
     """One pull: the repo at one commit, and the registry that it goes into."""
 
-    def __init__(self, registry: Registry, hub: Hub, seen: Snapshot, options: PullOptions, say: Say) -> None:
-        self.registry, self.hub, self.options, self.say = registry, hub, options, say
-        self.repo = RepoReader(hub, seen)
-        self.place = HubSource(repo=hub.repo, commit=self.repo.commit)
+    def __init__(self, registry: Registry, repo: RepoReader, place: RepoPlace, options: PullOptions, say: Say) -> None:
+        self.registry, self.hub, self.options, self.say = registry, repo.hub, options, say
+        self.repo, self.asked = repo, place
+        self.place = HubSource(repo=repo.hub.repo, commit=repo.commit, folder=place.folder or None)
 
     def run(self) -> Pulled:
         if not self.options.dry_run:
             self.registry.sweep()
-        recipe = self.repo.read(STACK, Stack)
+        recipe = None if self.asked.folder else self.repo.read(STACK, Stack)
         if recipe is not None:
             parts = self._member_parts(recipe)
             if parts is not None:
@@ -117,7 +116,7 @@ class _Pull:
 
     def _pull_adapter(self, recipe: Stack | None) -> Pulled:
         name = self.options.name or (recipe.name.replace("+", "-")[:64] if recipe else None)
-        part = self.repo.part(self.repo.adapter_folder(), name)
+        part = self.repo.part(self.repo.adapter_folder(self.asked, self.options.again), name, self.asked.folder)
         self._check_adapter_name(part.name)
         known = self._known(part)
         done = replace(self._done([]), adapter=part.name, version=part.number, digest=part.digest)
@@ -237,7 +236,13 @@ class _Pull:
     # -- fetching and registering -----------------------------------------------------------------------------------
 
     def _done(self, added: list[str]) -> Pulled:
-        return Pulled(self.hub.repo, self.repo.commit, added=tuple(added), planned=self.options.dry_run)
+        return Pulled(
+            self.hub.repo,
+            self.repo.commit,
+            self.asked.folder,
+            added=tuple(added),
+            planned=self.options.dry_run,
+        )
 
     def _bring(self, parts: list[RepoAdapter], base: Base) -> list[ResolvedMember]:
         """Fetch and check all parts, then register them, what others stand on first."""

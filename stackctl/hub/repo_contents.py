@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Incompatible, Usage, VerificationFailed
+from stackctl.core.command_line import CommandLine
+from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest
 from stackctl.core.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
-from stackctl.hub.client import Hub
+from stackctl.hub.client import Hub, RepoPlace
 from stackctl.hub.remote_files import RemoteFile, Snapshot
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info
 from stackctl.storage.files import MAX_TEXT_BYTES, human_bytes
@@ -42,6 +42,21 @@ class RepoAdapter:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.number}"
+
+
+_MOST_NAMED = 20
+
+
+def _some(folders: list[str]) -> str:
+    """Folders by name, the first of many."""
+    more = len(folders) - _MOST_NAMED
+    named = ", ".join(folder or "its root" for folder in folders[:_MOST_NAMED])
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def _name_of(path: str) -> str:
+    """What an adapter is called by the last part of a repo's or a folder's name."""
+    return re.sub(r"[^a-z0-9._-]", "-", path.rpartition("/")[2].lower())[:64]
 
 
 class RepoReader:
@@ -80,8 +95,10 @@ class RepoReader:
             said = error.message.rpartition(f"/{path.rpartition('/')[2]}")[2].lstrip(":, ")
             raise Incompatible(f"{path} of {self.hub.repo} cannot be read: {said}", hint=error.hint) from None
 
-    def part(self, folder: str, name: str | None = None) -> RepoAdapter:
+    def part(self, folder: str, name: str | None = None, called: str = "") -> RepoAdapter:
         """An adapter of the repo, by its configuration and its entry; ``name`` is what it shall be called here.
+
+        Without one, and where the repo has no entry, it is called as the folder that was asked for, else as the repo.
 
         Raises:
             Incompatible: it has no safetensors, or its files are none that can be read.
@@ -100,7 +117,7 @@ class RepoReader:
         if entry and digest and entry.digest != digest:
             raise self.other_digest(folder)
         return RepoAdapter(
-            folder=folder, name=name or (adapter.name if adapter else self._name_of_repo()),
+            folder=folder, name=name or (adapter.name if adapter else _name_of(called or self.hub.repo)),
             number=entry.version if entry else 1, config=config, entry=entry, info=self._info(prefix),
             description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
             files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
@@ -148,29 +165,38 @@ class RepoReader:
             return None
         return read_info(self._fetch(f"{prefix}{INFO}").parent)
 
-    def _name_of_repo(self) -> str:
-        return re.sub(r"[^a-z0-9._-]", "-", self.hub.repo.rpartition("/")[2].lower())[:64]
-
     def _folders(self, name: str) -> set[str]:
         """The folders of the repo that hold a file of that name; what begins at a root of its own is in none."""
         paths = (path for path in self.seen.files if not path.startswith("/"))
         return {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == name}
 
-    def adapter_folder(self) -> str:
-        """The folder of the repo that holds the adapter: the root, or the only one that holds one.
+    def adapter_folder(self, place: RepoPlace, again: CommandLine) -> str:
+        """The folder of the repo that holds the adapter that was asked for: that very one, or the only one below it.
 
         Raises:
             Incompatible: none does, or several do.
+            NotFound: a folder was asked for that holds none.
         """
-        found = sorted(self._folders(CONFIG))
-        found = [folder for folder in found if not folder.startswith(f"{MEMBERS}/")] or found
-        if "" in found or len(found) == 1:
-            return "" if "" in found else found[0]
+        holding = sorted(self._folders(CONFIG))
+        under = f"{place.folder}/" if place.folder else ""
+        found = [folder for folder in holding if folder == place.folder or folder.startswith(under)]
+        if not place.folder:
+            found = [folder for folder in found if not folder.startswith(f"{MEMBERS}/")] or found
+        if place.folder in found or len(found) == 1:
+            return place.folder if place.folder in found else found[0]
         if found:
             raise Incompatible(
-                f"{self.hub.repo} holds several adapters: {', '.join(found)}",
-                hint=f"download it and register one: stackctl add NAME {shlex.quote(f'FOLDER/{found[-1]}')}",
+                f"{place.at(place.folder)} holds several adapters: {_some(found)}",
+                hint=f"choose one of them: {again.naming(place.typed, place.at(found[0]))}",
             )
+        if place.folder:
+            there = (
+                f"it has {_some(holding)}" if holding else f"it has none at all: https://huggingface.co/{place.repo}"
+            )
+            near = closest(place.folder, holding)
+            if near:
+                there += f"; did you mean: {again.naming(place.typed, place.at(near))}"
+            raise NotFound(f"{place.repo} has no adapter in '{place.folder[:200]}'", hint=there)
         if "config.json" in self.seen.files:
             hint = f"is it a base? stackctl base add NAME {self.hub.repo}"
             raise Incompatible(f"{self.hub.repo} is a model, not an adapter", hint=hint)

@@ -266,14 +266,85 @@ def test_any_peft_repo_is_an_adapter_and_only_what_belongs_to_one_is_fetched(
     assert run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json["added"] == ["some_lora@2"]
 
 
-def test_an_adapter_in_a_folder_is_found_and_several_are_not_guessed(
+def test_the_only_adapter_in_a_folder_is_found(
     run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
-    files = plain_repo(tmp_path)
-    hub.repo("acme/nested", {f"out/last/{name}": data for name, data in files.items()})
+    hub.repo("acme/nested", {f"out/last/{name}": data for name, data in plain_repo(tmp_path).items()})
     assert run("pull", "acme/nested", "--registry", there.root, "--json").json["added"] == ["nested@1"]
-    hub.repo("acme/two", {f"{folder}/{name}": data for folder in "ab" for name, data in files.items()})
-    assert "a, b" in run("pull", "acme/two", "--registry", there.root, "--json", code=4).json["error"]["message"]
+
+
+@pytest.fixture
+def several(tmp_path: Path, hub: HubServer) -> str:
+    """A repo that holds an adapter in each of two folders, and none at its root."""
+    files: dict[str, bytes] = {}
+    for seed, name in enumerate(("style", "runs/tone")):
+        folder = write_checkpoint(tmp_path / f"several-{seed}", lora_config(), seed=seed)
+        files |= {f"{name}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    hub.repo("me/several", files)
+    return "me/several"
+
+
+def test_of_several_adapters_none_is_guessed(run: Callable[..., Any], there: Registry, several: str) -> None:
+    before = tree(there)
+    error = run("pull", several, "--registry", there.root, "--base", "llama", "--json", code=4).json["error"]
+    assert error["message"] == "me/several holds several adapters: runs/tone, style"
+    command = error["hint"].partition(": ")[2]
+    assert tree(there) == before
+    words = shlex.split(command)
+    assert words[:3] == ["stackctl", "pull", "me/several/runs/tone"]
+    assert run(*words[1:]).json["added"] == ["tone@1"]
+
+
+def test_a_folder_of_a_repo_is_pulled_pinned_and_not_twice(
+    run: Callable[..., Any], there: Registry, several: str, hub: HubServer
+) -> None:
+    head = hub.repos[several].head
+    said = run("pull", "me/several/style", "--registry", there.root, "--json").json
+    assert (said["repo"], said["folder"], said["commit"], said["added"]) == (several, "style", head, ["style@1"])
+    mine = version(there, "style@1")
+    assert mine.hub is not None and (mine.hub.repo, mine.hub.commit, mine.hub.folder) == (several, head, "style")
+    before = tree(there)
+    again = run("pull", f"me/several/style@{head}", "--registry", there.root, "--json").json
+    assert again["added"] == [] and again["digest"] == said["digest"] and tree(there) == before
+    named = run("pull", "me/several/runs/tone", "--name", "mine", "--registry", there.root, "--json").json
+    assert named["added"] == ["mine@1"]
+    assert named["digest"] != said["digest"]
+    assert run("pull", "me/several/runs", "--registry", there.root, "--dry-run", "--json").json["folder"] == "runs"
+    page = f"https://huggingface.co/me/several/tree/{head}/style"
+    assert run("pull", page, "--registry", there.root, "--json").json["commit"] == head
+    assert verify_registry(there)[1] == []
+
+
+def test_lost_weights_of_a_folder_come_back(run: Callable[..., Any], there: Registry, several: str) -> None:
+    run("pull", "me/several/style", "--registry", there.root)
+    (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").unlink()
+    said = run("pull", "me/several/style", "--registry", there.root, "--json").json
+    assert said["restored"] == ["style@1"]
+    (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").unlink()
+    told = run("verify", "--repair", "--registry", there.root, code=None)  # this base has no folder, which it says too
+    assert "style@1: restored from me/several@" in told.out
+    assert (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "told"),
+    [
+        ("me/several/stile", 3, "me/several/style"),
+        ("me/several/style@nowhere", 3, "nowhere"),
+        ("me/several/style/deeper", 3, "style"),
+        ("me/several/../style", 2, "names no folder"),
+        ("me/several//style", 2, "names no folder"),
+        ("me/several/style@", 2, "revision"),
+        ("several", 2, "owner/name"),
+    ],
+)
+def test_a_folder_that_is_not_there(
+    run: Callable[..., Any], there: Registry, several: str, place: str, code: int, told: str
+) -> None:
+    before = tree(there)
+    ran = run("pull", place, "--registry", there.root, code=code)
+    assert told in ran.err and "hint:" in ran.err
+    assert tree(there) == before
 
 
 def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp_path: Path, hub: HubServer) -> None:
