@@ -86,9 +86,18 @@ def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
         if run.get("kept_step") is not None:
             change = f"{run['eval_loss_before']:.3f} -> {run['eval_loss']:.3f}"
             facts["held out"] = f"loss {change}, the weights of step {run['kept_step']}"
+        if run.get("margin") is not None:
+            facts["preferences"] = _preferences(run, info)
     if data := info.get("data"):
         facts["data"] = f"{data['path']}, {data['records']} {data['format']} records"
     return facts
+
+
+def _preferences(run: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    told = f"{run['accuracy']:.1%} ranked rightly while learning, mean margin {run['margin']:.3f}"
+    if run.get("eval_margin") is not None:
+        told += f"; of held-out ones {run['eval_accuracy']:.1%}, mean margin {run['eval_margin']:.3f}"
+    return f"{(info.get('settings') or {}).get('objective', '?')}: {told}"
 
 
 def _wished(info: dict[str, Any], extras: Extras) -> list[Any]:

@@ -46,7 +46,7 @@ def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int,
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[supervised]:,} supervised"),
+        TextColumn("{task.fields[seen]}"),
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
@@ -56,7 +56,7 @@ def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int,
         def update(step: int, steps: int, counters: Any) -> None:
             fields = {
                 "loss": counters.curve[-1]["loss"],
-                "supervised": counters.supervised_tokens,
+                "seen": _seen(counters),
                 "speed": counters.tokens_per_second,
             }
             if not state:  # begun at the first step, so that notes before it do not tear the bar
@@ -73,11 +73,19 @@ def _news(counters: Any) -> dict[str, Any]:
     return {name: getattr(counters, name) for name in shown} | {"curve": counters.curve[-1:]}
 
 
+def _seen(counters: Any) -> str:
+    """Of answers how they are ranked in this step; of other records how many tokens were learned from."""
+    step = counters.curve[-1]
+    if "margin" in step:
+        return f"ranked rightly {step['accuracy']:.0%}, margin {step['margin']:.3f}"
+    return f"{counters.supervised_tokens:,} supervised tokens"
+
+
 def _line(output: Output, name: str, step: int, steps: int, counters: Any) -> None:
     if step == steps or step == 1 or step % max(1, steps // _LINES) == 0:
         output.status(
             f"training {name}: step {step}/{steps}, loss {counters.curve[-1]['loss']:.3f}, "
-            f"{counters.supervised_tokens:,} supervised tokens, {counters.tokens_per_second:,.0f} tokens/s"
+            f"{_seen(counters)}, {counters.tokens_per_second:,.0f} tokens/s"
         )
 
 

@@ -161,6 +161,8 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "frozen_error": run.frozen_error,
         "eval_loss_before": run.eval_loss_before,
         "eval_loss": run.eval_loss,
+        "eval_accuracy": run.eval_accuracy,
+        "eval_margin": run.eval_margin,
         "kept_step": run.kept_step,
         "stopped_early": run.stopped_early,
         "objective": prepared.job.objective,
@@ -193,12 +195,14 @@ def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
     first, last = curve[0]["loss"], curve[-1]["loss"]
     text = f"loss of a step {_change(first, last)}"
     if run.accuracy is not None and run.margin is not None:
-        text += f"\npairs ranked rightly while learning {run.accuracy:.0%}, mean margin {run.margin:.3f}"
+        text += f"\nranked rightly while learning {run.accuracy:.0%}, mean margin {run.margin:.3f}"
     before, after = run.eval_loss_before, run.eval_loss
     if before is None or after is None:
         return text
     text += f"\nheld-out loss {_change(before, after)}"
-    if max(before, after) < _LARGEST_LOSS:
+    if run.eval_accuracy is not None and run.eval_margin is not None:
+        text += f", ranked rightly {run.eval_accuracy:.0%}, mean margin {run.eval_margin:.3f}"
+    elif max(before, after) < _LARGEST_LOSS:
         text += f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
     if run.kept_step != run.steps or run.stopped_early:
         stopped = f", stopped early after {run.steps}" if run.stopped_early else f" of {run.steps}"

@@ -140,7 +140,8 @@ class Run(Part, frozen=True, kw_only=True):
 
     ``initial_seed`` is what the new factors A were drawn with: on a frozen stack another than ``settings.seed``.
     On pairs ``loss`` is the mean over pairs, ``accuracy`` the share that was ranked rightly, ``margin`` the mean by how
-    much. With held-out records: ``eval_loss`` is that of the registered weights, which are those of step ``kept_step``.
+    much; for KTO over answers. With held-out records: ``eval_loss`` is that of the registered weights, which are those
+    of step ``kept_step``.
     """
 
     steps: Count
@@ -162,6 +163,8 @@ class Run(Part, frozen=True, kw_only=True):
     template_date: str | None = None
     accuracy: Finite | None = None
     margin: Finite | None = None
+    eval_accuracy: Finite | None = None
+    eval_margin: Finite | None = None
 
 
 class HubSource(Part, frozen=True, kw_only=True):
@@ -306,9 +309,10 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
     ] = False
     objective: Annotated[
-        Literal["sft", "dpo", "ipo", "orpo", "simpo"],
+        Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
         Meta(
-            description="What is made small: sft on any records; the others on pairs of a chosen and a rejected answer."
+            description="What is made small: sft on any records; kto on answers with a label; the others on pairs of a "
+            "chosen and a rejected answer."
         ),
     ] = "sft"
     beta: (
@@ -317,6 +321,12 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ) = None
     label_smoothing: Annotated[
         float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be the wrong way round.")
+    ] = 0.0
+    sft_weight: Annotated[
+        float,
+        Meta(
+            ge=0, le=_HUGE, description="Weight of the chosen answer's own loss per token, besides dpo, ipo or simpo."
+        ),
     ] = 0.0
     epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
     max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None

@@ -122,6 +122,7 @@ def render_card(card: Card) -> str:
         diagram=_diagram(card),
         training=[row for member in card.members if (row := _training_row(member))],
         evaluation=[row for member in card.members if (row := _evaluation_row(member))],
+        preferences=[row for member in card.members if (row := _preference_row(member))],
         picture=PICTURE,
         pulls=[*dict.fromkeys(f.repo for f in card.foundations if f.repo), card.repo],
         expression=_expression(card),
@@ -174,9 +175,20 @@ def _training_row(member: CardMember) -> list[str] | None:
 
 def _evaluation_row(member: CardMember) -> list[str] | None:
     run: Any = member.version.run
-    if run is None or run.eval_loss is None:
+    if run is None or run.eval_loss is None or run.margin is not None:
         return None
     return [f"`{member.label}`", f"{run.eval_loss:.4g}", f"{math.exp(min(run.eval_loss, 700)):.4g}"]
+
+
+def _preference_row(member: CardMember) -> list[str] | None:
+    """What a run on answers came to: how many it ranked rightly while it learned, and of held-out ones."""
+    run, settings = member.version.run, member.version.settings or {}
+    if run is None or run.accuracy is None or run.margin is None:
+        return None
+    cells = [f"`{member.label}`", str(settings.get("objective", "?")), f"{run.accuracy:.1%}", f"{run.margin:.4g}"]
+    if run.eval_accuracy is None or run.eval_margin is None:
+        return [*cells, "", ""]
+    return [*cells, f"{run.eval_accuracy:.1%}", f"{run.eval_margin:.4g}"]
 
 
 def _expression(card: Card) -> str:

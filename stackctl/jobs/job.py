@@ -203,17 +203,23 @@ def _check_evaluation(job: TrainJob) -> None:
         )
 
 
+_WITHOUT_SFT = {
+    "sft": "--objective sft is that loss alone",
+    "kto": "kto has no chosen answers, each answer has a label",
+    "orpo": "the chosen answer's own loss is a part of orpo",
+}
+"""Why an objective has no use for the chosen answer's own loss besides."""
+
+
 def _check_objective(job: TrainJob) -> None:
     if job.objective == "sft" and job.beta is not None:
         raise Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
     if job.objective != "dpo" and job.label_smoothing:
         raise Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
+    if job.sft_weight and (why := _WITHOUT_SFT.get(job.objective)):
+        raise Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
     if job.objective != "sft" and job.pack:
         raise Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
-    if job.objective != "sft" and job.eval_data:
-        raise Usage(
-            f"--objective {job.objective} does not look at held-out pairs while it trains", hint="leave out --eval-data"
-        )
 
 
 def _check_precision(job: TrainJob) -> None:

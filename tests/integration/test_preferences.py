@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from stackctl.engine.training.objectives import OBJECTIVES, Pairs, Strength, ranked
+from stackctl.engine.data import IGNORED, Example
+from stackctl.engine.training.objectives import OBJECTIVES, Answers, Strength, ranked
+from stackctl.engine.training.swapped_answers import SwappedAnswers
 
 PAIRS = [
     {"prompt": f"Say {word}:", "chosen": f" {word}" * (n + 1), "rejected": f" no {word}, and nothing else"}
@@ -25,33 +28,63 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def _pairs() -> Pairs:
+LABELLED = [
+    {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+    for pair in PAIRS
+    for key in ("chosen", "rejected")
+]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in LABELLED))
+    return path
+
+
+def _log(done: dict[str, Any]) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(done["path"]) / "training_log.jsonl").read_text().splitlines()]
+
+
+def _answers() -> Answers:
     torch.manual_seed(0)
-    c, r, c0, r0 = (-torch.rand(4, 5) * 9 - 1).unbind()
-    return Pairs(c, r, torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([5.0, 4, 3, 2, 1]), c0, r0)
+    given, reference = (-torch.rand(2, 10) * 9 - 1).unbind()
+    return Answers(given, torch.arange(1.0, 11), reference, torch.tensor([True, False] * 5), torch.tensor(0.7))
 
 
 def test_losses_are_those_of_the_papers_in_float64():
-    p = _pairs()
-    found = {name: objective.loss(p, Strength(0.3)) for name, objective in OBJECTIVES.items()}
-    for i in range(5):
-        c, r, nc, nr, c0, r0 = (float(t[i]) for t in vars(p).values())
-        sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-        odds = lambda x: math.exp(x) / (1 - math.exp(x))  # noqa: E731
+    a = _answers()
+    found = {name: objective.loss(a, Strength(0.3)).tolist() for name, objective in OBJECTIVES.items()}
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    odds = lambda x: math.exp(x) / (1 - math.exp(x))  # noqa: E731
+    for i in range(0, 10, 2):
+        (c, r), (nc, nr), (c0, r0) = (t[i : i + 2].tolist() for t in (a.given, a.tokens, a.reference))
         expected = {
             "dpo": -math.log(sigmoid(0.3 * ((c - c0) - (r - r0)))),
             "ipo": ((c - c0) / nc - (r - r0) / nr - 1 / 0.6) ** 2,
             "orpo": -c / nc - 0.3 * math.log(sigmoid(math.log(odds(c / nc) / odds(r / nr)))),
             "simpo": -math.log(sigmoid(0.3 * (c / nc - r / nr) - 0.5)),
         }
-        assert {name: float(losses[i]) for name, losses in found.items()} == pytest.approx(expected, rel=1e-5)
+        assert {name: losses[i // 2] for name, losses in found.items() if name != "kto"} == pytest.approx(
+            expected, rel=1e-5
+        )
+        kto = [1 - sigmoid(0.3 * (c - c0 - 0.7)), 1 - sigmoid(0.3 * (0.7 - (r - r0)))]
+        assert found["kto"][i : i + 2] == pytest.approx(kto, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "simpo"])
+def test_the_chosen_answers_own_loss_counts_by_its_weight(objective):
+    a = _answers()
+    without, with_it = (OBJECTIVES[objective].loss(a, Strength(0.3, sft_weight=weight)) for weight in (0.0, 0.4))
+    torch.testing.assert_close(with_it - without, 0.4 * -a.given[::2] / a.tokens[::2])
 
 
 def test_smoothing_takes_a_share_of_pairs_the_other_way_round():
-    p = _pairs()
-    h = 0.3 * ((p.chosen - p.chosen_reference) - (p.rejected - p.rejected_reference))
+    a = _answers()
+    gains = a.given - a.reference
+    h = 0.3 * (gains[::2] - gains[1::2])
     expected = -0.8 * logsigmoid(h) - 0.2 * logsigmoid(-h)
-    torch.testing.assert_close(OBJECTIVES["dpo"].loss(p, Strength(0.3, 0.2)), expected)
+    torch.testing.assert_close(OBJECTIVES["dpo"].loss(a, Strength(0.3, 0.2)), expected)
 
 
 def test_equal_answers_count_half():
@@ -68,7 +101,7 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(house, data, objective):
     ).json  # fmt: skip
     assert (done["objective"], done["beta"]) == (objective, 2.0 if objective == "simpo" else 0.1)
     assert 0 <= done["accuracy"] <= 1
-    log = [json.loads(line) for line in (Path(done["path"]) / "training_log.jsonl").read_text().splitlines()]
+    log = _log(done)
     assert log[-1]["accuracy"] == 1
     assert log[-1]["margin"] > log[0]["margin"]
     if OBJECTIVES[objective].compares:
@@ -77,14 +110,14 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(house, data, objective):
         assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_accumulation_and_layout_change_no_number(house, data):
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_accumulation_and_layout_change_no_number(house, data, objective):
     h = house()
     losses = []
     for name, flags in (("a", ("--batch-size", 6)), ("b", ("--batch-size", 2, "--gradient-accumulation", 3))):
-        args = ("--data", data, "--objective", "dpo", "--max-steps", 4, "--dtype", "float32", "--json")
+        args = ("--data", data, "--objective", objective, "--max-steps", 4, "--dtype", "float32", "--json")
         done = h.run("train", name, *args, *flags).json
-        log = (Path(done["path"]) / "training_log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in log])
+        losses.append([step["loss"] for step in _log(done)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -101,7 +134,11 @@ def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_
     [
         (("--beta", 1), "--beta"),
         (("--objective", "ipo", "--label-smoothing", 0.1), "--label-smoothing"),
+        (("--objective", "kto", "--label-smoothing", 0.1), "--label-smoothing"),
         (("--objective", "dpo", "--pack"), "--pack"),
+        (("--sft-weight", 1), "--sft-weight"),
+        (("--objective", "orpo", "--sft-weight", 1), "--sft-weight"),
+        (("--objective", "kto", "--sft-weight", 1), "--sft-weight"),
     ],
 )
 def test_what_has_no_meaning_together_is_refused(house, data, flags, why):
@@ -122,6 +159,105 @@ def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(house, 
     for name, frozen in (("a", "fold"), ("b", "live")):
         args = ("--on", "one", "--data", data, "--objective", "dpo", "--max-steps", 3, "--dtype", "float32", "--json")
         done = h.run("train", name, *args, "--frozen", frozen).json
-        log = (Path(done["path"]) / "training_log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in log])
+        losses.append([step["loss"] for step in _log(done)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# -- KTO -----------------------------------------------------------------------------------------------------------
+
+
+def test_kto_learns_from_answers_with_labels(house, labelled):
+    h = house()
+    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    args = ("--on", "one", "--data", labelled, "--objective", "kto", "--dtype", "float32", "--learning-rate", "1e-2")
+    done = h.run("train", "taste", *args, "--max-steps", 12, "--batch-size", 4, "--json").json
+    assert (done["objective"], done["beta"]) == ("kto", 0.1)
+    log = _log(done)
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert log[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert log[-1]["accuracy"] > 0.7
+    assert log[-1]["loss"] < 0.5
+
+
+def test_answers_with_labels_in_another_spelling_are_the_same_run(house, labelled, tmp_path):
+    h = house()
+    other = tmp_path / "labelled.csv"
+    rows = [f'"{r["prompt"]}","{r["completion"]}",{r["label"]}' for r in LABELLED]
+    other.write_text("\n".join(["prompt,completion,label", *rows, ""]))
+    tags = tmp_path / "tags.jsonl"
+    tags.write_text("".join(json.dumps({**r, "kto_tag": r["label"], "label": None}) + "\n" for r in LABELLED))
+    losses = []
+    for name, path in (("a", labelled), ("b", other), ("c", tags)):
+        args = ("--objective", "kto", "--max-steps", 3, "--dtype", "float32", "--learning-rate", "1e-2", "--json")
+        losses.append([step["loss"] for step in _log(h.run("train", name, "--data", path, *args).json)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        (1, "'label' is a number, no truth value"),
+        ("yes", "'label' is a string, no truth value"),
+        (None, "has no 'label'"),
+    ],
+)
+def test_a_label_that_is_no_truth_value_is_named_by_line(house, tmp_path, label, why):
+    path = tmp_path / "bad.jsonl"
+    records = [LABELLED[0], {**LABELLED[1], "label": label}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    ran = house().run("train", "x", "--data", path, "--objective", "kto", code=2)
+    assert f"line 2: {why}" in ran.err
+
+
+def test_a_single_kind_of_label_is_said(house, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in LABELLED[::2]))
+    ran = house().run("train", "x", "--data", path, "--objective", "kto", "--max-steps", 1)
+    assert "every label is true" in ran.err
+
+
+def test_text_has_no_answers_for_kto(house, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": true}\n')
+    assert "takes answers with a label" in house().run("train", "x", "--data", path, "--objective", "kto", code=2).err
+
+
+def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
+    examples = [
+        Example([p, p, a, a], [IGNORED, IGNORED, a, a]) for p, a in ((1, 11), (1, 12), (2, 13), (2, 14), (3, 15))
+    ]
+    swapped = SwappedAnswers(examples, 4)
+    assert [example.input_ids for example in swapped] == [
+        [1, 1, 15, 15], [1, 1, 15, 15], [2, 2, 12, 12], [2, 2, 12, 12], [3, 3, 14, 14],
+    ]  # fmt: skip
+    assert [label for label in swapped[0].labels if label != IGNORED] == [15, 15]
+    assert [example.input_ids[2] for example in SwappedAnswers(examples[:2], 4)] == [12, 11]
+    assert SwappedAnswers(examples, 3)[0].input_ids == [1, 1, 15]
+
+
+# -- held-out answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_held_out_answers_are_looked_at_while_training(house, data, objective):
+    h = house()
+    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    args = ("--on", "one", "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", "1e-2")
+    done = h.run("train", "taste", *args, "--max-steps", 10, "--eval-data", data, "--json").json
+    looks = [point for point in _log(done) if "eval_loss" in point]
+    assert looks[-1]["eval_accuracy"] == done["eval_accuracy"] == 1
+    assert looks[-1]["eval_margin"] == done["eval_margin"] > looks[0]["eval_margin"]
+    if OBJECTIVES[objective].compares:
+        assert (looks[0]["eval_accuracy"], looks[0]["eval_margin"]) == (0.5, 0)
+    if objective == "dpo":
+        assert looks[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    before, after = looks[0]["eval_loss"], looks[-1]["eval_loss"]
+    assert (done["eval_loss_before"], done["eval_loss"]) == (before, after)
+    assert after < before
+
+
+def test_held_out_records_of_another_kind_are_refused(house, data, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n')
+    ran = house().run("train", "x", "--data", data, "--objective", "dpo", "--eval-data", path, code=2)
+    assert f"takes pairs of answers, and {path} holds text" in ran.err

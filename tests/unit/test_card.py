@@ -137,6 +137,17 @@ def test_training_and_evaluation_are_numbers_of_the_run() -> None:
     assert "](training_loss.svg)" in text
 
 
+def test_a_run_on_answers_has_no_perplexity_but_says_how_it_ranks() -> None:
+    run = Run(
+        steps=9, epochs=1, loss=0.5, tokens=900, supervised_tokens=400, seconds=1, frozen="fold", eval_loss=0.4,
+        accuracy=0.75, margin=0.3, eval_accuracy=0.875, eval_margin=0.25,
+    )  # fmt: skip
+    member = CardMember("taste", version(run=run, settings={"objective": "dpo", "learning_rate": 1e-3}))
+    text = render_card(adapter_card(members=(member,)))
+    assert "## Evaluation" not in text
+    assert "| `taste@1` | dpo | 75.0% | 0.3 | 87.5% | 0.25 |" in text
+
+
 def test_an_adapter_made_elsewhere_has_no_training_to_tell() -> None:
     text = render_card(adapter_card(members=(CardMember("a", version(data=None, run=None, settings=None)),)))
     assert "## Training" not in text and "## Evaluation" not in text

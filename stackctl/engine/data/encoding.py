@@ -45,7 +45,7 @@ def encode(
     *,
     max_length: int,
     split_long: bool = False,
-    pairs: bool = False,
+    answers: bool = False,
     template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Encoded:
@@ -53,7 +53,7 @@ def encode(
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
     * prompt and completion: the completion and an EOS after it;
-    * pairs of answers: the chosen one as the other kinds; with ``pairs`` both, one after the other;
+    * pairs of answers: the chosen one as the other kinds; with ``answers`` both, one after the other;
     * conversations: for every assistant turn what the model has to write behind the generation prompt of that moment,
       up to its end of turn, and nothing else. What follows the last of them is left out, since it changes no loss.
 
@@ -73,7 +73,7 @@ def encode(
         encoded,
         max_length=max_length,
         split_long=split_long,
-        pairs=pairs,
+        answers=answers,
         template=template,
         reading=reading,
     ):
@@ -89,13 +89,13 @@ def encode_pieces(
     *,
     max_length: int,
     split_long: bool,
-    pairs: bool = False,
+    answers: bool = False,
     template: dict[str, Any] | None = None,
     reading: Reading = lambda _: None,
 ) -> Iterator[list[Example]]:
     """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
     tokenise = Tokenise(tokenizer)
-    layouts = _Layouts(records, tokenizer, template or {}, pairs=pairs)
+    layouts = _Layouts(records, tokenizer, template or {}, answers=answers)
     stream = iter(records.records)
     while batch := list(itertools.islice(stream, _BATCH)):
         laid_out = [(record, layouts.of(record)) for record in batch]
@@ -134,6 +134,8 @@ def _kept(
                 cut = cut or len(needed.input_ids) > max_length
                 kept.append(_cut(needed, max_length))
         whole = all(example.input_ids for example in kept) or not isinstance(record, PreferenceRecord)
+        for number, example in enumerate(kept):
+            example.desired = number == 0 if isinstance(record, PreferenceRecord) else _is_desired(record)
         kept = [example for example in kept if example.input_ids] if whole else []
         if encoded.owners is not None:
             encoded.owners += [record.number] * len(kept)
@@ -141,9 +143,14 @@ def _kept(
         if not kept and layouts:
             encoded.unsupervised.append(record.number)
         found += kept
+    encoded.desired += sum(example.desired for example in found)
     encoded.tokens += sum(len(example.input_ids) for example in found)
     encoded.supervised_tokens += sum(example.supervised for example in found)
     return found
+
+
+def _is_desired(record: Record) -> bool:
+    return record.desired if isinstance(record, CompletionRecord | ChatRecord) else True
 
 
 @contextlib.contextmanager
@@ -161,12 +168,12 @@ class _Layouts:
     """The texts of records, and what is unusual about them."""
 
     def __init__(
-        self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any], *, pairs: bool
+        self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any], *, answers: bool
     ) -> None:
         self._records = records
         self._tokenizer = tokenizer
         self._arguments = template
-        self._pairs = pairs
+        self._answers = answers
         self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []
         self._said: Counter[str] = Counter()
@@ -174,17 +181,24 @@ class _Layouts:
         self.refused = 0
 
     def of(self, record: Record) -> list[Layout]:
-        """The texts of a record; of a pair the chosen one, or with ``pairs`` both, each in one text."""
+        """The texts of a record; of a pair the chosen one, or both where answers are asked for, each in one text."""
         if isinstance(record, PreferenceRecord):
-            if not self._pairs:
+            if not self._answers:
                 self._unread += 1
-                return self.of(record.chosen)
-            both = [self.of(record.chosen), self.of(record.rejected)]
-            if any(len(layouts) > 1 for layouts in both):
-                self._refuse(
-                    record, "it renders earlier turns differently, so that an answer of several is no one text"
-                )
-            return [layouts[0] for layouts in both] if all(len(layouts) == 1 for layouts in both) else []
+                return self._of_one(record.chosen)
+            both = [self._answer(record.chosen), self._answer(record.rejected)]
+            return [layouts[0] for layouts in both] if all(both) else []
+        return self._answer(record) if self._answers else self._of_one(record)
+
+    def _answer(self, record: TextRecord | CompletionRecord | ChatRecord) -> list[Layout]:
+        """The one text of an answer."""
+        layouts = self._of_one(record)
+        if len(layouts) > 1:
+            self._refuse(record, "it renders earlier turns differently, so that an answer of several is no one text")
+            return []
+        return layouts
+
+    def _of_one(self, record: TextRecord | CompletionRecord | ChatRecord) -> list[Layout]:
         if isinstance(record, TextRecord):
             return [Layout(record.text, [(0, len(record.text))], document=True, ends=True)]
         if isinstance(record, CompletionRecord):

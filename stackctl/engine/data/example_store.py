@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from stackctl.engine.data.examples import IGNORED, Example
 
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_()))])
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("desired", pa.bool_())])
 """``learned`` tells the tokens that have a label; the label is the token itself."""
 
 
@@ -27,6 +27,7 @@ class ExampleWriter:
         columns = [
             pa.array([example.input_ids for example in examples], _SCHEMA.field("input_ids").type),
             pa.array([[label != IGNORED for label in e.labels] for e in examples], _SCHEMA.field("learned").type),
+            pa.array([example.desired for example in examples], _SCHEMA.field("desired").type),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
 
@@ -67,7 +68,8 @@ class ExampleStore(Sequence[Example]):
         row = index - (self._ends[number] - batch.num_rows)
         ids = batch.column(0)[row].values.to_numpy()
         learned = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
-        return Example(ids.tolist(), np.where(learned, ids, IGNORED).tolist())
+        labels = np.where(learned, ids, IGNORED).tolist()
+        return Example(ids.tolist(), labels, desired=batch.column(2)[row].as_py())
 
     def lengths(self) -> np.ndarray:
         """The tokens of each example."""

@@ -13,15 +13,14 @@ IGNORED = -100
 class Example:
     """One sequence. ``labels`` are as long as ``input_ids`` and not shifted; -100 where nothing is learned.
 
-    ``reference`` is the log-probability (nats) of its supervised tokens under a frozen stack, where an objective looks
-    at that.
+    ``desired``: what it says is to become likelier, and not less likely, where an objective asks.
 
     The first label is always -100: nothing stands before it that could predict it.
     """
 
     input_ids: list[int]
     labels: list[int]
-    reference: float = 0.0
+    desired: bool = True
 
     @property
     def supervised(self) -> int:
@@ -44,6 +43,8 @@ class Encoded:
     unsupervised: list[int] = field(default_factory=list)
     tokens: int = 0
     supervised_tokens: int = 0
+    desired: int = 0
+    """How many of the examples are desired."""
     notes: list[str] = field(default_factory=list)
 
 

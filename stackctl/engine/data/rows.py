@@ -43,9 +43,12 @@ class Rows(Sequence[list[Example]]):
     def __getitem__(self, index: int | slice) -> list[Example] | list[list[Example]]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
+        return [self._examples[number] for number in self.numbers(index)]
+
+    def numbers(self, index: int) -> list[int]:
+        """Which examples a row holds."""
         index = range(len(self))[index]
-        numbers = self._order[self._starts[index] : self._starts[index + 1]]
-        return [self._examples[int(number)] for number in numbers]
+        return [int(number) for number in self._order[self._starts[index] : self._starts[index + 1]]]
 
 
 def one_by_one(examples: Sequence[Example]) -> Rows:

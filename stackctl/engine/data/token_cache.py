@@ -40,7 +40,7 @@ def encode_cached(
     *,
     max_length: int,
     split_long: bool = False,
-    pairs: bool = False,
+    answers: bool = False,
     template: dict[str, Any] | None = None,
     cache: bool = True,
     reading: Reading = lambda _: None,
@@ -61,11 +61,11 @@ def encode_cached(
             tokenizer,
             max_length=max_length,
             split_long=split_long,
-            pairs=pairs,
+            answers=answers,
             template=template,
             reading=reading,
         )
-    settings = [max_length, split_long, pairs, template or {}]
+    settings = [max_length, split_long, answers, records.labelled, template or {}]
     place = root / _key(records, tokenizer, settings)
     if (found := _read(place, records)) is not None:
         return found
@@ -79,7 +79,7 @@ def encode_cached(
                 encoded,
                 max_length=max_length,
                 split_long=split_long,
-                pairs=pairs,
+                answers=answers,
                 template=template,
                 reading=reading,
             ):

@@ -12,7 +12,7 @@ from typing import Any
 
 from stackctl.core.errors import Usage
 from stackctl.engine.records.raw_lines import Seen, lines_of
-from stackctl.engine.records.shapes import SHAPE_HINT, shape_of
+from stackctl.engine.records.shapes import LABELS, SHAPE_HINT, shape_of
 from stackctl.engine.records.types import BadRecord
 
 _LONGEST = 2**31 - 1
@@ -50,7 +50,12 @@ def csv_rows(path: Path, name: str, separators: str, seen: Seen) -> Iterator[tup
         if len(row) != len(header):
             yield number, BadRecord(f"has {len(row)} fields, and the header {len(header)}")
             continue
-        yield number, {key: value for key, value in zip(header, row, strict=True) if value != ""}
+        yield number, {key: _value(key, value) for key, value in zip(header, row, strict=True) if value != ""}
+
+
+def _value(key: str, text: str) -> str | bool:
+    """A field's text; a label is a truth value, where it is one in words."""
+    return {"true": True, "false": False}.get(text.lower(), text) if key in LABELS else text
 
 
 def _header(line: str, separator: str) -> list[str]:

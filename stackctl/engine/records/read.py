@@ -42,6 +42,8 @@ class RecordStream:
     """
 
     source: sources.Source
+    labelled: bool = False
+    """Whether each record has to have a label, true or false, that is read."""
     format: Format = "text"
     count: int = 0
     share: float = 0.0
@@ -86,7 +88,7 @@ class RecordStream:
                 if shape.format != first[0]:
                     before = f"{self.place(first[1])} that of '{first[0]}'"
                     raise BadRecord(f"has the shape of '{shape.format}', but {before}")
-                parsed = parse(number, value, shape)
+                parsed = parse(number, value, shape, labelled=self.labelled)
             except BadRecord as error:
                 bad += 1
                 if bad <= _SHOWN:

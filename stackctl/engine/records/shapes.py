@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from stackctl.engine.records.messages import Turns, kind_of, template_arguments, text_of, tools_of, turns_of
@@ -36,6 +36,8 @@ _ELSEWHERE = (
 )
 """Keys of a record that mean something to peers and nothing here."""
 
+LABELS = ("label", "kto_tag")
+"""Where a record says whether its answer is desired or to be avoided: TRL's name, and LLaMA-Factory's."""
 _PROMPTS = ("prompt", "question", "conversations", "messages")
 """Where the prompt of two answers stands, if it stands beside them."""
 _EQUAL = "its 'chosen' and 'rejected' are equal: there is nothing to prefer"
@@ -140,7 +142,7 @@ COLUMNS = {*_AROUND, *_ELSEWHERE, *(key for shape in SHAPES for key in (*shape.k
 SHAPE_HINT = (
     'a record is {"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
     '{"prompt", "completion"}, {"instruction", "input", "output"}, {"prompt", "response"}, {"question", "answer"} or '
-    '{"prompt", "chosen", "rejected"}'
+    '{"prompt", "chosen", "rejected"}; for kto the first ones with a "label", true or false'
 )
 
 
@@ -170,21 +172,40 @@ class Parsed:
     ignored: list[str]
 
 
-def parse(number: int, value: Any, shape: Shape) -> Parsed:
-    """A record of a known shape.
+def parse(number: int, value: Any, shape: Shape, *, labelled: bool = False) -> Parsed:
+    """A record of a known shape; ``labelled``: its label, true or false, is read as what is desired of it.
 
     Raises:
         BadRecord: something in it is wrong.
     """
     record = shape.parse(number, value)
+    if labelled and isinstance(record, CompletionRecord | ChatRecord):
+        record = replace(record, desired=_label(value))
     kind = record.chosen if isinstance(record, PreferenceRecord) else record
     unread = _ELSEWHERE if isinstance(kind, ChatRecord) else (*_ELSEWHERE, *_AROUND)
     ignored = [
         key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)
     ]
-    if value.get("label") is False and not isinstance(record, TextRecord):  # what KTO learns to avoid
-        return Parsed(None, [key for key in ignored if key != "label"])
+    if labelled or isinstance(record, TextRecord):
+        return Parsed(record, [key for key in ignored if not labelled or key not in LABELS])
+    if any(value.get(key) is False for key in LABELS):  # what KTO learns to avoid
+        return Parsed(None, [key for key in ignored if key not in LABELS])
     return Parsed(record, ignored)
+
+
+def _label(record: dict[str, Any]) -> bool:
+    """Whether an answer is desired, as the record says.
+
+    Raises:
+        BadRecord: it does not say, or not by true or false.
+    """
+    key = next((key for key in LABELS if record.get(key) is not None), None)
+    if key is None:
+        raise BadRecord("has no 'label'")
+    label = record[key]
+    if not isinstance(label, bool):
+        raise BadRecord(f"'{key}' is {kind_of(label)}, no truth value: true or false")
+    return label
 
 
 def asked_text(record: dict[str, Any], question: str, given: str = "") -> str:

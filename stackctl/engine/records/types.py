@@ -26,11 +26,12 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRecord:
-    """What to complete, and how."""
+    """What to complete, and how; ``desired`` is its label, where that was asked for."""
 
     number: int
     prompt: str
     completion: str
+    desired: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class ChatRecord:
     """A conversation. Of the first ``context`` messages none is to be learned, even when the assistant speaks.
 
     ``muted`` are the positions of turns that the record says are not to be learned, ``tools`` what could be called,
-    ``template`` what the record gives to the chat template (``enable_thinking`` and the like).
+    ``template`` what the record gives to the chat template (``enable_thinking`` and the like), ``desired`` its label,
+    where that was asked for.
     """
 
     number: int
@@ -47,6 +49,7 @@ class ChatRecord:
     muted: frozenset[int] = frozenset()
     tools: list[Any] | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    desired: bool = True
 
     def is_learned(self, position: int) -> bool:
         """Whether the turn at this position is one of the assistant's that is to be learned."""

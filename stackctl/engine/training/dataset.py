@@ -37,6 +37,7 @@ class Corpus:
     """What one place of a micro-batch holds: one record, or a packed sequence of several."""
     held_out: RecordStream | None
     evaluation: Encoded | None
+    max_length: int
 
 
 def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Reading = lambda _: None) -> Corpus:
@@ -54,12 +55,12 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
     if job.pack and (shape := records.peek_format()) not in ("text", None):
         raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
 
-    pairs = job.objective != "sft"
-    if pairs and (shape := records.peek_format()) not in ("preference", None):
-        raise Usage(
-            f"--objective {job.objective} takes pairs of answers, and {prepared.data} holds {shape}",
-            hint='give records of {"prompt", "chosen", "rejected"}, or leave out --objective',
-        )
+    answers = job.objective != "sft"
+    held_out = open_records(prepared.eval_data) if prepared.eval_data else None
+    for source in (records, held_out):
+        if source and answers:
+            _check_shape(source, job.objective)
+            source.labelled = job.objective == "kto"
 
     beyond = unembedded_tokens(tokenizer, prepared.base.vocabulary_size)
 
@@ -73,9 +74,8 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
             check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
         return found
 
-    encoded = encode(records, split_long=job.pack, pairs=pairs)
-    held_out = open_records(prepared.eval_data) if prepared.eval_data else None
-    evaluation = encode(held_out) if held_out else None
+    encoded = encode(records, split_long=job.pack, answers=answers)
+    evaluation = encode(held_out, answers=answers) if held_out else None
     for note in encoded.notes:
         say(f"note: {note}")
     if encoded.truncated:
@@ -84,12 +84,19 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         more = ", …" if len(encoded.unsupervised) > _NAMED else ""
         named = ", ".join(map(str, encoded.unsupervised[:_NAMED])) + more
         say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
+    if job.objective == "kto" and encoded.desired in (0, len(encoded.examples)):
+        kind = "true" if encoded.desired else "false"
+        say(
+            f"note: every label is {kind}: kto has nothing to tell apart, and only makes all answers "
+            f"{'likelier' if encoded.desired else 'less likely'}"
+        )
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
     if untrained := _untrained(encoded, tokenizer, prepared.base):
         say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
+    pairs = answers and records.format == "preference"
     for number in range(2 if pairs else 1):
         if number:
             say("and what is rejected:")
@@ -99,7 +106,26 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         rows = data_module.pairs_of(encoded.examples)
     else:
         rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
-    return Corpus(records, encoded, rows, held_out, evaluation)
+    return Corpus(records, encoded, rows, held_out, evaluation, length)
+
+
+def _check_shape(records: RecordStream, objective: str) -> None:
+    """What an objective learns from.
+
+    Raises:
+        Usage: the records are something else.
+    """
+    shape = records.peek_format()
+    if objective == "kto" and shape == "text":
+        raise Usage(
+            f"--objective kto takes answers with a label, and {records.path} holds text",
+            hint='give records of {"prompt", "completion", "label"}, the label true or false',
+        )
+    if objective != "kto" and shape not in ("preference", None):
+        raise Usage(
+            f"--objective {objective} takes pairs of answers, and {records.path} holds {shape}",
+            hint='give records of {"prompt", "chosen", "rejected"}, or leave out --objective',
+        )
 
 
 def _untrained(encoded: Encoded, tokenizer: Any, base: Base) -> str | None:

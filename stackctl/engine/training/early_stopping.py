@@ -22,6 +22,7 @@ from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.preferences import KnownAnswers, measure
 from stackctl.engine.training.state import Counters
 from stackctl.jobs import ranks
 
@@ -39,14 +40,21 @@ class HeldOut(TrainerCallback):
     """The held-out records of a run.
 
     ``evaluations`` has an entry for each: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
-    tokens; the first is of step 0, before anything is learned. The list is that of the run's counters, with which it is
+    tokens, or with ``answers`` the objective's mean loss, and ``eval_accuracy`` and ``eval_margin``; the first is of
+    step 0, before anything is learned. The list is that of the run's counters, with which it is
     saved and restored.
     """
 
     def __init__(
-        self, examples: Sequence[Example], job: TrainJob, counters: Counters, say: Callable[[str], None]
+        self,
+        examples: Sequence[Example],
+        job: TrainJob,
+        counters: Counters,
+        say: Callable[[str], None],
+        answers: KnownAnswers | None = None,
     ) -> None:
         self._examples = examples
+        self._job, self._answers = job, answers
         self._tokens = supervised_count(examples)
         self._keeps_best = job.keep == "best"
         self._patience = job.patience
@@ -80,36 +88,42 @@ class HeldOut(TrainerCallback):
 
     # -- evaluating -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, wrapped: nn.Module, model: nn.Module, step: int) -> float:
-        """The loss of the model as it stands; ``wrapped`` is what runs it over all processes.
+    def evaluate(self, wrapped: nn.Module, model: nn.Module, step: int) -> dict[str, float]:
+        """What the model as it stands comes to; ``wrapped`` is what runs it over all processes.
 
         Each process reads its share, and all of them know the result.
-
-        Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
-        processes together.
 
         Raises:
             Failed: the loss is no number.
         """
-        processes, rank = ranks.world_size(), ranks.rank()
-        share = -(-len(self._examples) // processes)
-        places = [rank + processes * turn for turn in range(share)]
-        losses = record_losses(wrapped, [self._examples[p % len(self._examples)] for p in places])
-        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
-        device = next(model.parameters()).device
-        loss = float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)
-        if not math.isfinite(loss):
+        found = measure(wrapped, self._answers, self._job) if self._answers else {"eval_loss": self._loss(wrapped)}
+        if not math.isfinite(found["eval_loss"]):
             if self.end_with_best(step):
-                return loss
+                return found
             raise Failed(
                 f"the held-out loss after step {step} is not a finite number",
                 hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
             )
-        self.evaluations.append({"step": step, "eval_loss": loss})
-        self._say(f"step {step}: held-out loss {loss:.3f}")
+        self.evaluations.append({"step": step, **found})
+        ranks_right = f", ranked rightly {found['eval_accuracy']:.1%}" if self._answers else ""
+        self._say(f"step {step}: held-out loss {found['eval_loss']:.3f}{ranks_right}")
         if self._keeps_best and self.best is self.evaluations[-1]:
             self._best = {name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(model)}
-        return loss
+        return found
+
+    def _loss(self, model: nn.Module) -> float:
+        """The mean cross-entropy over the supervised tokens.
+
+        Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
+        processes together.
+        """
+        processes, rank = ranks.world_size(), ranks.rank()
+        share = -(-len(self._examples) // processes)
+        places = [rank + processes * turn for turn in range(share)]
+        losses = record_losses(model, [self._examples[p % len(self._examples)] for p in places])
+        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
+        device = next(model.parameters()).device
+        return float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)
 
     def end_with_best(self, step: int) -> bool:
         """End the run at a loss that is no number, if there are best weights to go back to. Returns whether it did."""

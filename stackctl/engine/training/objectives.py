@@ -1,8 +1,9 @@
-"""What training on pairs of answers makes small: objectives as pure functions of log-probabilities.
+"""What training on answers makes small: objectives as pure functions of log-probabilities.
 
-Each takes :class:`Pairs` and a :class:`Strength` and returns losses (P,) in nats, one for a pair. Adding one takes a
-function and a line of :data:`OBJECTIVES`. Written below: c and r are the log-probabilities of the chosen and of the
-rejected answer, c' and r' those under the frozen stack, |c| and |r| their tokens, s the logistic function.
+Those of pairs take :class:`Pairs` and a :class:`Strength` and return losses (P,) in nats, one for a pair; KTO takes
+:class:`Answers`, of which each has a label, and returns a loss for each. Adding one takes a function and a line of
+:data:`OBJECTIVES`. Written below: c and r are the log-probabilities of the chosen and of the rejected answer, c' and r'
+those under the frozen stack, |c| and |r| their tokens, s the logistic function.
 """
 
 from __future__ import annotations
@@ -34,12 +35,34 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Log-probabilities of N answers, (N,), float32, summed over the answer's tokens, and what belongs to them.
+
+    ``tokens`` (N,) counts those tokens; ``reference`` (N,) are the log-probabilities under the frozen stack alone;
+    ``desired`` (N,) tells the answers that are to become likelier. ``drift`` (scalar, nats) is how far the model is
+    from the reference on answers that do not belong to their prompts, never below zero; KTO alone looks at it.
+    """
+
+    given: Tensor
+    tokens: Tensor
+    reference: Tensor
+    desired: Tensor
+    drift: Tensor | None = None
+
+    @property
+    def pairs(self) -> Pairs:
+        """Where chosen and rejected answers take turns."""
+        return Pairs(*(t[n::2] for t in (self.given, self.tokens, self.reference) for n in (0, 1)))
+
+
+@dataclass(frozen=True)
 class Strength:
     """``beta`` as each objective means it; ``label_smoothing``: the share of pairs that are taken to be the wrong way
-    round."""
+    round; ``sft_weight``: what the chosen answer's own loss counts besides."""
 
     beta: float
     label_smoothing: float = 0.0
+    sft_weight: float = 0.0
 
 
 def _log_ratio(pairs: Pairs) -> Tensor:
@@ -73,7 +96,7 @@ def orpo(pairs: Pairs, strength: Strength) -> Tensor:
     """
     chosen, rejected = _means(pairs)
     odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
-    return -chosen - strength.beta * logsigmoid(odds)
+    return own_loss(pairs) - strength.beta * logsigmoid(odds)
 
 
 def simpo(pairs: Pairs, strength: Strength) -> Tensor:
@@ -83,6 +106,20 @@ def simpo(pairs: Pairs, strength: Strength) -> Tensor:
     """
     chosen, rejected = _means(pairs)
     return -logsigmoid(strength.beta * (chosen - rejected) - SIMPO_MARGIN)
+
+
+def own_loss(pairs: Pairs) -> Tensor:
+    """The chosen answer's own loss, -c/|c| (P,); RPO adds it to DPO (https://arxiv.org/abs/2404.19733, equation 1)."""
+    return -_means(pairs)[0]
+
+
+def kto(answers: Answers, strength: Strength) -> Tensor:
+    """KTO (https://arxiv.org/abs/2402.01306, equation 8), losses (N,): 1 - s(beta (a - a' - z)) of a desired answer a.
+
+    Of one that is to be avoided 1 - s(beta (z - (a - a'))). z is the drift, of which no gradient is taken; both kinds
+    of answers weigh the same.
+    """
+    return 1 - torch.sigmoid(_side(answers, strength.beta))
 
 
 def _means(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -99,20 +136,43 @@ def _mean_margin(pairs: Pairs, beta: float) -> Tensor:
     return beta * (chosen - rejected)
 
 
+def _side(answers: Answers, beta: float) -> Tensor:
+    """By how much each answer is on its side of the drift, (N,): above it if desired, below it if not."""
+    assert answers.drift is not None, "KTO measures it"
+    above = answers.given - answers.reference - answers.drift
+    return beta * torch.where(answers.desired, above, -above)
+
+
 @dataclass(frozen=True)
 class Objective:
-    """A loss, the margin (P,) by which it ranks the chosen answer first, and whether both look at the reference."""
+    """A loss, the margin by which it ranks rightly, whether both look at the reference, and whether they are of pairs.
 
-    loss: Callable[[Pairs, Strength], Tensor]
-    margin: Callable[[Pairs, float], Tensor]
+    A margin of a pair is by how much the chosen answer comes first; of a single answer by how much it is on its side.
+    """
+
+    loss: Callable[[Answers, Strength], Tensor]
+    margin: Callable[[Answers, float], Tensor]
     compares: bool
+    answers: int = 2
+    """How many answers a loss is of."""
+
+
+def _of_pairs(
+    loss: Callable[[Pairs, Strength], Tensor], margin: Callable[[Pairs, float], Tensor], *, compares: bool
+) -> Objective:
+    def with_own_loss(answers: Answers, strength: Strength) -> Tensor:
+        losses = loss(answers.pairs, strength)
+        return losses + strength.sft_weight * own_loss(answers.pairs) if strength.sft_weight else losses
+
+    return Objective(with_own_loss, lambda answers, beta: margin(answers.pairs, beta), compares)
 
 
 OBJECTIVES = {
-    "dpo": Objective(dpo, _reward_margin, compares=True),
-    "ipo": Objective(ipo, _reward_margin, compares=True),
-    "orpo": Objective(orpo, _mean_margin, compares=False),
-    "simpo": Objective(simpo, _mean_margin, compares=False),
+    "dpo": _of_pairs(dpo, _reward_margin, compares=True),
+    "ipo": _of_pairs(ipo, _reward_margin, compares=True),
+    "kto": Objective(kto, _side, compares=True, answers=1),
+    "orpo": _of_pairs(orpo, _mean_margin, compares=False),
+    "simpo": _of_pairs(simpo, _mean_margin, compares=False),
 }
 
 

@@ -1,40 +1,67 @@
-"""Pairs in a run: the log-probabilities of the reference, and the losses and margins of a micro-batch."""
+"""Answers in a run: what is known of them beforehand, and the losses and margins of a micro-batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import TrainJob
-from stackctl.engine.data import Example, Rows
+from stackctl.engine.data import IGNORED, Example, Rows, collate
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.logits import supervised_token_losses
-from stackctl.engine.training.objectives import OBJECTIVES, Pairs, Strength
-from stackctl.engine.training.proofs import new_adapter_off
-
-_LOOKED_AT = 16
-"""Answers of which it is looked at that the new adapter, at zero, changes nothing."""
+from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.objectives import OBJECTIVES, Answers, Strength, ranked
+from stackctl.jobs import ranks
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """The loss (nats) and the margin of each pair of a micro-batch, each (P,)."""
+class Scores:
+    """The losses (nats) and the margins of a micro-batch, each (P,): of its pairs, or for KTO of its answers.
+
+    ``desired`` and ``avoided`` are the log-probabilities (nats) of the two kinds of answers.
+    """
 
     losses: Tensor
     margins: Tensor
+    desired: Tensor
+    avoided: Tensor
 
 
-class ReferencedRows(Sequence[list[Example]]):
-    """Rows of pairs whose examples know their log-probabilities (nats) under the reference."""
+@dataclass(frozen=True)
+class KnownAnswers:
+    """Examples, their log-probabilities (nats) under the frozen stack, and for KTO the swapped ones with theirs.
 
-    def __init__(self, rows: Rows, references: Sequence[float]) -> None:
-        self._rows, self._references = rows, references
+    Where an objective compares with nothing, all log-probabilities are zero.
+    """
+
+    examples: Sequence[Example]
+    references: Sequence[float]
+    swapped: Sequence[Example] | None = None
+    swapped_references: Sequence[float] = ()
+
+    @property
+    def drifts(self) -> bool:
+        return self.swapped is not None
+
+
+@dataclass(slots=True)
+class Answer(Example):
+    """An example with its ``reference``, and for KTO the swapped one that goes with it."""
+
+    reference: float = 0.0
+    swapped: Answer | None = None
+
+
+class AnswerRows(Sequence[list[Example]]):
+    """Rows whose examples know what is known of them."""
+
+    def __init__(self, rows: Rows, known: KnownAnswers) -> None:
+        self._rows, self._known = rows, known
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -42,52 +69,103 @@ class ReferencedRows(Sequence[list[Example]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        first, second = self._rows[index]
-        place = 2 * range(len(self))[index]
-        return [
-            replace(first, reference=self._references[place]),
-            replace(second, reference=self._references[place + 1]),
-        ]
+        return [self._answer(number) for number in self._rows.numbers(index)]
+
+    def _answer(self, number: int) -> Answer:
+        known = self._known
+        found = _with(known.examples[number], known.references[number])
+        if known.swapped is not None:
+            found.swapped = _with(known.swapped[number], known.swapped_references[number])
+        return found
 
 
-def reference(
-    model: PeftModel, examples: Sequence[Example], live: str | None, *, bfloat16: bool, at_zero: bool
-) -> list[float]:
-    """The log-probability (nats) of each answer under the frozen stack: the model with its new adapter off.
+def _with(example: Example, reference: float) -> Answer:
+    return Answer(example.input_ids, example.labels, example.desired, reference)
 
-    Called before the first step. ``at_zero``: the new adapter has no effect yet, which is looked at.
 
-    Raises:
-        VerificationFailed: the adapter, at zero, changes a log-probability.
+def collate_answers(rows: Sequence[list[Example]], *, drifts: bool = False) -> dict[str, Any]:
+    """One micro-batch; of a place that stands empty, two tokens of which nothing is learned.
+
+    Of N answers there are also ``references`` (N,) and ``desired`` (N,), and with ``drifts`` their swapped ones as a
+    micro-batch of its own.
     """
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-        with new_adapter_off(model, live):
-            found = [-loss for loss in record_losses(model, examples)]
-        if not at_zero:
-            return found
-        first = [examples[number] for number in range(min(_LOOKED_AT, len(examples)))]
-        if [-loss for loss in record_losses(model, first)] != found[: len(first)]:
-            raise VerificationFailed(
-                "the new adapter changes log-probabilities before its first step: the margins are not zero, "
-                "and the reference is not the frozen stack"
-            )
-    return found
+    examples = [example for row in rows for example in row]
+    answers = [example for example in examples if isinstance(example, Answer)]
+    batch: dict[str, Any] = collate(examples or [Example([0, 0], [IGNORED] * 2)])
+    batch["references"] = torch.tensor([answer.reference for answer in answers], dtype=torch.float32)
+    batch["desired"] = torch.tensor([answer.desired for answer in answers], dtype=torch.bool)
+    if drifts:
+        batch["swapped"] = collate_answers([[answer.swapped for answer in answers if answer.swapped]])
+    return batch
 
 
-def pair_scores(model: nn.Module, inputs: dict[str, Any], job: TrainJob, *, one_by_one: bool) -> PairScores:
-    """Losses and margins of a collated micro-batch in which chosen and rejected answers take turns.
+def answer_scores(
+    model: nn.Module, inputs: dict[str, Any], job: TrainJob, *, drift: Tensor | None, one_by_one: bool
+) -> Scores:
+    """Losses and margins of a micro-batch as :func:`collate_answers` makes it."""
+    given, tokens = _summed(model, inputs, one_by_one=one_by_one)
+    return scores_of(Answers(given, tokens, inputs["references"].to(given), inputs["desired"], drift), job)
 
-    ``inputs`` as :func:`stackctl.engine.data.collate` makes them, and ``references`` (2P,).
-    """
+
+def _summed(model: nn.Module, inputs: dict[str, Any], *, one_by_one: bool) -> tuple[Tensor, Tensor]:
+    """The log-probability (nats) and the tokens of each answer of a micro-batch, each (N,)."""
     losses = supervised_token_losses(model, inputs, one_by_one=one_by_one).losses
     owners = (inputs["position_ids"][0] == 0).cumsum(0)[inputs["keep"]] - 1
     count = inputs["references"].numel()
-    summed = losses.new_zeros(count).index_add(0, owners, -losses).float().view(count // 2, 2)
-    tokens = torch.bincount(owners, minlength=count).to(summed).view(count // 2, 2)
-    known = inputs["references"].to(summed).view(count // 2, 2)
-    pairs = Pairs(summed[:, 0], summed[:, 1], tokens[:, 0], tokens[:, 1], known[:, 0], known[:, 1])
+    summed = losses.new_zeros(count).index_add(0, owners, -losses).float()
+    return summed, torch.bincount(owners, minlength=count).to(summed)
+
+
+@torch.no_grad()
+def drift_of(model: nn.Module, batches: Sequence[dict[str, Any]], *, one_by_one: bool) -> Tensor:
+    """KTO's z over the micro-batches of a step, of all processes: how far the swapped answers are from the reference.
+
+    The weights do not change inside a step, so that z is that of the step, however it is cut into micro-batches.
+    """
+    device = next(model.parameters()).device
+    own = [0.0, 0.0]
+    for batch in batches:
+        inputs = {key: value.to(device) for key, value in batch["swapped"].items()}
+        given, _ = _summed(model, inputs, one_by_one=one_by_one)
+        own[0] += float((given - inputs["references"]).double().sum())
+        own[1] += given.numel()
+    total, count = numbers_of_each(own, device).sum(0).tolist()
+    return torch.tensor(max(total / count, 0.0) if count else 0.0, device=device)
+
+
+def scores_of(answers: Answers, job: TrainJob) -> Scores:
+    """What an objective makes of answers."""
     objective, beta = OBJECTIVES[job.objective], job.effective_beta
-    assert beta is not None, "objectives of pairs have one"
-    found = objective.loss(pairs, Strength(beta, job.label_smoothing))
-    return PairScores(found, objective.margin(pairs, beta).detach())
+    assert beta is not None, "objectives of answers have one"
+    losses = objective.loss(answers, Strength(beta, job.label_smoothing, job.sft_weight))
+    given = answers.given.detach()
+    return Scores(losses, objective.margin(answers, beta).detach(), given[answers.desired], given[~answers.desired])
+
+
+def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, float]:
+    """``eval_loss``, ``eval_accuracy`` and ``eval_margin`` of a model as it stands; each process reads its share.
+
+    Shares are filled up to one length with answers that do not count: with FSDP every forward pass is one of all
+    processes together.
+    """
+    device = next(model.parameters()).device
+    processes, size = ranks.world_size(), OBJECTIVES[job.objective].answers
+    count = len(known.examples) // size
+    places = [ranks.rank() + processes * turn for turn in range(-(-count // processes))]
+    numbers = [size * (place % count) + n for place in places for n in range(size)]
+    real = sum(place < count for place in places)
+    drift = None
+    if known.swapped is not None:
+        losses = record_losses(model, [known.swapped[n] for n in numbers])
+        gaps = [-loss - known.swapped_references[n] for loss, n in zip(losses, numbers, strict=True)]
+        total = float(numbers_of_each([math.fsum(gaps[:real])], device).sum())
+        drift = torch.tensor(max(total / count, 0.0))
+    examples = [known.examples[n] for n in numbers]
+    given = -torch.tensor(record_losses(model, examples), dtype=torch.float64)
+    references = torch.tensor([known.references[n] for n in numbers], dtype=torch.float64)
+    tokens = torch.tensor([example.supervised for example in examples])
+    desired = torch.tensor([example.desired for example in examples])
+    scores = scores_of(Answers(given, tokens, references, desired, drift), job)
+    own = [float(values[:real].double().sum()) for values in (scores.losses, ranked(scores.margins), scores.margins)]
+    means = (numbers_of_each(own, device).sum(0) / count).tolist()
+    return dict(zip(("eval_loss", "eval_accuracy", "eval_margin"), means, strict=True))

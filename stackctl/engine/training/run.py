@@ -27,7 +27,7 @@ from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.memory import estimate_job
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.orthogonal import OrthogonalRows
-from stackctl.engine.training.preferences import reference
+from stackctl.engine.training.reference import Reference
 from stackctl.engine.training.register import FinishedRun, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
@@ -133,8 +133,14 @@ def _train(
     examples = corpus.encoded.examples
     longest = int(data_module.lengths_of(examples).max())
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    compares = job.objective in OBJECTIVES and OBJECTIVES[job.objective].compares
-    held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say) if corpus.evaluation else None
+    answers = held_out_answers = held_out = None
+    if job.objective in OBJECTIVES:
+        reference = Reference(model, live, at_zero=not prepared.beginning)
+        answers = reference.know(examples, job, corpus.max_length, bfloat16=bfloat16)
+        if corpus.evaluation:
+            held_out_answers = reference.know(corpus.evaluation.examples, job, corpus.max_length, bfloat16=False)
+    if corpus.evaluation:
+        held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, held_out_answers)
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
@@ -142,10 +148,8 @@ def _train(
         held_out=held_out,
         one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
         bfloat16=bfloat16,
-        pairs=job if job.objective in OBJECTIVES else None,
-        references=reference(model, examples, live, bfloat16=bfloat16, at_zero=not prepared.beginning)
-        if compares
-        else None,
+        job=job,
+        answers=answers,
     )
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device)
     with tracking(job, log_folder(registry, prepared.name), output.say):
@@ -224,6 +228,8 @@ def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: s
         eval_loss=held_out.kept["eval_loss"] if held_out else None,
         kept_step=int(held_out.kept["step"]) if held_out else None,
         stopped_early=held_out is not None and held_out.is_over,
+        eval_accuracy=held_out.kept.get("eval_accuracy") if held_out else None,
+        eval_margin=held_out.kept.get("eval_margin") if held_out else None,
         accuracy=counters.accuracy,
         margin=counters.margin,
         template_date=data_module.shown_date(stacked.tokenizer),

@@ -13,6 +13,7 @@ from torch import Tensor
 from stackctl.engine.data import Reading
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
 from stackctl.engine.training.objectives import ranked
+from stackctl.engine.training.preferences import Scores
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Counters:
     supervised_tokens: int = 0
     loss_sum: float = 0.0
     pairs: int = 0
+    """Pairs, or for KTO answers."""
     ranked: float = 0.0
     margin_sum: float = 0.0
     seconds: float = 0.0
@@ -96,20 +98,21 @@ class RunState:
     order: WholeSteps | None = None
     """The order of the records where several processes train."""
     step_pairs: dict[str, float] = field(default_factory=dict)
-    """``accuracy`` and ``margin`` of the last step, where it had pairs."""
+    """Of the last step, where it had answers: ``accuracy``, ``margin``, the mean log-probabilities of each kind."""
     _tokens: int = 0
     _supervised: int = 0
 
     def __post_init__(self) -> None:
         where = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
         self._loss = torch.zeros((), dtype=torch.float64, device=where)
-        self._pairs = torch.zeros(3, dtype=torch.float64, device=where)
+        self._pairs = torch.zeros(7, dtype=torch.float64, device=where)
 
-    def add_pairs(self, margins: Tensor) -> None:
-        """Count the pairs of a micro-batch by their margins (P,)."""
-        self._pairs += torch.stack([margins.new_tensor(len(margins)), ranked(margins).sum(), margins.sum()]).to(
-            self._pairs
-        )
+    def add_answers(self, scores: Scores) -> None:
+        """Count the pairs of a micro-batch, or for KTO its answers."""
+        margins, kinds = scores.margins, (scores.desired, scores.avoided)
+        sums = [ranked(margins).sum(), margins.sum(), *(kind.sum() for kind in kinds)]
+        counts = torch.tensor([len(margins), *map(len, kinds)])
+        self._pairs += torch.cat([counts.to(self._pairs), torch.stack(sums).to(self._pairs)])
 
     def add_micro_batch(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         """Add the summed loss (scalar, nats) and the tokens of a micro-batch to those of the step."""
@@ -134,7 +137,7 @@ class RunState:
         self._pairs.zero_()
         self._tokens = self._supervised = 0
         each = numbers_of_each(own, self.device)
-        loss, tokens, supervised, _, pairs, right, margin = each.sum(0).tolist()
+        loss, tokens, supervised, _, pairs, chosen, rejected, right, margin, *likely = each.sum(0).tolist()
         self.stop_signal = int(each[:, 3].max())
         if not math.isfinite(loss):
             return math.nan
@@ -145,5 +148,7 @@ class RunState:
         self.counters.ranked += right
         self.counters.margin_sum += margin
         self.step_pairs = {"accuracy": right / pairs, "margin": margin / pairs} if pairs else {}
+        kinds = zip(("chosen_logp", "rejected_logp"), likely, (chosen, rejected), strict=True)
+        self.step_pairs |= {name: total / count for name, total, count in kinds if count}
         count = pairs or supervised
         return float(loss / count) if count else math.nan

@@ -7,6 +7,7 @@ transformers 5.23, which has no public way to say how an adapter is loaded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -26,15 +27,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl.core.errors import Failed
 from stackctl.core.schema import TrainJob
-from stackctl.engine import data as data_module
-from stackctl.engine.data import Example
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import WholeSteps, like, numbers_of_each
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
-from stackctl.engine.training.preferences import ReferencedRows, pair_scores
+from stackctl.engine.training.objectives import OBJECTIVES
+from stackctl.engine.training.preferences import AnswerRows, KnownAnswers, answer_scores, collate_answers, drift_of
 from stackctl.engine.training.saves import RunSaves
 from stackctl.engine.training.state import RunState
 from stackctl.jobs import ranks
@@ -56,10 +56,13 @@ class TrainerParts:
     held_out: HeldOut | None
     one_by_one: bool
     bfloat16: bool
-    pairs: TrainJob | None = None
-    """The job, where it learns from pairs of answers."""
-    references: list[float] | None = None
-    """The log-probability (nats) of each answer under the frozen stack, where an objective compares with it."""
+    job: TrainJob
+    answers: KnownAnswers | None = None
+    """What is known of the answers, where it learns from those."""
+
+    @property
+    def drifts(self) -> bool:
+        return self.answers is not None and self.answers.drifts
 
 
 class StackTrainer(Trainer):
@@ -67,17 +70,18 @@ class StackTrainer(Trainer):
 
     def __init__(self, model: PeftModel, arguments: TrainingArguments, corpus: Corpus, parts: TrainerParts) -> None:
         several = ranks.world_size() > 1
-        rows = ReferencedRows(corpus.rows, parts.references) if parts.references else corpus.rows
+        rows = AnswerRows(corpus.rows, parts.answers) if parts.answers else corpus.rows
         train = [*rows, []] if several else rows  # the last one fills up a step
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train,
             eval_dataset=corpus.evaluation.examples if corpus.evaluation else None,
-            data_collator=_collate,
+            data_collator=functools.partial(collate_answers, drifts=parts.drifts),
         )
         self.peft_model, self._rows = model, train
         self._parts, self._run = parts, parts.state
+        self._drift: Tensor | None = None
         self.model_accepts_loss_kwargs = True  # the loss below is normalised over the whole step already
         for printer in (PrinterCallback, ProgressCallback):  # they print on stdout, which belongs to the result
             self.remove_callback(printer)
@@ -85,38 +89,48 @@ class StackTrainer(Trainer):
             if callback is not None:
                 self.add_callback(callback)
 
+    def _autocast(self) -> torch.autocast:
+        """Not Trainer's own bf16 flag: that leaves the model's forward wrapped, which the proofs look at afterwards."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._parts.bfloat16)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of a step, and the supervised tokens, or pairs, in all of them on all ranks."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        key, each = ("references", 2) if self._parts.pairs else ("labels", 1)
+        """The micro-batches of a step, and what its loss is the mean of: tokens, pairs or answers of all ranks.
+
+        Where an objective looks at the drift, that is measured here, before the step.
+        """
+        parts, batches = self._parts, list(itertools.islice(epoch_iterator, num_batches))
+        key, each = ("references", OBJECTIVES[parts.job.objective].answers) if parts.answers else ("labels", 1)
         own = sum(batch[key].numel() // each for batch in batches)
+        if parts.drifts:
+            with self._autocast():
+                self._drift = drift_of(self.peft_model, batches, one_by_one=parts.one_by_one)
         return batches, numbers_of_each([float(own)], device).sum().long().to(device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss summed over this micro-batch, divided by the supervised tokens, or the pairs, of the whole step."""
-        # Not Trainer's own bf16 flag: that leaves the model's forward wrapped, and the proofs look at it afterwards.
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._parts.bfloat16):
-            if self._parts.pairs:
-                scores = pair_scores(model, inputs, self._parts.pairs, one_by_one=self._parts.one_by_one)
+        """The loss summed over this micro-batch, divided by the supervised tokens, or pairs or answers, of the step."""
+        parts = self._parts
+        with self._autocast():
+            if parts.answers:
+                scores = answer_scores(model, inputs, parts.job, drift=self._drift, one_by_one=parts.one_by_one)
                 total = scores.losses.sum()
-                self._run.add_pairs(scores.margins)
+                self._run.add_answers(scores)
             else:
-                total = supervised_loss(model, inputs, one_by_one=self._parts.one_by_one)
+                total = supervised_loss(model, inputs, one_by_one=parts.one_by_one)
         self._run.add_micro_batch(total, inputs)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         share: Tensor = total / num_items_in_batch * self.args.world_size
         return share
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss on the held-out records. Trainer's own loop would pad them and average over batches."""
+        """What the held-out records say. Trainer's own loop would pad them and average over batches."""
         held_out = self._parts.held_out
         assert held_out is not None, "nothing asks for this without held-out records"
         started = time.perf_counter()
-        metrics = {"eval_loss": held_out.evaluate(self.model_wrapped, self.peft_model, self.state.global_step)}
+        metrics = held_out.evaluate(self.model_wrapped, self.peft_model, self.state.global_step)
         self.log(metrics)
         # Callbacks change the one control that Trainer holds.
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -217,10 +231,3 @@ def _warmup_steps(job: TrainJob, steps: int) -> int:
     """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
     wanted = int(job.warmup) if job.warmup >= 1 else math.floor(job.warmup * steps)
     return min(wanted, steps - 1)
-
-
-def _collate(rows: list[list[Example]]) -> dict[str, Tensor]:
-    """One micro-batch; of a place that stands empty, two tokens of which nothing is learned."""
-    examples = [example for row in rows for example in row]
-    batch = data_module.collate(examples or [Example([0, 0], [data_module.IGNORED] * 2)])
-    return {**batch, "references": torch.tensor([example.reference for example in examples], dtype=torch.float32)}
