@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from stackctl.cli.best_method import BestWishes, best_stack, best_table, check_no_settings
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
@@ -18,7 +19,7 @@ from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
 from stackctl.core.library_messages import reword_message
 from stackctl.core.schema import MethodOptions
-from stackctl.plan.methods import DEFAULTS, METHODS, SUM, check_method
+from stackctl.plan.methods import BEST, DEFAULTS, METHODS, SUM, check_method
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
@@ -32,7 +33,8 @@ _EXAMPLES = """\
 stackctl compose style:0.7+instruct@2
 stackctl compose style+instruct+tone --method ties --density 0.3
 stackctl compose style+instruct --sweep style=0:1.5:0.25 --data heldout.jsonl
-stackctl compose style+instruct --fit chat.jsonl --per layer --name storyteller"""
+stackctl compose style+instruct --fit chat.jsonl --per layer --name storyteller
+stackctl compose style+instruct+tone --method best --data chat.jsonl"""
 
 
 def _of(option: str) -> str:
@@ -58,7 +60,11 @@ def register(app: typer.Typer) -> None:
         ] = None,
         method: Annotated[
             str,
-            typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel=_METHOD, autocompletion=lambda: list(METHODS)),
+            typer.Option(
+                help=f"{', '.join(METHODS)}; best tries all of them, with --data.",
+                rich_help_panel=_METHOD,
+                autocompletion=lambda: [*METHODS, BEST],
+            ),
         ] = SUM,
         rank: Annotated[
             str | None,
@@ -83,7 +89,8 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[
             int | None,
             typer.Option(
-                help=f"{_of('seed')}: the seed of what is dropped. With --fit: of which half is learned from.",
+                help=f"{_of('seed')}: the seed of what is dropped. With --fit or --method best: of which half is "
+                "learned from.",
                 show_default=str(DEFAULTS["seed"]),
                 rich_help_panel=_METHOD,
             ),
@@ -99,10 +106,14 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        wishes = weights.wishes(seed)
+        wishes = weights.wishes(seed, best=method == BEST)
         if isinstance(wishes, FitWishes) and method != SUM:
             raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
-        options = _method_options(method, rank, tolerance, density, None if isinstance(wishes, FitWishes) else seed)
+        if isinstance(wishes, BestWishes):
+            check_no_settings({"rank": rank, "tolerance": tolerance, "density": density})
+            method = SUM  # where it begins
+        own_seed = seed if wishes is None or isinstance(wishes, SweepWishes) else None
+        options = _method_options(method, rank, tolerance, density, own_seed)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
         plan = read_plan(registry, stack).check()
         check_digests(registry, stack.members)
@@ -113,11 +124,16 @@ def register(app: typer.Typer) -> None:
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
-        found: dict[str, Any] | None = None
+        found: dict[str, Any] = {}
         said: list[str] = []
         if wishes is not None:
             check_stack_name(registry, label, stack)  # before minutes of work
-            stack, found, said = fit_stack(context, stack, plan, wishes)
+            if isinstance(wishes, BestWishes):
+                best = best_stack(context, stack, plan, wishes)
+                stack, found, said = best.stack, best.json, best.notes
+            else:
+                stack, fit, said = fit_stack(context, stack, plan, wishes)
+                found = {"fit": fit}
             plan = read_plan(registry, stack).check()
         if not dry_run:
             save_stack(registry, label, stack)
@@ -125,12 +141,12 @@ def register(app: typer.Typer) -> None:
             "stack": label,
             "base": stack.base.name,
             "members": members_json(stack, plan),
-            "method": method,
-            "options": msgspec.to_builtins(options),
-            "exact": method == SUM,
+            "method": stack.method,
+            "options": msgspec.to_builtins(stack.options),
+            "exact": stack.method == SUM,
             "rank": plan.rank,
             **_measured(context, plan),
-            **({"fit": found} if found else {}),
+            **found,
             "problems": [p.json() for p in plan.problems],
             "dry_run": dry_run,
         }
@@ -237,5 +253,6 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
             f"at worst {data.get('worst_relative_error', 0.0):.3g} on {data.get('worst_module')}"
         )
     follow = "" if data["dry_run"] else '\nit is the current stack; next: stackctl generate -p "…"'
-    fitted = fit_lines(data["fit"]) if "fit" in data else []
-    return Group(Text(head), *map(Text, fitted), stack_tree(stack, plan, problems=False), Text(foot + follow))
+    fitted = [Text(line) for line in fit_lines(data["fit"])] if "fit" in data else []
+    tried = [best_table(data), Text("")] if "tried" in data else []
+    return Group(*tried, Text(head), *fitted, stack_tree(stack, plan, problems=False), Text(foot + follow))

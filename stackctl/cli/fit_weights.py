@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Per = Literal["member", "layer", "module"]
 _NEXT_TO_NOTHING = 0.02
 """A member whose weights are all smaller than this can be left out."""
-_FEWEST = 6
+FEWEST = 6
 """Held-out records with which the test can find a difference: of five, all alike, chance has 1 in 16."""
 
 
@@ -42,7 +42,9 @@ class FitWishes:
 
 
 @dataclass(frozen=True)
-class _Sets:
+class Halves:
+    """Data sets to learn from and to judge by; no record is in both."""
+
     learned: list[DataSet]
     held_out: list[DataSet]
 
@@ -54,13 +56,22 @@ def fit_stack(
 
     Everything that can be wrong is found before the base is loaded.
     """
+    weighted = read_weighted(stack, plan, wishes.per)
+    sets = read_halves(context, stack, plan, wishes)
+    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
+    return _fit(context, stacked, stack, weighted, sets, wishes)
+
+
+def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFactors:
+    """The members' factors, with the weights that can be learned.
+
+    Raises:
+        Usage, Incompatible, VerificationFailed: there is nothing to learn, or a tensor holds NaN or infinity.
+    """
     _check_fits(stack, plan)
     from stackctl.engine.weighted_members import read_factors
 
-    weighted = replace(read_factors(_with_all_factors(plan), wishes.per), plan=plan)
-    sets = _read_sets(context, stack, plan, wishes)
-    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
-    return _fit(context, stacked, stack, weighted, sets, wishes)
+    return replace(read_factors(_with_all_factors(plan), per), plan=plan)
 
 
 def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
@@ -69,7 +80,8 @@ def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(
-            f"{label} carries whole modules or biases, which have no weight to learn", hint="compose it without --fit"
+            f"{label} carries whole modules or biases, which have no weight to learn",
+            hint="compose it without --fit or --method best",
         )
 
 
@@ -79,7 +91,12 @@ def _with_all_factors(plan: StackPlan) -> StackPlan:
     return plan_stack(plan.base, members).check()
 
 
-def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> _Sets:
+def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> Halves:
+    """The records in tokens, before the base is loaded: those of ``holdout``, or half of them, to judge by.
+
+    Raises:
+        StackctlError: everything that is wrong with any of them, at once.
+    """
     from stackctl.engine.weight_fit import halve, shorten
 
     problems: list[StackctlError] = []
@@ -98,24 +115,32 @@ def _read_sets(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
         if part is not whole:
             count, total = len(set(part.owners)), len(set(whole.owners))
             context.output.note(f"{count} of {total} records of {whole.source} are learned from: more only take longer")
-    return _Sets(learned, held_out)
+    return Halves(learned, held_out)
 
 
-def _fit(
+@dataclass(frozen=True)
+class Learned:
+    """A stack with the weights that were learned, these by the names of its members, and the steps that it took."""
+
+    stack: ResolvedStack
+    weights: dict[str, Any]
+    steps: int
+
+
+def learn_weights(
     context: Context,
     stacked: StackedModel,
     stack: ResolvedStack,
     weighted: WeightedFactors,
-    sets: _Sets,
-    wishes: FitWishes,
-) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
-    from stackctl.engine.weight_fit import fit_weights, judge, mean_loss, member_weights
+    sets: Sequence[DataSet],
+    steps: int,
+) -> Learned:
+    """Learn them, with a bar; nothing is judged."""
+    from stackctl.engine.weight_fit import fit_weights, member_weights
 
     with context.output.progress() as progress:
-        task = progress.add_task("learning weights", total=wishes.steps)
-        found = fit_weights(
-            stacked, weighted, sets.learned, wishes.steps, lambda step: progress.update(task, completed=step)
-        )
+        task = progress.add_task("learning weights", total=steps)
+        found = fit_weights(stacked, weighted, sets, steps, lambda step: progress.update(task, completed=step))
     made = member_weights(weighted, found.weights)
     tried = replace(
         stack,
@@ -124,6 +149,23 @@ def _fit(
             for member, changes in zip(stack.members, made, strict=True)
         ),
     )
+    weights = {m.adapter.name: change.get("layer_weights") or change.get("weight", m.weight)
+               for m, change in zip(stack.members, made, strict=True)}  # fmt: skip
+    return Learned(tried, weights, found.steps)
+
+
+def _fit(
+    context: Context,
+    stacked: StackedModel,
+    stack: ResolvedStack,
+    weighted: WeightedFactors,
+    sets: Halves,
+    wishes: FitWishes,
+) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
+    from stackctl.engine.weight_fit import judge, mean_loss
+
+    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.steps)
+    tried, weights = learned.stack, learned.weights
     both = [("typed", stack), ("tried", tried)]
     plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
     found_scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
@@ -133,13 +175,11 @@ def _fit(
     taken = judged.is_better
     chosen = tried if taken else stack
     kept = "tried" if taken else "typed"
-    weights = {m.adapter.name: change.get("layer_weights") or change.get("weight", m.weight)
-               for m, change in zip(stack.members, made, strict=True)}  # fmt: skip
     fit = {
         "per": wishes.per,
         "records": sum(len(set(data.owners)) for data in sets.learned),
         "held_out_records": sum(len(set(data.owners)) for data in sets.held_out),
-        "steps": found.steps,
+        "steps": learned.steps,
         "loss_before": mean_loss(scores["typed"][0]),
         "loss_after": mean_loss(scores[kept][0]),
         "held_out_before": judged.before,
@@ -168,8 +208,8 @@ def _notes(fit: dict[str, Any], judged: Judged) -> list[str]:
     notes = [f"the learned weights are taken: the loss goes from {gap}, {chance}"]
     if not fit["fitted"]:
         notes = [f"the typed weights are kept: with the learned ones the loss goes from {gap}, {chance}"]
-        if fit["held_out_records"] < _FEWEST:
-            notes.append(f"fewer than {_FEWEST} held-out records cannot show that anything is better than by chance")
+        if fit["held_out_records"] < FEWEST:
+            notes.append(f"fewer than {FEWEST} held-out records cannot show that anything is better than by chance")
     notes += [f"{name} has next to no weight and can be left out" for name in fit["leave_out"]]
     return notes
 

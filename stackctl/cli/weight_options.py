@@ -1,4 +1,4 @@
-"""The options of compose with which weights are found: learned with --fit, or tried with --sweep."""
+"""The options of compose with which weights are found: learned with --fit, tried with --sweep, or both and more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from stackctl.cli.best_method import BestWishes
 from stackctl.cli.fit_weights import FitWishes, Per
 from stackctl.cli.sweep_weights import SweepWishes
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
@@ -33,7 +34,7 @@ class WeightOptions:
     per: Annotated[
         str | None,
         typer.Option(
-            help="With --fit: a weight for each member, layer or module.",
+            help="With --fit or --method best: a weight for each member, layer or module.",
             show_default="member",
             rich_help_panel=_FIT,
             autocompletion=lambda: list(_PER),
@@ -43,14 +44,19 @@ class WeightOptions:
     holdout: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --fit: records to judge by; half of those of --fit if left out. May be repeated.",
+            help="With --fit or --method best: records to judge by; half of the others if left out. May be repeated.",
             rich_help_panel=_FIT,
             metavar="FILE",
         ),
     ] = None
     fit_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="With --fit: steps of L-BFGS at most.", show_default="30", rich_help_panel=_FIT),
+        typer.Option(
+            min=1,
+            help="With --fit or --method best: steps of L-BFGS at most.",
+            show_default="30",
+            rich_help_panel=_FIT,
+        ),
     ] = None
     sweep: Annotated[
         list[str] | None,
@@ -64,7 +70,8 @@ class WeightOptions:
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --sweep: records as for eval; may be repeated: then the mean of the losses says which is best.",
+            help="With --sweep or --method best: records as for eval; may be repeated: then the mean of the losses "
+            "says which is best.",
             rich_help_panel=_SWEEP,
             metavar="FILE",
         ),
@@ -92,29 +99,34 @@ class WeightOptions:
         typer.Option(help="auto, cpu, cuda or mps.", show_default="auto", rich_help_panel=_BOTH, metavar="NAME"),
     ] = None
 
-    def wishes(self, seed: int | None) -> FitWishes | SweepWishes | None:
-        """What is asked for; None when the weights are those that are typed.
+    def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | BestWishes | None:
+        """What is asked for, with ``--method best`` or without; None when the weights are those that are typed.
 
         Raises:
             Usage: options without what they belong to, or with none of their values; all of it at once.
         """
         problems: list[StackctlError] = []
         of_fit = {"--per": self.per, "--holdout": self.holdout, "--fit-steps": self.fit_steps}
-        of_sweep = {"--data": self.data, "--output": self.to}
+        of_sweep = {"--output": self.to} if best else {"--data": self.data, "--output": self.to}
+        if best and (given := _given({"--fit": self.fit, "--sweep": self.sweep})):
+            problems.append(Usage(f"--method best tries by itself what {given} asks for", hint=f"leave out {given}"))
+        if best and not self.data:
+            problems.append(Usage("--method best judges by losses, and no --data was given", hint="--data FILE"))
         of_both = {"--max-length": self.max_length, "--device": self.device}
         if self.fit and self.sweep:
             problems.append(
                 Usage("--fit learns weights and --sweep tries given ones", hint="one of them at a time: leave out one")
             )
-        if not self.fit and (given := _given(of_fit)):
+        if not self.fit and not best and (given := _given(of_fit)):
             problems.append(Usage(f"{given} applies to --fit, and none was given", hint="name records: --fit FILE"))
         if not self.sweep and (given := _given(of_sweep)):
             problems.append(
                 Usage(
-                    f"{given} applies to --sweep, and none was given", hint="say what to try: --sweep style=0:1.5:0.25"
+                    f"{given} applies to --sweep{'' if self.to else ' or --method best'}, and none was given",
+                    hint="say what to try: --sweep style=0:1.5:0.25",
                 )
             )
-        if not self.fit and not self.sweep and (given := _given(of_both)):
+        if not self.fit and not self.sweep and not best and (given := _given(of_both)):
             problems.append(
                 Usage(f"{given} applies to --fit and --sweep, and none was given", hint="name records: --fit FILE")
             )
@@ -124,17 +136,19 @@ class WeightOptions:
             if value is not None and value not in allowed:
                 hint = did_you_mean(value, allowed, f"one of {', '.join(allowed)}")
                 problems.append(Usage(f"{name} is not '{value}'", hint=hint))
-        if (self.fit or self.sweep) and seed is not None and seed < 0:
+        if (self.fit or self.sweep or best) and seed is not None and seed < 0:
             problems.append(Usage("--seed: a seed is no negative number", hint="--seed 0"))
         raise_all(problems)
         shared: dict[str, Any] = {"max_length": self.max_length or 1024, "device": self.device or "auto"}
         if self.sweep:
             return SweepWishes(self.sweep, self.data or (), self.to, **shared)
-        if not self.fit:
+        if not self.fit and not best:
             return None
         typed = {"per": self.per, "holdout": self.holdout, "steps": self.fit_steps}
         chosen: dict[str, Any] = {key: value for key, value in typed.items() if value is not None}
-        return FitWishes(self.fit, seed=seed or 0, **chosen, **shared)
+        data = self.data if best else self.fit
+        found = FitWishes(data or (), seed=seed or 0, **chosen, **shared)
+        return BestWishes(found) if best else found
 
 
 def _given(options: dict[str, Any]) -> str:

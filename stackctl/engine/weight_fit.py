@@ -179,16 +179,25 @@ class Judged:
 
 def judge(before: Sequence[Score], after: Sequence[Score]) -> Judged:
     """Compare two stacks on the same records by the sign-flip test of :mod:`stackctl.engine.significance`."""
-    gaps, errors = [], []
+    errors = []
     for old, new in zip(before, after, strict=True):
         own = [a.loss - b.loss for a, b in zip(new.records, old.records, strict=True)]
-        gaps += [gap / (len(before) * old.tokens) for gap in own]
         errors.append(ratio_error(own, [record.tokens for record in old.records]))
     known = [error for error in errors if error is not None]
     return Judged(
         mean_loss(before), mean_loss(after),
-        math.hypot(*known) / len(before) if len(known) == len(errors) else None, sign_flip_p(gaps),
+        math.hypot(*known) / len(before) if len(known) == len(errors) else None,
+        sign_flip_p(record_gaps(before, after)),
     )  # fmt: skip
+
+
+def record_gaps(before: Sequence[Score], after: Sequence[Score]) -> list[float]:
+    """Each record's share in the difference of the mean losses, after less before; they add up to it."""
+    return [
+        (a.loss - b.loss) / (len(before) * old.tokens)
+        for old, new in zip(before, after, strict=True)
+        for a, b in zip(new.records, old.records, strict=True)
+    ]
 
 
 def mean_loss(scores: Sequence[Score]) -> float:

@@ -13,6 +13,8 @@ from stackctl.core.errors import Usage, did_you_mean
 from stackctl.core.schema import MethodOptions
 
 SUM = "sum"
+BEST = "best"
+"""What the choice among all methods, by data, is called in the place of one; see :mod:`stackctl.plan.candidates`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def check_method(name: str, options: MethodOptions) -> MethodOptions:
     method = METHODS.get(name)
     if method is None:
         raise Usage(
-            f"there is no method '{name}'", hint=did_you_mean(name, list(METHODS), f"one of {', '.join(METHODS)}")
+            f"there is no method '{name}'", hint=did_you_mean(name, [*METHODS, BEST], f"one of {', '.join(METHODS)}")
         )
     values = {key: getattr(options, key) for key in MethodOptions.__struct_fields__}
     extra = [f"--{key}" for key, value in values.items() if value is not None and key not in method.options]

@@ -1,0 +1,202 @@
+"""compose --method best: the sum, the fitted sum and every other method, judged on the same records kept apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from stackctl.cli.common import Context
+from stackctl.cli.eval_table import NOISE
+from stackctl.cli.fit_weights import FEWEST, FitWishes, learn_weights, read_halves, read_weighted
+from stackctl.cli.load_stacks import load_common_base, score_stacks
+from stackctl.cli.sweep_weights import weights_of
+from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.core.expressions import format_weight
+from stackctl.plan.build import plan_stack
+from stackctl.plan.candidates import Candidate, candidates
+from stackctl.plan.model import StackPlan
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from stackctl.cli.fit_weights import Halves
+    from stackctl.engine.evaluation import Score
+    from stackctl.engine.weighted_members import WeightedFactors
+
+
+@dataclass(frozen=True)
+class BestWishes:
+    """What was asked for: data as for ``--fit``, whose weights are among what is tried."""
+
+    fit: FitWishes
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One way to compose the members, and what of it is said in words."""
+
+    stack: ResolvedStack
+    plan: StackPlan
+    settings: str = ""
+    fitted: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack.method}{f' ({self.settings})' if self.settings else ''}"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The stack that is to be written, the rows of the JSON, and notes."""
+
+    stack: ResolvedStack
+    json: dict[str, Any]
+    notes: list[str]
+
+
+def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: BestWishes) -> Best:
+    """Try everything, and choose what is best on the held-out records if that is more than chance.
+
+    Everything that can be wrong is found, and said at once, before the base is loaded.
+    """
+    problems: list[StackctlError] = []
+    weighted: WeightedFactors | None = None
+    sets: Halves | None = None
+    with gathering(problems):
+        weighted = read_weighted(stack, plan, wishes.fit.per)
+    with gathering(problems):
+        sets = read_halves(context, stack, plan, wishes.fit)
+    raise_all(problems)
+    assert weighted is not None and sets is not None, "else there was a problem"
+    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.fit.device)
+    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.fit.steps).stack
+    tried = [
+        _Tried(stack, plan),
+        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {wishes.fit.per}", fitted=True),
+        *_other_methods(stack, plan, wishes.fit.seed),
+    ]
+    named = [(one.name, one.plan) for one in tried]
+    scores = score_stacks(context, stacked, named, sets.held_out, "trying methods", finite=False)
+    return _judged(tried, wishes.fit.holdout or wishes.fit.data, scores)
+
+
+def _other_methods(stack: ResolvedStack, plan: StackPlan, seed: int) -> Iterator[_Tried]:
+    used = sum(member.is_used for member in plan.members)
+    for candidate in candidates(used, plan.rank, seed):
+        members = [replace(m, **_scaled(m.weight, m.layer_weights, candidate)) for m in plan.members]
+        made = replace(
+            stack,
+            members=tuple(replace(m, **_scaled(m.weight, m.layer_weights, candidate)) for m in stack.members),
+            method=candidate.method,
+            options=candidate.options,
+        )
+        planned = plan_stack(plan.base, members, candidate.method, candidate.options).check()
+        yield _Tried(made, planned, candidate.settings)
+
+
+def _scaled(weight: float, layers: Any, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "weight": weight * candidate.scale,
+        "layer_weights": {name: own * candidate.scale for name, own in layers.items()},
+    }
+
+
+def _judged(tried: Sequence[_Tried], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> Best:
+    """The rows, and which of them is the best: the lowest loss of those that beat the typed sum by more than chance."""
+    from stackctl.engine.significance import best_of_many_p
+    from stackctl.engine.weight_fit import judge, mean_loss, record_gaps
+
+    finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
+    others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []
+    among = best_of_many_p([record_gaps(scores[0], scores[number]) for number in others]) if others else []
+    family = dict(zip(others, among, strict=True))
+    rows = []
+    for number, (one, own) in enumerate(zip(tried, scores, strict=True)):
+        compared = judge(scores[0], own) if number in family else None
+        errors = [score.standard_error for score in own]
+        known = [error for error in errors if error is not None and math.isfinite(error)]
+        whole = finite[number] and len(known) == len(errors)
+        rows.append(
+            {
+                "method": one.stack.method,
+                "options": msgspec.to_builtins(one.stack.options),
+                "settings": one.settings,
+                "fitted": one.fitted,
+                "weights": weights_of(one.stack),
+                "loss": mean_loss(own) if finite[number] else None,
+                "standard_error": math.hypot(*known) / len(own) if whole else None,
+                "difference": compared.after - compared.before if compared else None,
+                "difference_error": compared.standard_error if compared else None,
+                "p_value": compared.p_value if compared else None,
+                "p_value_of_all": family.get(number),
+                "data": [
+                    {"data": source, "loss": score.loss if math.isfinite(score.loss) else None}
+                    for source, score in zip(data, own, strict=True)
+                ],
+            }
+        )
+    better = [n for n in others if rows[n]["difference"] < 0 and family[n] <= NOISE]
+    best = min(better, key=lambda number: rows[number]["loss"], default=0)
+    records = sum(len(score.records) for score in scores[0])
+    json = {"tried": rows, "best": rows[best], "improved": best != 0, "held_out_records": records}
+    return Best(tried[best].stack, json, _notes(tried, rows, best, records))
+
+
+def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, records: int) -> list[str]:
+    typed = rows[0]["loss"]
+    if best:
+        gap = f"{typed:.4f} to {rows[best]['loss']:.4f} on {records} held-out records"
+        chance = f"p = {rows[best]['p_value_of_all']:.2g} for the best of {len(tried) - 1}"
+        return [f"{tried[best].name} is taken: the loss goes from {gap}, {chance}"]
+    if typed is None:
+        return ["the loss of the typed sum is not a finite number, so that nothing can be compared with it"]
+    losses = {number: row["loss"] for number, row in enumerate(rows) if number and row["loss"] is not None}
+    notes = [f"the typed sum is kept: nothing else is better by more than chance on {records} held-out records"]
+    if losses and (nearest := min(losses, key=losses.__getitem__)):
+        notes[0] += (
+            f"; lowest of the others is {tried[nearest].name}, {typed:.4f} to {losses[nearest]:.4f}, "
+            f"p = {rows[nearest]['p_value_of_all']:.2g} for the best of {len(tried) - 1}"
+        )
+    if records < FEWEST:
+        notes.append(f"fewer than {FEWEST} held-out records cannot show that anything is better than by chance")
+    return notes
+
+
+def best_table(found: dict[str, Any]) -> RenderableType:
+    """All that was tried, the lowest loss first, the one that is taken marked."""
+    from stackctl.render.tables import table
+
+    rows = sorted(found["tried"], key=lambda row: math.inf if row["loss"] is None else row["loss"])
+    cells = [
+        (
+            f"{row['method']}{' *' if row is found['best'] else ''}",
+            row["settings"] or ", ".join(f"{name} {_weight(value)}" for name, value in row["weights"].items()),
+            "not finite" if row["loss"] is None else f"{row['loss']:.4f}",
+            "" if row["standard_error"] is None else f"{row['standard_error']:.4f}",
+            "" if row["difference"] is None else f"{row['difference']:+.4f}",
+            "" if row["p_value_of_all"] is None else f"{row['p_value_of_all']:.2g}",
+        )
+        for row in rows
+    ]
+    columns = ("method", "settings", "loss", "±", "against the sum", "p")
+    return table(columns, cells, title=f"on {found['held_out_records']} held-out records")
+
+
+def _weight(value: Any) -> str:
+    return "by layer" if isinstance(value, dict) else format_weight(value)
+
+
+def check_no_settings(typed: dict[str, Any]) -> None:
+    """That no option of a single method was given.
+
+    Raises:
+        Usage: one was.
+    """
+    if given := ", ".join(f"--{name}" for name, value in typed.items() if value is not None):
+        raise Usage(f"--method best tries settings of its own, and {given} was given", hint=f"leave out {given}")
