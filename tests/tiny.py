@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -125,3 +126,19 @@ def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, 
             written[key].sort()
     file.write_text(json.dumps(written, indent=2, sort_keys=True))
     return out
+
+
+def untrained_base(folder: Path, *, learned: bool) -> Path:
+    """A tiny base whose ordinary rows were trained, with room behind its tokenizer's last token."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=256, eos_token_id=257, pad_token_id=257, tie_word_embeddings=True,
+    ))  # fmt: skip
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight.normal_(0, 0.02)
+        weight[: 258 if learned else 256] += torch.randn(258 if learned else 256, 64) * 0.2
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

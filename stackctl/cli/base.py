@@ -88,7 +88,7 @@ def register(app: typer.Typer) -> None:
             told = (
                 f"{name} never learned {', '.join(base.untrained_tokens)}, which chats begin and end with: their rows"
             )
-            notes.append(f"{told} are as they were initialised, and a LoRA on linear layers does not train them")
+            notes.append(f"{told} are as they were initialised; train --train-tokens auto trains them")
         return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=tuple(notes))
 
     @command(group, "ls", example="stackctl base ls --json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,7 +154,7 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
     if wishes.weights or wishes.output:
         from stackctl.engine.norms import module_norms
 
-        norms = module_norms(plan)
+        norms = module_norms(plan, functools.partial(_own_rows, plan, registry) if registry else None)
     measured = None
     if wishes.interference or (wishes.output and len(plan.members) > 1):
         from stackctl.engine.interference import measure_interference
@@ -172,6 +173,15 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
         write_page(wishes.output, inspection_page(info, plan, norms, curves, measured, kin))
         info["page"] = str(wishes.output.absolute())
     return Extras(tuple(found), measured if wishes.interference else None)
+
+
+def _own_rows(plan: StackPlan, registry: Registry) -> Any:
+    """A reader of the base's own rows, for how far a member's are from them."""
+    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.token_rows import base_rows
+
+    assert plan.base is not None, "a resolved stack stands on a base"
+    return base_rows(plan, base_folder(plan.base, registry, lambda _: None))
 
 
 def _means_folder(what: str, context: Context) -> bool:

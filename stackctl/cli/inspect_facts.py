@@ -38,6 +38,14 @@ def module_table(plan: StackPlan) -> list[dict[str, Any]]:
     ]
 
 
+def row_table(plan: StackPlan) -> list[dict[str, Any]]:
+    """Rows of single tokens: which member trained which, where."""
+    return [
+        {"member": plan.members[rows.member].label, "module": rows.module, "tokens": list(rows.tokens)}
+        for rows in plan.token_rows
+    ]
+
+
 def base_info(base: Base) -> dict[str, Any]:
     """A base as ``inspect`` tells it."""
     return {"kind": "base", **{k: v for k, v in msgspec.to_builtins(base).items() if k not in ("schema", "kind")}}
@@ -56,6 +64,7 @@ def checkpoint_info(checkpoint: Checkpoint, plan: StackPlan) -> dict[str, Any]:
         "bytes": checkpoint.bytes,
         "rank": plan.rank,
         "modules": len(plan.modules),
+        "token_rows": row_table(plan),
         "problems": [p.json() for p in plan.problems],
     }
     if checkpoint.is_lora:
@@ -83,6 +92,7 @@ def adapter_info(member: ResolvedMember, plan: StackPlan, registry: Registry) ->
         "made_with": entry.get("versions", {}),
         "rank": plan.rank,
         "modules": len(plan.modules),
+        "token_rows": row_table(plan),
         "needs": version.trained_on,
         "problems": [p.json() for p in plan.problems if p.code != "foundation"],
     }
@@ -99,6 +109,7 @@ def stack_info(stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
         "exact": plan.method == SUM and not plan.errors,
         "rank": plan.rank,
         "modules": len(plan.modules),
+        "token_rows": row_table(plan),
         "members": [
             {
                 "adapter": m.adapter.name,
@@ -132,6 +143,9 @@ def stack_tree(stack: ResolvedStack, plan: StackPlan, *, problems: bool = True) 
             weight += f" ({len(member.layer_weights)} weights by layer)"
         size = f"{version.parameters:,} parameters, {human_bytes(version.bytes)}"
         branch = tree.add(Text(f"+ {member.label}{weight}  rank {planned.rank}, {size}"))
+        if rows := {token for own in plan.token_rows if plan.members[own.member] is planned for token in own.tokens}:
+            named = version.trained_tokens or [str(token) for token in sorted(rows)]
+            branch.add(Text(f"rows of {', '.join(named)}", style="dim"))
         if version.trained_on:
             branch.add(Text(f"trained on {'+'.join(version.trained_on)}", style="dim"))
         for problem in shown:

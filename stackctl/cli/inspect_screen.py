@@ -32,8 +32,8 @@ class Extras:
 
 def facts_screen(info: dict[str, Any], title: str) -> Any:
     """A base, or a checkpoint by itself."""
-    hidden = {"kind", "problems", "modules", "info", "lora", "name", "module_table", "weights", "for", "curves",
-              "page"}  # fmt: skip
+    hidden = {"kind", "problems", "token_rows", "modules", "info", "lora", "name", "module_table", "weights", "for",
+              "curves", "page"}  # fmt: skip
     facts = {key.replace("_", " "): value for key, value in info.items() if key not in hidden}
     if "bytes" in facts:
         facts["bytes"] = human_bytes(facts["bytes"])
@@ -79,6 +79,10 @@ def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     facts["needs"] = "+".join(info["needs"])
     targets = info["lora"].get("target_modules")
     facts["targets"] = ", ".join(targets) if isinstance(targets, list) else targets
+    if rows := info["token_rows"]:
+        named = info.get("trained_tokens") or sorted({token for own in rows for token in own["tokens"]})
+        where = " and ".join(dict.fromkeys(own["module"] for own in rows))
+        facts["tokens"] = f"rows of {', '.join(map(str, named))} in {where}"
     if run := info.get("run"):
         facts["trained"] = (
             f"{run['steps']} steps, {run['supervised_tokens']:,} supervised tokens, loss {run['loss']:.3f}"

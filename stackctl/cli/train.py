@@ -41,7 +41,7 @@ _COMPLETIONS = {"on": complete_what, "from": complete_what, "base": complete_bas
 _TRAINING, _RUN = "Training", "The run"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "What is trained": ("on", "from", "base", "data", "description"),
-    "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal"),
+    "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal", "train_tokens"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
     DEVICE_PANEL: ("dtype", "frozen", "gradient_checkpointing", "cache", "num_processes", "accelerate_config"),
@@ -51,7 +51,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _KINDS = {
     "on": "EXPR", "from": "REF", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
-    "target_modules": "NAMES", "report_to": "NAMES",
+    "target_modules": "NAMES", "report_to": "NAMES", "train_tokens": "TOKENS",
 }  # fmt: skip
 
 

@@ -38,9 +38,10 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     tokenizer = load_tokenizer(folder)
     adopt_chat_template(tokenizer, prepared.base.name, [prepared.plan])
     ensure_chat_template(tokenizer)
-    targets = targets_of(prepared, folder)
+    say = context.output.status
+    targets = targets_of(prepared, folder, tokenizer, say)
     with share_progress(context.output) as reading:
-        return read_corpus(prepared, tokenizer, context.output.status, reading), tokenizer, targets
+        return read_corpus(prepared, tokenizer, say, reading, targets.tokens), tokenizer, targets
 
 
 def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
@@ -52,7 +53,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     job = prepared.job
     processes = launch.processes if launch else ranks.world_size()
     batch = job.batch_size * job.gradient_accumulation * processes
-    memory = _estimate(prepared, corpus, launch)
+    memory = _estimate(prepared, corpus, targets, launch)
     steps = optimizer_steps(job, len(corpus.rows), processes)
     data = {
         "adapter": prepared.name,
@@ -73,6 +74,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "steps": steps,
         "adapts": sorted(targets.modules, key=natural_order),
         "leaves_out": targets.left_out,
+        "trained_tokens": [token for _, token in sorted(targets.tokens.items())],
         "memory": memory.as_json(),
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,
@@ -90,17 +92,18 @@ def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch
     """What is wrong with the data is found here and told once, and what memory it will take."""
     corpus, _, targets = _check_data(context, prepared)
     context.output.status(str(targets))
-    context.output.status(str(_estimate(prepared, corpus, launch)))
+    context.output.status(str(_estimate(prepared, corpus, targets, launch)))
 
 
-def _estimate(prepared: PreparedJob, corpus: Any, launch: Launch | None) -> Any:
+def _estimate(prepared: PreparedJob, corpus: Any, targets: Any, launch: Launch | None) -> Any:
     from stackctl.engine.training import estimate_job
 
     if launch is None:
-        return estimate_job(prepared, corpus, processes=ranks.world_size())
+        return estimate_job(prepared, corpus, len(targets.tokens), processes=ranks.world_size())
     return estimate_job(
         prepared,
         corpus,
+        len(targets.tokens),
         processes=launch.processes,
         sharded=launch.sharded,
         checkpointing=launch.checkpointing,
@@ -156,6 +159,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "loss": run.loss,
         "tokens_per_second": speed,
         "trainable_parameters": done.trainable_parameters,
+        "trained_tokens": version.trained_tokens,
         "processes": run.processes,
         "frozen": run.frozen,
         "frozen_error": run.frozen_error,

@@ -124,6 +124,7 @@ class Lora(Part, frozen=True, kw_only=True):
     alpha_pattern: dict[str, Finite] = msgspec.field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None
 
 
 class DataSource(Part, frozen=True, kw_only=True):
@@ -201,8 +202,9 @@ class EntryProblem(Part, frozen=True, kw_only=True):
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
-    ``from`` is the version at whose factors its training began; ``hub`` is where it was pulled from, and ``pushed``
-    where it was pushed to last. ``problems`` are those of its training.
+    ``from`` is the version at whose factors its training began; ``trained_tokens`` are those whose rows it has trained;
+    ``hub`` is where it was pulled from, and ``pushed`` where it was pushed to last. ``problems`` are those of its
+    training.
     """
 
     version: Count
@@ -223,6 +225,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     run: Run | None = None
     problems: list[EntryProblem] = msgspec.field(default_factory=list)
     extracted: Extracted | None = None
+    trained_tokens: list[str] = msgspec.field(default_factory=list)
     hub: HubSource | None = None
     pushed: HubSource | None = None
     versions: dict[str, str] = msgspec.field(default_factory=dict)
@@ -308,6 +311,13 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     orthogonal: Annotated[
         bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
     ] = False
+    train_tokens: Annotated[
+        list[str] | str,
+        Meta(
+            description="Single tokens whose rows in embedding and head are trained, joined by ','; auto: those that "
+            "the base never learned."
+        ),
+    ] = "none"
     objective: Annotated[
         Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
         Meta(

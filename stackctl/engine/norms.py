@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ import torch
 from stackctl.engine import algebra
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.token_rows import OwnRows, new_rows
 from stackctl.plan.model import ModulePlan, StackPlan
 
 
-def module_norms(plan: StackPlan) -> list[dict[str, Any]]:
+def module_norms(plan: StackPlan, own: Callable[[], OwnRows] | None = None) -> list[dict[str, Any]]:
     """Frobenius norms per module: of every member's weighted delta, and of their exact sum.
 
-    Nothing of the size of a delta is formed: ‖BA‖² = trace((BᵀB)(AAᵀ)).
+    Nothing of the size of a delta is formed: ‖BA‖² = trace((BᵀB)(AAᵀ)). Of rows of single tokens it is how far they are
+    from the base's own, which ``own`` makes a reader of; without it they are left out.
     """
     rows = []
     with torch.no_grad(), MemberTensors(plan) as tensors:
@@ -29,7 +31,19 @@ def module_norms(plan: StackPlan) -> list[dict[str, Any]]:
             }
             total = _norm(module, factors)
             rows.append({"module": module.name, "norm": total, "members": members})
+        apart = _row_norms(plan, own(), tensors) if own and plan.token_rows else {}
+        rows += [{"module": name, "norm": math.hypot(*by.values()), "members": by} for name, by in apart.items()]
     return rows
+
+
+def _row_norms(plan: StackPlan, own: OwnRows, tensors: MemberTensors) -> dict[str, dict[str, float]]:
+    """How far each member's rows are from the base's own, by module and member."""
+    found: dict[str, dict[str, float]] = {}
+    for rows in plan.token_rows:
+        base = own(rows.module, rows.tokens).float()
+        change = float((new_rows(rows, base.clone, tensors) - base).norm())
+        found.setdefault(rows.module, {})[plan.members[rows.member].label] = change
+    return found
 
 
 def _norm(module: ModulePlan, factors: Sequence[algebra.Factors]) -> float:

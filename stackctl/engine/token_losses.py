@@ -43,6 +43,7 @@ class OutputHead:
     def prepare(self) -> Callable[[Tensor], Tensor]:
         """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
         project: Callable[[Tensor], Tensor] = self.module
+        rows = getattr(self.module, "token_adapter", None)
         if type(self.module) is nn.Linear and not self.parameters:
             weight: Tensor = self.module.weight
             bias: Tensor | None = self.module.bias
@@ -52,6 +53,8 @@ class OutputHead:
 
             def project(hidden: Tensor) -> Tensor:
                 return functional.linear(hidden.to(weight.dtype), weight, bias)
+        elif rows is not None:
+            project = _with_rows(rows)
 
         def logits(hidden: Tensor) -> Tensor:
             found = project(hidden)
@@ -59,6 +62,33 @@ class OutputHead:
             return found if self.soft_cap is None else self.soft_cap * torch.tanh(found / self.soft_cap)
 
         return logits
+
+
+def _with_rows(rows: Any) -> Callable[[Tensor], Tensor]:
+    """The head under PEFT's rows of single tokens: put into the weight once, not for each chunk.
+
+    The same logits, bit for bit; gradients of the rows come from their own logits alone, not by way of a gradient of
+    the whole weight.
+    """
+    layer = rows.get_base_layer()
+    active = [] if rows.disable_adapters else list(rows.active_adapters)
+    dtype = _autocast_dtype(layer.weight) or layer.weight.dtype
+    weight, bias = layer.weight.detach().to(dtype, copy=bool(active)), layer.bias if not active else None
+    learned = []
+    for name in active:
+        index = torch.tensor(rows.token_indices[name], device=weight.device)
+        values = rows.trainable_tokens_delta[name]
+        weight.index_copy_(0, index, values.detach().to(dtype))
+        learned.append((index, values))
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = functional.linear(hidden.to(dtype), weight, bias)
+        for index, values in learned if torch.is_grad_enabled() else ():
+            own = functional.linear(hidden.to(dtype), (values - values.detach()).to(dtype))  # zero, with a gradient
+            logits = logits.index_add(-1, index, own)
+        return logits
+
+    return project
 
 
 @dataclass(frozen=True)

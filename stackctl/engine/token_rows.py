@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.folding import Rounding
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, TensorFiles, tensor_bytes
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.plan.model import StackPlan, TokenRows
 from stackctl.plan.token_rows import all_tokens, peft_rows
+
+if TYPE_CHECKING:
+    from stackctl.engine.base_layout import BaseLayout  # transformers takes seconds to import
 
 OwnRows = Callable[[str, Sequence[int]], Tensor]
 """The base's own rows (tokens, width) of a module, by its name and the tokens' numbers."""
@@ -109,6 +112,7 @@ def rows_of_file(layout: BaseLayout, name: str, rows: Collection[int]) -> Tensor
 def base_rows(plan: StackPlan, folder: Path) -> OwnRows:
     """The base's own rows, out of the files in ``folder``."""
     from stackctl.engine.base_class import quantised_skeleton
+    from stackctl.engine.base_layout import BaseLayout
 
     base = plan.base
     assert base is not None, "rows are told from a base's own"

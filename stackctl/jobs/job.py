@@ -25,6 +25,7 @@ from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning, settle
 from stackctl.jobs.trackers import check_trackers
+from stackctl.jobs.trained_tokens import asks, check_tokens
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
@@ -66,6 +67,11 @@ class PreparedJob:
         turns out to lose too much of it.
         """
         return bool(self.plan.modules) and (self.job.frozen == "live" or self.job.dtype == "nf4")
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether it may train rows of single tokens: its own, or those of what it begins at."""
+        return asks(self.job.train_tokens) or bool(self.beginning and self.beginning.plan.token_rows)
 
     @property
     def trained_on(self) -> list[str]:
@@ -126,6 +132,8 @@ def prepare_job(
         job = arguments
     if plan and job.orthogonal:
         attempt(_check_orthogonal, job, plan)
+    if plan and stack:
+        attempt(check_tokens, job, plan, stack.base, beginning.plan if beginning else None)
     attempt(_check_evaluation, job)
     attempt(_check_precision, job)
     attempt(_check_objective, job)

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import msgspec
 
 from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated, Usage
-from stackctl.jobs import ranks
+from stackctl.jobs import ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.render.output import Output, Result
 from stackctl.storage.paths import typed_path
@@ -92,6 +92,8 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
     _check_config(path, config)
     if job.orthogonal and config.distributed_type in ("FSDP", "DEEPSPEED"):
         raise NOT_WHOLE
+    if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.trains_tokens:
+        raise trained_tokens.NOT_WHOLE
     processes = job.num_processes or config.num_processes or 1
     sharded = config.distributed_type == "FSDP"
     checkpointing = sharded and config.fsdp_config is not None and config.fsdp_config.fsdp_activation_checkpointing

@@ -18,6 +18,7 @@ from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
 from stackctl.jobs.job import PreparedJob, data_path, prepare_job
+from stackctl.jobs.trained_tokens import parse_tokens
 from stackctl.lora.target_modules import parse_targets
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
@@ -263,6 +264,8 @@ def _outcome(settings: TrainSettings, *, watched: bool) -> dict[str, Any]:
     told: dict[str, Any] = msgspec.to_builtins(settings)
     targets = parse_targets(told["target_modules"])
     told["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    tokens = parse_tokens(told["train_tokens"])
+    told["train_tokens"] = sorted(tokens) if isinstance(tokens, list) else tokens
     told["alpha"] = told["alpha"] if told["alpha"] is not None else 2 * told["rank"]
     ignored = () if watched else ("eval_steps", "keep", "patience")
     return {key: value for key, value in told.items() if key not in ignored}

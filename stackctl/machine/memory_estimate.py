@@ -110,6 +110,7 @@ def estimate_memory(
     sharded: bool = False,
     checkpointing: bool = False,
     heap: bool = False,
+    token_rows: int = 0,
 ) -> MemoryEstimate:
     """The memory of one training process.
 
@@ -120,6 +121,8 @@ def estimate_memory(
         sharded: FSDP, which gives each process a part of everything that is stored.
         checkpointing: activations inside a layer are computed again for the backward pass instead of kept.
         heap: tensors are in main memory, whose heap is fragmented after some steps.
+        token_rows: how many single tokens have their rows trained: while the loss is computed, there is a copy of the
+            head with them in it, and afterwards as large a gradient of the embedding.
     """
     modules = expand_modules(base.modules)
     shards = processes if sharded else 1
@@ -134,7 +137,8 @@ def estimate_memory(
     cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
     largest = sum(out * width for out, width in in_layers.values()) / layers * plain
     per_rank = sum(_factors(modules[name].shape) for name in targets)
-    trained = rank * per_rank
+    tied = base.tied_embeddings or not base.output_embedding
+    trained = rank * per_rank + token_rows * hidden * (1 if tied else 2)
     live = live_rank * sum(sum(shape) for shape in in_layers.values()) * 4
 
     value = _VALUE[precision]
@@ -148,6 +152,8 @@ def estimate_memory(
     activations = int(tokens * (kept * value + casts + low))
     checkpointed = int(tokens * layers * hidden * value) + activations // layers
     logits = min(supervised * base.vocabulary_size, max(LOSS_CHUNK // 4, base.vocabulary_size)) * _LOGIT
+    if token_rows:
+        logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
     return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,

@@ -8,8 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from tiny import CHATML, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import tiny_tokenizer, untrained_base
 
 from stackctl.engine.untrained_tokens import reference_tokens, untrained_tokens
 
@@ -50,27 +49,9 @@ def test_what_cannot_be_told_is_not_said() -> None:
     assert untrained_tokens([rows("larger")], range(250, 260), USED, UNUSED[:7]) == []
 
 
-def base(folder: Path, *, learned: bool) -> Path:
-    """A tiny base whose ordinary rows were trained, with room behind its tokenizer's last token."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=256, eos_token_id=257, pad_token_id=257, tie_word_embeddings=True,
-    ))  # fmt: skip
-    with torch.no_grad():
-        weight = model.get_input_embeddings().weight
-        weight.normal_(0, 0.02)
-        weight[: 258 if learned else 256] += torch.randn(258 if learned else 256, 64) * 0.2
-    model.save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("learned", [False, True])
 def test_training_says_which_tokens_of_the_template_it_cannot_teach(run: Any, tmp_path: Path, learned: bool) -> None:
-    folder = base(tmp_path / "model", learned=learned)
+    folder = untrained_base(tmp_path / "model", learned=learned)
     used, unused = reference_tokens(tiny_tokenizer(), 288)
     assert unused == list(range(258, 288))
     assert len(used) > 30

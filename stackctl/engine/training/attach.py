@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
@@ -14,7 +14,7 @@ from stackctl.engine.live_adapter import LIVE, attach_live, layer_factors
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.targets import Targets, attached, new_layers
+from stackctl.engine.training.targets import Targets, attached, check_rows, new_layers
 from stackctl.jobs.beginning import Beginning
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import natural_order
@@ -55,6 +55,8 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
         **copy.deepcopy(targets.settings),
         **(prepared.beginning.patterns if prepared.beginning else {}),
     )
+    if live:
+        stacked.write_token_rows(prepared.plan)
     stacked.model.name_or_path = base.hub_id or str(stacked.folder)
     with torch.random.fork_rng():
         torch.manual_seed(prepared.initial_seed)
@@ -64,6 +66,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
             f"PEFT did not attach the adapter to what it was asked for: {', '.join(odd[:3])}; nothing was trained",
             hint=f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name}",
         )
+    check_rows(model, base, targets.settings)
     if prepared.beginning:
         begin_at(model, prepared.beginning)
     if live:
@@ -77,7 +80,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
 
 @torch.no_grad()
 def begin_at(model: PeftModel, beginning: Beginning) -> None:
-    """Give the new adapter the factors of another: its first step begins with that one's effect.
+    """Give the new adapter the factors and rows of another: its first step begins with that one's effect.
 
     Rows of A beyond its rank stay as they were drawn, with columns of zeros in B. B takes up another scaling.
     """
@@ -92,6 +95,11 @@ def begin_at(model: PeftModel, beginning: Beginning) -> None:
             new_b.zero_()
             ratio = scale / layer.scaling[ADAPTER]
             new_b[:, : b.shape[1]].copy_(b if abs(ratio - 1) < 1e-12 else b * ratio)
+        for rows in beginning.plan.token_rows:
+            adapter: Any = model.get_base_model().get_submodule(rows.module).token_adapter
+            places = [adapter.token_indices[ADAPTER].index(token) for token in rows.tokens]
+            values = adapter.trainable_tokens_delta[ADAPTER]
+            values[places] = tensors.of(rows.member, rows.tensor).to(values)
 
 
 def _whole(number: float) -> int | float:

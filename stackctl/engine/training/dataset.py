@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
+from stackctl.engine.training.trained_tokens import frozen_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.render.record_preview import Span, render_preview
 from stackctl.render.terminal import Painted, colours_on, width_of
@@ -40,8 +41,16 @@ class Corpus:
     max_length: int
 
 
-def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Reading = lambda _: None) -> Corpus:
+def read_corpus(
+    prepared: PreparedJob,
+    tokenizer: Any,
+    say: Say,
+    reading: Reading = lambda _: None,
+    trained: Collection[int] = (),
+) -> Corpus:
     """Read and tokenise a job's data, and say what a person should know about it.
+
+    ``trained`` are the tokens whose rows the job trains.
 
     Raises:
         NotFound, Usage: it is missing, malformed, or nothing in it can be learned from.
@@ -92,7 +101,7 @@ def read_corpus(prepared: PreparedJob, tokenizer: Any, say: Say, reading: Readin
         )
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
-    if untrained := _untrained(encoded, tokenizer, prepared.base):
+    if untrained := _untrained(encoded, tokenizer, prepared.base, {*trained, *frozen_tokens(prepared)}):
         say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
     say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
@@ -128,9 +137,10 @@ def _check_shape(records: RecordStream, objective: str) -> None:
         )
 
 
-def _untrained(encoded: Encoded, tokenizer: Any, base: Base) -> str | None:
-    """What to know where the first examples have tokens that a base never learned."""
-    numbers = dict(zip(tokenizer.convert_tokens_to_ids(base.untrained_tokens), base.untrained_tokens, strict=True))
+def _untrained(encoded: Encoded, tokenizer: Any, base: Base, trained: Collection[int]) -> str | None:
+    """What to know where the first examples have tokens that a base never learned, and nobody else trains."""
+    found = zip(tokenizer.convert_tokens_to_ids(base.untrained_tokens), base.untrained_tokens, strict=True)
+    numbers = {number: token for number, token in found if number not in trained}
     if not numbers:
         return None
     first = [encoded.examples[index] for index in range(min(len(encoded.examples), _LOOKED_AT))]
@@ -139,9 +149,10 @@ def _untrained(encoded: Encoded, tokenizer: Any, base: Base) -> str | None:
         return None
     named = ", ".join(token for number, token in numbers.items() if number in used)
     learned = any(label in used for example in first for label in example.labels)
-    return f"{base.name} never learned {named}: their rows are as they were initialised, and this adapter does not " + (
+    what = f"{base.name} never learned {named}: their rows are as they were initialised, and this adapter does not "
+    return what + (
         "train them, so that it may not learn to write them" if learned else "train them"
-    )
+    ) + "; --train-tokens auto does"  # fmt: skip
 
 
 def preview_parts(example: Example, tokenizer: Any) -> list[Span]:

@@ -31,9 +31,18 @@ class Estimate:
 
 
 def estimate_job(
-    prepared: PreparedJob, corpus: Corpus, *, processes: int = 1, sharded: bool = False, checkpointing: bool = False
+    prepared: PreparedJob,
+    corpus: Corpus,
+    tokens: int = 0,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    checkpointing: bool = False,
 ) -> Estimate:
-    """The memory of a job on the largest micro-batch that its data can make."""
+    """The memory of a job on the largest micro-batch that its data can make.
+
+    ``tokens`` is how many single tokens have their rows trained.
+    """
     job, base = prepared.job, prepared.base
     device = choose_device()
     lengths = corpus.rows.lengths()
@@ -52,6 +61,7 @@ def estimate_job(
         sharded=sharded,
         checkpointing=checkpointing or job.gradient_checkpointing,
         heap=device.type == "cpu",
+        token_rows=tokens,
     )
     if device.type == "cuda":
         return Estimate(memory, torch.cuda.mem_get_info(device)[0], shared=False)

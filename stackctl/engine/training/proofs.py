@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import TrainableTokensWrapper
 from torch import Tensor
 
 from stackctl.core.errors import VerificationFailed
@@ -50,7 +52,7 @@ def check_active(without: Tensor, with_stack: Tensor, expression: str) -> float:
 
 
 def check_trainable(model: PeftModel) -> int:
-    """Exactly the new adapter's factors are trainable. Returns how many values that is.
+    """Exactly the new adapter's factors, and its rows of single tokens, are trainable. Returns how many values that is.
 
     Raises:
         VerificationFailed: something else is, or one of them is not.
@@ -67,6 +69,12 @@ def check_trainable(model: PeftModel) -> int:
         )
         if ADAPTER in kind
     }
+    wanted |= {
+        f"{name}.trainable_tokens_delta.{ADAPTER}"
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableTokensLayer)
+        if ADAPTER in module.trainable_tokens_delta and module.tied_adapter is None
+    }
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(trainable) != wanted or not wanted:
         odd = sorted(set(trainable) ^ wanted)[:3]
@@ -78,10 +86,11 @@ def check_trainable(model: PeftModel) -> int:
 def new_adapter_off(model: PeftModel, live: str | None) -> Iterator[None]:
     """The model as the frozen stack alone makes it; trainability is put back afterwards."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kinds = (LoraLayer, TrainableTokensLayer, TrainableTokensWrapper)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     before = [list(layer.active_adapters) for layer in layers]
-    for layer in layers:
-        layer._active_adapter = [live] if live else []
+    for layer in layers:  # the rows of a frozen stack are in the weights
+        layer._active_adapter = [live] if live and isinstance(layer, LoraLayer) else []
     try:
         yield
     finally:

@@ -42,6 +42,7 @@ class FinishedRun:
     corpus: Corpus
     outcome: Run
     counters: Counters
+    trained_tokens: list[str]
 
 
 def register_version(
@@ -81,6 +82,8 @@ def _check_saved(prepared: PreparedJob, staged: Path) -> str:
     with MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             tensors.factors(module)
+        for rows in plan.token_rows:
+            tensors.of(rows.member, rows.tensor)
     return checkpoint.digest()
 
 
@@ -133,6 +136,7 @@ def _entry(
             base.vocabulary_size,
             finished.outcome.kept_step,
         ),
+        trained_tokens=finished.trained_tokens,
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"stackctl": __version__},
     )

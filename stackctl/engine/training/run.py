@@ -33,7 +33,7 @@ from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
-from stackctl.jobs import ranks
+from stackctl.jobs import ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch import NOT_WHOLE
 from stackctl.jobs.trackers import log_folder, tracking
@@ -74,6 +74,8 @@ def train_adapter(
     """
     if prepared.job.orthogonal and group.keeps_parts():
         raise NOT_WHOLE
+    if group.keeps_parts() and prepared.trains_tokens:
+        raise trained_tokens.NOT_WHOLE
     begins = (prepared.beginning.member,) if prepared.beginning else ()
     check_digests(registry, (*prepared.stack.members, *begins))
     if resume:
@@ -102,12 +104,14 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
         say(f"note: {note}")
     if data_module.ensure_chat_template(stacked.tokenizer):
         say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
-    targets = targets_of(prepared, stacked.folder)
     told = ranks.is_worker()  # the command that launched this read the data as well, to check it
-    corpus = read_corpus(prepared, stacked.tokenizer, (lambda _: None) if told else say, output.reading)
+    quiet = (lambda _: None) if told else say
+    targets = targets_of(prepared, stacked.folder, stacked.tokenizer, quiet)
+    corpus = read_corpus(prepared, stacked.tokenizer, quiet, output.reading, targets.tokens)
     if not told:
         say(str(targets))
-        say(str(estimate_job(prepared, corpus, processes=ranks.world_size(), sharded=group.is_sharded())))
+        processes, tokens = ranks.world_size(), len(targets.tokens)
+        say(str(estimate_job(prepared, corpus, tokens, processes=processes, sharded=group.is_sharded())))
     return _Loaded(stacked, targets, corpus)
 
 
@@ -166,8 +170,9 @@ def _train(
     if ranks.rank() > 0:
         return None
     finished = FinishedRun(
-        model, factors, stacked.tokenizer, corpus, _outcome(prepared, loaded, parts, how), state.counters
-    )
+        model, factors, stacked.tokenizer, corpus, _outcome(prepared, loaded, parts, how), state.counters,
+        [token for _, token in sorted(loaded.targets.tokens.items())],
+    )  # fmt: skip
     return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, trainable)
 
 

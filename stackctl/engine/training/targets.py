@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from peft.utils import TrainableTokensWrapper
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stackctl.core.errors import Incompatible, first_line
@@ -24,9 +26,11 @@ from stackctl.core.schema import Base, ModuleShape, TrainJob
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_modules import text_modules
 from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, shortest_suffixes
+from stackctl.plan.token_rows import KEY
 
 _SHOWN = 12
 
@@ -38,9 +42,15 @@ class Targets:
     modules: frozenset[str]
     settings: dict[str, Any]
     left_out: dict[str, str]
+    tokens: dict[int, str] = field(default_factory=dict)
+    """Single tokens whose rows are trained besides, by number."""
 
     def __str__(self) -> str:
         text = f"adapts {_listed(self.modules)}"
+        if self.tokens:
+            told = ", ".join(f"{token} ({number})" for number, token in sorted(self.tokens.items())[:_SHOWN])
+            more = f" and {len(self.tokens) - _SHOWN} more" if len(self.tokens) > _SHOWN else ""
+            text += f"; trains the rows of {told}{more} in {_listed(self.settings[KEY])}"
         reasons: dict[str, list[str]] = {}
         for name, why in self.left_out.items():
             reasons.setdefault(why, []).append(name)
@@ -60,16 +70,22 @@ def _short(name: str) -> str:
     return f"{parent}.{last}" if last.isdigit() or parent == "experts" else last
 
 
-def targets_of(prepared: PreparedJob, folder: Path) -> Targets:
+def targets_of(
+    prepared: PreparedJob, folder: Path, tokenizer: Any, say: Callable[[str], None] = lambda _: None
+) -> Targets:
     """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`.
 
     Raises:
         Incompatible: the model cannot be trained on, or PEFT cannot do what was asked for.
+        Usage: a token to train is none.
     """
+    tokens = tokens_of(prepared, tokenizer, say)
     model = empty_model(folder)
     if why := _untrainable(model.config):
         raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
-    targets = choose_targets(model, prepared.base, prepared.job, text_modules(model))
+    rows = token_settings(prepared, tokens, model)
+    targets = choose_targets(model, prepared.base, prepared.job, text_modules(model), rows)
+    targets = replace(targets, tokens=tokens)
     begins = prepared.beginning
     if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
         raise Incompatible(
@@ -86,11 +102,14 @@ def _untrainable(config: PretrainedConfig) -> str:
     return ""
 
 
-def choose_targets(model: PreTrainedModel, base: Base, job: TrainJob, text: Collection[str]) -> Targets:
+def choose_targets(
+    model: PreTrainedModel, base: Base, job: TrainJob, text: Collection[str], rows: dict[str, Any] | None = None
+) -> Targets:
     """What a job's adapter stands on. ``model`` has no weights (meta device), and is of no further use.
 
-    ``text`` are the names of modules that text goes through. By default that is every linear layer that PEFT can adapt
-    and read back, but the output embedding, and every expert.
+    ``text`` are the names of modules that text goes through; ``rows`` is what LoraConfig takes for rows of single
+    tokens. By default that is every linear layer that PEFT can adapt and read back, but the output embedding, and every
+    expert.
 
     Raises:
         Incompatible: PEFT cannot attach what was asked for, by name, or would not read it back.
@@ -105,8 +124,8 @@ def choose_targets(model: PreTrainedModel, base: Base, job: TrainJob, text: Coll
     every = {name for name, _ in model.named_modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for _ in range(3):
-        settings = _settings(chosen, known, base, asked, every, parameters)
-        lost = _try(model, job, settings, chosen)
+        settings = _settings(chosen, known, base, asked, every, parameters) | (rows or {})
+        lost = _try(model, base, job, settings, chosen)
         if not lost:
             return Targets(frozenset(chosen), settings, left_out)
         if asked != ALL_LINEAR:
@@ -182,7 +201,9 @@ def _settings(
     return settings
 
 
-def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen: set[str]) -> dict[str, str]:
+def _try(
+    model: PreTrainedModel, base: Base, job: TrainJob, settings: dict[str, Any], chosen: set[str]
+) -> dict[str, str]:
     """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
     config = LoraConfig(r=job.effective_rank(), lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
@@ -196,6 +217,7 @@ def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen
             ) from error
         try:
             found = attached(peft)
+            check_rows(peft, base, settings)
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
             return lost or _unread(peft, chosen)
@@ -206,6 +228,25 @@ def _try(model: PreTrainedModel, job: TrainJob, settings: dict[str, Any], chosen
 def attached(model: PeftModel) -> set[str]:
     """What the adapter in training stands on, by full names of the model itself."""
     return {name for name, _ in new_layers(model)}
+
+
+def check_rows(model: PeftModel, base: Base, settings: dict[str, Any]) -> None:
+    """Hold the modules of which PEFT trains single rows against those that it was asked for, and the head tied to one.
+
+    Raises:
+        Incompatible: they are others.
+    """
+    wanted = set(settings.get(KEY) or ())
+    if base.tied_embeddings and base.input_embedding in wanted:
+        wanted |= {base.output_embedding} - {None}
+    inner: nn.Module = model.get_base_model()
+    named = inner.named_modules(remove_duplicate=False)
+    found = {name for name, module in named if isinstance(module, TrainableTokensWrapper)}
+    if odd := sorted(found ^ wanted):
+        raise Incompatible(
+            f"PEFT would not train the rows of '{base.name}' that it was asked for: {', '.join(odd[:3])}",
+            hint="leave out --train-tokens",
+        )
 
 
 def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
