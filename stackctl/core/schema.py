@@ -313,10 +313,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = False
     train_tokens: Annotated[
         list[str] | str,
-        Meta(
-            description="Single tokens whose rows in embedding and head are trained, joined by ','; auto: those that "
-            "the base never learned."
-        ),
+        Meta(description="Single tokens to train the rows of, joined by ','; auto: those the base never learned."),
     ] = "none"
     objective: Annotated[
         Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
