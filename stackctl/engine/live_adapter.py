@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -28,15 +30,13 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
         Incompatible: a member brings whole modules, which cannot be kept beside the base.
     """
     plan.check()
-    if plan.method != SUM:
-        raise Incompatible(f"a stack composed by {plan.method} is no sum, and only a sum can be kept live", hint=_HINT)
-    if plan.replacements:
-        label = plan.members[plan.replacements[0].member].label
-        raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)
+    named = _named_parameters(model)
+    check_live(plan, named)
     target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
     config = LoraConfig(**plain_lora_config(modules, parameters))
-    config.target_parameters = _as_others_have(model, parameters)
+    if parameters and named:  # PEFT wants the same set, word for word; what has no factors stays without effect
+        config.target_parameters = list(named)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
@@ -48,6 +48,26 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
             own_a, own_b = layer_factors(layer, name)
             own_a.copy_(a)
             own_b.copy_(b)
+
+
+def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
+    """Whether a stack can be kept beside the base, and beside an adapter on ``parameters`` where there is one.
+
+    Raises:
+        Incompatible: it cannot; the message says why.
+    """
+    if plan.method != SUM:
+        raise Incompatible(f"a stack composed by {plan.method} is no sum, and only a sum can be kept live", hint=_HINT)
+    if plan.replacements:
+        label = plan.members[plan.replacements[0].member].label
+        raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)
+    own = [module.name for module in plan.modules.values() if module.is_experts]
+    if left_out := [name for name in own if parameters and not is_parameter_target(parameters, name)]:
+        raise Incompatible(
+            f"the frozen stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
+            "the same parameters live together",
+            hint="fold it: --frozen fold",
+        )
 
 
 def layer_factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -72,25 +92,10 @@ def lora_layer(model: nn.Module, module: ModulePlan) -> LoraLayer:
     return layer
 
 
-def _as_others_have(model: PeftModel | PreTrainedModel, parameters: dict[str, int]) -> list[str] | None:
-    """The parameters to name in a configuration: PEFT wants the same set, word for word, in all of a model's.
-
-    What the stack has nothing on stays as it begins, with an effect of zero.
-
-    Raises:
-        Incompatible: the adapter in training leaves out parameters that the stack stands on.
-    """
+def _named_parameters(model: PeftModel | PreTrainedModel) -> list[str] | None:
+    """The parameters that the adapter of a model names in its configuration."""
     others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
-    named = next((names for names in others if names), None)
-    if not parameters or not named:
-        return sorted(parameters) or None
-    if left_out := [name for name in parameters if not is_parameter_target(named, name)]:
-        raise Incompatible(
-            f"the frozen stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
-            "the same parameters live together",
-            hint="fold it: --frozen fold",
-        )
-    return list(named)
+    return next((names for names in others if names), None)
 
 
 def detach_live(model: PreTrainedModel) -> None:

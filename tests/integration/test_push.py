@@ -57,6 +57,38 @@ def test_an_adapter_goes_up_in_one_commit(run: Callable[..., Any], here: Registr
     assert repo.files["adapter_model.safetensors"] == weights_of(here, "style@1")
 
 
+@pytest.mark.parametrize("what", ["linked", "linked+instruct"])
+def test_links_out_of_a_checkpoint_do_not_go_up(
+    run: Callable[..., Any], here: Registry, tmp_path: Path, hub: HubServer, what: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text('{"token": "hunter2"}')
+    folder = write_checkpoint(tmp_path / "theirs", lora_config(), seed=7)
+    names = ("README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_log.jsonl")
+    for name in names:
+        (folder / name).symlink_to(secret)
+    (folder / "vocab.json").write_text('{"a": 0}')
+    (folder / "merges.txt").symlink_to("vocab.json")  # one of the same folder is as good as the file
+    run("add", "linked", folder, "--base", "tiny", "--link")
+    run("push", what, "me/linked", *ID, "--members")
+    files = hub.repos["me/linked"].files
+    assert not [path for path, data in files.items() if b"hunter2" in data]
+    assert not [path for path in files if path.rpartition("/")[2] in names[1:]]
+    assert any(path.endswith("merges.txt") for path in files)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_checkpoint_whose_own_files_lead_elsewhere_is_not_pushed(
+    run: Callable[..., Any], here: Registry, tmp_path: Path, hub: HubServer, name: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "theirs", lora_config(), seed=7)
+    run("add", "linked", folder, "--base", "tiny", "--link")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    assert "links out of that folder" in run("push", "linked", "me/linked", *ID, code=4).err
+    assert "me/linked" not in hub.repos
+
+
 def test_the_requests_of_one_push(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
     run("push", "style", "me/style", *ID)
     repo = hub.repos["me/style"]

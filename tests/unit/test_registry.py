@@ -97,6 +97,15 @@ def test_every_entry_survives_its_round_trip(registry):
     assert registry.settings() == settings
 
 
+def test_a_length_below_zero_is_none(registry):
+    """Entries of XLNet once had -1, by which its configuration says that it has no longest text."""
+    registry.write(make_base("xlnet"))
+    path = registry.entry_path(Base, "xlnet")
+    path.write_text(path.read_text().replace("context_length: null", "context_length: -1"))
+    assert "context_length: -1" in path.read_text()
+    assert registry.read(Base, "xlnet").context_length is None
+
+
 def test_writing_the_same_twice_changes_no_byte(storyteller):
     path = storyteller.entry_path(Stack, "storyteller")
     before = path.read_bytes()

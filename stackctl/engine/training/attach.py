@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 
-from stackctl.core.errors import VerificationFailed
-from stackctl.engine.live_adapter import LIVE, attach_live, layer_factors
+from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
@@ -25,8 +25,11 @@ FOLD_TOLERANCE = 1e-3
 Say = Callable[[str], None]
 
 
-def freeze_stack(stacked: StackedModel, prepared: PreparedJob, say: Say) -> str:
-    """Fold the frozen stack into the base, or leave it to be attached live. Returns none, fold or live."""
+def freeze_stack(stacked: StackedModel, prepared: PreparedJob, targets: Targets, say: Say) -> str:
+    """Fold the frozen stack into the base, or leave it to be attached live. Returns none, fold or live.
+
+    ``auto`` keeps it live where folding loses much of it, unless it cannot be kept beside the new adapter.
+    """
     if not prepared.plan.members:
         return "none"
     if prepared.stays_live:  # nothing at all is folded, for the proof to find
@@ -34,7 +37,13 @@ def freeze_stack(stacked: StackedModel, prepared: PreparedJob, say: Say) -> str:
     stacked.use(prepared.plan)
     if prepared.job.frozen == "fold" or stacked.rounding_error <= FOLD_TOLERANCE:
         return "fold"
-    say(f"folding would lose {stacked.rounding_error:.1%} of the frozen stack to rounding: it is kept live")
+    lost = f"{stacked.rounding_error:.1%} of the frozen stack"
+    try:
+        check_live(prepared.plan, targets.settings.get("target_parameters"))
+    except Incompatible as error:
+        say(f"note: folding loses {lost} to rounding, and it cannot be kept live: {error.message}; it is folded")
+        return "fold"
+    say(f"folding would lose {lost} to rounding: it is kept live")
     stacked.restore()
     return "live"
 

@@ -123,7 +123,7 @@ def _train(
     set_seed(job.seed)
     probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
     bare = proofs.probe(stacked.model, probe_tokens)
-    how = freeze_stack(stacked, prepared, output.say)
+    how = freeze_stack(stacked, prepared, loaded.targets, output.say)
     model = attach_new(stacked, prepared, loaded.targets, live=how == "live")
     live = LIVE if how == "live" else None
     trainable = proofs.check_trainable(model)
