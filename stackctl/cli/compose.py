@@ -13,7 +13,7 @@ from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_wh
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
-from stackctl.cli.sweep_weights import SweepWishes, Swept, expression_of, sweep_stack
+from stackctl.cli.sweep_weights import SweepWishes, Swept, sweep_stack
 from stackctl.cli.weight_options import WeightOptions
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
@@ -169,7 +169,7 @@ def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None
         "members": members_json(stack, plan),
         "method": stack.method,
         "options": msgspec.to_builtins(stack.options),
-        "expression": expression_of(stack),
+        "expression": stack.typed,
         "sweep": swept.rows,
         "best": swept.best,
         "trade_off": swept.trade_off,
@@ -178,7 +178,10 @@ def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None
     after = f"{name} has these weights and is the current stack" if name else "nothing was written; --name N writes it"
     said = [after, *([f"wrote the page to {wishes.page}"] if wishes.page else [])]
     return Result(
-        data, name or expression_of(stack), lambda: _sweep_screen(swept, said), notes=(*stack.notes, *swept.notes)
+        data,
+        name or stack.typed or stack.pinned,
+        lambda: _sweep_screen(swept, said),
+        notes=(*stack.notes, *swept.notes),
     )
 
 

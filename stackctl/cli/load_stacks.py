@@ -95,7 +95,12 @@ class _Reader:
 
 
 def read_sets(
-    context: Context, stack: ResolvedStack, plan: StackPlan, sources: Sequence[str], max_length: int
+    context: Context,
+    stack: ResolvedStack,
+    plan: StackPlan,
+    sources: Sequence[str],
+    max_length: int,
+    template: Arguments | None = None,
 ) -> list[DataSet]:
     """Data sets in the tokens of a stack's base, before that is loaded.
 
@@ -115,7 +120,7 @@ def read_sets(
     problems: list[StackctlError] = []
     for source, read in zip(sources, records, strict=True):
         with gathering(problems):
-            found += tokenise_data(context, reader, [source], [read], max_length)
+            found += tokenise_data(context, reader, [source], [read], max_length, template)
     raise_all(problems)
     return found
 

@@ -12,7 +12,7 @@ from stackctl.cli.common import Context
 from stackctl.cli.eval_table import NOISE
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, gathering, raise_all
-from stackctl.core.expressions import format_expression, format_term, format_weight
+from stackctl.core.expressions import format_weight
 from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import StackPlan
@@ -81,7 +81,7 @@ def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes:
     raise_all(problems)
     tried = [_weighted(stack, plan, dict(zip(places, point, strict=True))) for point in grid_points(axes)]
     stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
-    named = [(expression_of(one), planned) for one, planned in tried]
+    named = [(one.pinned, planned) for one, planned in tried]
     scores = score_stacks(context, stacked, named, sets, "trying weights", finite=False)
     return _found(axes, wishes.data, [one for one, _ in tried], scores)
 
@@ -106,14 +106,6 @@ def _weighted(stack: ResolvedStack, plan: StackPlan, weights: dict[int, float]) 
     members = tuple(replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(stack.members))
     planned = [replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(plan.members)]
     return replace(stack, members=members), plan_stack(plan.base, planned, plan.method, plan.options).check()
-
-
-def expression_of(stack: ResolvedStack) -> str:
-    """A stack as one types it, with the names that its members have and their versions where these are not newest."""
-    return format_expression(
-        format_term(m.adapter.name if m.version.version == m.adapter.newest().version else m.label, m.weight)
-        for m in stack.members
-    )
 
 
 def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], scores: list[list[Score]]) -> Swept:

@@ -83,6 +83,12 @@ class ResolvedStack:
         """What means this stack again: its members pinned, or as it was typed where an expression cannot say it all."""
         return self.text if any(member.layer_weights for member in self.members) else self.pinned
 
+    @property
+    def typed(self) -> str | None:
+        """The expression that is this stack and no other, pinned; None where none can say it: layers, a method."""
+        layered = any(member.layer_weights for member in self.members)
+        return None if layered or self.method != SUM else self.pinned
+
     def terms(self) -> list[str]:
         """Its members as terms, pinned, which is how an adapter says what it was trained on.
 

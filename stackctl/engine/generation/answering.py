@@ -30,7 +30,10 @@ _WINDOW = 16
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``."""
+    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``.
+
+    ``asked`` and ``ids`` are the tokens of the prompt, as the model read it, and those that it wrote.
+    """
 
     prompt: Prompt
     text: str
@@ -38,6 +41,8 @@ class Generated:
     new_tokens: int
     stop: str
     seconds: float
+    asked: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -141,7 +146,7 @@ def answer_encoded(
         answer.finish()
     seconds = time.perf_counter() - started
     return [
-        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds)
+        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds, tuple(ids), tuple(answer.ids))
         for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
     ]
 

@@ -1,0 +1,265 @@
+"""stackctl bisect"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
+from stackctl.cli.common import INSPECT, BaseOption, Context, What, command
+from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
+from stackctl.cli.prompt_options import DEVICE, DTYPE
+from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
+from stackctl.core.template_arguments import Arguments, template_arguments
+from stackctl.plan.bisection import Found, Off, find_culprits
+from stackctl.plan.model import StackPlan
+from stackctl.plan.parts import Part, parts_of, weights_without
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.stacks import check_stack_name, save_stack
+from stackctl.render.output import Result
+
+if TYPE_CHECKING:
+    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.generation import Sampling
+    from stackctl.engine.models import StackedModel
+    from stackctl.engine.probes import Probe
+
+_ANSWER = "A bad answer"
+_LONGEST = 64
+_NO_CULPRIT = "no member of a stack on it is the culprit"
+_EXAMPLES = """\
+stackctl bisect storyteller --data heldout.jsonl
+stackctl bisect style+instruct+tone -p "Tell me about the sea." --bad "the the the" --name mended
+stackctl bisect storyteller -p "Tell me about the sea." --bad "the the the\""""
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "bisect", example=_EXAMPLES, panel=INSPECT)
+    def bisect(
+        context: Context,
+        what: What = None,
+        prompt: Annotated[
+            str | None,
+            typer.Option(
+                "--prompt", "-p", help="A prompt whose answer is bad.", rich_help_panel=_ANSWER, metavar="TEXT"
+            ),
+        ] = None,
+        bad: Annotated[
+            str | None,
+            typer.Option(help="With -p: a text in the greedy answer that makes it bad.", rich_help_panel=_ANSWER),
+        ] = None,
+        raw: Annotated[
+            bool,
+            typer.Option(
+                "--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=_ANSWER
+            ),
+        ] = False,
+        system: Annotated[
+            str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWER)
+        ] = None,
+        max_new_tokens: Annotated[
+            int | None,
+            typer.Option(min=1, help="Longest answer in tokens.", show_default=str(_LONGEST), rich_help_panel=_ANSWER),
+        ] = None,
+        chat_template_kwargs: TEMPLATE_KWARGS = None,
+        enable_thinking: ENABLE_THINKING = None,
+        data: DATA = None,
+        max_length: Annotated[
+            int | None,
+            typer.Option(
+                min=2, help="With --data: longest record in tokens; what is longer is cut.", show_default="1024"
+            ),
+        ] = None,
+        name: Annotated[
+            str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
+        ] = None,
+        base: BaseOption = None,
+        dtype: DTYPE = "auto",
+        device: DEVICE = "auto",
+    ) -> Result:
+        """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
+
+        Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
+        """
+        registry = context.registry
+        asked = _Asked(prompt, bad, raw, system, max_new_tokens, tuple(data or ()), max_length)
+        problems: list[StackctlError] = []
+        with gathering(problems):
+            asked.check()
+        with gathering(problems):
+            asked = replace(asked, template=template_arguments(chat_template_kwargs, enable_thinking))
+        sets: list[DataSet] = []
+        with gathering(problems):
+            stack = resolve_expression(registry, what, base=base)
+            plan = read_plan(registry, stack).check()
+            _check_parts(stack, plan)
+            if name is not None:
+                check_stack_name(registry, name, stack)
+            if data:
+                sets = read_sets(context, stack, plan, data, max_length or 1024, asked.template)
+        raise_all(problems)
+        stacked = load_common_base(context, [(stack, plan)], dtype, device)
+        probe = _probe(context, stacked, plan, asked, sets)
+        found = _search(context, stack, plan, probe, asked)
+        typed = name or _typed_without(stack, plan, found.parts, probe)
+        if name is not None:
+            save_stack(registry, name, stack_without(stack, plan, found.parts))
+        culprits = culprits_json(plan, found.parts)
+        document = {
+            "stack": stack.text,
+            "base": stack.base.name,
+            "culprit": culprits[0],
+            "culprits": culprits,
+            "evaluations": found.evaluations,
+            "without": typed,
+            "results": {
+                what: probe.look(frozenset(off))
+                for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
+            },
+        }
+        notes = (*stack.notes, *culprit_notes(document, name))
+        return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is bad: a text in the answer to a prompt, or losses."""
+
+    prompt: str | None
+    bad: str | None
+    raw: bool
+    system: str | None
+    max_new_tokens: int | None
+    data: Sequence[str]
+    max_length: int | None
+    template: Arguments = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        return self.max_new_tokens or _LONGEST
+
+    def check(self) -> None:
+        """Raises: Usage: everything that is missing or too much, at once."""
+        problems: list[StackctlError] = []
+        example = 'stackctl bisect WHAT -p "…" --bad "…", or: stackctl bisect WHAT --data heldout.jsonl'
+        if self.prompt is None and not self.data:
+            problems.append(Usage("nothing says what is bad", hint=example))
+        if self.prompt is not None and self.data:
+            problems.append(Usage("-p and --data are two ways to say what is bad", hint="give one of them"))
+        if self.prompt is not None and not self.prompt.strip():
+            problems.append(Usage("the prompt is empty", hint=example))
+        if self.prompt is not None and self.bad is None:
+            problems.append(Usage("-p needs a text that makes the answer bad", hint='name one: --bad "…"'))
+        if self.bad is not None and not self.bad.strip():
+            problems.append(Usage("--bad is empty, and every answer holds that", hint='name a text: --bad "…"'))
+        if self.prompt is None:
+            given = {"--bad": self.bad is not None, "--raw": self.raw, "--system": self.system is not None,
+                     "--max-new-tokens": self.max_new_tokens is not None}  # fmt: skip
+            if idle := [name for name, is_given in given.items() if is_given]:
+                problems.append(Usage(f"{', '.join(idle)} applies to a prompt, and none was given", hint='give -p "…"'))
+        if not self.data and self.max_length is not None:
+            problems.append(Usage("--max-length applies to --data, and none was given", hint="leave it out"))
+        raise_all(problems)
+
+    def sampling(self) -> Sampling:
+        from stackctl.engine.generation import Sampling
+
+        return Sampling(self.longest, raw=self.raw, system=self.system, template=self.template)
+
+
+def _check_parts(stack: ResolvedStack, plan: StackPlan) -> None:
+    if not parts_of(plan):
+        raise Usage(f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack")
+
+
+def _probe(context: Context, stacked: StackedModel, plan: StackPlan, asked: _Asked, sets: Sequence[DataSet]) -> Probe:
+    from stackctl.engine.probes import LossProbe, TextProbe
+    from stackctl.engine.records import Prompt
+
+    context.output.status("looking at the stack as it is and at the base alone")
+    if asked.prompt is None:
+        return LossProbe(stacked, plan, sets)
+    return TextProbe(stacked, plan, Prompt(asked.prompt, place="the prompt"), asked.bad or "", asked.sampling())
+
+
+def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Probe, asked: _Asked) -> Found:
+    """The culprits.
+
+    Raises:
+        Failed: the stack is not bad, or its base alone is.
+    """
+    whole, parts = frozenset[Part](), parts_of(plan)
+    if asked.prompt is not None:
+        _check_answers(stack, asked, probe.look(whole), probe.look(frozenset(parts)))
+    with context.output.progress() as progress:
+        task = progress.add_task("bisecting", total=None)
+        found = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
+        if asked.prompt is not None and (not found.parts or probe.look(frozenset(found.parts))["bad"]):
+            probe.by_text = True  # how likely the text is there says nothing, or it is written elsewhere
+            again = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
+            found = Found(again.parts, found.evaluations + again.evaluations)
+    if not found.parts:
+        loss, base = probe.score(whole), probe.score(frozenset(parts))
+        seen = f"its loss is {loss:.4f}, that of the base '{stack.base.name}' alone {base:.4f}"
+        if not math.isfinite(loss):
+            raise Failed(f"the base '{stack.base.name}' alone is already bad: its loss is no number", hint=_NO_CULPRIT)
+        raise Failed(
+            f"'{stack.text}' is not bad on these records: {seen}, and without a member it is no better, or by noise",
+            hint="to see what each member adds: stackctl compose EXPR --sweep NAME=0:1:1 --data FILE",
+        )
+    return found
+
+
+def _check_answers(stack: ResolvedStack, asked: _Asked, own: dict[str, Any], base: dict[str, Any]) -> None:
+    if not own["bad"]:
+        raise Failed(
+            f"the answer of '{stack.text}' does not hold {asked.bad!r} within {asked.longest} tokens: "
+            f"{own['text'].strip()[:200]!r}",
+            hint="name a text that is in it, or a larger --max-new-tokens",
+        )
+    if base["bad"]:
+        raise Failed(
+            f"the base '{stack.base.name}' alone is already bad: it answers {base['text'].strip()[:200]!r}",
+            hint=_NO_CULPRIT,
+        )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A probe that says when it has looked."""
+
+    probe: Probe
+    step: Callable[[], None]
+
+    def score(self, off: Off) -> float:
+        found = self.probe.score(off)
+        self.step()
+        return found
+
+    def line(self, off: Off) -> float | None:
+        return self.probe.line(off)
+
+
+def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[Part], probe: Probe) -> str | None:
+    """The expression without the culprits' members, which leaves out more than they, if it is good; else None."""
+    gone = {part.member for part in parts}
+    kept = replace(stack, members=tuple(m for n, m in enumerate(stack.members) if n not in gone))
+    if kept.typed is None:
+        return None
+    off = frozenset(part for part in parts_of(plan) if part.member in gone)
+    return None if probe.look(off)["bad"] else kept.typed
+
+
+def stack_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[Part]) -> ResolvedStack:
+    """The stack in which some parts have the weight zero; a member of which nothing is left is left out."""
+    members = []
+    for member, weights in zip(stack.members, weights_without(plan, parts), strict=True):
+        members.append(replace(member, weight=weights.weight, layer_weights=weights.by_name))
+    kept = tuple(m for m in members if m.weight or any(m.layer_weights.values()))
+    return replace(stack, members=kept or tuple(members))

@@ -1,0 +1,155 @@
+"""How bad a stack is with some of its parts switched off: its loss on data, or a bad text in its answer.
+
+Both are graded. The line between bad and good lies half-way between the stack as it is and the best of what is left
+when a member, or all of them, is off, but never far from that: nonsense is nonsense, whether its loss is twenty or a
+million. What is no finite number is bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from stackctl.engine.data import Example
+from stackctl.engine.data.examples import IGNORED
+from stackctl.engine.evaluation import DataSet, Score, Scoring, score_examples
+from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.generation.answering import Generated
+from stackctl.engine.generation.stopping import decode
+from stackctl.engine.models import StackedModel
+from stackctl.engine.records import Prompt
+from stackctl.engine.weight_fit import NOISE, judge, mean_loss
+from stackctl.plan.bisection import Badness, Off
+from stackctl.plan.model import StackPlan
+from stackctl.plan.parts import switch_off
+
+_WORSE = 3.0
+"""Nats above the best loss from which on a loss is bad, however much worse the stack is."""
+_CLEARLY = 0.05
+"""Nats by which a loss is lower for more than noise, whatever so few records can prove."""
+_UNLIKELY = -16.0
+"""Log-probability of a token (nats) below which it is not written, however much less likely it is."""
+
+
+class Probe(Badness, Protocol):
+    """A badness with something to show for it. ``by_text``: see :class:`TextProbe`."""
+
+    by_text: bool
+
+    def look(self, off: Off) -> dict[str, Any]:
+        """What a person would see of the stack with some parts off, and whether that is ``bad``."""
+        ...
+
+
+class LossProbe:
+    """Bad is a high loss; of several data sets the mean of their losses."""
+
+    by_text = False
+
+    def __init__(self, stacked: StackedModel, plan: StackPlan, sets: Sequence[DataSet]) -> None:
+        self._stacked, self._plan, self._scoring = stacked, plan, Scoring(stacked, sets)
+        self._seen: dict[Off, list[Score]] = {}
+        self._line = math.inf
+
+    def score(self, off: Off) -> float:
+        if off not in self._seen:
+            self._stacked.use(switch_off(self._plan, off))
+            self._seen[off] = self._scoring.measure()
+        loss = mean_loss(self._seen[off])
+        return loss if math.isfinite(loss) else math.inf
+
+    def line(self, off: Off) -> float | None:
+        """Better is what is more than noise, or a twentieth less perplexity."""
+        stack, best = self.score(frozenset()), self.score(off)
+        if not best < stack or (stack - best < _CLEARLY and self.chance(off) > NOISE):
+            return None
+        self._line = best + min((stack - best) / 2, _WORSE)
+        return self._line
+
+    def chance(self, off: Off) -> float:
+        """How often chance alone would make a stack without these parts as different on these records."""
+        if not (math.isfinite(self.score(frozenset())) and math.isfinite(self.score(off))):
+            return 0.0
+        return judge(self._seen[frozenset()], self._seen[off]).p_value
+
+    def look(self, off: Off) -> dict[str, Any]:
+        loss = self.score(off)
+        return {
+            "loss": loss if math.isfinite(loss) else None,
+            "bad": not loss < self._line,
+            "p_value": self.chance(off),
+        }
+
+
+class TextProbe:
+    """Bad is an answer that holds a text.
+
+    A person sees the greedy answer. In the search the text itself would be too fine a sign, for any part that is
+    switched off gives other words: there it is how likely the text is where the stack as it is wrote it, which takes a
+    single forward pass. ``by_text`` looks at answers instead.
+    """
+
+    def __init__(self, stacked: StackedModel, plan: StackPlan, prompt: Prompt, text: str, sampling: Sampling) -> None:
+        self._stacked, self._plan, self._prompt, self._text = stacked, plan, prompt, text
+        self._sampling = sampling
+        self._answers: dict[Off, tuple[Generated, bool]] = {}
+        answer, _ = self._answer(frozenset())
+        self.by_text = text not in answer.text  # it is bad for its numbers, if at all
+        self._example = None if self.by_text else _ending_in(stacked.tokenizer, answer, text)
+
+    def score(self, off: Off) -> float:
+        """The mean log-probability of the text's tokens; by the text, one where it is bad, else zero."""
+        if self.by_text or self._example is None:
+            return float(self.look(off)["bad"])
+        self._stacked.use(switch_off(self._plan, off))
+        (score,) = score_examples(self._stacked.model, [self._example])
+        mean = -score.loss / score.tokens
+        return max(mean, _UNLIKELY) if math.isfinite(mean) else math.inf
+
+    def line(self, off: Off) -> float | None:
+        stack, best = self.score(frozenset()), self.score(off)
+        return None if not best < stack else (stack + best) / 2 if math.isfinite(stack) else math.inf
+
+    def look(self, off: Off) -> dict[str, Any]:
+        answer, finite = self._answer(off)
+        return {"text": answer.text, "finite": finite, "bad": not finite or self._text in answer.text}
+
+    def _answer(self, off: Off) -> tuple[Generated, bool]:
+        """The answer, and whether all logits of it were finite numbers."""
+        if off not in self._answers:
+            self._stacked.use(switch_off(self._plan, off))
+            with _watching(self._stacked.model) as strange:
+                (answer,) = generate(self._stacked, [self._prompt], self._sampling)
+            self._answers[off] = answer, not strange
+        return self._answers[off]
+
+
+def _ending_in(tokenizer: Any, answer: Generated, text: str) -> Example:
+    """Prompt and answer up to the end of a text that is in it, of which the tokens of that text are looked at."""
+    end = next(n for n in range(1, len(answer.ids) + 1) if text in decode(tokenizer, answer.ids[:n]))
+    start = decode(tokenizer, answer.ids[:end]).index(text)
+    begin = next(n for n in range(end) if len(decode(tokenizer, answer.ids[: n + 1])) > start)
+    ids = [*answer.asked, *answer.ids[:end]]
+    ignored = len(answer.asked) + begin
+    return Example(ids, [IGNORED] * ignored + ids[ignored:])
+
+
+@contextlib.contextmanager
+def _watching(model: nn.Module) -> Iterator[list[bool]]:
+    """Not empty once a logit was no finite number."""
+    found: list[bool] = []
+
+    def look(_: nn.Module, __: Any, made: Any) -> None:
+        if not found and not bool(torch.isfinite(made.logits).all()):
+            found.append(True)
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()

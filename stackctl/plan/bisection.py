@@ -1,0 +1,159 @@
+"""Which parts of a stack make it go wrong, found by switching parts off in halves. Pure: scores to parts.
+
+First each member is switched off, and the best of what is left says how good the stack could be. Then half of a
+member's parts are switched off, and half of those that are left in question, until it is one: at most members + ⌈log₂
+modules⌉ evaluations where there is a single culprit. That the stack is good without it is tried once more.
+
+That a stack stays bad with some parts off clears all of them. That it turns good may be an accident, for nonsense
+changes with every part: where no single one of them proves to be the culprit, the other half is looked at. Where no
+part at all does, there are several: the members without which it is good, then their layers, then the modules of these,
+as long as they are few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from stackctl.plan.parts import Part
+
+Off = frozenset[Part]
+_FEW = 6
+"""Layers, or modules, of several culprits that are told apart; more of them are told by what they stand in."""
+_PATIENCE = 6
+"""So many times the evaluations that a single culprit takes are spent on the search for one."""
+
+
+class Badness(Protocol):
+    """How bad a stack is with some parts off."""
+
+    def score(self, off: Off) -> float:
+        """A number that is higher the worse it is; infinite where nothing sensible came out."""
+        ...
+
+    def line(self, off: Off) -> float | None:
+        """The score from which on it is bad, if ``off`` shows how good it could be; None if that is no better."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """The parts without which a stack is good, none where it is not bad; how many evaluations it took to find them."""
+
+    parts: tuple[Part, ...]
+    evaluations: int
+
+
+@dataclass
+class _Scores:
+    """Scores by what is off, each asked for once, and the line between bad and good."""
+
+    badness: Badness
+    known: dict[Off, float] = field(default_factory=dict)
+    line: float = math.inf
+
+    def of(self, off: Iterable[Part]) -> float:
+        key = frozenset(off)
+        if key not in self.known:
+            self.known[key] = self.badness.score(key)
+        return self.known[key]
+
+    def good(self, off: Iterable[Part]) -> bool:
+        return self.of(off) < self.line
+
+
+def find_culprits(parts: Sequence[Part], badness: Badness) -> Found:
+    """The parts that make a stack go wrong.
+
+    Args:
+        parts: all of them, members together and in each its layers together.
+        badness: of the stack as it is, and of the base alone, it is asked besides the evaluations that are counted.
+    """
+    scores = _Scores(badness)
+    scores.of(())
+    scores.of(parts)
+    ends = len(scores.known)
+    members = _grouped(parts, _member)
+    for own in members:
+        scores.of(own)
+    reference = min((off for off in scores.known if off), key=lambda off: (scores.known[off], len(off)))
+    line = badness.line(reference)
+    if line is None:
+        return Found((), len(scores.known) - ends)
+    scores.line = line
+    for own in sorted(members, key=scores.of):
+        most = len(scores.known) + _PATIENCE * math.ceil(math.log2(len(own)) + 1)
+        if scores.good(own) and (single := _single(own, scores, most)):
+            part, evaluations = single
+            return Found((part,), evaluations - ends)
+    culprits = list(min((own for own in members if scores.good(own)), key=scores.of, default=parts))
+    for level, most in ((_member, len(parts)), (_layer, _FEW), (_module, _FEW)):
+        needed = _smallest(_grouped(culprits, level), scores.good, most)
+        if needed is None:
+            break
+        culprits = needed
+    return Found(tuple(culprits), len(scores.known) - ends)
+
+
+def _single(parts: Sequence[Part], scores: _Scores, most: int) -> tuple[Part, int] | None:
+    """The part among some without which alone it is good, and how much was known before it was tried; else None."""
+    if len(parts) == 1:
+        before = len(scores.known)
+        return (parts[0], before) if scores.good(parts) else None
+    if len(scores.known) >= most:
+        return None
+    middle = _middle(parts)
+    if scores.good(parts[:middle]) and (found := _single(parts[:middle], scores, most)):
+        return found
+    return _single(parts[middle:], scores, most)
+
+
+def _middle(parts: Sequence[Part]) -> int:
+    """Where to halve: between layers if that costs no evaluation."""
+    count = len(parts)
+    most = 2 ** (math.ceil(math.log2(count)) - 1)  # parts that the evaluations that are left can tell apart
+    between = range(max(1, count - most), min(most, count - 1) + 1)
+    layers = [n for n in between if parts[n].layer != parts[n - 1].layer]
+    return min(layers or [count // 2], key=lambda n: abs(2 * n - count))
+
+
+def _member(part: Part) -> Hashable:
+    return part.member
+
+
+def _layer(part: Part) -> Hashable:
+    return part.member, part.layer
+
+
+def _module(part: Part) -> Hashable:
+    return part
+
+
+def _grouped(parts: Sequence[Part], level: Callable[[Part], Hashable]) -> list[list[Part]]:
+    groups: dict[Hashable, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(level(part), []).append(part)
+    return list(groups.values())
+
+
+def _smallest(groups: Sequence[Sequence[Part]], good: Callable[[Iterable[Part]], bool], most: int) -> list[Part] | None:
+    """The parts of as few groups as make it good, none of which can be spared; None where they are more than ``most``.
+
+    All groups together make it good. Each round finds the group with which it turns, which is needed whatever comes
+    before it (Junker 2004, "QuickXplain", finds minimal conflicts alike).
+    """
+    needed: list[Part] = []
+    high = len(groups)
+    for _ in range(min(most, len(groups))):
+        low = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            off = [part for group in groups[:middle] for part in group]
+            low, high = (low, middle) if good([*off, *needed]) else (middle, high)
+        high -= 1
+        needed = [*groups[high], *needed]
+        if good(needed):
+            return needed
+    return None
