@@ -14,11 +14,12 @@ from stackctl.cli.eval_table import NOISE
 from stackctl.cli.fit_weights import FEWEST, FitWishes, learn_weights, read_halves, read_weighted
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import weights_of
-from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
 from stackctl.plan.candidates import Candidate, candidates
 from stackctl.plan.model import StackPlan
+from stackctl.plan.token_rows import rows_without_sum
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 
@@ -69,6 +70,8 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     weighted: WeightedFactors | None = None
     sets: Halves | None = None
     with gathering(problems):
+        _check_has_methods(plan)
+    with gathering(problems):
         weighted = read_weighted(stack, plan, wishes.fit.per)
     with gathering(problems):
         sets = read_halves(context, stack, plan, wishes.fit)
@@ -84,6 +87,12 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     named = [(one.name, one.plan) for one in tried]
     scores = score_stacks(context, stacked, named, sets.held_out, "trying methods", finite=False)
     return _judged(tried, wishes.fit.holdout or wishes.fit.data, scores)
+
+
+def _check_has_methods(plan: StackPlan) -> None:
+    if plan.token_rows:
+        problem = rows_without_sum(plan.members[plan.token_rows[0].member].label, "any other method")
+        raise Incompatible(problem.message, hint="learn the weights of the sum instead: --fit FILE")
 
 
 def _other_methods(stack: ResolvedStack, plan: StackPlan, seed: int) -> Iterator[_Tried]:

@@ -2,7 +2,8 @@
 
 Each weight stands on a group of modules: all of a member's, those of one layer, or a single one. On a linear layer a
 member adds w · scaling · B (A x) to what the layer makes of x. Anything else, an embedding, experts, the head, has its
-whole weight changed by w · scaling · BA for each forward pass, as folding would.
+whole weight changed by w · scaling · BA for each forward pass, as folding would. So have rows of single tokens: own +
+w · (value - own).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 from stackctl.engine import algebra
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.module_grid import place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Weights
@@ -35,19 +37,22 @@ class WeightedFactors:
 
     ``groups`` are the weights, in an order that depends on what the members are and not on where they stand, so that
     the same members give the same bits in any order. ``factors[module]`` are (A, B, scaling) with ``index[module]``
-    the place of each one's weight among the groups.
+    the place of each one's weight among the groups; ``rows[module]`` are tokens (n,) with their values (n, width), and
+    the place of their weight.
     """
 
     plan: StackPlan
     groups: tuple[Group, ...]
     factors: Mapping[str, Sequence[algebra.Factors]]
     index: Mapping[str, Sequence[int]]
+    rows: Mapping[str, Sequence[tuple[Tensor, Tensor, int]]]
 
     def start(self) -> list[float]:
         """The weights that the plan's members have now; of a group whose modules differ, their mean."""
         found: dict[Group, list[float]] = {}
         weights = [Weights.of(m.weight, m.layer_weights) for m in self.plan.members]
-        for name, places in self.index.items():
+        in_rows = {name: [place for *_, place in own] for name, own in self.rows.items()}
+        for name, places in [*self.index.items(), *in_rows.items()]:
             for number in places:
                 group = self.groups[number]
                 found.setdefault(group, []).append(weights[group[0]].at(name))
@@ -64,18 +69,26 @@ def read_factors(plan: StackPlan, per: Per) -> WeightedFactors:
     rank = {member: number for number, member in enumerate(order)}
     factors: dict[str, list[algebra.Factors]] = {}
     owners: dict[str, list[Group]] = {}
+    values: dict[str, list[tuple[Tensor, Tensor, Group]]] = {}
     with MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             read = tensors.factors(module)
             own = sorted(range(len(read)), key=lambda number: rank[module.factors[number].member])
             factors[module.name] = [(*read[n][:2], module.factors[n].scaling) for n in own]
             owners[module.name] = [(module.factors[n].member, _group(module.name, per)) for n in own]
-    groups = sorted(
-        {group for found in owners.values() for group in found}, key=lambda g: (rank[g[0]], natural_order(g[1]))
-    )
+        for trained in plan.token_rows:
+            group = (trained.member, _group(trained.module, per))
+            value = tensors.of(trained.member, trained.tensor).float()
+            values.setdefault(trained.module, []).append((torch.tensor(trained.tokens), value, group))
+    named = {group for owned in owners.values() for group in owned}
+    named |= {group for valued in values.values() for _, _, group in valued}
+    groups = sorted(named, key=lambda g: (rank[g[0]], natural_order(g[1])))
     numbers = {group: number for number, group in enumerate(groups)}
     index = {name: [numbers[group] for group in found] for name, found in owners.items()}
-    return WeightedFactors(plan, tuple(groups), factors, index)
+    rows = {
+        name: [(tokens, value, numbers[group]) for tokens, value, group in valued] for name, valued in values.items()
+    }
+    return WeightedFactors(plan, tuple(groups), factors, index, rows)
 
 
 def _group(module: str, per: Per) -> str:
@@ -89,6 +102,7 @@ def attached(model: nn.Module, weighted: WeightedFactors, weights: Callable[[], 
     Args:
         weights: one number for each of the groups, (groups,), asked for again in each forward pass.
     """
+    refuse_biased(weighted.plan, model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:
         for module in weighted.plan.modules.values():
@@ -98,7 +112,10 @@ def attached(model: nn.Module, weighted: WeightedFactors, weights: Callable[[], 
             if layer is not None and layer is not head and module.type in ("Linear", "Conv1D"):
                 stack.enter_context(_beside(layer, factors, places, weights))
             else:
-                stack.enter_context(_inside(model, module, factors, places, weights))
+                changed = _Changed(module, factors, places, weights)
+                stack.enter_context(_inside(model, module.parameter, changed))
+        for name, rows in weighted.rows.items():
+            stack.enter_context(_inside(model, f"{name}.weight", _WithRows(rows, weights)))
         yield
 
 
@@ -124,17 +141,11 @@ def _beside(
 
 
 @contextlib.contextmanager
-def _inside(
-    model: nn.Module,
-    module: ModulePlan,
-    factors: Sequence[algebra.Factors],
-    places: Tensor,
-    weights: Callable[[], Tensor],
-) -> Iterator[None]:
+def _inside(model: nn.Module, parameter: str, changed: nn.Module) -> Iterator[None]:
     """Change a parameter while the body runs."""
-    parent, _, name = module.parameter.rpartition(".")
+    parent, _, name = parameter.rpartition(".")
     owner = model.get_submodule(parent)
-    parametrize.register_parametrization(owner, name, _Changed(module, factors, places, weights), unsafe=True)
+    parametrize.register_parametrization(owner, name, changed, unsafe=True)
     try:
         yield
     finally:
@@ -166,3 +177,21 @@ class _Changed(nn.Module):
             deltas.append(total.T if self._module.is_transposed else total)
         delta = torch.stack(deltas) if self._module.is_experts else deltas[0]
         return (weight.float() + delta).to(weight.dtype)
+
+
+class _WithRows(nn.Module):
+    """An embedding or a head with the members' rows of single tokens in it, each as far from its own as its weight."""
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor, int]], weights: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._rows, self._weights = rows, weights
+        self.learned = getattr(weights, "parameter", None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        now, changed = self._weights().to(weight.device, torch.float32), weight
+        for tokens, values, number in self._rows:
+            index = tokens.to(weight.device)
+            own = weight[index].float()
+            new = own + now[number] * (values.to(weight.device) - own)
+            changed = changed.index_copy(0, index, new.to(weight.dtype))
+        return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, random_adapter, tiny_tokenizer
+from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+
+from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.logits import supervised_loss
+from stackctl.engine.records import Prompt
+from stackctl.engine.serving import Engine, Limits
+from stackctl.engine.weighted_members import attached, read_factors
 
 TOKENS = torch.cat([oracle.TOKENS, torch.tensor([[3, 4, 5, 10, 11, 200]])], dim=1)
 """What logits are looked at with: the tokens whose rows are trained are among them."""
@@ -35,7 +43,7 @@ def peft_logits(base: Path, *paths: Path) -> torch.Tensor:
     return oracle.logits(model.double().eval(), TOKENS)
 
 
-def summed(base: Path, members: Sequence[oracle.Member], *, head_only: bool = False) -> torch.Tensor:
+def summed(base: Path, members: Sequence[oracle.Member]) -> torch.Tensor:
     """W + Σ weight · (scaling · BA), and of each token's row W + weight · (value - W), in float64 from the files."""
     model = oracle.load_plain(base, torch.float64)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -48,7 +56,7 @@ def summed(base: Path, members: Sequence[oracle.Member], *, head_only: bool = Fa
             for name, value in oracle.factors_of(path).items():
                 if "trainable_tokens" in name:
                     module = name.removeprefix("base_model.model.").partition(".token_adapter")[0]
-                    tokens = told if isinstance(told, list) else told[module.rpartition(".")[2]]
+                    tokens = told if isinstance(told, list) else next(told[k] for k in told if module.endswith(k))
                     rows.append((module, tokens, value, weight))
         if tied and {module for module, *_ in rows} - {"model.embed_tokens"}:
             weight = model.get_output_embeddings().weight
@@ -270,3 +278,136 @@ def test_a_head_with_a_bias_is_refused(house: Any, tmp_path: Path) -> None:
     path = random_adapter(folder, tmp_path / "made", trainable_token_indices={"lm_head": [3]})
     h.run("add", "odd", path, "--base", "phi")
     assert "bias" in h.run("generate", "odd", "-p", "x", "--json", code=4).json["error"]["message"]
+
+
+class _Weights:
+    def __init__(self, values: list[float]) -> None:
+        self.parameter = torch.nn.Parameter(torch.tensor(values))
+
+    def __call__(self) -> torch.Tensor:
+        return self.parameter
+
+
+@pytest.mark.parametrize("per", ["member", "module"])
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_weights_can_be_learned(house: Any, kind: str, per: Any) -> None:
+    """A member's rows move with its weight: what a fit computes is what is folded, and its gradient the slope."""
+    h = house(kind)
+    h.add("style", seed=1, trainable_token_indices=BOTH)
+    h.add("chat", seed=2, trainable_token_indices=[3, 10])
+    stacked, plan = h.load(), h.plan("style+chat")
+    batch = {"input_ids": TOKENS, "position_ids": torch.arange(38)[None], "keep": torch.arange(37),
+             "labels": TOKENS[0, 1:]}  # fmt: skip
+    weighted = read_factors(plan, per)
+    asked = {"style": 0.3, "chat": -1.2}
+    now = _Weights([asked[plan.members[member].adapter] for member, _ in weighted.groups])
+    before = float(supervised_loss(stacked.model, batch))
+    with attached(stacked.model, weighted, now):
+        loss = supervised_loss(stacked.model, batch)
+        loss.backward()
+    assert float(supervised_loss(stacked.model, batch)) == before, "and the base is as it was"
+    found, step = [], 3e-3
+    for style in (0.3, 0.3 + step, 0.3 - step):
+        stacked.use(h.plan(f"style:{style}+chat:-1.2"))
+        found.append(float(supervised_loss(stacked.model, batch).detach().double()))
+    assert float(loss.detach()) == pytest.approx(found[0], rel=1e-5)
+    assert now.parameter.grad is not None
+    own = [n for n, (member, _) in enumerate(weighted.groups) if plan.members[member].adapter == "style"]
+    slope = (found[1] - found[2]) / (2 * step)
+    assert float(now.parameter.grad[own].sum()) == pytest.approx(slope, rel=2e-2, abs=3e-2)
+    assert bool((now.parameter.grad != 0).all())
+    names = {name for _, name in weighted.groups}
+    assert names == {""} if per == "member" else {"model.embed_tokens", "lm_head"} <= names
+
+
+def test_what_fit_and_best_and_sweep_do(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1, trainable_token_indices=[3, 10])
+    data = h.data()
+    made = h.run("compose", "style:0.7", "--name", "s", "--fit", data, "--fit-steps", 2, "--json").json
+    loss = h.run("eval", "style:0.7", "--data", data, "--json").json["results"][0]["loss"]
+    assert made["fit"]["held_out_before"] > 0
+    swept = h.run("compose", "style", "--sweep", "style=0.7:1.2:0.5", "--data", data, "--json").json
+    assert swept["sweep"][0]["loss"] == pytest.approx(loss, abs=1e-6)
+    error = h.run("compose", "style", "--name", "b", "--method", "best", "--data", data, "--json", code=4).json["error"]
+    assert "style@1" in error["message"]
+
+
+def test_every_command_has_the_rows(house: Any) -> None:
+    h = house("tied")
+    h.add("style", seed=1, scale=0.3, trainable_token_indices=[3, 10])
+    h.add("chat", seed=2, scale=0.3, trainable_token_indices=[104, 108, 200])
+    asked = ["-p", "hello", "--raw", "--max-new-tokens", 12]
+    texts = {}
+    for what in ("style+chat", "style:0.5+chat", "style"):
+        texts[what] = h.run("generate", what, *asked, "--json").json["text"]
+        assert h.run("generate", what, *asked, "--live", "--json").json["text"] == texts[what]
+    assert len(set(texts.values())) == 3
+    compared = h.run("compare", *texts, *asked, "--json").json["results"]
+    assert [found["text"] for found in compared] == list(texts.values())
+    losses = {r["stack"]: r["loss"] for r in h.run("eval", *texts, "--data", h.data(), "--json").json["results"]}
+    model = PeftModel.from_pretrained(oracle.load_plain(h.base), h.paths["style"])
+    assert losses["style"] == pytest.approx(oracle.loss(model.eval(), CHAT), rel=1e-5)
+    assert h.run("verify", "--json").json["problems"] == []
+    shown = h.run("inspect", "style:0.5+chat", "--weights", "--interference", "--json").json
+    assert [row["tokens"] for row in shown["token_rows"] if row["member"] == "chat@1"] == [[104, 108, 200]] * 2
+    (norm,) = (row for row in shown["weights"] if row["module"] == "model.embed_tokens")
+    own = oracle.load_plain(h.base).get_input_embeddings().weight.detach().double()
+    for name, tokens, weight in (("style", [3, 10], 0.5), ("chat", [104, 108, 200], 1)):
+        (rows,) = (t for n, t in oracle.factors_of(h.paths[name]).items() if "trainable" in n)
+        assert norm["members"][f"{name}@1"] == pytest.approx(weight * float((rows - own[tokens]).norm()), rel=1e-5)
+    text = h.run("inspect", "style+chat").out
+    assert "rows of 104, 108, 200" in text
+    assert "rows of 3, 10 in model.embed_tokens" in h.run("inspect", "style").out
+    assert h.run("inspect", h.paths["style"], "--json").json["token_rows"][0]["tokens"] == [3, 10]
+
+
+def test_a_served_stack_with_rows_is_answered_in_its_turn(house: Any) -> None:
+    h = house("llama")
+    h.add("style", seed=1, scale=0.3, trainable_token_indices=[3, 10])
+    h.add("plain", seed=2, scale=0.3)
+    sampling, names = Sampling(max_new_tokens=12), ["style", "plain", "style:0.5+plain", "base"]
+    stacked, known = h.load(), {}
+    for name in names:
+        stacked.use(h.plan(name))
+        known[name] = next(generate(stacked, [Prompt("Hi.")], sampling)).text
+    assert len(set(known.values())) == 4
+    engine = Engine(h.load(), Limits(rows=4, wait=16))
+    try:
+        waiting = []
+        for name in names * 2:
+            (row,) = engine.prepare(h.plan(name), [Prompt("Hi.")], sampling)
+            ended = threading.Event()
+            row.on_end = lambda _, error, ended=ended: ended.set() if error is None else None
+            waiting.append((name, row, ended))
+        engine.submit([row for _, row, _ in waiting])
+        for name, row, ended in waiting:
+            assert ended.wait(60)
+            assert row.text == known[name]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("what", ["style", "style:0.5+chat"])
+def test_pushed_and_pulled(house: Any, hub: Any, what: str, tmp_path: Path) -> None:
+    h = house("tied")
+    style = h.add("style", seed=1, trainable_token_indices=[3, 10])
+    h.train("chat", "--train-tokens", "<|im_end|>", "--max-steps", 1)
+    h.run("compose", "style:0.5+chat", "--name", "s")
+    h.run("push", "style" if what == "style" else "s", "me/it", "--base-id", "acme/tiny", "--members")
+    served = tmp_path / "served"
+    served.mkdir()
+    for name, data in hub.repos["me/it"].files.items():
+        if "/" not in name:
+            (served / name).write_bytes(data)
+    wanted: list[oracle.Member] = [(style, 1.0)] if what == "style" else [(style, 0.5), (h.weights("chat"), 1.0)]
+    config = json.loads((served / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"]
+    bare, target = peft_logits(h.base), summed(h.base, wanted)
+    assert oracle.relative(peft_logits(h.base, served), target, bare) < 1e-5
+    for name in ("s", "style", "chat"):
+        h.run("rm", name)
+    h.run("pull", "me/it", "--name", "back")
+    assert oracle.relative(folded(h, h.load(), "back"), target, bare) < 1e-5
+    if what != "style":
+        assert h.run("inspect", "chat", "--json").json["trained_tokens"] == ["<|im_end|>"]
