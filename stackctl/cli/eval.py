@@ -13,6 +13,7 @@ from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_da
 from stackctl.cli.prompt_options import DEVICE, DTYPE
 from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import Usage
+from stackctl.core.expressions import BASE
 from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.model import StackPlan
@@ -88,7 +89,10 @@ def register(app: typer.Typer) -> None:
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",
     ) -> Result:
-        """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks."""
+        """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks.
+
+        Of pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
+        """
         data = data or []
         template = template_arguments(chat_template_kwargs, enable_thinking)
         _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
@@ -100,12 +104,18 @@ def register(app: typer.Typer) -> None:
         stacked = load_common_base(context, stacks, dtype, device)
         if harness:
             harness.attach(stacked)
-        sets = tokenise_data(context, stacked, data, records, max_length, template)
+        sets = tokenise_data(context, stacked, data, records, max_length, template, pairs=True)
         named = [(stack.text, plan) for stack, plan in stacks]
+        reference = against or BASE
+        if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):
+            ((stack, plan),) = plan_expressions(context.registry, [BASE], stacks[0][0].base.name)
+            named.append((stack.text, plan))
+            names.append(BASE)
         scores = score_stacks(context, stacked, named, sets) if sets else []
         found = _score_tasks(context, stacked, stacks, harness) if harness else []
+        compared = scores[names.index(reference)] if reference in names and scores else []
         names = [stack.text for stack, _ in stacks]
-        rows = scores_json(names, data, scores) if data else []
+        rows = scores_json(names, data, scores[: len(stacks)], (reference, compared)) if data else []
         comparisons: list[dict[str, Any]] = []
         if against:
             comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))

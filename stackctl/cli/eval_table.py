@@ -18,11 +18,12 @@ NOISE = 0.05
 """A difference that chance alone shows more often than this is called none."""
 _BEST = {"loss": min, "perplexity": min, "accuracy": max}
 _TASK_COLUMNS = ("task", "metric", "stack", "value", "±", "records")
+_PAIR_COLUMNS = ("stack", "ranked rightly", "±", "margin", "±", "loss of the chosen", "pairs")
 COLUMNS = ("stack", "loss", "±", "perplexity", "accuracy", "tokens", "records")
 
 
-def score_json(stack: str, source: str, score: Score) -> dict[str, Any]:
-    """A row of ``results``; what is no finite number is null."""
+def score_json(stack: str, source: str, score: Score, reference: tuple[str, Score] | None = None) -> dict[str, Any]:
+    """A row of ``results``; what is no finite number is null. Pairs are ranked compared with a ``reference``."""
     return {
         "stack": stack,
         "data": source,
@@ -32,15 +33,41 @@ def score_json(stack: str, source: str, score: Score) -> dict[str, Any]:
         "accuracy": score.accuracy,
         "tokens": score.tokens,
         "records": len(score.records),
+        **(_ranking_json(score, *reference) if reference else {}),
     }
 
 
-def scores_json(names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack."""
+def _ranking_json(score: Score, against: str, other: Score) -> dict[str, Any]:
+    """What a row of pairs has besides: ``accuracy`` is then that of the ranking."""
+    from stackctl.engine.significance import ranking
+
+    if score.gaps is None or other.gaps is None:
+        return {}
+    found = ranking(score.gaps, other.gaps)
+    return {
+        "accuracy": found.accuracy,
+        "accuracy_standard_error": found.accuracy_error,
+        "margin": found.margin,
+        "margin_standard_error": found.margin_error,
+        "against": against,
+    }
+
+
+def scores_json(
+    names: Sequence[str],
+    data: Sequence[str],
+    scores: Sequence[Sequence[Score]],
+    reference: tuple[str, Sequence[Score]] = ("", ()),
+) -> list[dict[str, Any]]:
+    """A row for stack i on data set j out of ``scores[i][j]``, stack by stack.
+
+    ``reference`` is what pairs are ranked compared with, and its scores.
+    """
+    against, others = reference
     return [
-        score_json(name, source, score)
+        score_json(name, source, score, (against, others[number]) if others else None)
         for name, found in zip(names, scores, strict=True)
-        for source, score in zip(data, found, strict=True)
+        for number, (source, score) in enumerate(zip(data, found, strict=True))
     ]
 
 
@@ -101,6 +128,9 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
     parts: list[RenderableType] = []
     blocks = by_data(rows)
     for source, block in blocks:
+        if "margin" in block[0]:
+            parts.append(_pairs_table(block, source))
+            continue
         best = best_cells(block)
 
         def drawn(index: int, column: str, text: str, best: set[tuple[int, str]] = best) -> Text:
@@ -117,6 +147,25 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
         if said := sentences([test for test in tests if test["data"] == source]):
             parts.append(Text("\n".join(said)))
     return spaced(parts)
+
+
+def _pairs_table(block: Sequence[dict[str, Any]], source: str) -> RenderableType:
+    """A row for each stack: how it ranks the pairs of a data set, compared with a stack or the base."""
+    from stackctl.render.tables import table
+
+    lines = [
+        [
+            row["stack"],
+            f"{row['accuracy']:.1%}",
+            "" if row["accuracy_standard_error"] is None else f"{row['accuracy_standard_error']:.1%}",
+            f"{row['margin']:.3f}",
+            "" if row["margin_standard_error"] is None else f"{row['margin_standard_error']:.3f}",
+            f"{row['loss']:.4f}",
+            f"{row['records']:,}",
+        ]
+        for row in block
+    ]
+    return table(_PAIR_COLUMNS, lines, title=f"{source}, compared with {block[0]['against']}")
 
 
 def sentences(tests: Sequence[dict[str, Any]]) -> list[str]:

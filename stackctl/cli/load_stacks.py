@@ -75,13 +75,15 @@ def tokenise_data(
     records: Sequence[RecordSet],
     max_length: int,
     template: Arguments | None = None,
+    *,
+    pairs: bool = False,
 ) -> list[DataSet]:
-    """Data sets in the base's tokens; notes say what was cut or left out."""
+    """Data sets in the base's tokens; notes say what was cut or left out. With ``pairs`` both answers of those."""
     from stackctl.engine.evaluation import tokenise_for
 
     note = context.output.note
     return [
-        tokenise_for(stacked, found, source, max_length, note, template)
+        tokenise_for(stacked, found, source, max_length, note, template, pairs=pairs)
         for source, found in zip(sources, records, strict=True)
     ]
 

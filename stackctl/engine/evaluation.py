@@ -33,11 +33,15 @@ _ROW = 512
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as one base reads it. ``owners[i]`` is the number of the record that ``examples[i]`` comes from."""
+    """A data set as one base reads it. ``owners[i]`` is the number of the record that ``examples[i]`` comes from.
+
+    Of ``pairs`` the chosen and the rejected answers take turns.
+    """
 
     source: str
     examples: Sequence[Example]
     owners: list[int]
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class Score:
     """What a stack made of a data set: the scores of its records, in their order, and what they come to.
 
     ``loss`` is the mean cross-entropy (nats) over all supervised tokens, ``accuracy`` the share of these that were the
-    likeliest token. Records with nothing to learn are not among them.
+    likeliest token. Records with nothing to learn are not among them. Of pairs all that is said of the chosen answers,
+    and ``gaps`` are by how much (nats) each is likelier than the rejected one.
     """
 
     records: list[RecordScore]
+    gaps: list[float] | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,12 +94,18 @@ def tokenise_for(
     max_length: int,
     note: Callable[[str], None],
     template: Mapping[str, Any] | None = None,
+    *,
+    pairs: bool = False,
 ) -> DataSet:
-    """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
+    """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out.
+
+    Of pairs of answers with ``pairs`` both are read, else the chosen one.
+    """
+    pairs = pairs and records.format == "preference"
     ensure_chat_template(stacked.tokenizer)
     length = min(max_length, stacked.base.context_length or max_length)
     arguments = {**(stacked.base.chat_template_kwargs or {}), **(template or {})}
-    encoded = encode(records, stacked.tokenizer, max_length=length, template=arguments)
+    encoded = encode(records, stacked.tokenizer, max_length=length, template=arguments, answers=pairs)
     for text in encoded.notes:
         note(text)
     if encoded.truncated:
@@ -105,7 +117,7 @@ def tokenise_for(
     if beyond := unembedded_tokens(stacked.tokenizer, stacked.base.vocabulary_size):
         check_embedded(encoded, beyond, source, records.unit, stacked.base.name)
     assert encoded.owners is not None, "encode keeps them"
-    return DataSet(source, encoded.examples, encoded.owners)
+    return DataSet(source, encoded.examples, encoded.owners, pairs)
 
 
 class Scoring:
@@ -155,6 +167,9 @@ class Scoring:
 def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, sharing: bool) -> Score:
     by_record: dict[int, list[RecordScore]] = {}
     parts = score_examples(stacked.model, data.examples, progress, sharing=sharing)
+    if data.pairs:
+        chosen, rejected = parts[::2], parts[1::2]
+        return Score(chosen, [other.loss - one.loss for one, other in zip(chosen, rejected, strict=True)])
     for owner, part in zip(data.owners, parts, strict=True):
         by_record.setdefault(owner, []).append(part)
     return Score([_joined(parts) for parts in by_record.values()])

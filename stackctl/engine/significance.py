@@ -47,6 +47,30 @@ class PairedTest:
     records: int
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How a model ranks pairs of answers, compared with another: each number with its standard error.
+
+    ``accuracy``: the share of pairs whose chosen answer it prefers more than the other does, equal ones counting one
+    half. ``margin``: by how much on average, in nats. The errors are None with a single pair.
+    """
+
+    accuracy: float
+    accuracy_error: float | None
+    margin: float
+    margin_error: float | None
+    pairs: int
+
+
+def ranking(gaps: Sequence[float], others: Sequence[float]) -> Ranking:
+    """What ``gaps`` say, log-probability of the chosen less that of the rejected answer, beside another model's."""
+    margins = [gap - other for gap, other in zip(gaps, others, strict=True)]
+    right = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
+    ones = [1] * len(margins)
+    means = [math.fsum(values) / len(values) for values in (right, margins)]
+    return Ranking(means[0], ratio_error(right, ones), means[1], ratio_error(margins, ones), len(margins))
+
+
 def ratio_error(totals: Sequence[float], sizes: Sequence[int]) -> float | None:
     """The standard error of Σ totals / Σ sizes over n records, each a cluster; None for fewer than two.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from stackctl.engine.data import IGNORED, Example
@@ -261,3 +262,63 @@ def test_held_out_records_of_another_kind_are_refused(house, data, tmp_path):
     path.write_text('{"text": "a"}\n')
     ran = house().run("train", "x", "--data", data, "--objective", "dpo", "--eval-data", path, code=2)
     assert f"takes pairs of answers, and {path} holds text" in ran.err
+
+
+# -- eval ----------------------------------------------------------------------------------------------------------
+
+
+def test_eval_ranks_pairs_compared_with_another_stack(house, data, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    h = house()
+    h.train("one", "--max-steps", 2, "--dtype", "float32")
+    args = ("--on", "one", "--data", data, "--objective", "dpo", "--dtype", "float32", "--learning-rate", "3e-3")
+    path = Path(h.run("train", "taste", *args, "--max-steps", 3, "--json").json["path"])
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "abc"}\n{"text": "defg"}\n')
+    found = h.run("eval", "one+taste", "base", "--data", text, "--data", data, "--against", "one", "--json").json
+    rows = {(row["stack"], Path(row["data"]).name): row for row in found["results"]}
+    assert [(row["stack"], row["data"]) for row in found["results"]] == [
+        (stack, str(file)) for stack in ("one+taste", "base", "one") for file in (text, data)
+    ]
+    assert "margin" not in rows["base", "text.jsonl"]
+
+    tokenizer = tiny_tokenizer()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(h.base), path.parent.parent / "one" / "1")
+    model.load_adapter(path, "taste")
+
+    def gaps(*active: str) -> list[float]:
+        model.base_model.set_adapter(list(active))
+        return [_log_p(model, tokenizer, p, p["chosen"]) - _log_p(model, tokenizer, p, p["rejected"]) for p in PAIRS]
+
+    margins = torch.tensor([a - b for a, b in zip(gaps("default", "taste"), gaps("default"), strict=True)])
+    row = rows["one+taste", "pairs.jsonl"]
+    assert (row["against"], row["records"]) == ("one", 6)
+    assert row["margin"] == pytest.approx(float(margins.mean()), abs=1e-4)
+    assert row["margin_standard_error"] == pytest.approx(float(margins.std()) / math.sqrt(6), abs=1e-4)
+    assert row["accuracy"] == pytest.approx(float((margins > 0).float().mean()))
+    assert row["accuracy_standard_error"] == pytest.approx(float((margins > 0).float().std()) / math.sqrt(6), abs=1e-6)
+    itself = rows["one", "pairs.jsonl"]
+    assert (itself["accuracy"], itself["margin"], itself["margin_standard_error"]) == (0.5, 0, 0)
+
+
+def _log_p(model: Any, tokenizer: Any, pair: dict[str, str], answer: str) -> float:
+    """By hand: the log-probability of an answer and its end of text."""
+    prompt, ids = (tokenizer(text)["input_ids"] for text in (pair["prompt"], answer))
+    tokens = torch.tensor([[*prompt, *ids, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logs = model(input_ids=tokens).logits[0].double().log_softmax(-1)
+    return float(sum(logs[n - 1, tokens[0, n]] for n in range(len(prompt), tokens.shape[1])))
+
+
+def test_without_against_pairs_are_ranked_compared_with_the_base(house, data):
+    h = house()
+    h.train("one", "--max-steps", 2, "--dtype", "float32")
+    found = h.run("eval", "one", "--data", data, "--json").json
+    both = h.run("eval", "one", "base", "--data", data, "--json").json
+    (row,) = found["results"]
+    assert row["against"] == "base"
+    assert row == both["results"][0]
+    assert found["comparisons"] == []
+    assert "compared with base" in h.run("eval", "one", "--data", data).out
