@@ -25,16 +25,16 @@ _SHAPES = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-_LAYERS = 32
+LAYERS = 32
 
 
-def large_registry(folder: Path, *, rank: int) -> Path:
-    """A registry with ``style`` and ``instruct``, of the given rank, in float32."""
+def large_registry(folder: Path, *, rank: int, layers: int = LAYERS) -> Path:
+    """A registry with ``style`` and ``instruct``, of the given rank, in float32, on all layers or the first few."""
     root = folder / "registry"
     init_registry(root)
     registry = Registry(root)
     modules = {
-        f"model.layers.{{0-{_LAYERS - 1}}}.{name}": ModuleShape(type="Linear", shape=list(shape))
+        f"model.layers.{{0-{LAYERS - 1}}}.{name}": ModuleShape(type="Linear", shape=list(shape))
         for name, shape in _SHAPES.items()
     }
     base = Base(
@@ -45,21 +45,22 @@ def large_registry(folder: Path, *, rank: int) -> Path:
     save_base(registry, base)
     for seed, name in enumerate(("style", "instruct")):
         checkpoint = folder / name
-        _write_adapter(checkpoint, rank, seed)
+        _write_adapter(checkpoint, rank, layers, seed)
         _register(registry, name, checkpoint, base)
     return root
 
 
-def _write_adapter(folder: Path, rank: int, seed: int) -> None:
+def _write_adapter(folder: Path, rank: int, layers: int, seed: int) -> None:
     folder.mkdir()
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "use_rslora": seed == 1,
         "target_modules": sorted(name.rpartition(".")[2] for name in _SHAPES), "task_type": "CAUSAL_LM",
+        "layers_to_transform": list(range(layers)), "layers_pattern": "layers",
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     layout = [
         (f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight", "F32", shape)
-        for layer in range(_LAYERS)
+        for layer in range(layers)
         for name, (rows, columns) in _SHAPES.items()
         for part, shape in (("A", (rank, columns)), ("B", (rows, rank)))
     ]
