@@ -278,7 +278,7 @@ def bundle_stack(
     curve = _picture([(m, registry.weights_path(m.version)) for m in stack.members])
     card = Card(
         name=name, repo=to.repo, base_id=to.base_id, rank=read_config(exported)["r"], is_stack=True, facts=to.facts,
-        has_layer_weights=any(m.layer_weights for m in stack.members),
+        has_layer_weights=any(m.layer_weights for m in stack.members), method=stack.method,
         members=tuple(
             CardMember(
                 m.adapter.name, _published(m), m.weight, m.adapter.description,

@@ -15,6 +15,7 @@ from stackctl.core.expressions import format_sum, format_term, format_weight
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import AdapterVersion
 from stackctl.plan.lint import vllm_max_rank
+from stackctl.plan.methods import METHODS, SUM
 from stackctl.render.loss_curve import PICTURE
 
 CARD = "README.md"
@@ -95,6 +96,7 @@ class Card:
     rank: int
     is_stack: bool = False
     has_layer_weights: bool = False
+    method: str = SUM
     foundations: tuple[TrainedOn, ...] = ()
     facts: CardFacts = field(default_factory=CardFacts)
     has_picture: bool = False
@@ -105,6 +107,7 @@ def render_card(card: Card) -> str:
     """The whole ``README.md``."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    method = None if card.method == SUM else card.method
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         undefined=StrictUndefined,
@@ -115,6 +118,7 @@ def render_card(card: Card) -> str:
     )  # fmt: skip  (it is Markdown, which the Hub makes safe)
     return environment.get_template("card.md").render(
         card=card,
+        about=None if method is None else METHODS[method].about,
         newest=card.members[0],
         metadata=_metadata(card),
         base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
@@ -128,7 +132,7 @@ def render_card(card: Card) -> str:
         expression=_expression(card),
         file_name=card.name.replace("+", "-"),
         vllm_rank=vllm_max_rank(card.rank) or card.rank,
-        formula=format_sum([(term.name, term.weight) for term in (*card.foundations, *card.members)]),
+        formula=format_sum([(term.name, term.weight) for term in (*card.foundations, *card.members)], method),
     )
 
 

@@ -123,6 +123,24 @@ def test_weights_by_layer_go_up_and_come_back(
     assert again["outcome"] == "unchanged"
 
 
+@pytest.mark.parametrize(
+    "method", [["ties", "--density", "0.4"], ["knots_ties", "--density", "0.4"], ["tsv"], ["iso_c"], ["core_ties"]]
+)
+def test_a_method_goes_up_as_what_it_makes_and_comes_back_as_itself(
+    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, method: list[str]
+) -> None:
+    run("compose", "style:0.25+instruct", "--name", "teller", "--method", *method)
+    run("push", "teller", "me/teller", "--members", *ID)
+    card = hub.repos["me/teller"].files["README.md"].decode()
+    assert f"W = W_base + {method[0]}(0.25·ΔW_style + ΔW_instruct)" in card and "exact sum" not in card
+    run("pull", "me/teller", "--registry", there.root)
+    mine, theirs = here.find_stack("teller"), there.find_stack("teller")
+    assert mine is not None and theirs is not None
+    assert (theirs.method, theirs.options, theirs.members) == (method[0], mine.options, mine.members)
+    again = run("push", "teller", "me/teller", "--members", "--registry", there.root, "--json").json
+    assert again["outcome"] == "unchanged"
+
+
 @pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
 def test_push_pull_push_makes_no_commit(
     run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, what: str
