@@ -1,5 +1,6 @@
 """The tensor work. Imported only inside a command's body: torch and its family take seconds to load."""
 
+import gc
 import logging
 import os
 
@@ -18,3 +19,15 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Before torch is loaded, which reads it.
 if _threads := openmp.set_waiting(os.environ):
     openmp.watch(_threads, _run_in_parallel)
+
+_THRESHOLDS = gc.get_threshold()
+# The libraries make a million objects while they are imported, none of them garbage: a fifth of that time is the
+# collector's, which walks through them again and again.
+gc.set_threshold(1_000_000, *_THRESHOLDS[1:])
+
+
+def imports_are_done() -> None:
+    """Let the garbage collector work as before, on what is made from now on; the first call counts."""
+    if gc.get_threshold() != _THRESHOLDS:
+        gc.freeze()
+        gc.set_threshold(*_THRESHOLDS)

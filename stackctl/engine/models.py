@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
+from stackctl.engine import imports_are_done
 from stackctl.engine.algebra import Factors
 from stackctl.engine.base_class import quantised_skeleton
 from stackctl.engine.base_files import base_folder, load_tokenizer
@@ -256,6 +257,7 @@ def load_base(
         NotFound, VerificationFailed, Incompatible: its files are gone, changed, or cannot be loaded.
     """
     quiet_libraries()
+    imports_are_done()
     folder = base_folder(base, registry, say)
     where = choose_device(device)
     plain = choose_dtype(dtype, where, base)
