@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from stackctl.cli.add_converted import Conversion, add_converted
 from stackctl.cli.common import REGISTRY, BaseOption, Context, command, complete_what
 from stackctl.core.errors import Incompatible, Usage
-from stackctl.core.schema import AdapterVersion, Base
-from stackctl.lora.checkpoint import Checkpoint, describe_lora, find_checkpoint_folder, read_checkpoint, read_info
+from stackctl.core.schema import AdapterVersion
+from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.lora.effect import NO_EFFECT, has_no_effect
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
@@ -19,15 +20,17 @@ from stackctl.plan.validate import no_plain_lora
 from stackctl.registry.base_matching import choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
-from stackctl.registry.store import Registry, now
-from stackctl.registry.versions import add_version, check_adapter_name, find_same_version
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import add_version, check_adapter_name, find_same_version, made_elsewhere
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 from stackctl.storage.paths import portable_path
 
 _EXAMPLES = """\
 stackctl add instruct ./output/stage2/instruct --on style
-stackctl add style ./output/checkpoint-531 --base qwen3"""
+stackctl add style ./output/checkpoint-531 --base qwen3
+stackctl add style ./output/dora --convert --tolerance 0.05"""
+_CONVERT = "Another kind of adapter"
 
 
 def register(app: typer.Typer) -> None:
@@ -49,18 +52,49 @@ def register(app: typer.Typer) -> None:
         ] = None,
         link: Annotated[bool, typer.Option("--link", help="Refer to the folder instead of copying it.")] = False,
         description: Annotated[str, typer.Option(help="A line about it.")] = "",
+        convert: Annotated[
+            bool,
+            typer.Option(
+                "--convert",
+                help="Make a plain LoRA of it: of DoRA, LoHa, LoKr, MiSS, VeRA, PiSSA, IA3, OFT and more.",
+                rich_help_panel=_CONVERT,
+            ),
+        ] = False,
+        rank: Annotated[
+            int | None,
+            typer.Option(help="Rank of each layer's pair, at most.", rich_help_panel=_CONVERT, metavar="N"),
+        ] = None,
+        tolerance: Annotated[
+            float | None,
+            typer.Option(
+                help="The share of a layer's change that may be lost; without either option none where its rank is "
+                "small, else 0.01.",
+                rich_help_panel=_CONVERT,
+            ),
+        ] = None,
+        initial: Annotated[
+            Path | None,
+            typer.Option(
+                help="The same adapter before its training, if it began with CorDA, LoRA-GA or PiSSA's fast form.",
+                rich_help_panel=_CONVERT,
+            ),
+        ] = None,
     ) -> Result:
         """Register an existing PEFT checkpoint as the next version of an adapter."""
         registry = context.registry
+        wanted = Conversion.parse(convert, rank, tolerance, initial, link)
         check_adapter_name(registry, name)
         folder = find_checkpoint_folder(path)
         left_out = check_links(folder)
         checkpoint = read_checkpoint(folder)
         member = PlanMember(name, 1.0, checkpoint, name)
-        if no_plain_lora(member):
+        kind = wanted and wanted.kind(checkpoint)
+        if no_plain_lora(member) and not kind:
             plan_stack(None, [member]).check()
         own, unknown = (None, "") if on or base else choose_base(registry, checkpoint, read_info(folder))
         stack = resolve_expression(registry, on or "base", base=own.name if own else base)
+        if wanted and kind:
+            return add_converted(registry, wanted, name, checkpoint, stack, description, context.output)
         plan = plan_stack(stack.base, [member])
         if unknown and plan.errors:
             raise Incompatible(
@@ -105,7 +139,11 @@ def _add(
     if link:
         path = _linked_path(checkpoint.path.resolve(), registry.root)
         return add_version(
-            registry, name, lambda number: entry(number, path, checkpoint, stack.base, on), None, description or None
+            registry,
+            name,
+            lambda number: made_elsewhere(number, path, checkpoint, stack.base, on),
+            None,
+            description or None,
         )
     weights = registry.root / "weights"
     with atomic.staging_directory(weights) as staged:
@@ -114,7 +152,7 @@ def _add(
         return add_version(
             registry,
             name,
-            lambda number: entry(number, registry.relative_weights_path(name, number), copied, stack.base, on),
+            lambda number: made_elsewhere(number, registry.relative_weights_path(name, number), copied, stack.base, on),
             staged,
             description or None,
         )
@@ -128,21 +166,3 @@ def _linked_path(folder: Path, root: Path) -> str:
             f"the name of {folder} is not Unicode, and entries are", hint="leave out --link, so that it is copied"
         ) from None
     return portable_path(folder, root)
-
-
-def entry(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
-    """The registry entry of a checkpoint that was made elsewhere."""
-    return AdapterVersion(
-        version=number,
-        digest=checkpoint.digest(),
-        path=path,
-        base=base.name,
-        fingerprint=base.fingerprint,
-        trained_on=on,
-        created=now(),
-        lora=describe_lora(checkpoint.config),
-        parameters=checkpoint.parameters,
-        dtype=checkpoint.dtype,
-        bytes=checkpoint.bytes,
-        versions={"peft": str(checkpoint.config["peft_version"])} if checkpoint.config.get("peft_version") else {},
-    )

@@ -7,7 +7,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from stackctl.cli.add import entry
 from stackctl.cli.common import REGISTRY, BaseOption, Context, command
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Extracted
@@ -15,7 +14,7 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.versions import add_version, check_adapter_name
+from stackctl.registry.versions import add_version, check_adapter_name, made_elsewhere
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 
@@ -47,26 +46,27 @@ def register(app: typer.Typer) -> None:
         found_base = resolve_base(registry, base)
         from stackctl.engine import extraction
         from stackctl.engine.base_files import base_folder
+        from stackctl.engine.low_rank import Wanted
         from stackctl.engine.models import quiet_libraries
 
         quiet_libraries()
         say = context.output.status
         model, folder = extraction.find_tuned(found_base, tuned, registry, say)
-        wanted = extraction.Wanted(number, tolerance or 0.1)
+        wanted = Wanted(number, None if number else tolerance or 0.1)
         found = extraction.extract(found_base, base_folder(found_base, registry, say), folder, wanted)
         told = Extracted(
             source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
             errors=found.errors, saved=found.saved_modules, left_out=found.left_out,
         )  # fmt: skip
         with atomic.staging_directory(registry.root / "weights") as staged:
-            extraction.write_extraction(found, found_base, staged)
+            found.write(staged, found_base.hub_id or found_base.source, {})
             checkpoint = read_checkpoint(staged)
             plan_stack(found_base, [PlanMember(name, 1.0, checkpoint, name)]).check()
             version = add_version(
                 registry,
                 name,
                 lambda number: msgspec.structs.replace(
-                    entry(number, registry.relative_weights_path(name, number), checkpoint, found_base, []),
+                    made_elsewhere(number, registry.relative_weights_path(name, number), checkpoint, found_base, []),
                     extracted=told,
                 ),
                 staged,

@@ -199,6 +199,20 @@ class EntryProblem(Part, frozen=True, kw_only=True):
     hint: str = ""
 
 
+class Converted(Part, frozen=True, kw_only=True):
+    """The adapter of another kind (``from``: ``LOHA``, ``DORA``, ``PISSA``, …) that a plain LoRA was made of.
+
+    ``relative_error`` is ‖ΔW - BA‖ / ‖ΔW‖ over all modules, ``errors`` that of each; ``output_error`` how far logits
+    are from those of the original, as a share of what it changes in them. ``digest`` is the original's.
+    """
+
+    from_: str = msgspec.field(name="from")
+    digest: str
+    relative_error: Finite
+    output_error: Finite
+    errors: dict[str, Finite] = msgspec.field(default_factory=dict)
+
+
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
@@ -226,6 +240,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     problems: list[EntryProblem] = msgspec.field(default_factory=list)
     extracted: Extracted | None = None
     trained_tokens: list[str] = msgspec.field(default_factory=list)
+    converted: Converted | None = None
     hub: HubSource | None = None
     pushed: HubSource | None = None
     versions: dict[str, str] = msgspec.field(default_factory=dict)

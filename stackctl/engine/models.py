@@ -138,6 +138,15 @@ class StackedModel:
                 attach_live(self.model, plan)
                 self._live = True
             return
+        self.fold(plan)
+
+    def fold(self, plan: StackPlan) -> None:
+        """Fold a stack on top of what is there; :meth:`restore` takes both out.
+
+        Raises:
+            Incompatible, VerificationFailed: as :meth:`use`.
+        """
+        plan.check()
         self._untie_for(plan)
         rounding = Rounding()
         with torch.no_grad(), MemberTensors(plan) as tensors:

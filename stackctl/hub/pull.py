@@ -32,6 +32,7 @@ from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import RepoPlace, Say, open_hub
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
+from stackctl.lora.convertible import convert_hint, kind_of
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
@@ -294,7 +295,14 @@ class _Pull:
         checkpoint = read_checkpoint(folder)
         if part.digest is not None and checkpoint.digest() != part.digest:
             raise self.repo.other_digest(part.folder)
-        plan_stack(base, [PlanMember(part.name, 1.0, checkpoint, part.name)]).check()
+        plan = plan_stack(base, [PlanMember(part.name, 1.0, checkpoint, part.name)])
+        if plan.errors and kind_of(checkpoint.config):
+            then = convert_hint(checkpoint.config, part.name, Path("FOLDER"))
+            raise Incompatible(
+                "; ".join(p.message for p in plan.errors),
+                hint=f"fetch it: hf download {self.hub.repo} --local-dir FOLDER; then {then}",
+            )
+        plan.check()
         return checkpoint
 
     def _foundations(self, parts: list[RepoAdapter]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from stackctl.core.errors import did_you_mean
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, EntryProblem, ModuleShape
 from stackctl.lora.checkpoint import DTYPE_NAMES
+from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.naming import Naming
 from stackctl.lora.recognition import recognise_model, recognise_task, trains_parts_of_fused_layers
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
@@ -90,7 +91,7 @@ def no_plain_lora(member: PlanMember) -> list[Problem]:
     config, label = member.checkpoint.config, member.label
     if not member.checkpoint.is_lora:
         what = f"{label} is of PEFT type {str(config.get('peft_type'))[:40]}, not LORA"
-        return [Problem("not_lora", what, "only LoRA adapters can be stacked", label)]
+        return [Problem("not_lora", what, _converted(member, "only LoRA adapters can be stacked"), label)]
     if found := recognise_task(config, member.checkpoint.tensors):
         return [Problem(found.kind, f"{label} {found.what}", found.hint, label)]
     if trains_parts_of_fused_layers(config):
@@ -105,11 +106,22 @@ def no_plain_lora(member: PlanMember) -> list[Problem]:
     return []
 
 
+def _converted(member: PlanMember, otherwise: str) -> str:
+    """The command that makes a plain LoRA of a member, where there is one."""
+    checkpoint = member.checkpoint
+    return convert_hint(checkpoint.config, member.adapter or "NAME", checkpoint.path) or otherwise
+
+
 def refusals(member: PlanMember) -> list[Problem]:
     """What cannot be summed, by the configuration alone."""
     config, label = member.checkpoint.config, member.label
     problems = [
-        Problem(key, f"{label} {why}", f"train {member.adapter or label} again as a plain LoRA", label)
+        Problem(
+            key,
+            f"{label} {why}",
+            _converted(member, f"train {member.adapter or label} again as a plain LoRA"),
+            label,
+        )
         for key, why in _REFUSED.items()
         if config.get(key)
     ]
@@ -122,13 +134,13 @@ def refusals(member: PlanMember) -> list[Problem]:
                 label,
             )
         )
-    init = str(config.get("init_lora_weights", True)).lower()
+    init = beginning_of(config)
     if init.startswith(_CHANGED_BASE):
         problems.append(
             Problem(
                 "changed_base",
                 f"{label} was initialised with {init}, which changed the base it was trained on",
-                "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion",
+                _converted(member, "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"),
                 label,
             )
         )

@@ -10,9 +10,10 @@ import msgspec
 
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import Reference, parse_name
-from stackctl.core.schema import Adapter, AdapterVersion, HubSource, Removed, Stack
+from stackctl.core.schema import Adapter, AdapterVersion, Base, HubSource, Removed, Stack
+from stackctl.lora.checkpoint import Checkpoint, describe_lora
 from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
-from stackctl.registry.store import Registry
+from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
 
 
@@ -131,3 +132,21 @@ def record_push(registry: Registry, member: ResolvedMember, place: HubSource) ->
         ]
         if versions != adapter.versions:
             registry.write(msgspec.structs.replace(adapter, versions=versions))
+
+
+def made_elsewhere(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
+    """The registry entry of a checkpoint that was made elsewhere."""
+    return AdapterVersion(
+        version=number,
+        digest=checkpoint.digest(),
+        path=path,
+        base=base.name,
+        fingerprint=base.fingerprint,
+        trained_on=on,
+        created=now(),
+        lora=describe_lora(checkpoint.config),
+        parameters=checkpoint.parameters,
+        dtype=checkpoint.dtype,
+        bytes=checkpoint.bytes,
+        versions={"peft": str(checkpoint.config["peft_version"])} if checkpoint.config.get("peft_version") else {},
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stackctl.engine.extraction import Wanted, best_pair
+from stackctl.engine.low_rank import Pairs, Wanted
 
 
 def tuned_model(h: Any, change: Any, name: str = "tuned") -> Path:
@@ -77,7 +77,9 @@ def test_a_full_change_is_cut_to_the_best_of_its_rank(house: Any) -> None:
 def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> None:
     generator = torch.Generator().manual_seed(1)
     delta = torch.randn(1100, 900, generator=generator) / 30  # a flat spectrum, which is the hardest
-    (a, b), lost, total = best_pair(delta, Wanted(32, 0.1))
+    found = Pairs()
+    found.keep("x", delta, Wanted(32))
+    (a, b), lost, total = found.pairs["x"], found.lost, found.total
     assert (a.shape, b.shape) == ((32, 900), (1100, 32))
     best = torch.linalg.svdvals(delta.double())[32:].square().sum()
     assert lost**0.5 <= 1.01 * float(best) ** 0.5

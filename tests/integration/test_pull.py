@@ -411,6 +411,15 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert tree(there) == before
 
 
+def test_another_kind_that_can_be_made_a_lora_is_refused_with_the_way(
+    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+) -> None:
+    hub.repo("acme/dora", plain_repo(tmp_path, use_dora=True))
+    error = run("pull", "acme/dora", "--registry", there.root, "--json", code=4).json["error"]
+    assert "hf download acme/dora --local-dir FOLDER" in error["hint"]
+    assert "stackctl add dora FOLDER --convert" in error["hint"]
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [

@@ -1,0 +1,263 @@
+"""``stackctl add --convert``: a plain LoRA of another kind of adapter, proved against the original and registered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from stackctl.core.errors import Incompatible, Usage, VerificationFailed
+from stackctl.core.schema import Converted
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
+from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
+from stackctl.lora.recognition import recognise_task
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.validate import refusals
+from stackctl.registry.checkpoint_files import copy_checkpoint
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import add_version, find_same_version, made_elsewhere
+from stackctl.render.output import Output, Result
+from stackctl.storage import atomic
+
+if TYPE_CHECKING:
+    from stackctl.engine.conversion import Original
+    from stackctl.engine.low_rank import Pairs
+    from stackctl.engine.models import StackedModel
+
+_EXACT, _PROVED = 1e-5, 1e-3
+"""Where next to nothing of the weights is lost, this share at most of the effect on the logits may be."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was asked for: a rank, a tolerance or neither, and the adapter as it was before its training."""
+
+    rank: int | None
+    tolerance: float | None
+    initial: Path | None
+
+    @staticmethod
+    def parse(
+        convert: bool, rank: int | None, tolerance: float | None, initial: Path | None, link: bool
+    ) -> Conversion | None:
+        """The options of a command line; None without ``--convert``.
+
+        Raises:
+            Usage: with everything that is wrong with them.
+        """
+        given = {"--rank": rank, "--tolerance": tolerance, "--initial": initial}
+        named = [name for name, value in given.items() if value is not None]
+        problems = []
+        if named and not convert:
+            problems.append((f"{' and '.join(named)}: only with --convert", "add --convert"))
+        if convert and link:
+            problems.append(("--link refers to a folder, and --convert makes another one", "leave out --link"))
+        if rank is not None and tolerance is not None:
+            problems.append(("--rank and --tolerance are two ways to say how much is kept", "leave out one of them"))
+        if rank is not None and not 1 <= rank <= 65536:
+            problems.append((f"--rank {rank} is no rank", "give a number from 1 to 65536"))
+        if tolerance is not None and not 0 < tolerance < 1:
+            problems.append((f"--tolerance {tolerance:g} is not between 0 and 1", "give a share, for example 0.01"))
+        if problems:
+            raise Usage("; ".join(what for what, _ in problems), hint="; ".join(hint for _, hint in problems))
+        return Conversion(rank, tolerance, initial) if convert else None
+
+    def kind(self, checkpoint: Checkpoint) -> str | None:
+        """What an adapter is that is made a plain LoRA; None where it is one, and where it cannot be made one.
+
+        Raises:
+            Usage: the options are of no use for it.
+            Incompatible: it can be made one, with what stands in the way.
+        """
+        config, kind = checkpoint.config, kind_of(checkpoint.config)
+        if kind is None:
+            if checkpoint.is_lora and (self.rank, self.tolerance, self.initial) != (None, None, None):
+                raise Usage(
+                    f"{checkpoint.path} is not converted: it is a plain LoRA, or cannot be made one",
+                    hint="leave out --convert and what belongs to it",
+                )
+            return None
+        if self.initial and (not checkpoint.is_lora or variant_of(config)):
+            raise Usage(f"--initial is of no use for {kind}", hint="leave it out")
+        if needs_initial(config) and (not self.initial or variant_of(config)):
+            what = (
+                f"{checkpoint.path} began with {config.get('init_lora_weights')}, which took something out of its base"
+            )
+            raise Incompatible(
+                f"{what} that only the adapter as it was before its training tells",
+                hint="add --initial FOLDER, where that was saved"
+                if not variant_of(config)
+                else "train it again as a plain LoRA",
+            )
+        return kind
+
+
+def add_converted(
+    registry: Registry, wanted: Conversion, name: str, checkpoint: Checkpoint, stack: ResolvedStack, description: str,
+    output: Output,
+) -> Result:  # fmt: skip
+    """Make a plain LoRA of a checkpoint, prove it and register it."""
+    kind = kind_of(checkpoint.config)
+    assert kind is not None
+    plan = read_plan(registry, stack).check()
+    _check(checkpoint, name)
+    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.conversion import check_header
+    from stackctl.engine.models import load_base, quiet_libraries
+
+    quiet_libraries()
+    say = output.status
+    differences = _differences(name, checkpoint, wanted, plan) if wanted.initial else None
+    if differences is None:
+        check_header(checkpoint, base_folder(stack.base, registry, say))
+    say(f"making a plain LoRA of {kind}")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # others have no float64
+    stacked = load_base(stack.base, registry, dtype="float32", device=device, say=say)
+    stacked.use(plan)
+    pairs, original = _convert(stacked, checkpoint, differences, wanted)
+    with atomic.staging_directory(registry.root / "weights") as staged:
+        copy_checkpoint(checkpoint.path, staged)
+        for file in (CONFIG, WEIGHTS):
+            (staged / file).unlink()
+        pairs.write(staged, stack.base.hub_id or stack.base.source, _kept_settings(checkpoint))
+        made = read_checkpoint(staged)
+        new = plan_stack(stack.base, [PlanMember(name, 1.0, made, name)]).check()
+        told = Converted(
+            from_=kind, digest=checkpoint.digest(), relative_error=pairs.relative_error,
+            output_error=_proved(stacked, plan, new, original, pairs), errors=pairs.errors,
+        )  # fmt: skip
+        known = find_same_version(registry, name, made.digest(), stack)
+        version = known or add_version(
+            registry,
+            name,
+            lambda number: msgspec.structs.replace(
+                made_elsewhere(number, registry.relative_weights_path(name, number), made, stack.base, stack.terms()),
+                converted=told,
+            ),
+            staged,
+            description or None,
+        )
+    label = f"{name}@{version.version}"
+    data = {
+        "adapter": name,
+        "version": version.version,
+        "digest": version.digest,
+        "base": stack.base.name,
+        "path": str(registry.weights_path(version)),
+        "on": version.trained_on,
+        "rank": pairs.rank,
+        "converted": {key: value for key, value in msgspec.to_builtins(told).items() if key != "errors"},
+    }
+    said = f"{label} is registered already" if known else f"registered {label}"
+    text = (
+        f"{said}: made of {kind}, rank {pairs.rank} on {len(pairs.pairs)} modules, {version.parameters:,} parameters; "
+        f"{told.relative_error:.2g} of the change in the weights is lost, {told.output_error:.2g} of that in the logits"
+    )
+    return Result(data, label, text)
+
+
+def _check(checkpoint: Checkpoint, name: str) -> None:
+    """Hold everything against a checkpoint that its configuration and header show and conversion does not mend.
+
+    Raises:
+        Incompatible: with all of it.
+    """
+    member = PlanMember(name, 1.0, checkpoint, name)
+    problems = [
+        (p.message, p.hint) for p in refusals(member) if p.severity == "error" and p.code not in CONVERTED_CODES
+    ]
+    if not checkpoint.is_lora:
+        problems = []  # those are the options of a LoRA; PEFT's class for the type knows its own
+    if found := recognise_task(checkpoint.config, checkpoint.tensors):
+        problems.append((f"{name} {found.what}", found.hint))
+    if empty := [tensor for tensor, info in checkpoint.tensors.items() if 0 in info.shape]:
+        problems.append((f"{len(empty)} of its tensors are empty, {empty[0]} among them", "save it again"))
+    if problems:
+        raise Incompatible(
+            "; ".join(what for what, _ in problems), hint="; ".join(dict.fromkeys(hint for _, hint in problems))
+        )
+
+
+def _differences(
+    name: str, checkpoint: Checkpoint, wanted: Conversion, stack: StackPlan
+) -> tuple[StackPlan, StackPlan]:
+    """The plans of an adapter and of the same one before its training, as if both were plain.
+
+    Raises:
+        Incompatible: they do not stand on the same modules of the base.
+    """
+    assert wanted.initial is not None
+    before = read_checkpoint(find_checkpoint_folder(wanted.initial))
+    plans = [
+        plan_stack(stack.base, [PlanMember(label, 1.0, _as_plain(found), label)])
+        for label, found in ((name, checkpoint), (f"{name} before its training", before))
+    ]
+    errors = [problem for plan in plans for problem in plan.errors]
+    if errors:
+        raise Incompatible("; ".join(p.message for p in errors), hint="; ".join(dict.fromkeys(p.hint for p in errors)))
+    now, begun = plans
+    shapes = [{key: (m.shape, m.experts) for key, m in plan.modules.items()} for plan in plans]
+    if shapes[0] != shapes[1] or now.replacements or begun.replacements:
+        odd = sorted(set(shapes[0]) ^ set(shapes[1])) or ["modules_to_save"]
+        raise Incompatible(
+            f"{wanted.initial} is not {checkpoint.path} before its training: they differ in {', '.join(odd[:3])}",
+            hint="give the folder that was saved before the first step of that training",
+        )
+    return now, begun
+
+
+def _as_plain(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, config={**checkpoint.config, "init_lora_weights": True})
+
+
+def _convert(
+    stacked: StackedModel,
+    checkpoint: Checkpoint,
+    differences: tuple[StackPlan, StackPlan] | None,
+    wanted: Conversion,
+) -> tuple[Pairs, Original]:
+    from stackctl.engine import conversion
+    from stackctl.engine.low_rank import Wanted
+
+    kept = Wanted(wanted.rank, wanted.tolerance)
+    if differences is None:
+        return conversion.convert(stacked, checkpoint, kept)
+    now, begun = differences
+    pairs = conversion.subtract(now, begun, kept)
+    tokens = conversion.probe_tokens(stacked.base)
+    without = conversion.logits(stacked.model, tokens)
+    stacked.fold(now)
+    stacked.fold(plan_stack(begun.base, [replace(begun.members[0], weight=-1.0)]))
+    live = conversion.logits(stacked.model, tokens)
+    return pairs, conversion.Original(tokens, live, without)
+
+
+def _kept_settings(checkpoint: Checkpoint) -> dict[str, str]:
+    """What of the original's configuration is true of the LoRA as well."""
+    return {key: checkpoint.config[key] for key in ("peft_version", "revision") if checkpoint.config.get(key)}
+
+
+def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: Original, pairs: Pairs) -> float:
+    """How far what was written is from the original in its logits, read back by the road that every stack takes.
+
+    Raises:
+        VerificationFailed: nothing is lost in the weights, and still something in the logits.
+    """
+    from stackctl.engine.conversion import logits
+
+    stacked.use(stack)
+    stacked.fold(new)
+    error = original.error(logits(stacked.model, original.tokens))
+    if not error <= max(_PROVED, 1e3 * pairs.relative_error):
+        raise VerificationFailed(
+            f"what was made does not do what the original does: its logits are {error:.2g} of the effect away",
+            hint="convert it with PEFT's own convert_to_lora, and compare",
+        )
+    return error

@@ -1,0 +1,269 @@
+"""A plain LoRA out of another kind of adapter, by what PEFT itself makes of it.
+
+PEFT merges an adapter into the weight of each layer; what that changes is a delta, whatever made it, and the best pair
+of factors for it is a LoRA. Each layer is merged in float64, beside the model, and held against what the layer computes
+with the adapter live. A LoRA that took a product of factors out of its base when it began (PiSSA, OLoRA) is the
+difference of two products, so twice its rank holds all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stackctl.core.errors import Incompatible, VerificationFailed, first_line
+from stackctl.core.schema import Base
+from stackctl.engine import algebra
+from stackctl.engine.base_class import empty_model
+from stackctl.engine.logits import difference
+from stackctl.engine.low_rank import Pairs, Wanted
+from stackctl.engine.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
+from stackctl.engine.models import StackedModel, evaluating
+from stackctl.engine.tensors import MemberTensors, all_finite
+from stackctl.lora.checkpoint import Checkpoint
+from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
+from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order
+from stackctl.plan.model import StackPlan
+
+_OUTPUT_TOLERANCE = 1e-3
+"""How far the logits may be from the live adapter's once all layers are merged, as a share of what it changes."""
+_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Original:
+    """What an adapter does: the logits for tokens with it live, and without it."""
+
+    tokens: Tensor
+    live: Tensor
+    without: Tensor
+
+    def error(self, now: Tensor) -> float:
+        """How far other logits are from the live adapter's, as a share of what that changes in them."""
+        return difference(now, self.live) / max(difference(self.without, self.live), 1e-30)
+
+
+def check_header(checkpoint: Checkpoint, folder: Path) -> None:
+    """Hold a checkpoint's configuration and header against the base without any weight, as PEFT would attach it.
+
+    Raises:
+        Incompatible: with everything that does not fit.
+    """
+    config = _config(checkpoint)
+    try:
+        model = get_peft_model(empty_model(folder), config, low_cpu_mem_usage=True)
+    except NotImplementedError:  # two kinds look into the weights of the base when they begin
+        return
+    except PEFT_ERRORS as error:
+        raise _cannot_attach(checkpoint, error) from error
+    _check_names(checkpoint, model)
+
+
+def _config(checkpoint: Checkpoint) -> PeftConfig:
+    """PEFT's configuration, of which it would leave out what it does not know with a warning.
+
+    Raises:
+        Incompatible: a key is not known, or a value is none that it takes.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(checkpoint.path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise _cannot_attach(checkpoint, error) from error
+    plain: tuple[Any, ...] = (None, False, [], {}, "")
+    if odd := [key for key, value in checkpoint.config.items() if not hasattr(config, key) and value not in plain]:
+        raise Incompatible(
+            f"{checkpoint.path} has options that PEFT does not know here: {', '.join(odd)}",
+            hint="pip install --upgrade stackctl-lora, or save it again without them",
+        )
+    return config
+
+
+def _cannot_attach(checkpoint: Checkpoint, error: Exception) -> Incompatible:
+    return Incompatible(
+        f"PEFT cannot put {checkpoint.path} on this base: {first_line(error)[:300]}",
+        hint="use it on the base it was trained on (--base), or save it again there",
+    )
+
+
+def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    problems = []
+    for names, what in (
+        ([n for n in wanted if n not in found], "tensors are missing"),
+        ([n for n in found if n not in wanted], "tensors that its configuration does not explain on this base"),
+        (
+            [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]],
+            "tensors that do not fit",
+        ),
+    ):
+        if names:
+            names.sort(key=natural_order)
+            problems.append(f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+    if problems:
+        raise Incompatible(
+            f"{checkpoint.path}: {'; '.join(problems)}",
+            hint="use it on the base it was trained on (--base), or save it again there",
+        )
+
+
+def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Wanted) -> tuple[Pairs, Original]:
+    """Make a plain LoRA of an adapter, on a base into which the stack is folded that it was trained on.
+
+    The model is as it was afterwards.
+
+    Raises:
+        Incompatible: PEFT cannot attach it, or what it changes is no change of weights.
+        VerificationFailed: its tensors are damaged, or merged it does not do what it does live.
+    """
+    model, config = stacked.model, _config(checkpoint)
+    tensors = _read(checkpoint)
+    tokens = probe_tokens(stacked.base)
+    without = logits(model, tokens)
+    kept = {name: Kept(model.get_submodule(name)) for name in _targets(checkpoint, stacked)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            attached = get_peft_model(model, config, ADAPTER).eval()
+        _check_names(checkpoint, attached)
+        begun = _factors(model) if _is_difference(checkpoint) else {}
+        set_peft_model_state_dict(attached, tensors, ADAPTER)
+    except PEFT_ERRORS as error:
+        raise _cannot_attach(checkpoint, error) from error
+    live = logits(attached, tokens)
+    found = Pairs(saved=_whole(checkpoint, tensors), saved_modules=sorted(config.modules_to_save or ()))
+    for name, layer in tuner_layers(model, BaseTunerLayer):
+        if name not in kept:
+            raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
+        merged = merged_layer(name, layer)
+        _keep(found, name, kept[name], merged, (begun.get(name), _factors_of(layer)) if begun else None, wanted)
+        replace_module(model, name, layer.get_base_layer())
+        kept[name].set(merged.weight, getattr(merged, "bias", None))
+    whole = tuner_layers(model, ModulesToSaveWrapper)
+    for name, wrapper in whole:
+        replace_module(model, name, wrapper.modules_to_save[ADAPTER])
+    merged_logits = logits(model, tokens)
+    for name, wrapper in whole:
+        replace_module(model, name, wrapper.original_module)
+    for module in kept.values():
+        module.restore()
+    model.__dict__.pop("peft_config", None)
+    original = Original(tokens, live, without)
+    if difference(without, live) > 1e-6 and original.error(merged_logits) > _OUTPUT_TOLERANCE:
+        raise Incompatible(
+            f"merged into the weights {checkpoint.path} does not do what it does live: more than weights change",
+            hint="use it with PEFT itself",
+        )
+    if not found.pairs:
+        raise Incompatible(f"{checkpoint.path} changes no linear layer", hint="there is nothing to make a LoRA of")
+    return found, original
+
+
+def subtract(now: StackPlan, begun: StackPlan, wanted: Wanted) -> Pairs:
+    """A plain LoRA out of an adapter and the same one as it was before its training, which its base was left without.
+
+    Both plans are of one member, which begins with a change of zero: ΔW = s B A - s₀ B₀ A₀.
+    """
+    found = Pairs()
+    with torch.no_grad(), MemberTensors(now) as tensors, MemberTensors(begun) as before:
+        for name, module in now.modules.items():
+            factors = tensors.factors(module) + _negative(before.factors(begun.modules[name]))
+            delta = algebra.delta(factors, torch.float64)
+            if module.type == "Embedding":
+                found.embeddings.add(name)
+            if float(delta.abs().max()):
+                found.put(name, _pair(factors, wanted), delta)
+    return found
+
+
+def probe_tokens(base: Base) -> Tensor:
+    """Some tokens of a base, (1, T), to look at logits with."""
+    return torch.arange(3, 3 + _TOKENS)[None] * 7 % base.vocabulary_size
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits (T, vocabulary) for tokens (1, T), in evaluation mode, in float32 on the CPU."""
+    with evaluating(model):
+        device = next(model.parameters()).device
+        found: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
+        return found.float().cpu()
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    tensors = load_file(checkpoint.weights_path)
+    if odd := sorted(name for name, tensor in tensors.items() if not all_finite(tensor)):
+        more = f" and {len(odd) - 3} more" if odd[3:] else ""
+        raise VerificationFailed(
+            f"{checkpoint.path} holds NaN or infinity in {', '.join(odd[:3])}{more}",
+            hint="get it again from where it was made",
+        )
+    return tensors
+
+
+def _targets(checkpoint: Checkpoint, stacked: StackedModel) -> list[str]:
+    base = stacked.base
+    return sorted(expected_targets(checkpoint.config, expand_modules(base.modules), base.output_embedding) or ())
+
+
+def _whole(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of modules that the adapter brings whole, by their names in the base."""
+    slots = checkpoint.slots.items()
+    return {f"{s.module}.{name.rpartition('.')[2]}": tensors[name] for name, s in slots if s.role == "saved"}
+
+
+def _keep(
+    found: Pairs, name: str, kept: Kept, merged: Any, factors: tuple[Any, algebra.Factors] | None, wanted: Wanted
+) -> None:
+    """Keep what merging changed in one layer: its weight as a pair, its bias whole."""
+    delta = merged.weight.detach().double() - kept.values["weight"].double()
+    if isinstance(merged, (Conv1D, nn.Embedding)):
+        delta = delta.T
+    if isinstance(merged, nn.Embedding):
+        found.embeddings.add(name)
+    bias = getattr(merged, "bias", None)
+    if bias is not None and "bias" not in kept.values:
+        raise Incompatible(f"it gives {name} a bias, and the base has none there", hint="use it with PEFT itself")
+    if bias is not None and not torch.equal(bias, kept.values["bias"].double()):
+        found.biases[name] = bias.detach().float().cpu()
+    if not factors:
+        found.keep(name, delta.cpu(), wanted)
+    elif float(delta.abs().max()):
+        begun, now = factors
+        found.put(name, _pair([now, *_negative([begun])], wanted), delta.cpu())
+
+
+def _is_difference(checkpoint: Checkpoint) -> bool:
+    """Whether its change is that of its factors less that of the factors that it began with."""
+    config = checkpoint.config
+    return checkpoint.is_lora and not variant_of(config) and beginning_of(config) in KNOWN_RESIDUALS
+
+
+def _factors(model: nn.Module) -> dict[str, algebra.Factors]:
+    return {name: _factors_of(layer) for name, layer in tuner_layers(model, LoraLayer)}
+
+
+def _factors_of(layer: Any) -> algebra.Factors:
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return a.detach().float().cpu().clone(), b.detach().float().cpu().clone(), float(layer.scaling[ADAPTER])
+
+
+def _negative(factors: list[algebra.Factors]) -> list[algebra.Factors]:
+    return [(a, b, -s) for a, b, s in factors]
+
+
+def _pair(factors: list[algebra.Factors], wanted: Wanted) -> algebra.Pair:
+    """The factors of a sum as one pair: all of it, or as much as is wanted."""
+    if wanted.rank is None and wanted.tolerance is None:
+        return algebra.concatenate(factors)
+    return algebra.truncate(factors, rank=wanted.rank or "auto", tolerance=wanted.tolerance)
