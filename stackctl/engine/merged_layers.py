@@ -42,7 +42,7 @@ class Kept:
             setattr(self.module, name, parameter)
 
 
-def tuner_layers(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
+def tuner_layers(model: nn.Module, kind: type[Any]) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
