@@ -76,7 +76,7 @@ def _config(checkpoint: Checkpoint) -> PeftConfig:
         Incompatible: a key is not known, or a value is none that it takes.
     """
     try:
-        config = PeftConfig.from_pretrained(str(checkpoint.path))
+        config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint.path))
     except (ValueError, TypeError, KeyError) as error:
         raise _cannot_attach(checkpoint, error) from error
     plain: tuple[Any, ...] = (None, False, [], {}, "")
@@ -141,7 +141,9 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Wanted) -> tu
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
     live = logits(attached, tokens)
-    found = Pairs(saved=_whole(checkpoint, tensors), saved_modules=sorted(config.modules_to_save or ()))
+    found = Pairs(
+        saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ())
+    )
     for name, layer in tuner_layers(model, BaseTunerLayer):
         if name not in kept:
             raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
