@@ -107,7 +107,7 @@ def add_converted(
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
     from stackctl.engine.base_files import base_folder
-    from stackctl.engine.conversion import check_header
+    from stackctl.engine.conversion import check_header, device
     from stackctl.engine.models import load_base, quiet_libraries
 
     quiet_libraries()
@@ -116,10 +116,7 @@ def add_converted(
     if differences is None:
         check_header(checkpoint, base_folder(stack.base, registry, say))
     say(f"making a plain LoRA of {kind}")
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # others have no float64
-    stacked = load_base(stack.base, registry, dtype="float32", device=device, say=say)
+    stacked = load_base(stack.base, registry, dtype="float32", device=device(), say=say)
     stacked.use(plan)
     pairs, original = _convert(stacked, checkpoint, differences, wanted)
     with atomic.staging_directory(registry.root / "weights") as staged:

@@ -53,6 +53,11 @@ class Original:
         return difference(now, self.live) / max(difference(self.without, self.live), 1e-30)
 
 
+def device() -> str:
+    """Where to convert: a GPU of NVIDIA's, else the CPU; others have no float64."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_header(checkpoint: Checkpoint, folder: Path) -> None:
     """Hold a checkpoint's configuration and header against the base without any weight, as PEFT would attach it.
 
