@@ -77,12 +77,12 @@ def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFa
 def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
     if not stack.members:
         raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
-    for what, found in (("whole modules or biases", plan.replacements), ("rows of single tokens", plan.token_rows)):
-        if found:
-            label = plan.members[found[0].member].label
-            raise Incompatible(
-                f"{label} carries {what}, whose weight is not learned", hint="compose it without --fit or --method best"
-            )
+    if plan.replacements:
+        label = plan.members[plan.replacements[0].member].label
+        raise Incompatible(
+            f"{label} carries whole modules or biases, whose weight is not learned",
+            hint="compose it without --fit or --method best",
+        )
 
 
 def _with_all_factors(plan: StackPlan) -> StackPlan:
