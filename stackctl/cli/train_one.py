@@ -130,14 +130,18 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     launch = plan_launch(prepared)
     if launch:
         _check_before_launch(context, prepared, launch)
-    with share_progress(context.output) as reading, training_progress(context.output, prepared.name) as progress:
+    with (
+        share_progress(context.output) as reading,
+        share_progress(context.output, "log-probabilities under the frozen stack") as comparing,
+        training_progress(context.output, prepared.name) as progress,
+    ):
         if launch:
             root = context.registry.root
             again = typed_again()
             return launch_training(launch, prepared, root, context.output, progress, resume=resume, again=again)
         from stackctl.engine.training import RunOutput, train_adapter
 
-        output = RunOutput(context.output.status, progress, reading, typed_again())
+        output = RunOutput(context.output.status, progress, reading, typed_again(), comparing)
         done = train_adapter(prepared, context.registry, output, resume=resume)
     if done is None:
         return Result({}, "")

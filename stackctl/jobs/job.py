@@ -90,6 +90,11 @@ class PreparedJob:
         text = json.dumps([self.job.seed, below], separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
+    def stands_on(self) -> list[Any]:
+        """What is frozen in a run, by digests: the base, its precision, and the members with their weights."""
+        members = [[m.version.digest, m.weight, dict(m.layer_weights)] for m in self.stack.members]
+        return [self.base.fingerprint, self.job.dtype, members]
+
     def signature(self, data_digest: str, eval_digest: str | None) -> dict[str, Any]:
         """Everything that decides what comes out: equal signatures mean nothing would change."""
         return {

@@ -177,6 +177,7 @@ class _Layouts:
         self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []
         self._said: Counter[str] = Counter()
+        self._said_last: dict[str, int] = {}
         self._several = self._muted = self._unread = 0
         self.refused = 0
 
@@ -247,7 +248,8 @@ class _Layouts:
                 layouts.append(Layout(turn.text + turns.space_after(turn), [span], ends=ends))
         hidden = (role for role in turns.unseen(talk, learned[-1]) if template.role(role)[1])
         said.update(f"shows nothing of a turn of the role '{role}'" for role in hidden)
-        self._said.update(said)
+        self._said.update(text for text in said if self._said_last.get(text) != record.number)  # a pair counts once
+        self._said_last.update(dict.fromkeys(said, record.number))
         self._several += len(layouts) > 1
         return layouts[::-1]
 

@@ -46,6 +46,8 @@ class Encoded:
     desired: int = 0
     """How many of the examples are desired."""
     notes: list[str] = field(default_factory=list)
+    key: str | None = None
+    """The digest of all that decides what the examples are, where they were cached."""
 
 
 @dataclass(slots=True)

@@ -68,7 +68,7 @@ def encode_cached(
     settings = [max_length, split_long, answers, records.labelled, template or {}]
     place = root / _key(records, tokenizer, settings)
     if (found := _read(place, records)) is not None:
-        return found
+        return replace(found, key=place.name)
     free_tokens(every=False, dry_run=False)
     with atomic.staging_directory(root) as staged:
         encoded = Encoded([])
@@ -91,7 +91,7 @@ def encode_cached(
         encoded.examples = ExampleStore(staged / _EXAMPLES)  # stays readable under its other name, and after removal
         with contextlib.suppress(Usage):  # another run was quicker
             atomic.publish_directory(staged, place)
-    return encoded
+    return replace(encoded, key=place.name)
 
 
 def _can_write(root: Path) -> bool:

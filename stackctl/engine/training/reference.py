@@ -1,63 +1,146 @@
-"""The log-probabilities of answers under the frozen stack, computed before the first step."""
+"""The log-probabilities of answers under the frozen stack, computed before the first step and kept for the next run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 
-from stackctl.core.errors import VerificationFailed
+from stackctl.core.errors import Usage, VerificationFailed
 from stackctl.core.schema import TrainJob
-from stackctl.engine.data import Example
+from stackctl.engine.data import Encoded, Example
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import KnownAnswers
 from stackctl.engine.training.proofs import new_adapter_off
 from stackctl.engine.training.swapped_answers import SwappedAnswers
+from stackctl.registry.garbage_collection import tokens_folder
+from stackctl.storage import atomic
 
 _LOOKED_AT = 16
-"""Answers of which it is looked at that the new adapter, at zero, changes nothing."""
+"""Answers that are computed on every run: with the new adapter at zero, which changes nothing, and at the end."""
+_AT_ONCE = 16
+_SAME = 1e-3
+"""How far (nats, relative) a kept log-probability may be from the one of today: other threads round otherwise."""
+_FILE = "log_probabilities.npy"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
     """A model whose frozen stack is the reference: it is what is left with the new adapter off.
 
     ``live`` is the frozen stack's name in it, where it is not folded. ``at_zero``: the new adapter has no effect yet.
+    ``stands_on`` is everything besides the data that decides what is computed: base, members, weights, precision.
     """
 
     model: PeftModel
     live: str | None
     at_zero: bool
+    bfloat16: bool
+    stands_on: list[Any]
+    comparing: Callable[[float], None] = lambda _: None
+    _first: list[float] = field(default_factory=list)
 
-    def know(self, examples: Sequence[Example], job: TrainJob, max_length: int, *, bfloat16: bool) -> KnownAnswers:
-        """What an objective has to know of answers beforehand.
+    def know(self, encoded: Encoded, job: TrainJob, max_length: int, *, held_out: bool = False) -> KnownAnswers:
+        """What an objective has to know of answers beforehand; of ``held_out`` ones in float32, as they are measured.
 
         Raises:
             VerificationFailed: the new adapter, at zero, changes a log-probability.
         """
-        if not OBJECTIVES[job.objective].compares:
-            return KnownAnswers(examples, [0.0] * len(examples))
-        given = self._log_probabilities(examples, bfloat16)
-        if job.objective != "kto":
-            return KnownAnswers(examples, given)
-        swapped = SwappedAnswers(examples, max_length)
-        return KnownAnswers(examples, given, swapped, self._log_probabilities(swapped, bfloat16))
+        examples, bfloat16 = encoded.examples, self.bfloat16 and not held_out
+        with self._computing(bfloat16):
+            if not held_out:
+                self._first = self._compute(examples[: min(_LOOKED_AT, len(examples))])
+            if not OBJECTIVES[job.objective].compares:
+                return KnownAnswers(examples, [0.0] * len(examples))
+            given = self._log_probabilities(examples, self._place(encoded, "given", bfloat16))
+            if job.objective != "kto":
+                return KnownAnswers(examples, given)
+            swapped = SwappedAnswers(examples, max_length)
+            place = self._place(encoded, f"swapped, {max_length}", bfloat16)
+            return KnownAnswers(examples, given, swapped, self._log_probabilities(swapped, place))
 
-    def _log_probabilities(self, examples: Sequence[Example], bfloat16: bool) -> list[float]:
-        """The log-probability (nats) of each answer under the frozen stack."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            with new_adapter_off(self.model, self.live):
-                found = [-loss for loss in record_losses(self.model, examples)]
-            if not self.at_zero:
-                return found
-            first = [examples[number] for number in range(min(_LOOKED_AT, len(examples)))]
-            if [-loss for loss in record_losses(self.model, first)] != found[: len(first)]:
-                raise VerificationFailed(
-                    "the new adapter changes log-probabilities before its first step: the margins are not zero, "
-                    "and the reference is not the frozen stack"
-                )
+    def changes(self, examples: Sequence[Example]) -> dict[bool, float]:
+        """By how much (nats) the first answers became likelier, on average: those desired, and those to be avoided."""
+        some = examples[: len(self._first)]
+        with self._computing(self.bfloat16):
+            now = [-loss for loss in record_losses(self.model, some)]
+        gains: dict[bool, list[float]] = {}
+        for example, before, after in zip(some, self._first, now, strict=True):
+            gains.setdefault(example.desired, []).append(after - before)
+        return {kind: sum(values) / len(values) for kind, values in gains.items()}
+
+    @contextlib.contextmanager
+    def _computing(self, bfloat16: bool) -> Iterator[None]:
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=bfloat16):
+            yield
+
+    def _compute(self, examples: Sequence[Example]) -> list[float]:
+        with new_adapter_off(self.model, self.live):
+            return [-loss for loss in record_losses(self.model, examples)]
+
+    def _log_probabilities(self, examples: Sequence[Example], place: Path | None) -> list[float]:
+        """The log-probability (nats) of each answer under the frozen stack, kept from another run if it is the same."""
+        first = examples[: min(_LOOKED_AT, len(examples))]
+        found = self._compute(first)
+        if self.at_zero and [-loss for loss in record_losses(self.model, first)] != found:
+            raise VerificationFailed(
+                "the new adapter changes log-probabilities before its first step: the margins are not zero, "
+                "and the reference is not the frozen stack"
+            )
+        if place and (kept := _read(place, len(examples))) and np.allclose(kept[: len(found)], found, _SAME, _SAME):
+            return kept
+        for start in range(len(first), len(examples), _AT_ONCE):
+            self.comparing(start / len(examples))
+            found += self._compute(examples[start : start + _AT_ONCE])
+        self.comparing(1.0)
+        if place:
+            _write(place, found)
         return found
+
+    def _place(self, encoded: Encoded, what: str, bfloat16: bool) -> Path | None:
+        """Where such numbers are kept; nowhere for data that is not."""
+        if encoded.key is None:
+            return None
+        device = next(self.model.parameters()).device
+        parts = [encoded.key, what, bfloat16, self.live, device.type, torch.__version__, *self.stands_on]
+        return tokens_folder() / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def fallen(changes: dict[bool, float]) -> str | None:
+    """What to know where both kinds of answers became less likely, each by so much (nats) on average."""
+    if len(changes) < 2 or max(changes.values()) >= 0:
+        return None
+    return (
+        "both kinds of answers became less likely than under the frozen stack: those preferred by "
+        f"{-changes[True]:.3g} nats, the others by {-changes[False]:.3g}; --sft-weight holds the preferred ones up"
+    )
+
+
+def _read(place: Path, count: int) -> list[float] | None:
+    try:
+        found = np.load(place / _FILE, allow_pickle=False)
+        os.utime(place)
+    except (OSError, ValueError, EOFError):
+        return None
+    return (
+        found.tolist() if found.shape == (count,) and found.dtype == np.float64 and np.isfinite(found).all() else None
+    )
+
+
+def _write(place: Path, numbers: Sequence[float]) -> None:
+    with contextlib.suppress(OSError), atomic.staging_directory(place.parent) as staged:
+        np.save(staged / _FILE, np.array(numbers, np.float64))
+        if place.exists():  # what lies there is damaged, or was computed otherwise
+            atomic.discard_folder(place)
+        with contextlib.suppress(Usage):  # another run was quicker
+            atomic.publish_directory(staged, place)

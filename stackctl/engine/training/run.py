@@ -27,7 +27,7 @@ from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.memory import estimate_job
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.orthogonal import OrthogonalRows
-from stackctl.engine.training.reference import Reference
+from stackctl.engine.training.reference import Reference, fallen
 from stackctl.engine.training.register import FinishedRun, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
@@ -137,12 +137,12 @@ def _train(
     examples = corpus.encoded.examples
     longest = int(data_module.lengths_of(examples).max())
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    answers = held_out_answers = held_out = None
+    reference = answers = held_out_answers = held_out = None
     if job.objective in OBJECTIVES:
-        reference = Reference(model, live, at_zero=not prepared.beginning)
-        answers = reference.know(examples, job, corpus.max_length, bfloat16=bfloat16)
+        reference = Reference(model, live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing)
+        answers = reference.know(corpus.encoded, job, corpus.max_length)
         if corpus.evaluation:
-            held_out_answers = reference.know(corpus.evaluation.examples, job, corpus.max_length, bfloat16=False)
+            held_out_answers = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)
     if corpus.evaluation:
         held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, held_out_answers)
     parts = TrainerParts(
@@ -162,6 +162,8 @@ def _train(
             trainer.add_callback(OrthogonalRows(model, prepared.plan))
         _run_trainer(trainer, parts, folder.checkpoints if resume else [], output)
 
+    if reference and (note := fallen(reference.changes(examples))):
+        output.say(f"note: {note}")
     with proofs.new_adapter_off(model, live):
         proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
     proofs.check_trainable(model)

@@ -76,13 +76,15 @@ class RunOutput:
     """How a run speaks with whoever started it.
 
     ``say`` gets a line for a person, ``progress`` (step, steps, counters) after each step, ``reading`` the share of the
-    data that was read; ``again`` is the command that goes on after an interruption.
+    data that was read, ``comparing`` that of the answers whose reference is known; ``again`` is the command that
+    goes on after an interruption.
     """
 
     say: Callable[[str], None]
     progress: Progress
     reading: Reading
     again: str
+    comparing: Reading = lambda _: None
 
 
 @dataclass

@@ -1,0 +1,184 @@
+"""Runs on answers: their reference is kept for runs that are the same and no others; resumed, in two processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import distance, factors_of
+from tiny_registry import interrupt
+
+from stackctl.engine.training import reference
+from stackctl.engine.training.reference import fallen
+
+PAIRS = [
+    {"prompt": f"Say {word}:", "chosen": f" {word}" * (n + 1), "rejected": f" no {word}, and nothing else"}
+    for n, word in enumerate(f"{colour}{kind}" for kind in ("", "ish") for colour in ("red", "green", "blue", "black"))
+] + [{"prompt": f"{n}?", "chosen": "x" * n, "rejected": "y" * (20 - n)} for n in range(1, 13)]
+LABELLED = [
+    {"prompt": p["prompt"], "completion": p[k], "label": k == "chosen"} for p in PAIRS for k in ("chosen", "rejected")
+]
+RUN = ("--dtype", "float32", "--learning-rate", 0.01, "--batch-size", 4)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "pairs.jsonl", PAIRS)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers the reference was computed of, run by run of the model."""
+    found: list[int] = []
+    own = reference.Reference._compute
+
+    def compute(self: Any, examples: Any) -> Any:
+        found.append(len(examples))
+        return own(self, examples)
+
+    monkeypatch.setattr(reference.Reference, "_compute", compute)
+    return found
+
+
+def test_the_reference_is_kept_for_a_run_that_is_the_same(house: Any, data: Path, computed: list[int]) -> None:
+    h = house()
+    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    args = ("--on", "one", "--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
+    first = h.run("train", "a", *args).json
+    assert sum(computed) == 16 + 40  # what is looked at on every run, and all of them
+    computed.clear()
+    second = h.run("train", "b", *args).json
+    assert sum(computed) == 16 + 16
+    assert first["loss"] == second["loss"] and first["margin"] == second["margin"]
+    computed.clear()
+    assert h.run("train", "c", *args, "--no-cache").json["loss"] == first["loss"]
+    assert sum(computed) == 16 + 40
+
+
+@pytest.mark.parametrize("change", ["data", "stack", "weight", "base alone", "precision"])
+def test_another_run_has_another_reference(house: Any, data: Path, computed: list[int], change: str) -> None:
+    h = house()
+    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    common = {"--on": "one", "--data": data, "--objective": "dpo", "--max-steps": 1, "--dtype": "float32"}
+
+    def train(name: str, **_: Any) -> None:
+        h.run("train", name, *(word for pair in common.items() for word in pair if pair[1]))
+
+    train("a")
+    computed.clear()
+    if change == "data":
+        write(data, [*PAIRS[:-1], {**PAIRS[-1], "chosen": "z" * 12}])
+    if change == "stack":
+        h.train("one", "--max-steps", 2, "--dtype", "float32", "--learning-rate", 0.01)
+    common |= {"weight": {"--on": "one:0.5"}, "base alone": {"--on": ""}, "precision": {"--dtype": "bfloat16"}}.get(
+        change, {}
+    )
+    train("b")
+    assert sum(computed) == 16 + 40
+
+
+def test_a_damaged_reference_is_computed_again(house: Any, data: Path, computed: list[int], own_cache: Path) -> None:
+    h = house()
+    args = ("--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
+    first = h.run("train", "a", *args).json
+    (file,) = own_cache.rglob("log_probabilities.npy")
+    for damage in (b"", file.read_bytes()[:-8], bytes(len(file.read_bytes()))):
+        file.write_bytes(damage)
+        computed.clear()
+        assert h.run("train", "b", *args).json["loss"] == first["loss"]
+        assert sum(computed) == 16 + 40
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
+    house: Any, data: Path, objective: str, dtype: str, tmp_path: Path
+) -> None:
+    h = house()
+    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    held_out = write(tmp_path / "held.jsonl", PAIRS[:3])
+    args = (
+        "--on", "one", "--data", data, "--objective", objective, *RUN, "--dtype", dtype, "--max-steps", 7,
+        "--save-steps", 2, "--gradient-accumulation", 2, "--eval-data", held_out, "--eval-steps", 3,
+    )  # fmt: skip
+    whole = h.run("train", "whole", *args, "--json").json
+    h.at_step(3, interrupt)
+    h.run("train", "new", *args, code=130)
+    h.at_step(0, interrupt)
+    resumed = h.run("train", "new", *args, "--resume", "--json").json
+    numbers = ("loss", "tokens", "accuracy", "margin", "eval_loss", "eval_accuracy", "eval_margin", "kept_step")
+    assert {key: resumed[key] for key in numbers} == {key: whole[key] for key in numbers}
+    assert h.log("new") == h.log("whole")
+    assert resumed["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_processes_have_the_numbers_of_one(
+    house: Any, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    h = house()
+    data = write(tmp_path / "answers.jsonl", (LABELLED if objective == "kto" else PAIRS)[:13])
+    held_out = write(tmp_path / "held.jsonl", (LABELLED if objective == "kto" else PAIRS)[:3])
+    args = (
+        "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", 0.001, "--epochs", 2,
+        "--eval-data", held_out, "--json",
+    )  # fmt: skip
+    one = h.run("train", "one", *args, "--batch-size", 4).json
+    two = h.run("train", "two", *args, "--batch-size", 2, "--num-processes", 2).json
+    assert (two["processes"], two["steps"], two["tokens"]) == (2, one["steps"], one["tokens"])
+    for key in ("loss", "margin", "eval_loss", "eval_margin"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5), key
+    assert two["eval_accuracy"] == one["eval_accuracy"]
+    assert distance(factors_of(Path(two["path"])), factors_of(Path(one["path"]))) < 1e-3
+
+
+def test_a_recipe_says_the_objective(house: Any, data: Path, tmp_path: Path) -> None:
+    h = house()
+    recipe = (
+        "base: tiny\ntrain:\n  taste: {data: pairs.jsonl, objective: dpo, beta: 0.3, sft_weight: 0.1, max_steps: 2}\n"
+    )
+    (tmp_path / "stackctl.yaml").write_text(recipe)
+    (done,) = h.run("train", "--json").json["built"]
+    assert (done["objective"], done["beta"]) == ("dpo", 0.3)
+    assert "up to date" in h.run("train").out
+    (tmp_path / "stackctl.yaml").write_text(recipe.replace("dpo", "ipo"))
+    (step,) = h.run("train", "--dry-run", "--json").json["plan"]
+    assert "objective" in step["why"]
+
+
+def test_a_dry_run_shows_both_answers(house: Any, data: Path) -> None:
+    h = house()
+    ran = h.run("train", "x", "--data", data, "--objective", "dpo", "--dry-run", "--json")
+    learned = [piece["text"] for piece in ran.json["preview"] if piece["supervised"]]
+    assert learned == [" red<|im_end|>", " no red, and nothing else<|im_end|>"]
+    assert "and what is rejected" in ran.err
+
+
+def test_that_both_kinds_of_answers_became_less_likely_is_said() -> None:
+    said = fallen({True: -1.5, False: -3.25})
+    assert said and "1.5 nats" in said and "3.25" in said and "--sft-weight" in said
+    assert fallen({True: 0.1, False: -3}) is None
+    assert fallen({True: -1.0}) is None
+
+
+def test_a_run_that_makes_both_less_likely_says_so(house: Any, tmp_path: Path) -> None:
+    """One answer is desired, and the same one behind other prompts is to be avoided: it goes down everywhere."""
+    h = house()
+    same = [{"prompt": f"{n}:", "completion": "so it goes", "label": n == 5} for n in range(9)]
+    data = write(tmp_path / "same.jsonl", same)
+    args = ("--data", data, "--objective", "kto", "--dtype", "float32", "--learning-rate", 0.01, "--max-steps", 5)
+    assert "became less likely" in h.run("train", "x", *args, "--batch-size", 9).err
