@@ -9,7 +9,7 @@ import importlib
 import itertools
 import sys
 
-NAMES = ("startup", "scale", "export", "merging", "training", "generation", "evaluation", "threads")
+NAMES = ("startup", "scale", "export", "training", "preferences", "generation", "evaluation", "threads")
 
 
 def main() -> None:

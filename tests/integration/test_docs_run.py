@@ -40,6 +40,8 @@ ELSEWHERE = {
 }
 """Programs that a page calls and this test does not run, and where they are run instead."""
 
+PAIRS = [json.loads(line) for line in (ROOT / "examples" / "taste.jsonl").read_text(encoding="utf-8").splitlines()]
+"""What pages call ``taste.jsonl``."""
 BEGIN = ["stackctl init", "stackctl base add smollm2"]
 STYLE = [*BEGIN, "stackctl add style made/style"]
 BOTH = [*STYLE, "stackctl add instruct made/instruct --on style"]
@@ -127,7 +129,8 @@ def lay_out(folder: Path, page: Path, made: dict[str, Path]) -> None:
             turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Well met."}]
             (folder / name).write_text(json.dumps([{"conversations": turns}] * 3))
         elif name.endswith(".jsonl"):
-            oracle.write_jsonl(folder / name, (TEXTS if name.startswith(("style", "tone")) else CHAT)[:2])
+            kinds = {"style": TEXTS, "tone": TEXTS, "taste": PAIRS}
+            oracle.write_jsonl(folder / name, kinds.get(re.split(r"\W", name)[0], CHAT)[:2])
 
 
 def write_file(folder: Path, language: str, body: str) -> None:
