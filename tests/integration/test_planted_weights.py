@@ -18,10 +18,10 @@ RECORDS, LENGTH = 60, 60
 
 
 @pytest.mark.parametrize(
-    ("per", "weights", "tolerance"),
-    [("member", (0.6, 1.4), 0.02), ("layer", (0.7, 1.3, 1.2, 0.8), 0.08)],  # of layers 3,600 tokens tell less
+    ("per", "weights"),
+    [("member", (0.6, 1.4)), ("layer", (0.7, 1.3, 1.2, 0.8))],
 )
-def test_planted_weights_come_back(house: Any, per: Any, weights: tuple[float, ...], tolerance: float) -> None:
+def test_planted_weights_come_back(house: Any, per: Any, weights: tuple[float, ...]) -> None:
     h = house("llama")
     h.add("style", seed=1, scale=0.4)
     h.add("instruct", seed=2, scale=0.4)
@@ -37,6 +37,6 @@ def test_planted_weights_come_back(house: Any, per: Any, weights: tuple[float, .
             logits = stacked.model(input_ids=tokens, use_cache=False).logits[:, -1]
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
     examples = [Example(row, [-100, *row[1:]]) for row in tokens.tolist()]
-    found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 12).weights
+    found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 30).weights
     for group, wanted in planted.items():
-        assert found[group] == pytest.approx(wanted, rel=tolerance), found
+        assert found[group] == pytest.approx(wanted, rel=0.02), found
