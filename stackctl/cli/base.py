@@ -53,6 +53,15 @@ def register(app: typer.Typer) -> None:
         revision: Annotated[
             str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
         ] = None,
+        prove: Annotated[
+            bool | None,
+            typer.Option(
+                "--prove/--no-prove",
+                help="Compare its logits with those of transformers' own loading, for which it is loaded twice; "
+                "by itself for weights of up to 1 GB.",
+                show_default=False,
+            ),
+        ] = None,
         chat_template_kwargs: TEMPLATE_KWARGS = None,
         enable_thinking: ENABLE_THINKING = None,
     ) -> Result:
@@ -65,6 +74,7 @@ def register(app: typer.Typer) -> None:
         parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
         from stackctl.engine.base_files import base_folder, make_base, tokenizer_note
+        from stackctl.engine.base_proof import is_small, prove_base
         from stackctl.engine.models import quiet_libraries
         from stackctl.registry.base_entries import save_base
 
@@ -74,14 +84,21 @@ def register(app: typer.Typer) -> None:
         arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
         base = make_base(name, source, revision, registry, context.output.status)
         base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
-        save_base(registry, base)
         folder = base_folder(base, registry, context.output.status)
+        if is_small(folder) if prove is None else prove:
+            base = msgspec.structs.replace(base, proved=prove_base(base, folder))
+        save_base(registry, base)
         changed = before is not None and (
             before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)
         )
-        data = {**base_json(base, registry), "path": str(folder)}
+        proved = msgspec.to_builtins(base.proved) if base.proved else None
+        data = {**base_json(base, registry), "path": str(folder), "proved": proved}
         size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
         size += f", stored by {scheme.label}" if (scheme := stored_scheme(folder)) else ""
+        if base.proved:
+            size += (
+                f"\nits logits are those of transformers' own loading (largest difference {base.proved.difference:.0e})"
+            )
         notes = [f"the tokenizer of {name} is another one than the one that was registered"] if changed else []
         notes += [note] if (note := tokenizer_note(base, folder)) else []
         if base.untrained_tokens:

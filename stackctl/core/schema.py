@@ -70,6 +70,16 @@ class WholeClass(Part, frozen=True, kw_only=True):
     head: str | None = None
 
 
+class Proof(Part, frozen=True, kw_only=True):
+    """That a base as it is loaded here computes what transformers of that version loads by itself.
+
+    ``difference`` is the largest of their logits in float32, as a share of the largest logit.
+    """
+
+    transformers: str
+    difference: Finite
+
+
 class Base(Entry, frozen=True, kw_only=True):
     """``bases/NAME.yaml``: a base model, recognised by its fingerprint.
 
@@ -105,6 +115,7 @@ class Base(Entry, frozen=True, kw_only=True):
     output_embedding: str | None = None
     whole: WholeClass | None = None
     untrained_tokens: list[str] = msgspec.field(default_factory=list)
+    proved: Proof | None = None
     former_names: dict[str, list[str]] = msgspec.field(default_factory=dict)
     converted_names: list[str] = msgspec.field(default_factory=list)
     modules: dict[str, ModuleShape]

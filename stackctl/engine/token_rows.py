@@ -100,6 +100,7 @@ def stored_rows(layout: BaseLayout, parameter: str, twin: str | None = None) -> 
 def rows_of_file(layout: BaseLayout, name: str, rows: Collection[int]) -> Tensor:
     """Some rows of a stored matrix."""
     path, info = layout.tensors[name]
+    assert all(0 <= row < info.shape[0] for row in rows), "what lies behind a matrix is another tensor's"
     size = (info.end - info.start) // info.shape[0]
     with TensorFiles() as files:
         parts = [

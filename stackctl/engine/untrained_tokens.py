@@ -54,16 +54,18 @@ def template_tokens(tokenizer: Any) -> dict[int, str]:
 
 def find_untrained(tokenizer: Any, base: Base, layout: BaseLayout) -> list[str]:
     """The tokens of a base's chat template that it never learned, by rows that are read from its files."""
-    rows = base.vocabulary_size
+    names = [f"{name}.weight" for name in (base.input_embedding, base.output_embedding) if name]
+    groups = [group for name in names if (group := layout.group(name)) and group.is_plain]
+    stored = [next(iter(group.sources)) for group in groups]
+    # CPM-Ant's embedding has rows for prompts besides, of which its head has none.
+    rows = min([base.vocabulary_size, *(layout.tensors[name][1].shape[0] for name in stored)])
     used, unused = reference_tokens(tokenizer, rows)
     used, unused = used[:_ENOUGH], unused[:_ENOUGH]
     tokens = {number: token for number, token in template_tokens(tokenizer).items() if number < rows}
     wanted = [*used, *unused, *tokens]
-    names = [f"{name}.weight" for name in (base.input_embedding, base.output_embedding) if name]
-    groups = [group for name in names if (group := layout.group(name)) and group.is_plain]
     if min(len(used), len(unused)) < _FEWEST or not tokens or not groups:
         return []
-    matrices = [rows_of_file(layout, next(iter(group.sources)), wanted) for group in groups]
+    matrices = [rows_of_file(layout, name, wanted) for name in stored]
     place = {number: index for index, number in enumerate(wanted)}
     found = untrained_tokens(
         matrices, [place[n] for n in tokens], [place[n] for n in used], [place[n] for n in unused]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import oracle
 import pytest
 import torch
@@ -67,3 +68,10 @@ def test_training_says_which_tokens_of_the_template_it_cannot_teach(run: Any, tm
     assert found == ([] if learned else ["<|im_start|>", "<|im_end|>"])
     text = oracle.write_jsonl(tmp_path / "text.jsonl", [{"text": "No chat at all."}])
     assert "never learned <|im_start|>" not in run("train", "y", "--base", "b", "--data", text, "--max-steps", 1).err
+
+
+def test_a_head_of_fewer_rows_than_the_embedding(run: Any, tmp_path: Path) -> None:
+    """What CPM-Ant's prompts have in the embedding is not looked for behind the head."""
+    run("init")
+    run("base", "add", "b", architectures.tiny_folder("cpmant", tmp_path / "model"))
+    assert run("inspect", "b", "--json").json["untrained_tokens"] == []
