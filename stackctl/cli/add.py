@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.lora.effect import NO_EFFECT, has_no_effect
+from stackctl.lora.mlx import is_mlx, read_mlx
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.plan.validate import no_plain_lora
@@ -41,7 +43,7 @@ def register(app: typer.Typer) -> None:
         path: Annotated[
             Path,
             typer.Argument(
-                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or the folder above a nested one.",
+                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; or mlx-lm's folder.",
                 show_default=False,
             ),
         ],
@@ -84,52 +86,88 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         wanted = Conversion.parse(convert, rank, tolerance, initial, link)
         check_adapter_name(registry, name)
-        folder = find_checkpoint_folder(path)
-        left_out = check_links(folder)
-        checkpoint = read_checkpoint(folder)
-        member = PlanMember(name, 1.0, checkpoint, name)
-        kind = wanted and wanted.kind(checkpoint)
-        if no_plain_lora(member) and not kind:
-            plan_stack(None, [member]).check()
-        own, unknown = (None, "") if on or base else choose_base(registry, checkpoint, read_info(folder))
-        stack = resolve_expression(registry, on or "base", base=own.name if own else base)
-        if wanted and kind:
-            return add_converted(registry, wanted, name, checkpoint, stack, description, context.output)
-        plan = plan_stack(stack.base, [member])
-        if unknown and plan.errors:
-            raise Incompatible(
-                f"its base is '{unknown}', which is not registered, and it does not fit '{stack.base.name}'",
-                hint=f"register it: {shlex.join(['stackctl', 'base', 'add', 'NAME', unknown])}",
-            )
-        plan.check()
-        if checkpoint.copies:
-            from stackctl.engine.base_copies import check_copies
-            from stackctl.engine.base_files import base_folder
+        request = _Request(name, base, on, link, description, wanted)
+        if not is_mlx(path):
+            return _register(context, find_checkpoint_folder(path), request)
+        if link:
+            raise Usage("--link refers to PEFT's files, and those of mlx-lm are laid out anew", hint="leave out --link")
+        adapter = read_mlx(path)
+        if adapter.is_dora and not convert:
+            then = shlex.join(["stackctl", "add", name, str(path), "--convert"])
+            raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
+        from stackctl.engine.mlx import write_peft
 
-            check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
-        known = find_same_version(registry, name, checkpoint.digest(), stack)
-        version = known or _add(registry, name, checkpoint, stack, link, description)
-        label = f"{name}@{version.version}"
-        data = {
-            "adapter": name,
-            "version": version.version,
-            "digest": version.digest,
-            "base": stack.base.name,
-            "path": str(registry.weights_path(version)),
-            "on": version.trained_on,
-        }
-        where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
-        said = f"{label} is registered already" if known else f"registered {label}"
-        text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
-        notes = [p.message for p in plan.problems]
-        if unknown:
-            told = f"its base is '{unknown}', which is not registered; it is registered on '{stack.base.name}'"
-            notes.append(f"{told} (--base chooses another)")
-        if left_out:
-            notes.append(f"{', '.join(left_out)}: links out of {folder}, which are not followed")
-        if has_no_effect(checkpoint):
-            notes.append(f"{label} {NO_EFFECT}")
-        return Result(data, label, text, notes=tuple(notes))
+        with atomic.staging_directory(registry.root / "weights") as staged:
+            write_peft(adapter, staged)
+            return _register(context, staged, replace(request, from_mlx=True))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be added, and how."""
+
+    name: str
+    base: str | None
+    on: str | None
+    link: bool
+    description: str
+    wanted: Conversion | None
+    from_mlx: bool = False
+
+
+def _register(context: Context, folder: Path, request: _Request) -> Result:
+    """Register the PEFT checkpoint in a folder."""
+    registry, name, wanted, on = context.registry, request.name, request.wanted, request.on
+    left_out = check_links(folder)
+    checkpoint = read_checkpoint(folder)
+    member = PlanMember(name, 1.0, checkpoint, name)
+    kind = wanted and wanted.kind(checkpoint)
+    if no_plain_lora(member) and not kind:
+        plan_stack(None, [member]).check()
+    own, unknown = (None, "") if on or request.base else choose_base(registry, checkpoint, read_info(folder))
+    stack = resolve_expression(registry, on or "base", base=own.name if own else request.base)
+    if wanted and kind:
+        return add_converted(registry, wanted, name, checkpoint, stack, request.description, context.output)
+    plan = plan_stack(stack.base, [member])
+    if unknown and plan.errors:
+        raise Incompatible(
+            f"its base is '{unknown}', which is not registered, and it does not fit '{stack.base.name}'",
+            hint=f"register it: {shlex.join(['stackctl', 'base', 'add', 'NAME', unknown])}",
+        )
+    plan.check()
+    if request.from_mlx and stack.base.tied_embeddings and stack.base.input_embedding in plan.modules:
+        raise Incompatible(
+            "it adapts the embedding, which is one weight with the head in mlx-lm, and PEFT adapts it alone",
+            hint="fuse it (mlx_lm.fuse), then: stackctl extract NAME --base B --tuned FOLDER",
+        )
+    if checkpoint.copies:
+        from stackctl.engine.base_copies import check_copies
+        from stackctl.engine.base_files import base_folder
+
+        check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
+    known = find_same_version(registry, name, checkpoint.digest(), stack)
+    version = known or _add(registry, name, checkpoint, stack, request.link, request.description)
+    label = f"{name}@{version.version}"
+    data = {
+        "adapter": name,
+        "version": version.version,
+        "digest": version.digest,
+        "base": stack.base.name,
+        "path": str(registry.weights_path(version)),
+        "on": version.trained_on,
+    }
+    where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
+    said = f"{label} is registered already" if known else f"registered {label}"
+    text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"
+    notes = [p.message for p in plan.problems]
+    if unknown:
+        told = f"its base is '{unknown}', which is not registered; it is registered on '{stack.base.name}'"
+        notes.append(f"{told} (--base chooses another)")
+    if left_out:
+        notes.append(f"{', '.join(left_out)}: links out of {folder}, which are not followed")
+    if has_no_effect(checkpoint):
+        notes.append(f"{label} {NO_EFFECT}")
+    return Result(data, label, text, notes=tuple(notes))
 
 
 def _add(

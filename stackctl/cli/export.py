@@ -23,6 +23,7 @@ _DTYPES = {
     "peft": ("float32", "bfloat16", "float16"),
     "model": ("auto", "float32", "bfloat16", "float16"),
     "gguf": ("float32", "float16"),
+    "mlx": ("auto", "float32", "bfloat16", "float16"),
 }
 """What each format can be written in; the first one is its default."""
 
@@ -38,11 +39,11 @@ def register(app: typer.Typer) -> None:
         context: Context,
         what: What = None,
         format_: Annotated[
-            Literal["peft", "model", "gguf"],
+            Literal["peft", "model", "gguf", "mlx"],
             typer.Option(
                 "--format",
                 help="peft: one plain LoRA for PEFT and vLLM; model: the base with the stack in it; "
-                "gguf: a LoRA for llama.cpp.",
+                "gguf: a LoRA for llama.cpp; mlx: one for mlx-lm.",
             ),
         ] = "peft",
         out: Annotated[
@@ -50,7 +51,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         dtype: Annotated[
             Literal["auto", "float32", "bfloat16", "float16"],
-            typer.Option(help="Precision of what is written; auto is float32, and for a model the base's own."),
+            typer.Option(
+                help="Precision of what is written; auto is float32, for a model the base's own, for mlx the adapter's."
+            ),
         ] = "auto",
         modelfile: Annotated[
             bool, typer.Option("--modelfile", help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
@@ -98,7 +101,7 @@ def register(app: typer.Typer) -> None:
         ]
         size = human_bytes(sum(file["bytes"] for file in written))
         data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
-        text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {wanted}, {size}"
+        text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {data['dtype']}, {size}"
         if report["max_relative_error"]:
             text += f", at most {report['max_relative_error']:.1e} of a module's delta lost"
         return Result(data, str(out), text, notes=stack.notes)
@@ -122,6 +125,10 @@ def _carry_out(
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype, base=functools.partial(_base_folder, context, plan))
+    if format_ == "mlx":
+        from stackctl.engine.export.mlx import export_mlx
+
+        return export_mlx(plan, out, dtype=dtype)
     from stackctl.engine.export.gguf import export_gguf
     from stackctl.engine.export.model import export_model
     from stackctl.registry.base_models import base_gguf

@@ -33,7 +33,7 @@ class Recognised:
 
 MLX = Recognised(
     "mlx", "is an adapter of mlx-lm, which names and lays out its tensors in another way than PEFT",
-    "convert it to PEFT's format where it was made (adapter_config.json and adapter_model.safetensors)",
+    "a folder with adapters.safetensors and adapter_config.json is read as it is: stackctl add NAME FOLDER",
 )  # fmt: skip
 _DIFFUSERS = Recognised("diffusers", "is a LoRA for an image or video model of diffusers")
 _KOHYA = Recognised("kohya", "is a LoRA for an image model, as kohya's sd-scripts write it")

@@ -28,7 +28,7 @@ ADAPTERHUB = {"config": {"architecture": "lora"}, "model_class": "LlamaModel", "
 @pytest.mark.parametrize(
     ("config", "files", "said"),
     [
-        (MLX, {"adapters__safetensors": b""}, "mlx-lm"),
+        (MLX, {"adapters__npz": b""}, "mlx-lm"),
         (ADAPTERHUB, {"pytorch_adapter__bin": b""}, "AdapterHub"),
         (None, {"pytorch_lora_weights__safetensors": b""}, "diffusers"),
         (lora_config(), {"adapter_model__safetensors": POINTER}, "git lfs pull"),
