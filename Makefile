@@ -6,7 +6,9 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 MINUTES ?= 30
 
-.PHONY: setup demo test check bench stress docs outdated clean
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+
+.PHONY: setup demo test test-page chromium check bench stress docs outdated clean
 
 setup: $(READY)
 
@@ -23,7 +25,14 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/e2e
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property tests/integration -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property tests/integration -n $(WORKERS) --dist loadfile -m 'not browser'
+
+# The page of `stackctl serve` in a real browser, which no package registry of Python has.
+test-page: $(READY) chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m browser
+
+chromium:
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
 
 check: $(READY)
 	$(BIN)/ruff format --check .

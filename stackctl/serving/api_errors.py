@@ -7,6 +7,10 @@ from typing import Any
 from stackctl.core.errors import NotFound, StackctlError
 
 _STATUS = {"queue_full": 429, "not_found": 404, "usage": 400, "incompatible": 400, "verification_failed": 400}
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+}  # fmt: skip
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
 
@@ -16,6 +20,11 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """What the answer says besides."""
+        return _HEADERS.get(self.status)
 
     def json(self) -> dict[str, Any]:
         """The body of the answer."""

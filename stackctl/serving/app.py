@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOOK = 0.5
 """Seconds between looks whether who asked is still there."""
+_UNREAD = 60.0
+"""Seconds that a client may leave its answer unread, with every buffer on the way full."""
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -118,7 +120,10 @@ def make_app(service: Service) -> Any:
             service.say(f"{asked.model}  {used['prompt_tokens']} + {used['completion_tokens']} tokens  {seconds:.2f} s")
 
         if asked.stream:
-            return StreamingResponse(_stream(waiting, shape, asked, done), media_type="text/event-stream")
+            return StreamingResponse(
+                _stream(waiting, shape, asked, done), media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+            )  # fmt: skip
         try:
             left = len(rows)
             while left:
@@ -164,13 +169,14 @@ def make_app(service: Service) -> Any:
     async def told(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)
+        headers = None
         if isinstance(error, HTTPException):
+            headers = error.headers
             error = ApiError(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
         answer = api_error(error)
         if answer.status >= 500:
             service.say(f"error: {type(error).__name__}: {error}")
-        headers = {"Connection": "close"} if answer.status in (408, 413) else None
-        return JSONResponse(answer.json(), answer.status, headers=headers)
+        return JSONResponse(answer.json(), answer.status, headers=headers or answer.headers)
 
     app = Starlette(
         routes=[
@@ -193,7 +199,8 @@ def make_app(service: Service) -> Any:
         async def sending(message: Any) -> None:
             nonlocal begun
             begun = True
-            await send(message)
+            async with asyncio.timeout(_UNREAD):
+                await send(message)
 
         try:
             service.guard.check(scope["method"], scope["path"], request.headers)

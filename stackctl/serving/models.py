@@ -71,15 +71,18 @@ class Models:
         return plan
 
     def listed(self) -> list[dict[str, Any]]:
-        """The base, and every stack and adapter on it: ``id``, ``kind``, ``members`` (as ``name@version``, weight)."""
+        """The base, and every stack and adapter on it: ``id``, ``kind``, ``members`` (as ``name@version``, weight, and
+        the losses of its training, in nats for a token, where they are known)."""
         with self._lock:
+            adapters = list(self.registry.adapters())
+            runs = {f"{a.name}@{version.version}": version.run for a in adapters for version in a.versions}
             current = self.registry.settings().current
             found = [self._row(BASE, "base", [])]
             for stack in self.registry.stacks():
                 if stack.base == self.base.name:
                     members = [(f"{m.adapter}@{m.version}", m.weight) for m in stack.members]
                     found.append(self._row(stack.name, "stack", members))
-            for adapter in self.registry.adapters():
+            for adapter in adapters:
                 newest = adapter.newest()
                 if newest.base == self.base.name:
                     found.append(self._row(adapter.name, "adapter", [(f"{adapter.name}@{newest.version}", 1.0)]))
@@ -91,6 +94,9 @@ class Models:
                     members = [(member.label, member.weight) for member in resolved.members]
                     found.append(self._row(text, "expression", members))
         for row in found:
+            for member in row["members"]:
+                run = runs.get(member["adapter"])
+                member["loss"], member["held_out_loss"] = (run.loss, run.eval_loss) if run else (None, None)
             row["current"] = row["id"] == current
         return sorted(
             found, key=lambda row: self.first.index(row["id"]) if row["id"] in self.first else len(self.first)

@@ -14,6 +14,8 @@ from stackctl.serving.api_errors import ApiError
 DEFAULT_TOKENS = 256
 """The longest answer when a request does not say, as of ``generate``."""
 MOST_CHOICES = 16
+_MOST_BRACKETS = 1_000_000
+"""Beyond it, a body takes seconds to take apart, and nobody else is answered meanwhile."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that say nothing about the answer."""
@@ -79,6 +81,8 @@ def _object(body: bytes) -> dict[str, Any]:
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no JSON")
 
+    if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:
+        raise ApiError(400, f"the body holds more than {_MOST_BRACKETS:,} lists and objects", code="invalid_json")
     try:
         given = json.loads(body.decode("utf-8"), parse_constant=refuse)
     except RecursionError:
@@ -167,7 +171,10 @@ def _include_usage(options: Any, stream: bool) -> bool:
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise _wrong("messages", "a list of messages, not empty")
-    return tuple(_message(message, f"messages[{number}]") for number, message in enumerate(value))
+    messages = tuple(_message(message, f"messages[{number}]") for number, message in enumerate(value))
+    if not messages[-1]["content"].strip():
+        raise _wrong(f"messages[{len(messages) - 1}].content", "a text that is not empty")
+    return messages
 
 
 def _message(message: Any, place: str) -> dict[str, str]:
@@ -194,4 +201,6 @@ def _prompts(value: Any) -> tuple[str, ...]:
     prompts = value if isinstance(value, list) else [value]
     if not prompts or len(prompts) > MOST_CHOICES:
         raise _wrong("prompt", f"a text, or up to {MOST_CHOICES} of them")
-    return tuple(_text(prompt, "prompt") for prompt in prompts)
+    if not all(_text(prompt, "prompt").strip() for prompt in prompts):
+        raise _wrong("prompt", "a text that is not empty")
+    return tuple(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -9,11 +10,49 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stackctl.core.errors import Failed
 
+_HEAD = 15.0
+"""Seconds from a connection's first byte, or its beginning, until a request's head has come."""
 _FINISHING = 120
 """Seconds that answers have to end in once the server was told to stop."""
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1 without its endless patience: it waits for ever for a request's first lines."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        """Give what has begun its time; a request whose head is there waits for nothing more here."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._head is None and not self.transport.is_closing():
+            self._head = self.loop.call_later(_HEAD, self._hang_up)
+
+    def _forget(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _hang_up(self) -> None:
+        self._head = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -58,7 +97,7 @@ def run(app: Any, bound: socket.socket, ready: Callable[[], None]) -> None:
     """Serve on a socket; ``ready`` is called once it answers. Returns after SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=_FINISHING,
-        server_header=False, timeout_keep_alive=30, ws="none", proxy_headers=False,
+        server_header=False, timeout_keep_alive=30, ws="none", proxy_headers=False, http=_Protocol,
     )  # fmt: skip
     server = _Server(config)
     server.ready = ready

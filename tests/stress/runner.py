@@ -22,6 +22,7 @@ JOBS = {
     "hostile data": ("stress.fuzz:data", 0.5),
     "hostile repos": ("stress.fuzz_hub:repos", 0.5),
     "refusals": ("stress.refusals:refusals", 0.5),
+    "hostile requests": ("stress.serving_attacks:requests", 0.5),
     "architectures": ("stress.architectures:architectures", 3.0),
 }
 """Name to the function ("module:function", imported when its turn comes) and its share of the time."""

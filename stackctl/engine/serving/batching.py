@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from stackctl.core.errors import StackctlError
+from stackctl.core.errors import StackctlError, Usage
 from stackctl.engine.data import adopt_chat_template, ensure_chat_template
 from stackctl.engine.generation.answering import answer_encoded
 from stackctl.engine.generation.prompts import encode_prompts
@@ -31,6 +31,9 @@ from stackctl.engine.serving.row_adapters import RowAdapters, row_weights
 from stackctl.engine.serving.row_cache import RowCache, can_batch
 from stackctl.engine.serving.rows import Row
 from stackctl.plan.model import StackPlan
+
+_UNKNOWN_CONTEXT = 1 << 20
+"""Tokens that a prompt may have on a base that says nothing of its context."""
 
 
 class QueueFull(StackctlError):
@@ -63,6 +66,7 @@ class Engine:
         self._adapters = RowAdapters(stacked.model, self.limits.adapters)
         self._batches = can_batch(stacked)
         self._keeps_one = "logits_to_keep" in inspect.signature(stacked.model.forward).parameters
+        self._longest_token = max(map(len, stacked.tokenizer.get_vocab()))
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
         self._cache = RowCache()
@@ -88,6 +92,10 @@ class Engine:
             Usage, Incompatible: a prompt is empty, does not fit, or the stack has problems.
         """
         plan.check()
+        for prompt in prompts:
+            self._check_size(prompt)
+        if (count := len(prompts) * copies) > self.limits.wait:
+            raise Usage(f"the request asks for {count} answers, and {self.limits.wait} may wait", hint="ask for fewer")
         asked = [prompt for prompt in prompts for _ in range(copies)]
         with self._encoding:
             tokenizer = self._encoder.tokenizer
@@ -111,6 +119,20 @@ class Engine:
                 row.answer = Answer(self._stacked.tokenizer, ends, sampling.stop, turn, _spoken(row))
             rows.append(row)
         return rows
+
+    def _check_size(self, prompt: Prompt) -> None:
+        """Refuse what is beyond the context whatever its tokens are, before minutes go into finding them.
+
+        Raises:
+            Usage: there are more characters than the longest tokens can hold, or more messages than tokens.
+        """
+        limit = self._stacked.base.context_length or _UNKNOWN_CONTEXT
+        messages = prompt.messages or []
+        characters = sum(len(message["content"]) for message in messages) if messages else len(prompt.text)
+        if characters > limit * self._longest_token or len(messages) > limit:
+            size = f"{len(messages):,} messages" if len(messages) > limit else f"{characters:,} characters"
+            name = self._stacked.base.name
+            raise Usage(f"{prompt.place} has {size}, and {name} reads {limit:,} tokens at once", hint="shorten it")
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows; all of them, or none.
