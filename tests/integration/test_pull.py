@@ -48,7 +48,7 @@ def tree(registry: Registry) -> dict[str, bytes]:
     return {
         str(p.relative_to(registry.root)): p.read_bytes()
         for p in registry.root.rglob("*")
-        if p.is_file() and p.name != ".lock"
+        if p.is_file() and p.name not in (".lock", ".digests.json")  # remembered hashes are written once files settled
     }
 
 
