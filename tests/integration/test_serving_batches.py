@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from stackctl.core.errors import Usage
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, QueueFull
@@ -112,8 +113,14 @@ def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
     engine = Engine(shelf.load(), Limits(rows=1, wait=2, adapters=1))
     sampling = Sampling(max_new_tokens=400)
     try:
-        with pytest.raises(QueueFull):
+        with pytest.raises(Usage, match="3 answers, and 2 may wait"):
             answered(engine, shelf.plan("style"), "Hi.", sampling, copies=3)
+        rows, full, _ = answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+        with pytest.raises(QueueFull):
+            answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+        for row in rows:
+            row.cancelled.set()
+        assert full.wait(60)
         for name in ("style", "tone", "words"):
             rows, ended, errors = answered(engine, shelf.plan(name), "Hi.", Sampling(max_new_tokens=2))
             assert ended.wait(60) and not errors
