@@ -68,8 +68,8 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "unsupervised": corpus.encoded.unsupervised,
         "preview": [
             {"text": text, "supervised": learned}
-            for example in corpus.rows[0][: 2 if job.objective != "sft" else 1]
-            for text, learned in preview_parts(example, tokenizer)
+            for parts in preview_parts(corpus.rows[0][: 2 if job.objective != "sft" else 1], tokenizer)
+            for text, learned in parts
         ],
         "steps": steps,
         "adapts": sorted(targets.modules, key=natural_order),

@@ -163,9 +163,10 @@ def test_a_recipe_says_the_objective(house: Any, data: Path, tmp_path: Path) -> 
 def test_a_dry_run_shows_both_answers(house: Any, data: Path) -> None:
     h = house()
     ran = h.run("train", "x", "--data", data, "--objective", "dpo", "--dry-run", "--json")
-    learned = [piece["text"] for piece in ran.json["preview"] if piece["supervised"]]
-    assert learned == [" red<|im_end|>", " no red, and nothing else<|im_end|>"]
-    assert "and what is rejected" in ran.err
+    assert [(piece["text"], piece["supervised"]) for piece in ran.json["preview"]] == [
+        ("Say red:", False), (" red<|im_end|>", True), (" no red, and nothing else<|im_end|>", True),
+    ]  # fmt: skip
+    assert ran.err.count("Say red:") == 1 and "and what is rejected, behind the same beginning" in ran.err
 
 
 def test_that_both_kinds_of_answers_became_less_likely_is_said() -> None:

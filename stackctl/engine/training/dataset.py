@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,12 +104,12 @@ def read_corpus(
     if untrained := _untrained(encoded, tokenizer, prepared.base, {*trained, *frozen_tokens(prepared)}):
         say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
-    say(f"what is learned of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
+    does = "is learned" if encoded.examples[0].desired else "is to be avoided"
+    say(f"what {does} of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
     pairs = answers and records.format == "preference"
-    for number in range(2 if pairs else 1):
+    for number, parts in enumerate(preview_parts(encoded.examples[: 2 if pairs else 1], tokenizer)):
         if number:
-            say("and what is rejected:")
-        parts = preview_parts(encoded.examples[number], tokenizer)
+            say("and what is rejected, behind the same beginning:")
         say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
     if pairs:
         rows = data_module.pairs_of(encoded.examples)
@@ -155,10 +155,28 @@ def _untrained(encoded: Encoded, tokenizer: Any, base: Base, trained: Collection
     ) + "; --train-tokens auto does"  # fmt: skip
 
 
-def preview_parts(example: Example, tokenizer: Any) -> list[Span]:
-    """The text of an example, special tokens and all, in pieces that are learned or not."""
-    pairs = zip(example.input_ids, example.labels, strict=True)
-    return [
-        (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), learned)
-        for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED)
-    ]
+def preview_parts(examples: Sequence[Example], tokenizer: Any) -> list[list[Span]]:
+    """The texts of examples, special tokens and all, in pieces that are learned or not.
+
+    What the answers of a pair share stands in the first one alone.
+    """
+    found = []
+    for number, example in enumerate(examples):
+        pairs = list(zip(example.input_ids, example.labels, strict=True))
+        if number:
+            first = zip(examples[0].input_ids, examples[0].labels, strict=True)
+            both = zip(first, pairs, strict=False)
+            pairs = pairs[
+                sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1] and _is_context(two[0]), both)) :
+            ]
+        found.append(
+            [
+                (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), learned)
+                for learned, run in itertools.groupby(pairs, key=lambda pair: not _is_context(pair))
+            ]
+        )
+    return found
+
+
+def _is_context(pair: tuple[int, int]) -> bool:
+    return pair[1] == IGNORED
