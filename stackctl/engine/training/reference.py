@@ -26,7 +26,7 @@ from stackctl.engine.training.swapped_answers import SwappedAnswers
 from stackctl.registry.garbage_collection import tokens_folder
 from stackctl.storage import atomic
 
-_LOOKED_AT = 16
+_LOOKED_AT = 8
 """Answers that are computed on every run: with the new adapter at zero, which changes nothing, and at the end."""
 _AT_ONCE = 16
 _SAME = 1e-3
@@ -58,16 +58,18 @@ class Reference:
         """
         examples, bfloat16 = encoded.examples, self.bfloat16 and not held_out
         with self._computing(bfloat16):
+            first = self._compute(examples[: min(_LOOKED_AT, len(examples))])
             if not held_out:
-                self._first = self._compute(examples[: min(_LOOKED_AT, len(examples))])
+                self._first = first
             if not OBJECTIVES[job.objective].compares:
                 return KnownAnswers(examples, [0.0] * len(examples))
-            given = self._log_probabilities(examples, self._place(encoded, "given", bfloat16))
+            given = self._log_probabilities(examples, self._place(encoded, "given", bfloat16), first)
             if job.objective != "kto":
                 return KnownAnswers(examples, given)
             swapped = SwappedAnswers(examples, max_length)
             place = self._place(encoded, f"swapped, {max_length}", bfloat16)
-            return KnownAnswers(examples, given, swapped, self._log_probabilities(swapped, place))
+            first = self._compute(swapped[: min(_LOOKED_AT, len(swapped))])
+            return KnownAnswers(examples, given, swapped, self._log_probabilities(swapped, place, first))
 
     def changes(self, examples: Sequence[Example]) -> dict[bool, float]:
         """By how much (nats) the first answers became likelier, on average: those desired, and those to be avoided."""
@@ -88,11 +90,13 @@ class Reference:
         with new_adapter_off(self.model, self.live):
             return [-loss for loss in record_losses(self.model, examples)]
 
-    def _log_probabilities(self, examples: Sequence[Example], place: Path | None) -> list[float]:
-        """The log-probability (nats) of each answer under the frozen stack, kept from another run if it is the same."""
-        first = examples[: min(_LOOKED_AT, len(examples))]
-        found = self._compute(first)
-        if self.at_zero and [-loss for loss in record_losses(self.model, first)] != found:
+    def _log_probabilities(self, examples: Sequence[Example], place: Path | None, first: list[float]) -> list[float]:
+        """The log-probability (nats) of each answer under the frozen stack, of which the ``first`` are known.
+
+        They are kept from another run if it is the same.
+        """
+        found = list(first)
+        if self.at_zero and [-loss for loss in record_losses(self.model, examples[: len(first)])] != first:
             raise VerificationFailed(
                 "the new adapter changes log-probabilities before its first step: the margins are not zero, "
                 "and the reference is not the frozen stack"
