@@ -78,15 +78,24 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     raise_all(problems)
     assert weighted is not None and sets is not None, "else there was a problem"
     stacked = load_common_base(context, [(stack, plan)], "auto", wishes.fit.device)
+    others = list(_other_methods(stack, plan, wishes.fit.seed))
+    records = sum(len(set(data.owners)) for data in sets.held_out)
+    context.output.status(
+        f"learning the weights of the sum, then trying it and {len(others)} other ways on {records} held-out records"
+    )
     learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.fit.steps).stack
     tried = [
         _Tried(stack, plan),
         _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {wishes.fit.per}", fitted=True),
-        *_other_methods(stack, plan, wishes.fit.seed),
+        *others,
     ]
     named = [(one.name, one.plan) for one in tried]
-    scores = score_stacks(context, stacked, named, sets.held_out, "trying methods", finite=False)
-    return _judged(tried, wishes.fit.holdout or wishes.fit.data, scores)
+    both = [*sets.learned, *sets.held_out]
+    scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)
+    count = len(sets.learned)
+    return _judged(
+        tried, wishes.fit.holdout or wishes.fit.data, [own[:count] for own in scores], [own[count:] for own in scores]
+    )
 
 
 def _check_has_methods(plan: StackPlan) -> None:
@@ -116,18 +125,29 @@ def _scaled(weight: float, layers: Any, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _judged(tried: Sequence[_Tried], data: Sequence[str], scores: Sequence[Sequence[Score]]) -> Best:
-    """The rows, and which of them is the best: the lowest loss of those that beat the typed sum by more than chance."""
+def _judged(
+    tried: Sequence[_Tried],
+    data: Sequence[str],
+    learned: Sequence[Sequence[Score]],
+    scores: Sequence[Sequence[Score]],
+) -> Best:
+    """The rows, and which of them is the best: the lowest loss of those that beat the typed sum by more than chance.
+
+    What is no better than the typed sum on the records that are learned from is not in the running, so that it is no
+    chance to be lucky on the others.
+    """
     from stackctl.engine.significance import best_of_many_p
     from stackctl.engine.weight_fit import judge, mean_loss, record_gaps
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
     others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []
-    among = best_of_many_p([record_gaps(scores[0], scores[number]) for number in others]) if others else []
-    family = dict(zip(others, among, strict=True))
+    before = [mean_loss(own) for own in learned]
+    running = [number for number in others if before[number] < before[0]]
+    among = best_of_many_p([record_gaps(scores[0], scores[number]) for number in running]) if running else []
+    family = dict(zip(running, among, strict=True))
     rows = []
     for number, (one, own) in enumerate(zip(tried, scores, strict=True)):
-        compared = judge(scores[0], own) if number in family else None
+        compared = judge(scores[0], own) if number in others else None
         errors = [score.standard_error for score in own]
         known = [error for error in errors if error is not None and math.isfinite(error)]
         whole = finite[number] and len(known) == len(errors)
@@ -144,33 +164,38 @@ def _judged(tried: Sequence[_Tried], data: Sequence[str], scores: Sequence[Seque
                 "difference_error": compared.standard_error if compared else None,
                 "p_value": compared.p_value if compared else None,
                 "p_value_of_all": family.get(number),
+                "loss_learned": before[number] if math.isfinite(before[number]) else None,
                 "data": [
                     {"data": source, "loss": score.loss if math.isfinite(score.loss) else None}
                     for source, score in zip(data, own, strict=True)
                 ],
             }
         )
-    better = [n for n in others if rows[n]["difference"] < 0 and family[n] <= NOISE]
+    better = [n for n in running if rows[n]["difference"] < 0 and family[n] <= NOISE]
     best = min(better, key=lambda number: rows[number]["loss"], default=0)
     records = sum(len(score.records) for score in scores[0])
     json = {"tried": rows, "best": rows[best], "improved": best != 0, "held_out_records": records}
-    return Best(tried[best].stack, json, _notes(tried, rows, best, records))
+    return Best(tried[best].stack, json, _notes(tried, rows, best, (records, len(running))))
 
 
-def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, records: int) -> list[str]:
-    typed = rows[0]["loss"]
+def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, counts: tuple[int, int]) -> list[str]:
+    """In words. ``counts`` are those of the held-out records, and of what was in the running."""
+    (records, running), typed = counts, rows[0]["loss"]
     if best:
         gap = f"{typed:.4f} to {rows[best]['loss']:.4f} on {records} held-out records"
-        chance = f"p = {rows[best]['p_value_of_all']:.2g} for the best of {len(tried) - 1}"
+        chance = f"p = {rows[best]['p_value_of_all']:.2g} for the best of {running}"
         return [f"{tried[best].name} is taken: the loss goes from {gap}, {chance}"]
     if typed is None:
         return ["the loss of the typed sum is not a finite number, so that nothing can be compared with it"]
-    losses = {number: row["loss"] for number, row in enumerate(rows) if number and row["loss"] is not None}
+    losses = {number: row["loss"] for number, row in enumerate(rows) if row["p_value_of_all"] is not None}
     notes = [f"the typed sum is kept: nothing else is better by more than chance on {records} held-out records"]
-    if losses and (nearest := min(losses, key=losses.__getitem__)):
+    if not losses:
+        notes[0] += ", nor on those that are learned from"
+    else:
+        nearest = min(losses, key=losses.__getitem__)
         notes[0] += (
-            f"; lowest of the others is {tried[nearest].name}, {typed:.4f} to {losses[nearest]:.4f}, "
-            f"p = {rows[nearest]['p_value_of_all']:.2g} for the best of {len(tried) - 1}"
+            f"; lowest of what is better on the others is {tried[nearest].name}, {typed:.4f} to {losses[nearest]:.4f}, "
+            f"p = {rows[nearest]['p_value_of_all']:.2g} for the best of {running}"
         )
     if records < FEWEST:
         notes.append(f"fewer than {FEWEST} held-out records cannot show that anything is better than by chance")

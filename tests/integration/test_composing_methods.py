@@ -142,6 +142,26 @@ def test_a_pair_is_cut_to_a_rank_wherever_it_stands(pair: Any, method: str) -> N
         assert float(torch.linalg.svdvals(delta)[2:].norm() / delta.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("method", ALIGNED)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "tied", "gemma"])
+def test_embeddings_heads_transposed_layers_and_experts_come_back_as_one_adapter(
+    house: Any, name: str, method: str
+) -> None:
+    h = house(name)
+    heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
+    more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
+    if name == "mixtral":
+        more["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    h.add("style", seed=1, **more)
+    h.add("instruct", seed=2, r=3)
+    h.run("compose", "style:0.5+instruct:-1.5", "--name", "s", "--method", method)
+    h.run("export", "s", "--out", h.folder / "out")
+    h.run("add", "again", h.folder / "out")
+    stacked = h.load()
+    bare = h.logits(stacked, "base")
+    assert oracle.relative(h.logits(stacked, "again"), h.logits(stacked, "s"), bare) < 1e-6
+
+
 def test_a_method_says_how_far_it_is(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stackctl.cli.progress._PATIENCE", 0.0)
     monkeypatch.setattr("stackctl.cli.progress._BETWEEN_LINES", 0.0)
