@@ -21,8 +21,7 @@ from stackctl.storage import atomic
 from stackctl.storage.paths import existing_path, typed_path
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Remembered, Sampling
-    from stackctl.engine.models import StackedModel
+    from stackctl.engine.generation import Answers, Remembered, Sampling
 
 Message = dict[str, str]
 
@@ -33,7 +32,7 @@ class Chat:
 
     registry: Registry
     output: Output
-    stacked: StackedModel
+    stacked: Answers
     stack: ResolvedStack
     sampling: Sampling
     live: bool = False

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
+from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.eval_table import scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, tokenise_data
+from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_to_answer, read_data, tokenise_data
 from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
@@ -23,6 +24,7 @@ from stackctl.cli.prompt_options import (
     say_what_rounding_costs,
 )
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.plan.lint import check_beside_base
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import plan_expressions
 from stackctl.registry.resolve import ResolvedStack
@@ -31,6 +33,7 @@ from stackctl.render.output import Result
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling
+    from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt, RecordSet
 
 _EXAMPLES = """\
@@ -76,6 +79,8 @@ def register(app: typer.Typer) -> None:
             answering.check(context.output)
         with gathering(problems):
             stacks = plan_expressions(context.registry, what, base)
+        if answering.computing.is_llama_cpp:
+            problems += _not_for_llama_cpp(context, stacks if not problems else [], data)
         if to is not None:
             with gathering(problems):
                 pages.check_page_place(to)
@@ -94,6 +99,22 @@ def register(app: typer.Typer) -> None:
             return Result(document, str(to), lambda: render_comparison(what, [], found.scores, said), notes=notes)
         texts = "\n".join(answer["text"] for answer in found.answers)
         return Result(document, texts, lambda: render_comparison(what, found.answers, found.scores), notes=notes)
+
+
+def _not_for_llama_cpp(
+    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], data: list[str] | None
+) -> list[StackctlError]:
+    """What llama.cpp cannot do of what was asked."""
+    problems: list[StackctlError] = []
+    if data:
+        problems.append(
+            Usage("losses are computed by transformers, not by llama.cpp", hint="leave out --data, or --engine")
+        )
+    for stack, plan in stacks:
+        with gathering(problems):
+            check_has_gguf(stack.base, context.registry)
+            check_beside_base("gguf", plan)
+    return problems
 
 
 def _asked(prompts: list[Prompt] | None) -> list[Prompt]:
@@ -133,11 +154,11 @@ def compare_stacks(
     from stackctl.engine.generation import generate
 
     measured, answering, output = measured or HeldOut(), answering or GenerateOptions(), context.output
-    stacked = load_common_base(context, stacks, answering.dtype, answering.device)
+    stacked = load_to_answer(context, stacks, answering.computing)
     sets = tokenise_data(
         context, stacked, measured.sources, measured.records, measured.max_length, dict(sampling.template)
     )
-    scoring = Scoring(stacked, sets)
+    scoring = Scoring(cast("StackedModel", stacked), sets)
     answers: list[list[dict[str, Any]]] = []
     scores = []
     with output.progress() as progress:
@@ -153,5 +174,4 @@ def compare_stacks(
             scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)))
     by_prompt = [answers[column][row] for row in range(len(prompts)) for column in range(len(stacks))]
     rows = scores_json([stack.text for stack, _ in stacks], measured.sources, scores)
-    precision = f"{str(stacked.model.dtype).removeprefix('torch.')} on {stacked.device.type}"
-    return Compared(by_prompt, rows, precision)
+    return Compared(by_prompt, rows, stacked.precision)

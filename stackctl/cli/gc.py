@@ -12,6 +12,7 @@ from stackctl.registry.garbage_collection import (
     Freed,
     drop_runs,
     free_conversions,
+    free_exports,
     free_logs,
     free_tokens,
     free_weights,
@@ -35,13 +36,16 @@ def register(app: typer.Typer) -> None:
         ] = False,
         cache: Annotated[
             bool,
-            typer.Option("--cache", help="Also delete cached tokens and converted GGUF models, of every registry."),
+            typer.Option(
+                "--cache",
+                help="Also delete cached tokens, exported adapters and converted GGUF models, of every registry.",
+            ),
         ] = False,
     ) -> Result:
         """Delete the weights of removed versions and what killed commands left; what an entry needs stays.
 
-        Logs of versions that are gone go along, and tokenised data that was not used for 30 days. What is in the cache
-        is made again when it is needed.
+        Logs of versions that are gone go along, and cached tokens and exports that were not used for 30 days. What is
+        in the cache is made again when it is needed.
         """
         registry = context.registry
         freed = drop_runs(registry, dry_run=dry_run) if runs else []
@@ -50,6 +54,7 @@ def register(app: typer.Typer) -> None:
         freed += free_weights(registry, needed, dry_run=dry_run)
         freed += free_logs(registry, {found.what for found in freed}, every=logs, dry_run=dry_run)
         freed += free_tokens(every=cache, dry_run=dry_run)
+        freed += free_exports(every=cache, dry_run=dry_run)
         freed += free_conversions(dry_run=dry_run) if cache else []
         total = sum(found.bytes for found in freed)
         kept = _kept(registry, {found.path for found in freed})
@@ -62,7 +67,7 @@ def register(app: typer.Typer) -> None:
         return Result(data, "\n".join(found.what for found in freed), lambda: _screen(freed, "\n".join(said)))
 
 
-_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "cached tokens and converted models"}
+_KEPT = {"runs": "unfinished training", "logs": "logs", "cache": "cached tokens, exports and converted models"}
 
 
 def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
@@ -70,7 +75,11 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
     runs = [run["path"] for run in unfinished_runs(registry)]
     found = {
         "logs": free_logs(registry, every=True, dry_run=True),
-        "cache": free_tokens(every=True, dry_run=True) + free_conversions(dry_run=True),
+        "cache": [
+            *free_tokens(every=True, dry_run=True),
+            *free_exports(every=True, dry_run=True),
+            *free_conversions(dry_run=True),
+        ],
     }
     return {
         "runs": sum(tree_bytes(Path(path)) for path in runs if path not in freed),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.common import DEVICE_PANEL, TRAIN, BaseOption, Context, What, command
+from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.progress import counting
 from stackctl.cli.prompt_options import (
     MAX_NEW,
@@ -21,16 +22,18 @@ from stackctl.cli.prompt_options import (
     say_what_rounding_costs,
 )
 from stackctl.core.errors import Usage
+from stackctl.plan.lint import check_beside_base
+from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
 from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import atomic
 from stackctl.storage.paths import check_place
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Generated, Sampling
-    from stackctl.engine.models import StackedModel
+    from stackctl.engine.generation import Answers, Generated, Sampling
     from stackctl.engine.records import Prompt
 
 _EXAMPLES = """\
@@ -71,15 +74,17 @@ def register(app: typer.Typer) -> None:
         stack = resolve_expression(registry, what, base=base)
         plan = read_plan(registry, stack).check()
         answering.check(output)
+        computing = answering.computing
+        if computing.is_llama_cpp:
+            _check_llama_cpp(stack, plan, registry, live)
         asked = read_prompts(prompt, prompts)
         _check_place(to, output, asked)
         check_digests(registry, stack.members)
         for note in stack.notes:
             output.note(note)
         from stackctl.engine.data import adopt_chat_template, ensure_chat_template
-        from stackctl.engine.models import load_base
 
-        stacked = load_base(stack.base, registry, dtype=answering.dtype, device=answering.device, say=output.status)
+        stacked = computing.load(stack.base, registry, output.status)
         if adopted := adopt_chat_template(stacked.tokenizer, stack.base.name, [plan]):
             output.note(adopted)
         if not answering.raw and ensure_chat_template(stacked.tokenizer):
@@ -93,6 +98,13 @@ def register(app: typer.Typer) -> None:
 
         Chat(registry, output, stacked, stack, sampling, live).run()
         return None
+
+
+def _check_llama_cpp(stack: ResolvedStack, plan: StackPlan, registry: Registry, live: bool) -> None:
+    if live:
+        raise Usage("llama.cpp keeps every stack beside the base, never folded", hint="leave out --live")
+    check_has_gguf(stack.base, registry)
+    check_beside_base("gguf", plan)
 
 
 def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) -> None:
@@ -110,7 +122,7 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
 
 
 def _answer(
-    stacked: StackedModel,
+    stacked: Answers,
     asked: list[Prompt],
     sampling: Sampling,
     batch_size: int,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from stackctl.cli.common import Context
+from stackctl.cli.engines import Computing
 from stackctl.core.errors import StackctlError, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
@@ -18,6 +19,7 @@ from stackctl.registry.resolve import ResolvedStack
 if TYPE_CHECKING:
     from stackctl.core.schema import Base
     from stackctl.engine.evaluation import DataSet, ReadsText, Score
+    from stackctl.engine.generation import Answers
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import RecordSet
 
@@ -51,18 +53,24 @@ def read_data(sources: Sequence[str]) -> list[RecordSet]:
 def load_common_base(
     context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], dtype: str, device: str
 ) -> StackedModel:
+    """The base that some stacks stand on, by transformers; see :func:`load_to_answer`."""
+    return cast("StackedModel", load_to_answer(context, stacks, Computing("transformers", dtype, device)))
+
+
+def load_to_answer(
+    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], computing: Computing
+) -> Answers:
     """The base that some stacks stand on, once the bytes of all their members are known to be what was registered.
 
     Raises:
         VerificationFailed, NotFound, Incompatible: they are not, or the base cannot be loaded.
     """
     from stackctl.engine.data import adopt_chat_template
-    from stackctl.engine.models import load_base
 
     for stack, _ in stacks:
         check_digests(context.registry, stack.members)
     base = stacks[0][0].base
-    stacked = load_base(base, context.registry, dtype=dtype, device=device, say=context.output.status)
+    stacked = computing.load(base, context.registry, context.output.status)
     if note := adopt_chat_template(stacked.tokenizer, base.name, [plan for _, plan in stacks]):
         context.output.note(note)
     return stacked

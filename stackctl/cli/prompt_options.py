@@ -6,19 +6,18 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL
+from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
 from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Generated, Sampling
-    from stackctl.engine.models import StackedModel
+    from stackctl.engine.generation import Answers, Generated, Sampling
     from stackctl.engine.records import Prompt
 
 _ANSWERS, _SAMPLING = "Output", "Sampling"
@@ -38,13 +37,6 @@ PROMPTS = Annotated[
     ),
 ]
 MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
-DTYPE = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision of the weights.", rich_help_panel=DEVICE_PANEL),
-]
-DEVICE = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Device to run on.", rich_help_panel=DEVICE_PANEL)
-]
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,11 @@ class GenerateOptions:
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=_ANSWERS)] = 8
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"
+    engine: ENGINE = "auto"
+
+    @property
+    def computing(self) -> Computing:
+        return Computing(self.engine, self.dtype, self.device)
 
     def check(self, output: Output) -> None:
         """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
@@ -119,6 +116,8 @@ class GenerateOptions:
             problems.append(Usage("--stop is empty", hint="leave it out, or name a text"))
         with gathering(problems):
             self.template()
+        with gathering(problems):
+            self.computing.check()
         raise_all(problems)
         options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
         if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
@@ -169,17 +168,17 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
 
 
 def say_what_rounding_costs(
-    stacked: StackedModel, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
+    stacked: Answers, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
 ) -> None:
     """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
     if stacked.rounding_error > _EXACT:
-        kind = str(stacked.model.dtype).removeprefix("torch.")
+        kind = stacked.precision.partition(" ")[0]
         output.note(
             f"folding in {kind} loses {stacked.rounding_error:.2g} of {of}'s change to rounding; {instead} keeps it"
         )
 
 
-def answer_json(stack: str, answer: Generated, stacked: StackedModel) -> dict[str, Any]:
+def answer_json(stack: str, answer: Generated, stacked: Answers) -> dict[str, Any]:
     """One answer as JSON shows it, by the stack that is in use."""
     messages = answer.prompt.messages
     return {

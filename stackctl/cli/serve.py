@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, complete_what
-from stackctl.cli.prompt_options import DEVICE, DTYPE
+from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing, check_has_gguf
 from stackctl.machine.optional_packages import check_installed
 
 _EXAMPLES = """\
@@ -42,10 +42,7 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
-        engine: Annotated[
-            Literal["auto", "transformers"],
-            typer.Option(help="What computes: auto is transformers, in this process."),
-        ] = "auto",
+        engine: ENGINE = "auto",
         *,
         address: Address,
         base: BaseOption = None,
@@ -62,33 +59,33 @@ def register(app: typer.Typer) -> None:
         from stackctl.serving.run import listen, run
 
         output, registry = context.output, context.registry
+        computing = Computing(engine, dtype, device)
+        computing.check()
         found, first = common_base(registry, what or [], base)
         models = Models(registry, found, first)
-        ready = [models.find(text) for text in first]
+        if computing.is_llama_cpp:
+            check_has_gguf(found, registry)
+        ready = [models.find(text)[1] for text in first or (models.usual(),)]
         bound = listen(address.host, address.port)
-        from stackctl.engine.models import load_base
-        from stackctl.engine.serving import Engine
         from stackctl.serving.app import Service, make_app
         from stackctl.serving.guard import Guard, is_loopback
 
-        stacked = load_base(found, registry, dtype=dtype, device=device, say=output.status)
-        embedded = Engine(stacked)
-        for _, plan in ready:
-            embedded.warm(plan)
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        url = f"http://{host}:{bound.getsockname()[1]}"
-
-        def say_ready() -> None:
-            names = [row["id"] for row in models.listed()]
-            if output.json_mode:
-                output.line_json({"url": url, "engine": "transformers", "base": found.name, "models": names})
-            else:
-                output.text(f"{url}\n" if output.quiet else f"serving {found.name} at {url}: {', '.join(names)}\n")
-            if not is_loopback(address.host) and address.api_key is None:
-                output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
-
-        service = Service(embedded, models, Guard(address.host, address.api_key), output.status, Current.debug)
+        answering = computing.start(found, registry, output.status)
         try:
+            answering.warm(ready)
+            host = f"[{address.host}]" if ":" in address.host else address.host
+            url = f"http://{host}:{bound.getsockname()[1]}"
+
+            def say_ready() -> None:
+                names = [row["id"] for row in models.listed()]
+                if output.json_mode:
+                    output.line_json({"url": url, "engine": computing.name, "base": found.name, "models": names})
+                else:
+                    output.text(f"{url}\n" if output.quiet else f"serving {found.name} at {url}: {', '.join(names)}\n")
+                if not is_loopback(address.host) and address.api_key is None:
+                    output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
+
+            service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
             run(make_app(service), bound, say_ready)
         finally:
-            embedded.close()
+            answering.close()

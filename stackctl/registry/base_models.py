@@ -276,6 +276,14 @@ def base_gguf(base: Base, root: Path) -> Path | None:
     return None
 
 
+def no_gguf(base: Base) -> Incompatible:
+    """The error that a base did not come from a GGUF file."""
+    return Incompatible(
+        f"'{base.name}' did not come from a GGUF file, which is what llama.cpp runs",
+        hint="register one, stackctl base add NAME FILE.gguf; or leave out --engine llama.cpp",
+    )
+
+
 def converted_folder(gguf: Path) -> Path:
     """Where the cache keeps what a GGUF file was converted to, whether it is there or not."""
     digests = DigestCache(cache_root())

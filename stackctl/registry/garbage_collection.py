@@ -20,6 +20,7 @@ from stackctl.core.errors import Failed, Usage
 from stackctl.core.schema import AdapterVersion, Removed
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.registry.base_models import converted_models
+from stackctl.registry.exported import exported_adapters
 from stackctl.registry.resolve import foundations
 from stackctl.registry.run_folders import RunFolder, run_folder, unfinished_runs
 from stackctl.registry.store import Registry
@@ -189,6 +190,23 @@ def free_conversions(*, dry_run: bool) -> list[Freed]:
             freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
             if not dry_run:
                 atomic.discard_folder(model)
+    return freed
+
+
+def free_exports(*, every: bool, dry_run: bool) -> list[Freed]:
+    """Remove adapters that were exported for an engine and not used for long, or with ``every`` all of them."""
+    place = cache_root() / "adapters"
+    lock = contextlib.nullcontext(place) if dry_run or not place.is_dir() else exported_adapters()
+    with lock as folder:
+        freed = list(_left_over(folder, dry_run))
+        for export in sorted(folder.glob("[a-z]*-*")):
+            used = export.stat().st_mtime
+            if every or time.time() - used > _UNUSED_SECONDS:
+                when = datetime.fromtimestamp(used, UTC).date()
+                why = f"exported for an engine, last used {when}"
+                freed.append(Freed(f"adapters/{export.name[:13]}", why, str(export), files.tree_bytes(export)))
+                if not dry_run:
+                    atomic.discard_folder(export)
     return freed
 
 

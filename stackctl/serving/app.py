@@ -39,7 +39,7 @@ _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 class Service:
     """What answers: the engine, the models it may be asked for, who may ask, and where a line on each request goes."""
 
-    engine: Engine
+    engine: Engine[Any]
     models: Models
     guard: Guard
     say: Callable[[str], None]

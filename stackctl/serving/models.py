@@ -70,6 +70,14 @@ class Models:
             self._plans.popitem(last=False)
         return plan
 
+    def usual(self) -> str:
+        """What is asked for first, most likely: the current stack, if it has this base, else the base alone."""
+        current = self.registry.settings().current
+        with contextlib.suppress(StackctlError):
+            if current is not None and self.find(current):
+                return current
+        return BASE
+
     def listed(self) -> list[dict[str, Any]]:
         """The base, and every stack and adapter on it: ``id``, ``kind``, ``members`` (as ``name@version``, weight, and
         the losses of its training, in nats for a token, where they are known)."""

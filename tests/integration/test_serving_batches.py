@@ -10,7 +10,7 @@ import pytest
 from stackctl.core.errors import Usage
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.records import Prompt
-from stackctl.engine.serving import Engine, Limits, QueueFull
+from stackctl.engine.serving import BatchingEngine, Limits, QueueFull
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 
@@ -63,7 +63,7 @@ def test_twenty_rows_of_five_stacks_at_once(filled, kind):
     sampling = Sampling(max_new_tokens=24)
     known = expected(shelf, sampling)
     assert len({text for text, _, _ in known.values()}) > len(TEXTS), "the stacks make a difference"
-    engine = Engine(shelf.load(), Limits(rows=7, wait=64))
+    engine = BatchingEngine(shelf.load(), Limits(rows=7, wait=64))
     try:
         asked = [(name, text, answered(engine, shelf.plan(name), text, sampling)) for text in TEXTS for name in STACKS]
         for name, text, (rows, ended, errors) in asked:
@@ -82,7 +82,7 @@ def test_a_stack_that_is_no_sum_is_folded_in_its_turn(filled, run):
     for name in ("mixed", "style"):
         stacked.use(shelf.plan(name))
         known[name] = next(generate(stacked, [Prompt("Hi.")], sampling)).text
-    engine = Engine(shelf.load())
+    engine = BatchingEngine(shelf.load())
     try:
         asked = [(n, answered(engine, shelf.plan(n), "Hi.", sampling)) for n in ("style", "mixed", "style", "mixed")]
         for name, (rows, ended, errors) in asked:
@@ -99,7 +99,7 @@ def test_sampling_is_that_of_generate(filled):
     stacked.use(shelf.plan("style"))
     known = [answer.text for answer in generate(stacked, [Prompt("Hi."), Prompt("Hi.")], sampling, batch_size=1)]
     assert known[0] != known[1]
-    engine = Engine(shelf.load())
+    engine = BatchingEngine(shelf.load())
     try:
         rows, ended, errors = answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
         assert ended.wait(60) and not errors
@@ -110,7 +110,7 @@ def test_sampling_is_that_of_generate(filled):
 
 def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
     shelf = filled("llama")
-    engine = Engine(shelf.load(), Limits(rows=1, wait=2, adapters=1))
+    engine = BatchingEngine(shelf.load(), Limits(rows=1, wait=2, adapters=1))
     sampling = Sampling(max_new_tokens=400)
     try:
         with pytest.raises(Usage, match="3 answers, and 2 may wait"):
@@ -148,7 +148,7 @@ def test_weights_by_layer_are_a_rows_own(filled):
         stacked.use(plan)
         known.append(next(generate(stacked, [Prompt("Hi.")], sampling)).text)
     assert known[0] != known[1]
-    engine = Engine(shelf.load())
+    engine = BatchingEngine(shelf.load())
     try:
         asked = [answered(engine, plan, "Hi.", sampling) for plan in plans]
         for (rows, ended, errors), text in zip(asked, known, strict=True):

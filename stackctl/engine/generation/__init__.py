@@ -3,7 +3,17 @@
 from stackctl.engine.generation.answering import Generated, generate, generate_reply
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import fit_conversation
+from stackctl.engine.generation.reader import Answers
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import end_tokens
 
-__all__ = ["Generated", "Remembered", "Sampling", "end_tokens", "fit_conversation", "generate", "generate_reply"]
+__all__ = [
+    "Answers",
+    "Generated",
+    "Remembered",
+    "Sampling",
+    "end_tokens",
+    "fit_conversation",
+    "generate",
+    "generate_reply",
+]

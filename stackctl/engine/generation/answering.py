@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import encode_prompts
+from stackctl.engine.generation.reader import Answers, OtherEngine
 from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
@@ -50,7 +51,7 @@ class Generated:
 
 
 def generate(
-    stacked: StackedModel,
+    stacked: Answers,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -60,7 +61,8 @@ def generate(
 ) -> Iterator[Generated]:
     """Answer prompts, in order; with ``on_text`` one by one, each streamed as it comes.
 
-    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one.
+    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one, and for
+    transformers: another engine remembers by itself.
 
     Raises:
         Usage: a prompt is empty or does not fit the context.
@@ -73,7 +75,11 @@ def generate(
     following = 0
     for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
         asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
-        answers = answer_encoded(asked, ids, [seeds[i] for i in rows], stacked, sampling, on_text, remembered)
+        own = [seeds[i] for i in rows]
+        if isinstance(stacked, StackedModel):
+            answers = answer_encoded(asked, ids, own, stacked, sampling, on_text, remembered)
+        else:
+            answers = cast(OtherEngine, stacked).answer_encoded(asked, ids, own, sampling, on_text)
         waiting.update(zip(rows, answers, strict=True))
         while following in waiting:
             yield waiting.pop(following)
@@ -183,7 +189,7 @@ def _pad_token(stacked: StackedModel) -> int:
 
 
 def generate_reply(
-    stacked: StackedModel, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
+    stacked: Answers, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
 ) -> Generated:
     """The answer to one prompt, streamed."""
     return next(generate(stacked, [prompt], sampling, on_text=on_text, remembered=remembered))

@@ -10,14 +10,14 @@ from stackctl.engine.data import ensure_chat_template, prefix_ids
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import render_prompt
 from stackctl.engine.data.embedded_tokens import check_prompt
+from stackctl.engine.generation.reader import Reader
 from stackctl.engine.generation.sampling import Sampling
-from stackctl.engine.models import StackedModel
 from stackctl.engine.records import Message, Prompt
 
 _SHOWN = 5
 
 
-def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+def encode_prompts(reader: Reader, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
     """The token ids of every prompt.
 
     Raises:
@@ -28,7 +28,7 @@ def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: S
     problems: list[StackctlError] = []
     for prompt in prompts:
         try:
-            encoded.append(_fitting(stacked, prompt, _encode(stacked, prompt, sampling)))
+            encoded.append(_fitting(reader, prompt, _encode(reader, prompt, sampling)))
         except (Usage, Incompatible) as error:
             problems.append(error)
     if len(problems) > _SHOWN:
@@ -38,36 +38,36 @@ def encode_prompts(stacked: StackedModel, prompts: Sequence[Prompt], sampling: S
     return encoded
 
 
-def fit_conversation(stacked: StackedModel, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
+def fit_conversation(reader: Reader, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
     """A conversation without its oldest exchanges, as far as the context asks for it: half of it, at most, is kept
     free for the answer.
 
     Raises:
         Usage: the template refuses it.
     """
-    limit = stacked.base.context_length
+    limit = reader.base.context_length
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
     for start in [0, *starts[1:]]:
         kept = list(messages[start:])
-        length = len(_encode(stacked, Prompt(kept[-1]["content"], kept), sampling))
+        length = len(_encode(reader, Prompt(kept[-1]["content"], kept), sampling))
         if not limit or length + min(sampling.max_new_tokens, limit // 2) <= limit:
             break
     return kept
 
 
-def _fitting(stacked: StackedModel, prompt: Prompt, ids: list[int]) -> list[int]:
-    limit = stacked.base.context_length
+def _fitting(reader: Reader, prompt: Prompt, ids: list[int]) -> list[int]:
+    limit = reader.base.context_length
     if limit and len(ids) >= limit:
         raise Usage(
-            f"{prompt.place} has {len(ids)} tokens, and {stacked.base.name} reads {limit} at once",
+            f"{prompt.place} has {len(ids)} tokens, and {reader.base.name} reads {limit} at once",
             hint="shorten it",
         )
-    check_prompt(ids, stacked.base.vocabulary_size, prompt.place, stacked.tokenizer, stacked.base.name)
+    check_prompt(ids, reader.base.vocabulary_size, prompt.place, reader.tokenizer, reader.base.name)
     return ids
 
 
-def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[int]:
-    tokenizer = stacked.tokenizer
+def _encode(reader: Reader, prompt: Prompt, sampling: Sampling) -> list[int]:
+    tokenizer = reader.tokenizer
     if not prompt.text.strip():
         raise Usage(f"{prompt.place} is empty", hint='give one with -p "…", --prompts FILE or on standard input')
     if not sampling.raw:
@@ -77,7 +77,7 @@ def _encode(stacked: StackedModel, prompt: Prompt, sampling: Sampling) -> list[i
                 ChatTemplate(tokenizer),
                 _conversation(prompt, sampling.system),
                 prompt.tools,
-                {**(stacked.base.chat_template_kwargs or {}), **sampling.template, **prompt.template},
+                {**(reader.base.chat_template_kwargs or {}), **sampling.template, **prompt.template},
             )
         except TEMPLATE_ERRORS as error:
             raise Usage(

@@ -10,33 +10,33 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from stackctl.engine.data import end_of_turn
-from stackctl.engine.models import StackedModel
+from stackctl.engine.generation.reader import Reader
 
 OnText = Callable[[str], object]
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to while the others are not there yet."""
 
 
-def end_tokens(stacked: StackedModel) -> list[int]:
+def end_tokens(reader: Reader) -> list[int]:
     """Every token that ends an answer: the tokenizer's and the base's EOS, and the chat template's end of turn."""
-    found = {stacked.tokenizer.eos_token_id}
-    configured = getattr(stacked.model.generation_config, "eos_token_id", None)
+    found = {reader.tokenizer.eos_token_id}
+    configured = getattr(reader.generation_config, "eos_token_id", None)
     found.update(configured if isinstance(configured, list) else [configured])
-    turn = _end_of_turn_ids(stacked)
+    turn = _end_of_turn_ids(reader)
     if len(turn) == 1:
         found.add(turn[0])
     return sorted(token for token in found if token is not None)
 
 
-def turn_text(stacked: StackedModel) -> str:
+def turn_text(reader: Reader) -> str:
     """The end of turn where it is a text of several tokens (ChatML on a base without it), else nothing."""
-    return end_of_turn(stacked.tokenizer) if len(_end_of_turn_ids(stacked)) > 1 else ""
+    return end_of_turn(reader.tokenizer) if len(_end_of_turn_ids(reader)) > 1 else ""
 
 
-def _end_of_turn_ids(stacked: StackedModel) -> list[int]:
-    if not stacked.tokenizer.chat_template:
+def _end_of_turn_ids(reader: Reader) -> list[int]:
+    if not reader.tokenizer.chat_template:
         return []
-    ids: list[int] = stacked.tokenizer(end_of_turn(stacked.tokenizer), add_special_tokens=False)["input_ids"]
+    ids: list[int] = reader.tokenizer(end_of_turn(reader.tokenizer), add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -82,7 +82,8 @@ class Answer:
     """One answer while it is written. ``stop`` is ``end``, ``stop`` or ``length`` once it is finished.
 
     With ``on_text`` its text is handed on piece by piece, and never a part of a text that ends it: what could be the
-    beginning of one is held back until it is clear that it is not.
+    beginning of one is held back until it is clear that it is not. Without a tokenizer its text comes in pieces, from
+    an engine that decodes by itself.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Answer:
     ) -> None:
         self._tokenizer, self._ends, self._on_text = tokenizer, ends, on_text
         self._reasons = {**({turn: "end"} if turn else {}), **dict.fromkeys(stops, "stop")}
-        self._tokens = TokenText(tokenizer) if on_text or self._reasons else None
+        self._tokens = TokenText(tokenizer) if tokenizer is not None and (on_text or self._reasons) else None
         self._text = ""
         self._shown = 0
         self.ids: list[int] = []
@@ -107,6 +108,13 @@ class Answer:
         if self._tokens is not None and (piece := self._tokens.add(token)):
             self._take(piece)
 
+    def add_piece(self, text: str, tokens: Sequence[int]) -> None:
+        """More of an answer whose text comes in pieces, and the last tokens that it was decoded from."""
+        if not self.stop and any(token in self._ends for token in tokens):
+            self.finish("end")
+        if not self.stop and text:
+            self._take(text)
+
     def finish(self, reason: str = "length") -> None:
         """End the answer, if nothing in what is left of its text ends it earlier."""
         if not self.stop and self._tokens is not None and (rest := self._tokens.rest()):
@@ -117,7 +125,8 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return decode(self._tokenizer, self.ids) if self._tokens is None else self._text
+        whole = self._tokens is None and self._tokenizer is not None
+        return decode(self._tokenizer, self.ids) if whole else self._text
 
     def _take(self, piece: str) -> None:
         start = max(0, len(self._text) - max(map(len, self._reasons), default=0))

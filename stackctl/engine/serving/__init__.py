@@ -1,6 +1,6 @@
-"""Different stacks in one running batch: rows that join and leave, each with weights of its own."""
+"""Answers to many requests at once, of different stacks: by transformers in one running batch, or by llama.cpp."""
 
-from stackctl.engine.serving.batching import Engine, Limits, QueueFull
-from stackctl.engine.serving.rows import Row
+from stackctl.engine.serving.batching import BatchingEngine
+from stackctl.engine.serving.requests import Engine, Limits, QueueFull, Row
 
-__all__ = ["Engine", "Limits", "QueueFull", "Row"]
+__all__ = ["BatchingEngine", "Engine", "Limits", "QueueFull", "Row"]

@@ -1,9 +1,7 @@
-"""One answer in the making: what it was asked, with which weights, and where its text goes."""
+"""A row of a running batch: how its tokens are chosen, and the weights of its stack."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,35 +9,16 @@ import torch
 from torch import Tensor
 
 from stackctl.engine.generation.answering import Generated
-from stackctl.engine.generation.sampling import Sampling, processors
-from stackctl.engine.generation.stopping import Answer
-from stackctl.engine.records import Prompt
+from stackctl.engine.generation.sampling import processors
+from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
-from stackctl.plan.model import StackPlan
-
-OnEnd = Callable[["Row", Exception | None], object]
 
 
 @dataclass(eq=False)
-class Row:
-    """``ids`` are the prompt's tokens, ``limit`` the most that may follow, ``template`` the chat template in use.
+class BatchRow(Row):
+    """``weights`` are the members' by digest; None where the stack has to be folded."""
 
-    ``on_end`` is called once, from the engine's thread, with the error that ended it or None. ``weights`` are the
-    members' by digest; None where the stack has to be folded.
-    """
-
-    plan: StackPlan
-    prompt: Prompt
-    sampling: Sampling
-    ids: list[int]
-    limit: int
-    seed: int
-    template: str | None
-    answer: Answer
-    weights: RowWeights | None
-    on_text: Callable[[str], object] | None = None
-    on_end: OnEnd = lambda row, error: None
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    weights: RowWeights | None = None
     made: int = 0
     last: int = 0
     folded: Generated | None = None
@@ -59,7 +38,6 @@ class Row:
 
     @property
     def stop(self) -> str:
-        """``end``, ``stop`` or ``length``; empty while it is not finished."""
         return self.folded.stop if self.folded else self.answer.stop
 
     def choose(self, logits: Tensor) -> None:

@@ -1,0 +1,5 @@
+"""llama.cpp as an engine: a base that came from a GGUF file, and GGUF adapters beside it with scales of a request."""
+
+from stackctl.engine.llama_cpp.engine import LlamaCpp, load_llama_cpp
+
+__all__ = ["LlamaCpp", "load_llama_cpp"]

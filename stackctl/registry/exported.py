@@ -1,0 +1,52 @@
+"""Adapters exported for other programs, made once and kept in the cache under the digest of what they are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stackctl.core.errors import Incompatible
+from stackctl.plan.model import StackPlan
+from stackctl.storage.locks import locked
+from stackctl.storage.paths import cache_root
+
+_LAYOUT = 1
+"""Another number where an export of the same stack would be other bytes."""
+
+
+@contextlib.contextmanager
+def exported_adapters() -> Iterator[Path]:
+    """The cache's folder with exported adapters, this process's alone while the body runs."""
+    folder = cache_root() / "adapters"
+    with locked(folder / ".lock", "the cache of exported adapters"):
+        yield folder
+
+
+def exported(plan: StackPlan, kind: str, write: Callable[[Path], Any]) -> Path:
+    """The folder with a stack as one adapter of ``kind`` (``gguf``, ``peft``), which ``write`` makes if it is missing.
+
+    Raises:
+        Incompatible: a member of the stack is in no registry, so that nothing says what it is.
+    """
+    with exported_adapters() as folder:
+        found = folder / f"{kind}-{_digest(plan)[:32]}"
+        if found.is_dir():
+            with contextlib.suppress(OSError):  # gc looks at when it was last used
+                os.utime(found)
+        else:
+            write(found)
+    return found
+
+
+def _digest(plan: StackPlan) -> str:
+    """What an export depends on: the base, the bytes of the members, their weights, the method and its options."""
+    assert plan.base is not None, "a stack that is exported stands on a base"
+    members = [(m.digest, m.weight, sorted(m.layer_weights.items())) for m in plan.members if m.is_used]
+    if not all(digest for digest, _, _ in members):
+        raise Incompatible("only registered adapters are exported into the cache", hint="stackctl add NAME FOLDER")
+    said = (_LAYOUT, plan.base.fingerprint, plan.base.name, plan.method, repr(plan.options), members)
+    return hashlib.sha256(repr(said).encode()).hexdigest()
