@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, complete_what
-from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing, check_has_gguf
+from stackctl.cli.common import DEVICE_PANEL, TRAIN, BaseOption, Context, Current, command, complete_what
+from stackctl.cli.engines import DEVICE, DTYPE, Computing, check_has_gguf
+from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
+
+if TYPE_CHECKING:
+    from stackctl.serving.models import Models
 
 _EXAMPLES = """\
 stackctl serve
@@ -42,7 +47,14 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
-        engine: ENGINE = "auto",
+        engine: Annotated[
+            Literal["auto", "transformers", "llama.cpp", "vllm"],
+            typer.Option(
+                help="What computes. auto is transformers, in this process; llama.cpp runs a base that came from a "
+                "GGUF file as it is; vllm starts vLLM, for many GPUs.",
+                rich_help_panel=DEVICE_PANEL,
+            ),
+        ] = "auto",
         *,
         address: Address,
         base: BaseOption = None,
@@ -53,10 +65,9 @@ def register(app: typer.Typer) -> None:
 
         The model of a request is an expression such as style:0.7+instruct, a stored name, or base.
         """
-        for package in ("starlette", "uvicorn"):
+        for package in ("starlette", "uvicorn") if engine != "vllm" else ():
             check_installed(package)
         from stackctl.serving.models import Models, common_base
-        from stackctl.serving.run import listen, run
 
         output, registry = context.output, context.registry
         computing = Computing(engine, dtype, device)
@@ -65,27 +76,57 @@ def register(app: typer.Typer) -> None:
         models = Models(registry, found, first)
         if computing.is_llama_cpp:
             check_has_gguf(found, registry)
+        if engine == "vllm":
+            _serve_by_vllm(context, models, address, dtype, device)
+            return
+        from stackctl.serving.run import listen, run
+
         ready = [models.find(text)[1] for text in first or (models.usual(),)]
         bound = listen(address.host, address.port)
         from stackctl.serving.app import Service, make_app
-        from stackctl.serving.guard import Guard, is_loopback
+        from stackctl.serving.guard import Guard
 
         answering = computing.start(found, registry, output.status)
         try:
             answering.warm(ready)
-            host = f"[{address.host}]" if ":" in address.host else address.host
-            url = f"http://{host}:{bound.getsockname()[1]}"
+            port = bound.getsockname()[1]
 
             def say_ready() -> None:
-                names = [row["id"] for row in models.listed()]
-                if output.json_mode:
-                    output.line_json({"url": url, "engine": computing.name, "base": found.name, "models": names})
-                else:
-                    output.text(f"{url}\n" if output.quiet else f"serving {found.name} at {url}: {', '.join(names)}\n")
-                if not is_loopback(address.host) and address.api_key is None:
-                    output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
+                _say_ready(context, models, address, computing.name, port)
 
             service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
             run(make_app(service), bound, say_ready)
         finally:
             answering.close()
+
+
+def _say_ready(context: Context, models: Models, address: Address, engine: str, port: int) -> None:
+    """The one line on stdout, once it answers."""
+    from stackctl.serving.guard import is_loopback
+
+    output, base = context.output, models.base.name
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    url, names = f"http://{host}:{port}", [row["id"] for row in models.listed()]
+    if output.json_mode:
+        output.line_json({"url": url, "engine": engine, "base": base, "models": names})
+    else:
+        output.text(f"{url}\n" if output.quiet else f"serving {base} at {url}: {', '.join(names)}\n")
+    if not is_loopback(address.host) and address.api_key is None:
+        output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
+
+
+def _serve_by_vllm(context: Context, models: Models, address: Address, dtype: str, device: str) -> None:
+    """Start vLLM with the registry's expressions as its models, and wait for its end."""
+    from stackctl.serving.run import listen
+    from stackctl.serving.vllm_server import Wanted, check_vllm, run_vllm, vllm_line
+
+    if device != "auto":
+        raise Usage("vLLM uses the devices that it was built for", hint=f"leave out --device {device}")
+    plans = [models.find(text)[1] for text in models.first]
+    program = check_vllm(plans)
+    with listen(address.host, address.port) as free:  # it is free, and vLLM takes it a moment later
+        port = free.getsockname()[1]
+    wanted = Wanted(address.host, port, address.api_key, dtype)
+    line = vllm_line(program, models, plans, wanted)
+    context.output.status("starting " + shlex.join(line))
+    run_vllm(line, context.registry.root, wanted, lambda: _say_ready(context, models, address, "vllm", port))

@@ -62,7 +62,7 @@ def gguf_file_name(out: Path) -> str:
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``--max-lora-rank`` (vllm/config/lora.py: MaxLoRARanks); 16 unless it is given."""
-_VLLM_DEFAULT_RANK = 16
+VLLM_DEFAULT_RANK = 16
 _VLLM_WITHOUT_LORA = ("BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel")
 _VLLM_EMBEDDINGS = (
     "GraniteForCausalLM", "LlamaForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen3ForCausalLM",
@@ -219,8 +219,8 @@ def _vllm_rank(plan: StackPlan) -> list[Problem]:
         what = f"the stack has rank {rank}, and vLLM serves at most {VLLM_RANKS[-1]}"
         hint = f"compose it with --method svd --rank {VLLM_RANKS[-1]}, or use fewer members"
         return [Problem("vllm_rank", what, hint)]
-    if rank > _VLLM_DEFAULT_RANK:
-        what = f"the stack has rank {rank}, and vLLM serves at most {_VLLM_DEFAULT_RANK} unless it is told otherwise"
+    if rank > VLLM_DEFAULT_RANK:
+        what = f"the stack has rank {rank}, and vLLM serves at most {VLLM_DEFAULT_RANK} unless it is told otherwise"
         return [Problem("vllm_rank", what, f"vllm serve … --max-lora-rank {needed}", severity="warning")]
     return []
 

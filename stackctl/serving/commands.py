@@ -65,21 +65,29 @@ _Told = tuple[list[list[str]], list[str]]
 """Lines as words, and notes."""
 
 
-def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
-    out = _free(f"{name}-peft")
-    serve = ["vllm", "serve", base.source, "--enable-lora", "--lora-modules", f"{name}={out}"]
-    serve += ["--max-lora-rank", str(vllm_max_rank(plan.rank))]
-    notes = [f"ask for the model '{name}'; it listens on every network interface unless --host says otherwise"]
+def vllm_base(base: Base, root: Path) -> tuple[list[str], list[str]]:
+    """The words that name a base to vLLM, the model and then options, and notes."""
+    words, notes = [base.source], []
     if base.kind != "hub":
         gguf = base_gguf(base, root)
         folder = converted_folder(gguf) if gguf else (root / (base.path or base.source)).resolve()
-        serve[2] = str(folder)
+        words = [str(folder)]
         if not folder.is_dir():
             notes.append(f"{folder} is not there; the first command that runs the base makes it")
     elif base.revision:
-        serve += ["--revision", base.revision]
+        words += ["--revision", base.revision]
     if base.dtype == "float32":  # which vLLM would run in half precision
-        serve += ["--dtype", "float32"]
+        words += ["--dtype", "float32"]
+    return words, notes
+
+
+def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
+    out = _free(f"{name}-peft")
+    (model, *options), missing = vllm_base(base, root)
+    serve = ["vllm", "serve", model, "--enable-lora", "--lora-modules", f"{name}={out}"]
+    serve += ["--max-lora-rank", str(vllm_max_rank(plan.rank)), *options]
+    notes = [f"ask for the model '{name}'; it listens on every network interface unless --host says otherwise"]
+    notes += missing
     whole = ["--whole-class"] if base.whole is not None else []
     return [[*export, "--format", "peft", *whole, "--out", out], serve], notes
 

@@ -200,4 +200,3 @@ def test_a_taken_port_and_a_missing_name_are_refused(shelf, fails):
         taken.listen()
         assert "cannot listen" in fails("serve", "--port", taken.getsockname()[1], code=1)
     fails("serve", "stile", code=3)
-    fails("serve", "--engine", "vllm", code=2)
