@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import encode_prompts
-from stackctl.engine.generation.reader import Answers, OtherEngine
+from stackctl.engine.generation.reader import Answers
 from stackctl.engine.generation.sampling import Sampling, processors, row_seeds
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
@@ -48,6 +48,20 @@ class Generated:
     @property
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+class OtherEngine(Answers, Protocol):
+    """An engine that is not transformers in this process, and takes token ids."""
+
+    def answer_encoded(
+        self,
+        prompts: Sequence[Prompt],
+        batch: Sequence[list[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        on_text: OnText | None,
+    ) -> list[Generated]:
+        """The answers to prompts, in order."""
 
 
 def generate(

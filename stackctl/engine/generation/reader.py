@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from stackctl.core.schema import Base
-from stackctl.engine.records import Prompt
 from stackctl.plan.model import StackPlan
-
-if TYPE_CHECKING:
-    from stackctl.engine.generation.answering import Generated
-    from stackctl.engine.generation.sampling import Sampling
-    from stackctl.engine.generation.stopping import OnText
 
 
 class Reader(Protocol):
@@ -42,17 +35,3 @@ class Answers(Reader, Protocol):
 
     def use(self, plan: StackPlan, *, live: bool = False) -> None:
         """Answer with another stack from now on."""
-
-
-class OtherEngine(Answers, Protocol):
-    """An engine that is not transformers in this process, and takes token ids."""
-
-    def answer_encoded(
-        self,
-        prompts: Sequence[Prompt],
-        batch: Sequence[list[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        on_text: OnText | None,
-    ) -> list[Generated]:
-        """The answers to prompts, in order."""
