@@ -1,6 +1,6 @@
 """vLLM as an engine: our resolver against vLLM's interface, and ``serve`` against a program that stands for vLLM.
 
-The real vLLM needs gigabytes of its own; ``benchmarks/vllm_client.py`` runs it.
+The real vLLM needs gigabytes of its own; ``python -m benchmarks.vllm_expressions`` runs it.
 """
 
 from __future__ import annotations

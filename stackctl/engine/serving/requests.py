@@ -21,7 +21,6 @@ from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
 from stackctl.engine.records import Prompt
 from stackctl.plan.model import StackPlan
 
-
 _UNKNOWN_CONTEXT = 1 << 20
 """Tokens that a prompt may have on a base that says nothing of its context."""
 
