@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, ex
             f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
         )
     parts += _wished(info, extras)
+    if "serve" in info:
+        own = shlex.join(["stackctl", "serve", stack.name or stack.expression])
+        parts.append(_recipe_screen("stackctl", {"lines": [own], "notes": [], "problems": []}))
     for name, recipe in info.get("serve", {}).items():
         parts.append(_recipe_screen(TITLES[name], recipe))
     if info.get("verified"):

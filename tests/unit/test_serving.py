@@ -136,6 +136,7 @@ def test_the_registry_is_named_where_it_has_to_be(run, shelf, tmp_path, monkeypa
 def test_lines_are_not_broken_for_a_person(run, shelf, monkeypatch):  # noqa: F811
     monkeypatch.setenv("COLUMNS", "60")
     shown = run("inspect", "style", "--serve").out.splitlines()
+    assert "stackctl serve style@1" in [line.rstrip() for line in shown]
     lines = run("inspect", "style", "--serve", "--json").json["serve"]["vllm"]["lines"]
     assert len(lines[1]) > 60
     assert set(lines) <= {line.rstrip() for line in shown}
