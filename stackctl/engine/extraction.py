@@ -76,6 +76,9 @@ def extract(base: Base, folder: Path, tuned: Path, wanted: Wanted) -> Extraction
                 if name == tied or (torch.equal(old, new[name].to(old.dtype)) and old.dtype == new[name].dtype):
                     continue
                 _keep(found, base, name, modules, (old, new.pop(name)), wanted)
+    for module in found.biases.keys() - found.pairs.keys():  # PEFT keeps those of layers that it adapts
+        del found.biases[module]
+        found.left_out.append(f"{module}.bias")
     if not found.pairs:
         raise Incompatible(
             "no linear layer differs between the two models"
@@ -103,6 +106,8 @@ def _keep(
     if kind == "weight" and type_ in ("Linear", "Conv1D") and module != base.output_embedding:
         delta = new.float() - old.float()
         found.keep(module, delta.T if type_ == "Conv1D" else delta, wanted)
+    elif kind == "bias" and type_ in ("Linear", "Conv1D") and module != base.output_embedding:
+        found.biases[module] = new.contiguous()
     elif (type_ is None and kind in ("weight", "bias")) or (kind == "weight" and module in untied):  # a norm, a table
         found.saved[name] = new.contiguous()
     else:

@@ -57,6 +57,29 @@ def test_a_planted_change_comes_back(house: Any, name: str, rank: tuple[object, 
     assert h.run("verify", "--json").json["problems"] == []
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_biases_come_along_with_the_layers_that_changed(house: Any, name: str) -> None:
+    h = house(name)
+
+    def change(key: str, parameter: torch.Tensor) -> None:
+        planted(key, parameter)
+        if key.endswith("bias"):
+            parameter += 0.2 * torch.randn_like(parameter)
+
+    folder = tuned_model(h, change)
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 3, "--json").json
+    assert found["relative_error"] < 1e-5
+    wanted, plain = (oracle.logits(oracle.load_plain(place)) for place in (folder, h.base))
+    left = [key for key in found["left_out"] if not key.endswith("bias")]
+    assert left == []
+    if not found["left_out"]:
+        assert oracle.relative(h.logits(h.load(), "chat"), wanted, plain) < 1e-4
+        assert oracle.relative(oracle.logits(oracle.live(h.base, (h.weights("chat"), 1.0))), wanted, plain) < 1e-4
+    assert set(found["left_out"]) <= {f"transformer.h.{i}.mlp.c_proj.bias" for i in range(2)} | {
+        f"transformer.h.{i}.attn.c_proj.bias" for i in range(2)
+    }
+
+
 def test_a_full_change_is_cut_to_the_best_of_its_rank(house: Any) -> None:
     h = house()
     folder = tuned_model(h, lambda key, p: p.add_(0.1 * torch.randn_like(p)) if "proj" in key else None)
