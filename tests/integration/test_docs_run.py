@@ -103,6 +103,8 @@ def hub(models: Any, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.
         server.repo(SMOLLM2).commit(files_of(models("llama")))
         server.repo(QWEN3).commit(files_of(models("qwen3")))
         server.repo("somebody/some-lora").commit(files_of(made["style"]))
+        several = {f"{name}/{file}": data for name in ("style", "other") for file, data in files_of(made[name]).items()}
+        server.repo("somebody/many-loras").commit(several)
         yield server
 
 
