@@ -9,7 +9,7 @@ import importlib
 import itertools
 import sys
 
-NAMES = ("startup", "scale", "export", "training", "preferences", "generation", "evaluation", "threads")
+NAMES = ("startup", "scale", "export", "training", "preferences", "generation", "evaluation", "serving", "threads")
 
 
 def main() -> None:
