@@ -172,6 +172,12 @@ def test_the_registry_may_change_while_it_runs(server, shelf):
         chat(client, "late", max_tokens=2)
     shelf.add("late", seed=9)
     assert chat(client, "late", max_tokens=2).choices
+    running = chat(client, "late", stream=True, max_tokens=200)
+    next(iter(running))
+    shelf.run("rm", "late")
+    assert list(running)[-1].choices[0].finish_reason in ("stop", "length")  # what is running ends well
+    with pytest.raises(openai.NotFoundError):
+        chat(client, "late", max_tokens=2)
     weights = shelf.weights("tone") / "adapter_model.safetensors"
     kept = weights.with_suffix(".kept")
     shutil.copy2(weights, kept)
