@@ -33,6 +33,7 @@ def base_json(base: Base, registry: Registry) -> dict[str, Any]:
         "dtype": base.dtype,
         "quantization": base.quantization,
         "context_length": base.context_length,
+        "proved": msgspec.to_builtins(base.proved) if base.proved else None,
     }
 
 
@@ -91,8 +92,7 @@ def register(app: typer.Typer) -> None:
         changed = before is not None and (
             before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)
         )
-        proved = msgspec.to_builtins(base.proved) if base.proved else None
-        data = {**base_json(base, registry), "path": str(folder), "proved": proved}
+        data = {**base_json(base, registry), "path": str(folder)}
         size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
         size += f", stored by {scheme.label}" if (scheme := stored_scheme(folder)) else ""
         if base.proved:

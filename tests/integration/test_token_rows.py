@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.records import Prompt
-from stackctl.engine.serving import Engine, Limits
+from stackctl.engine.serving import BatchingEngine, Limits
 from stackctl.engine.weighted_members import attached, read_factors
 
 TOKENS = torch.cat([oracle.TOKENS, torch.tensor([[3, 4, 5, 10, 11, 200]])], dim=1)
@@ -372,7 +372,7 @@ def test_a_served_stack_with_rows_is_answered_in_its_turn(house: Any) -> None:
         stacked.use(h.plan(name))
         known[name] = next(generate(stacked, [Prompt("Hi.")], sampling)).text
     assert len(set(known.values())) == 4
-    engine = Engine(h.load(), Limits(rows=4, wait=16))
+    engine = BatchingEngine(h.load(), Limits(rows=4, wait=16))
     try:
         waiting = []
         for name in names * 2:

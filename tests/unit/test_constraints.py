@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -34,10 +35,9 @@ def declared() -> list[Requirement]:
 
 @functools.cache
 def is_installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    """Whether pip would list it; setuptools brings copies of its own, which importing it puts on the path."""
+    path = [place for place in sys.path if Path(place).name != "_vendor"]
+    return any(importlib.metadata.distributions(name=name, path=path))
 
 
 @functools.cache
