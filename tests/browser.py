@@ -37,6 +37,7 @@ class Tab:
         self._socket, self._numbers = socket, itertools.count(1)
         self.requests: list[str] = []
         self.errors: list[str] = []
+        self._loaded = 0
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
@@ -51,7 +52,9 @@ class Tab:
             self._note(told["method"], told["params"])
 
     def _note(self, method: str, params: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Page.loadEventFired":
+            self._loaded += 1
+        elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.errors.append(str(params["exceptionDetails"]))
@@ -59,7 +62,12 @@ class Tab:
             self.errors.append(str(params["entry"]))
 
     def open(self, url: str) -> None:
+        """Go to an address, and wait until its page is there."""
+        before = self._loaded
         self.call("Page.navigate", url=url)
+        while self._loaded == before:
+            told = json.loads(self._socket.recv(_WAIT))
+            self._note(told["method"], told["params"])
 
     def run(self, script: str) -> Any:
         """The value of an expression, or of the promise that it is."""
