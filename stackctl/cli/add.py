@@ -23,7 +23,7 @@ from stackctl.registry.base_matching import choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
-from stackctl.registry.versions import add_version, check_adapter_name, find_same_version, made_elsewhere
+from stackctl.registry.versions import add_version, check_adapter_name, find_same_version, made_elsewhere, version_facts
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 from stackctl.storage.paths import portable_path
@@ -148,14 +148,7 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
     known = find_same_version(registry, name, checkpoint.digest(), stack)
     version = known or _add(registry, name, checkpoint, stack, request.link, request.description)
     label = f"{name}@{version.version}"
-    data = {
-        "adapter": name,
-        "version": version.version,
-        "digest": version.digest,
-        "base": stack.base.name,
-        "path": str(registry.weights_path(version)),
-        "on": version.trained_on,
-    }
+    data = version_facts(registry, name, version, stack.base.name)
     where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
     said = f"{label} is registered already" if known else f"registered {label}"
     text = f"{said}: rank {plan.rank}, {version.parameters:,} parameters, {where}"

@@ -20,7 +20,7 @@ from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
-from stackctl.registry.versions import add_version, find_same_version, made_elsewhere
+from stackctl.registry.versions import add_version, find_same_version, made_elsewhere, version_facts
 from stackctl.render.output import Output, Result
 from stackctl.storage import atomic
 
@@ -143,12 +143,7 @@ def add_converted(
         )
     label = f"{name}@{version.version}"
     data = {
-        "adapter": name,
-        "version": version.version,
-        "digest": version.digest,
-        "base": stack.base.name,
-        "path": str(registry.weights_path(version)),
-        "on": version.trained_on,
+        **version_facts(registry, name, version, stack.base.name),
         "rank": pairs.rank,
         "converted": {key: value for key, value in msgspec.to_builtins(told).items() if key != "errors"},
     }

@@ -17,6 +17,18 @@ from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
 
 
+def version_facts(registry: Registry, name: str, version: AdapterVersion, base: str) -> dict[str, object]:
+    """What ``--json`` says of a version that is registered now or was already; ``base`` as it was named."""
+    return {
+        "adapter": name,
+        "version": version.version,
+        "digest": version.digest,
+        "base": base,
+        "path": str(registry.weights_path(version)),
+        "on": version.trained_on,
+    }
+
+
 def check_adapter_name(registry: Registry, name: str) -> str:
     """A name that a new version of an adapter may have.
 

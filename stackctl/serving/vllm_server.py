@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stackctl.core.errors import Failed, Incompatible, StackctlError
+from stackctl.machine import processes
 from stackctl.plan.lint import VLLM_DEFAULT_RANK, check_beside_base, vllm_max_rank
 from stackctl.plan.model import StackPlan
 from stackctl.serving.commands import vllm_base
@@ -113,7 +114,7 @@ def run_vllm(line: list[str], registry: Path, wanted: Wanted, ready: Callable[[]
                 ready()
             code = process.wait()
         finally:
-            _end(process)
+            processes.end(process, _END_SECONDS)
     if not asked_to_stop:
         raise Failed(f"vLLM ended with {code}", hint="what it wrote above says why")
 
@@ -126,16 +127,6 @@ def _handling(stop: Callable[..., None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _is_up(process: subprocess.Popen[bytes], wanted: Wanted, given_up: Callable[[], bool]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hub_server import HubServer, connect, running_hub
 from registry_fixtures import fails, shelf  # noqa: F401
+from short_texts import texts
 
 
 @pytest.fixture
@@ -24,6 +25,15 @@ def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from tiny_registry import TinyRegistry
 
     return lambda name="llama", **kind: TinyRegistry(run, models(name, **kind), tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def pair(house: Any) -> Any:
+    """``style``, trained on texts like those that weights are learned from and judged by, and ``noise``, at random."""
+    h = house("llama")
+    h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
+    h.add("noise", seed=2, r=3)
+    return h
 
 
 @pytest.fixture(scope="session")

@@ -8,23 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from short_texts import texts
 
 from stackctl.plan.candidates import candidates
 from stackctl.plan.methods import METHODS, SUM, check_method
-
-
-def texts(first: int, last: int) -> list[dict[str, Any]]:
-    things, moods = ("sea", "gull", "boat", "rain", "shore", "night"), ("grey", "loud", "cold", "slow", "far", "still")
-    return [{"text": f"The {a} was {b}, and nobody came."} for a in things for b in moods][first:last]
-
-
-@pytest.fixture
-def pair(house: Any) -> Any:
-    """``style``, trained on texts like those that are judged by, and ``noise``, which is random."""
-    h = house("llama")
-    h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
-    h.add("noise", seed=2, r=3)
-    return h
 
 
 def test_every_method_is_among_the_candidates_with_settings_that_it_takes() -> None:

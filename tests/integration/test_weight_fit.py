@@ -9,20 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-
-
-def texts(first: int, last: int) -> list[dict[str, Any]]:
-    things, moods = ("sea", "gull", "boat", "rain", "shore", "night"), ("grey", "loud", "cold", "slow", "far", "still")
-    return [{"text": f"The {a} was {b}, and nobody came."} for a in things for b in moods][first:last]
-
-
-@pytest.fixture
-def pair(house: Any) -> Any:
-    """``style``, trained on texts like those that the weights are learned from, and ``noise``, which is random."""
-    h = house("llama")
-    h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
-    h.add("noise", seed=2, r=3)
-    return h
+from short_texts import texts
 
 
 def test_a_stack_that_is_no_better_keeps_the_typed_weights(pair: Any) -> None:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import torch
 
 from stackctl.core.errors import Failed
-from stackctl.machine import openmp
+from stackctl.machine import openmp, processes
 from stackctl.machine.optional_packages import is_installed
 
 PROGRAM = "llama-server"
@@ -151,12 +151,7 @@ def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def stop() -> None:
-        process.terminate()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        processes.end(process, _END_SECONDS)
         log.close()
 
     try:
