@@ -27,6 +27,7 @@ from stackctl.jobs.recipe import (
     prepare_recipe_job,
     read_recipe,
     resolve_recipe_stack,
+    rests_after_all,
 )
 from stackctl.registry.planning import read_plan
 from stackctl.registry.stacks import save_stack
@@ -40,7 +41,7 @@ stackctl train instruct --on style --data chat.jsonl --eval-data heldout.jsonl""
 _COMPLETIONS = {"on": complete_what, "from": complete_what, "base": complete_bases}
 _TRAINING, _RUN = "Training", "The run"
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "What is trained": ("on", "from", "base", "data", "description"),
+    "What is trained": ("on", "from", "rebase", "base", "data", "description"),
     "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal", "train_tokens"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
@@ -170,6 +171,8 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
     if recipe and name in (found := read_recipe(recipe)).recipe.train:
         fresh = "on" not in flags
         values = {key: value for key, value in msgspec.to_builtins(found.job(name)).items() if value is not None}
+        if "from" in flags:
+            values.pop("rebase", None)
         for key in ("data", "eval_data"):
             if key in values and (found.folder / values[key]).exists():
                 values[key] = str(found.folder / values[key])
@@ -208,7 +211,7 @@ def build_recipe(
     registry = context.registry
     steps = plan_recipe(found, registry, force=force)
     out_of_date = [step for step in steps if step.why]
-    plan = [{"kind": s.kind, "name": s.name, "why": s.why} for s in steps]
+    plan = [{"kind": s.kind, "name": s.name, "why": s.why, "from": s.begins} for s in steps]
     if not out_of_date:
         if context.output.json_mode:
             context.output.status("up to date")
@@ -217,10 +220,13 @@ def build_recipe(
         return Result({"plan": plan, "built": [], "dry_run": True}, "", lambda: _plan_table(steps))
     built: list[dict[str, Any]] = []
     for step in out_of_date:
-        context.output.status(f"{step.name}: {step.why}")
+        context.output.status(f"{step.name}: {step.to_do}")
         try:
             if step.kind == "adapter":
                 prepared = prepare_recipe_job(found, registry, step.name)
+                if not force and rests_after_all(found, registry, prepared):
+                    context.output.status(f"{step.name}: up to date; what was made anew beneath it is the same")
+                    continue
                 trained = trained_result(context, prepared, resume=resume)
                 context.output.status(str(trained.screen))
                 built.append(trained.json)
@@ -249,4 +255,4 @@ def _compose(found: RecipeFile, registry: Registry, name: str) -> dict[str, Any]
 def _plan_table(steps: list[Step]) -> Any:
     from stackctl.render.tables import table
 
-    return table(["what", "name", "to do"], [[s.kind, s.name, s.why or "up to date"] for s in steps])
+    return table(["what", "name", "to do"], [[s.kind, s.name, s.to_do] for s in steps])

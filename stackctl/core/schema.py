@@ -454,6 +454,10 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             "a higher --rank adds to them."
         ),
     ] = msgspec.field(name="from", default=None)
+    rebase: Annotated[
+        bool,
+        Meta(description="Begin at its own newest version where what lies beneath it is another since."),
+    ] = False
     base: Annotated[
         str | None, Meta(description="The base, when there are several and it stands on none of your stacks.")
     ] = None

@@ -109,7 +109,7 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
 
 
 def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:
-    """What the adapter stands on, in its own words where they mean that here, else by full names."""
+    """What the adapter stands on, in the words of its training or its own where they mean that here, else by names."""
     base = beginning.plan.base
     assert base is not None, "a beginning is planned on a base"
     known, own = expand_modules(base.modules), set(beginning.plan.modules)
@@ -119,6 +119,13 @@ def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:
             f"target_modules: {beginning.label} stands on other modules than {job.target_modules}",
             hint="leave out --target-modules: they are those of --from",
         )
+    version = beginning.member.version
+    said = (version.settings or {}).get("target_modules")
+    if isinstance(said, list | str) and (
+        version.fingerprint == base.fingerprint
+        or named_targets(parse_targets(said), known, base.output_embedding) == own
+    ):
+        return said
     told = beginning.config.get("target_modules")
     if isinstance(told, list) and named_targets(told, known, base.output_embedding) == own:
         return sorted(told)

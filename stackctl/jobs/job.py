@@ -24,6 +24,7 @@ from stackctl.core.schema import Base, TrainJob
 from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning, settle
+from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
@@ -130,6 +131,8 @@ def prepare_job(
         attempt(_check_is_sum, stack)
         attempt(stack.terms)
         attempt(_check_not_on_itself, name, stack)
+        if job.rebase and (rebased := attempt(begin_at_own, registry, name, job, stack)):
+            job, stack = rebased
         if job.from_ and (beginning := attempt(find_beginning, registry, name, job, stack)):
             job = attempt(settle, job, beginning) or job
         attempt(_check_targets, job, stack.base)

@@ -16,10 +16,10 @@ import msgspec
 from stackctl.core import errors
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
-from stackctl.core.schema import AdapterVersion, Recipe, TrainJob, TrainSettings
+from stackctl.core.schema import AdapterVersion, Recipe, TrainJob
 from stackctl.jobs.job import PreparedJob, data_path, prepare_job
-from stackctl.jobs.trained_tokens import parse_tokens
-from stackctl.lora.target_modules import parse_targets
+from stackctl.jobs.rebase import own_newest, stands_on
+from stackctl.jobs.settings import outcome, settings_of
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_adapter, resolve_expression
@@ -137,11 +137,20 @@ def _named(expression: str | None) -> list[Reference]:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do: an adapter to train or a stack to compose. ``why`` is None when it is up to date."""
+    """One thing to do: an adapter to train or a stack to compose. ``why`` is None when it is up to date.
+
+    ``begins`` is the version at whose factors its training begins.
+    """
 
     kind: Literal["adapter", "stack"]
     name: str
     why: str | None
+    begins: str | None = None
+
+    @property
+    def to_do(self) -> str:
+        """Why it is made, and where that begins, for a person."""
+        return (self.why or "up to date") + (f"; begins at {self.begins}" if self.begins else "")
 
 
 def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -> list[Step]:
@@ -159,16 +168,24 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
         attempt(resolve_base, registry, recipe.base)
     for name in build_order(recipe) if not problems else ():
         kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
+        begins: str | None = None
         newer = [needed for needed in _needs(recipe, name) if needed.name in going and not _is_there(registry, needed)]
         if newer:
             attempt(_check_ahead, found, registry, name)
             why = f"{newer[0]} is made anew"
+            if kind == "adapter" and recipe.train[name].rebase:
+                begins = own_newest(registry, name, recipe.train[name])
+        elif kind == "stack":
+            why = attempt(_why_compose, found, registry, name)
+        elif prepared := attempt(prepare_recipe_job, found, registry, name):
+            why = attempt(_why_train, found, registry, prepared)
+            why = "--force" if force else why
+            begins = prepared.beginning.label if prepared.beginning else None
         else:
-            why = attempt(_why_train if kind == "adapter" else _why_compose, found, registry, name)
-            why = "--force" if force and kind == "adapter" else why
+            why = None
         if why:
             going.add(name)
-        steps.append(Step(kind, name, why))
+        steps.append(Step(kind, name, why, begins if why else None))
     if recipe.push and recipe.push.stack:
         for needed in _made_elsewhere(recipe, recipe.push.stack):
             attempt(resolve_expression, registry, str(needed))
@@ -213,14 +230,19 @@ def prepare_recipe_job(found: RecipeFile, registry: Registry, name: str) -> Prep
     return prepare_job(registry, name, found.job(name), folder=found.folder, fresh=True)
 
 
-def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
+def rests_after_all(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> bool:
+    """Whether a job that rebases has nothing to do now that everything beneath it is made: that came out the same."""
+    return found.recipe.train[prepared.name].rebase and _why_train(found, registry, prepared) is None
+
+
+def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> str | None:
+    name = prepared.name
     adapter = registry.find_adapter(name)
-    prepared = prepare_recipe_job(found, registry, name)
     if not adapter:
         return "not trained yet"
-    newest = adapter.newest()
-    known = _outcome(_settings_of(name, newest), watched=newest.eval_data is not None)
-    settings = _outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
+    newest, rebases = adapter.newest(), found.recipe.train[name].rebase
+    known = outcome(settings_of(name, newest), watched=newest.eval_data is not None)
+    settings = outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
     changed = [key for key, value in settings.items() if key in known and known[key] != value]
     if changed:
         return f"other {', '.join(changed)}"
@@ -231,44 +253,16 @@ def _why_train(found: RecipeFile, registry: Registry, name: str) -> str | None:
         return "other held-out data"
     if newest.fingerprint != prepared.base.fingerprint:
         return "another base"
-    if newest.trained_on != prepared.trained_on:
+    if newest.trained_on != prepared.trained_on and not (rebases and stands_on(registry, newest, prepared.stack)):
         return (
             f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
         )
     begins = prepared.beginning.label if prepared.beginning else None
-    if newest.from_ != begins:
+    if newest.from_ != begins and not (rebases and (newest.from_ or "").startswith(f"{name}@")):
         return f"begun at {newest.from_ or 'nothing'}, now at {begins or 'nothing'}"
     if not registry.weights_path(newest).is_dir():
         return "its weights are missing"
     return None
-
-
-def _settings_of(name: str, version: AdapterVersion) -> TrainSettings:
-    """The settings that a version was trained with; what its entry leaves out was at its default.
-
-    Raises:
-        Usage: they are none.
-    """
-    told = {key: value for key, value in (version.settings or {}).items() if key in TrainSettings.__struct_fields__}
-    try:
-        return msgspec.convert(told, TrainSettings)
-    except msgspec.ValidationError as error:
-        raise Usage(
-            f"the settings of {name}@{version.version} cannot be read: {error}",
-            hint=f"fix adapters/{name}.yaml in the registry",
-        ) from None
-
-
-def _outcome(settings: TrainSettings, *, watched: bool) -> dict[str, Any]:
-    """Settings in a form that is equal where training makes the same of them."""
-    told: dict[str, Any] = msgspec.to_builtins(settings)
-    targets = parse_targets(told["target_modules"])
-    told["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
-    tokens = parse_tokens(told["train_tokens"])
-    told["train_tokens"] = sorted(tokens) if isinstance(tokens, list) else tokens
-    told["alpha"] = told["alpha"] if told["alpha"] is not None else 2 * told["rank"]
-    ignored = () if watched else ("eval_steps", "keep", "patience")
-    return {key: value for key, value in told.items() if key not in ignored}
 
 
 def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:

@@ -11,13 +11,13 @@ from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
+from stackctl.plan.foundations import missing_foundations
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
 from stackctl.plan.token_rows import clashing_rows, member_rows, rows_without_sum
 from stackctl.plan.validate import (
     clashing_replacements,
-    missing_foundations,
     no_plain_lora,
     other_rows,
     recorded_problems,

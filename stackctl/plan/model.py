@@ -44,7 +44,7 @@ class PlanMember:
     """One adapter version with its weight. ``label`` is ``style@1``; ``trained_on`` its own members, by label.
 
     ``layer_weights`` are as in the entry of a stack: see :mod:`stackctl.plan.layer_weights`; ``recorded`` is what its
-    own entry warns of.
+    own entry warns of, ``data`` where it was trained from.
     """
 
     label: str
@@ -58,6 +58,7 @@ class PlanMember:
     trained_on: tuple[str, ...] = ()
     layer_weights: Mapping[str, float] = field(default_factory=dict)
     recorded: Sequence[EntryProblem] = ()
+    data: str = ""
 
     @property
     def is_used(self) -> bool:

@@ -38,7 +38,7 @@ def plan_member(registry: Registry, member: ResolvedMember) -> PlanMember:
         label=member.label, weight=member.weight, checkpoint=read_checkpoint(registry.weights_path(version)),
         adapter=member.adapter.name, version=version.version, digest=version.digest, base=version.base,
         fingerprint=version.fingerprint, trained_on=tuple(version.trained_on), layer_weights=member.layer_weights,
-        recorded=version.problems,
+        recorded=version.problems, data=version.data.path if version.data else "",
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_every_option_is_a_key_of_the_file(project, run):
         "warmup": 0.1, "weight_decay": 0.01, "seed": 4, "dtype": "float32", "frozen": "live", "description": "x",
         "save_steps": 2, "report_to": "none", "eval_steps": 3, "keep": "last", "patience": 4,
         "chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False,
-        "objective": "sft", "train_tokens": "<|im_end|>", "label_smoothing": 0.0, "sft_weight": 0.0,
+        "rebase": False, "objective": "sft", "train_tokens": "<|im_end|>", "label_smoothing": 0.0, "sft_weight": 0.0,
     }  # fmt: skip
     (project / "job.json").write_text(json.dumps(values))
     settings = planned(run, "style", "--config", "job.json")["settings"]

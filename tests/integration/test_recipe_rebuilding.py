@@ -197,3 +197,63 @@ def test_the_table_of_a_dry_run_names_every_part_and_why(project: Any, run: Any)
     assert rows["chat"] == "other seed"
     assert "chat" in rows["both"]
     assert rows["half"] == "not composed yet"
+
+
+def test_rebase_begins_at_the_own_version_when_what_is_beneath_changed(project: Any, run: Any, tmp_path: Path) -> None:
+    chat = f"{CHAT}, rebase: true"
+    project(chat=chat)
+    [first] = [step for step in run("train", "--dry-run", "--json").json["plan"] if step["name"] == "chat"]
+    assert (first["why"], first["from"]) == ("style is made anew", None), "there is nothing yet to begin at"
+    assert built(run) == ["style@1", "chat@1", "both"]
+    assert run("train").out == "up to date\n"
+    project(style=f"{STYLE}, seed: 1", chat=chat)
+    planned = run("train", "--dry-run", "--json").json["plan"]
+    assert [(step["name"], step["from"]) for step in planned] == [("style", None), ("chat", "chat@1"), ("both", None)]
+    assert "begins at chat@1" in run("train", "--dry-run").out
+    ran = run("train", "--json")
+    moved = next(b for b in ran.json["built"] if b.get("adapter") == "chat")
+    assert (moved["version"], moved["on"], moved["from"]) == (2, ["style@2"], "chat@1")
+    assert "chat@1 was trained on style@1; on style@2 it begins where that one stands" in ran.err
+    entry = run("inspect", "chat@2", "--json").json
+    assert (entry["from"], entry["trained_on"]) == ("chat@1", ["style@2"])
+    assert run("train").out == "up to date\n", "begun at its own version, which the recipe does not name"
+    project(style=f"{STYLE}, seed: 1", chat=f"{chat}, learning_rate: 1e-5")
+    assert run("train", "--dry-run", "--json").json["plan"][1] == {
+        "kind": "adapter", "name": "chat", "why": "other learning_rate", "from": None,
+    }, "nothing beneath changed"  # fmt: skip
+
+
+def test_rebase_looks_at_digests_and_at_what_kind_of_adapter_is_asked_for(project: Any, run: Any) -> None:
+    chat = f"{CHAT}, rebase: true"
+    project(chat=chat)
+    built(run)
+    project(style=f"{STYLE}, seed: 1", chat=chat)
+    run("train", "style")
+    project(chat=chat)
+    assert built(run) == ["style@3", "both"], "the same bytes as style@1, on which chat@1 stands"
+    assert run("train").out == "up to date\n"
+    assert [a for a in built(run, "--force") if a.startswith("chat")] == ["chat@2"]
+    project(style=f"{STYLE}, seed: 2", chat=chat.replace("rank: 2", "rank: 1"))
+    assert run("train", "--dry-run", "--json").json["plan"][1]["from"] is None, "a lower rank is another adapter"
+    project(style=f"{STYLE}, seed: 2", chat=chat.replace("rank: 2", "rank: 3"))
+    assert built(run)[1] == "chat@3"
+    assert "from" not in run("inspect", "chat@3", "--json").json
+
+
+def test_rebase_and_another_beginning_contradict_each_other(project: Any, run: Any) -> None:
+    for more, said in (("from: style", "rebase begins"), ("orthogonal: true", "orthogonal would change")):
+        project(chat=f"{CHAT}, rebase: true, {more}")
+        assert said in run("train", "--json", code=2).json["error"]["message"]
+
+
+def test_rebase_on_the_command_line(project: Any, run: Any) -> None:
+    project(chat=f"{CHAT}, rebase: true")
+    built(run)
+    run("train", "style", "--seed", 1)
+    assert run("train", "chat", "--json").json["from"] == "chat@1", "a job of the recipe by its name"
+    ran = run("train", "chat", "--json")
+    assert ran.json["from"] is None
+    assert "chat@2 stands on just this: it begins at nothing" in ran.err
+    assert run("train", "chat", "--no-rebase", "--on", "style@1", "--json").json["from"] is None
+    assert run("train", "chat", "--rebase", "--on", "style@2", "--json").json["from"] == "chat@4"
+    assert run("train", "chat", "--from", "chat@1", "--json").json["from"] == "chat@1"

@@ -431,3 +431,13 @@ def test_weights_for_layers_that_are_not_there_are_refused():
     )
     refused = plan_stack(BASE, [member("style@1", 1.0, whole, layer_weights={Q0: 0.5})])
     assert codes(refused, "error") == ["not_weighable"]
+
+
+def test_the_hint_where_a_foundation_is_another_version_is_the_command_that_moves_a_member():
+    upper = member("instruct@1", trained_on=("style@1",), data="my chats.jsonl")
+    told = "stackctl train instruct --on {} --from instruct@1 --data 'my chats.jsonl'; for what was trained, "
+    for label, weight, on in (("style@2", 1.0, "style@2"), ("style@1", 0.5, "style@1:0.5")):
+        (problem,) = plan_stack(BASE, [member(label, weight), upper]).problems
+        assert told.format(on) + "compose style@1+instruct@1" in problem.hint
+    (alone,) = plan_stack(BASE, [upper]).problems
+    assert alone.hint == "for what was trained, compose style@1+instruct@1", "there is nothing to move it onto"
