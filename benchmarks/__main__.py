@@ -9,7 +9,18 @@ import importlib
 import itertools
 import sys
 
-NAMES = ("startup", "scale", "export", "training", "preferences", "generation", "evaluation", "serving", "threads")
+NAMES = (
+    "startup",
+    "scale",
+    "export",
+    "training",
+    "preferences",
+    "generation",
+    "evaluation",
+    "serving",
+    "threads",
+    "limits",
+)
 
 
 def main() -> None:

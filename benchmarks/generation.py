@@ -1,4 +1,8 @@
-"""Generation: tokens a second, peak memory and start-up beside transformers alone and plain PEFT with live adapters."""
+"""Generation: whole commands beside scripts on transformers and PEFT, and llama.cpp on the same model.
+
+Every candidate is a process that people would type. It runs twice: to its first token, which is timed from nothing,
+and for a whole answer, of which it says itself how many tokens a second it decodes. Scripts and commands run in turn.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.export import random_adapter
-from benchmarks.timing import compare, parse_runs, run_command, show
-from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_expression
+from benchmarks.limits import decoding_share, measure_limits
+from benchmarks.timing import Whole, parse_runs, run_whole
 
 _DEPTHS = (1, 2, 4)
 _TOKENS = 48
 _PROMPT = "Once upon a time, in a small village by the sea,"
 _BARE = "transformers, the bare base"
+_WEIGHT_BYTES = {"float32": 134_515_008 * 4, "llama.cpp": 98_000_000}
+"""What is read for one token of SmolLM2: its weights in float32, and in the GGUF file (Q4_1, the head in 8 bits)."""
 _PLAIN = """
-import sys
+import json, sys, time
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base, prompt, *adapters = sys.argv[1:]
+base, prompt, tokens, *adapters = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base)
 if adapters:
@@ -35,21 +37,30 @@ if adapters:
         model.load_adapter(adapter, f"a{number}")
     model.base_model.set_adapter([f"a{number}" for number in range(len(adapters))])
 ids = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0]))
+start = time.perf_counter()
+out = model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)
+seconds = time.perf_counter() - start
+new = out[0, ids["input_ids"].shape[1]:]
+print(json.dumps({"text": tokenizer.decode(new), "tokens_per_second": len(new) / seconds}))
 """
-"""What one writes by hand; it ends at the first token."""
+"""What one writes by hand."""
 
 
 def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "generation", 5)
-    from stackctl.engine.models import quiet_libraries
-
-    quiet_libraries()
+    limits = measure_limits()
+    print(limits)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = prepare(folder)
-        _speed(folder, base, runs)
-        _start(folder, base, max(1, runs // 2))
+        commands = candidates(Path(name), prepare(Path(name)))
+        answers: dict[str, list[Whole]] = {name: [] for name in commands}
+        starts: dict[str, list[Whole]] = {name: [] for name in commands}
+        for number in range(runs + 1):
+            for name, (command, option) in commands.items():
+                for found, tokens in ((answers, _TOKENS), (starts, 1)):
+                    whole = run_whole([*command, *option, str(tokens)] if option else _plain(command, tokens))
+                    if number:
+                        found[name].append(whole)
+    show(answers, starts, limits.bytes_read)
 
 
 def prepare(folder: Path) -> str:
@@ -67,79 +78,59 @@ def prepare(folder: Path) -> str:
     return base
 
 
-def _speed(folder: Path, base: str, runs: int) -> None:
-    """All models in one process, each in turn, so that they meet the same machine."""
-    candidates: dict[str, Callable[[], float]] = {_BARE: _with_transformers(base, [])}
-    for depth in _DEPTHS:
-        adapters = [folder / f"a{number}" for number in range(depth)]
-        candidates[f"PEFT, {depth} live"] = _with_transformers(base, adapters)
-    for depth in _DEPTHS:
-        candidates[f"stackctl, {depth} folded"] = _with_stackctl(folder, depth, live=False)
-    candidates[f"stackctl --live, {max(_DEPTHS)} as one"] = _with_stackctl(folder, max(_DEPTHS), live=True)
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(runs + 1):
-        for name, candidate in candidates.items():
-            rate = candidate()
-            if number:
-                found[name].append(rate)
-    print(f"{'':44}{'tokens/s':>10}{'ratio':>8}")
-    bare = statistics.median(found[_BARE])
-    for name, rates in found.items():
-        rate = statistics.median(rates)
-        print(f"{name:44}{rate:10.1f}{rate / bare:8.2f}", flush=True)
-
-
-def _with_transformers(base: str, adapters: list[Path]) -> Callable[[], float]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    if adapters:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
-        for number, adapter in enumerate(adapters[1:], 1):
-            model.load_adapter(adapter, f"a{number}")
-        model.base_model.set_adapter([f"a{number}" for number in range(len(adapters))])
-    ids = AutoTokenizer.from_pretrained(base)(_PROMPT, return_tensors="pt")
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            out = model.generate(**ids, max_new_tokens=_TOKENS, do_sample=False)
-        return (out.shape[1] - ids["input_ids"].shape[1]) / (time.perf_counter() - start)
-
-    return run
-
-
-def _with_stackctl(folder: Path, depth: int, *, live: bool) -> Callable[[], float]:
-    """The command's own path, streamed."""
-    from stackctl.engine.generation import Sampling, generate_reply
-    from stackctl.engine.models import load_base
-    from stackctl.engine.records import Prompt
-    from stackctl.registry.store import Registry
-
-    registry = Registry(folder / "registry")
-    stacked = load_base(resolve_base(registry, "smollm2"), registry)
-    stacked.use(
-        read_plan(registry, resolve_expression(registry, "+".join(f"a{number}" for number in range(depth)))), live=live
-    )
-    sampling = Sampling(max_new_tokens=_TOKENS, raw=True)
-    return lambda: generate_reply(stacked, Prompt(_PROMPT), sampling, lambda _: None).tokens_per_second
-
-
-def _start(folder: Path, base: str, runs: int) -> None:
-    """Processes from nothing to the first token; their peak is that of base, libraries and stack."""
-    candidates: dict[str, Callable[[], tuple[float, float]]] = {}
+def candidates(folder: Path, base: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Commands, and the option that bounds their tokens; a script takes it in its third place."""
     plain = [sys.executable, "-c", _PLAIN, base, _PROMPT]
-    candidates[_BARE] = lambda: run_command(plain)
+    found: dict[str, tuple[list[str], list[str]]] = {_BARE: (plain, [])}
     for depth in _DEPTHS:
-        adapters = [str(folder / f"a{number}") for number in range(depth)]
-        candidates[f"PEFT, {depth} live"] = lambda a=adapters: run_command([*plain, *a])
+        found[f"PEFT, {depth} live"] = ([*plain, *(str(folder / f"a{number}") for number in range(depth))], [])
+    for depth in (0, *_DEPTHS):
+        found[f"stackctl generate, {depth} folded"] = (_generate(folder, depth), ["--max-new-tokens"])
+    deepest = max(_DEPTHS)
+    found[f"stackctl generate --live, {deepest}"] = (_generate(folder, deepest, "--live"), ["--max-new-tokens"])
+    for depth in (0, 2):
+        command = _generate(folder, depth, "--engine", "llama.cpp")
+        found[f"stackctl generate, llama.cpp, {depth}"] = (command, ["--max-new-tokens"])
+    return found
+
+
+def _generate(folder: Path, depth: int, *options: str) -> list[str]:
+    what = "+".join(f"a{number}" for number in range(depth)) or "base"
+    command = [sys.executable, "-m", "stackctl", "generate", what, "-p", _PROMPT, "--raw", "--json", *options]
+    return [*command, "--registry", str(folder / "registry")]
+
+
+def _plain(command: list[str], tokens: int) -> list[str]:
+    """The script with its count of tokens before the adapters."""
+    return [*command[:5], str(tokens), *command[5:]]
+
+
+def show(answers: dict[str, list[Whole]], starts: dict[str, list[Whole]], bytes_read: float) -> None:
+    """Medians of tokens a second and of seconds to the first token, as ratios to the bare base in transformers."""
+    rates = {
+        name: statistics.median(whole.said["tokens_per_second"] for whole in runs) for name, runs in answers.items()
+    }
+    seconds = {name: statistics.median(whole.seconds for whole in runs) for name, runs in starts.items()}
+    print(f"{'':36}{'tokens/s':>10}{'ratio':>7}{'of memory':>11}{'first token s':>15}{'ratio':>7}{'peak MB':>9}")
+    for name, rate in rates.items():
+        weights = _WEIGHT_BYTES["llama.cpp" if "llama.cpp" in name else "float32"]
+        share, first = decoding_share(rate, weights, bytes_read), seconds[name]
+        peak = max(whole.peak_mb for whole in answers[name])
+        ratios = f"{rate / rates[_BARE]:7.2f}{share:11.0%}{first:15.2f}{first / seconds[_BARE]:7.2f}"
+        print(f"{name:36}{rate:10.1f}{ratios}{peak:9.0f}", flush=True)
     for depth in _DEPTHS:
-        what = "+".join(f"a{number}" for number in range(depth))
-        command = [sys.executable, "-m", "stackctl", "generate", what, "-p", _PROMPT, "--raw", "--max-new-tokens", "1"]
-        command += ["--registry", str(folder / "registry")]
-        candidates[f"stackctl generate, {depth} folded"] = lambda c=command: run_command(c)
-    print("\nfrom nothing to the first token")
-    show(compare(candidates, runs), _BARE)
+        texts = [
+            answers[f"PEFT, {depth} live"][-1].said["text"],
+            _text(answers[f"stackctl generate, {depth} folded"][-1]),
+        ]
+        print(f"depth {depth}: the texts are {'equal' if texts[0] == texts[1] else f'not equal: {texts}'}")
+
+
+def _text(whole: Whole) -> str:
+    said = whole.said
+    text: str = said["text"] if "text" in said else said["results"][0]["text"]
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.peer_environments import TRL, peer_python, versions
+from benchmarks.timing import Whole, run_whole
 from benchmarks.training import _call, _frozen_adapters
-from benchmarks.trl_environment import trl_python, versions
 
 BATCH, RANK, RATE = 4, 16, 2e-4
 WORDS = ("the", "sea", "is", "grey", "old", "men", "sit", "on", "quay", "with", "nets", "red", "rope", "rain", "falls")
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A process from its start to its end: seconds, seconds of processors, peak megabytes, and what it printed."""
-
-    seconds: float
-    processor: float
-    peak_mb: float
-    said: dict[str, Any]
 
 
 def main(options: Sequence[str]) -> None:
@@ -43,8 +29,8 @@ def main(options: Sequence[str]) -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--trl", help="a Python that has TRL; else an environment is made in the user's cache")
     asked = parser.parse_args(options)
-    python = Path(asked.trl) if asked.trl else trl_python()
-    print(f"beside {versions(python)}")
+    python = Path(asked.trl) if asked.trl else peer_python(TRL)
+    print(f"beside {versions(python, 'trl')}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         registry, data, merged = folder / "registry", folder / "pairs.jsonl", folder / "merged"
@@ -84,19 +70,6 @@ def write_pairs(path: Path, count: int) -> None:
         for _ in range(count)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def run_whole(command: Sequence[str]) -> Whole:
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        out.seek(0), err.seek(0)
-        if status:
-            sys.exit(err.read()[-4000:])
-        said = json.loads(out.read().strip().splitlines()[-1])
-    return Whole(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, said)
 
 
 def show(found: dict[str, list[Whole]], pairs: int) -> None:

@@ -9,6 +9,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,41 +28,46 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A process from its start to its end: seconds, seconds of processors, peak megabytes, and what it printed."""
+
+    seconds: float
+    processor: float
+    peak_mb: float
+    out: str
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The JSON document in its last line."""
+        document: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
+        return document
+
+
+def run_whole(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Whole:
+    """One command, run to its end. One that fails ends the benchmark with what it said."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        out.seek(0), err.seek(0)
+        if status:
+            sys.exit(err.read()[-4000:] or f"exit {process.returncode}: {' '.join(command)}")
+        return Whole(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, out.read())
+
+
 def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
     """Seconds and peak megabytes of one command, run to its end."""
-    seconds, peak, _ = _run(command, environment)
-    return seconds, peak
+    whole = run_whole(command, environment)
+    return whole.seconds, whole.peak_mb
 
 
 def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any], float]:
     """The JSON document that a command prints as its last line, and its peak megabytes."""
-    _, peak, out = _run(command, environment)
-    return json.loads(out.strip().splitlines()[-1]), peak
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str] | None) -> tuple[float, float, str]:
-    """Seconds, peak megabytes and standard output.
-
-    The peak is read in a process of its own, because the system only tells the largest of all children so far.
-    """
-    code = (
-        "import json, resource, subprocess, sys, time\n"
-        "start = time.perf_counter()\n"
-        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
-        "seconds = time.perf_counter() - start\n"
-        "if done.returncode: sys.exit(done.stderr[-4000:] or done.returncode)\n"
-        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024\n"
-        "print(json.dumps([seconds, peak, done.stdout]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env={**os.environ, **(environment or {})},
-    )
-    seconds, peak, out = json.loads(done.stdout)
-    return seconds, peak, out
+    whole = run_whole(command, environment)
+    return whole.said, whole.peak_mb
 
 
 def compare(candidates: Mapping[str, Callable[[], tuple[float, float]]], runs: int) -> dict[str, Timing]:

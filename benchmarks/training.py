@@ -1,6 +1,7 @@
-"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads and TRL's SFTTrainer.
+"""Training: stackctl at depth 0, 1, 2 and 4 beside a plain PEFT loop that pads, TRL, Unsloth and LLaMA-Factory.
 
-There are two tables: chats of very uneven lengths, and short chats, where padding to 1,024 costs most.
+There are three tables: chats of very uneven lengths; short chats, where padding to 1,024 costs most; and the uneven
+chats again on a base with 200,000 words, where the logits cost most. TRL and Unsloth compute their loss in chunks.
 
 Every candidate is a command that trains the same adapter once over the same records in float32 and prints its real
 tokens a second, by its own loop's time. They run in turn, A B C A B C; what is shown are medians and their ratios. That
@@ -20,10 +21,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.timing import run_json
-from benchmarks.trl_environment import trl_python, versions
+from benchmarks.limits import Limits, measure_limits, training_share
+from benchmarks.peer_environments import LLAMA_FACTORY, TRL, UNSLOTH, Peer, peer_python, versions
+from benchmarks.timing import Whole, run_whole
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH, RANK = 8, 16
@@ -31,9 +32,14 @@ DEPTHS = (0, 1, 2, 4)
 LEARNING_RATE = 2e-4
 STACKCTL = "stackctl, {} frozen adapters"
 PEFT, PEFT_1024 = "PEFT loop, padded to the longest", "PEFT loop, padded to 1,024 (one step)"
-UNEVEN, SHORT = "uneven chats", "short chats"
-WORDS = {UNEVEN: 85, SHORT: 15}
-"""Median of the words in an answer."""
+UNEVEN, SHORT, WIDE = "uneven chats", "short chats", "uneven chats, 200,000 words"
+WORDS = {UNEVEN: 85, SHORT: 15, WIDE: 85}
+"""Median of the words in an answer, by table."""
+VOCABULARY = 200_000
+WEIGHTS, HEAD_WORDS, HIDDEN = 134_515_008, 49_152, 576
+"""SmolLM2's weights, of which the head's are also the embeddings'."""
+PEERS = (TRL, UNSLOTH, LLAMA_FACTORY)
+LAYOUTS = ("packing", "padding-free")
 AGREEMENT = 0.02
 """Largest relative distance between losses of candidates that saw the same records in another order."""
 
@@ -51,21 +57,28 @@ class Bench:
     data: Path
     heldout: Path
     steps: int
-    trl: Path | None
+    peers: dict[Peer, Path]
+    base_name: str = "smollm2"
 
     @property
     def registry(self) -> Path:
         return self.folder / "registry"
 
-    def with_data(self, kind: str) -> Bench:
-        data, heldout = data_files(self.folder, kind)
+    def short(self) -> Bench:
+        data, heldout = data_files(self.folder, SHORT)
         return replace(self, data=data, heldout=heldout)
+
+    def wide(self) -> Bench:
+        """On the base with many words, which is made if need be."""
+        folder = self.folder / "wide"
+        if not folder.is_dir():
+            _wide_base(self.base, folder)
+            _call(self.registry, "base", "add", "wide", str(folder))
+        return replace(self, base=folder, base_name="wide")
 
 
 Candidate = tuple[str, str]
 """The table in which something stands, and its name there."""
-Measured = tuple[dict[str, Any], float]
-"""What a candidate printed (tokens, supervised_tokens, tokens_per_second, loss, eval_loss), and its peak megabytes."""
 
 
 def main(options: Sequence[str] = ()) -> None:
@@ -75,20 +88,23 @@ def main(options: Sequence[str] = ()) -> None:
     parser.add_argument("--quick", action="store_true", help="one run of two steps: does it work at all")
     parser.add_argument("--only", action="append", help="part of a candidate's name; may be repeated")
     parser.add_argument(
-        "--trl",
-        default="",
-        metavar="PYTHON",
-        help="a Python with TRL; else one is made in a cache; 'none' leaves it out",
+        "--without",
+        action="append",
+        default=[],
+        choices=[peer.package for peer in PEERS],
+        help="a tool that is left out; each of the others gets an environment in the user's cache",
     )
     asked = parser.parse_args(list(options))
     if asked.quick:
         asked.runs, asked.steps = 1, 2
-    trl = None if asked.trl == "none" else Path(asked.trl) if asked.trl else trl_python()
+    peers = {peer: peer_python(peer) for peer in PEERS if peer.package not in asked.without}
+    limits = measure_limits()
     print(f"SmolLM2-135M, float32, rank {RANK}, all linear layers; {asked.steps} steps of {BATCH}, {asked.runs} runs")
-    if trl:
-        print(f"beside {versions(trl)}")
+    for peer, python in peers.items():
+        print(f"beside {versions(python, peer.package)}")
+    print(limits)
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(Path(folder), asked.steps, trl)
+        bench = prepare(Path(folder), asked.steps, peers)
         found = candidates(bench)
         if asked.only:
             found = {key: run for key, run in found.items() if any(part in ": ".join(key) for part in asked.only)}
@@ -96,61 +112,82 @@ def main(options: Sequence[str] = ()) -> None:
     for table in WORDS:
         rows = {name: measured for (where, name), measured in results.items() if where == table}
         if rows:
-            show(table, rows)
+            show(table, rows, limits)
             check_agreement(rows)
 
 
-def candidates(bench: Bench) -> dict[Candidate, Callable[[], Measured]]:
-    """Every way to train, by the table and the name that it shows."""
-    found: dict[Candidate, Callable[[], Measured]] = {
+def candidates(bench: Bench) -> dict[Candidate, Callable[[], Whole]]:
+    """Every way to train, by the table and the name that it shows.
+
+    With many words the padded loop takes two records at once: the logits of eight want more than 20 GB.
+    """
+    found: dict[Candidate, Callable[[], Whole]] = {
         (UNEVEN, STACKCTL.format(depth)): lambda depth=depth: stackctl(bench, depth) for depth in DEPTHS
     }
     found[UNEVEN, PEFT] = lambda: peft_loop(bench, "longest", bench.steps, BATCH)
     found[UNEVEN, PEFT_1024] = lambda: peft_loop(bench, "1024", 1, 2)
-    if python := bench.trl:
-        for layout in ("packing", "padding-free"):
-            found[UNEVEN, f"TRL SFTTrainer, {layout}"] = lambda layout=layout: trl_loop(bench, python, layout)
-    short = bench.with_data(SHORT)
+    if TRL in bench.peers:
+        for layout in LAYOUTS:
+            found[UNEVEN, f"trl, {layout}"] = lambda layout=layout: sft_loop(bench, TRL, "trl_loop.py", layout)
+    if UNSLOTH in bench.peers:
+        found[UNEVEN, "unsloth, padded"] = lambda: sft_loop(bench, UNSLOTH, "unsloth_loop.py", "padded")
+    if LLAMA_FACTORY in bench.peers:
+        found[UNEVEN, "llamafactory, on 1 frozen adapter"] = lambda: llama_factory_loop(bench)
+    short = bench.short()
     found[SHORT, STACKCTL.format(0)] = lambda: stackctl(short, 0)
     found[SHORT, PEFT] = lambda: peft_loop(short, "longest", short.steps, BATCH)
     found[SHORT, PEFT_1024] = lambda: peft_loop(short, "1024", 1, 2)
+    found[WIDE, STACKCTL.format(0)] = lambda: stackctl(bench.wide(), 0)
+    found[WIDE, PEFT] = lambda: peft_loop(bench.wide(), "longest", bench.steps, 2)
+    if TRL in bench.peers:
+        found[WIDE, "trl, packing"] = lambda: sft_loop(bench.wide(), TRL, "trl_loop.py", "packing")
     return found
 
 
-def stackctl(bench: Bench, depth: int) -> Measured:
+def stackctl(bench: Bench, depth: int) -> Whole:
     """``stackctl train`` on so many frozen adapters; what it registers is removed again."""
     name = f"new-{depth}"
     on = ["--on", "+".join(f"frozen-{number}" for number in range(depth))] if depth else []
     command = [
-        *("train", name, *on, "--base", "smollm2", "--data", str(bench.data), "--eval-data", str(bench.heldout)),
+        *("train", name, *on, "--base", bench.base_name, "--data", str(bench.data), "--eval-data", str(bench.heldout)),
         *("--batch-size", str(BATCH), "--rank", str(RANK), "--epochs", "1", "--dtype", "float32"),
         *("--scheduler", "constant", "--warmup", "0", "--learning-rate", str(LEARNING_RATE)),
         *("--eval-steps", str(bench.steps), "--keep", "last", "--json", "--registry", str(bench.registry)),
     ]
-    measured = run_json([sys.executable, "-m", "stackctl", *command])
+    measured = run_whole([sys.executable, "-m", "stackctl", *command])
     _call(bench.registry, "rm", name)
     return measured
 
 
-def peft_loop(bench: Bench, pad: str, steps: int, micro_batch: int) -> Measured:
+def peft_loop(bench: Bench, pad: str, steps: int, micro_batch: int) -> Whole:
     command = [
         *("-m", "benchmarks.peft_loop", str(bench.base), str(bench.data), str(bench.heldout), "--pad", pad),
         *("--steps", str(steps), "--batch-size", str(BATCH), "--rank", str(RANK)),
         *("--micro-batch-size", str(micro_batch)),
     ]
-    return run_json([sys.executable, *command])
+    return run_whole([sys.executable, *command])
 
 
-def trl_loop(bench: Bench, python: Path, layout: str) -> Measured:
+def sft_loop(bench: Bench, peer: Peer, program: str, layout: str) -> Whole:
+    """A program of this folder that trains by TRL's SFTTrainer, in its own environment."""
     command = [
-        *(str(Path(__file__).with_name("trl_loop.py")), str(bench.base)),
+        *(str(Path(__file__).with_name(program)), str(bench.base)),
         *(str(path.with_suffix(".tokens")) for path in (bench.data, bench.heldout)),
         *("--layout", layout, "--batch-size", str(BATCH), "--rank", str(RANK)),
     ]
-    return run_json([str(python), *command])
+    return run_whole([str(bench.peers[peer]), *command])
 
 
-def prepare(folder: Path, steps: int, trl: Path | None) -> Bench:
+def llama_factory_loop(bench: Bench) -> Whole:
+    command = [
+        *(str(Path(__file__).with_name("llama_factory_loop.py")), str(bench.base), str(bench.folder / "frozen-0")),
+        *(str(path.with_suffix(".tokens")) for path in (bench.data, bench.heldout)),
+        *("--batch-size", str(BATCH), "--rank", str(RANK)),
+    ]
+    return run_whole([str(bench.peers[LLAMA_FACTORY]), *command])
+
+
+def prepare(folder: Path, steps: int, peers: dict[Peer, Path]) -> Bench:
     """SmolLM2 in a registry, as many random adapters as the deepest stack has, and the data."""
     registry = folder / "registry"
     _call(registry, "init", str(registry))
@@ -158,13 +195,14 @@ def prepare(folder: Path, steps: int, trl: Path | None) -> Bench:
     _frozen_adapters(base, folder)
     for number in range(max(DEPTHS)):
         _call(registry, "add", f"frozen-{number}", str(folder / f"frozen-{number}"))
-    for kind, words in WORDS.items():
+    for kind in (UNEVEN, SHORT):
+        words = WORDS[kind]
         data, heldout = data_files(folder, kind)
         write_chats(data, steps * BATCH, words, seed=0)
         write_chats(heldout, 8, words, seed=1)
         for path in (data, heldout):
             write_tokens(path, base)
-    return Bench(folder, base, *data_files(folder, UNEVEN), steps, trl)
+    return Bench(folder, base, *data_files(folder, UNEVEN), steps, peers)
 
 
 def data_files(folder: Path, kind: str) -> tuple[Path, Path]:
@@ -192,6 +230,16 @@ def _frozen_adapters(base: Path, folder: Path) -> None:
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.01)
         model.save_pretrained(folder / f"frozen-{number}")
+
+
+def _wide_base(base: Path, folder: Path) -> None:
+    """The base with rows for many more words, which the tokenizer never makes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(VOCABULARY)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def write_chats(path: Path, count: int, median: int, *, seed: int) -> None:
@@ -227,43 +275,51 @@ def write_tokens(path: Path, base: Path) -> None:
     path.with_suffix(".tokens").write_text("".join(lines))
 
 
-def measure(found: dict[Candidate, Callable[[], Measured]], runs: int) -> dict[Candidate, list[Measured]]:
+def measure(found: dict[Candidate, Callable[[], Whole]], runs: int) -> dict[Candidate, list[Whole]]:
     """Every candidate ``runs`` times, in turn; each figure is said on stderr as it comes, for this takes long."""
-    results: dict[Candidate, list[Measured]] = {key: [] for key in found}
+    results: dict[Candidate, list[Whole]] = {key: [] for key in found}
     for number in range(runs):
         for key, candidate in found.items():
-            said, peak = candidate()
-            results[key].append((said, peak))
-            figures = f"{said['tokens_per_second']:.1f} tokens/s, {peak:.0f} MB"
+            whole = candidate()
+            results[key].append(whole)
+            figures = f"{whole.said['tokens_per_second']:.1f} tokens/s, {whole.seconds:.0f} s, {whole.peak_mb:.0f} MB"
             print(f"run {number + 1}/{runs}: {': '.join(key)}: {figures}", file=sys.stderr, flush=True)
     return results
 
 
-def show(title: str, results: dict[str, list[Measured]]) -> None:
-    """A table of real tokens a second, their ratio to the first row, peaks and held-out loss."""
+def show(title: str, results: dict[str, list[Whole]], limits: Limits) -> None:
+    """Real tokens a second of the loop, their ratio to the first row, share of the machine, peaks, held-out loss."""
+    weights = WEIGHTS + (VOCABULARY - HEAD_WORDS) * HIDDEN * (title == WIDE)
     speeds = {
-        name: statistics.median(said["tokens_per_second"] for said, _ in measured) for name, measured in results.items()
+        name: statistics.median(whole.said["tokens_per_second"] for whole in runs) for name, runs in results.items()
     }
     first = next(iter(speeds.values()))
-    print(f"{title:40}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'supervised':>12}{'loss':>8}{'held-out':>10}")
-    for name, measured in results.items():
-        peak = max(peak for _, peak in measured)
-        said = measured[-1][0]
-        numbers = f"{speeds[name]:10.0f}{speeds[name] / first:8.3f}{peak:9.0f}{said['supervised_tokens']:12,}"
-        print(f"{name:40}{numbers}{said['loss']:8.3f}{said['eval_loss']:10.3f}")
+    heads = f"{'tokens/s':>9}{'ratio':>7}{'share':>7}{'whole s':>9}{'peak MB':>9}{'supervised':>12}{'held-out':>10}"
+    print(f"\n{title:40}{heads}")
+    for name, runs in results.items():
+        seconds = statistics.median(whole.seconds for whole in runs)
+        peak, said = max(whole.peak_mb for whole in runs), runs[-1].said
+        share = training_share(speeds[name], weights, limits.float32_flops)
+        numbers = f"{speeds[name]:9.0f}{speeds[name] / first:7.3f}{share:7.0%}{seconds:9.0f}{peak:9.0f}"
+        print(f"{name:40}{numbers}{said['supervised_tokens']:12,}{said['eval_loss']:10.3f}")
 
 
-def check_agreement(results: dict[str, list[Measured]]) -> None:
-    """Candidates on the bare base saw the same tokens, and learned the same from them; anything else is no comparison.
+def check_agreement(results: dict[str, list[Whole]]) -> None:
+    """Candidates on one stack saw the same tokens, and learned the same from them; anything else is no comparison.
 
-    One that trains on frozen adapters has another loss, and one that takes fewer steps other tokens.
+    The one that takes a single step saw other tokens. LLaMA-Factory logs means of batches, whose mean is another loss.
     """
-    bare = [name for name in results if "frozen" not in name or "0 frozen" in name]
-    found = {name: results[name][-1][0] for name in bare if name != PEFT_1024}
-    for key, tolerance in (("tokens", 0.0), ("supervised_tokens", 0.0), ("loss", AGREEMENT), ("eval_loss", AGREEMENT)):
-        values = {name: said[key] for name, said in found.items()}
-        if values and max(values.values()) - min(values.values()) > tolerance * min(values.values()):
-            sys.exit(f"these did not do the same work, by their {key}: {values}")
+    found = {name: runs[-1].said for name, runs in results.items() if name != PEFT_1024}
+    groups = [
+        {name: said for name, said in found.items() if "frozen" not in name or "0 frozen" in name},
+        {name: said for name, said in found.items() if "1 frozen" in name},
+    ]
+    for group, keys in zip(groups, (("loss", "eval_loss"), ("eval_loss",)), strict=True):
+        for key in ("tokens", "supervised_tokens", *keys):
+            values = {name: said[key] for name, said in group.items()}
+            tolerance = AGREEMENT if key in keys else 0.0
+            if values and max(values.values()) - min(values.values()) > tolerance * min(values.values()):
+                sys.exit(f"these did not do the same work, by their {key}: {values}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ IGNORED = -100
 LAYOUTS = ("packing", "padding-free", "padded")
 
 
-def main() -> None:
+def main(load: Callable[[Path, int], tuple[Any, Any]]) -> None:
+    """``load(base, rank)`` gives a model with a new adapter, and the tokenizer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("base", type=Path)
     parser.add_argument("data", type=Path)
@@ -37,17 +39,19 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     asked = parser.parse_args()
     records, heldout = read(asked.data), read(asked.heldout)
-    model = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=asked.rank, lora_alpha=2 * asked.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )  # fmt: skip
-    model = get_peft_model(model, config)
+    model, tokenizer = load(asked.base, asked.rank)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, clock = make_trainer(model, AutoTokenizer.from_pretrained(asked.base), records, asked, folder)
+        trainer, clock = make_trainer(model, tokenizer, records, asked, folder)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(json.dumps(clock.said(losses) | {"eval_loss": held_out_loss(model, heldout)}))
+
+
+def load_with_peft(base: Path, rank: int) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config), AutoTokenizer.from_pretrained(base)
 
 
 def read(path: Path) -> list[dict[str, list[int]]]:
@@ -137,4 +141,4 @@ def held_out_loss(model: Any, examples: list[dict[str, list[int]]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(load_with_peft)
