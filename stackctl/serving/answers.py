@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation.logprobs import TokenLogprob
 
 _REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
+class Finished(NamedTuple):
+    """One answer: its text, what ended it, and how likely its tokens were."""
+
+    text: str
+    stop: str
+    logprobs: Sequence[TokenLogprob]
+
+
 @dataclass(frozen=True)
 class Shape:
-    """One request's answers: of a chat, or of a completion."""
+    """One request's answers: of a chat, or of a completion; with ``top_logprobs`` they say how likely tokens were."""
 
     model: str
     chat: bool
+    top_logprobs: int | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -26,31 +39,73 @@ class Shape:
         made = {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
         return {**made, "choices": choices, **({} if usage is None else {"usage": usage})}
 
-    def whole(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """The answer of a request: (text, stop) of each choice."""
+    def whole(self, answers: Sequence[Finished], usage: dict[str, int]) -> dict[str, Any]:
+        """The answer of a request, a choice for each."""
         choices = []
-        for index, (text, stop) in enumerate(texts):
+        for index, (text, stop, logprobs) in enumerate(answers):
             own = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            choices.append({"index": index, **own, "logprobs": None, "finish_reason": _REASONS[stop]})
+            told = self._logprobs(logprobs)
+            choices.append({"index": index, **own, "logprobs": told, "finish_reason": _REASONS[stop]})
         return self._document(choices, usage=usage)
 
     def begin(self, index: int) -> bytes:
         """The first chunk of a choice, which of a chat says who speaks."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) if self.chat else b""
 
-    def piece(self, index: int, text: str) -> bytes:
-        return self._chunk(index, {"content": text} if self.chat else text, None)
+    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        return self._chunk(index, {"content": text} if self.chat else text, None, logprobs)
 
-    def end(self, index: int, stop: str) -> bytes:
-        return self._chunk(index, {} if self.chat else "", _REASONS[stop])
+    def end(self, index: int, stop: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        return self._chunk(index, {} if self.chat else "", _REASONS[stop], logprobs)
 
-    def _chunk(self, index: int, delta: Any, reason: str | None) -> bytes:
+    def _chunk(self, index: int, delta: Any, reason: str | None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         own = {"delta": delta} if self.chat else {"text": delta}
-        return event(self._document([{"index": index, **own, "logprobs": None, "finish_reason": reason}], chunk=True))
+        told = self._logprobs(logprobs) if logprobs else None
+        return event(self._document([{"index": index, **own, "logprobs": told, "finish_reason": reason}], chunk=True))
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self.top_logprobs is None:
+            return None
+        if self.chat:
+            return {"content": [_chat_token(one) for one in tokens], "refusal": None}
+        return {
+            "tokens": [_legacy_name(one.content) for one in tokens],
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [_legacy_top(one) for one in tokens],
+            "text_offset": [one.begin for one in tokens],
+        }
 
     def usage(self, usage: dict[str, int]) -> bytes:
         """The last chunk of a stream that was asked for its usage."""
         return event(self._document([], chunk=True, usage=usage))
+
+
+def _chat_token(one: TokenLogprob) -> dict[str, Any]:
+    return {**_named(one.content, one.logprob), "top_logprobs": [_named(*other) for other in one.top]}
+
+
+def _named(content: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _name(content), "logprob": logprob, "bytes": list(content)}
+
+
+def _name(content: bytes, prefix: str = "") -> str:
+    """A token as text; a part of a character as its bytes, such as ``\\xe6``."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def _legacy_name(content: bytes) -> str:
+    return _name(content, "bytes:")
+
+
+def _legacy_top(one: TokenLogprob) -> dict[str, float]:
+    """By token, the chosen one among them. Of two tokens that are the same text, the likelier."""
+    found: dict[str, float] = {}
+    for content, logprob in [*one.top, (one.content, one.logprob)]:
+        found.setdefault(_legacy_name(content), logprob)
+    return found
 
 
 DONE = b"data: [DONE]\n\n"

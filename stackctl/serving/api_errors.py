@@ -39,5 +39,6 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, StackctlError):
         told = error.message + (f" ({error.hint})" if error.hint else "")
         status = _STATUS.get(error.code, 500)
-        return ApiError(status, told, code="model_not_found" if isinstance(error, NotFound) else error.code)
+        code = "model_not_found" if isinstance(error, NotFound) else error.code
+        return ApiError(status, told, code=code, param=getattr(error, "param", None))
     return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")

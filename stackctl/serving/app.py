@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -19,13 +19,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from stackctl.core.errors import NotFound, StackctlError
-from stackctl.serving.answers import DONE, Shape, event
+from stackctl.serving.answers import DONE, Finished, Shape, event
 from stackctl.serving.api_errors import ApiError, api_error
 from stackctl.serving.guard import Guard, read_body
 from stackctl.serving.models import Models
 from stackctl.serving.request_body import Asked, parse_body
 
 if TYPE_CHECKING:
+    from stackctl.engine.generation.logprobs import TokenLogprob
     from stackctl.engine.serving import Engine, Row
 
 _LOOK = 0.5
@@ -57,7 +58,7 @@ class Service:
         _, plan = self.models.find(asked.model)
         sampling = Sampling(
             asked.max_tokens, asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty,
-            asked.seed, not asked.messages, None, asked.stop, asked.template,
+            asked.seed, not asked.messages, None, asked.stop, asked.template, asked.top_logprobs,
         )  # fmt: skip
         prompts = [Prompt(text) for text in asked.prompts]
         if asked.messages:
@@ -68,12 +69,22 @@ class Service:
             raise ApiError(500, error.message) from error
 
 
-def _text_of(tell: Callable[..., None], index: int, text: str) -> None:
-    tell(index, text, None)
+@dataclass(frozen=True)
+class _Said:
+    """More of an answer, by its number: text and how likely its tokens were; its end, where ``text`` is None."""
+
+    index: int
+    text: str | None
+    logprobs: Sequence[TokenLogprob]
+    error: Exception | None = None
 
 
-def _end_of(tell: Callable[..., None], index: int, row: Row, error: Exception | None) -> None:
-    tell(index, None, error)
+def _text_of(tell: Callable[[_Said], None], index: int, row: Row, text: str) -> None:
+    tell(_Said(index, text, row.answer.next_logprobs()))
+
+
+def _end_of(tell: Callable[[_Said], None], index: int, row: Row, error: Exception | None) -> None:
+    tell(_Said(index, None, row.answer.next_logprobs(), error))
 
 
 class Waiting:
@@ -81,15 +92,15 @@ class Waiting:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.events: asyncio.Queue[tuple[int, str | None, Exception | None]] = asyncio.Queue()
+        self.events: asyncio.Queue[_Said] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(*what: Any) -> None:
+        def tell(said: _Said) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self.events.put_nowait, what)
+                loop.call_soon_threadsafe(self.events.put_nowait, said)
 
         for index, row in enumerate(rows):
-            row.on_text = partial(_text_of, tell, index)
+            row.on_text = partial(_text_of, tell, index, row)
             row.on_end = partial(_end_of, tell, index)
 
     def cancel(self) -> None:
@@ -112,7 +123,7 @@ def make_app(service: Service) -> Any:
         rows = await run_in_threadpool(service.prepare, asked)
         waiting = Waiting(rows)
         service.engine.submit(rows)
-        shape = Shape(asked.model, chat)
+        shape = Shape(asked.model, chat, asked.top_logprobs)
 
         def done() -> None:
             used = waiting.usage(asked.n)
@@ -126,20 +137,23 @@ def make_app(service: Service) -> Any:
             )  # fmt: skip
         try:
             left = len(rows)
+            logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
             while left:
                 try:
-                    _, text, error = await asyncio.wait_for(waiting.events.get(), _LOOK)
+                    said = await asyncio.wait_for(waiting.events.get(), _LOOK)
                 except TimeoutError:
                     if await request.is_disconnected():
                         return Response(status_code=499)
                     continue
-                if error is not None:
-                    raise error
-                left -= text is None
+                if said.error is not None:
+                    raise said.error
+                logprobs[said.index] += said.logprobs
+                left -= said.text is None
         finally:
             waiting.cancel()
             done()
-        return JSONResponse(shape.whole([(row.text, row.stop) for row in rows], waiting.usage(asked.n)))
+        answers = [Finished(row.text, row.stop, own) for row, own in zip(rows, logprobs, strict=True)]
+        return JSONResponse(shape.whole(answers, waiting.usage(asked.n)))
 
     async def chat_completions(request: Request) -> Response:
         return await complete(request, chat=True)
@@ -224,15 +238,15 @@ async def _stream(waiting: Waiting, shape: Shape, asked: Asked, done: Callable[[
                 yield first
         left = len(waiting.rows)
         while left:
-            index, text, error = await waiting.events.get()
-            if error is not None:
-                yield event(api_error(error).json())
+            said = await waiting.events.get()
+            if said.error is not None:
+                yield event(api_error(said.error).json())
                 return
-            if text is None:
+            if said.text is None:
                 left -= 1
-                yield shape.end(index, waiting.rows[index].stop)
-            elif text:
-                yield shape.piece(index, text)
+                yield shape.end(said.index, waiting.rows[said.index].stop, said.logprobs)
+            elif said.text:
+                yield shape.piece(said.index, said.text, said.logprobs)
         if asked.include_usage:
             yield shape.usage(waiting.usage(asked.n))
         yield DONE

@@ -14,14 +14,16 @@ from stackctl.serving.api_errors import ApiError
 DEFAULT_TOKENS = 256
 """The longest answer when a request does not say, as of ``generate``."""
 MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+"""Of the most likely tokens, as in OpenAI's API."""
 _MOST_BRACKETS = 1_000_000
 """Beyond it, a body takes seconds to take apart, and nobody else is answered meanwhile."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that say nothing about the answer."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False, 0),
-    "top_logprobs": (0,), "response_format": ({"type": "text"},), "best_of": (1,), "echo": (False,), "suffix": ("",),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "best_of": (1,), "echo": (False,), "suffix": ("",),
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "modalities": (["text"],),
 }  # fmt: skip
@@ -47,6 +49,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     template: dict[str, Any] = field(default_factory=dict)
+    top_logprobs: int | None = None
 
 
 def parse_body(body: bytes, *, chat: bool) -> Asked:
@@ -56,8 +59,8 @@ def parse_body(body: bytes, *, chat: bool) -> Asked:
         ApiError: 400, and what is wrong with which field.
     """
     given = _object(body)
-    allowed = {*_FIELDS, *_IGNORED, *_NEUTRAL, "model", "stream_options", "max_completion_tokens"}
-    allowed.add("messages" if chat else "prompt")
+    allowed = {*_FIELDS, *_IGNORED, *_NEUTRAL, "model", "stream_options", "max_completion_tokens", "logprobs"}
+    allowed |= {"messages", "top_logprobs"} if chat else {"prompt"}
     for name, value in given.items():
         if name not in allowed:
             hint = did_you_mean(name, sorted(allowed), "leave it out")
@@ -70,6 +73,7 @@ def parse_body(body: bytes, *, chat: bool) -> Asked:
     values["template"] = values.pop("chat_template_kwargs", {})
     model = _text(given.get("model"), "model")
     values["include_usage"] = _include_usage(given.get("stream_options"), values.get("stream", False))
+    values["top_logprobs"] = (_chat_logprobs if chat else _logprobs)(given)
     if values.get("top_k", 1) < 1:
         values["top_k"] = None  # -1 and 0 are how others say: all of them
     if chat:
@@ -166,6 +170,21 @@ def _include_usage(options: Any, stream: bool) -> bool:
     if not isinstance(options, dict) or not stream:
         raise _wrong("stream_options", "an object, and only with 'stream'")
     return _boolean(options.get("include_usage", False), "stream_options.include_usage")
+
+
+def _chat_logprobs(given: dict[str, Any]) -> int | None:
+    """How many of the most likely tokens are told beside the chosen one; None: nothing of either."""
+    wanted = given.get("logprobs") is not None and _boolean(given["logprobs"], "logprobs")
+    top = given.get("top_logprobs")
+    count = 0 if top is None else _integer(0, MOST_LOGPROBS)(top, "top_logprobs")
+    if count and not wanted:
+        raise _wrong("top_logprobs", "left out, or 'logprobs' has to be true")
+    return count if wanted else None
+
+
+def _logprobs(given: dict[str, Any]) -> int | None:
+    count = given.get("logprobs")
+    return None if count is None else _integer(0, MOST_LOGPROBS)(count, "logprobs")
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:

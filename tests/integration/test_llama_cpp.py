@@ -182,3 +182,40 @@ def test_the_program_llama_server_is_used_where_the_package_is_missing(shelf, ru
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such device')\n")
     failed = run("generate", "style", "-p", TEXT, *LLAMA, code=1)
     assert "no such device" in failed.err
+
+
+def test_logprobs_are_those_of_transformers_or_refused(shelf):
+    """Of a character in several tokens llama.cpp tells the last alone; then the answer is refused, never guessed."""
+    asked = {"logprobs": True, "top_logprobs": 4, "max_tokens": 24, "messages": [{"role": "user", "content": TEXT}]}
+
+    def told(client, model, **options):
+        return client.chat.completions.create(model=model, **asked, **options).choices[0].logprobs.content
+
+    with serving(shelf.folder) as server:
+        known = {name: told(server.client(), name) for name in STACKS}
+    refused = 0
+    with serving(shelf.folder, *LLAMA) as server:
+        for name, wanted in known.items():
+            found = client_error(told, server.client(), name)
+            if isinstance(found, openai.BadRequestError):
+                refused += 1
+                assert found.param == "logprobs" and any(len(one.bytes) == 1 and one.bytes[0] > 127 for one in wanted)
+                continue
+            assert [one.bytes for one in found] == [one.bytes for one in wanted[: len(found)]]
+            for one, other in zip(found, wanted, strict=False):
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+                assert [x.bytes for x in one.top_logprobs] == [x.bytes for x in other.top_logprobs]
+                assert [x.logprob for x in one.top_logprobs] == pytest.approx(
+                    [x.logprob for x in other.top_logprobs], abs=1e-4
+                )
+        assert refused < len(known)
+        plain = server.client().chat.completions.create(model="style", max_tokens=4, messages=asked["messages"])
+        assert plain.choices[0].logprobs is None
+
+
+def client_error(call, *arguments, **options):
+    """What a call returns, or the error of a bad request."""
+    try:
+        return call(*arguments, **options)
+    except openai.BadRequestError as error:
+        return error

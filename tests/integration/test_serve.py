@@ -134,7 +134,7 @@ def test_what_is_wrong_is_told_in_openais_words(server, shelf):
     assert error(server, 413, b" " * 33_000_000)["code"] == "too_large"
     wrong = {
         "model": 3, "messages": "hi", "max_tokens": "many", "temperature": True, "top_p": 2, "top_k": 1.5, "seed": "x",
-        "n": 0, "stop": [""], "stream": 1, "stream_options": {"include_usage": True}, "min_p": -1, "logprobs": True,
+        "n": 0, "stop": [""], "stream": 1, "stream_options": {"include_usage": True}, "min_p": -1, "logprobs": 3,
         "tools": [{}], "max_completion_tokens": 0, "temprature": 1,
     }  # fmt: skip
     for name, value in wrong.items():

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.generation.logprobs import RawLogits, TokenBytes
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import encode_prompts
 from stackctl.engine.generation.reader import Answers
@@ -121,25 +122,50 @@ def answer_encoded(
     on_text: OnText | None,
     remembered: Remembered | None,
 ) -> list[Generated]:
-    """The answers to one batch of token ids, padded on the left.
+    """The answers to one batch of token ids."""
+    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
+    answers = [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in batch]
+    started = time.perf_counter()
+    write_answers(answers, batch, seeds, stacked, sampling, remembered)
+    seconds = time.perf_counter() - started
+    return [
+        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds, tuple(ids), tuple(answer.ids))
+        for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
+    ]
+
+
+def write_answers(
+    answers: Sequence[Answer],
+    batch: Sequence[list[int]],
+    seeds: list[int],
+    stacked: StackedModel,
+    sampling: Sampling,
+    remembered: Remembered | None = None,
+) -> None:
+    """Have answers written to the end, of prompts as token ids, padded on the left.
 
     transformers counts positions from each row's first real token.
+
+    Raises:
+        Incompatible: transformers cannot generate with this model.
     """
     width = max(len(ids) for ids in batch)
     pad = _pad_token(stacked)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=stacked.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=stacked.device)
     limit = stacked.base.context_length
-    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
-    answers = [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in batch]
     config = GenerationConfig(
         max_new_tokens=min(sampling.max_new_tokens, limit - width) if limit else sampling.max_new_tokens,
         do_sample=False,  # the draw is a processor of ours, and leaves one token to choose
         pad_token_id=pad,
         use_cache=True,
     )
+    chosen = processors(sampling, [len(ids) for ids in batch], seeds)
     answering = Answering(answers, width)
-    started = time.perf_counter()
+    if sampling.top_logprobs is not None:
+        raw = RawLogits(TokenBytes(stacked.tokenizer), sampling.top_logprobs)
+        chosen.insert(0, raw)
+        answering = Answering(answers, width, lambda row, token: raw.likely(row, token, first=not answers[row].ids))
     cache = remembered.begin(stacked, batch[0]) if remembered else None
     try:
         with evaluating(stacked.model), _without_defaults(stacked.model):
@@ -147,7 +173,7 @@ def answer_encoded(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=processors(sampling, [len(ids) for ids in batch], seeds),
+                logits_processor=chosen,
                 stopping_criteria=StoppingCriteriaList([answering]),
                 **({} if cache is None else {"past_key_values": cache}),
             )
@@ -164,11 +190,6 @@ def answer_encoded(
             remembered.keep(answering.computed)
     for answer in answers:
         answer.finish()
-    seconds = time.perf_counter() - started
-    return [
-        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds, tuple(ids), tuple(answer.ids))
-        for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
-    ]
 
 
 def _fails_by_itself(stacked: StackedModel, input_ids: Tensor, kind: type[Exception]) -> bool:

@@ -38,6 +38,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     template: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for the chat template."""
+    top_logprobs: int | None = None
+    """How likely each token was is wanted, and so many of the most likely at its place."""
 
     @property
     def greedy(self) -> bool:

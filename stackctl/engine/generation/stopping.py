@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from stackctl.engine.data import end_of_turn
+from stackctl.engine.generation.logprobs import TokenLogprob, laid_out
 from stackctl.engine.generation.reader import Reader
 
 OnText = Callable[[str], object]
+Likely = Callable[[int, int], TokenLogprob | None]
+"""How likely a token (the second) was in a row of the batch (the first)."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to while the others are not there yet."""
 
@@ -83,7 +87,7 @@ class Answer:
 
     With ``on_text`` its text is handed on piece by piece, and never a part of a text that ends it: what could be the
     beginning of one is held back until it is clear that it is not. Without a tokenizer its text comes in pieces, from
-    an engine that decodes by itself.
+    an engine that decodes by itself. ``is_left``: whether nobody waits for it any more.
     """
 
     def __init__(
@@ -94,24 +98,33 @@ class Answer:
         self._tokens = TokenText(tokenizer) if tokenizer is not None and (on_text or self._reasons) else None
         self._text = ""
         self._shown = 0
+        self._cut = False
+        self._logprobs: list[TokenLogprob] = []
+        self._unplaced: list[TokenLogprob] = []
+        self._told = 0
         self.ids: list[int] = []
         self.stop = ""
+        self.is_left: Callable[[], bool] = lambda: False
 
-    def add(self, token: int) -> None:
-        """The next token; what comes after the end counts for nothing."""
+    def add(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """The next token, and how likely it was; what comes after the end counts for nothing."""
         if self.stop:
             return
         if token in self._ends:
             self.finish("end")
             return
         self.ids.append(token)
+        if logprob is not None:
+            self._unplaced.append(logprob)
         if self._tokens is not None and (piece := self._tokens.add(token)):
             self._take(piece)
 
-    def add_piece(self, text: str, tokens: Sequence[int]) -> None:
+    def add_piece(self, text: str, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
         """More of an answer whose text comes in pieces, and the last tokens that it was decoded from."""
         if not self.stop and any(token in self._ends for token in tokens):
             self.finish("end")
+        if not self.stop:
+            self._unplaced += logprobs
         if not self.stop and text:
             self._take(text)
 
@@ -121,6 +134,7 @@ class Answer:
             self._take(rest)
         if not self.stop:
             self.stop = reason
+            self._place()
             self._show(len(self._text))
 
     @property
@@ -128,13 +142,28 @@ class Answer:
         whole = self._tokens is None and self._tokenizer is not None
         return decode(self._tokenizer, self.ids) if whole else self._text
 
+    def next_logprobs(self) -> list[TokenLogprob]:
+        """How likely the tokens were whose text was handed on since it was asked last; at the end, all that are left.
+
+        A text that ends the answer takes its tokens along.
+        """
+        end = self._shown if self._cut or not self.stop else float("inf")
+        new = list(itertools.takewhile(lambda one: one.begin < end, self._logprobs[self._told :]))
+        self._told += len(new)
+        return new
+
+    def _place(self) -> None:
+        self._logprobs += laid_out(self._unplaced, len(self._text))
+        self._unplaced = []
+
     def _take(self, piece: str) -> None:
         start = max(0, len(self._text) - max(map(len, self._reasons), default=0))
+        self._place()
         self._text += piece
         found = [(at, -len(end), end) for end in self._reasons if (at := self._text.find(end, start)) >= 0]
         if found:
             at, _, end = min(found)
-            self._text, self.stop = self._text[:at], self._reasons[end]
+            self._text, self.stop, self._cut = self._text[:at], self._reasons[end], True
         held = 0 if self.stop else self._beginning()
         self._show(len(self._text) - held)
 
@@ -148,8 +177,8 @@ class Answer:
 
     def _show(self, end: int) -> None:
         if self._on_text and end > self._shown:
-            self._on_text(self._text[self._shown : end])
-            self._shown = end
+            piece, self._shown = self._text[self._shown : end], end
+            self._on_text(piece)
 
 
 class Answering(StoppingCriteria):
@@ -158,8 +187,8 @@ class Answering(StoppingCriteria):
     ``computed``: the tokens of a single row that went through the model, which the newest did not yet.
     """
 
-    def __init__(self, answers: Sequence[Answer], start: int) -> None:
-        self._answers, self._seen = answers, start
+    def __init__(self, answers: Sequence[Answer], start: int, likely: Likely = lambda row, token: None) -> None:
+        self._answers, self._seen, self._likely = answers, start, likely
         self._ids = torch.empty(1, 0, dtype=torch.int64)
 
     @property
@@ -168,8 +197,9 @@ class Answering(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
         self._ids = input_ids
-        for answer, row in zip(self._answers, input_ids[:, self._seen :].tolist(), strict=True):
+        for number, row in enumerate(input_ids[:, self._seen :].tolist()):
             for token in row:
-                answer.add(token)
+                self._answers[number].add(token, self._likely(number, token))
         self._seen = input_ids.shape[1]
-        return torch.tensor([bool(answer.stop) for answer in self._answers], device=input_ids.device)
+        finished = [bool(answer.stop) or answer.is_left() for answer in self._answers]
+        return torch.tensor(finished, device=input_ids.device)

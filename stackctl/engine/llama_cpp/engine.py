@@ -21,13 +21,14 @@ from transformers import AutoConfig, GenerationConfig
 from stackctl.core.schema import Base
 from stackctl.engine.base_files import base_folder, load_tokenizer
 from stackctl.engine.generation import Generated, Sampling
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
 from stackctl.engine.models import Say, quiet_libraries
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, Row
-from stackctl.engine.serving.requests import PlainReader, endings_of
+from stackctl.engine.serving.requests import FieldRefused, PlainReader, endings_of
 from stackctl.machine.resources import main_memory
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_models import base_gguf, no_gguf
@@ -70,6 +71,7 @@ class LlamaCpp(Engine[LlamaRow]):
         self.base, self.tokenizer, self.generation_config = reader.base, reader.tokenizer, reader.generation_config
         self.plan: StackPlan | None = None
         self._folder, self._settings = folder, settings
+        self._spell = TokenBytes(reader.tokenizer)
         self._server: Server | None = None
         self._loaded: OrderedDict[Path, int] = OrderedDict()
         self._running: set[LlamaRow] = set()
@@ -202,8 +204,9 @@ class LlamaCpp(Engine[LlamaRow]):
         error: Exception | None = None
         try:
             for said in server.complete(_body(row, scales), lambda: not row.cancelled.is_set()):
+                likely = self._likely(row, said)
                 row.made = said["tokens_predicted"]
-                row.answer.add_piece(said["content"], said.get("tokens", ()))
+                row.answer.add_piece(said["content"], said.get("tokens", ()), likely)
                 if row.answer.stop:
                     row.made -= row.answer.stop == "end"  # the token that ended it is none of its own
                     break
@@ -215,11 +218,33 @@ class LlamaCpp(Engine[LlamaRow]):
             error = failed
         self._finish(row, error)
 
+    def _likely(self, row: LlamaRow, said: dict[str, Any]) -> list[TokenLogprob]:
+        """How likely the tokens of a piece were, if that was asked for.
+
+        Raises:
+            FieldRefused: llama.cpp does not say: of a character in several tokens it tells the last alone.
+        """
+        count = row.sampling.top_logprobs
+        if count is None or said["stop"]:
+            return []
+        told = said.get("completion_probabilities", [])
+        if len(told) != said["tokens_predicted"] - row.made:
+            what = "llama.cpp does not say how likely the parts of a character are, and this answer has one in parts"
+            raise FieldRefused("logprobs", what, hint="serve it with --engine transformers")
+        return [
+            self._spell.likely(_scored(one), [_scored(other) for other in one["top_logprobs"][:count]], not row.made)
+            for one in told
+        ]
+
     def _finish(self, row: LlamaRow, error: Exception | None) -> None:
         with self._changed:
             self._running.discard(row)
             self._changed.notify()
         row.end(error)
+
+
+def _scored(told: dict[str, Any]) -> tuple[int, float]:
+    return told["id"], told["logprob"]
 
 
 def _tokens(row: LlamaRow) -> int:
@@ -235,6 +260,7 @@ def _body(row: LlamaRow, scales: list[dict[str, float]]) -> dict[str, Any]:
         "top_p": 1.0 if asked.top_p is None else asked.top_p, "min_p": asked.min_p or 0.0,
         "repeat_penalty": asked.repetition_penalty or 1.0, "repeat_last_n": _tokens(row),
         "seed": row.seed % (2**32 - 1),  # the largest number means: any
+        "n_probs": 0 if asked.top_logprobs is None else max(1, asked.top_logprobs),  # 0 tells nothing of either
     }  # fmt: skip
 
 

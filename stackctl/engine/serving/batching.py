@@ -14,17 +14,14 @@ from dataclasses import replace
 import torch
 from transformers import DynamicCache
 
-from stackctl.engine.generation.answering import answer_encoded
+from stackctl.engine.generation.answering import write_answers
+from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.serving.requests import Engine, Limits
 from stackctl.engine.serving.row_adapters import RowAdapters, row_weights
 from stackctl.engine.serving.row_cache import RowCache, can_batch
 from stackctl.engine.serving.rows import BatchRow
 from stackctl.plan.model import StackPlan
-
-
-class _Left(Exception):
-    """Nobody waits for this answer any more."""
 
 
 class BatchingEngine(Engine[BatchRow]):
@@ -36,6 +33,7 @@ class BatchingEngine(Engine[BatchRow]):
         super().__init__(stacked, limits or Limits())
         self._stacked = stacked
         self._adapters = RowAdapters(stacked.model, self.limits.adapters)
+        self._spell = TokenBytes(stacked.tokenizer)
         self._batches = can_batch(stacked)
         self._keeps_one = "logits_to_keep" in inspect.signature(stacked.model.forward).parameters
         self._rows: list[BatchRow] = []
@@ -52,7 +50,7 @@ class BatchingEngine(Engine[BatchRow]):
     def equip(self, plan: StackPlan, rows: Sequence[BatchRow]) -> None:
         weights = row_weights(plan) if self._batches and self._adapters.carries(plan) else None
         for row in rows:
-            row.weights = weights
+            row.weights, row.spell = weights, self._spell
 
     def warm(self, plans: Sequence[StackPlan]) -> None:
         for plan in plans if self._batches else ():
@@ -95,8 +93,6 @@ class BatchingEngine(Engine[BatchRow]):
                     self._answer_folded(row)
                 else:
                     self._join(row)
-            except _Left:
-                row.end(None)
             except Exception as error:
                 row.end(error)
 
@@ -106,14 +102,7 @@ class BatchingEngine(Engine[BatchRow]):
             self._stacked.use(row.plan)
         self._stacked.tokenizer.chat_template = row.template
         sampling = replace(row.sampling, max_new_tokens=row.limit)
-
-        def on_text(text: str) -> None:
-            if row.cancelled.is_set():
-                raise _Left
-            row.speak(text)
-
-        found = answer_encoded([row.prompt], [row.ids], [row.seed], self._stacked, sampling, on_text, None)[0]
-        row.folded = found
+        write_answers([row.answer], [row.ids], [row.seed], self._stacked, sampling)
         row.end(None)
 
     def _join(self, row: BatchRow) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from stackctl.core.errors import StackctlError, Usage
+from stackctl.core.errors import Incompatible, StackctlError, Usage
 from stackctl.core.schema import Base
 from stackctl.engine.data import adopt_chat_template, ensure_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
@@ -29,6 +29,14 @@ class QueueFull(StackctlError):
     """More answers wait than may wait."""
 
     code = "queue_full"
+
+
+class FieldRefused(Incompatible):
+    """What one field of a request asks for, this engine cannot give."""
+
+    def __init__(self, param: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,9 @@ class Engine(ABC, Generic[AnyRow]):
             return Answer(self._tokenizer, endings.tokens, sampling.stop, endings.turn, speak)
 
         row = self.row(plan, prompt, sampling, ids, limit, seed, endings.template, answer(None))
-        if streams:
+        if streams or sampling.top_logprobs is not None:
             row.answer = answer(row.speak)
+        row.answer.is_left = row.cancelled.is_set
         return row
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackctl.engine.generation.answering import Generated
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, token_logprob
 from stackctl.engine.generation.sampling import processors
 from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
@@ -19,39 +19,31 @@ class BatchRow(Row):
     """``weights`` are the members' by digest; None where the stack has to be folded."""
 
     weights: RowWeights | None = None
+    spell: TokenBytes | None = None
     made: int = 0
     last: int = 0
-    folded: Generated | None = None
-    """The whole answer, of a stack that had to be folded."""
     _chosen: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
 
-    @property
-    def new_tokens(self) -> int:
-        return self.folded.new_tokens if self.folded else len(self.answer.ids)
-
-    @property
-    def text(self) -> str:
-        return self.folded.text if self.folded else self.answer.text
-
-    @property
-    def stop(self) -> str:
-        return self.folded.stop if self.folded else self.answer.stop
-
     def choose(self, logits: Tensor) -> None:
-        """Take the next token by the logits (vocabulary) in float32."""
+        """Take the next token by the logits (vocabulary) in float32; the answer is finished when it ends it, or is the
+        last that may follow.
+        """
+        scores = logits
         if len(self._processors):
             seen = torch.tensor([[*self.ids, *self._chosen]], device=logits.device)
-            logits = self._processors(seen, logits[None])[0]
-        self.take(int(logits.argmax()))
-
-    def take(self, token: int) -> None:
-        """The next token; the answer is finished when it ends it, or is the last that may follow."""
-        self.last = token
-        self._chosen.append(token)
+            scores = self._processors(seen, logits[None])[0]
+        self.last = int(scores.argmax())
+        self._chosen.append(self.last)
         self.made += 1
-        self.answer.add(token)
+        self.answer.add(self.last, self._likely(logits))
         if self.made >= self.limit:
             self.answer.finish()
+
+    def _likely(self, logits: Tensor) -> TokenLogprob | None:
+        count = self.sampling.top_logprobs
+        if count is None or self.spell is None:
+            return None
+        return token_logprob(logits, self.last, count, self.spell, first=not self.answer.ids)

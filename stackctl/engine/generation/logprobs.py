@@ -1,0 +1,126 @@
+"""How likely the tokens of an answer were: the log-softmax of the model's own logits, whatever chose from them."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_utf8 = codecs.getincrementaldecoder("utf-8")
+Scored = tuple[int, float]
+_LEAST = -9999.0
+"""What OpenAI's API says of a token without any probability: JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer: its bytes, its log-probability in nats, and those of the most likely tokens at its place,
+    the likeliest first. ``begin`` counts the characters of the answer before it; of a special token nothing is in it.
+    """
+
+    content: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+    is_special: bool = False
+    begin: int = 0
+
+
+def laid_out(tokens: Sequence[TokenLogprob], start: int) -> list[TokenLogprob]:
+    """Tokens with their places in a text from ``start`` on; a part of a character begins where the character does."""
+    found, count, text = [], start, _utf8("replace")
+    for one in tokens:
+        begun, _ = text.getstate()
+        begin = count
+        if begun and not one.is_special:
+            try:
+                _utf8("strict").decode(begun + one.content[:1])
+            except UnicodeDecodeError:  # what has begun stays broken, and is a character by itself
+                begin += 1
+        found.append(replace(one, begin=begin))
+        count += 0 if one.is_special else len(text.decode(one.content))
+    return found
+
+
+def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, first: bool) -> TokenLogprob:
+    """How likely a token and the ``count`` likeliest were, by the logits (vocabulary) of their place.
+
+    ``first``: it begins the text.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return spell.likely(
+        (token, float(logprobs[token])), list(zip(ids.tolist(), values.tolist(), strict=True)), first=first
+    )
+
+
+class RawLogits(LogitsProcessor):
+    """Keeps the logits (rows, vocabulary) of the newest token, before anything else is done to them."""
+
+    def __init__(self, spell: TokenBytes, count: int) -> None:
+        self._spell, self._count = spell, count
+        self._logits = torch.empty(0, 0)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
+        self._logits = scores
+        return cast(Tensor, scores)
+
+    def likely(self, row: int, token: int, first: bool) -> TokenLogprob:
+        """How likely a row's newest token was; ``first``: it begins the text."""
+        return token_logprob(self._logits[row], token, self._count, self._spell, first)
+
+
+class TokenBytes:
+    """The bytes that a token stands for; those of an answer joined are its text, but for special tokens.
+
+    A token that is a part of a character has no text of its own: a byte-level tokenizer has a letter for every byte of
+    it, one with a byte fallback a token such as ``<0xE6>``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        self._known: dict[tuple[int, bool], bytes] = {}
+
+    def __call__(self, token: int, first: bool = False) -> bytes:
+        """``first``: at the beginning of a text, where some tokenizers leave a space away."""
+        key = (token, first)
+        if key not in self._known:
+            self._known[key] = self._spell(token, first)
+        return self._known[key]
+
+    def likely(self, chosen: Scored, top: Sequence[Scored], first: bool) -> TokenLogprob:
+        """A token with its log-probability, and the likeliest with theirs."""
+        token, logprob = chosen
+        told = tuple((self(other, first), max(value, _LEAST)) for other, value in top)
+        return TokenLogprob(self(token, first), max(logprob, _LEAST), told, token in self._special)
+
+    def _spell(self, token: int, first: bool) -> bytes:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:  # a row of the model that the tokenizer has no token for
+            return b""
+        if token in self._special:
+            return str(name).encode()
+        alone = self._decode([token])
+        if _INCOMPLETE in alone:
+            if byte := _BYTE.fullmatch(name):
+                return bytes([int(byte[1], 16)])
+            if all(letter in self._letters for letter in name):
+                return bytes(self._letters[letter] for letter in name)
+        if first:
+            return alone.encode()
+        twice = self._decode([token, token])
+        return (twice[len(alone) :] if twice.startswith(alone) else alone).encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
