@@ -23,7 +23,15 @@ from stackctl.registry.base_matching import choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
-from stackctl.registry.versions import add_version, check_adapter_name, find_same_version, made_elsewhere, version_facts
+from stackctl.registry.versions import (
+    NewVersion,
+    add_version,
+    check_adapter_name,
+    find_same_version,
+    made_elsewhere,
+    register_checkpoint,
+    version_facts,
+)
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 from stackctl.storage.paths import portable_path
@@ -95,7 +103,7 @@ def register(app: typer.Typer) -> None:
         if adapter.is_dora and not convert:
             then = shlex.join(["stackctl", "add", name, str(path), "--convert"])
             raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
-        from stackctl.engine.mlx import write_peft
+        from stackctl.engine.export.mlx import write_peft
 
         with atomic.staging_directory(registry.root / "weights") as staged:
             write_peft(adapter, staged)
@@ -114,6 +122,9 @@ class _Request:
     wanted: Conversion | None
     from_mlx: bool = False
 
+    def new(self, stack: ResolvedStack) -> NewVersion:
+        return NewVersion(self.name, stack.base, stack.terms(), self.description)
+
 
 def _register(context: Context, folder: Path, request: _Request) -> Result:
     """Register the PEFT checkpoint in a folder."""
@@ -127,7 +138,7 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
     own, unknown = (None, "") if on or request.base else choose_base(registry, checkpoint, read_info(folder))
     stack = resolve_expression(registry, on or "base", base=own.name if own else request.base)
     if wanted and kind:
-        return add_converted(registry, wanted, name, checkpoint, stack, request.description, context.output)
+        return add_converted(context, wanted, checkpoint, stack, request.new(stack))
     plan = plan_stack(stack.base, [member])
     if unknown and plan.errors:
         raise Incompatible(
@@ -146,7 +157,7 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
 
         check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
     known = find_same_version(registry, name, checkpoint.digest(), stack)
-    version = known or _add(registry, name, checkpoint, stack, request.link, request.description)
+    version = known or _add(registry, request.new(stack), checkpoint, link=request.link)
     label = f"{name}@{version.version}"
     data = version_facts(registry, name, version, stack.base.name)
     where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"
@@ -163,30 +174,17 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
     return Result(data, label, text, notes=tuple(notes))
 
 
-def _add(
-    registry: Registry, name: str, checkpoint: Checkpoint, stack: ResolvedStack, link: bool, description: str
-) -> AdapterVersion:
-    on = stack.terms()
+def _add(registry: Registry, new: NewVersion, checkpoint: Checkpoint, *, link: bool) -> AdapterVersion:
     if link:
         path = _linked_path(checkpoint.path.resolve(), registry.root)
-        return add_version(
-            registry,
-            name,
-            lambda number: made_elsewhere(number, path, checkpoint, stack.base, on),
-            None,
-            description or None,
-        )
-    weights = registry.root / "weights"
-    with atomic.staging_directory(weights) as staged:
+
+        def build(number: int) -> AdapterVersion:
+            return made_elsewhere(number, path, checkpoint, new.base, new.on)
+
+        return add_version(registry, new.name, build, None, new.description or None)
+    with atomic.staging_directory(registry.root / "weights") as staged:
         copy_checkpoint(checkpoint.path, staged)
-        copied = read_checkpoint(staged)
-        return add_version(
-            registry,
-            name,
-            lambda number: made_elsewhere(number, registry.relative_weights_path(name, number), copied, stack.base, on),
-            staged,
-            description or None,
-        )
+        return register_checkpoint(registry, new, staged)
 
 
 def _linked_path(folder: Path, root: Path) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from stackctl.core.errors import Incompatible, Usage, VerificationFailed
+from stackctl.cli.common import Context
+from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, raise_all
 from stackctl.core.schema import Converted
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
@@ -19,9 +20,8 @@ from stackctl.plan.validate import refusals
 from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
-from stackctl.registry.store import Registry
-from stackctl.registry.versions import add_version, find_same_version, made_elsewhere, version_facts
-from stackctl.render.output import Output, Result
+from stackctl.registry.versions import NewVersion, find_same_version, register_checkpoint, version_facts
+from stackctl.render.output import Result
 from stackctl.storage import atomic
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stackctl.engine.low_rank import Pairs
     from stackctl.engine.models import StackedModel
 
-_EXACT, _PROVED = 1e-5, 1e-3
+_PROVED = 1e-3
 """Where next to nothing of the weights is lost, this share at most of the effect on the logits may be."""
 
 
@@ -52,19 +52,21 @@ class Conversion:
         """
         given = {"--rank": rank, "--tolerance": tolerance, "--initial": initial}
         named = [name for name, value in given.items() if value is not None]
-        problems = []
+        problems: list[StackctlError] = []
         if named and not convert:
-            problems.append((f"{' and '.join(named)}: only with --convert", "add --convert"))
+            problems.append(Usage(f"{' and '.join(named)}: only with --convert", hint="add --convert"))
         if convert and link:
-            problems.append(("--link refers to a folder, and --convert makes another one", "leave out --link"))
+            linked = "--link refers to a folder, and --convert makes another one"
+            problems.append(Usage(linked, hint="leave out --link"))
         if rank is not None and tolerance is not None:
-            problems.append(("--rank and --tolerance are two ways to say how much is kept", "leave out one of them"))
+            both = "--rank and --tolerance are two ways to say how much is kept"
+            problems.append(Usage(both, hint="leave out one of them"))
         if rank is not None and not 1 <= rank <= 65536:
-            problems.append((f"--rank {rank} is no rank", "give a number from 1 to 65536"))
+            problems.append(Usage(f"--rank {rank} is no rank", hint="give a number from 1 to 65536"))
         if tolerance is not None and not 0 < tolerance < 1:
-            problems.append((f"--tolerance {tolerance:g} is not between 0 and 1", "give a share, for example 0.01"))
-        if problems:
-            raise Usage("; ".join(what for what, _ in problems), hint="; ".join(hint for _, hint in problems))
+            outside = f"--tolerance {tolerance:g} is not between 0 and 1"
+            problems.append(Usage(outside, hint="give a share, for example 0.01"))
+        raise_all(problems)
         return Conversion(rank, tolerance, initial) if convert else None
 
     def kind(self, checkpoint: Checkpoint) -> str | None:
@@ -98,10 +100,10 @@ class Conversion:
 
 
 def add_converted(
-    registry: Registry, wanted: Conversion, name: str, checkpoint: Checkpoint, stack: ResolvedStack, description: str,
-    output: Output,
-) -> Result:  # fmt: skip
+    context: Context, wanted: Conversion, checkpoint: Checkpoint, stack: ResolvedStack, new: NewVersion
+) -> Result:
     """Make a plain LoRA of a checkpoint, prove it and register it."""
+    registry, name, say = context.registry, new.name, context.output.status
     kind = kind_of(checkpoint.config)
     assert kind is not None
     plan = read_plan(registry, stack).check()
@@ -111,7 +113,6 @@ def add_converted(
     from stackctl.engine.models import load_base, quiet_libraries
 
     quiet_libraries()
-    say = output.status
     differences = _differences(name, checkpoint, wanted, plan) if wanted.initial else None
     if differences is None:
         check_header(checkpoint, base_folder(stack.base, registry, say))
@@ -125,22 +126,13 @@ def add_converted(
             (staged / file).unlink()
         pairs.write(staged, stack.base.hub_id or stack.base.source, _kept_settings(checkpoint))
         made = read_checkpoint(staged)
-        new = plan_stack(stack.base, [PlanMember(name, 1.0, made, name)]).check()
+        alone = plan_stack(stack.base, [PlanMember(name, 1.0, made, name)]).check()
         told = Converted(
             from_=kind, digest=checkpoint.digest(), relative_error=pairs.relative_error,
-            output_error=_proved(stacked, plan, new, original, pairs), errors=pairs.errors,
+            output_error=_proved(stacked, plan, alone, original, pairs), errors=pairs.errors,
         )  # fmt: skip
         known = find_same_version(registry, name, made.digest(), stack)
-        version = known or add_version(
-            registry,
-            name,
-            lambda number: msgspec.structs.replace(
-                made_elsewhere(number, registry.relative_weights_path(name, number), made, stack.base, stack.terms()),
-                converted=told,
-            ),
-            staged,
-            description or None,
-        )
+        version = known or register_checkpoint(registry, new, staged, converted=told)
     label = f"{name}@{version.version}"
     data = {
         **version_facts(registry, name, version, stack.base.name),

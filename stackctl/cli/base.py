@@ -7,8 +7,16 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import REGISTRY, Context, Current, Group, command, complete_bases
-from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.cli.common import (
+    ENABLE_THINKING,
+    REGISTRY,
+    TEMPLATE_KWARGS,
+    Context,
+    Current,
+    Group,
+    command,
+    complete_bases,
+)
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.registry.store import Registry

@@ -17,7 +17,7 @@ from stackctl.cli.sweep_weights import weights_of
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
-from stackctl.plan.candidates import Candidate, candidates
+from stackctl.plan.methods import Candidate, candidates
 from stackctl.plan.model import StackPlan
 from stackctl.plan.token_rows import rows_without_sum
 from stackctl.registry.planning import read_plan
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from stackctl.cli.fit_weights import Halves
     from stackctl.engine.evaluation import Score
     from stackctl.engine.weighted_members import WeightedFactors
-
-
-@dataclass(frozen=True)
-class BestWishes:
-    """What was asked for: data as for ``--fit``, whose weights are among what is tried."""
-
-    fit: FitWishes
 
 
 @dataclass(frozen=True)
@@ -61,10 +54,11 @@ class Best:
     notes: list[str]
 
 
-def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: BestWishes) -> Best:
+def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> Best:
     """Try everything, and choose what is best on the held-out records if that is more than chance.
 
-    Everything that can be wrong is found, and said at once, before the base is loaded.
+    What ``--fit`` would learn is among what is tried. Everything that can be wrong is found, and said at once, before
+    the base is loaded.
     """
     problems: list[StackctlError] = []
     weighted: WeightedFactors | None = None
@@ -72,21 +66,21 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     with gathering(problems):
         _check_has_methods(plan)
     with gathering(problems):
-        weighted = read_weighted(stack, plan, wishes.fit.per)
+        weighted = read_weighted(stack, plan, wishes.per)
     with gathering(problems):
-        sets = read_halves(context, stack, plan, wishes.fit)
+        sets = read_halves(context, stack, plan, wishes)
     raise_all(problems)
     assert weighted is not None and sets is not None, "else there was a problem"
-    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.fit.device)
-    others = list(_other_methods(stack, plan, wishes.fit.seed))
+    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
+    others = list(_other_methods(stack, plan, wishes.seed))
     records = sum(len(set(data.owners)) for data in sets.held_out)
     context.output.status(
         f"learning the weights of the sum, then trying it and {len(others)} other ways on {records} held-out records"
     )
-    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.fit.steps).stack
+    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.steps).stack
     tried = [
         _Tried(stack, plan),
-        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {wishes.fit.per}", fitted=True),
+        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {wishes.per}", fitted=True),
         *others,
     ]
     named = [(one.name, one.plan) for one in tried]
@@ -94,7 +88,7 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)
     count = len(sets.learned)
     return _judged(
-        tried, wishes.fit.holdout or wishes.fit.data, [own[:count] for own in scores], [own[count:] for own in scores]
+        tried, wishes.holdout or wishes.data, [own[:count] for own in scores], [own[count:] for own in scores]
     )
 
 
@@ -137,7 +131,7 @@ def _judged(
     chance to be lucky on the others.
     """
     from stackctl.engine.significance import best_of_many_p
-    from stackctl.engine.weight_fit import judge, mean_loss, record_gaps
+    from stackctl.engine.weight_fit import judge, mean_error, mean_loss, record_gaps
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
     others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []
@@ -148,9 +142,6 @@ def _judged(
     rows = []
     for number, (one, own) in enumerate(zip(tried, scores, strict=True)):
         compared = judge(scores[0], own) if number in others else None
-        errors = [score.standard_error for score in own]
-        known = [error for error in errors if error is not None and math.isfinite(error)]
-        whole = finite[number] and len(known) == len(errors)
         rows.append(
             {
                 "method": one.stack.method,
@@ -159,7 +150,7 @@ def _judged(
                 "fitted": one.fitted,
                 "weights": weights_of(one.stack),
                 "loss": mean_loss(own) if finite[number] else None,
-                "standard_error": math.hypot(*known) / len(own) if whole else None,
+                "standard_error": mean_error(own) if finite[number] else None,
                 "difference": compared.after - compared.before if compared else None,
                 "difference_error": compared.standard_error if compared else None,
                 "p_value": compared.p_value if compared else None,

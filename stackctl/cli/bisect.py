@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
-from stackctl.cli.common import INSPECT, BaseOption, Context, What, command
+from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
-from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits

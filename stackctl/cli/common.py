@@ -267,3 +267,16 @@ BaseOption = Annotated[
     str | None,
     typer.Option(help="The base model, when it cannot be inferred.", autocompletion=complete_bases, metavar="NAME"),
 ]
+
+
+TEMPLATE_KWARGS = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),
+]
+ENABLE_THINKING = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-thinking/--no-enable-thinking",
+        help="The chat template's argument of that name: whether the assistant thinks first.",
+    ),
+]

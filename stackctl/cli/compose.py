@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.best_method import BestWishes, best_stack, best_table, check_no_settings
+from stackctl.cli.best_method import best_stack, best_table, check_no_settings
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
@@ -106,12 +106,13 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        wishes = weights.wishes(seed, best=method == BEST)
-        if isinstance(wishes, FitWishes) and method != SUM:
-            raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
-        if isinstance(wishes, BestWishes):
+        tries_all = method == BEST
+        wishes = weights.wishes(seed, best=tries_all)
+        if tries_all:
             check_no_settings({"rank": rank, "tolerance": tolerance, "density": density})
             method = SUM  # where it begins
+        elif isinstance(wishes, FitWishes) and method != SUM:
+            raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
         own_seed = seed if wishes is None or isinstance(wishes, SweepWishes) else None
         options = _method_options(method, rank, tolerance, density, own_seed)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
@@ -128,7 +129,7 @@ def register(app: typer.Typer) -> None:
         said: list[str] = []
         if wishes is not None:
             check_stack_name(registry, label, stack)  # before minutes of work
-            if isinstance(wishes, BestWishes):
+            if tries_all:
                 best = best_stack(context, stack, plan, wishes)
                 stack, found, said = best.stack, best.json, best.notes
             else:
@@ -138,11 +139,7 @@ def register(app: typer.Typer) -> None:
         if not dry_run:
             save_stack(registry, label, stack)
         data = {
-            "stack": label,
-            "base": stack.base.name,
-            "members": members_json(stack, plan),
-            "method": stack.method,
-            "options": msgspec.to_builtins(stack.options),
+            **_recipe_json(label, stack, plan),
             "exact": stack.method == SUM,
             "rank": plan.rank,
             **_measured(context, plan),
@@ -164,11 +161,7 @@ def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None
     if name is not None:
         save_stack(registry, name, stack)
     data = {
-        "stack": name,
-        "base": stack.base.name,
-        "members": members_json(stack, plan),
-        "method": stack.method,
-        "options": msgspec.to_builtins(stack.options),
+        **_recipe_json(name, stack, plan),
         "expression": stack.typed,
         "sweep": swept.rows,
         "best": swept.best,
@@ -226,19 +219,16 @@ def _measured(context: Context, plan: StackPlan) -> dict[str, Any]:
     }
 
 
-def members_json(stack: ResolvedStack, plan: StackPlan) -> list[dict[str, Any]]:
-    """A stack's members as JSON shows them."""
-    return [
-        {
-            "adapter": member.adapter.name,
-            "version": member.version.version,
-            "digest": member.version.digest,
-            "weight": member.weight,
-            **({"layer_weights": dict(member.layer_weights)} if member.layer_weights else {}),
-            "rank": planned.rank,
-        }
-        for member, planned in zip(stack.members, plan.members, strict=True)
-    ]
+def _recipe_json(name: str | None, stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
+    """A stack as JSON shows it: its name, members, method."""
+    members = zip(stack.members, plan.members, strict=True)
+    return {
+        "stack": name,
+        "base": stack.base.name,
+        "members": [{**member.entry().json(), "rank": planned.rank} for member, planned in members],
+        "method": stack.method,
+        "options": msgspec.to_builtins(stack.options),
+    }
 
 
 def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
+from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS, TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, score_stacks, tokenise_data
-from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE
 from stackctl.core.template_arguments import template_arguments

@@ -112,11 +112,8 @@ def stack_info(stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
         "token_rows": row_table(plan),
         "members": [
             {
-                "adapter": m.adapter.name,
-                "version": m.version.version,
-                "digest": m.version.digest,
-                "weight": m.weight,
-                "layer_weights": dict(m.layer_weights),
+                "layer_weights": {},
+                **m.entry().json(),
                 "rank": planned.rank,
                 "trained_on": m.version.trained_on,
                 "parameters": m.version.parameters,

@@ -87,16 +87,7 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
         "name": stack.name,
         "base": stack.base,
         "method": stack.method,
-        "members": [
-            {
-                "adapter": m.adapter,
-                "version": m.version,
-                "digest": m.digest,
-                "weight": m.weight,
-                **({"layer_weights": m.layer_weights} if m.layer_weights else {}),
-            }
-            for m in stack.members
-        ],
+        "members": [member.json() for member in stack.members],
         "created": stack.created,
         "current": stack.name == current,
     }

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
-from stackctl.cli.template_options import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output

@@ -59,21 +59,9 @@ def _result(pulled: Any) -> Result:
         "restored": list(pulled.restored), "dry_run": pulled.planned,
     }  # fmt: skip
     if pulled.stack is not None:
-        members = [
-            {
-                "adapter": m.adapter.name,
-                "version": m.version.version,
-                "digest": m.version.digest,
-                "weight": m.weight,
-                **({"layer_weights": dict(m.layer_weights)} if m.layer_weights else {}),
-            }
-            for m in pulled.members
-        ]
-        digest = sha256_bytes(
-            json.dumps(
-                [[value for key, value in m.items() if key not in ("adapter", "version")] for m in members]
-            ).encode()
-        )
+        members = [member.entry().json() for member in pulled.members]
+        told = [[value for key, value in m.items() if key not in ("adapter", "version")] for m in members]
+        digest = sha256_bytes(json.dumps(told).encode())
         data = {"stack": pulled.stack, "version": None, "digest": digest if members else None, "members": members}
         label = pulled.stack
     else:

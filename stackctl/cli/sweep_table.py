@@ -177,8 +177,7 @@ def _trade_off(swept: Swept) -> tuple[list[str], list[list[str]]]:
 
 
 def _drawings(swept: Swept) -> list[Plot]:
-    from stackctl.render.page_curves import Point, curve_plot
-    from stackctl.render.page_plots import heat_plot
+    from stackctl.render.page_plots import Point, curve_plot, heat_plot
 
     if len(swept.axes) == 2:
         return [
@@ -205,7 +204,7 @@ def _drawings(swept: Swept) -> list[Plot]:
 
 def _front(swept: Swept) -> Plot | None:
     """The losses on two data sets against one another; there is no such plane for three."""
-    from stackctl.render.page_curves import Point, curve_plot
+    from stackctl.render.page_plots import Point, curve_plot
 
     if len(swept.data) != 2:
         return None

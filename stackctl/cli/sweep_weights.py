@@ -140,16 +140,15 @@ def weights_of(stack: ResolvedStack) -> dict[str, Any]:
 
 
 def _row(stack: ResolvedStack, source: str, scores: Sequence[Score], p_value: float) -> dict[str, Any]:
-    from stackctl.engine.weight_fit import mean_loss
+    from stackctl.engine.weight_fit import mean_error, mean_loss
 
-    loss, errors = mean_loss(scores), [score.standard_error for score in scores]
-    known = [error for error in errors if error is not None and math.isfinite(error)]
+    loss = mean_loss(scores)
     finite = math.isfinite(loss)
     return {
         "weights": weights_of(stack),
         "data": source,
         "loss": loss if finite else None,
-        "standard_error": math.hypot(*known) / len(scores) if finite and len(known) == len(errors) else None,
+        "standard_error": mean_error(scores) if finite else None,
         "p_value": p_value if finite else None,
     }
 

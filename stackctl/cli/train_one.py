@@ -23,6 +23,11 @@ from stackctl.render.terminal import counted
 
 _LARGEST_LOSS = 20.0
 """Above it (nats) perplexity is a number that says nothing."""
+_TOLD_OF_A_RUN = (
+    "steps", "tokens", "supervised_tokens", "loss", "processes", "frozen", "frozen_error", "eval_loss_before",
+    "eval_loss", "eval_accuracy", "eval_margin", "kept_step", "stopped_early", "accuracy", "margin",
+)  # fmt: skip
+"""What ``--json`` says of a run, by the names of its entry."""
 
 
 def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
@@ -157,26 +162,12 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "base": prepared.base.name,
         "on": version.trained_on,
         "from": version.from_,
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "supervised_tokens": run.supervised_tokens,
-        "loss": run.loss,
+        **{name: getattr(run, name) for name in _TOLD_OF_A_RUN},
         "tokens_per_second": speed,
         "trainable_parameters": done.trainable_parameters,
         "trained_tokens": version.trained_tokens,
-        "processes": run.processes,
-        "frozen": run.frozen,
-        "frozen_error": run.frozen_error,
-        "eval_loss_before": run.eval_loss_before,
-        "eval_loss": run.eval_loss,
-        "eval_accuracy": run.eval_accuracy,
-        "eval_margin": run.eval_margin,
-        "kept_step": run.kept_step,
-        "stopped_early": run.stopped_early,
         "objective": prepared.job.objective,
         "beta": prepared.job.effective_beta,
-        "accuracy": run.accuracy,
-        "margin": run.margin,
         "problems": [problem.json() for problem in recorded_problems(label, version.problems)],
     }
     steps = counted(run.steps, "step")

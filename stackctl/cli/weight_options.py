@@ -8,7 +8,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from stackctl.cli.best_method import BestWishes
 from stackctl.cli.fit_weights import FitWishes, Per
 from stackctl.cli.sweep_weights import SweepWishes
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
@@ -99,7 +98,7 @@ class WeightOptions:
         typer.Option(help="auto, cpu, cuda or mps.", show_default="auto", rich_help_panel=_BOTH, metavar="NAME"),
     ] = None
 
-    def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | BestWishes | None:
+    def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | None:
         """What is asked for, with ``--method best`` or without; None when the weights are those that are typed.
 
         Raises:
@@ -147,8 +146,7 @@ class WeightOptions:
         typed = {"per": self.per, "holdout": self.holdout, "steps": self.fit_steps}
         chosen: dict[str, Any] = {key: value for key, value in typed.items() if value is not None}
         data = self.data if best else self.fit
-        found = FitWishes(data or (), seed=seed or 0, **chosen, **shared)
-        return BestWishes(found) if best else found
+        return FitWishes(data or (), seed=seed or 0, **chosen, **shared)
 
 
 def _given(options: dict[str, Any]) -> str:

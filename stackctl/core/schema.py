@@ -6,7 +6,7 @@ training stand here once: the command line, ``--config`` and ``stackctl.yaml`` a
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -295,6 +295,11 @@ class Member(Part, frozen=True, kw_only=True):
     digest: str
     weight: Finite = 1.0
     layer_weights: dict[str, Finite] = msgspec.field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """A member as ``--json`` shows it: with its weight even where that is one."""
+        told = {"adapter": self.adapter, "version": self.version, "digest": self.digest, "weight": self.weight}
+        return {**told, "layer_weights": self.layer_weights} if self.layer_weights else told
 
 
 class MethodOptions(Part, frozen=True, kw_only=True):

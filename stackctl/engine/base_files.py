@@ -24,9 +24,9 @@ from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
-from stackctl.engine.former_names import former_names
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.engine.untrained_tokens import find_untrained
+from stackctl.engine.weight_conversion import former_names
 from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED

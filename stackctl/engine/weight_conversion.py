@@ -1,4 +1,6 @@
-"""Load a model in another dtype than that of its files: each tensor is read and converted a piece at a time.
+"""Between files and a loaded model: tensors in another dtype, and what modules were called in older files.
+
+Each tensor is read and converted a piece at a time.
 
 transformers maps files into memory. Where nothing is converted the mapped pages are the weights; here they would be in
 memory beside them, all at once. Tensors that are read whole before they are converted cost less, but the largest of
@@ -8,17 +10,31 @@ them, an embedding, is there twice, and the allocator keeps much of what was fre
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_renamings,
+)
 
+from stackctl.core.schema import ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.tensor_bytes import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.target_parameters import parameter_of
 from stackctl.registry.base_models import read_base_tensors
 
 _PIECE = 1 << 20
@@ -73,3 +89,50 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     with contextlib.suppress(OSError):  # many models have none
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, found
+
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+
+
+def former_names(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> dict[str, list[str]]:
+    """Modules to their former names, both with ``*`` for each number; of experts stacked in one parameter, the former
+    names of the parts of a matrix, with a last ``*`` for the expert. What kept its name is left out.
+
+    Parts are those that are concatenated, each expert's rows one below the other; what was laid out otherwise has no
+    former name.
+    """
+    conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    renamings = [r for c in reversed(conversions) if isinstance(r := _reversed(c), WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    found: dict[str, list[str]] = {}
+    for name, shape in modules.items():
+        parameter = parameter_of(name, shape)
+        if shape.type == "Experts":
+            former = [apply_renamings(part, renamings) for part in _parts(parameter, converters)]
+        else:
+            former = [apply_renamings(parameter, renamings)]
+        if former and former != [parameter]:
+            found[_INDEX.sub("*", name)] = [_INDEX.sub("*", part.removesuffix(".weight")) for part in former]
+    return found
+
+
+def _reversed(conversion: WeightTransform) -> WeightTransform | None:
+    try:
+        return conversion.reverse_transform()
+    except (ValueError, NotImplementedError, AttributeError):  # some operations have no way back
+        return None
+
+
+def _parts(parameter: str, converters: Sequence[WeightConverter]) -> list[str]:
+    """The weights that a parameter of experts is made of, with ``*`` for the expert; nothing of any other."""
+    for converter in converters:
+        if len(converter.target_patterns) != 1 or (target := converter.target_patterns[0]) not in parameter:
+            continue
+        operations = [
+            (type(op), op.dim) for op in converter.operations if isinstance(op, MergeModulelist | Concatenate)
+        ]
+        stacked = operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+        if stacked and len(operations) == len(converter.operations):
+            sources = [pattern.replace("\\", "") for pattern in converter._original_source_patterns]
+            return [parameter.replace(target, source) for source in sources]
+    return []

@@ -279,3 +279,10 @@ def record_gaps(before: Sequence[Score], after: Sequence[Score]) -> list[float]:
 
 def mean_loss(scores: Sequence[Score]) -> float:
     return math.fsum(score.loss for score in scores) / len(scores)
+
+
+def mean_error(scores: Sequence[Score]) -> float | None:
+    """The standard error of :func:`mean_loss`; None where that of one of them is not known or no finite number."""
+    errors = [score.standard_error for score in scores]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    return math.hypot(*known) / len(scores) if len(known) == len(scores) else None

@@ -26,8 +26,7 @@ from stackctl.core.expressions import (
     parse_reference,
     parse_stack_name,
 )
-from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, HubSource, Member, Stack
-from stackctl.hub.base_lookup import find_base
+from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber, HubSource, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import RepoPlace, Say, open_hub
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
@@ -36,6 +35,7 @@ from stackctl.lora.convertible import convert_hint, kind_of
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.base_matching import StatedBase, find_stated_base
 from stackctl.registry.checkpoint_files import damaged_members
 from stackctl.registry.resolve import ResolvedMember, find_digest, resolve_adapter
 from stackctl.registry.restore import own_folder, restore_files
@@ -122,10 +122,7 @@ class _Pull:
         known = self._known(part)
         done = replace(self._done([]), adapter=part.name, version=part.number, digest=part.digest)
         if known is None:
-            base = find_base(
-                self.registry, part.config, part.entry, part.info, recipe, self.options.base, self.say
-            )  # fmt: skip
-            brought = self._bring([part], base)
+            brought = self._bring([part], self._base(part, recipe))
             if self.options.dry_run:
                 return replace(done, added=(part.label,))
             known = brought[0]
@@ -135,6 +132,13 @@ class _Pull:
         return replace(
             done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
         )  # fmt: skip
+
+    def _base(self, part: RepoAdapter, recipe: Stack | None) -> Base:
+        """The base that was asked for, else the one that an adapter of the repo says it was trained on."""
+        if self.options.base is not None:
+            return resolve_base(self.registry, self.options.base)
+        stated = StatedBase.of(part.config, part.entry, part.info, recipe)
+        return find_stated_base(self.registry, stated, self.say)
 
     def _known(self, part: RepoAdapter) -> ResolvedMember | None:
         """The same adapter in this registry: under the name that was asked for, else under any."""
@@ -191,11 +195,7 @@ class _Pull:
         restored = self._restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
         if parts:
-            first = parts[0]
-            base = find_base(
-                self.registry, first.config, first.entry, first.info, recipe, self.options.base, self.say
-            )  # fmt: skip
-            brought = self._bring(parts, base)
+            brought = self._bring(parts, self._base(parts[0], recipe))
         if self.options.dry_run:
             return replace(self._done([part.label for part in parts]), stack=name, restored=tuple(restored))
         added = [member.label for member in brought]
@@ -358,7 +358,8 @@ class _Pull:
             )  # fmt: skip
 
         staged, described = checkpoint.path, part.description or None
-        return add_version(self.registry, part.name, build, staged, described, number=part.number, digest=digest)
+        given = GivenNumber(version=part.number, digest=digest)
+        return add_version(self.registry, part.name, build, staged, described, given)
 
 
 def _terms(part: RepoAdapter) -> tuple[Term, ...]:

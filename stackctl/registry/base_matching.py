@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import NotFound, StackctlError
-from stackctl.core.schema import AdapterInfo, Base
+from stackctl.core.errors import Incompatible, NotFound, StackctlError
+from stackctl.core.schema import AdapterInfo, AdapterVersion, Base, Stack
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_models import base_gguf, converted_folder, fingerprint
@@ -88,3 +90,62 @@ def _is_its_folder(base: Base, name: str, registry: Registry) -> bool:
     except (ValueError, RuntimeError, NotFound):  # NUL, half a character, links in a circle; a file that is gone
         return False
     return gguf is not None and folder == converted_folder(gguf).resolve()
+
+
+@dataclass(frozen=True)
+class StatedBase:
+    """The base of an adapter from elsewhere, as the files beside it state it; what they do not say is empty."""
+
+    name: str
+    hub_id: str
+    fingerprint: str
+
+    @staticmethod
+    def of(
+        config: dict[str, Any], entry: AdapterVersion | None, info: AdapterInfo | None, recipe: Stack | None
+    ) -> StatedBase:
+        """Out of its configuration, its entry, its ``adapter_info.json`` and the stack that it came with."""
+        hub_id = named_base(config) or (info.base_hub_id if info else None) or ""
+        own = entry.fingerprint if entry else recipe.fingerprint if recipe else info.base_fingerprint if info else ""
+        name = info.base if info else recipe.base if recipe else entry.base if entry else _short(hub_id)
+        return StatedBase(name, hub_id, own)
+
+
+def find_stated_base(registry: Registry, stated: StatedBase, say: Callable[[str], None]) -> Base:
+    """The base that an adapter was trained on: by its fingerprint, else by its name on the Hub.
+
+    Raises:
+        NotFound: it is not registered here; the hint is how to register it.
+        Incompatible: another model has its name.
+    """
+    bases, name, hub_id = list(registry.bases()), stated.name, stated.hub_id
+    # Somebody else's words, in a line that people paste into a shell.
+    offer = shlex.join(["stackctl", "base", "add", name or "NAME", hub_id or "SOURCE"])
+    if stated.fingerprint:
+        for base in bases:
+            if base.fingerprint == stated.fingerprint:
+                return base
+        same = next((b for b in bases if b.name == name or (hub_id and b.hub_id == hub_id)), None)
+        if same:
+            raise Incompatible(
+                f"it was trained on another model than the base '{same.name}' is here (fingerprints differ)",
+                hint=f"register that model under another name ({offer}), or insist: --base {same.name}",
+            )
+        raise NotFound(f"its base '{name}' ({hub_id}) is not registered here", hint=offer)
+    for base in bases:
+        if is_called(base, hub_id, registry):
+            return base
+    unnamed = [base for base in bases if base.hub_id is None]
+    if not unnamed:
+        raise NotFound(f"its base '{hub_id}' is not registered here", hint=offer)
+    base = resolve_base(registry)
+    if base.hub_id is not None:
+        raise NotFound(f"its base '{hub_id}' is not registered here", hint=f"{offer}, or say which it is: --base NAME")
+    say(f"note: it says that its base is '{hub_id}'; it is registered on '{base.name}' (--base chooses another)")
+    return base
+
+
+def _short(hub_id: str) -> str:
+    """A base's name here, made from its name on the Hub."""
+    last = hub_id.rstrip("/").rpartition("/")[2].lower()
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)[:64].strip("-._")

@@ -246,7 +246,8 @@ class Registry:
 
 def _text(entry: dict[str, Any]) -> str:
     """The text of an entry's file. What it takes is imported only here: most commands write nothing."""
-    from stackctl.registry.entry_text import format_entry
+
+    from stackctl.storage.yaml_text import format_entry
 
     return format_entry(entry)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import Reference, parse_name
-from stackctl.core.schema import Adapter, AdapterVersion, Base, HubSource, Removed, Stack
-from stackctl.lora.checkpoint import Checkpoint, describe_lora
+from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, HubSource, Removed, Stack
+from stackctl.lora.checkpoint import Checkpoint, describe_lora, read_checkpoint
 from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
 from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
@@ -47,25 +48,22 @@ def add_version(
     build: Callable[[int], AdapterVersion],
     staged: Path | None,
     description: str | None = None,
-    *,
-    number: int | None = None,
-    digest: str | None = None,
+    given: GivenNumber | None = None,
 ) -> AdapterVersion:
     """Register the next version of an adapter: weights in place first, then one atomic write of the entry.
 
     Args:
         build: makes the version's entry for a version number (and may write into ``staged``).
         staged: the finished checkpoint in a staging folder, moved to its place; None for a link.
-        number: the number that it has elsewhere, kept if it was never given here, or to the same digest; the
+        given: the number that it has elsewhere, kept if it was never given here, or to the same digest; the
             same digest under that name is then the same version, and is not registered twice.
-        digest: of what has a ``number``.
     """
     with registry.lock():
         check_adapter_name(registry, name)
         adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
         removed = registry.find_removed(name)
-        version = build(_choose_number(adapter, removed, number, digest))
-        if number is not None:
+        version = build(_choose_number(adapter, removed, given))
+        if given is not None:
             for known in adapter.versions:
                 if known.digest == version.digest:
                     return known
@@ -92,6 +90,31 @@ def add_version(
     return version
 
 
+@dataclass(frozen=True)
+class NewVersion:
+    """What a checkpoint that was made elsewhere is registered as: its name, its base, and what it stands on there."""
+
+    name: str
+    base: Base
+    on: list[str]
+    description: str = ""
+
+
+def register_checkpoint(registry: Registry, new: NewVersion, staged: Path, **facts: object) -> AdapterVersion:
+    """Register the finished checkpoint in a staging folder, which is moved to its place.
+
+    Args:
+        facts: fields of its entry besides those that the checkpoint tells.
+    """
+    checkpoint = read_checkpoint(staged)
+
+    def build(number: int) -> AdapterVersion:
+        path = registry.relative_weights_path(new.name, number)
+        return msgspec.structs.replace(made_elsewhere(number, path, checkpoint, new.base, new.on), **facts)
+
+    return add_version(registry, new.name, build, staged, new.description or None)
+
+
 def find_same_version(registry: Registry, name: str, digest: str, stack: ResolvedStack) -> AdapterVersion | None:
     """The version of an adapter that is the same bytes on the same stack."""
     adapter = registry.find_adapter(name)
@@ -105,14 +128,14 @@ def find_same_version(registry: Registry, name: str, digest: str, stack: Resolve
 def next_number(registry: Registry, name: str) -> int:
     """The number that the next version of an adapter gets."""
     adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
-    return _choose_number(adapter, registry.find_removed(name), None, None)
+    return _choose_number(adapter, registry.find_removed(name), None)
 
 
-def _choose_number(adapter: Adapter, removed: Removed, number: int | None, digest: str | None) -> int:
+def _choose_number(adapter: Adapter, removed: Removed, wished: GivenNumber | None) -> int:
     """The number wished for if it means nothing else, else one more than was ever given."""
     given = {g.version: g.digest for g in removed.given} | {v.version: v.digest for v in adapter.versions}
-    free = number is not None and given.get(number, digest) == digest
-    return number if number and free else max(given, default=0) + 1
+    free = wished is not None and given.get(wished.version, wished.digest) == wished.digest
+    return wished.version if wished and wished.version and free else max(given, default=0) + 1
 
 
 def _bring_back(registry: Registry, version: AdapterVersion) -> None:

@@ -234,3 +234,19 @@ def _float_text(value: float) -> str:
 def format_yaml(value: Any) -> str:
     """A value as strict YAML that :func:`parse_yaml` reads back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
+
+
+def format_entry(entry: dict[str, Any]) -> str:
+    """The text of an entry's file."""
+    return format_yaml(on_one_line(entry))
+
+
+def on_one_line(value: Any, depth: int = 0) -> Any:
+    """Small mappings without mappings inside are written on one line, which people and diffs read best."""
+    if isinstance(value, dict):
+        inner = {key: on_one_line(item, depth + 1) for key, item in value.items()}
+        flat = depth > 1 and inner and not any(isinstance(item, dict) for item in inner.values())
+        return Flow(inner) if flat and len(str(inner)) < 400 else inner
+    if isinstance(value, list):
+        return [on_one_line(item, depth + (0 if isinstance(item, dict) else 1)) for item in value]
+    return value

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from short_texts import texts
 
-from stackctl.plan.candidates import candidates
-from stackctl.plan.methods import METHODS, SUM, check_method
+from stackctl.plan.methods import METHODS, SUM, candidates, check_method
 
 
 def test_every_method_is_among_the_candidates_with_settings_that_it_takes() -> None:

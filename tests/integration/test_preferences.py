@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from stackctl.engine.data import IGNORED, Example
 from stackctl.engine.training.objectives import OBJECTIVES, Answers, Strength, ranked
-from stackctl.engine.training.swapped_answers import SwappedAnswers
+from stackctl.engine.training.reference import MismatchedAnswers
 
 PAIRS = [
     {"prompt": f"Say {word}:", "chosen": f" {word}" * (n + 1), "rejected": f" no {word}, and nothing else"}
@@ -227,13 +227,13 @@ def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
     examples = [
         Example([p, p, a, a], [IGNORED, IGNORED, a, a]) for p, a in ((1, 11), (1, 12), (2, 13), (2, 14), (3, 15))
     ]
-    swapped = SwappedAnswers(examples, 4)
-    assert [example.input_ids for example in swapped] == [
+    mismatched = MismatchedAnswers(examples, 4)
+    assert [example.input_ids for example in mismatched] == [
         [1, 1, 15, 15], [1, 1, 15, 15], [2, 2, 12, 12], [2, 2, 12, 12], [3, 3, 14, 14],
     ]  # fmt: skip
-    assert [label for label in swapped[0].labels if label != IGNORED] == [15, 15]
-    assert [example.input_ids[2] for example in SwappedAnswers(examples[:2], 4)] == [12, 11]
-    assert SwappedAnswers(examples, 3)[0].input_ids == [1, 1, 15]
+    assert [label for label in mismatched[0].labels if label != IGNORED] == [15, 15]
+    assert [example.input_ids[2] for example in MismatchedAnswers(examples[:2], 4)] == [12, 11]
+    assert MismatchedAnswers(examples, 3)[0].input_ids == [1, 1, 15]
 
 
 # -- held-out answers ----------------------------------------------------------------------------------------------

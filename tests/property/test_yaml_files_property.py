@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from yaml_values import NASTY, same, scalars, texts, values
 
 from stackctl.core.errors import Usage
-from stackctl.registry.entry_text import on_one_line
-from stackctl.storage.yaml_text import Flow, format_yaml, parse_yaml
+from stackctl.storage.yaml_text import Flow, format_yaml, on_one_line, parse_yaml
 
 
 def check(value):

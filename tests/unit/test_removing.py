@@ -8,7 +8,7 @@ import pytest
 from checkpoints import make_base, make_registry, register, register_three
 
 from stackctl.core.errors import NotFound, Usage
-from stackctl.core.schema import Adapter, Member, Removed, Stack
+from stackctl.core.schema import Adapter, GivenNumber, Member, Removed, Stack
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.garbage_collection import free_weights
 from stackctl.registry.planning import read_plan
@@ -120,7 +120,7 @@ def test_a_number_comes_back_for_the_bytes_that_it_was_given_to(registry):
         def build(number):
             return msgspec.structs.replace(known, version=number, digest=digest)
 
-        return add_version(registry, "style", build, None, number=2, digest=digest).version
+        return add_version(registry, "style", build, None, given=GivenNumber(version=2, digest=digest)).version
 
     assert pulled("sha256:another") == 3
     assert pulled(known.digest) == 2

@@ -6,12 +6,12 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
 
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("desired", pa.bool_())])
 """``learned`` tells the tokens that have a label; the label is the token itself."""
@@ -38,7 +38,7 @@ class ExampleWriter:
         self._writer.close()
 
 
-class ExampleStore(Sequence[Example]):
+class ExampleStore(LazyExamples):
     """The examples of a file that :class:`ExampleWriter` wrote; nothing but their places is held in memory.
 
     Raises:
@@ -55,17 +55,10 @@ class ExampleStore(Sequence[Example]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        number = bisect.bisect_right(self._ends, index)
-        batch = self._batches[number]
-        row = index - (self._ends[number] - batch.num_rows)
+    def _example(self, number: int) -> Example:
+        place = bisect.bisect_right(self._ends, number)
+        batch = self._batches[place]
+        row = number - (self._ends[place] - batch.num_rows)
         ids = batch.column(0)[row].values.to_numpy()
         learned = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
         labels = np.where(learned, ids, IGNORED).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 IGNORED = -100
 """The label of a token that nothing is learned from; torch's own."""
@@ -26,6 +27,22 @@ class Example:
     def supervised(self) -> int:
         """How many of its tokens have a label."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+
+class LazyExamples(Sequence[Example]):
+    """Examples that are made, or read, when they are asked for. Subclasses have ``__len__`` and ``_example``."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        numbers = range(len(self))[index]
+        return self._example(numbers) if isinstance(numbers, int) else [self._example(number) for number in numbers]
+
+    def _example(self, number: int) -> Example:
+        """One of them, by its number from 0."""
+        raise NotImplementedError
 
 
 @dataclass

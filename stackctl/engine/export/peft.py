@@ -68,7 +68,7 @@ def _ranks(plan: StackPlan) -> dict[str, int]:
     """The rank of every module's pair."""
     if plan.options.rank != "auto":
         return {name: plan.rank_of(module) for name, module in plan.modules.items()}
-    from stackctl.engine.export.pairs import found_ranks
+    from stackctl.engine.merging import found_ranks
 
     return found_ranks(plan)
 
@@ -141,7 +141,7 @@ def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memo
         with Concatenation(plan) as exact:
             yield from ((module, exact.pair(module), 0.0) for module in plan.modules.values())
     else:
-        from stackctl.engine.export.pairs import made_pairs
+        from stackctl.engine.merging import made_pairs
 
         yield from made_pairs(plan, dtype)
 

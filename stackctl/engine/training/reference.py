@@ -17,12 +17,11 @@ from peft import PeftModel
 
 from stackctl.core.errors import Usage, VerificationFailed
 from stackctl.core.schema import TrainJob
-from stackctl.engine.data import Encoded, Example
+from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazyExamples
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import KnownAnswers
 from stackctl.engine.training.proofs import new_adapter_off
-from stackctl.engine.training.swapped_answers import SwappedAnswers
 from stackctl.registry.garbage_collection import tokens_folder
 from stackctl.storage import atomic
 
@@ -66,10 +65,10 @@ class Reference:
             given = self._log_probabilities(examples, self._place(encoded, "given", bfloat16), first)
             if job.objective != "kto":
                 return KnownAnswers(examples, given)
-            swapped = SwappedAnswers(examples, max_length)
+            mismatched = MismatchedAnswers(examples, max_length)
             place = self._place(encoded, f"swapped, {max_length}", bfloat16)
-            first = self._compute(swapped[: min(_LOOKED_AT, len(swapped))])
-            return KnownAnswers(examples, given, swapped, self._log_probabilities(swapped, place, first))
+            first = self._compute(mismatched[: min(_LOOKED_AT, len(mismatched))])
+            return KnownAnswers(examples, given, mismatched, self._log_probabilities(mismatched, place, first))
 
     def changes(self, examples: Sequence[Example]) -> dict[bool, float]:
         """By how much (nats) the first answers became likelier, on average: those desired, and those to be avoided."""
@@ -148,3 +147,44 @@ def _write(place: Path, numbers: Sequence[float]) -> None:
             atomic.discard_folder(place)
         with contextlib.suppress(Usage):  # another run was quicker
             atomic.publish_directory(staged, place)
+
+
+class MismatchedAnswers(LazyExamples):
+    """For each example its prompt with the answer of the nearest one before it whose prompt is another.
+
+    KTO estimates by them how far a model is from its reference: they are y' of z in https://arxiv.org/abs/2402.01306,
+    section 4.2, which also goes round at the beginning. Where there is one prompt only, answers come from the example
+    before. What is longer than ``max_length`` tokens is cut. Memory holds a number for each example.
+    """
+
+    def __init__(self, examples: Sequence[Example], max_length: int) -> None:
+        self._examples, self._max_length = examples, max_length
+        prompts = [hash(tuple(_prompt(example))) for example in examples]
+        last = len(prompts) - 1
+        self._donors = [last] * len(prompts)
+        if len(set(prompts)) == 1:
+            self._donors = [number - 1 if number else last for number in range(len(prompts))]
+            return
+        before = next(n for n in range(last, -1, -1) if prompts[n] != prompts[0])
+        for number, prompt in enumerate(prompts):
+            if number and prompts[number - 1] != prompt:
+                before = number - 1
+            self._donors[number] = before
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def _example(self, number: int) -> Example:
+        prompt, donor = _prompt(self._examples[number]), self._examples[self._donors[number]]
+        start = _start(donor)
+        ids = [*prompt, *donor.input_ids[start:]][: self._max_length]
+        return Example(ids, [*[IGNORED] * len(prompt), *donor.labels[start:]][: self._max_length])
+
+
+def _start(example: Example) -> int:
+    """Where the answer begins: at the first token that has a label."""
+    return next(n for n, label in enumerate(example.labels) if label != IGNORED)
+
+
+def _prompt(example: Example) -> list[int]:
+    return example.input_ids[: _start(example)]
