@@ -11,7 +11,8 @@ import torch
 from stackctl.core.schema import AdapterVersion, Base, ModuleShape
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import tensor_bytes
-from stackctl.lora.checkpoint import describe_lora, read_checkpoint
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.lora_config import describe_lora
 from stackctl.registry.base_entries import save_base
 from stackctl.registry.store import Registry, init_registry, now
 from stackctl.registry.versions import add_version

@@ -9,7 +9,8 @@ import struct
 from pathlib import Path
 
 from stackctl.core.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run, TrainSettings
-from stackctl.lora.checkpoint import Checkpoint, describe_lora, read_checkpoint
+from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
+from stackctl.lora.lora_config import describe_lora
 from stackctl.registry.base_entries import save_base
 from stackctl.registry.store import Registry, init_registry, now
 

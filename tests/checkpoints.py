@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from stackctl.core.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
-from stackctl.lora.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, read_checkpoint
+from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
+from stackctl.lora.safetensors_header import DTYPE_BYTES, TensorInfo
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base, save_base
 from stackctl.registry.store import Registry, init_registry

@@ -9,7 +9,8 @@ import msgspec
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_weight
 from stackctl.core.schema import Base
-from stackctl.lora.checkpoint import INFO, Checkpoint, describe_lora
+from stackctl.lora.checkpoint import INFO, Checkpoint
+from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Problem, StackPlan
 from stackctl.registry.resolve import ResolvedMember, ResolvedStack

@@ -27,7 +27,7 @@ from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.engine.untrained_tokens import find_untrained
 from stackctl.engine.weight_conversion import former_names
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
 from stackctl.registry.base_models import (
@@ -200,7 +200,7 @@ def _computing(config: PretrainedConfig) -> str:
 
 
 def _dtype_name(safetensors_dtype: str) -> str:
-    from stackctl.lora.checkpoint import DTYPE_NAMES
+    from stackctl.lora.safetensors_header import DTYPE_NAMES
 
     return DTYPE_NAMES.get(safetensors_dtype, safetensors_dtype.lower())
 

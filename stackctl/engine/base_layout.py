@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from stackctl.core.errors import Incompatible
 from stackctl.engine.tensors import TensorFiles
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.registry.base_models import read_base_tensors
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from stackctl.core.errors import Incompatible
 from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors
-from stackctl.lora.checkpoint import plain_lora_config
+from stackctl.lora.lora_config import plain_lora_config
 from stackctl.lora.target_parameters import is_parameter_target
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, StackPlan

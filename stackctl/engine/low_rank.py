@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stackctl.lora.checkpoint import CONFIG, WEIGHTS, plain_lora_config
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS
+from stackctl.lora.lora_config import plain_lora_config
 from stackctl.storage import atomic
 
 _PREFIX = "base_model.model."

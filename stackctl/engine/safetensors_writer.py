@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.lora.checkpoint import DTYPE_BYTES
+from stackctl.lora.safetensors_header import DTYPE_BYTES
 
 SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STRETCH = 32 << 20

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.naming import ExpertFactors
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import StackPlan
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stackctl.core.errors import Incompatible
 from stackctl.engine.folding import Rounding
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, TensorFiles, tensor_bytes
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import StackPlan, TokenRows
 from stackctl.plan.token_rows import all_tokens, peft_rows
 

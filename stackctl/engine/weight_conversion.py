@@ -33,7 +33,7 @@ from stackctl.core.schema import ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.tensor_bytes import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_parameters import parameter_of
 from stackctl.registry.base_models import read_base_tensors
 

@@ -30,8 +30,9 @@ from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNu
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import RepoPlace, Say, open_hub
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
-from stackctl.lora.checkpoint import CONFIG, Checkpoint, describe_lora, read_checkpoint
+from stackctl.lora.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of
+from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base

@@ -1,7 +1,6 @@
 """A PEFT checkpoint by its config and its safetensors *header*: names and shapes, never tensors.
 
-Formats: PEFT's ``adapter_config.json`` (src/peft/config.py, src/peft/tuners/lora/config.py) and the safetensors
-header (https://github.com/huggingface/safetensors#format): eight bytes of little-endian length, then JSON.
+The format is that of PEFT's ``save_pretrained`` (src/peft/config.py, src/peft/utils/save_and_load.py).
 """
 
 from __future__ import annotations
@@ -12,14 +11,16 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
-from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
-from stackctl.core.schema import AdapterInfo, Finite, Lora
+from stackctl.core.errors import Incompatible, NotFound, Usage
+from stackctl.core.schema import AdapterInfo
+from stackctl.lora.lora_config import check_lora_config
 from stackctl.lora.recognition import recognise_folder, refuse_pointer
-from stackctl.storage.files import MAX_TEXT_BYTES, read_bounded
+from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
+from stackctl.storage.files import read_bounded
 from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 CONFIG = "adapter_config.json"
@@ -30,98 +31,7 @@ _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """What PEFT saves, and loads again, without being told to (src/peft/utils/constants.py: EMBEDDING_LAYER_NAMES)."""
 
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "tokens", "saved", "bias", "unknown"]
-
-
-_Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-
-
-class _HeaderEntry(msgspec.Struct):
-    """One entry of a header; few dimensions, so that multiplying them takes no time."""
-
-    dtype: str
-    shape: Annotated[list[_Size], msgspec.Meta(max_length=64)]
-    data_offsets: tuple[_Size, _Size]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a safetensors file: where its bytes are, counted from the start of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Raises:
-        NotFound: no such file.
-        VerificationFailed: the header lies, overlaps or is cut off.
-    """
-
-    def damaged(why: str) -> VerificationFailed:
-        return VerificationFailed(f"{path} is damaged: {why}", hint="restore the file from where it came")
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_TEXT_BYTES):
-                raise damaged("its header is longer than the file, or than any header")
-            raw = stream.read(length)
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
-        raise damaged("its header is not JSON, or names something twice") from None
-    if not isinstance(header, dict):
-        raise damaged("its header is not a mapping")
-    tensors = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        tensors[name] = _tensor_info(name, info, 8 + length, damaged)
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
-        if tensor.start != end:
-            raise damaged(f"the bytes of {tensor.name[:80]!r} overlap others or leave a hole")
-        end = tensor.end
-    if end != size:
-        raise damaged(f"it has {size} bytes where its header says {end}")
-    return tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are distinct and can be written down; readers differ in which duplicate they take."""
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("duplicate name")
-    "".join(mapping).encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-    return mapping
-
-
-def _tensor_info(name: str, info: Any, data_start: int, damaged: Any) -> TensorInfo:
-    try:
-        entry = msgspec.convert(info, _HeaderEntry, strict=True)
-    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for half a character
-        raise damaged(f"its header's entry {name[:80]!r} is malformed") from None
-    dtype, shape, (start, end) = entry.dtype, entry.shape, entry.data_offsets
-    if dtype not in DTYPE_BYTES:
-        raise damaged(f"the dtype {dtype[:20]!r} of {name[:80]!r} is not known")
-    if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise damaged(f"the size of {name[:80]!r} does not fit its shape")
-    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,50 +233,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is no PEFT configuration: it has no peft_type", hint="is this a model, not an adapter?"
         )
     if str(config["peft_type"]).upper() == "LORA":
-        _check_lora_config(config, path)
+        check_lora_config(config, path)
     return config
-
-
-_Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-_Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-
-
-class _LoraConfig(msgspec.Struct):
-    """The keys of PEFT's LoraConfig that decide what its tensors mean, by their types."""
-
-    r: _Rank = 8
-    lora_alpha: Finite = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, Finite] | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool | None = False
-    use_dora: bool | None = False
-    trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
-
-    @property
-    def expressions(self) -> list[str]:
-        """Everything that PEFT uses as a regular expression."""
-        texts = [t for t in (self.target_modules, self.exclude_modules, self.layers_pattern) if isinstance(t, str)]
-        lists = (self.modules_to_save, self.layers_pattern, self.rank_pattern, self.alpha_pattern)
-        return texts + [text for found in lists if found and not isinstance(found, str) for text in found]
-
-
-def _check_lora_config(config: dict[str, Any], path: Path) -> None:
-    hint = "mend it, or restore the checkpoint from where it was made"
-    try:
-        typed = msgspec.convert(config, _LoraConfig, strict=True)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a character
-        raise Incompatible(f"{path}: {error}", hint=hint) from None
-    for text in typed.expressions:
-        try:
-            re.compile(f"({text})")
-        except (re.error, OverflowError, RecursionError):
-            raise Incompatible(f"{path}: '{text[:80]}' is not a regular expression", hint=hint) from None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -396,36 +264,3 @@ def read_info(folder: Path) -> AdapterInfo | None:
         return msgspec.json.decode(read_bounded(path), type=AdapterInfo) if path.is_file() else None
     except (OSError, ValueError, Usage, msgspec.DecodeError, RecursionError):
         return None
-
-
-def describe_lora(config: dict[str, Any]) -> Lora:
-    """The part of a PEFT configuration that a registry entry repeats."""
-    told = {name: config[name] for name in Lora.__struct_fields__ if config.get(name) is not None}
-    return msgspec.convert({"r": _LoraConfig().r, "lora_alpha": _LoraConfig().lora_alpha} | told, Lora, strict=False)
-
-
-def plain_lora_config(modules: dict[str, int], parameters: dict[str, int]) -> dict[str, Any]:
-    """PEFT's configuration of one plain LoRA with these ranks: alpha = rank on every module, so that scaling is one.
-
-    ``parameters`` are those that are adapted as such, by their full names. No rsLoRA, no DoRA, no bias, no dropout:
-    what every reader of PEFT's format understands alike.
-    """
-    ranks = modules | parameters
-    rank = max(ranks.values(), default=1)
-    other = {re.escape(name): value for name, value in ranks.items() if value != rank}
-    on_parameters = {"target_parameters": sorted(parameters)} if parameters else {}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": other,
-        "alpha_pattern": dict(other),
-        "target_modules": sorted(modules) or None,
-        **on_parameters,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-    }

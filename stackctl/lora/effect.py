@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.checkpoint import Checkpoint
+from stackctl.lora.safetensors_header import TensorInfo
 
 NO_EFFECT = "is without effect: all of its deltas are zero, as they are before the first step of a training"
 _PIECE = 1 << 20

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible
-from stackctl.lora.checkpoint import CONFIG, DTYPE_NAMES, TensorInfo, plain_lora_config, read_header
+from stackctl.lora.checkpoint import CONFIG
+from stackctl.lora.lora_config import plain_lora_config
+from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.storage.files import read_bounded
 
 MLX_WEIGHTS = "adapters.safetensors"

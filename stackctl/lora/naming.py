@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stackctl.core.schema import Base, ModuleShape
-from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.checkpoint import Checkpoint
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_parameters import EXPERTS
 
 _DECODERS = frozenset(

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from stackctl.core.schema import ModuleShape
-from stackctl.lora.checkpoint import TensorInfo
+from stackctl.lora.safetensors_header import TensorInfo
 
 EXPERTS = ("Experts", "TransposedExperts")
 """Kinds of parameters with a matrix for each expert, shape (experts, out, in) of the delta."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from stackctl.core.schema import Base, MethodOptions, ModuleShape
-from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
 from stackctl.plan.foundations import missing_foundations

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, EntryProblem, MethodOptions
-from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import ExpertFactors
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import lora_rank
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only
 from stackctl.plan.methods import METHODS, SUM

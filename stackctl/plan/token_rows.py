@@ -15,8 +15,9 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base, ModuleShape
-from stackctl.lora.checkpoint import Checkpoint, TensorInfo
+from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import Naming
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.model import PlanMember, Problem, Replacement, StackPlan, TokenRows
 

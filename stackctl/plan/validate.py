@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from stackctl.core.errors import did_you_mean
 from stackctl.core.schema import Base, EntryProblem, ModuleShape
-from stackctl.lora.checkpoint import DTYPE_NAMES
 from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.naming import Naming
 from stackctl.lora.recognition import recognise_model, recognise_task, trains_parts_of_fused_layers
+from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing

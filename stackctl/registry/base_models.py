@@ -17,7 +17,7 @@ from typing import Any
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed
 from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import Base
-from stackctl.lora.checkpoint import TensorInfo, read_header
+from stackctl.lora.safetensors_header import TensorInfo, read_header
 from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
 from stackctl.storage.files import read_bounded
 from stackctl.storage.hashes import DigestCache, sha256_bytes, sha256_file

@@ -23,7 +23,8 @@ from stress.runner import Budget
 
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.expressions import parse_expression, parse_name, parse_stack_name
-from stackctl.lora.checkpoint import read_checkpoint, read_header
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.storage import yaml_text

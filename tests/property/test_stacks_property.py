@@ -30,7 +30,9 @@ from hypothesis import strategies as st
 
 from stackctl.core.schema import AdapterVersion
 from stackctl.engine.export.peft import export_peft
-from stackctl.lora.checkpoint import describe_lora, read_checkpoint, read_header
+from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.lora_config import describe_lora
+from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.registry.planning import read_plan

@@ -22,14 +22,14 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, V
 from stackctl.core.schema import Lora
 from stackctl.lora.checkpoint import (
     Slot,
-    describe_lora,
     find_checkpoint_folder,
     parse_tensor_name,
     read_checkpoint,
     read_config,
-    read_header,
     read_info,
 )
+from stackctl.lora.lora_config import describe_lora
+from stackctl.lora.safetensors_header import read_header
 
 
 def entry(start, end, shape=None, dtype="F32"):

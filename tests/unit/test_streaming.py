@@ -8,7 +8,7 @@ import pytest
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine import safetensors_writer as streaming
 from stackctl.engine.safetensors_writer import SafetensorsWriter
-from stackctl.lora.checkpoint import read_header
+from stackctl.lora.safetensors_header import read_header
 
 LAYOUT = [("a", "F32", (2, 3)), ("b.weight", "BF16", (5,)), ("none", "F16", (0, 4)), ("c", "I64", (1, 1, 2))]
 BYTES = [bytes(range(24)), bytes(range(10)), b"", bytes(range(100, 116))]

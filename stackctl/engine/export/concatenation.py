@@ -14,8 +14,8 @@ import numpy as np
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine.tensor_bytes import OpenFiles, not_finite
-from stackctl.lora.checkpoint import TensorInfo
 from stackctl.lora.naming import ExpertFactors
+from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import ModulePlan, StackPlan
 
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

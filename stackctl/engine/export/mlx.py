@@ -22,8 +22,9 @@ from stackctl.core.errors import Incompatible
 from stackctl.engine.merging import module_pair, pair_error
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, TensorFiles, tensor_bytes
-from stackctl.lora.checkpoint import CONFIG, DTYPE_NAMES, WEIGHTS
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS
 from stackctl.lora.mlx import MLX_WEIGHTS, MlxAdapter, peft_alpha
+from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expand_modules, natural_order
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, StackPlan

@@ -16,7 +16,7 @@ from stackctl.engine.export.model_tensors import ModelTensors, Written
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import MemberTensors, tensor_bytes
 from stackctl.engine.token_rows import refuse_biased
-from stackctl.lora.checkpoint import read_header
+from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_models import read_json

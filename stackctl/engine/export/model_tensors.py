@@ -14,7 +14,7 @@ from stackctl.engine.merging import exact_delta, module_delta
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
 from stackctl.engine.token_rows import new_rows
-from stackctl.lora.checkpoint import DTYPE_NAMES
+from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, Replacement, StackPlan, TokenRows
 from stackctl.plan.token_rows import differ_on_tied

@@ -9,7 +9,8 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.lora.checkpoint import CONFIG, WEIGHTS, plain_lora_config, read_checkpoint
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from stackctl.lora.lora_config import plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack

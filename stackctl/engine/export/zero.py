@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from stackctl.core.errors import Incompatible
-from stackctl.lora.checkpoint import CONFIG, WEIGHTS, plain_lora_config
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS
+from stackctl.lora.lora_config import plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.plan.model import StackPlan
 from stackctl.storage import atomic

@@ -22,7 +22,8 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.state import Counters
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.outcome import problems_of_run
-from stackctl.lora.checkpoint import INFO, describe_lora, read_checkpoint
+from stackctl.lora.checkpoint import INFO, read_checkpoint
+from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
