@@ -13,7 +13,8 @@ from stackctl.lora.checkpoint import INFO, Checkpoint
 from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Problem, StackPlan
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack
+from stackctl.registry.adapters import ResolvedMember
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.render.terminal import LABELS
 from stackctl.storage.files import human_bytes, read_bounded

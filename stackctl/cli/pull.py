@@ -38,9 +38,9 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> Result:
         """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
-        from stackctl.hub.client import parse_place
         from stackctl.hub.pull import PullOptions
         from stackctl.hub.pull import pull as pull_repo
+        from stackctl.hub.repo_place import parse_place
 
         registry, output = context.registry, context.output
         options = PullOptions(

@@ -80,9 +80,9 @@ def register(app: typer.Typer) -> None:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
         from stackctl.hub.bundle import BundleOptions
         from stackctl.hub.card import CardFacts
-        from stackctl.hub.client import parse_repo
         from stackctl.hub.push import PushOptions
         from stackctl.hub.push import push as push_stack
+        from stackctl.hub.repo_place import parse_repo
 
         registry, output = context.registry, context.output
         target = _target(registry, what, repo)

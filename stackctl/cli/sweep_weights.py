@@ -16,7 +16,8 @@ from stackctl.core.expressions import format_weight
 from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import StackPlan
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack
+from stackctl.registry.adapters import ResolvedMember
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.render import html as pages
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
 from stackctl.hub.repair import RepairSource, find_sources
 from stackctl.hub.repair import repair as repair_version
+from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.base_models import check_linked_base
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import bytes_to_verify, verify_registry
 from stackctl.render.output import Result

@@ -6,7 +6,6 @@ The same entries give the same bytes, wherever the registry lies: that is how a 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -22,12 +21,13 @@ from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, D
 from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, render_card
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
-from stackctl.registry.base_models import EMBEDDED_HUB_ID, TOKENIZER, read_json
+from stackctl.registry.adapters import ResolvedMember, resolve_adapter
+from stackctl.registry.base_models import TOKENIZER, read_json
 from stackctl.registry.checkpoint_files import check_digests, check_links, stays_inside
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack, resolve_adapter
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
-from stackctl.storage.yaml_text import format_yaml, parse_yaml
+from stackctl.storage.yaml_text import format_yaml
 
 STACK = "stack.yaml"
 ADAPTER = "adapter.yaml"
@@ -37,8 +37,6 @@ _CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 _TOKENIZER = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
 CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *_TOKENIZER)
 """The files of a checkpoint that travel. Nothing else does, in either direction: what is not here is not fetched."""
-
-_KNOWN_FACTS = {EMBEDDED_HUB_ID: CardFacts(license="apache-2.0", language=("en",))}
 
 
 @dataclass(frozen=True)
@@ -64,36 +62,6 @@ def is_ours(path: str) -> bool:
     if path.startswith(f"{MEMBERS}/"):
         return path.count("/") == 2
     return path in {*CHECKPOINT, STACK, ADAPTER, PICTURE}
-
-
-def facts_of_card(text: str) -> CardFacts:
-    """License, languages and data sets of a card that stands in a repo; nothing where it cannot be read."""
-    match = re.match(r"---\s*\n(.*?\n)---\s*(?:\n|$)", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
-    try:
-        values = parse_yaml(match[1], CARD)[0] if match else {}
-    except StackctlError:
-        return CardFacts()
-    if not isinstance(values, dict):
-        return CardFacts()
-    found = values.get("license")
-    return CardFacts(
-        found if isinstance(found, str) else None, _texts(values.get("language")), _texts(values.get("datasets"))
-    )
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, str))
-
-
-def combine_facts(asked: CardFacts, standing: CardFacts, base_id: str) -> CardFacts:
-    """What was asked for now, else what stands in the repo, else what is known of the base."""
-    known = _KNOWN_FACTS.get(base_id, CardFacts())
-    return CardFacts(
-        asked.license or standing.license or known.license,
-        asked.language or standing.language or known.language,
-        asked.datasets or standing.datasets,
-    )
 
 
 def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None, again: CommandLine) -> str:

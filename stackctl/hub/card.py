@@ -1,4 +1,6 @@
-"""The model card of an adapter or a stack, from its entries alone. Pure: the same entries give the same bytes.
+"""The model card of an adapter or a stack, from its entries alone, and the facts of one that stands in a repo.
+
+Pure: the same entries give the same bytes.
 
 The text is ``templates/card.md``; the metadata above it is huggingface_hub's ``ModelCardData``
 (https://huggingface.co/docs/hub/model-cards#model-card-metadata).
@@ -7,16 +9,20 @@ The text is ``templates/card.md``; the metadata above it is huggingface_hub's ``
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stackctl.core.errors import StackctlError
 from stackctl.core.expressions import format_sum, format_term, format_weight
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import AdapterVersion
 from stackctl.plan.lint import vllm_max_rank
 from stackctl.plan.methods import METHODS, SUM
+from stackctl.registry.base_models import EMBEDDED_HUB_ID
 from stackctl.render.loss_curve import PICTURE
+from stackctl.storage.yaml_text import parse_yaml
 
 CARD = "README.md"
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -199,3 +205,36 @@ def _expression(card: Card) -> str:
     if card.is_stack:  # without its members a pull brings their sum, as one adapter, whose name holds no '+'
         return card.name if any(m.folder for m in card.members) else card.name.replace("+", "-")
     return "+".join([*(f.term for f in card.foundations), card.members[0].label])
+
+
+_KNOWN_FACTS = {EMBEDDED_HUB_ID: CardFacts(license="apache-2.0", language=("en",))}
+
+
+def facts_of_card(text: str) -> CardFacts:
+    """License, languages and data sets of a card that stands in a repo; nothing where it cannot be read."""
+    match = re.match(r"---\s*\n(.*?\n)---\s*(?:\n|$)", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
+    try:
+        values = parse_yaml(match[1], CARD)[0] if match else {}
+    except StackctlError:
+        return CardFacts()
+    if not isinstance(values, dict):
+        return CardFacts()
+    found = values.get("license")
+    return CardFacts(
+        found if isinstance(found, str) else None, _texts(values.get("language")), _texts(values.get("datasets"))
+    )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, str))
+
+
+def combine_facts(asked: CardFacts, standing: CardFacts, base_id: str) -> CardFacts:
+    """What was asked for now, else what stands in the repo, else what is known of the base."""
+    known = _KNOWN_FACTS.get(base_id, CardFacts())
+    return CardFacts(
+        asked.license or standing.license or known.license,
+        asked.language or standing.language or known.language,
+        asked.datasets or standing.datasets,
+    )

@@ -1,8 +1,7 @@
 """A repository on the Hub, through huggingface_hub: what is in it, one commit to it, files from it.
 
-Authentication, endpoint, proxies and cache are huggingface_hub's own. What it leaves open is closed here: it waits
-for ever for a silent server, sleeps as long as a 429 asks, prints progress bars into pipes, and keeps whatever bytes
-arrive.
+Authentication, endpoint, proxies and cache are huggingface_hub's own. What it leaves open is closed here and in
+:mod:`stackctl.hub.http_client`: it prints progress bars into pipes, and keeps whatever bytes arrive.
 """
 
 from __future__ import annotations
@@ -13,24 +12,19 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stackctl.core.command_line import CommandLine, typed
-from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
-from stackctl.core.hub_ids import is_hub_id
-from stackctl.hub.errors import Attempt, explain_status, explained, retry_after, scrub
+from stackctl.core.errors import HubFailure, NotFound, VerificationFailed
+from stackctl.hub import http_client
+from stackctl.hub.errors import Attempt, explained, scrub
+from stackctl.hub.http_client import Say, impatient_client, plain_client
 from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
+from stackctl.hub.repo_place import parse_repo
 from stackctl.storage.files import human_bytes
-
-Say = Callable[[str], None]
-TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))
-"""How long a server may be silent."""
-_PATIENCE_SECONDS = 30
-_MOST_FAILURES = 10
-"""How long all waits that a server asks for may be together, and how often one request may fail; then it is told."""
 
 
 @dataclass(frozen=True)
@@ -38,60 +32,6 @@ class Commit:
     oid: str
     url: str
     pull_request: str | None = None
-
-
-_ADDRESSES = ("https://huggingface.co/", "https://hf.co/", "hf://")
-
-
-def parse_repo(text: str) -> str:
-    """``owner/name``, also when it is given as the repo's address.
-
-    Raises:
-        Usage: it is neither.
-    """
-    for prefix in _ADDRESSES:
-        text = text.removeprefix(prefix)
-    repo = text.strip("/")
-    if not is_hub_id(repo):
-        raise Usage(f"'{text}' is not the id of a repo", hint="write owner/name, for example me/storyteller")
-    return repo
-
-
-@dataclass(frozen=True)
-class RepoPlace:
-    """Where on the Hub something lies, as it was ``typed``: a folder of a repo, "" its root, at a revision."""
-
-    typed: str
-    repo: str
-    folder: str = ""
-    revision: str | None = None
-
-    def at(self, folder: str) -> str:
-        """Another folder of the repo at the same revision, as it is typed."""
-        return "/".join(filter(None, (self.repo, folder))) + (f"@{self.revision}" if self.revision else "")
-
-
-def parse_place(text: str) -> RepoPlace:
-    """``owner/name``, ``owner/name/folder`` or the address of one, with or without ``@revision``.
-
-    Raises:
-        Usage: it is none of these.
-    """
-    place, at, revision = text.partition("@")
-    if at and not revision:
-        raise Usage(f"'{text}' has no revision after @", hint="write REPO@REVISION, for example me/storyteller@v1")
-    path = place
-    for prefix in _ADDRESSES:
-        path = path.removeprefix(prefix)
-    owner, _, rest = path.strip("/").partition("/")
-    name, _, below = rest.partition("/")
-    repo = parse_repo(f"{owner}/{name}" if name else path)
-    folders = below.split("/") if below else []
-    if path != place and folders[:1] == ["tree"]:  # the address of a folder's page
-        revision, folders = revision or "".join(folders[1:2]), folders[2:]
-    if any(part in ("", ".", "..") for part in folders):
-        raise Usage(f"'{text}' names no folder of a repo", hint=f"write OWNER/NAME/FOLDER, for example {repo}/style")
-    return RepoPlace(text, repo, "/".join(folders), revision or None)
 
 
 class Hub:
@@ -207,7 +147,7 @@ class Hub:
 
         for _ in range(2):
             with explained(replace(self._attempt, revision=commit)):
-                found = hf_hub_download(self.repo, file.path, revision=commit, etag_timeout=TIMEOUT_SECONDS)
+                found = hf_hub_download(self.repo, file.path, revision=commit, etag_timeout=http_client.TIMEOUT_SECONDS)
             path = Path(found)
             if file.holds(path):
                 return path
@@ -289,8 +229,8 @@ def open_hub(repo: str, *, again: CommandLine, writes: bool, say: Say, progress:
         if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             stack.enter_context(disable_progress_bars())
         hooks = huggingface_hub.get_session().event_hooks  # huggingface_hub's own: offline mode is one of them
-        huggingface_hub.set_client_factory(lambda: _make_client(attempt, say, hooks))
-        stack.callback(huggingface_hub.set_client_factory, lambda: _plain_client(hooks))
+        huggingface_hub.set_client_factory(lambda: impatient_client(attempt, say, hooks))
+        stack.callback(huggingface_hub.set_client_factory, lambda: plain_client(hooks))
         yield Hub(huggingface_hub.HfApi(library_name="stackctl", library_version=_version()), attempt, say)
 
 
@@ -298,71 +238,3 @@ def _version() -> str:
     from stackctl import __version__
 
     return __version__
-
-
-def _plain_client(hooks: Any) -> Any:
-    """A client as huggingface_hub makes it."""
-    import httpx2
-
-    return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
-
-
-def _make_client(attempt: Attempt, say: Say, hooks: Any) -> Any:
-    """huggingface_hub's client, which gives up on a silent server and on one that asks for too much patience."""
-    import httpx2
-
-    patience = _Patience(attempt, say)
-
-    class ImpatientClient(httpx2.Client):
-        def send(self, request: Any, **options: Any) -> Any:
-            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_SECONDS)
-            try:
-                response = super().send(request, **options)
-            except httpx2.TimeoutException as error:
-                raise HubFailure(
-                    f"{attempt.host} was silent for {TIMEOUT_SECONDS:.0f} s",
-                    hint=f"try again (STACKCTL_HUB_TIMEOUT sets the seconds to wait): {attempt.again}",
-                ) from error
-            except httpx2.TransportError:
-                patience.count_break(f"{request.method} {request.url}")
-                raise
-            if response.status_code in (408, 409, 429) or response.status_code >= 500:
-                patience.count(f"{request.method} {request.url}", response)
-            return response
-
-    return ImpatientClient(event_hooks=hooks, follow_redirects=True, timeout=None)
-
-
-class _Patience:
-    """How often a server has failed and how long it has asked to wait; huggingface_hub itself has no limit to that."""
-
-    def __init__(self, attempt: Attempt, say: Say) -> None:
-        self._attempt = attempt
-        self._say = say
-        self._failures: dict[tuple[str, int], int] = {}
-        self._waited = 0
-
-    def count(self, request: str, response: Any) -> None:
-        """Take note of a failed response.
-
-        Raises:
-            HubFailure: it is one too many.
-        """
-        from huggingface_hub.errors import HfHubHTTPError
-
-        status = response.status_code
-        asked = retry_after(response.headers) or 0
-        times = self._failures[request, status] = self._failures.get((request, status), 0) + 1
-        self._waited += asked
-        if self._waited > _PATIENCE_SECONDS or times > _MOST_FAILURES:
-            raise explain_status(HfHubHTTPError("", response=response), self._attempt)
-        if asked:
-            self._say(f"{self._attempt.host} asks to wait {asked} s")
-        elif times == 2:  # the first may be the last: not everything is tried again
-            self._say(f"{self._attempt.host} answers HTTP {status}: trying again")
-
-    def count_break(self, request: str) -> None:
-        """Take note of a connection that broke."""
-        times = self._failures[request, 0] = self._failures.get((request, 0), 0) + 1
-        if times == 2:
-            self._say(f"the connection to {self._attempt.host} breaks: trying again")

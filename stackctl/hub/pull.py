@@ -28,17 +28,19 @@ from stackctl.core.expressions import (
 )
 from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber, HubSource, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
-from stackctl.hub.client import RepoPlace, Say, open_hub
+from stackctl.hub.client import open_hub
+from stackctl.hub.http_client import Say
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
+from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of
 from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
+from stackctl.registry.adapters import ResolvedMember, find_digest, resolve_adapter
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, find_stated_base
 from stackctl.registry.checkpoint_files import damaged_members
-from stackctl.registry.resolve import ResolvedMember, find_digest, resolve_adapter
 from stackctl.registry.restore import own_folder, restore_files
 from stackctl.registry.stacks import put_stack
 from stackctl.registry.store import Registry, now

@@ -22,13 +22,12 @@ from stackctl.hub.bundle import (
     bundle_adapter,
     bundle_stack,
     check_pushable,
-    combine_facts,
-    facts_of_card,
     is_ours,
     resolve_base_id,
 )
-from stackctl.hub.card import CARD, CardFacts
-from stackctl.hub.client import Hub, Say, open_hub
+from stackctl.hub.card import CARD, CardFacts, combine_facts, facts_of_card
+from stackctl.hub.client import Hub, open_hub
+from stackctl.hub.http_client import Say
 from stackctl.hub.remote_files import Content, Snapshot, sha256
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import read_plan

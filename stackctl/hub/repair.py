@@ -14,8 +14,8 @@ from typing import Any, Literal
 from stackctl.core.command_line import typed
 from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.lora.checkpoint import INFO, WEIGHTS
+from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.checkpoint_files import checkpoint_folders, copy_checkpoint, folder_digest
-from stackctl.registry.resolve import ResolvedMember
 from stackctl.registry.restore import find_copies, own_folder, restore_files
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic
@@ -110,8 +110,9 @@ def _copy(folder: Path, staged: Path, *, is_its_own: bool) -> None:
 
 
 def _fetch(registry: Registry, member: ResolvedMember, place: str, staged: Path, say: Say, progress: bool) -> None:
-    from stackctl.hub.client import open_hub, parse_repo
+    from stackctl.hub.client import open_hub
     from stackctl.hub.repo_contents import RepoReader
+    from stackctl.hub.repo_place import parse_repo
 
     repo, _, commit = place.partition("@")
     with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=progress) as hub:

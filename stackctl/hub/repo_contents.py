@@ -13,8 +13,9 @@ from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest
 from stackctl.core.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
-from stackctl.hub.client import Hub, RepoPlace
+from stackctl.hub.client import Hub
 from stackctl.hub.remote_files import RemoteFile, Snapshot
+from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info
 from stackctl.storage.files import MAX_TEXT_BYTES, human_bytes
 from stackctl.storage.yaml_files import read_yaml

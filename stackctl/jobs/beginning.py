@@ -14,7 +14,8 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
+from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 
 

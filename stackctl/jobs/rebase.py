@@ -9,7 +9,8 @@ import msgspec
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import AdapterVersion, TrainJob
 from stackctl.jobs.settings import outcome, settings_of
-from stackctl.registry.resolve import ResolvedStack, find_removed_version, foundations, resolve_adapter
+from stackctl.registry.adapters import find_removed_version, foundations, resolve_adapter
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 
 _SHAPE = ("rank", "alpha", "use_rslora", "target_modules", "train_tokens")

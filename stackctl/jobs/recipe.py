@@ -20,9 +20,10 @@ from stackctl.core.schema import AdapterVersion, Recipe, TrainJob
 from stackctl.jobs.job import PreparedJob, data_path, prepare_job
 from stackctl.jobs.rebase import own_newest, stands_on
 from stackctl.jobs.settings import outcome, settings_of
+from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_adapter, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text

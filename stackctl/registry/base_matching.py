@@ -11,9 +11,9 @@ from typing import Any
 from stackctl.core.errors import Incompatible, NotFound, StackctlError
 from stackctl.core.schema import AdapterInfo, AdapterVersion, Base, Stack
 from stackctl.lora.checkpoint import Checkpoint
+from stackctl.registry.adapters import find_digest
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_models import base_gguf, converted_folder, fingerprint
-from stackctl.registry.resolve import find_digest
 from stackctl.registry.store import Registry
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, VerificationFailed, raise_all
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest
+from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.base_models import read_json
-from stackctl.registry.resolve import ResolvedMember
 from stackctl.registry.store import Registry
 from stackctl.storage.hashes import DigestCache, sha256_file
 

@@ -14,7 +14,7 @@ import msgspec
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE, Reference, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
-from stackctl.registry.resolve import foundations, resolve_adapter
+from stackctl.registry.adapters import foundations, resolve_adapter
 from stackctl.registry.stacks import set_current
 from stackctl.registry.store import Registry
 from stackctl.storage import files

@@ -1,12 +1,9 @@
-"""Names and expressions to pinned versions. Reads entries, changes nothing."""
+"""Expressions and stored stacks to pinned members on a base. Reads entries, changes nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from stackctl.core.errors import (
@@ -15,51 +12,15 @@ from stackctl.core.errors import (
     StackctlError,
     Usage,
     VerificationFailed,
-    did_you_mean,
     gathering,
     raise_all,
 )
-from stackctl.core.expressions import BASE, Reference, Term, format_term, parse_expression, parse_stack_name
-from stackctl.core.schema import Adapter, AdapterVersion, Base, Member, MethodOptions, Removed, Stack
+from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
+from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
 from stackctl.plan.methods import SUM
+from stackctl.registry.adapters import DIGEST, ResolvedMember, find_removed_version, resolve_adapter, resolve_digest
 from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.store import Registry
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
-
-
-@dataclass(frozen=True)
-class ResolvedMember:
-    """One adapter version of an expression, with its weight, and of a stored stack others by layer or module."""
-
-    adapter: Adapter
-    version: AdapterVersion
-    weight: float
-    layer_weights: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        return f"{self.adapter.name}@{self.version.version}"
-
-    def __str__(self) -> str:
-        return format_term(self.label, self.weight)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the adapter as it was trained, with the weight one everywhere."""
-        return self.weight == 1 and not self.layer_weights
-
-    def times(self, weight: float) -> ResolvedMember:
-        """This member in a stack that has a weight itself."""
-        by_name = {name: value * weight for name, value in self.layer_weights.items()}
-        return replace(self, weight=self.weight * weight, layer_weights=by_name)
-
-    def entry(self) -> Member:
-        """How the entry of a stack pins it."""
-        return Member(
-            adapter=self.adapter.name, version=self.version.version, digest=self.version.digest, weight=self.weight,
-            layer_weights=dict(self.layer_weights),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,51 +104,6 @@ def current_stack(registry: Registry) -> str:
     return current
 
 
-def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
-    """An adapter version; without a version the newest.
-
-    Raises:
-        NotFound: no such adapter, or not in that version.
-    """
-    adapter = registry.find_adapter(reference.name)
-    if adapter:
-        if reference.version is None:
-            return ResolvedMember(adapter, adapter.newest(), 1.0)
-        for version in adapter.versions:
-            if version.version == reference.version:
-                return ResolvedMember(adapter, version, 1.0)
-    if removed := find_removed_version(registry, reference):
-        raise NotFound(
-            f"{reference} was removed; its weights are kept until: stackctl gc",
-            hint=f"to have it again: stackctl add {reference.name} {registry.weights_path(removed.version)}",
-        )
-    if not adapter:
-        raise _not_found(registry, reference.name)
-    have = ", ".join(str(v.version) for v in adapter.versions)
-    raise NotFound(
-        f"there is no {reference}; '{adapter.name}' has version {have}",
-        hint=f"use {adapter.name}@{adapter.newest().version}",
-    )
-
-
-def find_digest(registry: Registry, digest: str) -> ResolvedMember | None:
-    """The registered adapter version with that digest, under whatever name."""
-    for adapter in registry.adapters(mentioning=digest):
-        for version in adapter.versions:
-            if version.digest == digest:
-                return ResolvedMember(adapter, version, 1.0)
-    return None
-
-
-def find_removed_version(registry: Registry, reference: Reference) -> ResolvedMember | None:
-    """A version that was removed and whose weights are still there."""
-    for version in registry.find_removed(reference.name).versions:
-        if version.version == reference.version:
-            adapter = registry.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
-            return ResolvedMember(adapter, version, 1.0)
-    return None
-
-
 def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]:
     """The members of a stored stack, removed ones too as long as their weights are there.
 
@@ -210,22 +126,9 @@ def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]
         yield replace(found, weight=member.weight, layer_weights=member.layer_weights)
 
 
-def foundations(version: AdapterVersion) -> tuple[Term, ...]:
-    """The terms that a version was trained on."""
-    return parse_expression("+".join(version.trained_on)) if version.trained_on else ()
-
-
-def registered_versions(registry: Registry) -> Iterator[AdapterVersion]:
-    """Every registered version; an entry that cannot be read is passed over."""
-    for name in registry.names(Adapter):
-        with contextlib.suppress(StackctlError):
-            adapter = registry.find_adapter(name)
-            yield from adapter.versions if adapter else ()
-
-
 def _resolve(registry: Registry, text: str, base: str | None, fresh: bool) -> ResolvedStack:
-    if _DIGEST.fullmatch(text):
-        member = _by_digest(registry, text)
+    if DIGEST.fullmatch(text):
+        member = resolve_digest(registry, text)
         return ResolvedStack(member.label, resolve_base(registry, member.version.base), (member,))
     terms = parse_expression(text)
     if not (fresh and "+" in text) and (stored := _stored(registry, text)):
@@ -245,36 +148,6 @@ def _resolve(registry: Registry, text: str, base: str | None, fresh: bool) -> Re
         which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
         raise Incompatible(f"the members have different bases: {which}", hint="use adapters of one base")
     return ResolvedStack(text, resolve_base(registry, bases.pop()), members)
-
-
-def _by_digest(registry: Registry, text: str) -> ResolvedMember:
-    """A version by its digest or the beginning of it, also one that was removed, until ``gc``.
-
-    Raises:
-        NotFound, Usage: nothing has it, or several have.
-    """
-    removed = (registry.find_removed(name) for name in registry.names(Removed))
-    owners: Iterator[Adapter | Removed] = itertools.chain(removed, registry.adapters(mentioning=text))
-    found = {
-        v.digest: Reference(owner.name, v.version)
-        for owner in owners
-        for v in owner.versions
-        if v.digest.startswith(text)
-    }
-    if not found:
-        raise NotFound(f"nothing here has the digest {text}", hint="stackctl ls --json shows digests")
-    if len(found) > 1:
-        raise Usage(f"{len(found)} versions have a digest that begins with {text}", hint="write more of it")
-    reference = found.popitem()[1]
-    return find_removed_version(registry, reference) or resolve_adapter(registry, reference)
-
-
-def _not_found(registry: Registry, name: str) -> NotFound:
-    known = [*registry.names(Adapter), *registry.names(Stack), *registry.names(Base)]
-    return NotFound(
-        f"there is no adapter, stack or base '{name}'",
-        hint=did_you_mean(name, known, "stackctl ls shows what there is"),
-    )
 
 
 def _members(registry: Registry, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:

@@ -16,9 +16,9 @@ from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import AdapterVersion, Removed
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest, read_config
+from stackctl.registry.adapters import ResolvedMember, registered_versions, resolve_adapter
 from stackctl.registry.checkpoint_files import damaged_members, folder_digest
 from stackctl.registry.garbage_collection import unreferenced_weights
-from stackctl.registry.resolve import ResolvedMember, registered_versions, resolve_adapter
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic
 from stackctl.storage.hashes import DigestCache, sha256_file

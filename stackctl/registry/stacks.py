@@ -7,7 +7,8 @@ import msgspec
 from stackctl.core.errors import NotFound, Usage, did_you_mean
 from stackctl.core.expressions import Reference, parse_stack_name
 from stackctl.core.schema import Adapter, Stack
-from stackctl.registry.resolve import ResolvedStack, resolve_adapter
+from stackctl.registry.adapters import resolve_adapter
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, now
 
 

@@ -10,10 +10,11 @@ from stackctl.core.errors import Incompatible, StackctlError, explain_oserror
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, AdapterInfo, Base, Removed, Stack
 from stackctl.lora.checkpoint import read_info
+from stackctl.registry.adapters import ResolvedMember, foundations, registered_versions, resolve_adapter
 from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import plan_member
-from stackctl.registry.resolve import ResolvedMember, foundations, pinned_members, registered_versions, resolve_adapter
+from stackctl.registry.resolve import pinned_members
 from stackctl.registry.store import Registry
 
 _REMEMBERED = 1000

@@ -14,7 +14,8 @@ from stackctl.core.expressions import Reference, parse_name
 from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, HubSource, Removed, Stack
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.lora_config import describe_lora
-from stackctl.registry.resolve import ResolvedMember, ResolvedStack, foundations, resolve_adapter
+from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
 

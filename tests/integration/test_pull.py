@@ -510,7 +510,7 @@ def test_offline_a_silent_server_and_a_dry_run(
 ) -> None:
     from huggingface_hub import constants
 
-    import stackctl.hub.client
+    import stackctl.hub.http_client
 
     run("push", "style@1", "me/style", *ID)
     before = tree(there)
@@ -521,7 +521,7 @@ def test_offline_a_silent_server_and_a_dry_run(
     error = run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]
     assert error["hint"] == f"HF_HUB_OFFLINE=0 stackctl pull me/style --registry {there.root} --json"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stackctl.hub.http_client, "TIMEOUT_SECONDS", 0.3)
     hub.fail("adapter_model", delay=30.0)
     assert "silent" in run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]["message"]
     assert tree(there) == before

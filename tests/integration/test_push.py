@@ -394,15 +394,15 @@ def test_somebody_else_pushes_meanwhile(run: Callable[..., Any], here: Registry,
 def test_a_silent_server_is_given_up(
     run: Callable[..., Any], here: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stackctl.hub.client
+    import stackctl.hub.http_client
 
-    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stackctl.hub.http_client, "TIMEOUT_SECONDS", 0.3)
     hub.repo("me/style")
     for match in ("GET /api/models/me/style", "PUT /lfs", "commit"):
         hub.fail(match, delay=30.0, times=1)
         assert "silent" in check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["message"]
         hub.heal()
-    monkeypatch.setattr(stackctl.hub.client, "TIMEOUT_SECONDS", 5)
+    monkeypatch.setattr(stackctl.hub.http_client, "TIMEOUT_SECONDS", 5)
     hub.fail("", delay=0.05)
     run("push", "style", "me/style", *ID)  # slow is not silent
 

@@ -10,10 +10,11 @@ from checkpoints import make_registry, register
 
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Adapter
+from stackctl.registry.adapters import find_digest
 from stackctl.registry.base_entries import remove_base
 from stackctl.registry.garbage_collection import free_weights
 from stackctl.registry.remove import remove_entry
-from stackctl.registry.resolve import find_digest, resolve_expression
+from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry

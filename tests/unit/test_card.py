@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from stackctl.core.schema import AdapterVersion, DataSource, Lora, Run
-from stackctl.hub.bundle import combine_facts, facts_of_card, is_ours
-from stackctl.hub.card import Card, CardFacts, CardMember, TrainedOn, render_card
+from stackctl.hub.bundle import is_ours
+from stackctl.hub.card import Card, CardFacts, CardMember, TrainedOn, combine_facts, facts_of_card, render_card
 
 
 def version(number: int = 1, rank: int = 16, data: str | None = "chat.jsonl", **changes: object) -> AdapterVersion:

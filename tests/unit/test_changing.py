@@ -12,10 +12,11 @@ from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, 
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, RegistryFile, Stack
 from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import remove_base
 from stackctl.registry.planning import read_plan
 from stackctl.registry.remove import remove_entry
-from stackctl.registry.resolve import ResolvedStack, resolve_adapter, resolve_expression
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.stacks import save_stack, use_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry

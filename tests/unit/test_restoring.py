@@ -12,10 +12,10 @@ from stackctl.core.errors import NotFound, VerificationFailed
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter
 from stackctl.hub.repair import find_sources, repair
+from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.checkpoint_files import damaged_members, folder_digest
 from stackctl.registry.garbage_collection import free_weights
 from stackctl.registry.remove import remove_entry
-from stackctl.registry.resolve import resolve_adapter
 from stackctl.registry.restore import restore_files
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry

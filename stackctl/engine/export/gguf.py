@@ -26,11 +26,12 @@ from torch import Tensor
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine import algebra
+from stackctl.engine.export.gguf_layout import GgufTarget, config_count, gguf_targets, lay_out, undo_layout
 from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.model import StackPlan
 from stackctl.registry.base_models import read_json
 from stackctl.storage import atomic
 from stackctl.storage.paths import existing_path
@@ -40,22 +41,6 @@ _DTYPES = {
     "float16": (torch.float16, np.float16, gguf.LlamaFileType.MOSTLY_F16),
 }
 MODELFILE = "Modelfile"
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where a module's pair goes. ``heads``: into how many its rows are permuted, or 0 for rows that stay."""
-
-    module: ModulePlan
-    name: str
-    heads: int
-
-    def layout(self, rank: int) -> list[tuple[str, tuple[int, int]]]:
-        """The two tensors with their shapes as numpy counts them (GGUF counts from the other end)."""
-        rows, columns = self.module.shape
-        if self.module.type == "Embedding":
-            return [(f"{self.name}.lora_a", (rows, rank)), (f"{self.name}.lora_b", (columns, rank))]
-        return [(f"{self.name}.lora_a", (rank, columns)), (f"{self.name}.lora_b", (rows, rank))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +81,7 @@ def export_gguf(
     assert plan.base is not None, "a stack that is exported stands on a base"
     architecture = GGUF_ARCHITECTURES[plan.base.architecture]
     config = read_json(base / "config.json")
-    targets = _targets(plan, architecture, config)
+    targets = gguf_targets(plan, architecture, config)
     if base_gguf is not None:
         _check_base(targets, architecture, config, existing_path(base_gguf, "the file"))
     rank = _largest_rank(plan)
@@ -119,49 +104,9 @@ def _refuse(plan: StackPlan, dtype: str) -> None:
         )
 
 
-def _targets(plan: StackPlan, architecture: GgufArchitecture, config: Mapping[str, Any]) -> list[_Target]:
-    """Every module's tensor in llama.cpp's words.
-
-    Raises:
-        Incompatible: llama.cpp has no such tensor, or the configuration does not say how many heads there are.
-    """
-    known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(known, _count(config, "num_hidden_layers", "n_layer"))
-    targets, unknown = [], []
-    for module in plan.modules.values():
-        name = names.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
-        if name is None:
-            unknown.append(module.name)
-            continue
-        targets.append(_Target(module, name, _heads(module, config) if architecture.permuted else 0))
-    if unknown:
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise Incompatible(f"llama.cpp has no tensor for {shown} of {plan.expression}", hint="--format model")
-    return targets
-
-
-def _heads(module: ModulePlan, config: Mapping[str, Any]) -> int:
-    """Into how many heads the rows of a module are permuted: those of q and k, in Llama-like models."""
-    if module.name.endswith(".q_proj"):
-        heads = _count(config, "num_attention_heads")
-    elif module.name.endswith(".k_proj"):
-        heads = _count(config, "num_key_value_heads", "num_attention_heads")
-    else:
-        return 0
-    if module.shape[0] % (2 * heads):
-        raise Incompatible(f"{module.name} has {module.shape[0]} rows, which are no {heads} heads of even size")
-    return heads
-
-
-def _count(config: Mapping[str, Any], *keys: str) -> int:
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise Incompatible(f"the base's config.json has no {keys[0]}", hint="restore it from where it came")
-
-
-def _check_base(targets: list[_Target], architecture: GgufArchitecture, config: Mapping[str, Any], path: Path) -> None:
+def _check_base(
+    targets: list[GgufTarget], architecture: GgufArchitecture, config: Mapping[str, Any], path: Path
+) -> None:
     """Hold the adapter's tensors against the base that it will run on.
 
     Raises:
@@ -174,8 +119,8 @@ def _check_base(targets: list[_Target], architecture: GgufArchitecture, config: 
     found = _field(reader, "general.architecture")
     if found != architecture.name:
         raise Incompatible(f"{path} is of the architecture {found}, not {architecture.name}")
-    heads = _count(config, "num_attention_heads", "n_head")
-    key_heads = _count(config, "num_key_value_heads", "num_attention_heads", "n_head")
+    heads = config_count(config, "num_attention_heads", "n_head")
+    key_heads = config_count(config, "num_key_value_heads", "num_attention_heads", "n_head")
     said = _field(reader, f"{found}.attention.head_count"), _field(reader, f"{found}.attention.head_count_kv")
     if said[0] != heads or said[1] not in (None, key_heads):
         raise Incompatible(f"{path} has {said[0]} and {said[1]} attention heads, not {heads} and {key_heads}")
@@ -201,7 +146,7 @@ def _largest_rank(plan: StackPlan) -> int:
 
 
 def _write(
-    plan: StackPlan, targets: list[_Target], architecture: GgufArchitecture, rank: int, path: Path, dtype: str
+    plan: StackPlan, targets: list[GgufTarget], architecture: GgufArchitecture, rank: int, path: Path, dtype: str
 ) -> tuple[float, dict[str, _Written]]:
     """Stream the file: its header from shapes alone, then the pairs one by one.
 
@@ -223,7 +168,7 @@ def _write(
                     exact = algebra.concatenate(factors)
                     worst = max(worst, algebra.relative_error(exact, (a.float(), b.float())))
                 written[target.name] = _Written(a.shape[0], (_digest(a), _digest(b)))
-                for factor in _lay_out(a, b, target, rank):
+                for factor in lay_out(a, b, target, rank):
                     writer.write_tensor_data(factor.numpy())
     finally:
         writer.close()
@@ -231,7 +176,7 @@ def _write(
 
 
 def _write_header(
-    writer: Any, plan: StackPlan, targets: list[_Target], rank: int, numpy_dtype: type, file_type: int
+    writer: Any, plan: StackPlan, targets: list[GgufTarget], rank: int, numpy_dtype: type, file_type: int
 ) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -256,23 +201,8 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
 
 
-def _lay_out(a: Tensor, b: Tensor, target: _Target, rank: int) -> tuple[Tensor, Tensor]:
-    """A pair as llama.cpp wants it: padded with zeros to ``rank``, rows of B in its order, an embedding's A upright."""
-    if missing := rank - a.shape[0]:
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-    if target.heads:
-        b = b[_rows(b.shape[0], target.heads)]
-    return (a.T if target.module.type == "Embedding" else a).contiguous(), b.contiguous()
-
-
-def _rows(count: int, heads: int) -> Tensor:
-    """Which of Transformers' rows stands in each of llama.cpp's: the two halves of every head, taken in turns."""
-    return torch.arange(count).reshape(heads, 2, -1).transpose(1, 2).flatten()
-
-
 def _check_written(
-    targets: list[_Target],
+    targets: list[GgufTarget],
     architecture: GgufArchitecture,
     rank: int,
     path: Path,
@@ -299,7 +229,7 @@ def _check_written(
     if planned != found:
         raise VerificationFailed("what was written is not what was planned: names, shapes or dtypes differ")
     for target, first, second in zip(targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
-        a, b = _read_back(_values(path, first, numpy_dtype), _values(path, second, numpy_dtype), target)
+        a, b = undo_layout(_values(path, first, numpy_dtype), _values(path, second, numpy_dtype), target)
         was = written[target.name]
         if a[was.rank :].any() or b[:, was.rank :].any():
             raise VerificationFailed(f"what was written is not what was planned: the padding of {target.name}")
@@ -312,14 +242,6 @@ def _values(path: Path, tensor: Any, numpy_dtype: type) -> Any:
     """One tensor's values, read and not mapped: pages of a map would stay in memory until the whole file is there."""
     count = math.prod(tensor.data.shape)
     return np.fromfile(path, numpy_dtype, count, offset=tensor.data_offset).reshape(tensor.data.shape)
-
-
-def _read_back(a: Any, b: Any, target: _Target) -> tuple[Any, Any]:
-    """The inverse of :func:`_lay_out`, without its padding: of every head the even rows, then the odd ones."""
-    if target.heads:
-        rows = b.reshape(target.heads, -1, 2, b.shape[1])
-        b = np.stack([rows[:, :, 0], rows[:, :, 1]], axis=1).reshape(b.shape)
-    return (a.T if target.module.type == "Embedding" else a), b
 
 
 def _modelfile(plan: StackPlan, base: Path, adapter: str) -> str:
