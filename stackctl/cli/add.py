@@ -18,7 +18,7 @@ from stackctl.lora.effect import NO_EFFECT, has_no_effect
 from stackctl.lora.mlx import is_mlx, read_mlx
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
-from stackctl.plan.validate import no_plain_lora
+from stackctl.plan.refusals import no_plain_lora
 from stackctl.registry.base_matching import choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression

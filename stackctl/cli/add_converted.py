@@ -16,7 +16,7 @@ from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, v
 from stackctl.lora.recognition import recognise_task
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.plan.validate import refusals
+from stackctl.plan.refusals import refusals
 from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack

@@ -5,38 +5,39 @@ The same entries give the same bytes, wherever the registry lies: that is how a 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from stackctl.core.command_line import CommandLine
-from stackctl.core.errors import Incompatible, StackctlError, Usage
-from stackctl.core.expressions import Reference, parse_expression
-from stackctl.core.hub_ids import is_hub_id, parse_dataset_id
-from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource, Stack
+from stackctl.core.errors import Incompatible, Usage
+from stackctl.core.hub_ids import is_hub_id
+from stackctl.core.schema import AdapterInfo, Base, Stack
 from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, render_card
+from stackctl.hub.published import (
+    ADAPTER,
+    CHECKPOINT,
+    TOKENIZER_FILES,
+    checkpoint_files,
+    own_base_name,
+    published_config,
+    published_entry,
+    published_info,
+    published_tokenizer_config,
+)
 from stackctl.hub.remote_files import Content
-from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_checkpoint, read_config, read_info
-from stackctl.registry.adapters import ResolvedMember, resolve_adapter
-from stackctl.registry.base_models import TOKENIZER, read_json
-from stackctl.registry.checkpoint_files import check_digests, check_links, stays_inside
+from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint, read_config, read_info
+from stackctl.registry.adapters import ResolvedMember
+from stackctl.registry.checkpoint_files import check_digests, stays_inside
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
-from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
+from stackctl.render.loss_curve import PICTURE, read_curve, render_curve_svg
 from stackctl.storage.yaml_text import format_yaml
 
 STACK = "stack.yaml"
-ADAPTER = "adapter.yaml"
 MEMBERS = "members"
-
-_CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
-_TOKENIZER = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
-CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *_TOKENIZER)
-"""The files of a checkpoint that travel. Nothing else does, in either direction: what is not here is not fetched."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def bundle_adapter(registry: Registry, member: ResolvedMember, base: Base, to: D
     """The files of one adapter: its checkpoint at the root, its entry, its card."""
     content = checkpoint_files(registry, member, base, to.base_id)
     curve = _picture([(member, registry.weights_path(member.version))])
-    info = _published_info(registry, member, base, to.base_id, {})
+    info = published_info(registry, member, base, to.base_id, {})
     card = Card(
         name=member.adapter.name,
         repo=to.repo,
         base_id=to.base_id,
-        members=(CardMember(member.adapter.name, _published(member), description=member.adapter.description),),
+        members=(CardMember(member.adapter.name, published_entry(member), description=member.adapter.description),),
         rank=max(member.version.lora.r, *member.version.lora.rank_pattern.values(), 0),
         foundations=tuple(TrainedOn(m.adapter, m.version, m.weight, m.digest, m.repo) for m in info.trained_on),
         facts=to.facts,
@@ -112,110 +113,6 @@ def bundle_adapter(registry: Registry, member: ResolvedMember, base: Base, to: D
         has_tokenizer=_has_tokenizer(content),
     )
     return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
-
-
-def checkpoint_files(
-    registry: Registry, member: ResolvedMember, base: Base, base_id: str, here: Mapping[str, str] | None = None
-) -> dict[str, Content]:
-    """A member's own files as they go up: nothing in them leads to a place on this disk.
-
-    Args:
-        here: labels of the adapters that go up together with it, to their repo.
-    """
-    folder = registry.weights_path(member.version)
-    check_links(folder)
-    content: dict[str, Content] = {
-        name: path for name in CHECKPOINT if (path := folder / name).is_file() and stays_inside(path)
-    }
-    content[CONFIG] = _published_config(folder, base_id)
-    if "tokenizer_config.json" in content:
-        content["tokenizer_config.json"] = _published_tokenizer_config(folder / "tokenizer_config.json")
-    content[INFO] = _json(msgspec.to_builtins(_published_info(registry, member, base, base_id, here or {})))
-    entry = Adapter(
-        name=member.adapter.name, description=member.adapter.description,
-        versions=[msgspec.structs.replace(_published(member), base=_base_name(folder, base))],
-    )  # fmt: skip
-    content[ADAPTER] = format_yaml(msgspec.to_builtins(entry)).encode()
-    return content
-
-
-def _published_config(folder: Path, base_id: str) -> bytes:
-    return _json({**read_config(folder), "base_model_name_or_path": base_id}, sort_keys=True)
-
-
-def _published_tokenizer_config(path: Path) -> Content:
-    """``name_or_path`` is where the tokenizer was loaded from, which may be a folder here."""
-    config = read_json(path)
-    places = [key for key in ("name_or_path", "tokenizer_file", "vocab_file") if _is_local(config.get(key))]
-    if not places:
-        return path
-    return _json({key: value for key, value in config.items() if key not in places})
-
-
-def _is_local(value: Any) -> bool:
-    return isinstance(value, str) and (PurePath(value).is_absolute() or "\\" in value or value.startswith((".", "~")))
-
-
-def _json(value: Any, *, sort_keys: bool = False) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()
-
-
-def _published(member: ResolvedMember) -> Any:
-    """A version's entry without what is true of this registry only."""
-    version = member.version
-    return msgspec.structs.replace(version, path=".", hub=None, pushed=None, data=_published_data(version.data))
-
-
-def _published_data(data: DataSource | None) -> DataSource | None:
-    if data is None or parse_dataset_id(data.path):
-        return data
-    inside = not _is_local(data.path) and ".." not in PurePath(data.path).parts
-    return data if inside else msgspec.structs.replace(data, path=PurePath(data.path).name)
-
-
-def _base_name(folder: Path, base: Base) -> str:
-    """What the base was called where the adapter was made: the name on this disk may be another."""
-    info = read_info(folder)
-    return info.base if info else base.name
-
-
-def _published_info(
-    registry: Registry, member: ResolvedMember, base: Base, base_id: str, here: Mapping[str, str]
-) -> AdapterInfo:
-    folder = registry.weights_path(member.version)
-    info = read_info(folder)
-    label = "+".join([*member.version.trained_on, member.label])
-    return AdapterInfo(
-        adapter=member.adapter.name,
-        version=member.version.version,
-        base=info.base if info else base.name,
-        base_fingerprint=member.version.fingerprint,
-        base_hub_id=base_id,
-        trained_on=list(_foundations(registry, member, info, here)),
-        chat_template=next((name for name in sorted(_CHAT_TEMPLATES) if (folder / name).is_file()), None),
-        usage=info.usage if info and info.usage else f"stackctl generate {label}",
-        created_by=info.created_by if info else "",
-    )
-
-
-def _foundations(
-    registry: Registry, member: ResolvedMember, info: AdapterInfo | None, here: Mapping[str, str]
-) -> Iterator[CheckpointMember]:
-    """What a member was trained on, with digests and, where it is known, the repo that holds it."""
-    told = {(m.adapter, m.version): m for m in info.trained_on} if info else {}
-    for term in parse_expression("+".join(member.version.trained_on)) if member.version.trained_on else ():
-        name, number = term.reference.name, term.reference.version or 1
-        known = told.get((name, number))
-        digest, repo = (known.digest, known.repo) if known else ("", None)
-        try:
-            version = resolve_adapter(registry, Reference(name, number)).version
-        except StackctlError:
-            version = None
-        if version is not None:
-            place = version.pushed or version.hub
-            digest, repo = version.digest, repo or (place.repo if place else None)
-        repo = here.get(f"{name}@{number}", repo)
-        yield CheckpointMember(adapter=name, version=number, digest=digest, weight=term.weight, repo=repo)
 
 
 # -- a stack --------------------------------------------------------------------------------------------------------
@@ -231,13 +128,13 @@ def bundle_stack(
     """
     content: dict[str, Content] = {
         WEIGHTS: exported / WEIGHTS,
-        CONFIG: _published_config(exported, to.base_id),
+        CONFIG: published_config(exported, to.base_id),
     }
     newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
-    content |= {file: path for file in _TOKENIZER if (path := source / file).is_file() and stays_inside(path)}
+    content |= {file: path for file in TOKENIZER_FILES if (path := source / file).is_file() and stays_inside(path)}
     if "tokenizer_config.json" in content:
-        content["tokenizer_config.json"] = _published_tokenizer_config(source / "tokenizer_config.json")
+        content["tokenizer_config.json"] = published_tokenizer_config(source / "tokenizer_config.json")
     content[STACK] = format_yaml(_recipe(registry, stack, name)).encode()
     if members:
         for member in stack.members:
@@ -249,7 +146,7 @@ def bundle_stack(
         has_layer_weights=any(m.layer_weights for m in stack.members), method=stack.method,
         members=tuple(
             CardMember(
-                m.adapter.name, _published(m), m.weight, m.adapter.description,
+                m.adapter.name, published_entry(m), m.weight, m.adapter.description,
                 f"{MEMBERS}/{m.adapter.name}" if members else None,
             )
             for m in stack.members
@@ -261,7 +158,7 @@ def bundle_stack(
 
 def _tokenizer_rank(registry: Registry, member: ResolvedMember) -> bool:
     folder = registry.weights_path(member.version)
-    return any((folder / name).is_file() for name in _TOKENIZER)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _has_tokenizer(content: dict[str, Content]) -> bool:
@@ -273,7 +170,7 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
     stored = registry.find_stack(stack.name) if stack.name else None
     created = stored.created if stored else max(m.version.created for m in stack.members)
     entry = Stack(
-        name=name, base=_base_name(registry.weights_path(stack.members[0].version), stack.base),
+        name=name, base=own_base_name(registry.weights_path(stack.members[0].version), stack.base),
         fingerprint=stack.base.fingerprint, method=stack.method, options=stack.options, members=[], created=created,
     )  # fmt: skip
     rows = [{**msgspec.to_builtins(m.entry()), "weight": m.weight} for m in stack.members]

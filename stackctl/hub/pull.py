@@ -7,45 +7,30 @@ its files, as in a clone whose weights git leaves out, gets them back and stays 
 
 from __future__ import annotations
 
-import contextlib
-import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import msgspec
 
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage
 from stackctl.core.expressions import (
-    Reference,
-    Term,
     format_term,
-    parse_expression,
     parse_name,
-    parse_reference,
     parse_stack_name,
 )
-from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber, HubSource, Member, Stack
+from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import open_hub
+from stackctl.hub.fetch_adapters import AdapterFetcher
 from stackctl.hub.http_client import Say
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
-from stackctl.lora.checkpoint import CONFIG, Checkpoint, read_checkpoint
-from stackctl.lora.convertible import convert_hint, kind_of
-from stackctl.lora.lora_config import describe_lora
-from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
-from stackctl.registry.adapters import ResolvedMember, find_digest, resolve_adapter
+from stackctl.lora.checkpoint import CONFIG
+from stackctl.registry.adapters import ResolvedMember, find_digest
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, find_stated_base
 from stackctl.registry.checkpoint_files import damaged_members
-from stackctl.registry.restore import own_folder, restore_files
 from stackctl.registry.stacks import put_stack
-from stackctl.registry.store import Registry, now
-from stackctl.registry.versions import add_version, check_adapter_name
-from stackctl.storage import atomic, files
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import check_adapter_name
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ class _Pull:
     def __init__(self, registry: Registry, repo: RepoReader, place: RepoPlace, options: PullOptions, say: Say) -> None:
         self.registry, self.hub, self.options, self.say = registry, repo.hub, options, say
         self.repo, self.asked = repo, place
-        self.place = HubSource(repo=repo.hub.repo, commit=repo.commit, folder=place.folder or None)
+        self.fetcher = AdapterFetcher(registry, repo, place.folder, options.again, options.dry_run, say)
 
     def run(self) -> Pulled:
         if not self.options.dry_run:
@@ -125,13 +110,13 @@ class _Pull:
         known = self._known(part)
         done = replace(self._done([]), adapter=part.name, version=part.number, digest=part.digest)
         if known is None:
-            brought = self._bring([part], self._base(part, recipe))
+            brought = self.fetcher.register([part], self._base(part, recipe))
             if self.options.dry_run:
                 return replace(done, added=(part.label,))
             known = brought[0]
             done = replace(done, added=(known.label,))
         elif damaged_members(self.registry, [known]):
-            done = replace(done, restored=tuple(self._restore({known.label: (known, part)})))
+            done = replace(done, restored=tuple(self.fetcher.restore({known.label: (known, part)})))
         return replace(
             done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
         )  # fmt: skip
@@ -195,10 +180,10 @@ class _Pull:
 
     def _pull_stack(self, recipe: Stack, parts: list[RepoAdapter]) -> Pulled:
         name = self.options.name or recipe.name
-        restored = self._restore(self._damaged_members(recipe))
+        restored = self.fetcher.restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
         if parts:
-            brought = self._bring(parts, self._base(parts[0], recipe))
+            brought = self.fetcher.register(parts, self._base(parts[0], recipe))
         if self.options.dry_run:
             return replace(self._done([part.label for part in parts]), stack=name, restored=tuple(restored))
         added = [member.label for member in brought]
@@ -237,8 +222,6 @@ class _Pull:
             )
         return {damaged[digest].label: (damaged[digest], self._member_part(member)) for digest, member in held.items()}
 
-    # -- fetching and registering -----------------------------------------------------------------------------------
-
     def _done(self, added: list[str]) -> Pulled:
         return Pulled(
             self.hub.repo,
@@ -247,138 +230,3 @@ class _Pull:
             added=tuple(added),
             planned=self.options.dry_run,
         )
-
-    def _bring(self, parts: list[RepoAdapter], base: Base) -> list[ResolvedMember]:
-        """Fetch and check all parts, then register them, what others stand on first."""
-        self._show(parts)
-        outside = self._foundations(parts)
-        if self.options.dry_run:
-            return []
-        weights = self.registry.root / "weights"
-        found, labels = [], dict[str, str]()
-        with contextlib.ExitStack() as stack:
-            staged = {part.folder: stack.enter_context(atomic.staging_directory(weights)) for part in parts}
-            for part in parts:
-                self.repo.fetch(part, staged[part.folder])
-            checkpoints = {part.folder: self._checked(part, staged[part.folder], base) for part in parts}
-            for part in _foundations_first(parts):
-                on = [format_term((labels | outside)[str(t.reference)], t.weight) for t in _terms(part)]
-                version = self._register(part, checkpoints[part.folder], base, on)
-                member = resolve_adapter(self.registry, Reference(part.name, version.version))
-                labels[part.label] = member.label
-                found.append(member)
-                if part.entry and member.label != part.label:
-                    self.say(f"note: {part.label} is another adapter here; what was pulled is {member.label}")
-        return found
-
-    def _show(self, parts: Iterable[RepoAdapter]) -> None:
-        for part in parts:
-            for file in part.files.values():
-                self.say(f"  {file.path:<48}  {files.human_bytes(file.size):>9}")
-
-    def _restore(self, damaged: dict[str, tuple[ResolvedMember, RepoAdapter]]) -> list[str]:
-        """Give registered versions their files back. Returns their labels.
-
-        Raises:
-            VerificationFailed: what the repo holds is not what was registered.
-        """
-        self._show(part for _, part in damaged.values())
-        for member, part in damaged.values() if not self.options.dry_run else ():
-            with atomic.staging_directory(self.registry.root / "weights") as staged:
-                self.repo.fetch(part, staged, own_folder(self.registry, member))
-                restore_files(self.registry, member, staged)
-        return list(damaged)
-
-    def _checked(self, part: RepoAdapter, folder: Path, base: Base) -> Checkpoint:
-        """A staged checkpoint, if it has the digest that was promised and fits the base.
-
-        Raises:
-            VerificationFailed, Incompatible: it has not, or does not.
-        """
-        checkpoint = read_checkpoint(folder)
-        if part.digest is not None and checkpoint.digest() != part.digest:
-            raise self.repo.other_digest(part.folder)
-        plan = plan_stack(base, [PlanMember(part.name, 1.0, checkpoint, part.name)])
-        if plan.errors and kind_of(checkpoint.config):
-            then = convert_hint(checkpoint.config, part.name, Path("FOLDER"))
-            raise Incompatible(
-                "; ".join(p.message for p in plan.errors),
-                hint=f"fetch it: hf download {self.hub.repo} --local-dir FOLDER; then {then}",
-            )
-        plan.check()
-        return checkpoint
-
-    def _foundations(self, parts: list[RepoAdapter]) -> dict[str, str]:
-        """What the parts were trained on and do not bring themselves: its label there to its label here.
-
-        Raises:
-            Incompatible: another adapter has that label here.
-        """
-        together = {part.label for part in parts}
-        found: dict[str, str] = {}
-        for part in parts:
-            told = {f"{m.adapter}@{m.version}": m for m in part.info.trained_on} if part.info else {}
-            for label in dict.fromkeys(str(term.reference) for term in _terms(part)):
-                if label not in together and label not in found:
-                    found[label] = self._foundation(part, label, told.get(label))
-        return found
-
-    def _foundation(self, part: RepoAdapter, label: str, told: CheckpointMember | None) -> str:
-        digest = told.digest if told else ""
-        if digest and (here := find_digest(self.registry, digest)):
-            return here.label
-        where = (
-            f"stackctl pull {shlex.quote(told.repo)}"
-            if told and told.repo
-            else "ask its author for it, or for a --members push"
-        )
-        try:
-            taken = resolve_adapter(self.registry, parse_reference(label))
-        except NotFound:
-            self.say(f"note: {part.label} needs {label}, which is not here: {where}")
-            return label
-        if not digest:
-            return taken.label
-        raise Incompatible(
-            f"{part.label} was trained on another {label} than the one that is here (digests differ)",
-            hint=f"{where}, then: {self.options.again}",
-        )
-
-    def _register(self, part: RepoAdapter, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
-        peft = part.config.get("peft_version")
-        entry = part.entry or AdapterVersion(
-            version=1, digest="", path="", base="", fingerprint="", created=now(), lora=describe_lora(part.config),
-            parameters=checkpoint.parameters, dtype=checkpoint.dtype, versions={"peft": str(peft)} if peft else {},
-        )  # fmt: skip
-
-        digest = part.digest or checkpoint.digest()
-
-        def build(number: int) -> AdapterVersion:
-            return msgspec.structs.replace(
-                entry, version=number, digest=digest,
-                path=self.registry.relative_weights_path(part.name, number), base=base.name,
-                fingerprint=base.fingerprint, trained_on=on, bytes=checkpoint.bytes, hub=self.place, pushed=None,
-            )  # fmt: skip
-
-        staged, described = checkpoint.path, part.description or None
-        given = GivenNumber(version=part.number, digest=digest)
-        return add_version(self.registry, part.name, build, staged, described, given)
-
-
-def _terms(part: RepoAdapter) -> tuple[Term, ...]:
-    """What a part was trained on, by the names of where it was made."""
-    return parse_expression("+".join(part.entry.trained_on)) if part.entry and part.entry.trained_on else ()
-
-
-def _foundations_first(parts: list[RepoAdapter]) -> list[RepoAdapter]:
-    """The parts in an order in which each comes after those of them that it was trained on."""
-    waiting, ordered = {part.label: part for part in parts}, list[RepoAdapter]()
-    while waiting:
-        ready = [
-            part for part in waiting.values()
-            if not any(str(term.reference) in waiting for term in _terms(part))
-        ] or list(waiting.values())  # fmt: skip
-        ordered += ready
-        for part in ready:
-            del waiting[part.label]
-    return ordered

@@ -12,8 +12,9 @@ from typing import Any
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest
 from stackctl.core.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
-from stackctl.hub.bundle import ADAPTER, CHECKPOINT, MEMBERS
+from stackctl.hub.bundle import MEMBERS
 from stackctl.hub.client import Hub
+from stackctl.hub.published import ADAPTER, CHECKPOINT
 from stackctl.hub.remote_files import RemoteFile, Snapshot
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info

@@ -31,7 +31,7 @@ _IN_THE_WAY = (
 """Options of a LoRA beside which nothing is converted."""
 
 CONVERTED_CODES = frozenset((*_VARIANTS, "changed_base"))
-"""The codes of the refusals (:mod:`stackctl.plan.validate`) that conversion does away with."""
+"""The codes of the refusals (:mod:`stackctl.plan.refusals`) that conversion does away with."""
 
 KNOWN_RESIDUALS = {"pissa": "PISSA", "olora": "OLORA"}
 """Ways to begin that took a product of factors out of the base which follows from the base alone. PiSSA's fast form

@@ -15,13 +15,12 @@ from stackctl.plan.foundations import missing_foundations
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
+from stackctl.plan.refusals import no_plain_lora, refusals
 from stackctl.plan.token_rows import clashing_rows, member_rows, rows_without_sum
 from stackctl.plan.validate import (
     clashing_replacements,
-    no_plain_lora,
     other_rows,
     recorded_problems,
-    refusals,
     same_adapter_twice,
     unfitting_layer_weights,
     unfitting_tensors,

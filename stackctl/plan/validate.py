@@ -1,4 +1,7 @@
-"""Why members cannot be stacked, or not as they are: every problem that a plan may have. Pure: no disk, no tensors."""
+"""Why members do not fit the base or one another: problems that a plan may have. Pure: no disk, no tensors.
+
+What a member alone is refused for stands in :mod:`stackctl.plan.refusals`.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from stackctl.core.errors import did_you_mean
 from stackctl.core.schema import Base, EntryProblem, ModuleShape
-from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.naming import Naming
-from stackctl.lora.recognition import recognise_model, recognise_task, trains_parts_of_fused_layers
+from stackctl.lora.recognition import recognise_model
 from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.model import PlanMember, Problem, Replacement
-
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_KEPT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-
-# Keys of LoraConfig that change nothing about what B and A mean once they are trained.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "alpha_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
-    "trainable_token_indices", "use_rslora", "velora_config",
-    "enable_lora", "merge_weights",  # of PEFT before 0.3; what the first of them may change is refused apart
-    "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "swift_type",  # of ms-swift: how it was trained
-}  # fmt: skip
-
-NEWEST_PEFT = "0.21"
-"""Whose options of a LoRA were all looked at; a newer one may have more."""
-
-_REFUSED = {
-    "use_dora": "is DoRA, whose effect is not a sum of deltas",
-    "lora_bias": "has a bias in its B factor (lora_bias)",
-    "layer_replication": "replicates layers of the base (layer_replication)",
-    "alora_invocation_tokens": "is an activated LoRA, on only after its invocation tokens",
-    "use_qalora": "is a QA-LoRA, whose factors have other shapes",
-    "use_bdlora": "is a block-diagonal LoRA",
-    "arrow_config": "routes between adapters (arrow_config)",
-    "kasa_config": "is a KaSA adapter, whose effect is not a sum of deltas",
-    "monteclora_config": "is a MonteCLoRA adapter, whose effect is not a sum of deltas",
-}
+from stackctl.plan.refusals import saved_modules
 
 
 def same_adapter_twice(members: Sequence[PlanMember]) -> list[Problem]:
@@ -83,102 +56,6 @@ def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Probl
 def recorded_problems(label: str, recorded: Iterable[EntryProblem]) -> list[Problem]:
     """The warnings that a version's own entry holds."""
     return [Problem(found.code, f"{label}: {found.message}", found.hint, label, "warning") for found in recorded]
-
-
-def no_plain_lora(member: PlanMember) -> list[Problem]:
-    """What a member is that is no LoRA for writing text; the rest of it need not be looked at then."""
-    config, label = member.checkpoint.config, member.label
-    if not member.checkpoint.is_lora:
-        what = f"{label} is of PEFT type {str(config.get('peft_type'))[:40]}, not LORA"
-        return [Problem("not_lora", what, _converted(member, "only LoRA adapters can be stacked"), label)]
-    if found := recognise_task(config, member.checkpoint.tensors):
-        return [Problem(found.kind, f"{label} {found.what}", found.hint, label)]
-    if trains_parts_of_fused_layers(config):
-        what = "was saved by a PEFT older than 0.3, with parts of fused layers adapted alone (enable_lora)"
-        return [Problem("enable_lora", f"{label} {what}", f"train {member.adapter or label} again", label)]
-    tensors = member.checkpoint.tensors
-    if empty := [name for name, tensor in tensors.items() if 0 in tensor.shape]:
-        what = f"{label}: {len(empty)} of its {len(tensors)} tensors are empty, as DeepSpeed ZeRO-3 leaves"
-        why = f"{what} weights that were not gathered before they were saved"
-        gather = "save it again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py where it is"
-        return [Problem("empty_tensors", why, gather, label)]
-    return []
-
-
-def _converted(member: PlanMember, otherwise: str) -> str:
-    """The command that makes a plain LoRA of a member, where there is one."""
-    checkpoint = member.checkpoint
-    return convert_hint(checkpoint.config, member.adapter or "NAME", checkpoint.path) or otherwise
-
-
-def refusals(member: PlanMember) -> list[Problem]:
-    """What cannot be summed, by the configuration alone."""
-    config, label = member.checkpoint.config, member.label
-    problems = [
-        Problem(
-            key,
-            f"{label} {why}",
-            _converted(member, f"train {member.adapter or label} again as a plain LoRA"),
-            label,
-        )
-        for key, why in _REFUSED.items()
-        if config.get(key)
-    ]
-    if config.get("ensure_weight_tying") and (config.get("modules_to_save") or _stands_on_embedding(member)):
-        problems.append(
-            Problem(
-                "ensure_weight_tying",
-                f"{label} trains the embedding and the head as one (ensure_weight_tying)",
-                f"train {member.adapter or label} again without that option",
-                label,
-            )
-        )
-    init = beginning_of(config)
-    if init.startswith(_CHANGED_BASE):
-        problems.append(
-            Problem(
-                "changed_base",
-                f"{label} was initialised with {init}, which changed the base it was trained on",
-                _converted(member, "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"),
-                label,
-            )
-        )
-    elif init not in _KEPT_BASE:
-        problems.append(
-            Problem(
-                "unknown_init",
-                f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base",
-                "pip install --upgrade stackctl-lora, or convert it to a plain LoRA",
-                label,
-            )
-        )
-    weighed = member.weight not in (0, 1) or bool(member.layer_weights)
-    if config.get("bias", "none") != "none" and weighed:
-        problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
-    if (config.get("modules_to_save") or _saved(member)) and weighed:
-        problems.append(_not_weighable(label, "whole modules (modules_to_save)"))
-    problems += [
-        Problem(
-            "unknown_key",
-            f"{label} was saved by PEFT {str(config.get('peft_version', '?'))[:20]} with '{key[:60]}', which is not "
-            f"known here: the options of PEFT up to {NEWEST_PEFT} are",
-            "pip install --upgrade stackctl-lora, or train it without that option",
-            label,
-        )
-        for key, value in config.items()
-        if key not in _HARMLESS and key not in _REFUSED and value not in (None, False, [], {}, "")
-    ]
-    return problems
-
-
-def _stands_on_embedding(member: PlanMember) -> bool:
-    return any("lora_embedding" in name for name in member.checkpoint.tensors)
-
-
-def _not_weighable(label: str, what: str) -> Problem:
-    return Problem(
-        "not_weighable", f"{label} carries {what}, which cannot be weighted", f"use {label} with weight 1", label
-    )
 
 
 def unfitting_tensors(
@@ -264,20 +141,10 @@ def unfitting_layer_weights(member: PlanMember, known: Mapping[str, ModuleShape]
     return problems
 
 
-def _saved(member: PlanMember) -> dict[str, tuple[int, ...]]:
-    """The weights of whole modules that a member brings, by module, with their shapes."""
-    checkpoint = member.checkpoint
-    return {
-        slot.module: checkpoint.tensors[name].shape
-        for name, slot in checkpoint.slots.items()
-        if slot.role == "saved" and name.endswith(".weight")
-    }
-
-
 def other_rows(member: PlanMember, naming: Naming, base: Base) -> list[Problem]:
     """Embeddings or a head that a member brings with another number of rows than the base has."""
     problems = []
-    for module, shape in _saved(member).items():
+    for module, shape in saved_modules(member).items():
         own = naming.known.get(module)
         if own is None or own.type in (*EXPERTS, "Parameter", "Other"):
             continue  # a norm, for one, of which an entry tells nothing

@@ -334,7 +334,7 @@ def test_factors_of_experts_are_placed_by_the_parameter_that_they_are_of(config,
 
 def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):
     """A newer PEFT adds keys: what is off must stay silent, and every key of today must be known."""
-    from stackctl.plan.validate import _HARMLESS, _REFUSED
+    from stackctl.plan.refusals import _HARMLESS, _REFUSED
 
     inject("llama", {"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
     assert set(read_checkpoint(tmp_path).config) <= _HARMLESS | set(_REFUSED)
