@@ -5,7 +5,7 @@ today's schema with the next change of it, so that a registry needs no day on wh
 shows each conversion beside the change that brought it. A file of a newer schema is refused.
 
 A new schema takes three steps: raise ``SCHEMA`` in :mod:`stackctl.core.schema` and change the types there; append a
-step here; freeze a registry of the schema before in ``tests/frozen/``; ``tests/integration/test_schema_life.py`` shows
+step here; freeze a registry of the schema before in ``tests/frozen/``; ``tests/integration/test_schema_1.py`` shows
 how.
 """
 
