@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import MethodOptions
 from stackctl.engine.base_files import make_base
-from stackctl.engine.export import gguf as engine
+from stackctl.engine.export import gguf_layout
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
@@ -404,7 +404,7 @@ def test_what_is_read_back_is_compared(house: Any, monkeypatch: Any, fault: str,
         h.adapter("style", 1, r=2, target_modules=["q_proj"]), h.adapter("more", 2, target_modules=["v_proj"])
     )
     if fault == "the order of rows":
-        monkeypatch.setattr(engine, "_rows", lambda count, heads: torch.arange(count))
+        monkeypatch.setattr(gguf_layout, "_rows", lambda count, heads: torch.arange(count))
     elif fault == "alpha":
         monkeypatch.setattr(gguf.GGUFWriter, "add_float32", lambda self, name, value: self.add_float64(name, value + 1))
     elif fault == "a name":
