@@ -50,9 +50,9 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("NO_COLOR", "1")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is flushed: that takes most of such tests' time, and what was written outlives a killed process."""
+    """Nothing is flushed: a disk is slower than a tiny model, and what was written outlives a killed process."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -95,6 +95,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def registry(run: Callable[..., Ran], models: Any, tmp_path: Path) -> Path:
     """An empty registry in the working directory with the tiny Llama as base ``tiny``."""
-    run("init")
-    run("base", "add", "tiny", models("llama"))
-    return tmp_path / "registry"
+    from tiny_registry import registry_of
+
+    return registry_of(run, models("llama"), tmp_path)

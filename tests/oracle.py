@@ -9,6 +9,7 @@ special ones.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -38,9 +39,17 @@ TOKENS = torch.arange(3, 35)[None] * 7 % 250
 
 
 def load_plain(base: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of its own by transformers, in float32 and then in ``dtype``."""
+    stamps = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.iterdir()))
+    return copy.deepcopy(_load(base, stamps)).to(dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(base: Path, _: tuple[tuple[str, int, int], ...]) -> Any:
+    """Read once for as long as its files are the same; whoever asks gets a copy."""
     mixture = "experts" in (base / "config.json").read_text()  # whose fast path has no float64
     kind = {"experts_implementation": "eager"} if mixture else {}
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **kind).to(dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **kind).eval()
 
 
 def live(base: Path, *members: Member, dtype: torch.dtype = torch.float64) -> Any:

@@ -106,13 +106,37 @@ class TinyModels:
         return folder
 
 
+_MADE: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
+"""The files of each adapter made so far, by the base's files and all that was asked for, and the generator's state."""
+
+
 def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, **config: Any) -> Path:
     """A PEFT checkpoint with random, non-zero factors, written by PEFT itself at ``out``'s root."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(base.iterdir())]
+    try:
+        key = json.dumps([str(base), stamps, seed, scale, settings])
+    except TypeError:  # an object of PEFT's
+        key = ""
+    if key not in _MADE:
+        _write_random_adapter(base, out, settings, seed, scale)
+        made = {path.name: path.read_bytes() for path in out.iterdir()}, torch.get_rng_state()
+        if not key:
+            return out
+        _MADE[key] = made
+    files, state = _MADE[key]
+    torch.set_rng_state(state)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (out / name).write_bytes(data)
+    return out
+
+
+def _write_random_adapter(base: Path, out: Path, settings: dict[str, Any], seed: int, scale: float) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,7 +149,6 @@ def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, 
         if isinstance(written.get(key), list):  # would be the digest, and the seed of what is trained on top of it
             written[key].sort()
     file.write_text(json.dumps(written, indent=2, sort_keys=True))
-    return out
 
 
 def untrained_base(folder: Path, *, learned: bool) -> Path:

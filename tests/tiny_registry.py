@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ def disturb(checkpoint: Path) -> None:
     save_file({n: t + 0.2 * torch.randn_like(t) if n in own else t for n, t in tensors.items()}, file, {"format": "pt"})
 
 
+def registry_of(run: Any, base: Path, folder: Path) -> Path:
+    """``folder/registry`` with ``base`` as ``tiny``, by the commands, or a copy of what they made of it before."""
+    own, made = folder / "registry", base.with_name(f"{base.name}-registry")
+    if made.exists() and not own.exists():
+        return Path(shutil.copytree(made, own))
+    new = not own.exists()
+    run("init")
+    run("base", "add", "tiny", base)
+    if new and not base.is_relative_to(folder):
+        shutil.copytree(own, made)
+    return own
+
+
 class TinyRegistry:
     """``run`` is the fixture of that name; everything lives in ``folder``, the working directory."""
 
@@ -72,9 +86,7 @@ class TinyRegistry:
         self._monkeypatch = monkeypatch
         self.paths: dict[str, Path] = {}
         self._known: dict[Any, torch.Tensor] = {}
-        run("init")
-        run("base", "add", "tiny", base)
-        self.registry = Registry(folder / "registry")
+        self.registry = Registry(registry_of(run, base, folder))
 
     # -- adapters -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ other way round; routers that are no linear layers; positions that begin elsewhe
 
 
 @pytest.fixture
-def look(tmp_path, monkeypatch, no_power_cuts):
+def look(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stackctl"])
     return lambda model_type: Look(model_type, tmp_path)

@@ -13,9 +13,6 @@ from stress.writers import make_shared, work_together
 SAMPLE, SAMPLE_FROM_HUB = 6, 2
 
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("crashes") / "template"

@@ -19,8 +19,6 @@ from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
 
 def test_what_is_no_entry_is_not_listed(tmp_path):
     registry = make_registry(tmp_path / "registry")

@@ -23,8 +23,6 @@ from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version
 from stackctl.storage import atomic
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
 
 def test_versions_count_up_and_keep_their_weights(registry):
     for number in (1, 2, 3):

@@ -13,8 +13,6 @@ from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry, find_registry, init_registry
 from stackctl.registry.verify import verify_registry
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
 
 def labels(stack):
     return [str(member) for member in stack.members]

@@ -20,8 +20,6 @@ from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version, next_number
 from stackctl.storage import atomic, files
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
 
 @pytest.fixture
 def registry(tmp_path):

@@ -20,9 +20,6 @@ from stackctl.registry.versions import add_version, check_adapter_name
 OTHER = "sha256:" + "0" * 64
 
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
-
 def labels(stack):
     return [str(member) for member in stack.members]
 

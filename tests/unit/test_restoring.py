@@ -25,9 +25,6 @@ from stackctl.storage.atomic import staging_directory
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
-
-
 @pytest.fixture
 def registry(tmp_path):
     registry = make_registry(tmp_path / "registry", make_base())
