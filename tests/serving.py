@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import warm
 
 _START = 90
 
@@ -19,7 +21,7 @@ _START = 90
 class Server:
     """A server that is ready: ``ready`` is its JSON line, ``errors`` the file that its stderr goes to."""
 
-    def __init__(self, process: subprocess.Popen[str], ready: dict[str, Any], errors: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str] | warm.Command, ready: dict[str, Any], errors: Path) -> None:
         self.process, self.ready, self.errors = process, ready, errors
 
     @property
@@ -46,20 +48,26 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *options: object) -> Iterator[Server]:
-    """A server of the registry in a folder, on a free port."""
-    errors = folder / "serve-stderr"
-    with errors.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stackctl", "serve", "--port", "0", "--json", *map(str, options)],
-            cwd=folder, stdout=subprocess.PIPE, stderr=stream, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+def installed(arguments: list[str], folder: Path, out: Path, errors: Path, **environment: str) -> subprocess.Popen[str]:
+    """The command as a shell starts it."""
+    with out.open("w") as output, errors.open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "stackctl", *arguments],
+            cwd=folder, stdout=output, stderr=said, text=True, env={**os.environ, **environment},
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: object, start: Callable[..., Any] = warm.Command) -> Iterator[Server]:
+    """A server of the registry in a folder, on a free port."""
+    out, errors = folder / "serve-stdout", folder / "serve-stderr"
+    arguments = ["serve", "--port", "0", "--json", *map(str, options)]
+    process = start(arguments, folder, out, errors, OMP_NUM_THREADS="1")
     try:
-        assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], _START)
-        line = process.stdout.readline() if readable else ""
+        end, line = time.monotonic() + _START, ""
+        while not line.endswith("\n") and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+            line = out.read_text() if out.exists() else ""
         assert line, f"no line within {_START} s: {errors.read_text()}"
         yield Server(process, json.loads(line), errors)
     finally:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ class Place:
 
     folder: Path
     home: Path
+    base: Path = Path()
+    """Where ``base add`` put the base."""
 
     def __call__(self, *arguments: object, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS")
@@ -44,9 +46,9 @@ class Place:
         assert "Traceback" not in done.stderr, said
         return done
 
-    def json(self, *arguments: object, code: int = 0) -> Any:
+    def json(self, *arguments: object, code: int = 0, stdin: str = "") -> Any:
         """The one document that a command puts on stdout."""
-        return json.loads(self(*arguments, "--json", code=code).stdout)
+        return json.loads(self(*arguments, "--json", code=code, stdin=stdin).stdout)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     base = found.json("base", "add", "smollm2")
     assert base["name"] == "smollm2"
     assert Path(base["path"]).is_relative_to(found.home)
-    return found
+    return replace(found, base=Path(base["path"]))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from serving import installed, serving
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +73,6 @@ def test_generate_and_compare(path):
     assert [r["stack"] for r in results] == ["base", "storyteller"]
     assert results[1]["text"] == found["text"]
     assert len({r["text"] for r in results}) > 1
-    assert path("generate", "base", "--max-new-tokens", "4", stdin=asked).stdout.strip()
 
 
 # -- the number -------------------------------------------------------------------------------------------------------
@@ -110,33 +111,36 @@ def mean_loss(model: Any, examples: list[tuple[list[int], list[int]]]) -> tuple[
 @pytest.fixture(scope="module")
 def oracle(path):
     """The base with both adapters attached by plain PEFT, in float32."""
-    base = AutoModelForCausalLM.from_pretrained(base_folder(path), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path.base, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, path.json("inspect", "style")["path"], adapter_name="a")
     model.load_adapter(path.json("inspect", "instruct")["path"], adapter_name="b")
     return model.eval()
 
 
-def base_folder(path: Any) -> str:
-    """Where the base lies; adding the same base again says so and changes nothing."""
-    return str(path.json("base", "add", "smollm2")["path"])
-
-
 LIVE = {"base": [], "style": ["a"], "storyteller": ["a", "b"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "stacks"), [("instruct", ["base", "style", "storyteller"]), ("style", ["storyteller"])]
-)
-def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name, stacks):
-    source = some_records(EXAMPLES / f"{name}-heldout.jsonl", path.folder / f"{name} held out.jsonl")
+@pytest.fixture(scope="module")
+def evaluated(path):
+    """The rows of one ``eval`` of all stacks on both kinds of records."""
+    sources = [
+        some_records(EXAMPLES / f"{name}-heldout.jsonl", path.folder / f"{name} held out.jsonl").name
+        for name in ("instruct", "style")
+    ]
+    return path.json("eval", *LIVE, *(word for name in sources for word in ("--data", name)))["results"]
+
+
+@pytest.mark.parametrize("name", ["instruct", "style"])
+def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, evaluated, name):
+    source = path.folder / f"{name} held out.jsonl"
     records = [json.loads(line) for line in source.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(path))
+    tokenizer = AutoTokenizer.from_pretrained(path.base)
     if name == "instruct":
         examples = [chat_example(tokenizer, record["messages"]) for record in records]
     else:
         examples = [text_example(tokenizer, record["text"]) for record in records]
-    rows = path.json("eval", *stacks, "--data", source.name)["results"]
-    assert [row["stack"] for row in rows] == stacks
+    rows = [row for row in evaluated if Path(row["data"]).name == source.name]
+    assert [row["stack"] for row in rows] == list(LIVE)
     for row in rows:
         if active := LIVE[row["stack"]]:
             oracle.base_model.set_adapter(active)
@@ -148,7 +152,7 @@ def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, name, stacks
         assert row["records"] == 3
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
         print(f"{row['stack']} on {name}: differs by {abs(row['loss'] / loss - 1):.1e}")
-    assert len({round(row["loss"], 4) for row in rows}) == len(stacks)
+    assert len({round(row["loss"], 4) for row in rows}) == len(LIVE)
 
 
 # -- further on -------------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def test_an_export_is_one_plain_adapter_that_peft_loads(path, oracle):
     out = path.folder / "exported"
     found = path.json("export", "storyteller", "--format", "peft", "--out", "exported")
     assert (found["path"], found["rank"], found["exact"]) == (str(out), 32, True)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(base_folder(path))("The tide goes out.")["input_ids"]])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(path.base)("The tide goes out.")["input_ids"]])
     oracle.base_model.set_adapter(["a", "b"])
     with torch.no_grad():
         wanted = oracle(input_ids=ids).logits
@@ -198,8 +202,8 @@ stacks: {{storyteller-zh: style-zh+instruct-zh}}
 
 def test_prompts_and_answers_may_be_in_any_script(path):
     asked = "海边的早晨是什么样的？"
-    found = path.json("generate", "base", "-p", asked, "--max-new-tokens", "8")
-    assert found["prompt"] == asked
+    found = path.json("generate", "base", "--max-new-tokens", "8", stdin=asked)
+    assert found["prompt"] == asked and found["text"].strip()
 
 
 def test_failures_end_as_the_contract_says(path):
@@ -212,3 +216,30 @@ def test_failures_end_as_the_contract_says(path):
         done = path(*arguments, "--json", code=code)
         assert set(json.loads(done.stdout)) == {"schema", "error"}
         assert [line.split()[0] for line in done.stderr.splitlines()] == ["error:", "hint:"]
+
+
+# -- served -----------------------------------------------------------------------------------------------------------
+
+STACKS = ["base", "style", "storyteller", "style:0.5+instruct", "style:-0.5+instruct@1:1.5"]
+
+
+def test_five_expressions_at_once_stream_what_generate_writes(path, monkeypatch):
+    """OpenAI's own client gets the texts of ``compare``, which are those of ``generate``."""
+    asked = "Tell me about the sea."
+    told = path.json("compare", *STACKS, "-p", asked, "--max-new-tokens", 24)["results"]
+    known = {found["stack"]: found["text"] for found in told}
+    assert list(known) == STACKS
+    assert len(set(known.values())) > 2
+    monkeypatch.setenv("HOME", str(path.home))
+    with serving(path.folder, start=installed) as server:
+        client = server.client()
+
+        def streamed(name):
+            chunks = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": asked}], max_tokens=24, stream=True
+            )
+            return name, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+        with ThreadPoolExecutor(len(STACKS)) as pool:
+            assert dict(pool.map(streamed, STACKS)) == known
+        assert server.stop() == 0

@@ -57,7 +57,7 @@ def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, 
 
     stacked, whole = three.load(), three.plan(expression)
     data = tokenise_for(stacked, read_records(str(three.data())), "data", 512, lambda _: None)
-    prompt, sampling = Prompt("What is the sea?"), Sampling(12)
+    prompt, sampling = Prompt("What is the sea?"), Sampling(8)
     parts, bound = parts_of(whole), math.ceil(math.log2(MODULES)) + len(whole.members)
     assert len(parts) == {"style": 14, "style+tone:0.5+odd": 32}[expression]
     shown, within = 0, 0
@@ -72,10 +72,12 @@ def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, 
             if probe.look(frozenset(parts))["bad"]:
                 continue
         stack, least = probe.score(frozenset()), probe.score(frozenset(parts))
-        alone = {part: probe.score(frozenset({part})) for part in parts}
-        others = min(score for part, score in alone.items() if part != planted)
-        if stack - alone[planted] < 0.05 or others < (stack + min(least, alone[planted])) / 2:
-            continue  # it does not show, or it is not the only one without which it goes away
+        alone = probe.score(frozenset({planted}))
+        if stack - alone < 0.05:
+            continue  # it does not show
+        enough = (stack + min(least, alone)) / 2
+        if any(probe.score(frozenset({part})) < enough for part in parts if part != planted):
+            continue  # it is not the only one without which it goes away
         found = find_culprits(parts, probe)
         assert found.parts == (planted,), (planted, stack, least, alone)
         shown, within = shown + 1, within + (found.evaluations <= bound)

@@ -111,7 +111,7 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     held_out = write(tmp_path / "held.jsonl", PAIRS[:3])
     args = (
-        "--on", "one", "--data", data, "--objective", objective, *RUN, "--dtype", dtype, "--max-steps", 7,
+        "--on", "one", "--data", data, "--objective", objective, *RUN, "--dtype", dtype, "--max-steps", 4,
         "--save-steps", 2, "--gradient-accumulation", 2, "--eval-data", held_out, "--eval-steps", 3,
     )  # fmt: skip
     whole = h.run("train", "whole", *args, "--json").json

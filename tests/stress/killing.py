@@ -6,7 +6,6 @@ could leave half done lies between two of them. Nothing in the product knows of 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import warm
+
 _STEPS = ("open", "os.", "shutil.", "fcntl.")
-_SERVER = multiprocessing.get_context("forkserver")
-"""A process that has torch loaded and nothing running, and forks commands of the engine off itself."""
-_SERVER.set_forkserver_preload(["stackctl.engine.training"])
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def run_engine(arguments: list[str], folder: Path, kill: Kill | float | None = N
 
     It is forked off a process in which torch has never worked: one in which it has is no good for that any more.
     """
-    child = _SERVER.Process(
+    child = warm.SERVER.Process(
         target=_be_the_command, args=(arguments, folder, kill if isinstance(kill, Kill) else None, _one_thread)
     )
     child.start()
@@ -88,31 +86,20 @@ def _journals(folder: Path) -> tuple[Path, Path]:
 
 
 def _be_the_command(arguments: list[str], folder: Path, kill: Kill | None, prepare: Callable[[Path], None]) -> NoReturn:
-    code = 99
     try:
         said, steps = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in _journals(folder))
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        warm.redirect(said, said)
         os.chdir(folder)
         os.environ["STACKCTL_CACHE"] = str(folder / "cache")
-        from stackctl.cli import main
-
-        sys.argv = ["stackctl", *arguments]
         _arm(str(folder), kill, steps)
         prepare(folder)
-        main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
     except BaseException:
         import traceback
 
         traceback.print_exc()
-    finally:
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(99)
+    warm.run_and_exit(arguments)
 
 
 def _arm(folder: str, kill: Kill | None, journal: int) -> None:
