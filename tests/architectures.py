@@ -195,7 +195,10 @@ _BESIDES: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
-    "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<|image token|>": 4, "<image>": 250}},
+    "emu3": {
+        "vq_config": {"base_channels": 32},
+        "vocabulary_map": {"<|extra_200|>": 3, "<|image token|>": 4, "<image>": 250},
+    },
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": _COMPASS,
     "cohere_compass": {"text_config": _COMPASS},

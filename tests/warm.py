@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ SERVER.set_forkserver_preload(["stackctl.engine.training", "stackctl.engine.serv
 class Command:
     """A command that runs: of ``subprocess.Popen`` what tests need."""
 
-    def __init__(self, arguments: list[str], folder: Path, out: Path, errors: Path, **environment: str) -> None:
-        told = (arguments, folder, out, errors, {**os.environ, **environment})
+    def __init__(self, arguments: list[str], folder: Path, out: Path, errors: Path, **more: str) -> None:
+        """``more`` is added to this process's environment."""
+        told = (arguments, folder, out, errors, {**os.environ, **more})
         self._process = SERVER.Process(target=_be_the_command, args=told)
         self._process.start()
         assert self._process.pid is not None
@@ -40,6 +42,34 @@ class Command:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+class Launcher:
+    """In place of accelerate's launcher: the processes that it would start, with what it tells them."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> None:
+        count = command[command.index("--num_processes") + 1]
+        arguments, log = command[command.index("stackctl") + 1 :], Path(stdout.name)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        told |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+        self._ranks = [
+            Command(arguments, Path.cwd(), log, log, **{**env, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(int(count))
+        ]
+        self.pid = self._ranks[0].pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        codes = [rank.poll() for rank in self._ranks]
+        self.returncode = None if None in codes else max(code or 0 for code in codes)
+        return self.returncode
+
+    def wait(self, timeout: float = 60) -> int | None:
+        for rank in self._ranks:
+            rank.wait(timeout)
+        return self.poll()
 
 
 def redirect(out: int, errors: int) -> None:
@@ -71,7 +101,8 @@ def run_and_exit(arguments: list[str]) -> NoReturn:
 
 
 def _be_the_command(arguments: list[str], folder: Path, out: Path, errors: Path, environment: dict[str, Any]) -> None:
-    redirect(*(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for path in (out, errors)))
+    redirect(*(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in (out, errors)))
+    os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

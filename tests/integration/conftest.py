@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,23 @@ def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from tiny_registry import TinyRegistry
 
     return lambda name="llama", **kind: TinyRegistry(run, models(name, **kind), tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the test's own cache has tokens and references; nothing is there yet."""
+    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--num-processes`` forks its processes, each in one thread; test_processes has accelerate start them."""
+    import warm
+
+    kept = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr("stackctl.jobs.launch.subprocess", SimpleNamespace(Popen=warm.Launcher, **kept))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -88,8 +88,8 @@ def test_a_resumed_run_stays_orthogonal(house: Any) -> None:
     assert row_overlap(h, "style+new")[1] < 1e-6
 
 
-def test_two_processes_stay_orthogonal(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.usefixtures("forked_ranks")
+def test_two_processes_stay_orthogonal(house: Any) -> None:
     h = house()
     h.add("style", seed=1)
     two = h.train("new", "--orthogonal", "--num-processes", 2, "--batch-size", 2, "--max-steps", 4, on="style")

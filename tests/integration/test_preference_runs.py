@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import distance, factors_of
+from oracle import distance, factors_of, write_jsonl
 from tiny_registry import interrupt
 
 from stackctl.engine.training import reference
@@ -20,23 +19,14 @@ PAIRS = [
 LABELLED = [
     {"prompt": p["prompt"], "completion": p[k], "label": k == "chosen"} for p in PAIRS for k in ("chosen", "rejected")
 ]
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RUN = ("--dtype", "float32", "--learning-rate", 0.01, "--batch-size", 4)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokens"
-
-
-def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return write(tmp_path / "pairs.jsonl", PAIRS)
+    return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
 
 
 @pytest.fixture
@@ -80,7 +70,7 @@ def test_another_run_has_another_reference(house: Any, data: Path, computed: lis
     train("a")
     computed.clear()
     if change == "data":
-        write(data, [*PAIRS[:-1], {**PAIRS[-1], "chosen": "z" * 12}])
+        write_jsonl(data, [*PAIRS[:-1], {**PAIRS[-1], "chosen": "z" * 12}])
     if change == "stack":
         h.train("one", "--max-steps", 2, "--dtype", "float32", "--learning-rate", 0.01)
     common |= {"weight": {"--on": "one:0.5"}, "base alone": {"--on": ""}, "precision": {"--dtype": "bfloat16"}}.get(
@@ -109,7 +99,7 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
 ) -> None:
     h = house()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
-    held_out = write(tmp_path / "held.jsonl", PAIRS[:3])
+    held_out = write_jsonl(tmp_path / "held.jsonl", PAIRS[:3])
     args = (
         "--on", "one", "--data", data, "--objective", objective, *RUN, "--dtype", dtype, "--max-steps", 4,
         "--save-steps", 2, "--gradient-accumulation", 2, "--eval-data", held_out, "--eval-steps", 3,
@@ -125,14 +115,12 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
     assert resumed["digest"] == whole["digest"]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_two_processes_have_the_numbers_of_one(
-    house: Any, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_processes_have_the_numbers_of_one(house: Any, tmp_path: Path, objective: str) -> None:
     h = house()
-    data = write(tmp_path / "answers.jsonl", (LABELLED if objective == "kto" else PAIRS)[:13])
-    held_out = write(tmp_path / "held.jsonl", (LABELLED if objective == "kto" else PAIRS)[:3])
+    data = write_jsonl(tmp_path / "answers.jsonl", (LABELLED if objective == "kto" else PAIRS)[:13])
+    held_out = write_jsonl(tmp_path / "held.jsonl", (LABELLED if objective == "kto" else PAIRS)[:3])
     args = (
         "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", 0.001, "--epochs", 2,
         "--eval-data", held_out, "--json",
@@ -180,6 +168,6 @@ def test_a_run_that_makes_both_less_likely_says_so(house: Any, tmp_path: Path) -
     """One answer is desired, and the same one behind other prompts is to be avoided: it goes down everywhere."""
     h = house()
     same = [{"prompt": f"{n}:", "completion": "so it goes", "label": n == 5} for n in range(9)]
-    data = write(tmp_path / "same.jsonl", same)
+    data = write_jsonl(tmp_path / "same.jsonl", same)
     args = ("--data", data, "--objective", "kto", "--dtype", "float32", "--learning-rate", 0.01, "--max-steps", 5)
     assert "became less likely" in h.run("train", "x", *args, "--batch-size", 9).err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import tracemalloc
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle import write_jsonl
 from tiny import CHATML, tiny_tokenizer
 
 from stackctl.core.errors import Usage
@@ -18,21 +18,12 @@ from stackctl.engine.data import token_cache as cache
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import open_records, read_records
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CHATS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "answer " * (n % 5 + 1)}]}
     for n in range(30)
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokens"
-
-
-def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def cached(path: Path, tokenizer: Any = None, max_length: int = 100, **options: Any) -> Encoded:
@@ -48,7 +39,7 @@ def never(*_: Any, **__: Any) -> Any:
 
 
 def test_what_is_read_back_is_what_was_made(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     wanted = encode(read_records(path), tiny_tokenizer(), max_length=40)
     made = cached(path, max_length=40)
     monkeypatch.setattr(cache, "encode_pieces", never)
@@ -70,7 +61,7 @@ def test_what_is_read_back_is_what_was_made(tmp_path: Path, own_cache: Path, mon
 
 @pytest.mark.parametrize("name", ["about.json", "examples.arrow"])
 def test_an_entry_of_which_half_is_gone_is_made_again(tmp_path: Path, own_cache: Path, name: str) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     cached(path)
     (entry,) = entries(own_cache)
     (own_cache / entry / name).unlink()
@@ -80,9 +71,9 @@ def test_an_entry_of_which_half_is_gone_is_made_again(tmp_path: Path, own_cache:
 
 
 def test_whatever_decides_the_tokens_decides_the_entry(tmp_path: Path, own_cache: Path) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     cached(path)
-    cached(write(tmp_path / "copy.jsonl", CHATS))  # the same bytes under another name
+    cached(write_jsonl(tmp_path / "copy.jsonl", CHATS))  # the same bytes under another name
     assert len(entries(own_cache)) == 1
     other = tiny_tokenizer()
     other.chat_template = CHATML.replace("<|im_end|>", "<|im_end|> ")
@@ -94,7 +85,7 @@ def test_whatever_decides_the_tokens_decides_the_entry(tmp_path: Path, own_cache
             lambda: cached(path, split_long=True),
             lambda: cached(path, other),
             lambda: cached(path, spelled),
-            lambda: cached(write(tmp_path / "b.jsonl", CHATS[1:])),
+            lambda: cached(write_jsonl(tmp_path / "b.jsonl", CHATS[1:])),
         ),
         2,
     ):
@@ -103,7 +94,7 @@ def test_whatever_decides_the_tokens_decides_the_entry(tmp_path: Path, own_cache
 
 
 def test_a_damaged_entry_is_made_again(tmp_path: Path, own_cache: Path) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     wanted = list(cached(path).examples)
     (place,) = own_cache.iterdir()
     for name, content in (("examples.arrow", b"ARROW1 no more"), ("about.json", b'{"tokens": '), ("about.json", b"{}")):
@@ -115,7 +106,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, own_cache: Path) -> None:
 def test_an_entry_that_another_run_named_first_is_left_to_it(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     wanted = list(cached(path).examples)
     monkeypatch.setattr(cache, "_read", lambda *_: None)  # as if it had not been there a moment ago
     late = cached(path)
@@ -126,27 +117,27 @@ def test_an_entry_that_another_run_named_first_is_left_to_it(
 def test_bad_data_leaves_nothing_and_is_named_whole(tmp_path: Path, own_cache: Path) -> None:
     bad: list[Any] = [*CHATS, {"messages": []}, *CHATS, {"text": "x"}, {"messages": [{"role": "user", "content": "q"}]}]
     with pytest.raises(Usage, match=r"line 31: has no assistant turn; line 62: .*; line 63: has no assistant"):
-        cached(write(tmp_path / "a.jsonl", bad))
+        cached(write_jsonl(tmp_path / "a.jsonl", bad))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if messages[0].content == 'q7' %}{{ raise_exception('no 7') }}{% endif %}" + CHATML
     with pytest.raises(Usage, match="line 8: no 7; line 38: no 7"):
-        cached(write(tmp_path / "b.jsonl", CHATS * 2), tokenizer)
+        cached(write_jsonl(tmp_path / "b.jsonl", CHATS * 2), tokenizer)
     assert entries(own_cache) == set()
 
 
 def test_data_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     records = open_records(path)
-    write(path, CHATS[1:])
+    write_jsonl(path, CHATS[1:])
     with pytest.raises(Usage, match="changed while it was read"):
         encode_cached(records, tiny_tokenizer(), max_length=100)
     assert entries(own_cache) == set()
 
 
 def test_off_or_not_writable_means_in_memory(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a.jsonl", CHATS)
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     wanted = encode(read_records(path), tiny_tokenizer(), max_length=100)
     assert cached(path, cache=False) == wanted
     assert entries(own_cache) == set()
@@ -156,15 +147,15 @@ def test_off_or_not_writable_means_in_memory(tmp_path: Path, own_cache: Path, mo
 
 
 def test_what_nobody_used_for_a_month_goes(tmp_path: Path, own_cache: Path) -> None:
-    cached(write(tmp_path / "a.jsonl", CHATS))
+    cached(write_jsonl(tmp_path / "a.jsonl", CHATS))
     (old,) = own_cache.iterdir()
     month_ago = time.time() - 31 * 24 * 3600
     os.utime(old, (month_ago, month_ago))
-    cached(write(tmp_path / "a.jsonl", CHATS))  # asked for: young again
-    cached(write(tmp_path / "b.jsonl", CHATS[1:]))
+    cached(write_jsonl(tmp_path / "a.jsonl", CHATS))  # asked for: young again
+    cached(write_jsonl(tmp_path / "b.jsonl", CHATS[1:]))
     assert len(entries(own_cache)) == 2
     os.utime(old, (month_ago, month_ago))
-    cached(write(tmp_path / "c.jsonl", CHATS[2:]))
+    cached(write_jsonl(tmp_path / "c.jsonl", CHATS[2:]))
     assert old.name not in entries(own_cache)
     assert len(entries(own_cache)) == 2
 
@@ -173,7 +164,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """Eight times the data, the same peak; in memory it would be eight times as much."""
 
     def peak(records: int) -> int:
-        path = write(tmp_path / f"{records}.jsonl", [{"text": f"{n} " + "x" * 400} for n in range(records)])
+        path = write_jsonl(tmp_path / f"{records}.jsonl", [{"text": f"{n} " + "x" * 400} for n in range(records)])
         tracemalloc.start()
         try:
             found = cached(path, max_length=1000)

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import yaml
+from member_weights import check_live_weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, random_adapter, tiny_tokenizer
@@ -19,10 +20,8 @@ from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.logits import supervised_loss
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import BatchingEngine, Limits
-from stackctl.engine.weighted_members import attached, read_factors
 
 TOKENS = torch.cat([oracle.TOKENS, torch.tensor([[3, 4, 5, 10, 11, 200]])], dim=1)
 """What logits are looked at with: the tokens whose rows are trained are among them."""
@@ -280,14 +279,6 @@ def test_a_head_with_a_bias_is_refused(house: Any, tmp_path: Path) -> None:
     assert "bias" in h.run("generate", "odd", "-p", "x", "--json", code=4).json["error"]["message"]
 
 
-class _Weights:
-    def __init__(self, values: list[float]) -> None:
-        self.parameter = torch.nn.Parameter(torch.tensor(values))
-
-    def __call__(self) -> torch.Tensor:
-        return self.parameter
-
-
 @pytest.mark.parametrize("per", ["member", "module"])
 @pytest.mark.parametrize("kind", ["llama", "tied"])
 def test_weights_can_be_learned(house: Any, kind: str, per: Any) -> None:
@@ -295,28 +286,7 @@ def test_weights_can_be_learned(house: Any, kind: str, per: Any) -> None:
     h = house(kind)
     h.add("style", seed=1, trainable_token_indices=BOTH)
     h.add("chat", seed=2, trainable_token_indices=[3, 10])
-    stacked, plan = h.load(), h.plan("style+chat")
-    batch = {"input_ids": TOKENS, "position_ids": torch.arange(38)[None], "keep": torch.arange(37),
-             "labels": TOKENS[0, 1:]}  # fmt: skip
-    weighted = read_factors(plan, per)
-    asked = {"style": 0.3, "chat": -1.2}
-    now = _Weights([asked[plan.members[member].adapter] for member, _ in weighted.groups])
-    before = float(supervised_loss(stacked.model, batch))
-    with attached(stacked.model, weighted, now):
-        loss = supervised_loss(stacked.model, batch)
-        loss.backward()
-    assert float(supervised_loss(stacked.model, batch)) == before, "and the base is as it was"
-    found, step = [], 3e-3
-    for style in (0.3, 0.3 + step, 0.3 - step):
-        stacked.use(h.plan(f"style:{style}+chat:-1.2"))
-        found.append(float(supervised_loss(stacked.model, batch).detach().double()))
-    assert float(loss.detach()) == pytest.approx(found[0], rel=1e-5)
-    assert now.parameter.grad is not None
-    own = [n for n, (member, _) in enumerate(weighted.groups) if plan.members[member].adapter == "style"]
-    slope = (found[1] - found[2]) / (2 * step)
-    assert float(now.parameter.grad[own].sum()) == pytest.approx(slope, rel=2e-2, abs=3e-2)
-    assert bool((now.parameter.grad != 0).all())
-    names = {name for _, name in weighted.groups}
+    names = check_live_weights(h, {"style": 0.3, "chat": -1.2}, TOKENS, per)
     assert names == {""} if per == "member" else {"model.embed_tokens", "lm_head"} <= names
 
 

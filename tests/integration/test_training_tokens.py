@@ -149,8 +149,8 @@ def test_a_resumed_run_goes_on_with_its_rows(house: Any) -> None:
     assert all(torch.equal(new[name], whole[name]) for name in whole)
 
 
-def test_best_weights_pairs_and_two_processes(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.usefixtures("forked_ranks")
+def test_best_weights_pairs_and_two_processes(house: Any, tmp_path: Path) -> None:
     h = house("tied")
     held_out = h.data(CHAT[:2], "held.jsonl")
     kept = h.train("kept", *ROWS, "--max-steps", 4, "--eval-data", held_out, "--eval-steps", 1, "--learning-rate", 0.3)

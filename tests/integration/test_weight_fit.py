@@ -6,8 +6,8 @@ from typing import Any
 
 import oracle
 import pytest
-import torch
 import yaml
+from member_weights import check_live_weights
 from safetensors.torch import load_file, save_file
 from short_texts import texts
 
@@ -85,9 +85,6 @@ def test_what_cannot_be_fitted_is_said_before_the_base_is_loaded(pair: Any, monk
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "tied", "gemma"])
 def test_weights_live_are_weights_folded(house: Any, name: str) -> None:
     """With all that a LoRA stands on: embeddings, a head, transposed layers, experts."""
-    from stackctl.engine.logits import supervised_loss
-    from stackctl.engine.weighted_members import attached, read_factors
-
     h = house(name)
     heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
     more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
@@ -95,33 +92,5 @@ def test_weights_live_are_weights_folded(house: Any, name: str) -> None:
         more["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     h.add("style", seed=1, **more)
     h.add("instruct", seed=2, r=3)
-    stacked = h.load()
-    batch = {
-        "input_ids": oracle.TOKENS, "position_ids": torch.arange(32)[None], "keep": torch.arange(31),
-        "labels": oracle.TOKENS[0, 1:],
-    }  # fmt: skip
-    weighted = read_factors(h.plan("style+instruct"), "member")
-    order = [h.plan("style+instruct").members[member].adapter for member, _ in weighted.groups]
-    now = _Weights([{"style": 0.3, "instruct": -1.2}[name] for name in order])
-    before = float(supervised_loss(stacked.model, batch))
-    with attached(stacked.model, weighted, now):
-        loss = supervised_loss(stacked.model, batch)
-        loss.backward()
-    assert float(supervised_loss(stacked.model, batch)) == before, "and the base is as it was"
-    found, step = [], 3e-3
-    for style in (0.3, 0.3 + step, 0.3 - step):
-        stacked.use(h.plan(f"style:{style}+instruct:-1.2"))
-        found.append(float(supervised_loss(stacked.model, batch).detach().double()))
-    assert float(loss.detach()) == pytest.approx(found[0], rel=1e-5)
-    assert now.parameter.grad is not None and bool((now.parameter.grad != 0).all())
-    if name != "mixtral":  # whose router jumps
-        slope = (found[1] - found[2]) / (2 * step)
-        assert float(now.parameter.grad[order.index("style")]) == pytest.approx(slope, rel=2e-2, abs=3e-2)
-
-
-class _Weights:
-    def __init__(self, values: list[float]) -> None:
-        self.parameter = torch.nn.Parameter(torch.tensor(values))
-
-    def __call__(self) -> torch.Tensor:
-        return self.parameter
+    smooth = name != "mixtral"  # whose router jumps
+    check_live_weights(h, {"style": 0.3, "instruct": -1.2}, oracle.TOKENS, smooth=smooth)
