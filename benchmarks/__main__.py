@@ -14,6 +14,7 @@ NAMES = (
     "scale",
     "export",
     "training",
+    "beginnings",
     "preferences",
     "generation",
     "evaluation",

@@ -15,6 +15,7 @@ from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.lora.effect import NO_EFFECT, has_no_effect
+from stackctl.lora.kohya import find_kohya, read_kohya
 from stackctl.lora.mlx import is_mlx, read_mlx
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
@@ -51,7 +52,8 @@ def register(app: typer.Typer) -> None:
         path: Annotated[
             Path,
             typer.Argument(
-                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; or mlx-lm's folder.",
+                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; mlx-lm's folder; or "
+                "the .safetensors file of sd-scripts or LyCORIS.",
                 show_default=False,
             ),
         ],
@@ -95,19 +97,11 @@ def register(app: typer.Typer) -> None:
         wanted = Conversion.parse(convert, rank, tolerance, initial, link)
         check_adapter_name(registry, name)
         request = _Request(name, base, on, link, description, wanted)
-        if not is_mlx(path):
-            return _register(context, find_checkpoint_folder(path), request)
-        if link:
-            raise Usage("--link refers to PEFT's files, and those of mlx-lm are laid out anew", hint="leave out --link")
-        adapter = read_mlx(path)
-        if adapter.is_dora and not convert:
-            then = shlex.join(["stackctl", "add", name, str(path), "--convert"])
-            raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
-        from stackctl.engine.export.mlx import write_peft
-
-        with atomic.staging_directory(registry.root / "weights") as staged:
-            write_peft(adapter, staged)
-            return _register(context, staged, replace(request, from_mlx=True))
+        if is_mlx(path):
+            return _add_mlx(context, path, request)
+        if file := find_kohya(path):
+            return _add_kohya(context, file, request)
+        return _register(context, find_checkpoint_folder(path), request)
 
 
 @dataclass(frozen=True)
@@ -124,6 +118,37 @@ class _Request:
 
     def new(self, stack: ResolvedStack) -> NewVersion:
         return NewVersion(self.name, stack.base, stack.terms(), self.description)
+
+
+def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
+    """Register an adapter of mlx-lm."""
+    _refuse_link(request, "mlx-lm")
+    adapter = read_mlx(path)
+    if adapter.is_dora and not request.wanted:
+        then = shlex.join(["stackctl", "add", request.name, str(path), "--convert"])
+        raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
+    from stackctl.engine.renamed import write_mlx_as_peft
+
+    with atomic.staging_directory(context.registry.root / "weights") as staged:
+        write_mlx_as_peft(adapter, staged)
+        return _register(context, staged, replace(request, from_mlx=True))
+
+
+def _add_kohya(context: Context, file: Path, request: _Request) -> Result:
+    """Register a LoRA in one file, whose names only a base resolves."""
+    _refuse_link(request, "sd-scripts and LyCORIS")
+    base = resolve_expression(context.registry, request.on or "base", base=request.base).base
+    adapter = read_kohya(file, base)
+    from stackctl.engine.renamed import write_kohya_as_peft
+
+    with atomic.staging_directory(context.registry.root / "weights") as staged:
+        write_kohya_as_peft(adapter, staged)
+        return _register(context, staged, replace(request, base=None if request.on else base.name))
+
+
+def _refuse_link(request: _Request, program: str) -> None:
+    if request.link:
+        raise Usage(f"--link refers to PEFT's files, and those of {program} are laid out anew", hint="leave out --link")
 
 
 def _register(context: Context, folder: Path, request: _Request) -> Result:

@@ -124,7 +124,7 @@ def add_converted(
         copy_checkpoint(checkpoint.path, staged)
         for file in (CONFIG, WEIGHTS):
             (staged / file).unlink()
-        pairs.write(staged, stack.base.hub_id or stack.base.source, _kept_settings(checkpoint))
+        pairs.write(staged, stack.base, _kept_settings(checkpoint))
         made = read_checkpoint(staged)
         alone = plan_stack(stack.base, [PlanMember(name, 1.0, made, name)]).check()
         told = Converted(

@@ -53,13 +53,13 @@ def register(app: typer.Typer) -> None:
         say = context.output.status
         model, folder = extraction.find_tuned(found_base, tuned, registry, say)
         wanted = Wanted(number, None if number else tolerance or 0.1)
-        found = extraction.extract(found_base, base_folder(found_base, registry, say), folder, wanted)
+        found = extraction.extract(found_base, base_folder(found_base, registry, say), model, folder, wanted)
         told = Extracted(
             source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
             errors=found.errors, saved=found.saved_modules, left_out=found.left_out,
         )  # fmt: skip
         with atomic.staging_directory(registry.root / "weights") as staged:
-            found.write(staged, found_base.hub_id or found_base.source, {})
+            found.write(staged, found_base, {})
             checkpoint = read_checkpoint(staged)
             plan_stack(found_base, [PlanMember(name, 1.0, checkpoint, name)]).check()
             version = add_version(

@@ -186,8 +186,6 @@ def subtract(now: StackPlan, begun: StackPlan, wanted: Wanted) -> Pairs:
         for name, module in now.modules.items():
             factors = tensors.factors(module) + _negative(before.factors(begun.modules[name]))
             delta = algebra.delta(factors, torch.float64)
-            if module.type == "Embedding":
-                found.embeddings.add(name)
             if float(delta.abs().max()):
                 found.put(name, _pair(factors, wanted), delta)
     return found
@@ -236,8 +234,6 @@ def _keep(
     delta = merged.weight.detach().double() - kept.values["weight"].double()
     if isinstance(merged, (Conv1D, nn.Embedding)):
         delta = delta.T
-    if isinstance(merged, nn.Embedding):
-        found.embeddings.add(name)
     bias = getattr(merged, "bias", None)
     if bias is not None and "bias" not in kept.values:
         raise Incompatible(f"it gives {name} a bias, and the base has none there", hint="use it with PEFT itself")

@@ -17,7 +17,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_files import base_folder, make_base
 from stackctl.engine.base_layout import BaseLayout
-from stackctl.engine.low_rank import Pairs, Wanted
+from stackctl.engine.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
 from stackctl.engine.tensors import TensorFiles
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
@@ -36,57 +36,94 @@ def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[B
     """A fine-tuned model and its folder, held against the base by what both say of their layers.
 
     Raises:
-        NotFound, Usage, Incompatible, HubFailure: it is not there, or is no model of the same layers.
+        NotFound, Usage, Incompatible, HubFailure: it is not there, or is no model of the same layers; with all of it.
     """
     tuned = make_base("tuned", source, None, registry, say)
-    hint = "give the model that was trained from that base, or another --base"
-    if base.quantization or tuned.quantization:
-        which = base.name if base.quantization else source
+    problems = [
+        f"the weights of {which} are stored quantised, and a change cannot be read off them"
+        for which, model in ((f"'{base.name}'", base), (source, tuned))
+        if model.quantization
+    ]
+    if other := _unlike(base, tuned):
+        problems.append(f"{source} is no fine-tune of '{base.name}': {'; '.join(other)}")
+    elif tuned.fingerprint == base.fingerprint:
+        problems.append(f"{source} is the base '{base.name}' itself: nothing was changed")
+    if problems:
         raise Incompatible(
-            f"the weights of {which} are stored quantised, and a change cannot be read off them", hint=hint
+            "; ".join(problems), hint="give the model that was trained from that base, or another --base"
         )
-    ours, theirs = expand_modules(base.modules), expand_modules(tuned.modules)
-    other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if other or tuned.architecture != base.architecture:
-        what = f"{len(other)} layers differ, {other[0]} among them" if other else f"it is a {tuned.architecture}"
-        raise Incompatible(f"{source} is no fine-tune of '{base.name}': {what}", hint=hint)
-    if tuned.fingerprint == base.fingerprint:
-        raise Incompatible(f"{source} is the base '{base.name}' itself: nothing was changed", hint=hint)
     return tuned, base_folder(tuned, registry, say)
 
 
-def extract(base: Base, folder: Path, tuned: Path, wanted: Wanted) -> Extraction:
-    """Compare two models of the same layers, parameter by parameter.
+_SHOWN = 6
+"""Kinds of layers that differ of which a message tells the shapes; of others it tells how many there are."""
+
+
+def _unlike(base: Base, tuned: Base) -> list[str]:
+    """In what the layers of two models differ, by what both entries say."""
+    found = []
+    if tuned.architecture != base.architecture:
+        found.append(f"it is a {tuned.architecture}, not a {base.architecture}")
+    if tuned.vocabulary_size != base.vocabulary_size:
+        found.append(f"its vocabulary has {tuned.vocabulary_size:,} tokens, not {base.vocabulary_size:,}")
+    ours, theirs = expand_modules(base.modules), expand_modules(tuned.modules)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name in {**ours, **theirs}:
+        own, there = ours.get(name), theirs.get(name)
+        if own == there:
+            continue
+        if own is None or there is None:
+            what = "not in the base" if own is None else "missing"
+        else:
+            what = f"{there.type} {there.shape}, not {own.type} {own.shape}"
+        kinds.setdefault((name.rpartition(".")[2], what), []).append(name)
+    for (_, what), names in list(kinds.items())[:_SHOWN]:
+        found.append(f"{names[0]} is {what}" + (f", and {len(names) - 1} more like it" if names[1:] else ""))
+    return found + ([f"{len(kinds) - _SHOWN} more kinds of layers differ"] if len(kinds) > _SHOWN else [])
+
+
+def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Wanted) -> Extraction:
+    """Compare two models of the same layers, parameter by parameter; ``place`` is the folder of the tuned one.
 
     Raises:
-        Incompatible: no linear layer was changed.
+        Incompatible: no layer that a LoRA can stand on was changed.
     """
-    found = Extraction()
-    modules = expand_modules(base.modules)
-    tied = f"{base.output_embedding}.weight" if base.tied_embeddings else None
-    before, after = (BaseLayout(place, empty_model(place)) for place in (folder, tuned))
+    found, modules = Extraction(), expand_modules(base.modules)
+    before, after = (BaseLayout(model, empty_model(model)) for model in (folder, place))
+    own, twins = _twins(base), _twins(tuned)
     with torch.no_grad(), TensorFiles() as ours, TensorFiles() as theirs:
         for group in before.groups:
-            other = after.group(group.targets[0])
+            if group.targets[0] in own:
+                continue
+            other = after.group(twins.get(group.targets[0], group.targets[0]))
             if other is None:
                 found.left_out.extend(group.targets)
                 continue
             new = after.read_group(other, theirs)
             for name, old in before.read_group(group, ours).items():
-                if name == tied or (torch.equal(old, new[name].to(old.dtype)) and old.dtype == new[name].dtype):
-                    continue
-                _keep(found, base, name, modules, (old, new.pop(name)), wanted)
-    for module in found.biases.keys() - found.pairs.keys():  # PEFT keeps those of layers that it adapts
-        del found.biases[module]
-        found.left_out.append(f"{module}.bias")
+                _keep(found, base, name, modules, (old, new.pop(twins.get(name, name))), wanted)
+        for head, embedding in own.items():  # a head that is the embedding in the base, and changes with it or alone
+            there = twins.get(head, head)
+            own_group, new_group = before.group(embedding), after.group(there)
+            assert own_group is not None and new_group is not None, "transformers loads no model without an embedding"
+            values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
+            _keep(found, base, head, modules, values, wanted)
+    _place_biases(found)
     if not found.pairs:
+        others = [*found.saved, *found.left_out]
         raise Incompatible(
-            "no linear layer differs between the two models"
-            + (f" (but {', '.join(found.left_out[:3])})" if found.left_out else ""),
+            "no linear layer differs between the two models" + (f" (but {', '.join(others[:3])})" if others else ""),
             hint="give a model whose linear layers were trained",
         )
     found.saved_modules = sorted({name.rpartition(".")[0] for name in found.saved})
     return found
+
+
+def _twins(model: Base) -> dict[str, str]:
+    """The weight of a head that is the embedding's, to that."""
+    if not (model.tied_embeddings and model.output_embedding and model.input_embedding):
+        return {}
+    return {f"{model.output_embedding}.weight": f"{model.input_embedding}.weight"}
 
 
 def _keep(
@@ -97,18 +134,53 @@ def _keep(
     models: tuple[Tensor, Tensor],
     wanted: Wanted,
 ) -> None:
-    """What is kept of one parameter that changed."""
+    """What is kept of one parameter, if it changed: by more than the rounding of the dtype that it was saved in."""
     old, new = models
+    if torch.equal(old.to(new.dtype), new):
+        return
     module, _, kind = name.rpartition(".")
+    if name in modules:  # a parameter of experts
+        delta = new.float() - old.float()
+        found.keep(name, delta.mT if modules[name].type == "TransposedExperts" else delta, wanted)
+        return
     shape = modules.get(module)
     type_ = shape.type if shape else None
-    untied = () if base.tied_embeddings else (base.input_embedding, base.output_embedding)
-    if kind == "weight" and type_ in ("Linear", "Conv1D") and module != base.output_embedding:
+    if kind == "weight" and (type_ == "Embedding" or module == base.output_embedding):
+        _keep_table(found, module, new, new.float() - old.float(), wanted, transposed=type_ == "Embedding")
+    elif kind == "weight" and type_ in ("Linear", "Conv1D", "Matrix"):
         delta = new.float() - old.float()
         found.keep(module, delta.T if type_ == "Conv1D" else delta, wanted)
-    elif kind == "bias" and type_ in ("Linear", "Conv1D") and module != base.output_embedding:
+    elif kind == "bias" and type_ in ("Linear", "Conv1D"):
         found.biases[module] = new.contiguous()
-    elif (type_ is None and kind in ("weight", "bias")) or (kind == "weight" and module in untied):  # a norm, a table
+    elif type_ is None and kind in ("weight", "bias"):  # a norm
         found.saved[name] = new.contiguous()
     else:
         found.left_out.append(name)
+
+
+def _keep_table(
+    found: Extraction, module: str, new: Tensor, delta: Tensor, wanted: Wanted, *, transposed: bool
+) -> None:
+    """Keep an embedding or a head: as a pair where one of the rank that was asked for holds its change, else whole.
+
+    ``new`` and ``delta`` are (vocabulary, dimension). A training moves the rows of many tokens apart from each other,
+    of which a pair of a low rank would lose most.
+    """
+    pair = whole_pair(delta, wanted.rank or MOST_DIRECTIONS)
+    if pair is None:
+        found.saved[f"{module}.weight"] = new.contiguous()
+    elif transposed:
+        a, b = pair
+        found.put(module, (b.T.contiguous(), a.T.contiguous()), delta.T)
+    else:
+        found.put(module, pair, delta)
+
+
+def _place_biases(found: Extraction) -> None:
+    """PEFT keeps biases of layers that it adapts, and with modules that are kept whole; others are left out."""
+    for module in found.biases.keys() - found.pairs.keys():
+        bias = found.biases.pop(module)
+        if f"{module}.weight" in found.saved:
+            found.saved[f"{module}.bias"] = bias
+        else:
+            found.left_out.append(f"{module}.bias")

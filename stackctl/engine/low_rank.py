@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stackctl.core.schema import Base
+from stackctl.engine import algebra
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS
-from stackctl.lora.lora_config import plain_lora_config
+from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.target_modules import expand_modules
+from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, wrapped_names
 from stackctl.storage import atomic
 
 _PREFIX = "base_model.model."
 _OVERSAMPLING, _ITERATIONS = 16, 4
 _SMALL = 512
 """The smaller side up to which a matrix is decomposed exactly."""
-_OWN, _OWN_RANK = 1e-6, 256
+_OWN, MOST_DIRECTIONS = 1e-6, 256
 """What rounding leaves of a change when it has a rank of its own, and the largest that is looked for."""
 _NOTHING = 1e-9
 """What is left where a change has no more directions: those are not written, whatever rank was asked for."""
 _OTHERWISE = 0.01
 """The share that may be lost of a change without a rank of its own, where nothing was asked for."""
+_WHOLE = 1e-5
+"""The share up to which nothing but rounding is lost of a table that is to be kept whole."""
+_ROWS = 4096
+"""Rows that are looked at together in float64, of which a table of a large vocabulary has no second copy."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,14 @@ class Wanted:
 
 @dataclass
 class Pairs:
-    """A LoRA in the making. ``pairs`` are A (r, in) and B (out, r) by module; ``errors`` ‖ΔW - B A‖ / ‖ΔW‖."""
+    """A LoRA in the making. ``pairs`` are A (r, in) and B (out, r) by module; ``errors`` ‖ΔW - B A‖ / ‖ΔW‖.
+
+    The pair of a parameter of experts holds the factors of all of them, as PEFT's does; ``experts`` says how many.
+    """
 
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
+    experts: dict[str, int] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     saved_modules: list[str] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -58,17 +69,24 @@ class Pairs:
     total: float = 0.0
 
     def keep(self, module: str, delta: Tensor, wanted: Wanted) -> None:
-        """Keep the best pair for a module's change (out, in); a change of nothing is none."""
-        total = float(delta.double().square().sum())
-        if total:
+        """Keep the best pair for a module's change (out, in), or (experts, out, in); a change of nothing is none."""
+        if not bool(delta.any()):
+            return
+        if delta.ndim == 2:
             self.put(module, best_pair(delta, wanted), delta)
+            return
+        pairs = [best_pair(own, wanted) for own in delta]
+        self.experts[module] = len(pairs)
+        self.pairs[module] = algebra.join_experts(pairs)
+        self._count(module, [_lost(own, pair) for own, pair in zip(delta, pairs, strict=True)])
 
     def put(self, module: str, pair: tuple[Tensor, Tensor], delta: Tensor) -> None:
         """Keep a pair for a module, and how far its product is from the module's change (out, in)."""
-        a, b = pair
-        lost = float((delta.double() - b.double() @ a.double()).square().sum())
-        total = float(delta.double().square().sum())
         self.pairs[module] = pair
+        self._count(module, [_lost(delta, pair)])
+
+    def _count(self, module: str, found: Sequence[tuple[float, float]]) -> None:
+        lost, total = (math.fsum(numbers) for numbers in zip(*found, strict=True))
         self.errors[module] = math.sqrt(lost / total)
         self.lost, self.total = self.lost + lost, self.total + total
 
@@ -79,20 +97,31 @@ class Pairs:
 
     @property
     def rank(self) -> int:
-        return max((a.shape[0] for a, _ in self.pairs.values()), default=0)
+        return max((self._rank(module) for module in self.pairs), default=0)
 
-    def write(self, folder: Path, base_name: str, settings: Mapping[str, Any]) -> None:
+    def _rank(self, module: str) -> int:
+        """The rank on a module; of experts that of each."""
+        return self.pairs[module][0].shape[0] // self.experts.get(module, 1)
+
+    def write(self, folder: Path, base: Base, settings: Mapping[str, Any]) -> None:
         """Write a PEFT checkpoint: alpha = rank on every module, so that nothing is scaled."""
         tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in self.saved.items()}
         tensors |= {f"{_PREFIX}{module}.base_layer.bias": bias.contiguous() for module, bias in self.biases.items()}
-        for module, (a, b) in self.pairs.items():
-            part, end = ("lora_embedding_", "") if module in self.embeddings else ("lora_", ".weight")
-            tensors[f"{_PREFIX}{module}.{part}A{end}"] = a.contiguous()
-            tensors[f"{_PREFIX}{module}.{part}B{end}"] = b.contiguous()
+        known = expand_modules(base.modules)
+        wrapped = wrapped_names([module for module in self.pairs if known[module].type in EXPERTS], known)
+        modules, parameters = dict[str, int](), dict[str, int]()
+        for module, pair in self.pairs.items():
+            kind = known[module].type
+            if is_parameter_only(module, kind, base.converted_names):
+                parameters[parameter_of(module, known[module])] = self._rank(module)
+            else:
+                modules[module] = self._rank(module)
+            names = factor_names(f"{_PREFIX}{wrapped.get(module, module)}", kind)
+            tensors |= {name: factor.contiguous() for name, factor in zip(names, pair, strict=True)}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         config = {
-            **plain_lora_config({module: a.shape[0] for module, (a, _) in self.pairs.items()}, {}),
-            "base_model_name_or_path": base_name,
+            **plain_lora_config(modules, parameters),
+            "base_model_name_or_path": base.hub_id or base.source,
             "inference_mode": True,
             "modules_to_save": self.saved_modules or None,
             **settings,
@@ -111,10 +140,22 @@ def best_pair(delta: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
     if wanted.tolerance is not None:
         return _within(delta, wanted.tolerance)
     rows, columns = delta.shape
-    affordable = min(rows * columns // (rows + columns), _OWN_RANK)
+    affordable = min(rows * columns // (rows + columns), MOST_DIRECTIONS)
     decomposed = _decompose(delta, max(1, affordable))
     own = _enough(delta, decomposed[1], _OWN)
     return _cut(decomposed, own) if own is not None and own <= affordable else _within(delta, _OTHERWISE)
+
+
+def whole_pair(delta: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """The pair that holds all of a change (out, in) but rounding; None where it has more than ``most`` directions."""
+    most = min(most, *delta.shape)
+    size = min(16, most)
+    while True:
+        decomposed = _decompose(delta, size)
+        enough = _enough(delta, decomposed[1], _WHOLE)
+        if enough is not None or size >= most:
+            return _cut(decomposed, enough) if enough is not None and enough <= most else None
+        size = min(4 * size, most)
 
 
 def _within(delta: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -131,12 +172,24 @@ def _within(delta: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
 def _enough(delta: Tensor, sigma: Tensor, tolerance: float) -> int | None:
     """How many of a change's largest singular values leave at most ``tolerance`` of it behind."""
-    total = float(delta.double().square().sum())
+    total = _square(delta)
     left = (total - sigma.square().cumsum(0)).clamp(min=0)
     if len(sigma) == min(delta.shape):  # all of them are there, and what is left is theirs: no difference of sums
         left = torch.cat([sigma.square().flip(0).cumsum(0).flip(0)[1:], sigma.new_zeros(1)])
     found = (left <= tolerance**2 * total).nonzero()
     return int(found[0]) + 1 if len(found) else None
+
+
+def _square(delta: Tensor) -> float:
+    """‖delta‖², added up in float64."""
+    return math.fsum(float(rows.double().square().sum()) for rows in delta.split(_ROWS))
+
+
+def _lost(delta: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """‖delta - B A‖² and ‖delta‖²."""
+    a, b = pair[0].double(), pair[1].double()
+    left = zip(delta.split(_ROWS), b.split(_ROWS), strict=True)
+    return math.fsum(float((rows.double() - own @ a).square().sum()) for rows, own in left), _square(delta)
 
 
 def _cut(decomposed: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
@@ -157,5 +210,8 @@ def _decompose(delta: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.linalg.qr(delta @ random).Q
     for _ in range(_ITERATIONS):
         q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
-    u, sigma, vh = torch.linalg.svd((q.T @ delta).double(), full_matrices=False)
-    return q.double() @ u, sigma, vh
+    # In float64 from here: what is left of a change is told by a difference of sums of squares.
+    q = torch.linalg.qr(q.double()).Q
+    core = sum(own.T @ rows.double() for own, rows in zip(q.split(_ROWS), delta.split(_ROWS), strict=True))
+    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    return q @ u, sigma, vh

@@ -60,6 +60,13 @@ def describe_lora(config: dict[str, Any]) -> Lora:
     return msgspec.convert({"r": _LoraConfig().r, "lora_alpha": _LoraConfig().lora_alpha} | told, Lora, strict=False)
 
 
+def factor_names(name: str, kind: str) -> tuple[str, str]:
+    """What PEFT calls the tensors of A and B of a module of a kind (``ModuleShape.type``)."""
+    if kind == "Embedding":
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
 def plain_lora_config(modules: dict[str, int], parameters: dict[str, int]) -> dict[str, Any]:
     """PEFT's configuration of one plain LoRA with these ranks: alpha = rank on every module, so that scaling is one.
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible
 from stackctl.lora.checkpoint import CONFIG
-from stackctl.lora.lora_config import plain_lora_config
+from stackctl.lora.lora_config import factor_names, plain_lora_config
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.storage.files import read_bounded
 
 MLX_WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
-_PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude"}
+_PARTS = ("lora_a", "lora_b", "m")
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,16 @@ class MlxAdapter:
         alpha = {"lora_alpha": peft_alpha(self.scale, self.rank), "use_dora": self.is_dora}
         return {**config, **alpha, "base_model_name_or_path": self.model, "inference_mode": True}
 
-    def peft_name(self, module: str, part: str) -> str:
-        """The name of a tensor in PEFT's files."""
-        if part == "m":
-            return f"base_model.model.{module}.lora_magnitude_vector"
-        if is_embedding(module):
-            return f"base_model.model.{module}.lora_embedding_{_PARTS[part]}"
-        return f"base_model.model.{module}.lora_{_PARTS[part]}.weight"
+    def peft_tensors(self) -> dict[str, tuple[TensorInfo, bool]]:
+        """The tensors by PEFT's names, and whether each lies the other way round there."""
+        made = {}
+        for module, parts in self.tensors.items():
+            kind = "Embedding" if is_embedding(module) else "Linear"
+            names = dict(zip(("lora_a", "lora_b"), factor_names(f"base_model.model.{module}", kind), strict=True))
+            for part, info in parts.items():
+                name = names.get(part, f"base_model.model.{module}.lora_magnitude_vector")
+                made[name] = info, part != "m"
+        return made
 
 
 def is_embedding(module: str) -> bool:

@@ -36,7 +36,7 @@ MLX = Recognised(
     "a folder with adapters.safetensors and adapter_config.json is read as it is: stackctl add NAME FOLDER",
 )  # fmt: skip
 _DIFFUSERS = Recognised("diffusers", "is a LoRA for an image or video model of diffusers")
-_KOHYA = Recognised("kohya", "is a LoRA for an image model, as kohya's sd-scripts write it")
+KOHYA = Recognised("kohya", "is a LoRA for an image model, as kohya's sd-scripts write it")
 _ADAPTERHUB = Recognised("adapterhub", "is an adapter of AdapterHub's library adapters, not of PEFT")
 _GGUF = Recognised(
     "gguf_adapter", "holds an adapter as GGUF, which llama.cpp reads", "give the PEFT checkpoint that it was made from"
@@ -110,7 +110,7 @@ def _recognise_tensors(names: Iterable[str]) -> Recognised | None:
     """What other programs' tensors belong to, by their names."""
     for name in names:
         if name.startswith(("lora_unet_", "lora_te")) or ".lora_down." in name:
-            return _KOHYA
+            return KOHYA
         if name.startswith(("unet.", "text_encoder.", "text_encoder_2.", "transformer.transformer_blocks.")):
             return _DIFFUSERS
         if name.endswith((".lora_a", ".lora_b")):

@@ -1,4 +1,4 @@
-"""Adapters of mlx-lm: a stack as one, and one of theirs as a PEFT checkpoint.
+"""A stack as an adapter of mlx-lm.
 
 mlx-lm (mlx_lm/tuner/utils.py: load_adapters) has one rank and one scale for all layers.
 
@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from stackctl.core.errors import Incompatible
 from stackctl.engine.merging import module_pair, pair_error
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, TensorFiles, tensor_bytes
-from stackctl.lora.checkpoint import CONFIG, WEIGHTS
-from stackctl.lora.mlx import MLX_WEIGHTS, MlxAdapter, peft_alpha
+from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
+from stackctl.lora.checkpoint import CONFIG
+from stackctl.lora.mlx import MLX_WEIGHTS, peft_alpha
 from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expand_modules, natural_order
 from stackctl.plan.methods import SUM
@@ -158,15 +157,3 @@ def _config(plan: StackPlan, names: list[str], rank: int, scale: float) -> dict[
         "num_layers": len(blocks),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-
-
-def write_peft(adapter: MlxAdapter, folder: Path) -> None:
-    """Write an adapter of mlx-lm as the same adapter of PEFT: in the same dtype, every factor transposed."""
-    made = {}
-    with TensorFiles() as files:
-        for module, parts in adapter.tensors.items():
-            for part, info in parts.items():
-                tensor = files.read(adapter.path / MLX_WEIGHTS, info)
-                made[adapter.peft_name(module, part)] = (tensor if part == "m" else tensor.T).contiguous()
-    save_file(made, folder / WEIGHTS, {"format": "pt"})
-    atomic.write_atomic(folder / CONFIG, json.dumps(adapter.peft_config(), indent=2, sort_keys=True) + "\n")

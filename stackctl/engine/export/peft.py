@@ -10,7 +10,7 @@ from typing import Any
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from stackctl.lora.lora_config import plain_lora_config
+from stackctl.lora.lora_config import factor_names, plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
@@ -85,10 +85,9 @@ def _layout(plan: StackPlan, ranks: dict[str, int]) -> dict[str, list[tuple[str,
 
 
 def _tensors(module: ModulePlan, name: str, rank: int) -> list[tuple[str, tuple[int, int]]]:
-    rows, columns = module.shape
-    if module.type == "Embedding":
-        return [(f"{name}.lora_embedding_A", (rank, rows)), (f"{name}.lora_embedding_B", (columns, rank))]
-    return [(f"{name}.lora_A.weight", (rank, columns)), (f"{name}.lora_B.weight", (rows, rank))]
+    rows, columns = module.shape if module.type != "Embedding" else module.shape[::-1]
+    a, b = factor_names(name, module.type)
+    return [(a, (rank, columns)), (b, (rows, rank))]
 
 
 def _row_layout(plan: StackPlan) -> list[tuple[str, tuple[int, int]]]:
