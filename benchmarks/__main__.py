@@ -16,6 +16,7 @@ NAMES = (
     "training",
     "beginnings",
     "preferences",
+    "rebase",
     "generation",
     "evaluation",
     "serving",

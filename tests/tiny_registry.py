@@ -121,7 +121,12 @@ class TinyRegistry:
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The loss curve kept with an adapter."""
-        return [json.loads(line) for line in (self.weights(name) / "training_log.jsonl").read_text().splitlines()]
+        return self.log_of(name, 1)
+
+    def log_of(self, name: str, version: int) -> list[dict[str, Any]]:
+        """The same of any version."""
+        lines = (self.weights(name, version) / "training_log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def adapters(self) -> set[str]:
         """What is registered, and nothing else may lie among the weights."""

@@ -12,7 +12,7 @@ import msgspec
 
 from stackctl.cli.common import Context
 from stackctl.core.command_line import typed
-from stackctl.core.schema import Run
+from stackctl.core.schema import Moved, Run
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
@@ -162,6 +162,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "base": prepared.base.name,
         "on": version.trained_on,
         "from": version.from_,
+        "moved": msgspec.structs.asdict(version.moved) if version.moved else None,
         **{name: getattr(run, name) for name in _TOLD_OF_A_RUN},
         "tokens_per_second": speed,
         "trainable_parameters": done.trainable_parameters,
@@ -171,7 +172,9 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "problems": [problem.json() for problem in recorded_problems(label, version.problems)],
     }
     steps = counted(run.steps, "step")
-    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(run, done.counters.curve)
+    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(
+        run, done.counters.curve, version.moved
+    )
     for problem in version.problems:
         context.output.status(f"warning: {problem.message}\nhint: {problem.hint}")
     return Result(data, label, text)
@@ -189,7 +192,7 @@ def with_next(result: Result, prepared: PreparedJob) -> Result:
     return replace(result, screen=f"{result.screen}\nnext: stackctl {then}")
 
 
-def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
+def _improvement(run: Run, curve: list[dict[str, float]], moved: Moved | None) -> str:
     """What the run was good for, in a line or two."""
     first, last = curve[0]["loss"], curve[-1]["loss"]
     text = f"loss of a step {_change(first, last)}"
@@ -203,6 +206,9 @@ def _improvement(run: Run, curve: list[dict[str, float]]) -> str:
         text += f", ranked rightly {run.eval_accuracy:.0%}, mean margin {run.eval_margin:.3f}"
     elif max(before, after) < _LARGEST_LOSS:
         text += f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+    if moved and moved.mark is not None:
+        reached = "not reached" if moved.reached_step is None else f"reached at step {moved.reached_step}"
+        text += f"; what it had where it stood, {moved.mark:.3f}, was {reached}"
     if run.kept_step != run.steps or run.stopped_early:
         stopped = f", stopped early after {run.steps}" if run.stopped_early else f" of {run.steps}"
         text += f"; kept: the weights of step {run.kept_step}{stopped}"

@@ -224,10 +224,39 @@ class Converted(Part, frozen=True, kw_only=True):
     errors: dict[str, Finite] = msgspec.field(default_factory=dict)
 
 
+class Moved(Part, frozen=True, kw_only=True):
+    """How an adapter that began at the factors of another was found on another stack, or base, than it stood on.
+
+    ``base`` and ``trained_on`` are those that it stood on. On ``records``, whose ``tokens`` are supervised,
+    ``loss_before`` is that of the adapter there, ``loss_copy`` of its plain copy here, ``difference_error`` the
+    standard error of their difference; ``divergence`` the mean KL divergence (nats a token) of the outputs before from
+    those of the copy. ``loss_corrected`` is that of the closed-form correction, at which it began if ``corrected``.
+    ``own_data``: the records are of a file that the adapter was trained or judged on. ``mark`` is its loss there on
+    the held-out records, and ``reached_step`` the first step with a loss that is no higher.
+    """
+
+    base: str
+    trained_on: list[str]
+    records: Count
+    tokens: Count
+    own_data: bool
+    divergence: Finite
+    divergence_error: Finite | None
+    loss_before: Finite
+    loss_copy: Finite
+    difference_error: Finite | None
+    loss_corrected: Finite | None
+    corrected: bool
+    mark: Finite | None
+    reached_step: Count | None
+    seconds: Finite
+
+
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
-    ``from`` is the version at whose factors its training began; ``trained_tokens`` are those whose rows it has trained;
+    ``from`` is the version at whose factors its training began, ``moved`` what was found where that stood elsewhere;
+    ``trained_tokens`` are those whose rows it has trained;
     ``hub`` is where it was pulled from, and ``pushed`` where it was pushed to last. ``problems`` are those of its
     training.
     """
@@ -239,6 +268,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     fingerprint: str
     trained_on: list[str] = msgspec.field(default_factory=list)
     from_: str | None = msgspec.field(name="from", default=None)
+    moved: Moved | None = None
     created: str
     lora: Lora
     parameters: Count

@@ -10,6 +10,7 @@ import msgspec
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.expressions import format_expression, parse_expression
 from stackctl.core.schema import TrainJob
+from stackctl.jobs.former import Former, find_former
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.plan.build import plan_stack
@@ -25,6 +26,8 @@ class Beginning:
 
     member: ResolvedMember
     plan: StackPlan
+    former: Former | str | None = None
+    """Where it stood before, if that was elsewhere; or why that cannot be told."""
 
     @property
     def label(self) -> str:
@@ -75,7 +78,7 @@ def find_beginning(registry: Registry, name: str, job: TrainJob, stack: Resolved
             f"--from {member.label}: it stands on experts, whose factors cannot be begun at",
             hint="leave out --from, or begin at an adapter on plain layers",
         )
-    return Beginning(member, plan)
+    return Beginning(member, plan, find_former(registry, member, stack))
 
 
 def settle(job: TrainJob, beginning: Beginning) -> TrainJob:

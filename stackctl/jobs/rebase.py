@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import msgspec
 
-from stackctl.core.errors import NotFound, Usage
-from stackctl.core.schema import AdapterVersion, TrainJob
+from stackctl.core.errors import Usage
+from stackctl.core.schema import TrainJob
+from stackctl.jobs.former import stands_on
 from stackctl.jobs.settings import outcome, settings_of
-from stackctl.registry.adapters import find_removed_version, foundations, resolve_adapter
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 
@@ -57,18 +57,3 @@ def own_newest(registry: Registry, name: str, job: TrainJob) -> str | None:
     known, wanted = outcome(settings_of(name, newest)), outcome(job.settings())
     same = newest.settings is None or all(known[key] == wanted[key] for key in _SHAPE)
     return f"{name}@{newest.version}" if same else None
-
-
-def stands_on(registry: Registry, version: AdapterVersion, stack: ResolvedStack) -> bool:
-    """Whether a version was trained on just this stack, by the digests of its members, their weights and the base."""
-    below: list[tuple[str, float]] = []
-    for term in foundations(version):
-        try:
-            member = resolve_adapter(registry, term.reference)
-        except NotFound:
-            if (removed := find_removed_version(registry, term.reference)) is None:
-                return False
-            member = removed
-        below.append((member.version.digest, term.weight))
-    now = [(member.version.digest, member.weight) for member in stack.members]
-    return version.fingerprint == stack.base.fingerprint and sorted(below) == sorted(now)

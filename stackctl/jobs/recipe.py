@@ -17,8 +17,9 @@ from stackctl.core import errors
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.schema import AdapterVersion, Recipe, TrainJob
+from stackctl.jobs.former import stands_on
 from stackctl.jobs.job import PreparedJob, data_path, prepare_job
-from stackctl.jobs.rebase import own_newest, stands_on
+from stackctl.jobs.rebase import own_newest
 from stackctl.jobs.settings import outcome, settings_of
 from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import resolve_base

@@ -107,9 +107,17 @@ class HeldOut(TrainerCallback):
         self.evaluations.append({"step": step, **found})
         ranks_right = f", ranked rightly {found['eval_accuracy']:.1%}" if self._answers else ""
         self._say(f"step {step}: held-out loss {found['eval_loss']:.3f}{ranks_right}")
+        self._look_for_mark(step, found["eval_loss"])
         if self._keeps_best and self.best is self.evaluations[-1]:
             self._best = {name: _local(p).detach().to("cpu", copy=True) for name, p in trained_parameters(model)}
         return found
+
+    def _look_for_mark(self, step: int, loss: float) -> None:
+        """Tell when an adapter that moved is as good as it was where it stood before."""
+        moved = self._counters.moved
+        if moved and moved["mark"] is not None and moved["reached_step"] is None and loss <= moved["mark"]:
+            moved["reached_step"] = step
+            self._say(f"step {step}: as good as it was where it stood, {moved['mark']:.3f}")
 
     def _loss(self, model: nn.Module) -> float:
         """The mean cross-entropy over the supervised tokens.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stackctl import __version__
 from stackctl.core.errors import VerificationFailed
-from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Run
+from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Moved, Run
 from stackctl.engine.records import RecordStream
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import save_adapter
@@ -122,6 +122,7 @@ def _entry(
         fingerprint=base.fingerprint,
         trained_on=prepared.trained_on,
         from_=prepared.beginning.label if prepared.beginning else None,
+        moved=Moved(**finished.counters.moved) if finished.counters.moved else None,
         created=now(),
         lora=describe_lora(checkpoint.config),
         parameters=checkpoint.parameters,

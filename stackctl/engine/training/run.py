@@ -25,6 +25,7 @@ from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.memory import estimate_job
+from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.orthogonal import OrthogonalRows
 from stackctl.engine.training.reference import Reference, fallen
@@ -121,6 +122,10 @@ def _train(
     """Freeze the stack, attach the adapter, train it between two looks at what was frozen, and register it."""
     stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
     set_seed(job.seed)
+    saves = folder.checkpoints if resume else []
+    move = None if saves or group.keeps_parts() else plan_move(prepared, corpus, output.say)
+    if move and not move.look_back(stacked, registry):
+        move = None
     probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
     bare = proofs.probe(stacked.model, probe_tokens)
     how = freeze_stack(stacked, prepared, loaded.targets, output.say)
@@ -143,6 +148,8 @@ def _train(
         answers = reference.know(corpus.encoded, job, corpus.max_length)
         if corpus.evaluation:
             held_out_answers = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)
+    if move:
+        state.counters.moved = move.begin(model)
     if corpus.evaluation:
         held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, held_out_answers)
     parts = TrainerParts(
@@ -160,7 +167,7 @@ def _train(
         trainer = StackTrainer(model, arguments, corpus, parts)
         if job.orthogonal:
             trainer.add_callback(OrthogonalRows(model, prepared.plan))
-        _run_trainer(trainer, parts, folder.checkpoints if resume else [], output)
+        _run_trainer(trainer, parts, saves, output)
 
     if reference and (note := fallen(reference.changes(examples))):
         output.say(f"note: {note}")

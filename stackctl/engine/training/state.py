@@ -23,6 +23,7 @@ class Counters:
     ``loss_sum`` is over supervised tokens, or where there are ``pairs`` over those. ``curve`` has an entry for each
     optimizer step, ``evaluations`` one for each evaluation on held-out records: ``step`` and ``eval_loss``.
     ``broken_step`` is the one at which a loss was no number and the training ended; nothing of it is counted.
+    ``moved`` are the fields of :class:`stackctl.core.schema.Moved`, where the adapter moved.
     """
 
     tokens: int = 0
@@ -36,6 +37,7 @@ class Counters:
     curve: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     broken_step: int | None = None
+    moved: dict[str, Any] | None = None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on with the counters of a save."""

@@ -1,0 +1,91 @@
+"""What an adapter was trained on, where a job puts it on something else; by entries and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stackctl.core.errors import NotFound, StackctlError
+from stackctl.core.schema import AdapterVersion, Base
+from stackctl.plan.build import plan_stack
+from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.registry.adapters import ResolvedMember, find_removed_version, foundations, resolve_adapter
+from stackctl.registry.planning import plan_member, read_plan
+from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.store import Registry
+
+
+@dataclass(frozen=True)
+class Former:
+    """Where an adapter stood before.
+
+    ``plan`` is that stack with the adapter on top, on its ``base``. ``changed`` is that stack less the job's, on the
+    job's base: what it does no more; None where not just versions or weights beneath the adapter are others.
+    """
+
+    base: Base
+    plan: StackPlan
+    changed: StackPlan | None
+
+
+def members_beneath(registry: Registry, version: AdapterVersion) -> list[ResolvedMember]:
+    """The frozen stack that a version was trained on; removed ones too, as long as their weights are there.
+
+    Raises:
+        NotFound: one of them is gone.
+    """
+    found = []
+    for term in foundations(version):
+        try:
+            member = resolve_adapter(registry, term.reference)
+        except NotFound:
+            removed = find_removed_version(registry, term.reference)
+            if removed is None:
+                raise
+            member = removed
+        found.append(replace(member, weight=term.weight))
+    return found
+
+
+def stands_on(registry: Registry, version: AdapterVersion, stack: ResolvedStack) -> bool:
+    """Whether a version was trained on just this stack, by the digests of its members, their weights and the base."""
+    try:
+        below = [(member.version.digest, member.weight) for member in members_beneath(registry, version)]
+    except NotFound:
+        return False
+    now = [(member.version.digest, member.weight) for member in stack.members]
+    return version.fingerprint == stack.base.fingerprint and sorted(below) == sorted(now)
+
+
+def find_former(registry: Registry, member: ResolvedMember, stack: ResolvedStack) -> Former | str | None:
+    """Where an adapter that a job begins at stood before; None if on just this, and else why nobody can tell."""
+    version = member.version
+    if stands_on(registry, version, stack):
+        return None
+    base = registry.find_base(version.base)
+    if base is None or base.fingerprint != version.fingerprint:
+        return f"the base '{version.base}' is not here as it was"
+    if (base.vocabulary_size, base.tokenizer) != (stack.base.vocabulary_size, stack.base.tokenizer):
+        return f"'{base.name}' and '{stack.base.name}' have other tokenizers"
+    try:
+        below = members_beneath(registry, version)
+        former = ResolvedStack(member.label, base, (*below, member))
+        return Former(base, read_plan(registry, former).check(), _changed(registry, below, stack, version))
+    except StackctlError as error:
+        return error.message
+
+
+def _changed(
+    registry: Registry, below: list[ResolvedMember], stack: ResolvedStack, version: AdapterVersion
+) -> StackPlan | None:
+    """The former stack less the one of now, where both are of the same adapters on one base."""
+    names = [sorted(member.adapter.name for member in members) for members in (below, stack.members)]
+    if names[0] != names[1] or not below or version.fingerprint != stack.base.fingerprint:
+        return None
+    members: dict[str, PlanMember] = {}
+    for sign, one in [*((1, one) for one in below), *((-1, one) for one in stack.members)]:
+        planned = members.get(one.version.digest) or replace(plan_member(registry, one), weight=0.0)
+        members[one.version.digest] = replace(
+            planned, adapter=one.version.digest, weight=planned.weight + sign * one.weight, trained_on=()
+        )
+    plan = plan_stack(stack.base, [member for member in members.values() if member.weight])
+    return plan if plan.modules and not plan.errors else None
