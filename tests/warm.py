@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -106,6 +107,9 @@ def _be_the_command(arguments: list[str], folder: Path, out: Path, errors: Path,
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    for place in environment.get("PYTHONPATH", "").split(os.pathsep):  # as Python does when it starts
+        if (first := Path(place, "sitecustomize.py")).is_file():
+            runpy.run_path(str(first))
     import torch
 
     torch.set_num_threads(1)

@@ -54,6 +54,7 @@ def meddle(h: Any, monkeypatch: pytest.MonkeyPatch, *, delay: float = 0, error: 
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EACCES, False)])
 def test_a_save_that_one_process_cannot_write_ends_both(
     house: Any, monkeypatch: pytest.MonkeyPatch, number: int, room: bool
