@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tiny import random_adapter
 from transformers import AutoModelForCausalLM
 
+from stackctl.lora.convertible import CONVERTIBLE_TYPES
+
 CONFIGS = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 PROJECTIONS = {"target_modules": ["q_proj", "v_proj"]}
 PROMPT = {"num_virtual_tokens": 4}
@@ -88,8 +90,12 @@ def test_every_type_is_taken_or_refused_by_its_name(
     refused = run("add", "x", folder, "--base", "tiny", "--json", code=4)
     told = refused.json["error"]
     assert f"is of PEFT type {kind}, not LORA" in told["message"]
-    assert told["hint"]
+    option = f"stackctl add x {folder} --convert"
+    assert (option in told["hint"]) is (kind in CONVERTIBLE_TYPES), "named where it helps, and nowhere else"
     assert "Traceback" not in refused.err
+    if kind not in CONVERTIBLE_TYPES:
+        asked = run("add", "x", folder, "--base", "tiny", "--convert", "--json", code=4).json["error"]
+        assert kind in asked["message"] and "--convert" not in asked["hint"]
     assert not (registry / "adapters" / "x.yaml").exists()
     (problem,) = [p for p in run("inspect", folder, "--json").json["problems"] if p["severity"] == "error"]
     assert kind in problem["message"]

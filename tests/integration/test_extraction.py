@@ -106,3 +106,15 @@ def test_what_cannot_be_extracted_is_refused(house: Any, models: Any) -> None:
     ):
         h.run("extract", "chat", "--base", "tiny", "--tuned", h.base, *options, code=2)
     assert h.adapters() == set()
+
+
+def test_a_fine_tune_on_the_hub_is_its_newest_commit(house: Any, hub: Any) -> None:
+    h = house()
+    folder = tuned_model(h, planted)
+    hub.repo("acme/tuned", {path.name: path.read_bytes() for path in folder.iterdir()})
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", "acme/tuned", "--rank", 3, "--json").json
+    assert found["relative_error"] < 1e-5
+    told = h.run("inspect", "chat", "--json").json["extracted"]
+    assert told["source"] == "acme/tuned" and len(told["revision"]) == 40
+    h.run("extract", "other", "--base", "tiny", "--tuned", "acme/nothing", code=3)
+    assert h.adapters() == {"chat"}
