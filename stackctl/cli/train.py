@@ -18,6 +18,7 @@ from stackctl.core.library_messages import reword_message
 from stackctl.core.schema import TrainJob
 from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
+from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.recipe import (
     FILE,
     RecipeFile,
@@ -53,6 +54,7 @@ _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _KINDS = {
     "on": "EXPR", "from": "REF", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
     "target_modules": "NAMES", "report_to": "NAMES", "train_tokens": "TOKENS",
+    "batch_size": "NUMBER",
 }  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def _plain_type(annotation: Any) -> tuple[Any, str]:
         elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
             choices = [a for a in typing.get_args(annotation) if a is not type(None)]
             plain = [a for a in choices if typing.get_origin(a) is not list]
-            annotation = plain[0] if plain else str
+            annotation = plain[0] if len(plain) == 1 or str in plain else str  # a number or a word is read as text
         else:
             return annotation, about
 
@@ -176,13 +178,16 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
         for key in ("data", "eval_data"):
             if key in values and (found.folder / values[key]).exists():
                 values[key] = str(found.folder / values[key])
+    auto_batch = flags.get("batch_size") == AUTO and isinstance(values.get("batch_size"), int)
+    if auto_batch:  # the step stays that of the file
+        flags = {key: value for key, value in flags.items() if key != "batch_size"}
     try:
         job = msgspec.convert({**values, **flags}, TrainJob, strict=False)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$.")
         option = "--" + place.rstrip("`").replace("_", "-")
         raise Usage(f"{option}: {reword_message(message)}", hint="stackctl train --help") from None
-    return prepare_job(context.registry, name, job, fresh=fresh)
+    return prepare_job(context.registry, name, job, fresh=fresh, auto_batch=auto_batch)
 
 
 # -- a recipe ---------------------------------------------------------------------------------------------------------

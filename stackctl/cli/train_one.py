@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,15 +16,21 @@ from stackctl.core.schema import Moved, Run
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
+from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.validate import recorded_problems
+from stackctl.registry.run_folders import run_folder
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
+
+if TYPE_CHECKING:
+    from stackctl.engine.training import StepPlan
 
 _LARGEST_LOSS = 20.0
 """Above it (nats) perplexity is a number that says nothing."""
 _TOLD_OF_A_RUN = (
-    "steps", "tokens", "supervised_tokens", "loss", "processes", "frozen", "frozen_error", "eval_loss_before",
+    "steps", "tokens", "supervised_tokens", "loss", "processes", "batch_size", "gradient_accumulation",
+    "gradient_checkpointing", "frozen", "frozen_error", "eval_loss_before",
     "eval_loss", "eval_accuracy", "eval_margin", "kept_step", "stopped_early", "accuracy", "margin",
 )  # fmt: skip
 """What ``--json`` says of a run, by the names of its entry."""
@@ -57,8 +63,8 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     corpus, tokenizer, targets = _check_data(context, prepared)
     job = prepared.job
     processes = launch.processes if launch else ranks.world_size()
-    batch = job.batch_size * job.gradient_accumulation * processes
-    memory = _estimate(prepared, corpus, targets, launch)
+    plan = _plan_step(prepared, corpus, targets, launch)
+    batch = plan.cut.records * plan.cut.count * processes
     steps = optimizer_steps(job, len(corpus.rows), processes)
     data = {
         "adapter": prepared.name,
@@ -80,7 +86,10 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "adapts": sorted(targets.modules, key=natural_order),
         "leaves_out": targets.left_out,
         "trained_tokens": [token for _, token in sorted(targets.tokens.items())],
-        "memory": memory.as_json(),
+        "batch_size": plan.cut.records,
+        "gradient_accumulation": plan.cut.count,
+        "gradient_checkpointing": plan.estimate.memory.checkpointing,
+        "memory": plan.estimate.as_json(),
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,
     }
@@ -88,31 +97,32 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     text = (
         f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
         f"rank {job.effective_rank()}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch"
-        f"\n{targets}\n{memory}"
+        + "\n".join(["", str(targets), *plan.told()])
     )
     return Result(data, prepared.name, text)
 
 
-def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch) -> None:
-    """What is wrong with the data is found here and told once, and what memory it will take."""
+def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch, *, resume: bool) -> Launch:
+    """What is wrong with the data is found here and told once, and what memory it will take, and how steps are cut."""
     corpus, _, targets = _check_data(context, prepared)
     context.output.status(str(targets))
-    context.output.status(str(_estimate(prepared, corpus, targets, launch)))
+    run = run_folder(context.registry, prepared.name)
+    kept = read_cut(run.signature.get(CUT)) if resume and run.checkpoints else None
+    plan = _plan_step(prepared, corpus, targets, launch, kept)
+    for text in plan.told():
+        context.output.status(text)
+    return replace(launch, cuts=(plan.cut, *plan.smaller))
 
 
-def _estimate(prepared: PreparedJob, corpus: Any, targets: Any, launch: Launch | None) -> Any:
-    from stackctl.engine.training import estimate_job
+def _plan_step(
+    prepared: PreparedJob, corpus: Any, targets: Any, launch: Launch | None, kept: StepCut | None = None
+) -> StepPlan:
+    from stackctl.engine.training import Group, plan_step
 
-    if launch is None:
-        return estimate_job(prepared, corpus, len(targets.tokens), processes=ranks.world_size())
-    return estimate_job(
-        prepared,
-        corpus,
-        len(targets.tokens),
-        processes=launch.processes,
-        sharded=launch.sharded,
-        checkpointing=launch.checkpointing,
-    )
+    group = Group(ranks.world_size())
+    if launch:
+        group = Group(launch.processes, launch.sharded, launch.checkpointing, is_here=False)
+    return plan_step(prepared, corpus, targets, group, kept)
 
 
 def typed_again() -> str:
@@ -134,7 +144,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         context.output.note(note)
     launch = plan_launch(prepared)
     if launch:
-        _check_before_launch(context, prepared, launch)
+        launch = _check_before_launch(context, prepared, launch, resume=resume)
     with (
         share_progress(context.output) as reading,
         share_progress(context.output, "log-probabilities under the frozen stack") as comparing,

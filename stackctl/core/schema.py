@@ -153,7 +153,8 @@ class Run(Part, frozen=True, kw_only=True):
     ``initial_seed`` is what the new factors A were drawn with: on a frozen stack another than ``settings.seed``.
     On pairs ``loss`` is the mean over pairs, ``accuracy`` the share that was ranked rightly, ``margin`` the mean by how
     much; for KTO over answers. With held-out records: ``eval_loss`` is that of the registered weights, which are those
-    of step ``kept_step``.
+    of step ``kept_step``. ``batch_size`` and ``gradient_accumulation`` are how each process cut its steps, whatever the
+    settings leave open; ``gradient_checkpointing``: activations were computed again.
     """
 
     steps: Count
@@ -177,6 +178,9 @@ class Run(Part, frozen=True, kw_only=True):
     margin: Finite | None = None
     eval_accuracy: Finite | None = None
     eval_margin: Finite | None = None
+    batch_size: Count | None = None
+    gradient_accumulation: Count | None = None
+    gradient_checkpointing: bool = False
 
 
 class HubSource(Part, frozen=True, kw_only=True):
@@ -357,6 +361,7 @@ Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's tw
 
 
 _RANK = 16
+_BATCH_SIZE = 8
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -398,7 +403,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 0.0
     epochs: Annotated[float, Meta(gt=0, le=_HUGE, description="Passes over the data.")] = 3
     max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
-    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = 8
+    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = _BATCH_SIZE
     gradient_accumulation: Annotated[int, Meta(ge=1, description="Micro-batches in an optimizer step.")] = 1
     max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
     pack: Annotated[
@@ -471,10 +476,20 @@ _RankOrOwn = (
 )
 
 
+_BatchSizeOrAuto = Annotated[
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(
+        description="Records in a micro-batch, per process; auto: as many as fit into memory, with a step of as many "
+        "records as ever."
+    ),
+]
+
+
 class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One adapter to train, as a recipe or ``--config`` says it."""
 
     rank: _RankOrOwn = None  # type: ignore[assignment]  # None: that of what it begins at, else the default
+    batch_size: _BatchSizeOrAuto = _BATCH_SIZE  # type: ignore[assignment]  # auto: how a step is cut is left open
     on: Annotated[
         str | None,
         Meta(
@@ -529,18 +544,30 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     cache: Annotated[
         bool, Meta(description="Keep the tokens of the data on disk, for runs to come and for data larger than memory.")
     ] = True
-    gradient_checkpointing: Annotated[
-        bool, Meta(description="Compute activations twice instead of keeping them: less memory, about a third slower.")
-    ] = False
+    gradient_checkpointing: (
+        Annotated[
+            bool,
+            Meta(
+                description="Compute activations twice instead of keeping them: less memory, about a third slower. "
+                "Left out: where memory is enough only so."
+            ),
+        ]
+        | None
+    ) = None
 
     @property
     def held_out_decides(self) -> bool:
         """Whether the held-out records have a say in which weights come out."""
         return self.eval_data is not None and (self.keep == "best" or self.patience is not None)
 
+    def effective_batch_size(self) -> int:
+        """Records in a micro-batch as they are asked for; ``auto`` may cut them into smaller ones."""
+        return _BATCH_SIZE if self.batch_size == "auto" else self.batch_size
+
     def settings(self) -> TrainSettings:
         told = {name: getattr(self, name) for name in TrainSettings.__struct_fields__}
-        return TrainSettings(**{**told, "rank": self.effective_rank()})
+        effective = {"rank": self.effective_rank(), "batch_size": self.effective_batch_size()}
+        return TrainSettings(**{**told, **effective})
 
 
 class PushTarget(Part, frozen=True, kw_only=True):

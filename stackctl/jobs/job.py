@@ -24,6 +24,7 @@ from stackctl.core.schema import Base, TrainJob
 from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning, settle
+from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
@@ -51,6 +52,8 @@ class PreparedJob:
     data: str
     eval_data: str | None
     beginning: Beginning | None = None
+    auto_batch: bool = False
+    """Whether a step may be cut into smaller micro-batches than the job's, where memory asks for it."""
 
     @property
     def base(self) -> Base:
@@ -110,15 +113,24 @@ class PreparedJob:
 
 
 def prepare_job(
-    registry: Registry, name: str, job: TrainJob, *, folder: Path | None = None, fresh: bool = False
+    registry: Registry,
+    name: str,
+    job: TrainJob,
+    *,
+    folder: Path | None = None,
+    fresh: bool = False,
+    auto_batch: bool = False,
 ) -> PreparedJob:
     """Resolve and check a job; paths of data are relative to ``folder`` (default: the working directory).
 
     ``fresh`` takes the newest versions even where ``on`` is also what a stored stack is called, as a recipe means it.
+    ``auto_batch`` leaves open how a step of the job's batch size is cut, as ``batch_size: auto`` does with the default.
 
     Raises:
         StackctlError: everything that is wrong with it, at once.
     """
+    auto_batch = auto_batch or job.batch_size == AUTO
+    job = msgspec.structs.replace(job, batch_size=job.effective_batch_size())
     problems: list[StackctlError] = []
     beginning: Beginning | None = None
     attempt = functools.partial(errors.attempt, problems)
@@ -148,7 +160,7 @@ def prepare_job(
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
-    return PreparedJob(name, job, stack, plan, data, eval_data, beginning)
+    return PreparedJob(name, job, stack, plan, data, eval_data, beginning, auto_batch)
 
 
 def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
@@ -254,7 +266,7 @@ def optimizer_steps(job: TrainJob, rows: int, processes: int) -> int:
     An epoch has a step for every full global batch and one for what is left; a part of an epoch counts as far as a
     step that has begun (``Trainer.set_initial_training_values``, transformers 5.23).
     """
-    batches = -(-rows // (job.batch_size * processes))
+    batches = -(-rows // (job.effective_batch_size() * processes))
     return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
 
 

@@ -28,6 +28,7 @@ import msgspec
 from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated, Usage
 from stackctl.jobs import ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.micro_batches import StepCut
 from stackctl.render.output import Output, Result
 from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
@@ -49,12 +50,13 @@ _GRACE = 10.0
 @dataclass(frozen=True)
 class Launch:
     """How to launch: the number of processes, accelerate's configuration, whether it shards the model and
-    whether it computes activations again."""
+    whether it computes activations again; and how each process is to cut its steps."""
 
     processes: int
     config: Path | None
     sharded: bool = False
     checkpointing: bool = False
+    cuts: tuple[StepCut, ...] = ()
 
 
 NOT_WHOLE = Usage(
@@ -154,7 +156,9 @@ def launch_training(
         command = _command(plan, prepared, registry, Path(folder), resume=resume)
         environment = {
             **os.environ,
-            ranks.LINK: json.dumps({**workers.address, "processes": plan.processes, "again": again}),
+            ranks.LINK: json.dumps(
+                {**workers.address, "processes": plan.processes, "again": again, "cuts": msgspec.to_builtins(plan.cuts)}
+            ),
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
         log = Path(folder) / "log"

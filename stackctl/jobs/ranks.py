@@ -19,11 +19,12 @@ from typing import Any
 
 from stackctl.core import errors
 from stackctl.core.errors import Failed, StackctlError
+from stackctl.jobs.micro_batches import StepCut
 from stackctl.render.output import Output, Result
 
 LINK = "STACKCTL_LINK"
 """In a worker's environment: the port and the secret of the command that launched it, the number of processes that it
-asked for, and the command that goes on after an interruption; as JSON."""
+asked for, how steps are to be cut, and the command that goes on after an interruption; as JSON."""
 HOST = "127.0.0.1"
 
 
@@ -65,6 +66,8 @@ class Link:
         told = json.loads(text)
         self.processes: int = told["processes"]
         self.again: str = told["again"]
+        self.cuts = [StepCut(**cut) for cut in told["cuts"]]
+        """How steps are to be cut, and in what other ways they could be, each needing less than the one before."""
         self.stop: str | None = None
         """``interrupt`` or ``terminate`` once the command asked for an end after the present step."""
         self._lock = threading.Lock()

@@ -97,33 +97,52 @@ class MemoryEstimate:
         return f"memory: about {human_bytes(self.total)}{each} of {human_bytes(available)}{verdict}\n  {told}"
 
 
-def estimate_memory(
-    base: Base,
-    *,
-    rank: int,
-    targets: Collection[str],
-    tokens: int,
-    supervised: int,
-    precision: Precision,
-    live_rank: int = 0,
-    processes: int = 1,
-    sharded: bool = False,
-    checkpointing: bool = False,
-    heap: bool = False,
-    token_rows: int = 0,
-) -> MemoryEstimate:
-    """The memory of one training process.
+@dataclass(frozen=True)
+class NewAdapter:
+    """What is trained, on what: the full names of the modules that it stands on, the summed ``live_rank`` of a frozen
+    stack that is kept live, and how many single tokens have their rows trained.
 
-    Args:
-        targets: full names of the modules that the adapter stands on.
-        tokens, supervised: of the largest micro-batch.
-        live_rank: the summed rank of a frozen stack that is kept live.
-        sharded: FSDP, which gives each process a part of everything that is stored.
-        checkpointing: activations inside a layer are computed again for the backward pass instead of kept.
-        heap: tensors are in main memory, whose heap is fragmented after some steps.
-        token_rows: how many single tokens have their rows trained: while the loss is computed, there is a copy of the
-            head with them in it, and afterwards as large a gradient of the embedding.
+    While the loss of such tokens is computed, there is a copy of the head with their rows in it, and afterwards as
+    large a gradient of the embedding.
     """
+
+    rank: int
+    targets: Collection[str]
+    live_rank: int = 0
+    token_rows: int = 0
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest micro-batch: its tokens, and those with a label.
+
+    ``checkpointing``: activations inside a layer are computed again for the backward pass instead of kept.
+    """
+
+    tokens: int
+    supervised: int
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """How and where it is computed.
+
+    ``sharded``: FSDP, which gives each process a part of everything that is stored. ``heap``: tensors are in main
+    memory, whose heap is fragmented after some steps.
+    """
+
+    precision: Precision
+    processes: int = 1
+    sharded: bool = False
+    heap: bool = False
+
+
+def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where: Surroundings) -> MemoryEstimate:
+    """The memory of one training process."""
+    rank, targets, live_rank, token_rows = adapter.rank, adapter.targets, adapter.live_rank, adapter.token_rows
+    tokens, supervised, checkpointing = batch.tokens, batch.supervised, batch.checkpointing
+    precision, processes, sharded, heap = where.precision, where.processes, where.sharded, where.heap
     modules = expand_modules(base.modules)
     shards = processes if sharded else 1
     linear = {name: shape.shape for name, shape in modules.items() if shape.type in ("Linear", "Conv1D")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.target_modules import expand_modules, expected_targets
-from stackctl.machine.memory_estimate import Precision, estimate_memory
+from stackctl.machine.memory_estimate import LargestBatch, NewAdapter, Precision, Surroundings, estimate_memory
 
 TOKENS = 1024
 RANK = 16
@@ -89,8 +89,7 @@ def needs(size: Size, running: Precision, training: Precision) -> Needs:
     """
     base = size.base()
     targets = expected_targets({"target_modules": "all-linear"}, expand_modules(base.modules), "lm_head") or set()
-    memory = estimate_memory(
-        base, rank=RANK, targets=targets, tokens=TOKENS, supervised=TOKENS, precision=training, checkpointing=True
-    )
+    batch = LargestBatch(TOKENS, TOKENS, checkpointing=True)
+    memory = estimate_memory(base, NewAdapter(RANK, targets), batch, Surroundings(training))
     running_bytes = int(base.parameters * _BYTES[running] * _RUNNING)
     return Needs(size.name, base.parameters, running_bytes, memory.total, base.parameters * 2)

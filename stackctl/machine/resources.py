@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,23 +41,58 @@ _CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 
 
 def main_memory() -> Memory:
-    """Main memory, no more than what a container's limit leaves of it."""
+    """Main memory, no more than what the limits of this process's control groups leave of it.
+
+    What a group holds of files counts as free, as it does in the machine's own figure.
+    """
     import psutil  # type: ignore[import-untyped]
 
     found = psutil.virtual_memory()
     total, available = int(found.total), int(found.available)
-    for limit_file, used_file in _CGROUP:
+    for limit_file, used_file in _limits():
         limit, used = _number(limit_file), _number(used_file)
-        if limit is not None and limit < total:
-            total, available = limit, min(available, limit - (used or 0))
-    return Memory(total, max(available, 0))
+        if limit is not None and limit < found.total:
+            total = min(total, limit)
+            available = min(available, limit - (used or 0) + _of_files(used_file.with_name("memory.stat")))
+    return Memory(total, max(min(available, total), 0))
+
+
+def own_memory() -> int:
+    """Bytes of main memory that are this process's alone: without mapped files, which can be dropped and read again."""
+    import psutil
+
+    found = psutil.Process().memory_info()
+    return int(found.rss - getattr(found, "shared", 0))
 
 
 _CGROUP = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
-"""The limit and the use of a container's control group, in version 2 and in version 1."""
+"""The limit and the use of the outermost control group that is seen, in version 2 and in version 1."""
+_OWN_GROUPS = Path("/proc/self/cgroup")
+"""This process's groups below those: a line ``number:controllers:/path`` for each hierarchy."""
+
+
+def _limits() -> Iterator[tuple[Path, Path]]:
+    """The files of every control group that holds this process, from the outermost inwards."""
+    own = [line.split(":", 2) for line in _text(_OWN_GROUPS).splitlines() if line.count(":") > 1]
+    for limit, used in _CGROUP:
+        yield limit, used
+        named = "memory" if "limit_in_bytes" in limit.name else ""
+        for _, controllers, path in own:
+            if named in controllers.split(","):
+                folder = Path()
+                for part in Path(path).parts[1:]:
+                    folder /= part
+                    yield limit.parent / folder / limit.name, used.parent / folder / used.name
+
+
+def _of_files(stat: Path) -> int:
+    """Bytes of files in a control group's memory, of its children too; none where it does not say."""
+    found = dict(line.split(maxsplit=1) for line in _text(stat).splitlines() if " " in line)
+    values = [found.get(f"total_{kind}", found.get(kind, "")) for kind in ("active_file", "inactive_file")]
+    return sum(int(value) for value in values if value.isdigit())
 
 
 def _number(file: Path) -> int | None:

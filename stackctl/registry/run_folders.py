@@ -75,6 +75,7 @@ class RunFolder:
             yield
 
     def begin(self, signature: dict[str, Any]) -> None:
+        """Write down what the run is; later calls with more are welcome."""
         self.path.mkdir(parents=True, exist_ok=True)
         atomic.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
 

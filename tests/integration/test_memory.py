@@ -19,7 +19,7 @@ from stackctl.engine.data import Example, collate
 from stackctl.engine.logits import supervised_loss
 from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
-from stackctl.machine.memory_estimate import MemoryEstimate, estimate_memory
+from stackctl.machine.memory_estimate import LargestBatch, MemoryEstimate, NewAdapter, Surroundings, estimate_memory
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.store import Registry
 
@@ -54,9 +54,9 @@ def base_of(run: Any, tmp_path: Path) -> Any:
 def estimate(base: Base, **kind: Any) -> MemoryEstimate:
     targets = expected_targets({"target_modules": "all-linear"}, expand_modules(base.modules), base.output_embedding)
     assert targets
-    return estimate_memory(
-        base, rank=RANK, targets=targets, tokens=TOKENS, supervised=SUPERVISED, **{"precision": "float32", **kind}
-    )
+    adapter = NewAdapter(RANK, targets, live_rank=kind.pop("live_rank", 0))
+    batch = LargestBatch(TOKENS, SUPERVISED, checkpointing=kind.pop("checkpointing", False))
+    return estimate_memory(base, adapter, batch, Surroundings(**{"precision": "float32", **kind}))
 
 
 def kept_for_backward(model: Any, *, autocast: bool) -> int:

@@ -29,6 +29,32 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, limit, used, total):
         assert memory.available == 600_000
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_an_inner_group_counts_and_its_files_are_free(tmp_path, monkeypatch, version):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    monkeypatch.setattr(machine, "_CGROUP", ((tmp_path / names[0], tmp_path / names[1]),))
+    inner = tmp_path / "system.slice" / "run.scope"
+    inner.mkdir(parents=True)
+    (inner / names[0]).write_text("1000000\n")
+    (inner / names[1]).write_text("900000\n")
+    (tmp_path / "system.slice" / names[0]).write_text("5000000\n")
+    prefix = "total_" if version == 1 else ""
+    (inner / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file 200000\n{prefix}active_file 100000\n")
+    own = tmp_path / "cgroup"
+    own.write_text(
+        "4:memory:/system.slice/run.scope\n0::/\n" if version == 1 else "4:memory:/x\n0::/system.slice/run.scope\n"
+    )
+    monkeypatch.setattr(machine, "_OWN_GROUPS", own)
+    assert machine.main_memory() == machine.Memory(1_000_000, 400_000)
+
+
+def test_what_this_process_holds_is_told():
+    before = machine.own_memory()
+    held = bytearray(b"x" * 64_000_000)
+    assert machine.own_memory() - before > 48_000_000
+    del held
+
+
 @pytest.mark.parametrize(
     ("share", "cores"),
     [("150000 100000\n", 2), ("50000 100000", 1), ("max 100000\n", 8), ("900000 100000", 8), ("", 8)],

@@ -46,6 +46,11 @@ def is_sharded() -> bool:
     return ranks.is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def checkpoints_itself() -> bool:
+    """Whether accelerate, told so by its configuration, has activations computed again for the backward pass."""
+    return is_sharded() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+
+
 def keeps_parts() -> bool:
     """Whether a process may hold only parts of the new adapter, or copies that its optimizer works on instead."""
     return is_sharded() or (ranks.is_launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
+from stackctl.engine.training.targets import Targets
 from stackctl.jobs.job import PreparedJob
+from stackctl.jobs.micro_batches import StepCut, first_that_fits, possible_cuts
 from stackctl.lora.target_modules import expand_modules, named_targets
-from stackctl.machine.memory_estimate import MemoryEstimate, Precision, estimate_memory
-from stackctl.machine.resources import main_memory
+from stackctl.machine.memory_estimate import (
+    LargestBatch,
+    MemoryEstimate,
+    NewAdapter,
+    Precision,
+    Surroundings,
+    estimate_memory,
+)
+from stackctl.machine.resources import main_memory, own_memory
+from stackctl.storage.files import human_bytes
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,10 @@ class Estimate:
     available: int
     shared: bool
 
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits(self.available, shared=self.shared)
+
     def as_json(self) -> dict[str, Any]:
         return self.memory.as_json(self.available, shared=self.shared)
 
@@ -30,42 +45,102 @@ class Estimate:
         return self.memory.render(self.available, shared=self.shared)
 
 
-def estimate_job(
-    prepared: PreparedJob,
-    corpus: Corpus,
-    tokens: int = 0,
-    *,
-    processes: int = 1,
-    sharded: bool = False,
-    checkpointing: bool = False,
-) -> Estimate:
-    """The memory of a job on the largest micro-batch that its data can make.
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together.
 
-    ``tokens`` is how many single tokens have their rows trained.
+    ``checkpoints``: accelerate has activations computed again, whatever the job says. ``is_here``: this process is one
+    of them, and what it holds already is part of what a process needs.
     """
-    job, base = prepared.job, prepared.base
+
+    processes: int = 1
+    sharded: bool = False
+    checkpoints: bool = False
+    is_here: bool = True
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How each step is cut, the memory that this takes, and what of it a person should know."""
+
+    cut: StepCut
+    estimate: Estimate
+    notes: tuple[str, ...] = ()
+    smaller: tuple[StepCut, ...] = ()
+    """The other cuts that could be taken, each needing less than the one before, should this one not fit after all."""
+
+    def told(self) -> list[str]:
+        """Lines for a person."""
+        return [str(self.estimate), *(f"note: {note}" for note in self.notes)]
+
+
+def plan_step(
+    prepared: PreparedJob, corpus: Corpus, targets: Targets, group: Group, kept: StepCut | None = None
+) -> StepPlan:
+    """Choose how the steps of a job are cut, by the memory that this takes and that is there.
+
+    ``kept`` is how the run that goes on cut them, which stays.
+    """
+    job, auto = prepared.job, prepared.auto_batch
+    free = _available(group)
+
+    @functools.cache
+    def estimate(cut: StepCut) -> Estimate:
+        memory = _estimate(prepared, corpus, len(targets.tokens), group, cut)
+        return Estimate(memory, *free)
+
+    asked = job.gradient_checkpointing
+    checkpointing = False if group.checkpoints else asked if targets.checkpoints else False
+    step = StepCut(job.effective_batch_size(), job.gradient_accumulation)
+    cuts = possible_cuts(step.records, step.count, smaller=auto, checkpointing=checkpointing)
+    if kept and kept.records * kept.count == step.records * step.count and (auto or kept.records == step.records):
+        chosen = replace(kept, checkpointing=kept.checkpointing if checkpointing is None else checkpointing)
+        return StepPlan(chosen, estimate(chosen))
+    chosen = first_that_fits(cuts, lambda cut: estimate(cut).fits, smaller=auto)
+    notes = []
+    if auto:
+        notes.append(f"--batch-size auto: {step.records * step.count} records a step, in {chosen}")
+    if chosen.checkpointing and asked is None:
+        plain = estimate(replace(chosen, checkpointing=False))
+        notes.append(
+            "activations are computed again for the backward pass, which is about a third slower: kept, they would "
+            f"make it {human_bytes(plain.memory.total)} of {human_bytes(plain.available)} "
+            "(--no-gradient-checkpointing keeps them)"
+        )
+    return StepPlan(chosen, estimate(chosen), tuple(notes), tuple(cuts[cuts.index(chosen) + 1 :]))
+
+
+def _available(group: Group) -> tuple[int, bool]:
+    """Bytes that there are for training, and whether all processes share them; what is held for it already counts."""
     device = choose_device()
-    lengths = corpus.rows.lengths()
-    largest = [int(row) for row in lengths.argsort()[::-1][: job.batch_size]]
-    supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
-    targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
-    memory = estimate_memory(
-        base,
-        rank=job.effective_rank(),
-        targets=targets,
-        tokens=int(lengths[largest].sum()),
-        supervised=supervised,
-        precision=_precision(prepared, device),
-        live_rank=max(module.rank for module in prepared.plan.modules.values()) if prepared.stays_live else 0,
-        processes=processes,
-        sharded=sharded,
-        checkpointing=checkpointing or job.gradient_checkpointing,
-        heap=device.type == "cpu",
-        token_rows=tokens,
-    )
     if device.type == "cuda":
-        return Estimate(memory, torch.cuda.mem_get_info(device)[0], shared=False)
-    return Estimate(memory, main_memory().available, shared=True)
+        held = torch.cuda.memory_reserved() if group.is_here else 0
+        return torch.cuda.mem_get_info(device)[0] + held, False
+    return main_memory().available + (own_memory() * group.processes if group.is_here else 0), True
+
+
+def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: Group, cut: StepCut) -> MemoryEstimate:
+    """The memory of one process, of the largest micro-batch that the data can make.
+
+    ``rows`` is how many single tokens have theirs trained.
+    """
+    base, device = prepared.base, choose_device()
+    lengths = corpus.rows.lengths()
+    largest = largest_rows(corpus, cut.records)
+    supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
+    live = max(module.rank for module in prepared.plan.modules.values()) if prepared.stays_live else 0
+    targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
+    return estimate_memory(
+        base,
+        NewAdapter(prepared.job.effective_rank(), targets, live, rows),
+        LargestBatch(int(lengths[largest].sum()), supervised, cut.checkpointing or group.checkpoints),
+        Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
+    )
+
+
+def largest_rows(corpus: Corpus, count: int) -> list[int]:
+    """The numbers of the ``count`` longest rows, the longest first."""
+    return [int(row) for row in corpus.rows.lengths().argsort(kind="stable")[::-1][:count]]
 
 
 def _precision(prepared: PreparedJob, device: torch.device) -> Precision:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
-from stackctl.core.errors import Failed, Interrupted, Terminated, Usage
+from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion, Run
 from stackctl.engine import data as data_module
 from stackctl.engine.live_adapter import LIVE
@@ -24,7 +25,8 @@ from stackctl.engine.training.attach import attach_new, freeze_stack
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
-from stackctl.engine.training.memory import estimate_job
+from stackctl.engine.training.memory import Group, plan_step
+from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.orthogonal import OrthogonalRows
@@ -37,6 +39,7 @@ from stackctl.engine.training.trainer import StackTrainer, TrainerParts, trainin
 from stackctl.jobs import ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch import NOT_WHOLE
+from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.jobs.trackers import log_folder, tracking
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.run_folders import RunFolder, run_folder
@@ -85,12 +88,13 @@ def train_adapter(
     with group.first_rank_first():
         loaded = _load(prepared, registry, output)
     folder = run_folder(registry, prepared.name)
+    cuts = _cuts(prepared, loaded, folder, output, resume=resume)
     with folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
                 date = data_module.shown_date(loaded.stacked.tokenizer)
                 _open_run(folder, prepared, loaded.corpus, resume, date)
-        done = _train(prepared, registry, loaded, folder, output, resume=resume)
+        done = _train(prepared, registry, loaded, folder, output, cuts, resume=resume)
         if ranks.rank() == 0:
             shutil.rmtree(folder.path, ignore_errors=True)
         group.wait()
@@ -111,13 +115,33 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
     corpus = read_corpus(prepared, stacked.tokenizer, quiet, output.reading, targets.tokens)
     if not told:
         say(str(targets))
-        processes, tokens = ranks.world_size(), len(targets.tokens)
-        say(str(estimate_job(prepared, corpus, tokens, processes=processes, sharded=group.is_sharded())))
     return _Loaded(stacked, targets, corpus)
 
 
+def _cuts(
+    prepared: PreparedJob, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
+) -> list[StepCut]:
+    """How steps are cut, in all processes alike, and behind it the other ways, each needing less."""
+    if linked := ranks.link():
+        return linked.cuts
+    processes = Group(ranks.world_size(), group.is_sharded(), group.checkpoints_itself())
+    kept = read_cut(folder.signature.get(CUT)) if resume and folder.checkpoints else None
+    plan = plan_step(prepared, loaded.corpus, loaded.targets, processes, kept)
+    for text in plan.told():
+        output.say(text)
+    cuts = [plan.cut, *plan.smaller]
+    return cuts[-min(group.told_by_each(len(cuts))) :]
+
+
 def _train(
-    prepared: PreparedJob, registry: Registry, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
+    prepared: PreparedJob,
+    registry: Registry,
+    loaded: _Loaded,
+    folder: RunFolder,
+    output: RunOutput,
+    cuts: Sequence[StepCut],
+    *,
+    resume: bool,
 ) -> Trained | None:
     """Freeze the stack, attach the adapter, train it between two looks at what was frozen, and register it."""
     stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
@@ -160,9 +184,14 @@ def _train(
         one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
         bfloat16=bfloat16,
         job=job,
+        cut=cuts[0],
         answers=answers,
     )
-    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device)
+    if prepared.auto_batch and runs_out_safely(stacked.device):
+        parts = replace(parts, cut=first_that_runs(model, corpus, parts, cuts, output.say))
+    if ranks.rank() == 0:
+        folder.begin({**folder.signature, CUT: asdict(parts.cut)})
+    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
     with tracking(job, log_folder(registry, prepared.name), output.say):
         trainer = StackTrainer(model, arguments, corpus, parts)
         if job.orthogonal:
@@ -204,7 +233,7 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
     try:
         trainer.train(resume_from_checkpoint=str(saves[-1]) if saves else None)
     except torch.OutOfMemoryError as error:
-        raise Failed("the device's memory is full", hint="use a smaller --batch-size or --max-length") from error
+        raise memory_full() from error
     except WRITE_ERRORS as error:
         parts.saves.fail(error)
         raise
@@ -246,6 +275,9 @@ def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: s
         eval_margin=held_out.kept.get("eval_margin") if held_out else None,
         accuracy=counters.accuracy,
         margin=counters.margin,
+        batch_size=parts.cut.records,
+        gradient_accumulation=parts.cut.count,
+        gradient_checkpointing=parts.cut.checkpointing or group.checkpoints_itself(),
         template_date=data_module.shown_date(stacked.tokenizer),
     )
 

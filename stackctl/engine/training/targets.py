@@ -44,6 +44,8 @@ class Targets:
     left_out: dict[str, str]
     tokens: dict[int, str] = field(default_factory=dict)
     """Single tokens whose rows are trained besides, by number."""
+    checkpoints: bool = True
+    """Whether the model can compute activations again instead of keeping them."""
 
     def __str__(self) -> str:
         text = f"adapts {_listed(self.modules)}"
@@ -83,9 +85,15 @@ def targets_of(
     model = empty_model(folder)
     if why := _untrainable(model.config):
         raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
+    checkpoints = bool(model.supports_gradient_checkpointing)
+    if prepared.job.gradient_checkpointing and not checkpoints:
+        raise Incompatible(
+            f"--gradient-checkpointing: transformers has none for a {type(model).__name__}",
+            hint="leave it out; a smaller --batch-size needs less memory, too",
+        )
     rows = token_settings(prepared, tokens, model)
     targets = choose_targets(model, prepared.base, prepared.job, text_modules(model), rows)
-    targets = replace(targets, tokens=tokens)
+    targets = replace(targets, tokens=tokens, checkpoints=checkpoints)
     begins = prepared.beginning
     if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
         raise Incompatible(

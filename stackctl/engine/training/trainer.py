@@ -34,15 +34,25 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import WholeSteps, like, numbers_of_each
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
 from stackctl.engine.training.objectives import OBJECTIVES
-from stackctl.engine.training.preferences import AnswerRows, KnownAnswers, answer_scores, collate_answers, drift_of
+from stackctl.engine.training.preferences import (
+    AnswerRows,
+    KnownAnswers,
+    Scores,
+    answer_scores,
+    collate_answers,
+    drift_of,
+)
 from stackctl.engine.training.saves import RunSaves
 from stackctl.engine.training.state import RunState
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
+from stackctl.jobs.micro_batches import StepCut
 from stackctl.jobs.trackers import parse_trackers
 from stackctl.lora.checkpoint import WEIGHTS
 from stackctl.storage import atomic
 
+CHECKPOINTING = {"use_reentrant": False}
+"""How activations are computed again; the other kind wants inputs that have a gradient."""
 _COUNTERS = "stackctl_counters.json"
 
 
@@ -57,6 +67,7 @@ class TrainerParts:
     one_by_one: bool
     bfloat16: bool
     job: TrainJob
+    cut: StepCut
     answers: KnownAnswers | None = None
     """What is known of the answers, where it learns from those."""
 
@@ -112,14 +123,10 @@ class StackTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The loss summed over this micro-batch, divided by the supervised tokens, or pairs or answers, of the step."""
-        parts = self._parts
         with self._autocast():
-            if parts.answers:
-                scores = answer_scores(model, inputs, parts.job, drift=self._drift, one_by_one=parts.one_by_one)
-                total = scores.losses.sum()
-                self._run.add_answers(scores)
-            else:
-                total = supervised_loss(model, inputs, one_by_one=parts.one_by_one)
+            total, scores = micro_batch_loss(model, inputs, self._parts, self._drift)
+        if scores:
+            self._run.add_answers(scores)
         self._run.add_micro_batch(total, inputs)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         share: Tensor = total / num_items_in_batch * self.args.world_size
@@ -184,7 +191,19 @@ class StackTrainer(Trainer):
             self._parts.held_out.load(folder, self.args.process_index)
 
 
-def training_arguments(prepared: PreparedJob, output: Path, rows: int, device: torch.device) -> TrainingArguments:
+def micro_batch_loss(
+    model: nn.Module, inputs: dict[str, Any], parts: TrainerParts, drift: Tensor | None
+) -> tuple[Tensor, Scores | None]:
+    """The summed loss (scalar, nats) of a micro-batch, and of answers their scores."""
+    if parts.answers:
+        scores = answer_scores(model, inputs, parts.job, drift=drift, one_by_one=parts.one_by_one)
+        return scores.losses.sum(), scores
+    return supervised_loss(model, inputs, one_by_one=parts.one_by_one), None
+
+
+def training_arguments(
+    prepared: PreparedJob, output: Path, rows: int, device: torch.device, cut: StepCut
+) -> TrainingArguments:
     """A job in Trainer's own settings.
 
     Args:
@@ -196,8 +215,8 @@ def training_arguments(prepared: PreparedJob, output: Path, rows: int, device: t
     evaluates = job.eval_data is not None
     return TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=job.batch_size,
-        gradient_accumulation_steps=job.gradient_accumulation,
+        per_device_train_batch_size=cut.records,
+        gradient_accumulation_steps=cut.count,
         num_train_epochs=job.epochs,
         max_steps=job.max_steps or -1,
         learning_rate=job.learning_rate,
@@ -218,8 +237,8 @@ def training_arguments(prepared: PreparedJob, output: Path, rows: int, device: t
         project="stackctl",
         disable_tqdm=True,
         remove_unused_columns=False,
-        gradient_checkpointing=job.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind wants inputs that have a gradient
+        gradient_checkpointing=cut.checkpointing,
+        gradient_checkpointing_kwargs=CHECKPOINTING,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=device.type == "cpu",
         average_tokens_across_devices=False,  # the loss is normalised over all ranks by StackTrainer itself

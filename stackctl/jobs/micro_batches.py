@@ -1,0 +1,58 @@
+"""How a step of training is cut into micro-batches, and whether activations are kept: memory and time, not results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+AUTO = "auto"
+CUT = "cut"
+"""Where a run that is not finished has written down how its steps are cut."""
+
+
+@dataclass(frozen=True)
+class StepCut:
+    """A step of each process: ``count`` micro-batches of ``records`` (or pairs, or packed sequences).
+
+    ``checkpointing``: activations are computed again for the backward pass instead of kept.
+    """
+
+    records: int
+    count: int = 1
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        cut = (
+            f"{self.count} micro-batches of {self.records}" if self.count > 1 else f"one micro-batch of {self.records}"
+        )
+        return cut + (", activations computed again" if self.checkpointing else "")
+
+
+def read_cut(told: Any) -> StepCut | None:
+    """A cut as a run wrote it down, if it is one."""
+    try:
+        return msgspec.convert(told, StepCut)
+    except msgspec.ValidationError:
+        return None
+
+
+def possible_cuts(
+    records: int, count: int, *, smaller: bool = False, checkpointing: bool | None = None
+) -> list[StepCut]:
+    """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
+
+    ``smaller`` admits every other cut of the same step into equal micro-batches. ``checkpointing`` None admits both:
+    activations are kept wherever that fits, for computing them again takes a third of the time more.
+    """
+    step = records * count
+    sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [records]
+    kinds = (False, True) if checkpointing is None else (checkpointing,)
+    return [StepCut(size, step // size, kind) for kind in kinds for size in sizes]
+
+
+def first_that_fits(cuts: Sequence[StepCut], fits: Callable[[StepCut], bool], *, smaller: bool = False) -> StepCut:
+    """The first cut that fits; where none does the last one if ``smaller``, which needs least, else the first."""
+    return next((cut for cut in cuts if fits(cut)), cuts[-1] if smaller else cuts[0])
