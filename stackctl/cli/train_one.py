@@ -42,9 +42,10 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.base_files import base_folder, load_tokenizer
     from stackctl.engine.data import adopt_chat_template, ensure_chat_template
     from stackctl.engine.models import quiet_libraries
-    from stackctl.engine.training import read_corpus, targets_of
+    from stackctl.engine.training import check_kernels, read_corpus, targets_of
 
     quiet_libraries()
+    check_kernels(prepared.job.optimizer)
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = load_tokenizer(folder)
     adopt_chat_template(tokenizer, prepared.base.name, [prepared.plan])

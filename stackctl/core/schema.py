@@ -424,6 +424,13 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     warmup: Annotated[
         float, Meta(ge=0, le=_HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
     ] = 0.03
+    optimizer: Annotated[
+        Literal["adamw", "adamw-8bit", "paged-adamw-8bit"],
+        Meta(
+            description="AdamW with its state in float32; in 8 bits; or in 8 bits and in main memory where a GPU's is "
+            "full. The last two need the extra [quant]."
+        ),
+    ] = "adamw"
     weight_decay: Annotated[float, Meta(ge=0, le=_HUGE, description="Weight decay of AdamW.")] = 0.0
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
     dtype: Annotated[

@@ -25,6 +25,7 @@ from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning, settle
 from stackctl.jobs.micro_batches import AUTO
+from stackctl.jobs.optimizers import check_package
 from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
@@ -156,6 +157,7 @@ def prepare_job(
         attempt(check_tokens, job, plan, stack.base, beginning.plan if beginning else None)
     attempt(_check_evaluation, job)
     attempt(_check_precision, job)
+    attempt(check_package, job)
     attempt(_check_objective, job)
     attempt(check_trackers, job)
     raise_all(problems)

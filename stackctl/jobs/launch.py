@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import msgspec
 
 from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated, Usage
-from stackctl.jobs import ranks, trained_tokens
+from stackctl.jobs import optimizers, ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
 from stackctl.render.output import Output, Result
@@ -96,6 +96,8 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         raise NOT_WHOLE
     if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.trains_tokens:
         raise trained_tokens.NOT_WHOLE
+    if config.distributed_type in ("FSDP", "DEEPSPEED") and job.optimizer in optimizers.EIGHT_BITS:
+        raise optimizers.NOT_WHOLE
     processes = job.num_processes or config.num_processes or 1
     sharded = config.distributed_type == "FSDP"
     checkpointing = sharded and config.fsdp_config is not None and config.fsdp_config.fsdp_activation_checkpointing

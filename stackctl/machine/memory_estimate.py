@@ -31,6 +31,10 @@ _FRAGMENTATION = 0.6
 """By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
+QUANTISED_FROM = 4096
+"""Values of a parameter from which bitsandbytes keeps the optimizer's state of it in 8 bits."""
+_BLOCK = 256
+"""Values that share a scale of float32 there."""
 _EXPERTS = 2
 """Experts that see a token, in a mixture whose entry does not say."""
 _GATHERED = 2
@@ -110,6 +114,8 @@ class NewAdapter:
     targets: Collection[str]
     live_rank: int = 0
     token_rows: int = 0
+    eight_bits: bool = False
+    """The optimizer's state, by bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,11 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     weights = int(four_bits * _WEIGHT["nf4"] + (base.parameters - four_bits) * plain)
     cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
     largest = sum(out * width for out, width in in_layers.values()) / layers * plain
-    per_rank = sum(_factors(modules[name].shape) for name in targets)
     tied = base.tied_embeddings or not base.output_embedding
-    trained = rank * per_rank + token_rows * hidden * (1 if tied else 2)
+    rows = token_rows * hidden
+    factors = [rank * values for name in targets for values in _factors(modules[name].shape)]
+    factors += [rows] if tied else [rows] * 2
+    trained = sum(factors)
     live = live_rank * sum(sum(shape) for shape in in_layers.values()) * 4
 
     value = _VALUE[precision]
@@ -177,7 +185,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
         gradients=trained * 4 // shards,
-        optimizer=trained * _OPTIMIZER // shards,
+        optimizer=(_state_in_eight_bits(factors) if adapter.eight_bits else trained * _OPTIMIZER) // shards,
         activations=activations,
         checkpointed=checkpointed,
         logits=logits,
@@ -201,7 +209,13 @@ def _kind(name: str) -> tuple[str, str] | None:
     return (head, rest.partition(".")[2]) if experts else None
 
 
-def _factors(shape: list[int]) -> int:
-    """Values of A and B for each rank: of experts, of all of them."""
+def _factors(shape: list[int]) -> tuple[int, int]:
+    """Values of A and of B for each rank: of experts, of all of them."""
     *experts, out, width = shape
-    return (out + width) * (experts[0] if experts else 1)
+    count = experts[0] if experts else 1
+    return width * count, out * count
+
+
+def _state_in_eight_bits(factors: Collection[int]) -> int:
+    """Bytes of what AdamW of 8 bits keeps of parameters with so many values."""
+    return sum(2 * (size + 4 * -(-size // _BLOCK)) if size >= QUANTISED_FROM else size * _OPTIMIZER for size in factors)

@@ -37,12 +37,14 @@ def is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # wandb leaves a folder of its own name behind
 
 
-def check_installed(name: str) -> None:
-    """Make sure that a package is there before anything is loaded for it.
+def check_installed(name: str, use: str = "") -> None:
+    """Make sure that a package is there before anything is loaded for it; ``use``: what needs it, if not the usual.
 
     Raises:
         Incompatible: it is not.
     """
     if not is_installed(name):
         package = PACKAGES[name]
-        raise Incompatible(f"{package.use} needs the package '{name}', which is not installed", hint=package.install)
+        raise Incompatible(
+            f"{use or package.use} needs the package '{name}', which is not installed", hint=package.install
+        )

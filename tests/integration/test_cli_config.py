@@ -38,6 +38,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_defaults(project, run):
 
 def test_every_option_is_a_key_of_the_file(project, run):
     values = {
+        "optimizer": "adamw-8bit",
         "data": "data/style.jsonl", "eval_data": "data/style.jsonl", "base": "tiny", "rank": 3, "alpha": 7,
         "dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True, "orthogonal": False, "epochs": 2,
         "max_steps": 3, "batch_size": 2,

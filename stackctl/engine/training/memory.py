@@ -13,6 +13,7 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.targets import Targets
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut, first_that_fits, possible_cuts
+from stackctl.jobs.optimizers import EIGHT_BITS
 from stackctl.lora.target_modules import expand_modules, named_targets
 from stackctl.machine.memory_estimate import (
     LargestBatch,
@@ -132,7 +133,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: Group, cu
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     return estimate_memory(
         base,
-        NewAdapter(prepared.job.effective_rank(), targets, live, rows),
+        NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.optimizer in EIGHT_BITS),
         LargestBatch(int(lengths[largest].sum()), supervised, cut.checkpointing or group.checkpoints),
         Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
     )

@@ -29,6 +29,7 @@ from stackctl.engine.training.memory import Group, plan_step
 from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
+from stackctl.engine.training.optimizers import check_kernels
 from stackctl.engine.training.orthogonal import OrthogonalRows
 from stackctl.engine.training.reference import Reference, fallen
 from stackctl.engine.training.register import FinishedRun, register_version
@@ -36,7 +37,7 @@ from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
-from stackctl.jobs import ranks, trained_tokens
+from stackctl.jobs import optimizers, ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch import NOT_WHOLE
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
@@ -63,6 +64,8 @@ class _Loaded:
     stacked: StackedModel
     targets: Targets
     corpus: Corpus
+    cuts: Sequence[StepCut] = ()
+    """How steps are cut, and behind it the other ways, each needing less."""
 
 
 def train_adapter(
@@ -80,6 +83,9 @@ def train_adapter(
         raise NOT_WHOLE
     if group.keeps_parts() and prepared.trains_tokens:
         raise trained_tokens.NOT_WHOLE
+    if group.keeps_parts() and prepared.job.optimizer in optimizers.EIGHT_BITS:
+        raise optimizers.NOT_WHOLE
+    check_kernels(prepared.job.optimizer)
     begins = (prepared.beginning.member,) if prepared.beginning else ()
     check_digests(registry, (*prepared.stack.members, *begins))
     if resume:
@@ -88,13 +94,13 @@ def train_adapter(
     with group.first_rank_first():
         loaded = _load(prepared, registry, output)
     folder = run_folder(registry, prepared.name)
-    cuts = _cuts(prepared, loaded, folder, output, resume=resume)
+    loaded = replace(loaded, cuts=_cuts(prepared, loaded, folder, output, resume=resume))
     with folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
                 date = data_module.shown_date(loaded.stacked.tokenizer)
                 _open_run(folder, prepared, loaded.corpus, resume, date)
-        done = _train(prepared, registry, loaded, folder, output, cuts, resume=resume)
+        done = _train(prepared, registry, loaded, folder, output, resume=resume)
         if ranks.rank() == 0:
             shutil.rmtree(folder.path, ignore_errors=True)
         group.wait()
@@ -121,7 +127,7 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
 def _cuts(
     prepared: PreparedJob, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
 ) -> list[StepCut]:
-    """How steps are cut, in all processes alike, and behind it the other ways, each needing less."""
+    """How all processes cut their steps, by the memory that there is."""
     if linked := ranks.link():
         return linked.cuts
     processes = Group(ranks.world_size(), group.is_sharded(), group.checkpoints_itself())
@@ -134,14 +140,7 @@ def _cuts(
 
 
 def _train(
-    prepared: PreparedJob,
-    registry: Registry,
-    loaded: _Loaded,
-    folder: RunFolder,
-    output: RunOutput,
-    cuts: Sequence[StepCut],
-    *,
-    resume: bool,
+    prepared: PreparedJob, registry: Registry, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
 ) -> Trained | None:
     """Freeze the stack, attach the adapter, train it between two looks at what was frozen, and register it."""
     stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
@@ -184,11 +183,11 @@ def _train(
         one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
         bfloat16=bfloat16,
         job=job,
-        cut=cuts[0],
+        cut=loaded.cuts[0],
         answers=answers,
     )
     if prepared.auto_batch and runs_out_safely(stacked.device):
-        parts = replace(parts, cut=first_that_runs(model, corpus, parts, cuts, output.say))
+        parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))
     if ranks.rank() == 0:
         folder.begin({**folder.signature, CUT: asdict(parts.cut)})
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)

@@ -47,6 +47,7 @@ from stackctl.engine.training.state import RunState
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.micro_batches import StepCut
+from stackctl.jobs.optimizers import TRAINERS
 from stackctl.jobs.trackers import parse_trackers
 from stackctl.lora.checkpoint import WEIGHTS
 from stackctl.storage import atomic
@@ -223,6 +224,7 @@ def training_arguments(
         lr_scheduler_type=job.scheduler,
         warmup_steps=_warmup_steps(job, steps),
         weight_decay=job.weight_decay,
+        optim=TRAINERS[job.optimizer],
         seed=job.seed,
         data_seed=job.seed,
         logging_strategy="steps",

@@ -1,0 +1,26 @@
+"""``--optimizer``: what it asks for, and what of that can be told before anything is loaded."""
+
+from __future__ import annotations
+
+from stackctl.core.errors import Usage
+from stackctl.core.schema import TrainJob
+from stackctl.machine.optional_packages import check_installed
+
+TRAINERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
+"""What transformers' Trainer calls each."""
+EIGHT_BITS = ("adamw-8bit", "paged-adamw-8bit")
+"""Those that bitsandbytes has."""
+NOT_WHOLE = Usage(
+    "--optimizer of 8 bits needs whole factors, and FSDP and DeepSpeed keep parts of them in each process",
+    hint="use distributed_type: MULTI_GPU, or leave out --optimizer",
+)
+
+
+def check_package(job: TrainJob) -> None:
+    """Make sure that the package of a job's optimizer is installed.
+
+    Raises:
+        Incompatible: it is not.
+    """
+    if job.optimizer in EIGHT_BITS:
+        check_installed("bitsandbytes", f"--optimizer {job.optimizer}")
