@@ -164,7 +164,7 @@ def plan_move(prepared: PreparedJob, corpus: Corpus, say: Say) -> Move | None:
         return None
     job, version = prepared.job, beginning.member.version
     steps = optimizer_steps(job, len(corpus.rows), 1)
-    count = min(_RECORDS, max(_FEWEST, steps * job.batch_size * job.gradient_accumulation // _SHARE))
+    count = min(_RECORDS, max(_FEWEST, steps * job.effective_batch_size() * job.gradient_accumulation // _SHARE))
     recorded = version.eval_data if corpus.evaluation else version.data
     own = (corpus.held_out or corpus.records) if corpus.evaluation else corpus.records
     judged, learned = _samples(corpus.encoded, corpus.evaluation, count, prepared.base.vocabulary_size)

@@ -59,13 +59,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens."""
+    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens; then how steps are cut,
+    and the other ways, each needing less."""
 
     stacked: StackedModel
     targets: Targets
     corpus: Corpus
     cuts: Sequence[StepCut] = ()
-    """How steps are cut, and behind it the other ways, each needing less."""
 
 
 def train_adapter(
