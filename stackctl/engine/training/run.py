@@ -59,8 +59,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens; then how steps are cut,
-    and the other ways, each needing less."""
+    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens; then how steps
+    are cut, and the other ways, each needing less."""
 
     stacked: StackedModel
     targets: Targets
