@@ -52,7 +52,7 @@ def find_beginning(registry: Registry, name: str, job: TrainJob, stack: Resolved
     """
     assert job.from_ is not None, "only asked for where a job begins at something"
     terms = parse_expression(job.from_)
-    if len(terms) > 1 or terms[0].weight != 1:
+    if len(terms) != 1 or terms[0].weight != 1:
         raise Usage(f"--from {job.from_} is no single adapter", hint="name one, for example --from style@1")
     member = resolve_adapter(registry, terms[0].reference)
     if any(below.adapter.name == member.adapter.name for below in stack.members):
@@ -102,11 +102,17 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
     if job.orthogonal:
         raise Usage(f"--orthogonal would change where --from {label} begins", hint="leave out one of the two")
     grown = rank / own_rank
+    alpha = job.alpha or own_alpha * (grown**0.5 if config.get("use_rslora") else grown)
+    if not alpha or 0 in (config.get("alpha_pattern") or {}).values():
+        raise Incompatible(
+            f"--from {label}: its alpha is 0, with which it has no effect and learns nothing",
+            hint="begin at another adapter" if alpha else "give it one with --alpha, or begin at another adapter",
+        )
     rslora = bool(config.get("use_rslora")) or job.use_rslora
     return msgspec.structs.replace(
         job,
         rank=rank,
-        alpha=job.alpha or own_alpha * (grown**0.5 if config.get("use_rslora") else grown),
+        alpha=alpha,
         use_rslora=rslora,
         target_modules=_targets(job, beginning),
     )

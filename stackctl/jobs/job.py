@@ -136,7 +136,8 @@ def prepare_job(
     beginning: Beginning | None = None
     attempt = functools.partial(errors.attempt, problems)
     attempt(check_adapter_name, registry, name)
-    stack = attempt(resolve_expression, registry, job.on or BASE, base=job.base, fresh=fresh)
+    on = BASE if job.on is None else job.on
+    stack = attempt(resolve_expression, registry, on, base=job.base, fresh=fresh)
     plan = attempt(lambda: read_plan(registry, stack).check()) if stack else None
     data = attempt(data_path, job.data, folder, name)
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
@@ -146,7 +147,7 @@ def prepare_job(
         attempt(_check_not_on_itself, name, stack)
         if job.rebase and (rebased := attempt(begin_at_own, registry, name, job, stack)):
             job, stack = rebased
-        if job.from_ and (beginning := attempt(find_beginning, registry, name, job, stack)):
+        if job.from_ is not None and (beginning := attempt(find_beginning, registry, name, job, stack)):
             job = attempt(settle, job, beginning) or job
         attempt(_check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:

@@ -98,10 +98,18 @@ def test_what_cannot_be_begun_at_is_refused(house: Any) -> None:
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     h.add("dora", seed=3, r=4)
+    h.add("silent", seed=4, lora_alpha=0)
+    h.add("partly", seed=5, alpha_pattern={"q_proj": 0})
     h.train("instruct", "--max-steps", 1, on="style")
     cases = [
         ("more", ("--from", "nothing"), None, 3, "nothing"),
         ("more", ("--from", "style+dora"), None, 2, "no single adapter"),
+        ("more", ("--from", "style:0.5"), None, 2, "no single adapter"),
+        ("more", ("--from", "base"), None, 2, "no single adapter"),
+        ("more", ("--from", ""), None, 2, "is not an expression"),
+        ("more", ("--on", ""), None, 2, "is not an expression"),
+        ("more", ("--from", "silent"), None, 4, "alpha is 0"),
+        ("more", ("--from", "partly"), None, 4, "alpha is 0"),
         ("more", ("--from", "style"), "style", 2, "stand on itself"),
         ("style", ("--from", "instruct"), None, 2, "stand on itself"),
         ("more", ("--from", "whole"), None, 4, "lm_head"),
@@ -112,7 +120,7 @@ def test_what_cannot_be_begun_at_is_refused(house: Any) -> None:
     for name, options, on, code, said in cases:
         error = begin(h, name, *options, code=code, **({"on": on} if on else {}))["error"]
         assert said in error["message"], options
-    assert h.adapters() == {"style", "whole", "dora", "instruct"}
+    assert h.adapters() == {"style", "whole", "dora", "silent", "partly", "instruct"}
 
 
 def test_recipes_begin_at_versions(house: Any) -> None:
