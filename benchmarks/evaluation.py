@@ -26,6 +26,7 @@ _ALONE = "one by one"
 def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "evaluation", 3)
     from stackctl.engine.data import encode
+    from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation import DataSet, Scoring, score_examples
     from stackctl.engine.models import load_base, quiet_libraries
     from stackctl.engine.records import read_records
@@ -41,7 +42,7 @@ def main(options: Sequence[str] = ()) -> None:
         for kind, (count, median) in _KINDS.items():
             path = folder / f"{kind.replace(' ', '-')}.jsonl"
             write_chats(path, count, median, seed=1)
-            examples = encode(read_records(path), stacked.tokenizer, max_length=1024).examples
+            examples = encode(read_records(path), stacked.tokenizer, EncodeOptions(1024)).examples
             data = DataSet(kind, examples, list(range(len(examples))))
             lengths = sorted(len(example.input_ids) for example in examples)
             print(f"\n{kind}: {count}, of {lengths[0]} to {lengths[-1]} tokens, median {lengths[count // 2]}")

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stackctl.engine.data import IGNORED, Example, encode
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import read_records
 
 
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asked.base)
-    examples = encode(read_records(asked.data), tokenizer, max_length=1024).examples
-    heldout = encode(read_records(asked.heldout), tokenizer, max_length=1024).examples
+    examples = encode(read_records(asked.data), tokenizer, EncodeOptions(1024)).examples
+    heldout = encode(read_records(asked.heldout), tokenizer, EncodeOptions(1024)).examples
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)
     model = get_peft_model(

@@ -268,9 +268,10 @@ def write_tokens(path: Path, base: Path) -> None:
     from transformers import AutoTokenizer
 
     from stackctl.engine.data import encode
+    from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.records import read_records
 
-    examples = encode(read_records(path), AutoTokenizer.from_pretrained(base), max_length=1024).examples
+    examples = encode(read_records(path), AutoTokenizer.from_pretrained(base), EncodeOptions(1024)).examples
     lines = [json.dumps({"input_ids": e.input_ids, "labels": e.labels}) + "\n" for e in examples]
     path.with_suffix(".tokens").write_text("".join(lines))
 

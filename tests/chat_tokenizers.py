@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from stackctl.engine.data import IGNORED, Encoded, Example, encode
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import ChatRecord, RecordSet
 
 QWEN3 = """{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = \
@@ -103,7 +104,7 @@ def record_set(*records: Any, unit: Any = "line") -> RecordSet:
 
 
 def encoded(tokenizer: Any, *records: Any, max_length: int = 4096, **options: Any) -> Encoded:
-    return encode(record_set(*records), tokenizer, max_length=max_length, **options)
+    return encode(record_set(*records), tokenizer, EncodeOptions(max_length, **options))
 
 
 def turns(tokenizer: Any, example: Example) -> list[str]:

@@ -23,6 +23,7 @@ from template_oracle import NAMES, Case, Oracle  # noqa: E402
 
 from stackctl.core.errors import Usage  # noqa: E402
 from stackctl.engine.data import IGNORED, Example, encode  # noqa: E402
+from stackctl.engine.data.examples import EncodeOptions  # noqa: E402
 from stackctl.engine.records import read_records  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "chat-templates.md"
@@ -82,7 +83,7 @@ def verdict(oracle: Oracle, shape: str) -> tuple[str, bool, list[str]]:
     case: Case = SHAPES[shape]
     meaningful = all(turn.answer or turn.calls for turn in case.wanted) and oracle.can(case)
     try:
-        encoded = encode(read_records(_file(shape)), oracle.tokenizer, max_length=100_000)
+        encoded = encode(read_records(_file(shape)), oracle.tokenizer, EncodeOptions(100_000))
     except Usage as error:
         return "refused", meaningful, [error.message]
     found = [turn for example in encoded.examples for turn in _turns(oracle.tokenizer, example)]

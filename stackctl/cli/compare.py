@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,7 +13,7 @@ from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_wh
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.eval_table import scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_to_answer, read_data, tokenise_data
+from stackctl.cli.load_stacks import DATA, MAX_LENGTH, MeasuredData, load_to_answer, read_data, tokenise_data
 from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
@@ -34,7 +34,7 @@ from stackctl.render.output import Result
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.records import Prompt, RecordSet
+    from stackctl.engine.records import Prompt
 
 _EXAMPLES = """\
 stackctl compare base style --prompts prompts.txt --data heldout.jsonl --output report.html
@@ -88,7 +88,7 @@ def register(app: typer.Typer) -> None:
             records = read_data(data or ())
         raise_all(problems)
         sampling = answering.sampling(max_new_tokens)
-        measured = HeldOut(data or (), records, max_length)
+        measured = MeasuredData(data or (), records, max_length)
         found = compare_stacks(context, stacks, asked, sampling, measured, answering)
         notes = tuple(note for stack, _ in stacks for note in stack.notes)
         document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
@@ -124,15 +124,6 @@ def _asked(prompts: list[Prompt] | None) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What the stacks are measured on besides: the names of data sets, their records, the longest in tokens."""
-
-    sources: Sequence[str] = ()
-    records: Sequence[RecordSet] = ()
-    max_length: int = 1024
-
-
-@dataclass(frozen=True)
 class Compared:
     """Answers prompt by prompt, stacks in the order asked for, scores as of ``eval``, and what it was computed in."""
 
@@ -146,18 +137,16 @@ def compare_stacks(
     stacks: Sequence[tuple[ResolvedStack, StackPlan]],
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    measured: HeldOut | None = None,
+    measured: MeasuredData | None = None,
     answering: GenerateOptions | None = None,
 ) -> Compared:
     """The answers of every stack to every prompt and its scores; the base is loaded once, each stack is used once."""
     from stackctl.engine.evaluation import Scoring
     from stackctl.engine.generation import generate
 
-    measured, answering, output = measured or HeldOut(), answering or GenerateOptions(), context.output
+    measured, answering, output = measured or MeasuredData(), answering or GenerateOptions(), context.output
     stacked = load_to_answer(context, stacks, answering.computing)
-    sets = tokenise_data(
-        context, stacked, measured.sources, measured.records, measured.max_length, dict(sampling.template)
-    )
+    sets = tokenise_data(context, stacked, replace(measured, template=dict(sampling.template)))
     scoring = Scoring(cast("StackedModel", stacked), sets)
     answers: list[list[dict[str, Any]]] = []
     scores = []

@@ -43,8 +43,8 @@ def register(app: typer.Typer) -> None:
         _check_free(registry, recipe)
         if not registry.find_base(EMBEDDED_NAME):
             _add_base(registry, say)
-        from stackctl.cli.compare import HeldOut, compare_stacks
-        from stackctl.cli.load_stacks import read_data
+        from stackctl.cli.compare import compare_stacks
+        from stackctl.cli.load_stacks import MeasuredData, read_data
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import build_recipe
         from stackctl.engine.generation import Sampling
@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         stacks = plan_expressions(registry, STACKS)
         say("the same prompts with the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        prompts, measured = [Prompt(text) for text in PROMPTS], HeldOut(held_out, read_data(held_out))
+        prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, read_data(held_out))
         compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
         results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")

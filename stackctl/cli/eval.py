@@ -10,7 +10,15 @@ import typer
 from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS, TRAIN, BaseOption, Context, command, complete_what
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, load_common_base, read_data, score_stacks, tokenise_data
+from stackctl.cli.load_stacks import (
+    DATA,
+    MAX_LENGTH,
+    MeasuredData,
+    load_common_base,
+    read_data,
+    score_stacks,
+    tokenise_data,
+)
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE
 from stackctl.core.template_arguments import template_arguments
@@ -103,7 +111,7 @@ def register(app: typer.Typer) -> None:
         stacked = load_common_base(context, stacks, dtype, device)
         if harness:
             harness.attach(stacked)
-        sets = tokenise_data(context, stacked, data, records, max_length, template, pairs=True)
+        sets = tokenise_data(context, stacked, MeasuredData(data, records, max_length, template, answers=True))
         named = [(stack.text, plan) for stack, plan in stacks]
         reference = against or BASE
         if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,7 @@ def register(app: typer.Typer) -> None:
         say_what_rounding_costs(stacked, output)
         name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
         if asked is not None:
-            return _answer(stacked, asked, sampling, answering.batch_size, output, name, to)
+            return _answer(stacked, _Asked(name, asked, sampling, answering.batch_size), output, to)
         from stackctl.cli.chat import Chat
 
         Chat(registry, output, stacked, stack, sampling, live).run()
@@ -121,23 +122,28 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
         check_place(to, "--output")
 
 
-def _answer(
-    stacked: Answers,
-    asked: list[Prompt],
-    sampling: Sampling,
-    batch_size: int,
-    output: Output,
-    name: str,
-    to: Path | None,
-) -> Result | None:
+@dataclass(frozen=True)
+class _Asked:
+    """What a stack is asked, and how it is to answer; ``name`` is the stack's."""
+
+    name: str
+    prompts: list[Prompt]
+    sampling: Sampling
+    batch_size: int
+
+
+def _answer(stacked: Answers, request: _Asked, output: Output, to: Path | None) -> Result | None:
     """Every answer on stdout as soon as it is there, or all of them in a file once the last one is."""
     from stackctl.engine.generation import generate
 
+    asked, sampling, name = request.prompts, request.sampling, request.name
     streams = len(asked) == 1 and not output.json_mode and to is None
     written: list[str] = []
     hidden = len(asked) == 1 or (to is None and sys.stdout.isatty())
     with counting(output, "answering", len(asked), hidden=hidden) as advance:
-        answers = generate(stacked, asked, sampling, batch_size=batch_size, on_text=output.speech if streams else None)
+        answers = generate(
+            stacked, asked, sampling, batch_size=request.batch_size, on_text=output.speech if streams else None
+        )
         for answer in answers:
             document = answer_json(name, answer, stacked)
             if to is not None:

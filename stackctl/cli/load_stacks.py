@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -76,23 +76,29 @@ def load_to_answer(
     return stacked
 
 
-def tokenise_data(
-    context: Context,
-    stacked: ReadsText,
-    sources: Sequence[str],
-    records: Sequence[RecordSet],
-    max_length: int,
-    template: Arguments | None = None,
-    *,
-    pairs: bool = False,
-) -> list[DataSet]:
-    """Data sets in the base's tokens; notes say what was cut or left out. With ``pairs`` both answers of those."""
+@dataclass(frozen=True)
+class MeasuredData:
+    """What stacks are measured on: data sets by name, their records, and how they become tokens.
+
+    With ``answers`` both answers of a pair are read, else the chosen one.
+    """
+
+    sources: Sequence[str] = ()
+    records: Sequence[RecordSet] = ()
+    max_length: int = 1024
+    template: Arguments = field(default_factory=dict)
+    answers: bool = False
+
+
+def tokenise_data(context: Context, stacked: ReadsText, data: MeasuredData) -> list[DataSet]:
+    """Data sets in the base's tokens; notes say what was cut or left out."""
+    from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation import tokenise_for
 
-    note = context.output.note
+    options = EncodeOptions(data.max_length, answers=data.answers, template=data.template)
     return [
-        tokenise_for(stacked, found, source, max_length, note, template, pairs=pairs)
-        for source, found in zip(sources, records, strict=True)
+        tokenise_for(stacked, found, source, options, context.output.note)
+        for source, found in zip(data.sources, data.records, strict=True)
     ]
 
 
@@ -130,7 +136,7 @@ def read_sets(
     problems: list[StackctlError] = []
     for source, read in zip(sources, records, strict=True):
         with gathering(problems):
-            found += tokenise_data(context, reader, [source], [read], max_length, template)
+            found += tokenise_data(context, reader, MeasuredData([source], [read], max_length, template or {}))
     raise_all(problems)
     return found
 

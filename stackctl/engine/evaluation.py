@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from stackctl.core.errors import Failed
 from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.logits import causal_lm, supervised_token_losses
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
@@ -88,24 +89,14 @@ class ReadsText(Protocol):
 
 
 def tokenise_for(
-    stacked: ReadsText,
-    records: RecordSet,
-    source: str,
-    max_length: int,
-    note: Callable[[str], None],
-    template: Mapping[str, Any] | None = None,
-    *,
-    pairs: bool = False,
+    stacked: ReadsText, records: RecordSet, source: str, options: EncodeOptions, note: Callable[[str], None]
 ) -> DataSet:
-    """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out.
-
-    Of pairs of answers with ``pairs`` both are read, else the chosen one.
-    """
-    pairs = pairs and records.format == "preference"
+    """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
+    pairs = options.answers and records.format == "preference"
     ensure_chat_template(stacked.tokenizer)
-    length = min(max_length, stacked.base.context_length or max_length)
-    arguments = {**(stacked.base.chat_template_kwargs or {}), **(template or {})}
-    encoded = encode(records, stacked.tokenizer, max_length=length, template=arguments, answers=pairs)
+    length = min(options.max_length, stacked.base.context_length or options.max_length)
+    arguments = {**(stacked.base.chat_template_kwargs or {}), **options.template}
+    encoded = encode(records, stacked.tokenizer, EncodeOptions(length, answers=pairs, template=arguments))
     for text in encoded.notes:
         note(text)
     if encoded.truncated:

@@ -50,13 +50,14 @@ def three(house: Any) -> Any:
 @pytest.mark.parametrize("by", ["loss", "text"])
 def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, by: str) -> None:
     """Wherever it shows: on a random model a large change may do nothing, and another one undo it."""
+    from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation import tokenise_for
     from stackctl.engine.generation import Sampling, generate
     from stackctl.engine.probes import LossProbe, TextProbe
     from stackctl.engine.records import Prompt, read_records
 
     stacked, whole = three.load(), three.plan(expression)
-    data = tokenise_for(stacked, read_records(str(three.data())), "data", 512, lambda _: None)
+    data = tokenise_for(stacked, read_records(str(three.data())), "data", EncodeOptions(512), lambda _: None)
     prompt, sampling = Prompt("What is the sea?"), Sampling(8)
     parts, bound = parts_of(whole), math.ceil(math.log2(MODULES)) + len(whole.members)
     assert len(parts) == {"style": 14, "style+tone:0.5+odd": 32}[expression]

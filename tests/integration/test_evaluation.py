@@ -13,6 +13,7 @@ from tiny_registry import CHAT, TEXTS
 from transformers import AutoTokenizer
 
 from stackctl.engine.data import Example, encode
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.evaluation import DataSet, Scoring, rows_of
 from stackctl.engine.records import read_records
 
@@ -198,7 +199,7 @@ def test_a_record_scores_what_it_scores_alone(house: Any, name: str, shares: boo
         inner = stacked.model.get_input_embeddings()
         inner.register_forward_hook(lambda _, __, output: output + 0.1 * output.cumsum(1))
     records = [{"text": text["text"] * times} for text in TEXTS for times in (1, 3, 7)]
-    examples = encode(read_records(str(h.data(records))), stacked.tokenizer, max_length=600).examples
+    examples = encode(read_records(str(h.data(records))), stacked.tokenizer, EncodeOptions(600)).examples
     assert len(rows_of(examples)) < len(examples) / 2
     own = stacked.model.config._attn_implementation
     alone = [alone_score(stacked.model, example) for example in examples]

@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 
 from stackctl.core.errors import Usage
 from stackctl.engine.data import IGNORED, encode
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import CompletionRecord, PreferenceRecord, read_records
 
 USER = {"role": "user", "content": "Hi"}
@@ -38,7 +39,7 @@ def _written(tmp_path: Path, *records: Any) -> Path:
 @pytest.mark.parametrize("shape", AS_MESSAGES)
 def test_every_shape_of_a_pair_is_the_same_pair(tmp_path, shape):
     tokenizer = tiny_tokenizer()
-    found = encode(read_records(_written(tmp_path, AS_MESSAGES[shape])), tokenizer, max_length=100, answers=True)
+    found = encode(read_records(_written(tmp_path, AS_MESSAGES[shape])), tokenizer, EncodeOptions(100, answers=True))
     opening = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(example.input_ids) for example in found.examples] == [
         f"{opening}Hello.<|im_end|>", f"{opening}What?<|im_end|>",
@@ -57,7 +58,7 @@ def test_turns_before_the_answers_are_not_learned(tmp_path):
     before = [USER, GOOD, {"role": "user", "content": "And?"}]
     path = _written(tmp_path, {"chosen": [*before, GOOD], "rejected": [*before, BAD]})
     tokenizer = tiny_tokenizer()
-    found = encode(read_records(path), tokenizer, max_length=200, answers=True)
+    found = encode(read_records(path), tokenizer, EncodeOptions(200, answers=True))
     learned = [[label for label in example.labels if label != IGNORED] for example in found.examples]
     assert [tokenizer.decode(ids) for ids in learned] == ["Hello.<|im_end|>", "What?<|im_end|>"]
 
@@ -83,13 +84,13 @@ def test_what_is_no_pair_is_named_by_line(tmp_path, record, why):
 def test_a_pair_of_which_one_answer_is_cut_away_is_left_out(tmp_path):
     short = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = _written(tmp_path, short, {"prompt": "a" * 50, "chosen": "b", "rejected": "c"})
-    found = encode(read_records(path), tiny_tokenizer(), max_length=20, answers=True)
+    found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20, answers=True))
     assert (len(found.examples), found.unsupervised) == (2, [2])
 
 
 def test_without_pairs_the_chosen_answer_is_read_and_said(tmp_path):
     path = _written(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"})
-    found = encode(read_records(path), tiny_tokenizer(), max_length=20)
+    found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20))
     assert tiny_tokenizer().decode(found.examples[0].input_ids) == "ab<|im_end|>"
     assert len(found.examples) == 1
     assert found.notes == ["of 1 pairs of answers 'chosen' is read, and 'rejected' is passed over"]

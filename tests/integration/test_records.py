@@ -16,6 +16,7 @@ from chat_tokenizers import USER, chat, turns
 
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage
 from stackctl.engine.data import encode
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord, read_records
 from stackctl.storage.hashes import sha256_file
 
@@ -78,7 +79,7 @@ def test_prompt_and_completion_of_messages_are_a_chat_of_which_the_prompt_is_con
         {"role": "user", "content": "2+2?"},
     ]
     path = write(tmp_path / "a.jsonl", {"prompt": few_shot, "completion": [{"role": "assistant", "content": "four"}]})
-    found = encode(read_records(path), smollm2, max_length=512)
+    found = encode(read_records(path), smollm2, EncodeOptions(512))
     assert turns(smollm2, found.examples[0]) == ["four<|im_end|>"]
 
 

@@ -28,6 +28,7 @@ from tokenizers import AddedToken
 from stackctl.core.errors import Usage
 from stackctl.engine import data
 from stackctl.engine.data import CHATML, encode, ensure_chat_template
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import ChatRecord
 
 
@@ -69,7 +70,7 @@ def test_gemma_and_mistral_refusals_name_the_lines(smollm2: Any) -> None:
         encoded(tokenizer, chat("q", "a"), chat("q", "a", system="s", number=2), twice)
     assert "line 2: System role not supported; line 3: Conversation roles must alternate" in caught.value.message
     with pytest.raises(Usage, match="record 3: roles must alternate"):
-        encode(record_set(twice, unit="record"), with_template(smollm2, MISTRAL), max_length=64)
+        encode(record_set(twice, unit="record"), with_template(smollm2, MISTRAL), EncodeOptions(64))
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])

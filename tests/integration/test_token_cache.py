@@ -15,6 +15,7 @@ from tiny import CHATML, tiny_tokenizer
 from stackctl.core.errors import Usage
 from stackctl.engine.data import Encoded, encode, one_by_one, pack
 from stackctl.engine.data import token_cache as cache
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import open_records, read_records
 
@@ -26,8 +27,9 @@ CHATS = [
 ]
 
 
-def cached(path: Path, tokenizer: Any = None, max_length: int = 100, **options: Any) -> Encoded:
-    return encode_cached(open_records(path), tokenizer or tiny_tokenizer(), max_length=max_length, **options)
+def cached(path: Path, tokenizer: Any = None, max_length: int = 100, cache: bool = True, **options: Any) -> Encoded:
+    wanted = EncodeOptions(max_length, **options)
+    return encode_cached(open_records(path), tokenizer or tiny_tokenizer(), wanted, cache=cache)
 
 
 def entries(root: Path) -> set[str]:
@@ -40,11 +42,11 @@ def never(*_: Any, **__: Any) -> Any:
 
 def test_what_is_read_back_is_what_was_made(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", CHATS)
-    wanted = encode(read_records(path), tiny_tokenizer(), max_length=40)
+    wanted = encode(read_records(path), tiny_tokenizer(), EncodeOptions(40))
     made = cached(path, max_length=40)
     monkeypatch.setattr(cache, "encode_pieces", never)
     again = open_records(path)
-    kept = encode_cached(again, tiny_tokenizer(), max_length=40)
+    kept = encode_cached(again, tiny_tokenizer(), EncodeOptions(40))
     assert (again.format, again.count) == ("messages", 30)
     for found in (made, kept):
         assert list(found.examples) == wanted.examples
@@ -132,13 +134,13 @@ def test_data_that_changes_while_it_is_read_is_refused(
     records = open_records(path)
     write_jsonl(path, CHATS[1:])
     with pytest.raises(Usage, match="changed while it was read"):
-        encode_cached(records, tiny_tokenizer(), max_length=100)
+        encode_cached(records, tiny_tokenizer(), EncodeOptions(100))
     assert entries(own_cache) == set()
 
 
 def test_off_or_not_writable_means_in_memory(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", CHATS)
-    wanted = encode(read_records(path), tiny_tokenizer(), max_length=100)
+    wanted = encode(read_records(path), tiny_tokenizer(), EncodeOptions(100))
     assert cached(path, cache=False) == wanted
     assert entries(own_cache) == set()
     (tmp_path / "file").write_text("")

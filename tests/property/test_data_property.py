@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from stackctl.engine.data import IGNORED, Example, collate, encode, pack
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.records import ChatRecord, CompletionRecord, RecordSet, TextRecord
 from stackctl.registry.base_models import embedded_gguf
 
@@ -51,7 +52,7 @@ def test_each_turn_supervises_its_content_and_its_end(smollm2: Any, pairs: list[
     messages = []
     for user, assistant in pairs:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    found = encode(one(ChatRecord(1, messages)), smollm2, max_length=100_000)
+    found = encode(one(ChatRecord(1, messages)), smollm2, EncodeOptions(100_000))
     (example,) = found.examples
     decoded = [smollm2.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)]
     assert decoded == [assistant + "<|im_end|>" for _, assistant in pairs]
@@ -63,7 +64,7 @@ def test_each_turn_supervises_its_content_and_its_end(smollm2: Any, pairs: list[
 @EXPENSIVE
 @given(SPOKEN, SPOKEN)
 def test_a_completion_follows_its_prompt_as_inference_tokenises_it(smollm2: Any, prompt: str, completion: str) -> None:
-    (example,) = encode(one(CompletionRecord(1, prompt, completion)), smollm2, max_length=100_000).examples
+    (example,) = encode(one(CompletionRecord(1, prompt, completion)), smollm2, EncodeOptions(100_000)).examples
     ids = smollm2(prompt)["input_ids"]
     assert example.input_ids[: len(ids)] == ids
     expected = completion if completion.endswith("<|im_end|>") else completion + "<|im_end|>"
@@ -73,10 +74,10 @@ def test_a_completion_follows_its_prompt_as_inference_tokenises_it(smollm2: Any,
 @EXPENSIVE
 @given(SPOKEN, st.integers(2, 40))
 def test_a_split_text_is_learned_once_and_a_cut_one_is_its_beginning(smollm2: Any, text: str, length: int) -> None:
-    whole = encode(one(TextRecord(1, text + "ab")), smollm2, max_length=100_000).examples[0]
-    split = encode(one(TextRecord(1, text + "ab")), smollm2, max_length=length, split_long=True)
+    whole = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(100_000)).examples[0]
+    split = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(length, split_long=True))
     assert [label for piece in split.examples for label in piece.labels if label != IGNORED] == whole.input_ids[1:]
-    cut = encode(one(TextRecord(1, text + "ab")), smollm2, max_length=length)
+    cut = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(length))
     assert cut.examples == [Example(whole.input_ids[:length], whole.labels[:length])]
     assert cut.truncated == (len(whole.input_ids) > length)
 

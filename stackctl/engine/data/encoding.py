@@ -16,7 +16,7 @@ from typing import Any
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import converse
-from stackctl.engine.data.examples import IGNORED, Encoded, Example, Layout
+from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, Layout
 from stackctl.engine.data.tokenize import Tokenise
 from stackctl.engine.data.turns import Turns
 from stackctl.engine.records import (
@@ -40,62 +40,33 @@ Reading = Callable[[float], None]
 
 
 def encode(
-    records: RecordSet | RecordStream,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    split_long: bool = False,
-    answers: bool = False,
-    template: dict[str, Any] | None = None,
-    reading: Reading = lambda _: None,
+    records: RecordSet | RecordStream, tokenizer: Any, options: EncodeOptions, reading: Reading = lambda _: None
 ) -> Encoded:
     """Token ids and labels of all records, in their order.
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
     * prompt and completion: the completion and an EOS after it;
-    * pairs of answers: the chosen one as the other kinds; with ``answers`` both, one after the other;
+    * pairs of answers: the chosen one as the other kinds, or both, one after the other;
     * conversations: for every assistant turn what the model has to write behind the generation prompt of that moment,
       up to its end of turn, and nothing else. What follows the last of them is left out, since it changes no loss.
-
-    ``template`` is given to the chat template; what a record gives to it comes before that.
-
-    What is longer than ``max_length`` is cut; with ``split_long`` texts are split instead, each piece beginning with
-    the last token of the one before it, so that every token is still learned once.
 
     Raises:
         Usage: the chat template refuses a conversation, or nothing is left to learn.
     """
     encoded = Encoded([], owners=[])
     examples: list[Example] = []
-    for some in encode_pieces(
-        records,
-        tokenizer,
-        encoded,
-        max_length=max_length,
-        split_long=split_long,
-        answers=answers,
-        template=template,
-        reading=reading,
-    ):
+    for some in encode_pieces(records, tokenizer, encoded, options, reading):
         examples += some
     encoded.examples = examples
     return encoded
 
 
 def encode_pieces(
-    records: RecordSet | RecordStream,
-    tokenizer: Any,
-    encoded: Encoded,
-    *,
-    max_length: int,
-    split_long: bool,
-    answers: bool = False,
-    template: dict[str, Any] | None = None,
-    reading: Reading = lambda _: None,
+    records: RecordSet | RecordStream, tokenizer: Any, encoded: Encoded, options: EncodeOptions, reading: Reading
 ) -> Iterator[list[Example]]:
     """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
     tokenise = Tokenise(tokenizer)
-    layouts = _Layouts(records, tokenizer, template or {}, answers=answers)
+    layouts = _Layouts(records, tokenizer, options)
     stream = iter(records.records)
     while batch := list(itertools.islice(stream, _BATCH)):
         laid_out = [(record, layouts.of(record)) for record in batch]
@@ -104,30 +75,28 @@ def encode_pieces(
             continue  # the rest is only looked at for what is wrong with it
         with _all_threads():
             pieces = list(tokenise([layout for _, several in laid_out for layout in several]))
-        yield _kept(laid_out, pieces, encoded, max_length, split_long)
+        yield _kept(laid_out, pieces, encoded, options)
     layouts.check()
     encoded.notes += [*records.notes, *layouts.notes()]
     if not encoded.tokens:
         raise Usage(
-            f"no record of {records.path} has anything to learn within {max_length} tokens", hint="raise --max-length"
+            f"no record of {records.path} has anything to learn within {options.max_length} tokens",
+            hint="raise --max-length",
         )
 
 
 def _kept(
-    laid_out: list[tuple[Record, list[Layout]]],
-    examples: list[Example],
-    encoded: Encoded,
-    max_length: int,
-    split_long: bool,
+    laid_out: list[tuple[Record, list[Layout]]], examples: list[Example], encoded: Encoded, options: EncodeOptions
 ) -> list[Example]:
     """What is left of some records within ``max_length``; what was lost is counted."""
     found: list[Example] = []
+    max_length = options.max_length
     ready = iter(examples)
     for record, layouts in laid_out:
         kept: list[Example] = []
         cut = False
         for example in itertools.islice(ready, len(layouts)):
-            if split_long and isinstance(record, TextRecord):
+            if options.split_long and isinstance(record, TextRecord):
                 kept += _split(example, max_length)
             else:
                 needed = _cut(example, len(example.input_ids))
@@ -167,13 +136,8 @@ def _all_threads() -> Iterator[None]:
 class _Layouts:
     """The texts of records, and what is unusual about them."""
 
-    def __init__(
-        self, records: RecordSet | RecordStream, tokenizer: Any, template: dict[str, Any], *, answers: bool
-    ) -> None:
-        self._records = records
-        self._tokenizer = tokenizer
-        self._arguments = template
-        self._answers = answers
+    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any, options: EncodeOptions) -> None:
+        self._records, self._tokenizer, self._options = records, tokenizer, options
         self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []
         self._said: Counter[str] = Counter()
@@ -184,12 +148,12 @@ class _Layouts:
     def of(self, record: Record) -> list[Layout]:
         """The texts of a record; of a pair the chosen one, or both where answers are asked for, each in one text."""
         if isinstance(record, PreferenceRecord):
-            if not self._answers:
+            if not self._options.answers:
                 self._unread += 1
                 return self._of_one(record.chosen)
             both = [self._answer(record.chosen), self._answer(record.rejected)]
             return [layouts[0] for layouts in both] if all(both) else []
-        return self._answer(record) if self._answers else self._of_one(record)
+        return self._answer(record) if self._options.answers else self._of_one(record)
 
     def _answer(self, record: TextRecord | CompletionRecord | ChatRecord) -> list[Layout]:
         """The one text of an answer."""
@@ -230,7 +194,7 @@ class _Layouts:
         if not learned:
             self._muted += 1
             return []
-        talk = converse(template, record.messages, record.tools, {**self._arguments, **record.template})
+        talk = converse(template, record.messages, record.tools, {**self._options.template, **record.template})
         said = set(talk.said)
         if turns.preamble and not any(message["role"] in ("system", "developer") for message in talk.messages):
             said.add(f"puts {_cut_text(turns.preamble)!r} before a conversation without a system message")

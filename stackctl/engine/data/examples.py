@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 IGNORED = -100
 """The label of a token that nothing is learned from; torch's own."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How records become examples.
+
+    What is longer than ``max_length`` tokens is cut; with ``split_long`` texts are split instead, each piece beginning
+    with the last token of the one before it, so that every token is still learned once. ``answers``: of pairs both are
+    read, and not the chosen one alone. ``template`` is given to the chat template, after what a record gives to it.
+    """
+
+    max_length: int
+    split_long: bool = False
+    answers: bool = False
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from stackctl.core.errors import Usage
 from stackctl.engine.data.chat_template import is_dated, run_date
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
 from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
-from stackctl.engine.data.examples import Encoded
+from stackctl.engine.data.examples import Encoded, EncodeOptions
 from stackctl.engine.records import RecordStream
 from stackctl.registry.garbage_collection import free_tokens, tokens_folder
 from stackctl.storage import atomic
@@ -37,13 +37,10 @@ _EXAMPLES, _ABOUT = "examples.arrow", "about.json"
 def encode_cached(
     records: RecordStream,
     tokenizer: Any,
-    *,
-    max_length: int,
-    split_long: bool = False,
-    answers: bool = False,
-    template: dict[str, Any] | None = None,
-    cache: bool = True,
+    options: EncodeOptions,
     reading: Reading = lambda _: None,
+    *,
+    cache: bool = True,
 ) -> Encoded:
     """What :func:`stackctl.engine.data.encode` makes, from the cache if it is there, else made and kept.
 
@@ -56,16 +53,8 @@ def encode_cached(
     """
     root = tokens_folder()
     if not cache or not _can_write(root):
-        return encode(
-            records,
-            tokenizer,
-            max_length=max_length,
-            split_long=split_long,
-            answers=answers,
-            template=template,
-            reading=reading,
-        )
-    settings = [max_length, split_long, answers, records.labelled, template or {}]
+        return encode(records, tokenizer, options, reading)
+    settings = [options.max_length, options.split_long, options.answers, records.labelled, dict(options.template)]
     place = root / _key(records, tokenizer, settings)
     if (found := _read(place, records)) is not None:
         return replace(found, key=place.name)
@@ -73,16 +62,7 @@ def encode_cached(
     with atomic.staging_directory(root) as staged:
         encoded = Encoded([])
         with ExampleWriter(staged / _EXAMPLES) as writer:
-            for examples in encode_pieces(
-                records,
-                tokenizer,
-                encoded,
-                max_length=max_length,
-                split_long=split_long,
-                answers=answers,
-                template=template,
-                reading=reading,
-            ):
+            for examples in encode_pieces(records, tokenizer, encoded, options, reading):
                 writer.write(examples)
         if records.source.changed():
             raise Usage(f"{records.path} was changed while it was read", hint="run the command again")

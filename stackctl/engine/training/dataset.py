@@ -14,6 +14,7 @@ from stackctl.core.template_arguments import template_arguments
 from stackctl.engine import data as data_module
 from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
+from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.data.token_cache import encode_cached
 from stackctl.engine.records import RecordStream, open_records
 from stackctl.engine.training.trained_tokens import frozen_tokens
@@ -77,7 +78,7 @@ def read_corpus(
         cache = job.cache and not beyond  # what lies in the cache does not know its lines
         arguments = template_arguments(job.chat_template_kwargs)
         found = encode_cached(
-            source, tokenizer, max_length=length, template=arguments, cache=cache, reading=reading, **options
+            source, tokenizer, EncodeOptions(length, template=arguments, **options), reading, cache=cache
         )
         if beyond:
             check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
