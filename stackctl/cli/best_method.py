@@ -26,7 +26,7 @@ from stackctl.registry.resolve import ResolvedStack
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stackctl.cli.fit_weights import Halves
+    from stackctl.cli.fit_weights import FitData
     from stackctl.engine.evaluation import Score
     from stackctl.engine.weighted_members import WeightedFactors
 
@@ -62,7 +62,7 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     """
     problems: list[StackctlError] = []
     weighted: WeightedFactors | None = None
-    sets: Halves | None = None
+    sets: FitData | None = None
     with gathering(problems):
         _check_has_methods(plan)
     with gathering(problems):

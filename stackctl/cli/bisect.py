@@ -17,7 +17,7 @@ from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import Part, parts_of, weights_without
+from stackctl.plan.parts import StackPart, parts_of, weights_without
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.stacks import check_stack_name, save_stack
@@ -193,7 +193,7 @@ def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Prob
     Raises:
         Failed: the stack is not bad, or its base alone is.
     """
-    whole, parts = frozenset[Part](), parts_of(plan)
+    whole, parts = frozenset[StackPart](), parts_of(plan)
     if asked.prompt is not None:
         _check_answers(stack, asked, probe.look(whole), probe.look(frozenset(parts)))
     with context.output.progress() as progress:
@@ -245,7 +245,7 @@ class _Counted:
         return self.probe.line(off)
 
 
-def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[Part], probe: Probe) -> str | None:
+def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[StackPart], probe: Probe) -> str | None:
     """The expression without the culprits' members, which leaves out more than they, if it is good; else None."""
     gone = {part.member for part in parts}
     kept = replace(stack, members=tuple(m for n, m in enumerate(stack.members) if n not in gone))
@@ -255,7 +255,7 @@ def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[Part],
     return None if probe.look(off)["bad"] else kept.typed
 
 
-def stack_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[Part]) -> ResolvedStack:
+def stack_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[StackPart]) -> ResolvedStack:
     """The stack in which some parts have the weight zero; a member of which nothing is left is left out."""
     members = []
     for member, weights in zip(stack.members, weights_without(plan, parts), strict=True):

@@ -7,10 +7,10 @@ from typing import Any
 
 from stackctl.cli.eval_table import NOISE
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import Part
+from stackctl.plan.parts import StackPart
 
 
-def culprits_json(plan: StackPlan, parts: Sequence[Part]) -> list[dict[str, Any]]:
+def culprits_json(plan: StackPlan, parts: Sequence[StackPart]) -> list[dict[str, Any]]:
     """Culprits by member: the layers that they stand in, and the module where it is one; null where it is all."""
     found = []
     for number in dict.fromkeys(part.member for part in parts):

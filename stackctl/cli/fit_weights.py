@@ -42,7 +42,7 @@ class FitWishes:
 
 
 @dataclass(frozen=True)
-class Halves:
+class FitData:
     """Data sets to learn from and to judge by; no record is in both."""
 
     learned: list[DataSet]
@@ -91,7 +91,7 @@ def _with_all_factors(plan: StackPlan) -> StackPlan:
     return plan_stack(plan.base, members).check()
 
 
-def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> Halves:
+def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> FitData:
     """The records in tokens, before the base is loaded: those of ``holdout``, or half of them, to judge by.
 
     Raises:
@@ -115,7 +115,7 @@ def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes:
         if part is not whole:
             count, total = len(set(part.owners)), len(set(whole.owners))
             context.output.note(f"{count} of {total} records of {whole.source} are learned from: more only take longer")
-    return Halves(learned, held_out)
+    return FitData(learned, held_out)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _fit(
     stacked: StackedModel,
     stack: ResolvedStack,
     weighted: WeightedFactors,
-    sets: Halves,
+    sets: FitData,
     wishes: FitWishes,
 ) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
     from stackctl.engine.weight_fit import judge, mean_loss

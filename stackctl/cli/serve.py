@@ -118,7 +118,7 @@ def _say_ready(context: Context, models: Models, address: Address, engine: str, 
 def _serve_by_vllm(context: Context, models: Models, address: Address, dtype: str, device: str) -> None:
     """Start vLLM with the registry's expressions as its models, and wait for its end."""
     from stackctl.serving.run import listen
-    from stackctl.serving.vllm_server import Wanted, check_vllm, run_vllm, vllm_line
+    from stackctl.serving.vllm_server import VllmOptions, check_vllm, run_vllm, vllm_line
 
     if device != "auto":
         raise Usage("vLLM uses the devices that it was built for", hint=f"leave out --device {device}")
@@ -126,7 +126,7 @@ def _serve_by_vllm(context: Context, models: Models, address: Address, dtype: st
     program = check_vllm(plans)
     with listen(address.host, address.port) as free:  # it is free, and vLLM takes it a moment later
         port = free.getsockname()[1]
-    wanted = Wanted(address.host, port, address.api_key, dtype)
+    wanted = VllmOptions(address.host, port, address.api_key, dtype)
     line = vllm_line(program, models, plans, wanted)
     context.output.status("starting " + shlex.join(line))
     run_vllm(line, context.registry.root, wanted, lambda: _say_ready(context, models, address, "vllm", port))

@@ -34,7 +34,7 @@ from stackctl.registry.base_models import read_base_tensors
 
 
 @dataclass
-class Group:
+class TensorGroup:
     """Tensors of files, and the parameters that are made from them together.
 
     ``sources`` are names in the files, each with the pattern of ``converter`` that took it; without a converter there
@@ -68,13 +68,13 @@ class BaseLayout:
         self._by_source = {source: group for group in self.groups for source in group.sources}
         self._by_target = {target: group for group in self.groups for target in group.targets}
 
-    def _grouped(self) -> list[Group]:
+    def _grouped(self) -> list[TensorGroup]:
         """The loop over names of ``convert_and_load_state_dict_in_model``."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         prefix, known = self._model.base_model_prefix, self._shapes
-        groups: dict[str, Group] = {}
+        groups: dict[str, TensorGroup] = {}
         for name in sorted(self.tensors, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
             if renamed not in known and name in known:
@@ -82,13 +82,13 @@ class BaseLayout:
             if renamed not in known:
                 self.unexpected.append(name)
                 continue
-            group = groups.setdefault(renamed, Group(renamed, by_pattern.get(pattern) if pattern else None))
+            group = groups.setdefault(renamed, TensorGroup(renamed, by_pattern.get(pattern) if pattern else None))
             group.sources[name] = pattern or name
         for group in groups.values():
             group.targets = self._targets(group)
         return list(groups.values())
 
-    def _targets(self, group: Group) -> tuple[str, ...]:
+    def _targets(self, group: TensorGroup) -> tuple[str, ...]:
         if group.converter is None:
             return (group.first,)
         if len(group.converter.target_patterns) == 1 and "*" not in group.converter.target_patterns[0]:
@@ -96,7 +96,7 @@ class BaseLayout:
         made = self._convert(group, lambda _, info: torch.empty(info.shape, device="meta"))
         return tuple(made)
 
-    def _convert(self, group: Group, read: Callable[[Path, TensorInfo], Tensor]) -> dict[str, Tensor]:
+    def _convert(self, group: TensorGroup, read: Callable[[Path, TensorInfo], Tensor]) -> dict[str, Tensor]:
         if group.converter is None:
             (name,) = group.sources
             return {group.first: read(*self.tensors[name])}
@@ -108,11 +108,11 @@ class BaseLayout:
         )
         return {name: _plain(value[0] if isinstance(value, list) else value) for name, value in made.items()}
 
-    def group(self, parameter: str) -> Group | None:
+    def group(self, parameter: str) -> TensorGroup | None:
         """What a parameter is made from; None where the files have nothing of its own, as of a tied head."""
         return self._by_target.get(parameter)
 
-    def group_of(self, name: str) -> Group | None:
+    def group_of(self, name: str) -> TensorGroup | None:
         """What a tensor of the files becomes; None where the model takes nothing of that name."""
         return self._by_source.get(name)
 
@@ -131,7 +131,7 @@ class BaseLayout:
                     if name in wanted:
                         yield name, value
 
-    def read_group(self, group: Group, files: TensorFiles) -> dict[str, Tensor]:
+    def read_group(self, group: TensorGroup, files: TensorFiles) -> dict[str, Tensor]:
         """Every parameter of a group."""
         return self._convert(group, files.read)
 
@@ -152,7 +152,7 @@ class BaseLayout:
     def _was_used(self, conversion: WeightTransform) -> bool:
         return any(conversion.rename_source_key(name)[1] is not None for name in self.tensors)
 
-    def written_as_stored(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def written_as_stored(self, group: TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group as the very tensors of the files that they were made from.
 
         Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stackctl.lora.module_grid import Place, place
+from stackctl.lora.module_grid import GridPlace, place
 
 MOST_OPPOSED = 3
 K = TypeVar("K")
@@ -69,7 +69,7 @@ class PairOverlap:
     def total(self) -> Overlap:
         return pool(found.overlap for found in self.modules)
 
-    def pooled(self, key: Callable[[Place], K | None]) -> dict[K, Overlap]:
+    def pooled(self, key: Callable[[GridPlace], K | None]) -> dict[K, Overlap]:
         """Modules taken together by something of their place, such as its kind; None leaves a module out."""
         groups: dict[K, list[Overlap]] = {}
         for found in self.modules:

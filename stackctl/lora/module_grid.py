@@ -13,7 +13,7 @@ Cell = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GridPlace:
     """Where a module stands: ``model.layers.3.self_attn.q_proj`` is of kind ``self_attn.q_proj`` in layer 3 of the
     block ``model.layers``. Outside of layers there is no number, and the kind is the whole name.
     """
@@ -28,16 +28,16 @@ class Place:
         return self.kind if self.layer is None else f"{self.block}.{self.layer}".lstrip(".")
 
 
-def place(module: str) -> Place:
+def place(module: str) -> GridPlace:
     """A module's place by its name: the first number in it is that of a layer, and any later one, such as an
     expert's, is written ``*``, so that these share a place.
     """
     parts = module.split(".")
     index = next((i for i, part in enumerate(parts[:-1]) if _INDEX.fullmatch(part)), None)
     if index is None:
-        return Place("", None, module)
+        return GridPlace("", None, module)
     kind = ("*" if _INDEX.fullmatch(part) else part for part in parts[index + 1 :])
-    return Place(".".join(parts[:index]), int(parts[index]), ".".join(kind))
+    return GridPlace(".".join(parts[:index]), int(parts[index]), ".".join(kind))
 
 
 @dataclass(frozen=True)

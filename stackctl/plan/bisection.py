@@ -17,9 +17,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stackctl.plan.parts import Part
+from stackctl.plan.parts import StackPart
 
-Off = frozenset[Part]
+Off = frozenset[StackPart]
 _FEW = 6
 """Layers, or modules, of several culprits that are told apart; more of them are told by what they stand in."""
 _PATIENCE = 6
@@ -42,7 +42,7 @@ class Badness(Protocol):
 class Found:
     """The parts without which a stack is good, none where it is not bad; how many evaluations it took to find them."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StackPart, ...]
     evaluations: int
 
 
@@ -54,17 +54,17 @@ class _Scores:
     known: dict[Off, float] = field(default_factory=dict)
     line: float = math.inf
 
-    def of(self, off: Iterable[Part]) -> float:
+    def of(self, off: Iterable[StackPart]) -> float:
         key = frozenset(off)
         if key not in self.known:
             self.known[key] = self.badness.score(key)
         return self.known[key]
 
-    def good(self, off: Iterable[Part]) -> bool:
+    def good(self, off: Iterable[StackPart]) -> bool:
         return self.of(off) < self.line
 
 
-def find_culprits(parts: Sequence[Part], badness: Badness) -> Found:
+def find_culprits(parts: Sequence[StackPart], badness: Badness) -> Found:
     """The parts that make a stack go wrong.
 
     Args:
@@ -97,7 +97,7 @@ def find_culprits(parts: Sequence[Part], badness: Badness) -> Found:
     return Found(tuple(culprits), len(scores.known) - ends)
 
 
-def _single(parts: Sequence[Part], scores: _Scores, most: int) -> tuple[Part, int] | None:
+def _single(parts: Sequence[StackPart], scores: _Scores, most: int) -> tuple[StackPart, int] | None:
     """The part among some without which alone it is good, and how much was known before it was tried; else None."""
     if len(parts) == 1:
         before = len(scores.known)
@@ -110,7 +110,7 @@ def _single(parts: Sequence[Part], scores: _Scores, most: int) -> tuple[Part, in
     return _single(parts[middle:], scores, most)
 
 
-def _middle(parts: Sequence[Part]) -> int:
+def _middle(parts: Sequence[StackPart]) -> int:
     """Where to halve: between layers if that costs no evaluation."""
     count = len(parts)
     most = 2 ** (math.ceil(math.log2(count)) - 1)  # parts that the evaluations that are left can tell apart
@@ -119,32 +119,34 @@ def _middle(parts: Sequence[Part]) -> int:
     return min(layers or [count // 2], key=lambda n: abs(2 * n - count))
 
 
-def _member(part: Part) -> Hashable:
+def _member(part: StackPart) -> Hashable:
     return part.member
 
 
-def _layer(part: Part) -> Hashable:
+def _layer(part: StackPart) -> Hashable:
     return part.member, part.layer
 
 
-def _module(part: Part) -> Hashable:
+def _module(part: StackPart) -> Hashable:
     return part
 
 
-def _grouped(parts: Sequence[Part], level: Callable[[Part], Hashable]) -> list[list[Part]]:
-    groups: dict[Hashable, list[Part]] = {}
+def _grouped(parts: Sequence[StackPart], level: Callable[[StackPart], Hashable]) -> list[list[StackPart]]:
+    groups: dict[Hashable, list[StackPart]] = {}
     for part in parts:
         groups.setdefault(level(part), []).append(part)
     return list(groups.values())
 
 
-def _smallest(groups: Sequence[Sequence[Part]], good: Callable[[Iterable[Part]], bool], most: int) -> list[Part] | None:
+def _smallest(
+    groups: Sequence[Sequence[StackPart]], good: Callable[[Iterable[StackPart]], bool], most: int
+) -> list[StackPart] | None:
     """The parts of as few groups as make it good, none of which can be spared; None where they are more than ``most``.
 
     All groups together make it good. Each round finds the group with which it turns, which is needed whatever comes
     before it (Junker 2004, "QuickXplain", finds minimal conflicts alike).
     """
-    needed: list[Part] = []
+    needed: list[StackPart] = []
     high = len(groups)
     for _ in range(min(most, len(groups))):
         low = 0

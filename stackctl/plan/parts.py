@@ -18,7 +18,7 @@ WHOLE = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StackPart:
     """A member's number, and a module's name or ``WHOLE``."""
 
     member: int
@@ -30,30 +30,30 @@ class Part:
         return place(self.module).name if self.module else WHOLE
 
 
-def parts_of(plan: StackPlan) -> list[Part]:
+def parts_of(plan: StackPlan) -> list[StackPart]:
     """Every part of a stack: member by member, in each layer by layer, and last what it brings whole."""
-    found = {Part(factor.member, name) for name, module in plan.modules.items() for factor in module.factors}
-    found |= {Part(rows.member, rows.module) for rows in plan.token_rows}
-    found |= {Part(whole.member, WHOLE) for whole in plan.replacements}
+    found = {StackPart(factor.member, name) for name, module in plan.modules.items() for factor in module.factors}
+    found |= {StackPart(rows.member, rows.module) for rows in plan.token_rows}
+    found |= {StackPart(whole.member, WHOLE) for whole in plan.replacements}
     return sorted(found, key=lambda part: (part.member, part.module == WHOLE, natural_order(part.module)))
 
 
-def switch_off(plan: StackPlan, off: Collection[Part]) -> StackPlan:
+def switch_off(plan: StackPlan, off: Collection[StackPart]) -> StackPlan:
     """The plan without some of its parts."""
     modules = {}
     for name, module in plan.modules.items():
-        kept = tuple(factor for factor in module.factors if Part(factor.member, name) not in off)
+        kept = tuple(factor for factor in module.factors if StackPart(factor.member, name) not in off)
         if kept:
             modules[name] = replace(module, factors=kept)
     return replace(
         plan,
         modules=modules,
-        token_rows=tuple(rows for rows in plan.token_rows if Part(rows.member, rows.module) not in off),
-        replacements=tuple(whole for whole in plan.replacements if Part(whole.member, WHOLE) not in off),
+        token_rows=tuple(rows for rows in plan.token_rows if StackPart(rows.member, rows.module) not in off),
+        replacements=tuple(whole for whole in plan.replacements if StackPart(whole.member, WHOLE) not in off),
     )
 
 
-def weights_without(plan: StackPlan, off: Collection[Part]) -> list[Weights]:
+def weights_without(plan: StackPlan, off: Collection[StackPart]) -> list[Weights]:
     """The weights of each member that switch some parts off: zero on their modules.
 
     Those that a member brings whole are there unless its one weight is zero, and then every other module names its own.
@@ -65,7 +65,7 @@ def weights_without(plan: StackPlan, off: Collection[Part]) -> list[Weights]:
         kept = [part.module for part in own if part not in off]
         if own and not kept:
             made.append(Weights(0.0))
-        elif Part(number, WHOLE) in off:
+        elif StackPart(number, WHOLE) in off:
             made.append(Weights(0.0, {module: weights.at(module) for module in kept}))
         else:
             gone = {part.module: 0.0 for part in own if part in off}

@@ -33,7 +33,7 @@ _AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VllmOptions:
     """Where vLLM is to listen, who may ask, and the precision of the weights; ``port`` is a real one."""
 
     host: str
@@ -57,7 +57,7 @@ def check_vllm(plans: list[StackPlan]) -> str:
     return program
 
 
-def vllm_line(program: str, models: Models, plans: list[StackPlan], wanted: Wanted) -> list[str]:
+def vllm_line(program: str, models: Models, plans: list[StackPlan], wanted: VllmOptions) -> list[str]:
     """The words that start vLLM with the base of a registry, and with room for the ranks of its stacks.
 
     Not under the name ``base``: that is left to the plug-in, as every other expression.
@@ -89,7 +89,7 @@ def _rank(models: Models, plans: list[StackPlan]) -> int:
     return vllm_max_rank(needed) or vllm_max_rank(_MOST) or _MOST
 
 
-def run_vllm(line: list[str], registry: Path, wanted: Wanted, ready: Callable[[], None]) -> None:
+def run_vllm(line: list[str], registry: Path, wanted: VllmOptions, ready: Callable[[], None]) -> None:
     """Run vLLM until SIGINT or SIGTERM; ``ready`` is called once it answers, and knows what an expression is.
 
     Raises:
@@ -129,7 +129,7 @@ def _handling(stop: Callable[..., None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_up(process: subprocess.Popen[bytes], wanted: Wanted, given_up: Callable[[], bool]) -> bool:
+def _is_up(process: subprocess.Popen[bytes], wanted: VllmOptions, given_up: Callable[[], bool]) -> bool:
     until = time.monotonic() + _START_SECONDS
     while process.poll() is None and not given_up():
         if time.monotonic() > until:
@@ -141,7 +141,7 @@ def _is_up(process: subprocess.Popen[bytes], wanted: Wanted, given_up: Callable[
     return False
 
 
-def _check_plugin(wanted: Wanted) -> None:
+def _check_plugin(wanted: VllmOptions) -> None:
     """Ask for a model that only the plug-in calls no expression, rather than unknown."""
     body = json.dumps({"model": "+", "prompt": "a", "max_tokens": 1})
     status, content = _ask(wanted, "POST", "/v1/completions", body)
@@ -152,7 +152,7 @@ def _check_plugin(wanted: Wanted) -> None:
         )
 
 
-def _ask(wanted: Wanted, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+def _ask(wanted: VllmOptions, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(wanted.host, wanted.host)
     connection = http.client.HTTPConnection(host, wanted.port, timeout=60)
     try:

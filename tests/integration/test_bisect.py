@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from stackctl.plan.bisection import find_culprits
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import Part, parts_of, switch_off
+from stackctl.plan.parts import StackPart, parts_of, switch_off
 
 MODULES = 14
 """Linear layers of the tiny Llama: two layers of seven."""
 
 
-def blow_up(plan: StackPlan, part: Part, times: float) -> StackPlan:
+def blow_up(plan: StackPlan, part: StackPart, times: float) -> StackPlan:
     """The plan with one member's change of one module so many times as large."""
     module = plan.modules[part.module]
     factors = tuple(
@@ -109,7 +109,7 @@ def test_the_culprit_is_named_and_what_is_without_it_can_be_typed(three: Any) ->
     members = three.run("inspect", "mended", "--json").json["members"]
     assert [m["layer_weights"] for m in members] == [{}, {"model.layers.1.mlp.up_proj": 0.0}, {}]
     plan = three.plan("style+tone+odd")
-    assert three.plan("mended").modules == switch_off(plan, [Part(1, "model.layers.1.mlp.up_proj")]).modules
+    assert three.plan("mended").modules == switch_off(plan, [StackPart(1, "model.layers.1.mlp.up_proj")]).modules
     shown = three.run("bisect", "style+tone+odd", "--data", data)
     assert "model.layers.1.mlp.up_proj" in shown.out and "style@1+odd@1" in shown.out
     assert three.run("bisect", "style+tone+odd", "--data", data, "-q").out.strip() == "style@1+odd@1"
@@ -181,7 +181,9 @@ def test_weights_and_layers_of_a_stored_stack_are_kept(three: Any) -> None:
     three.run("compose", "style:0.5+tone:-1", "--name", "s")
     made = three.run("bisect", "s", "--data", three.data(), "--name", "s2", "--json").json
     assert made["culprit"]["module"] == "model.layers.1.mlp.gate_proj"
-    assert three.plan("s2").modules == switch_off(three.plan("s"), [Part(0, "model.layers.1.mlp.gate_proj")]).modules
+    assert (
+        three.plan("s2").modules == switch_off(three.plan("s"), [StackPart(0, "model.layers.1.mlp.gate_proj")]).modules
+    )
     again = three.run("bisect", "s", "--data", three.data(), "--json").json
     assert again["without"] == "tone@1:-1"
     three.run("compose", "style+tone", "--method", "ties", "--name", "t")
@@ -201,7 +203,7 @@ def test_what_a_member_brings_whole_is_one_part(house: Any) -> None:
     made = h.run("bisect", "style+saved", "--data", h.data(), "--name", "less", "--json").json
     assert made["culprit"]["member"] == "saved@2" and made["culprit"]["module"] is None
     plan = h.plan("less")
-    assert not plan.replacements and plan.modules == switch_off(h.plan("style+saved"), [Part(1, "")]).modules
+    assert not plan.replacements and plan.modules == switch_off(h.plan("style+saved"), [StackPart(1, "")]).modules
 
 
 def test_bad_usage_is_said_at_once_before_the_base_is_loaded(three: Any, monkeypatch: pytest.MonkeyPatch) -> None:

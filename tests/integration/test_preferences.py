@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from stackctl.engine.data import IGNORED, Example
-from stackctl.engine.training.objectives import OBJECTIVES, Answers, Strength, ranked
+from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 from stackctl.engine.training.reference import MismatchedAnswers
 
 PAIRS = [
@@ -47,10 +47,10 @@ def _log(done: dict[str, Any]) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(done["path"]) / "training_log.jsonl").read_text().splitlines()]
 
 
-def _answers() -> Answers:
+def _answers() -> AnswerBatch:
     torch.manual_seed(0)
     given, reference = (-torch.rand(2, 10) * 9 - 1).unbind()
-    return Answers(given, torch.arange(1.0, 11), reference, torch.tensor([True, False] * 5), torch.tensor(0.7))
+    return AnswerBatch(given, torch.arange(1.0, 11), reference, torch.tensor([True, False] * 5), torch.tensor(0.7))
 
 
 def test_losses_are_those_of_the_papers_in_float64():

@@ -12,7 +12,7 @@ import pytest
 
 from stackctl.plan.bisection import Found, Off
 from stackctl.plan.bisection import find_culprits as find
-from stackctl.plan.parts import Part
+from stackctl.plan.parts import StackPart
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -31,13 +31,13 @@ class Told:
         return None if self._is_bad(off) or not self._is_bad(frozenset()) else 0.5
 
 
-def find_culprits(parts: list[Part], is_bad: Callable[[Off], bool]) -> Found:
+def find_culprits(parts: list[StackPart], is_bad: Callable[[Off], bool]) -> Found:
     return find(parts, Told(is_bad))
 
 
-def stack(members: int, layers: int, kinds: int, outside: int = 0) -> list[Part]:
+def stack(members: int, layers: int, kinds: int, outside: int = 0) -> list[StackPart]:
     return [
-        Part(member, module)
+        StackPart(member, module)
         for member in range(members)
         for module in [
             *(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in KINDS[:kinds]),
@@ -62,7 +62,11 @@ def test_a_single_culprit_is_found_at_every_place_within_the_bound(
 
 
 def test_unlike_members_are_within_the_bound() -> None:
-    parts = [*stack(1, 7, 3), Part(1, "model.layers.0.mlp.down_proj"), *(Part(2, p.module) for p in stack(1, 5, 1))]
+    parts = [
+        *stack(1, 7, 3),
+        StackPart(1, "model.layers.0.mlp.down_proj"),
+        *(StackPart(2, p.module) for p in stack(1, 5, 1)),
+    ]
     for planted in parts:
         found = find_culprits(parts, lambda off, planted=planted: planted not in off)
         assert found.parts == (planted,) and found.evaluations <= math.ceil(math.log2(21)) + 3
@@ -84,7 +88,7 @@ def test_accidents_do_not_hide_a_single_culprit() -> None:
         for seed in range(10):
             dice, told = random.Random(seed), dict[Off, bool]()
 
-            def is_bad(off: Off, planted: Part = planted, told: dict[Off, bool] = told, dice: Any = dice) -> bool:
+            def is_bad(off: Off, planted: StackPart = planted, told: dict[Off, bool] = told, dice: Any = dice) -> bool:
                 accident = len(off) > 1 and dice.random() < 0.3
                 return told.setdefault(off, planted not in off and not accident)
 

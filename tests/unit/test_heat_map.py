@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from stackctl.lora.module_grid import Place, arrange, place, short_names
+from stackctl.lora.module_grid import GridPlace, arrange, place, short_names
 from stackctl.render.heat_map import HeatMap, render_heat_map
 
 LLAMA = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -34,18 +34,18 @@ def text(heat: HeatMap, width: int, colours: bool = False) -> list[str]:
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("model.layers.11.self_attn.q_proj", Place("model.layers", 11, "self_attn.q_proj")),
-        ("transformer.h.0.attn.c_proj", Place("transformer.h", 0, "attn.c_proj")),
-        ("gpt_neox.layers.3.mlp.dense_4h_to_h", Place("gpt_neox.layers", 3, "mlp.dense_4h_to_h")),
-        ("model.layers.2.mlp.experts.7.w1", Place("model.layers", 2, "mlp.experts.*.w1")),
-        ("3.q_proj", Place("", 3, "q_proj")),
-        ("lm_head", Place("", None, "lm_head")),
-        ("model.embed_tokens", Place("", None, "model.embed_tokens")),
-        ("head.0", Place("", None, "head.0")),
-        ("model.layers.².q", Place("", None, "model.layers.².q")),
+        ("model.layers.11.self_attn.q_proj", GridPlace("model.layers", 11, "self_attn.q_proj")),
+        ("transformer.h.0.attn.c_proj", GridPlace("transformer.h", 0, "attn.c_proj")),
+        ("gpt_neox.layers.3.mlp.dense_4h_to_h", GridPlace("gpt_neox.layers", 3, "mlp.dense_4h_to_h")),
+        ("model.layers.2.mlp.experts.7.w1", GridPlace("model.layers", 2, "mlp.experts.*.w1")),
+        ("3.q_proj", GridPlace("", 3, "q_proj")),
+        ("lm_head", GridPlace("", None, "lm_head")),
+        ("model.embed_tokens", GridPlace("", None, "model.embed_tokens")),
+        ("head.0", GridPlace("", None, "head.0")),
+        ("model.layers.².q", GridPlace("", None, "model.layers.².q")),
     ],
 )
-def test_a_module_has_its_place(module: str, expected: Place) -> None:
+def test_a_module_has_its_place(module: str, expected: GridPlace) -> None:
     assert place(module) == expected
 
 

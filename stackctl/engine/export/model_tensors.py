@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.base_layout import BaseLayout, Group
+from stackctl.engine.base_layout import BaseLayout, TensorGroup
 from stackctl.engine.merging import exact_delta, module_delta
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
@@ -33,7 +33,7 @@ class Written:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    group: Group | None = None
+    group: TensorGroup | None = None
     changed: bool = False
     """Whether the stack stands on it."""
     untied: str | None = None
@@ -147,7 +147,7 @@ class ModelTensors:
             self._ready.update(as_stored)
         return self._ready.pop(wanted.name)
 
-    def _as_stored(self, group: Group, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _as_stored(self, group: TensorGroup, made: dict[str, Tensor]) -> dict[str, Tensor]:
         if group.is_plain:
             (name,), (value,) = group.sources, made.values()
             return {name: value}

@@ -27,7 +27,7 @@ _MAY_BE_EMPTY = {"system", "developer", "tool", "function", "ipython"}
 
 
 @dataclass
-class Turns:
+class ParsedMessages:
     """Messages, and the positions of those that are said not to be learned."""
 
     messages: list[Message] = field(default_factory=list)
@@ -59,13 +59,13 @@ def json_of(value: Any, what: str, *kinds: type) -> Any:
     return value
 
 
-def turns_of(value: Any, what: str, start: int = 1) -> Turns:
+def turns_of(value: Any, what: str, start: int = 1) -> ParsedMessages:
     """Messages in either spelling: ``role``/``content`` or ``from``/``value``; ``start`` numbers the first."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = json_of(value, what, list)
     if not isinstance(value, list):
         raise BadRecord(f"{what} is {kind_of(value)}, not a list of messages")
-    turns = Turns()
+    turns = ParsedMessages()
     for position, item in enumerate(value):
         message, learned = _message(item, f"message {start + position}")
         turns.messages.append(message)

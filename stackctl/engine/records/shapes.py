@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from stackctl.engine.records.messages import Turns, kind_of, template_arguments, text_of, tools_of, turns_of
+from stackctl.engine.records.messages import ParsedMessages, kind_of, template_arguments, text_of, tools_of, turns_of
 from stackctl.engine.records.types import (
     BadRecord,
     ChatRecord,
@@ -43,7 +43,7 @@ _PROMPTS = ("prompt", "question", "conversations", "messages")
 _EQUAL = "its 'chosen' and 'rejected' are equal: there is nothing to prefer"
 
 
-class Shape(NamedTuple):
+class RecordShape(NamedTuple):
     """One shape: the keys that it is known by, those that it also reads, and what makes a record of it."""
 
     format: Format
@@ -67,7 +67,7 @@ def _completion(number: int, record: dict[str, Any]) -> Record:
         context = turns_of(prompt, "'prompt'")
         said = turns_of(completion, "'completion'", len(context.messages) + 1)
         start = len(context.messages)
-        both = Turns(context.messages + said.messages, {start + position for position in said.muted})
+        both = ParsedMessages(context.messages + said.messages, {start + position for position in said.muted})
         return _chat(number, record, both, start)
     return CompletionRecord(number, text_of(prompt, "'prompt'"), text_of(completion, "'completion'"))
 
@@ -78,7 +78,7 @@ def _asked(question: str, answer: str, given: str = "") -> Callable[[int, dict[s
     def parse(number: int, record: dict[str, Any]) -> Record:
         user = asked_text(record, question, given)
         said = _pair(user, text_of(record[answer], f"'{answer}'"))
-        return _chat(number, record, Turns(said))
+        return _chat(number, record, ParsedMessages(said))
 
     return parse
 
@@ -112,31 +112,31 @@ def _preference(number: int, record: dict[str, Any]) -> Record:
     return PreferenceRecord(number, chosen, rejected)
 
 
-def _conversation(before: list[Message], answer: Any, what: str) -> Turns:
+def _conversation(before: list[Message], answer: Any, what: str) -> ParsedMessages:
     """A whole conversation; an answer, which begins with the assistant, is put behind what was said before."""
     if isinstance(answer, str) and not answer.lstrip().startswith("["):
-        turns = Turns([{"role": "assistant", "content": text_of(answer, what)}])
+        turns = ParsedMessages([{"role": "assistant", "content": text_of(answer, what)}])
     else:
         turns = turns_of([answer] if isinstance(answer, dict) else answer, what)
     if turns.messages and turns.messages[0]["role"] != "assistant":
         return turns
-    return Turns(before + turns.messages, {len(before) + position for position in turns.muted})
+    return ParsedMessages(before + turns.messages, {len(before) + position for position in turns.muted})
 
 
 SHAPES = (
     # Sets of preferences carry a "prompt", "messages" or "conversations" beside the two answers.
-    Shape("preference", ("chosen", "rejected"), _preference, _PROMPTS),
+    RecordShape("preference", ("chosen", "rejected"), _preference, _PROMPTS),
     # The more specific come first: published Alpaca files carry a "text" as well, UltraChat a "prompt".
-    Shape("messages", ("messages",), _listed("messages")),
-    Shape("conversations", ("conversations",), _listed("conversations")),
-    Shape("conversation", ("conversation",), _listed("conversation")),
-    Shape("prompt", ("prompt", "completion"), _completion),
-    Shape("instruction", ("instruction", "output"), _asked("instruction", "output", "input"), ("input",)),
-    Shape("instruction", ("instruction", "response"), _asked("instruction", "response", "context"), ("context",)),
-    Shape("response", ("prompt", "response"), _asked("prompt", "response")),
-    Shape("question", ("question", "answer"), _asked("question", "answer")),
-    Shape("query", ("query", "response"), _asked("query", "response")),
-    Shape("text", ("text",), _text),
+    RecordShape("messages", ("messages",), _listed("messages")),
+    RecordShape("conversations", ("conversations",), _listed("conversations")),
+    RecordShape("conversation", ("conversation",), _listed("conversation")),
+    RecordShape("prompt", ("prompt", "completion"), _completion),
+    RecordShape("instruction", ("instruction", "output"), _asked("instruction", "output", "input"), ("input",)),
+    RecordShape("instruction", ("instruction", "response"), _asked("instruction", "response", "context"), ("context",)),
+    RecordShape("response", ("prompt", "response"), _asked("prompt", "response")),
+    RecordShape("question", ("question", "answer"), _asked("question", "answer")),
+    RecordShape("query", ("query", "response"), _asked("query", "response")),
+    RecordShape("text", ("text",), _text),
 )
 COLUMNS = {*_AROUND, *_ELSEWHERE, *(key for shape in SHAPES for key in (*shape.keys, *shape.also))}
 SHAPE_HINT = (
@@ -146,7 +146,7 @@ SHAPE_HINT = (
 )
 
 
-def shape_of(record: dict[str, Any]) -> Shape | None:
+def shape_of(record: dict[str, Any]) -> RecordShape | None:
     """The first shape whose keys all have values; else the first whose keys are all there."""
     for present in ({key for key, value in record.items() if value is not None}, set(record)):
         for shape in SHAPES:
@@ -155,7 +155,7 @@ def shape_of(record: dict[str, Any]) -> Shape | None:
     return None
 
 
-def checked_shape(record: Any) -> Shape:
+def checked_shape(record: Any) -> RecordShape:
     if not isinstance(record, dict):
         raise BadRecord(f"{kind_of(record)}, not an object")
     if not (shape := shape_of(record)):
@@ -172,7 +172,7 @@ class Parsed:
     ignored: list[str]
 
 
-def parse(number: int, value: Any, shape: Shape, *, labelled: bool = False) -> Parsed:
+def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False) -> Parsed:
     """A record of a known shape; ``labelled``: its label, true or false, is read as what is desired of it.
 
     Raises:
@@ -249,7 +249,7 @@ def before_turns(record: dict[str, Any], messages: list[Message]) -> list[Messag
     return before
 
 
-def _chat(number: int, record: dict[str, Any], turns: Turns, context: int = 0) -> ChatRecord:
+def _chat(number: int, record: dict[str, Any], turns: ParsedMessages, context: int = 0) -> ChatRecord:
     if not any(message["role"] == "assistant" for message in turns.messages[context:]):
         raise BadRecord("has no assistant turn" if not context else "its 'completion' has no assistant turn")
     before = before_turns(record, turns.messages)

@@ -1,7 +1,7 @@
 """What training on answers makes small: objectives as pure functions of log-probabilities.
 
-Those of pairs take :class:`Pairs` and a :class:`Strength` and return losses (P,) in nats, one for a pair; KTO takes
-:class:`Answers`, of which each has a label, and returns a loss for each. Adding one takes a function and a line of
+Those of pairs take :class:`PairBatch` and a :class:`Strength` and return losses (P,) in nats, one for a pair; KTO takes
+:class:`AnswerBatch`, of which each has a label, and returns a loss for each. Adding one takes a function and a line of
 :data:`OBJECTIVES`. Written below: c and r are the log-probabilities of the chosen and of the rejected answer, c' and r'
 those under the frozen stack, |c| and |r| their tokens, s the logistic function.
 """
@@ -20,7 +20,7 @@ SIMPO_MARGIN = 0.5
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairBatch:
     """Log-probabilities of both answers of P pairs, each (P,), float32, summed over the answer's tokens.
 
     ``*_tokens`` (P,) count those tokens; ``*_reference`` (P,) are the log-probabilities under the frozen stack alone.
@@ -35,7 +35,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerBatch:
     """Log-probabilities of N answers, (N,), float32, summed over the answer's tokens, and what belongs to them.
 
     ``tokens`` (N,) counts those tokens; ``reference`` (N,) are the log-probabilities under the frozen stack alone;
@@ -50,9 +50,9 @@ class Answers:
     drift: Tensor | None = None
 
     @property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> PairBatch:
         """Where chosen and rejected answers take turns."""
-        return Pairs(*(t[n::2] for t in (self.given, self.tokens, self.reference) for n in (0, 1)))
+        return PairBatch(*(t[n::2] for t in (self.given, self.tokens, self.reference) for n in (0, 1)))
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Strength:
     sft_weight: float = 0.0
 
 
-def _log_ratio(pairs: Pairs) -> Tensor:
+def _log_ratio(pairs: PairBatch) -> Tensor:
     """How much more than the reference a model prefers the chosen answer, (P,): (c - c') - (r - r')."""
     return (pairs.chosen - pairs.chosen_reference) - (pairs.rejected - pairs.rejected_reference)
 
 
-def dpo(pairs: Pairs, strength: Strength) -> Tensor:
+def dpo(pairs: PairBatch, strength: Strength) -> Tensor:
     """DPO (https://arxiv.org/abs/2305.18290): -(1 - e) log s(beta h) - e log s(-beta h), h = (c - c') - (r - r').
 
     e is the label smoothing of conservative DPO (https://ericmitchell.ai/cdpo.pdf).
@@ -79,7 +79,7 @@ def dpo(pairs: Pairs, strength: Strength) -> Tensor:
     return -(1 - e) * logsigmoid(h) - e * logsigmoid(-h)
 
 
-def ipo(pairs: Pairs, strength: Strength) -> Tensor:
+def ipo(pairs: PairBatch, strength: Strength) -> Tensor:
     """IPO (https://arxiv.org/abs/2310.12036, equation 17): ((c - c')/|c| - (r - r')/|r| - 1/(2 beta))^2.
 
     With means over tokens, as its authors recommend and TRL computes it.
@@ -89,7 +89,7 @@ def ipo(pairs: Pairs, strength: Strength) -> Tensor:
     return (chosen - rejected - 1 / (2 * strength.beta)) ** 2
 
 
-def orpo(pairs: Pairs, strength: Strength) -> Tensor:
+def orpo(pairs: PairBatch, strength: Strength) -> Tensor:
     """ORPO (https://arxiv.org/abs/2403.07691, equations 6 and 7): -c/|c| - beta log s(log odds(c) - log odds(r)).
 
     log odds(x) = x/|x| - log(1 - exp(x/|x|)). Without a reference; the chosen answer's own loss is part of it.
@@ -99,7 +99,7 @@ def orpo(pairs: Pairs, strength: Strength) -> Tensor:
     return own_loss(pairs) - strength.beta * logsigmoid(odds)
 
 
-def simpo(pairs: Pairs, strength: Strength) -> Tensor:
+def simpo(pairs: PairBatch, strength: Strength) -> Tensor:
     """SimPO (https://arxiv.org/abs/2405.14734, equation 6): -log s(beta (c/|c| - r/|r|) - gamma), without a reference.
 
     gamma is :data:`SIMPO_MARGIN`.
@@ -108,12 +108,12 @@ def simpo(pairs: Pairs, strength: Strength) -> Tensor:
     return -logsigmoid(strength.beta * (chosen - rejected) - SIMPO_MARGIN)
 
 
-def own_loss(pairs: Pairs) -> Tensor:
+def own_loss(pairs: PairBatch) -> Tensor:
     """The chosen answer's own loss, -c/|c| (P,); RPO adds it to DPO (https://arxiv.org/abs/2404.19733, equation 1)."""
     return -_means(pairs)[0]
 
 
-def kto(answers: Answers, strength: Strength) -> Tensor:
+def kto(answers: AnswerBatch, strength: Strength) -> Tensor:
     """KTO (https://arxiv.org/abs/2402.01306, equation 8), losses (N,): 1 - s(beta (a - a' - z)) of a desired answer a.
 
     Of one that is to be avoided 1 - s(beta (z - (a - a'))). z is the drift, of which no gradient is taken; both kinds
@@ -122,21 +122,21 @@ def kto(answers: Answers, strength: Strength) -> Tensor:
     return 1 - torch.sigmoid(_side(answers, strength.beta))
 
 
-def _means(pairs: Pairs) -> tuple[Tensor, Tensor]:
+def _means(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities per token, each (P,)."""
     return pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
 
 
-def _reward_margin(pairs: Pairs, beta: float) -> Tensor:
+def _reward_margin(pairs: PairBatch, beta: float) -> Tensor:
     return beta * _log_ratio(pairs)
 
 
-def _mean_margin(pairs: Pairs, beta: float) -> Tensor:
+def _mean_margin(pairs: PairBatch, beta: float) -> Tensor:
     chosen, rejected = _means(pairs)
     return beta * (chosen - rejected)
 
 
-def _side(answers: Answers, beta: float) -> Tensor:
+def _side(answers: AnswerBatch, beta: float) -> Tensor:
     """By how much each answer is on its side of the drift, (N,): above it if desired, below it if not."""
     assert answers.drift is not None, "KTO measures it"
     above = answers.given - answers.reference - answers.drift
@@ -150,17 +150,17 @@ class Objective:
     A margin of a pair is by how much the chosen answer comes first; of a single answer by how much it is on its side.
     """
 
-    loss: Callable[[Answers, Strength], Tensor]
-    margin: Callable[[Answers, float], Tensor]
+    loss: Callable[[AnswerBatch, Strength], Tensor]
+    margin: Callable[[AnswerBatch, float], Tensor]
     compares: bool
     answers: int = 2
     """How many answers a loss is of."""
 
 
 def _of_pairs(
-    loss: Callable[[Pairs, Strength], Tensor], margin: Callable[[Pairs, float], Tensor], *, compares: bool
+    loss: Callable[[PairBatch, Strength], Tensor], margin: Callable[[PairBatch, float], Tensor], *, compares: bool
 ) -> Objective:
-    def with_own_loss(answers: Answers, strength: Strength) -> Tensor:
+    def with_own_loss(answers: AnswerBatch, strength: Strength) -> Tensor:
         losses = loss(answers.pairs, strength)
         return losses + strength.sft_weight * own_loss(answers.pairs) if strength.sft_weight else losses
 

@@ -15,7 +15,7 @@ from stackctl.engine.data import IGNORED, Example, Rows, collate
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each
-from stackctl.engine.training.objectives import OBJECTIVES, Answers, Strength, ranked
+from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 from stackctl.jobs import ranks
 
 
@@ -50,11 +50,11 @@ class KnownAnswers:
 
 
 @dataclass(slots=True)
-class Answer(Example):
+class KnownExample(Example):
     """An example with its ``reference``, and for KTO the swapped one that goes with it."""
 
     reference: float = 0.0
-    swapped: Answer | None = None
+    swapped: KnownExample | None = None
 
 
 class AnswerRows(Sequence[list[Example]]):
@@ -71,7 +71,7 @@ class AnswerRows(Sequence[list[Example]]):
             return [self[number] for number in range(*index.indices(len(self)))]
         return [self._answer(number) for number in self._rows.numbers(index)]
 
-    def _answer(self, number: int) -> Answer:
+    def _answer(self, number: int) -> KnownExample:
         known = self._known
         found = _with(known.examples[number], known.references[number])
         if known.swapped is not None:
@@ -79,8 +79,8 @@ class AnswerRows(Sequence[list[Example]]):
         return found
 
 
-def _with(example: Example, reference: float) -> Answer:
-    return Answer(example.input_ids, example.labels, example.desired, reference)
+def _with(example: Example, reference: float) -> KnownExample:
+    return KnownExample(example.input_ids, example.labels, example.desired, reference)
 
 
 def collate_answers(rows: Sequence[list[Example]], *, drifts: bool = False) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def collate_answers(rows: Sequence[list[Example]], *, drifts: bool = False) -> d
     micro-batch of its own.
     """
     examples = [example for row in rows for example in row]
-    answers = [example for example in examples if isinstance(example, Answer)]
+    answers = [example for example in examples if isinstance(example, KnownExample)]
     batch: dict[str, Any] = collate(examples or [Example([0, 0], [IGNORED] * 2)])
     batch["references"] = torch.tensor([answer.reference for answer in answers], dtype=torch.float32)
     batch["desired"] = torch.tensor([answer.desired for answer in answers], dtype=torch.bool)
@@ -104,7 +104,7 @@ def answer_scores(
 ) -> Scores:
     """Losses and margins of a micro-batch as :func:`collate_answers` makes it."""
     given, tokens = _summed(model, inputs, one_by_one=one_by_one)
-    return scores_of(Answers(given, tokens, inputs["references"].to(given), inputs["desired"], drift), job)
+    return scores_of(AnswerBatch(given, tokens, inputs["references"].to(given), inputs["desired"], drift), job)
 
 
 def _summed(model: nn.Module, inputs: dict[str, Any], *, one_by_one: bool) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def drift_of(model: nn.Module, batches: Sequence[dict[str, Any]], *, one_by_one:
     return torch.tensor(max(total / count, 0.0) if count else 0.0, device=device)
 
 
-def scores_of(answers: Answers, job: TrainJob) -> Scores:
+def scores_of(answers: AnswerBatch, job: TrainJob) -> Scores:
     """What an objective makes of answers."""
     objective, beta = OBJECTIVES[job.objective], job.effective_beta
     assert beta is not None, "objectives of answers have one"
@@ -165,7 +165,7 @@ def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, f
     references = torch.tensor([known.references[n] for n in numbers], dtype=torch.float64)
     tokens = torch.tensor([example.supervised for example in examples])
     desired = torch.tensor([example.desired for example in examples])
-    scores = scores_of(Answers(given, tokens, references, desired, drift), job)
+    scores = scores_of(AnswerBatch(given, tokens, references, desired, drift), job)
     own = [float(values[:real].double().sum()) for values in (scores.losses, ranked(scores.margins), scores.margins)]
     means = (numbers_of_each(own, device).sum(0) / count).tolist()
     return dict(zip(("eval_loss", "eval_accuracy", "eval_margin"), means, strict=True))
