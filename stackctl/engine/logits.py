@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from stackctl.engine.segment_attention import SEGMENTS
+from stackctl.engine.segment_attention import OWN
 from stackctl.engine.token_losses import TokenLosses, find_head, passed_through, token_losses
 
 
@@ -74,7 +74,7 @@ def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, A
     accepted, starts = inspect.signature(inner.forward).parameters, _starts(inputs["position_ids"])
     if "position_ids" not in accepted or len(starts) <= 2:
         del arguments["position_ids"]
-    if inner.config._attn_implementation == SEGMENTS:
+    if inner.config._attn_implementation in OWN:
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
     return arguments
 

@@ -19,12 +19,15 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from stackctl.engine.data import IGNORED, Example, collate
 from stackctl.engine.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.models import evaluating
-from stackctl.engine.segment_attention import SEGMENTS
+from stackctl.engine.segment_attention import ONE_CALL, SEGMENTS, has_one_call
 
-RowLayout = Literal["per_record", "flash", "mask", "one_by_one"]
-"""Attention record by record; flash attention's own; a mask of all pairs in the row; or records run one by one."""
+RowLayout = Literal["per_record", "one_call", "flash", "mask", "one_by_one"]
+"""Attention record by record; of all records in one call, PyTorch's or the package flash-attn's; a mask of all pairs in
+the row; or records run one by one."""
 
-_IMPLEMENTATIONS: dict[RowLayout, str] = {"flash": "flash_attention_2", "per_record": SEGMENTS}
+_IMPLEMENTATIONS: dict[RowLayout, str] = {
+    "flash": "flash_attention_2", "one_call": ONE_CALL, "per_record": SEGMENTS
+}  # fmt: skip
 _TOKENS = 48
 _BEYOND = 32
 """By how much a probe is longer than what a model attends to at once, so that a window that was lost shows."""
@@ -59,6 +62,8 @@ def _faster(inner: PreTrainedModel, own: str | None) -> Iterator[RowLayout]:
     if own == "sdpa":
         if inner.device.type == "cuda" and inner.dtype != torch.float32 and is_flash_attn_2_available():
             yield "flash"
+        if has_one_call(inner.device, inner.dtype):
+            yield "one_call"
         yield "per_record"
 
 

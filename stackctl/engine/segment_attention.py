@@ -4,10 +4,15 @@ transformers keeps records that share a row apart by a mask of all pairs of toke
 Here every record is a causal attention of its own, so that a row costs what its records cost one by one. It takes the
 place of PyTorch's scaled dot product attention only; whether a model's numbers stay what they were is looked at before
 training (:func:`stackctl.engine.row_layout.choose_layout`).
+
+There are two: a loop over the records, and on a GPU one call for all of them, PyTorch's own flash attention for rows of
+uneven lengths (``torch.nn.attention.varlen``).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -17,8 +22,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # before torch 2.10
+    varlen = None  # type: ignore[assignment]
+
 SEGMENTS = "stackctl_segments"
-"""What this attention is called inside transformers."""
+"""What the loop over the records is called inside transformers."""
+ONE_CALL = "stackctl_one_call"
+"""What the one call for all records is called there."""
+OWN = (SEGMENTS, ONE_CALL)
+_HALVES = (torch.float16, torch.bfloat16)
+_WIDEST_HEAD = 256
+"""Values of a head that PyTorch's flash attention takes at most."""
 
 
 def segment_attention(
@@ -59,6 +75,53 @@ def segment_attention(
     return torch.cat(outputs, 1), None
 
 
+def one_call_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segment_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As :func:`segment_attention`, all records in one call; by the loop where the kernel has no way to do it.
+
+    The kernel takes two bytes a value, knows no dropout, and reads heads side by side: (T, heads, d).
+    """
+    wide = query.dtype not in _HALVES or query.shape[-1] > _WIDEST_HEAD
+    if attention_mask is not None or dropout or wide:
+        return segment_attention(
+            module, query, key, value, attention_mask, dropout, scaling, segment_lengths, sliding_window, **kwargs
+        )
+    lengths = tuple(segment_lengths or [query.shape[2]])
+    ends, longest = _ends(lengths, query.device), max(lengths)
+    before = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
+    output = varlen.varlen_attn(
+        q, k, v, ends, ends, longest, longest,
+        scale=scaling, window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, Tensor), "nothing but the output was asked for"
+    return output[None], None
+
+
+@functools.lru_cache(maxsize=4)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each record of a row begins, and where the last one ends, (N + 1,) int32; once for all layers of a row."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+
+
+def has_one_call(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model may have the kernel on this device; whether it agrees is seen when it is tried.
+
+    Weights of four bytes are left to the loop: what is tried is not what autocast would compute.
+    """
+    return varlen is not None and device.type == "cuda" and dtype in _HALVES
+
+
 def _band(length: int, width: int | None, device: torch.device) -> Tensor:
     """(T, T): True where a token sees another, which is itself and the ``width - 1`` before it."""
     place = torch.arange(length, device=device)
@@ -76,4 +139,6 @@ def _segment_mask(
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionMaskInterface.register(SEGMENTS, _segment_mask)
+AttentionInterface.register(ONE_CALL, one_call_attention)
+for _name in OWN:
+    AttentionMaskInterface.register(_name, _segment_mask)
