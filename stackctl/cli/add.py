@@ -178,7 +178,7 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
         )
     if checkpoint.copies:
         from stackctl.engine.base_copies import check_copies
-        from stackctl.engine.base_files import base_folder
+        from stackctl.engine.base_folders import base_folder
 
         check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
     known = find_same_version(registry, name, checkpoint.digest(), stack)

@@ -108,7 +108,7 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
-    from stackctl.engine.base_files import base_folder
+    from stackctl.engine.base_folders import base_folder
     from stackctl.engine.conversion import check_header, device
     from stackctl.engine.models import load_base, quiet_libraries
 

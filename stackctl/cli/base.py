@@ -82,7 +82,8 @@ def register(app: typer.Typer) -> None:
         parse_name(name, "base name")
         parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
-        from stackctl.engine.base_files import base_folder, make_base, tokenizer_note
+        from stackctl.engine.base_files import make_base, tokenizer_note
+        from stackctl.engine.base_folders import base_folder
         from stackctl.engine.base_proof import is_small, prove_base
         from stackctl.engine.models import quiet_libraries
         from stackctl.registry.base_entries import save_base

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         number = _rank(rank, tolerance)
         found_base = resolve_base(registry, base)
         from stackctl.engine import extraction
-        from stackctl.engine.base_files import base_folder
+        from stackctl.engine.base_folders import base_folder
         from stackctl.engine.low_rank import Wanted
         from stackctl.engine.models import quiet_libraries
 

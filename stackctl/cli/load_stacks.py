@@ -123,7 +123,8 @@ def read_sets(
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
-    from stackctl.engine.base_files import base_folder, load_tokenizer
+    from stackctl.engine.base_folders import base_folder
+    from stackctl.engine.base_reader import load_tokenizer
     from stackctl.engine.data import adopt_chat_template
     from stackctl.engine.models import quiet_libraries
 

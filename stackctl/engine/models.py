@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,10 @@ from stackctl.core.schema import Base
 from stackctl.engine import imports_are_done
 from stackctl.engine.algebra import Factors
 from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_files import base_folder, load_tokenizer
+from stackctl.engine.base_folders import Say, base_folder
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import load_weights
+from stackctl.engine.base_reader import load_tokenizer
 from stackctl.engine.devices import cpu_multiplies_bfloat16
 from stackctl.engine.folding import Delta, Rounding, add_delta, deltas_of
 from stackctl.engine.module_pool import each_module
@@ -41,7 +42,6 @@ from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Say = Callable[[str], None]
 
 
 def quiet_libraries() -> None:

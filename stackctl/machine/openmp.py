@@ -15,10 +15,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
-from stackctl.machine.resources import allowed_cores, cores
+from stackctl.machine.resources import allowed_cores, cores, physical_cores
 
 _SPINS = "30001"
 """Some 0.3 ms: longer than a barrier waits for a thread that has a core. A number that nobody types."""
@@ -47,6 +47,12 @@ def set_waiting(environment: MutableMapping[str, str]) -> int:
     return threads if threads > 1 else 0
 
 
+def computing_threads(environment: Mapping[str, str]) -> int:
+    """How many threads compute: as many as somebody has set, else one for each core, however many it runs at once."""
+    asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) else min(cores(), physical_cores())
+
+
 @contextlib.contextmanager
 def sleeping(environment: MutableMapping[str, str]) -> Iterator[None]:
     """While the body loads or starts another program, its threads are told to wait asleep: nobody watches them.
@@ -65,23 +71,24 @@ def sleeping(environment: MutableMapping[str, str]) -> Iterator[None]:
             environment["GOMP_SPINCOUNT"] = _SPINS
 
 
-def watch(threads: int, make_pool: Callable[[], None]) -> None:
+def watch(threads: int, make_pool: Callable[[], None], computes: Callable[[], bool] = lambda: True) -> None:
     """Look at the machine every second, from now to the end of the process, and let threads wait as it allows.
 
     ``threads`` are those that work. ``make_pool`` runs something in parallel, which gives the thread that calls it a
-    pool of its own; it is called first when a look has found a core taken.
+    pool of its own; it is called first when a look has found a core taken. Before it ``computes`` there is nothing to
+    look after.
     """
-    threading.Thread(target=_watch, args=(threads, make_pool), name="stackctl-openmp", daemon=True).start()
+    threading.Thread(target=_watch, args=(threads, make_pool, computes), name="stackctl-openmp", daemon=True).start()
 
 
-def _watch(threads: int, make_pool: Callable[[], None]) -> None:
+def _watch(threads: int, make_pool: Callable[[], None], computes: Callable[[], bool]) -> None:
     given_up: threading.Event | None = None
     seen = Seconds.now()
     while True:
         time.sleep(_EVERY)
         before, seen = seen, Seconds.now()
         missing = missing_cores(before, seen, threads)
-        if given_up is None and missing > _TAKEN:
+        if given_up is None and missing > _TAKEN and computes():
             given_up = threading.Event()
             threading.Thread(target=_sleep, args=(make_pool, given_up), name="stackctl-pool", daemon=True).start()
         elif given_up is not None and missing < _IDLE:

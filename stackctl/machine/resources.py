@@ -37,6 +37,13 @@ def cores() -> int:
     return max(1, min(len(allowed_cores()), limit or len(allowed_cores())))
 
 
+def physical_cores() -> int:
+    """How many cores this machine has, those that run two threads counted once."""
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
 _CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.generation.answering import batches
+from stackctl.engine.generation.answers import batches
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records import Prompt
 from stackctl.registry.base_entries import resolve_base
@@ -75,7 +75,7 @@ def test_draws_follow_the_models_probabilities(house: Any) -> None:
     """A chi-square test of 4,000 draws of the first token, over those that are likely enough to count."""
     from transformers import LogitsProcessorList
 
-    from stackctl.engine.generation.sampling import processors
+    from stackctl.engine.generation.logits_processors import processors
 
     stacked = house().load()
     ids = stacked.tokenizer("The sea", add_special_tokens=False)["input_ids"]
@@ -103,7 +103,7 @@ def _kept(shares: torch.Tensor, count: int) -> torch.Tensor:
 
 def test_the_penalty_does_not_see_the_padding(house: Any) -> None:
     """The trap: the padding token here is the end of turn, which a padded row would then shun."""
-    from stackctl.engine.generation.sampling import processors
+    from stackctl.engine.generation.logits_processors import processors
 
     ids = torch.tensor([[257, 257, 257, 65, 66], [65, 66, 67, 68, 69]])
     scores = torch.randn(2, 260)

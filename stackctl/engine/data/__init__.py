@@ -1,11 +1,16 @@
 """Records to tokens and labels, rows of documents, and batches without padding."""
 
+from typing import TYPE_CHECKING
+
+from stackctl.core.on_demand import on_demand
 from stackctl.engine.data.adapter_template import adopt_chat_template
 from stackctl.engine.data.chat_template import CHATML, ensure_chat_template, fix_date, prefix_ids, shown_date
-from stackctl.engine.data.encoding import Reading, encode
 from stackctl.engine.data.examples import IGNORED, Encoded, Example
-from stackctl.engine.data.rows import Rows, collate, lengths_of, one_by_one, pack, pairs_of
 from stackctl.engine.data.turns import end_of_turn
+
+if TYPE_CHECKING:
+    from stackctl.engine.data.encoding import Reading, encode
+    from stackctl.engine.data.rows import Rows, collate, lengths_of, one_by_one, pack, pairs_of
 
 __all__ = [
     "CHATML",
@@ -27,3 +32,10 @@ __all__ = [
     "prefix_ids",
     "shown_date",
 ]
+
+# With torch, numpy and pyarrow, which nobody needs who renders a prompt.
+__getattr__ = on_demand(
+    __name__,
+    encoding=("Reading", "encode"),
+    rows=("Rows", "collate", "lengths_of", "one_by_one", "pack", "pairs_of"),
+)

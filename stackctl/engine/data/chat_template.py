@@ -6,12 +6,12 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils import chat_template_utils
 
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.thoughts import Tag, tags_in
@@ -81,17 +81,21 @@ def is_dated(tokenizer: Any) -> bool:
 @contextlib.contextmanager
 def _at(date: datetime) -> Iterator[None]:
     """The date that transformers' ``strftime_now`` shows, which it takes from the clock and from nowhere else."""
+    renders: Any = sys.modules.get("transformers.utils.chat_template_utils")
+    if renders is None:  # nobody renders by transformers here
+        yield
+        return
 
     class Fixed(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return date
 
-    before, chat_template_utils.datetime = chat_template_utils.datetime, Fixed  # type: ignore[misc, attr-defined]
+    before, renders.datetime = renders.datetime, Fixed
     try:
         yield
     finally:
-        chat_template_utils.datetime = before  # type: ignore[misc, attr-defined]
+        renders.datetime = before
 
 
 class ChatTemplate:

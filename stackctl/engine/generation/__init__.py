@@ -1,6 +1,6 @@
 """Text from a base with a stack on it: prompts to tokens, how tokens are chosen, where an answer ends, the run."""
 
-from stackctl.engine.generation.answering import Generated, generate, generate_reply
+from stackctl.engine.generation.answers import Generated, generate, generate_reply
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import fit_conversation
 from stackctl.engine.generation.reader import Answers

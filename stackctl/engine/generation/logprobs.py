@@ -6,12 +6,7 @@ import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
-
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typing import Any
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -50,34 +45,6 @@ def laid_out(tokens: Sequence[TokenLogprob], start: int) -> list[TokenLogprob]:
     return found
 
 
-def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, first: bool) -> TokenLogprob:
-    """How likely a token and the ``count`` likeliest were, by the logits (vocabulary) of their place.
-
-    ``first``: it begins the text.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return spell.likely(
-        (token, float(logprobs[token])), list(zip(ids.tolist(), values.tolist(), strict=True)), first=first
-    )
-
-
-class RawLogits(LogitsProcessor):
-    """Keeps the logits (rows, vocabulary) of the newest token, before anything else is done to them."""
-
-    def __init__(self, spell: TokenBytes, count: int) -> None:
-        self._spell, self._count = spell, count
-        self._logits = torch.empty(0, 0)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
-        self._logits = scores
-        return cast(Tensor, scores)
-
-    def likely(self, row: int, token: int, first: bool) -> TokenLogprob:
-        """How likely a row's newest token was; ``first``: it begins the text."""
-        return token_logprob(self._logits[row], token, self._count, self._spell, first)
-
-
 class TokenBytes:
     """The bytes that a token stands for; those of an answer joined are its text, but for special tokens.
 
@@ -88,7 +55,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
-        self._letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        self._letters = _bytes_of_letters()
         self._known: dict[tuple[int, bool], bytes] = {}
 
     def __call__(self, token: int, first: bool = False) -> bytes:
@@ -124,3 +91,13 @@ class TokenBytes:
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level tokenizer stands for: itself where it can be seen, else one beyond.
+
+    ``bytes_to_unicode`` of GPT-2's encoder.py.
+    """
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + number): byte for number, byte in enumerate(hidden)}

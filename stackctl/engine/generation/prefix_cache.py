@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-from stackctl.engine.models import StackedModel
 from stackctl.plan.model import StackPlan
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import DynamicCache
     from transformers._typing import GenerativePreTrainedModel
+    from transformers.cache_utils import DynamicLayer
+
+    from stackctl.engine.models import StackedModel
 
 _CHANGING = ("dynamic", "longrope")
 """Rotary positions whose frequencies depend on how long the text is: what was computed for a shorter one is not that
@@ -60,6 +60,9 @@ class Remembered:
 
 def new_cache(stacked: StackedModel) -> DynamicCache | None:
     """An empty cache of keys and values; None for a model that keeps something else, or whose positions change."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     model = cast("GenerativePreTrainedModel", stacked.model)
     if not model._supports_default_dynamic_cache() or _positions_change(stacked):
         return None
@@ -81,7 +84,7 @@ def _columns(tensor: Tensor | None) -> int:
 
 def _cut(cache: DynamicCache, length: int) -> bool:
     """Leave the first ``length`` tokens in every layer; whether that was possible."""
-    for layer in cast(list[DynamicLayer], cache.layers):
+    for layer in cast("list[DynamicLayer]", cache.layers):
         surplus = layer.get_seq_length() - length
         if surplus < 0:
             return False

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
+from typing import TYPE_CHECKING, Any
 
 from stackctl.engine.data import end_of_turn
 from stackctl.engine.generation.logprobs import TokenLogprob, laid_out
 from stackctl.engine.generation.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OnText = Callable[[str], object]
 Likely = Callable[[int, int], TokenLogprob | None]
@@ -181,21 +180,24 @@ class Answer:
             self._on_text(piece)
 
 
-class Answering(StoppingCriteria):
-    """Hands every new token to its row's answer, and says which rows are finished.
+class Answering:
+    """Hands every new token to its row's answer, and says which rows are finished: a criterion of transformers'
+    ``generate``, which calls it after each step.
 
     ``computed``: the tokens of a single row that went through the model, which the newest did not yet.
     """
 
     def __init__(self, answers: Sequence[Answer], start: int, likely: Likely = lambda row, token: None) -> None:
         self._answers, self._seen, self._likely = answers, start, likely
-        self._ids = torch.empty(1, 0, dtype=torch.int64)
+        self._ids: Any = None  # (rows, tokens)
 
     @property
     def computed(self) -> list[int]:
-        return self._ids[0, :-1].tolist()
+        return [] if self._ids is None else self._ids[0, :-1].tolist()
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        import torch
+
         self._ids = input_ids
         for number, row in enumerate(input_ids[:, self._seen :].tolist()):
             for token in row:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stackctl.engine.export.gguf import export_gguf
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.methods import SUM
@@ -37,6 +36,8 @@ def scaled_adapters(plan: StackPlan, base: Path, gguf: Path) -> Scaled:
 
 
 def _write(part: StackPlan, base: Path, gguf: Path, out: Path) -> None:
+    from stackctl.engine.export.gguf import export_gguf  # with torch, once for each adapter
+
     export_gguf(part, base, out, base_gguf=gguf)
 
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from transformers import AutoConfig, GenerationConfig
 
 from stackctl.core.schema import Base
-from stackctl.engine.base_files import base_folder, load_tokenizer
+from stackctl.engine import imports_are_done
+from stackctl.engine.base_folders import Say, base_folder
+from stackctl.engine.base_reader import BaseReader, keep_reader, kept_reader, load_reader
 from stackctl.engine.generation import Generated, Sampling
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
-from stackctl.engine.models import Say, quiet_libraries
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, Row
 from stackctl.engine.serving.requests import FieldRefused, PlainReader, endings_of
@@ -38,6 +38,7 @@ _SLOTS = 4
 _SHARE = 4
 """The cache of keys and values takes at most one part in so many of the memory that is free."""
 _LEAST_CONTEXT = 512
+_LEAST_TOKEN = 1024
 _ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p"]
 """In which transformers applies them."""
 _STOPS = {"eos": "end", "limit": "length"}
@@ -274,25 +275,28 @@ def load_llama_cpp(base: Base, registry: Registry, *, device: str = "auto", say:
     gguf = base_gguf(base, registry.root)
     if gguf is None:
         raise no_gguf(base)
-    quiet_libraries()
     folder = base_folder(base, registry, say)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    try:
-        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # as transformers does where a model brings none
-        generation = GenerationConfig.from_model_config(config)
+    found = kept_reader(folder) or _read(folder)
+    imports_are_done()
     exact = gguf.stat().st_size >= 4 * base.parameters  # every weight is a number of four bytes
-    context = _context(base, config, exact)
+    context = _context(base, found.cached_numbers * (4 if exact else 2))
     known = msgspec.structs.replace(base, context_length=context)
-    reader = PlainReader(known, load_tokenizer(folder), generation)
+    reader = PlainReader(known, found.tokenizer, found.generation_config)
     return LlamaCpp(reader, folder, Settings(gguf, context, _SLOTS, device, exact))
 
 
-def _context(base: Base, config: Any, exact: bool) -> int:
-    """How many tokens all answers at once may have: as many as the base reads, or as the memory has room for."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * heads * width * (4 if exact else 2)
-    room = max(main_memory().available // _SHARE // token, _LEAST_CONTEXT)
-    return int(min(base.context_length or room, room))
+def _read(folder: Path) -> BaseReader:
+    """What prompts need of a base by transformers, kept for the next time where that can be."""
+    from stackctl.engine.models import quiet_libraries
+
+    quiet_libraries()
+    reader = load_reader(folder)
+    keep_reader(folder, reader)
+    return reader
+
+
+def _context(base: Base, token: int) -> int:
+    """How many tokens all answers at once may have, each of which keeps so many bytes: as many as the base reads, or as
+    the memory has room for."""
+    room = max(main_memory().available // _SHARE // max(token, _LEAST_TOKEN), _LEAST_CONTEXT)
+    return min(base.context_length or room, room)

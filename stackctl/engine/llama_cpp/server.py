@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-import torch
-
 from stackctl.core.errors import Failed
 from stackctl.machine import openmp, processes
 from stackctl.machine.optional_packages import is_installed
@@ -114,7 +112,7 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
     params.n_ctx, params.n_parallel, params.kv_unified = settings.context, settings.slots, True
     # What it would keep of prompts besides is found again by their tokens alone, whichever adapters computed it.
     params.cache_ram_mib, params.cache_idle_slots = 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = openmp.computing_threads(os.environ)
     if settings.device == "cpu":
         params.n_gpu_layers = 0
     if settings.exact:
@@ -137,7 +135,7 @@ def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
         port = free.getsockname()[1]
     line = [program, "--model", str(settings.gguf), "--host", "127.0.0.1", "--port", str(port), "--no-slots"]
     line += ["--ctx-size", str(settings.context), "--parallel", str(settings.slots), "--kv-unified", "--no-warmup"]
-    line += ["--cache-ram", "0", "--threads", str(torch.get_num_threads()), "--lora-init-without-apply"]
+    line += ["--cache-ram", "0", "--threads", str(openmp.computing_threads(os.environ)), "--lora-init-without-apply"]
     if settings.device == "cpu":
         line += ["--n-gpu-layers", "0"]
     if settings.exact:

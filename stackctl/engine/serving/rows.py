@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, token_logprob
-from stackctl.engine.generation.sampling import processors
+from stackctl.engine.generation.logits_processors import processors, token_logprob
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
 

@@ -1,0 +1,112 @@
+"""Answer prompts with whatever engine there is: in batches of like length, or one by one and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from stackctl.engine.generation.prompts import encode_prompts
+from stackctl.engine.generation.reader import Answers
+from stackctl.engine.generation.sampling import Sampling, row_seeds
+from stackctl.engine.generation.stopping import OnText
+from stackctl.engine.records import Prompt
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation.prefix_cache import Remembered
+    from stackctl.engine.models import StackedModel
+
+_WINDOW = 16
+"""Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``.
+
+    ``asked`` and ``ids`` are the tokens of the prompt, as the model read it, and those that it wrote.
+    """
+
+    prompt: Prompt
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    stop: str
+    seconds: float
+    asked: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+class OtherEngine(Answers, Protocol):
+    """An engine that is not transformers in this process, and takes token ids."""
+
+    def answer_encoded(
+        self,
+        prompts: Sequence[Prompt],
+        batch: Sequence[list[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        on_text: OnText | None,
+    ) -> list[Generated]:
+        """The answers to prompts, in order."""
+
+
+def generate(
+    stacked: Answers,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    on_text: OnText | None = None,
+    remembered: Remembered | None = None,
+) -> Iterator[Generated]:
+    """Answer prompts, in order; with ``on_text`` one by one, each streamed as it comes.
+
+    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one, and for
+    transformers: another engine remembers by itself.
+
+    Raises:
+        Usage: a prompt is empty or does not fit the context.
+    """
+    encoded = encode_prompts(stacked, prompts, sampling)
+    seeds = row_seeds(sampling.seed, map(tuple, encoded))
+    limit = stacked.base.context_length
+    longest = limit - sampling.max_new_tokens if limit else None
+    waiting: dict[int, Generated] = {}
+    following = 0
+    for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
+        asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
+        own = [seeds[i] for i in rows]
+        if hasattr(stacked, "answer_encoded"):
+            answers = cast(OtherEngine, stacked).answer_encoded(asked, ids, own, sampling, on_text)
+        else:
+            from stackctl.engine.generation.answering import answer_encoded  # with torch, which others do without
+
+            answers = answer_encoded(asked, ids, own, cast("StackedModel", stacked), sampling, on_text, remembered)
+        waiting.update(zip(rows, answers, strict=True))
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:
+    """Which prompts to answer together, by number: those of like length among every so many.
+
+    One that is longer than ``longest``, whose answer the context may cut short, stands alone.
+    """
+    for start in range(0, len(lengths), size * _WINDOW):
+        window = range(start, min(start + size * _WINDOW, len(lengths)))
+        fitting = sorted((i for i in window if longest is None or lengths[i] <= longest), key=lambda i: lengths[i])
+        together = [fitting[at : at + size] for at in range(0, len(fitting), size)]
+        yield from sorted([*together, *([i] for i in window if i not in set(fitting))], key=min)
+
+
+def generate_reply(
+    stacked: Answers, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
+) -> Generated:
+    """The answer to one prompt, streamed."""
+    return next(generate(stacked, [prompt], sampling, on_text=on_text, remembered=remembered))
