@@ -46,6 +46,31 @@ PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '
 PLAIN = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 
+_HEAD = "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% elif m.role == 'assistant' %}"
+_TAIL = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+_AFTER = "{{ m.content.split('</think>')[-1].lstrip() }}<|im_end|>"
+
+REASONING = {
+    # the generation prompt ends the thought, or opens it when told to
+    "DeepSeek-V3.1": f"{_HEAD}[A]</think>{_AFTER}{_TAIL}[A]"
+    "{{ '<think>' if thinking else '</think>' }}{% endif %}",
+    "EXAONE-4": f"{_HEAD}[A]\n<think>\n\n</think>\n\n{_AFTER}{_TAIL}[A]\n"
+    "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}",
+    # the generation prompt opens the thought, and history drops it
+    "GLM-Z1": f"{_HEAD}[A]\n{_AFTER}{_TAIL}[A]\n<think>\n{{% endif %}}",
+    # the generation prompt opens the thought, and history ends one that is empty
+    "GLM-5": f"{_HEAD}[A]{{% if m.reasoning_content %}}<think>{{{{ m.reasoning_content }}}}{{% endif %}}</think>"
+    f"{{{{ m.content }}}}<|im_end|>{_TAIL}[A]<think>{{% endif %}}",
+    # an empty thought stands before every answer
+    "Kimi-K2-Thinking": f"{_HEAD}[A]<think>{{{{ m.reasoning_content or '' }}}}</think>{{{{ m.content }}}}<|im_end|>"
+    f"{_TAIL}[A]{{% endif %}}",
+    # an empty thought stands before a content that has one of its own
+    "no key": f"{_HEAD}[A]<think></think>{{{{ m.content }}}}<|im_end|>{_TAIL}[A]{{% endif %}}",
+    # history drops the thought, and the generation prompt knows nothing of it
+    "stripped": f"{_HEAD}[A]{_AFTER}{_TAIL}[A]{{% endif %}}",
+}
+"""Templates of published reasoning models, by what they do to a turn of the assistant."""
+
 USER = {"role": "user", "content": "q"}
 
 

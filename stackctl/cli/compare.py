@@ -32,6 +32,7 @@ from stackctl.render import html as pages
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
+    from stackctl.engine.evaluation import DataSet
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import Prompt
@@ -141,13 +142,17 @@ def compare_stacks(
     answering: GenerateOptions | None = None,
 ) -> Compared:
     """The answers of every stack to every prompt and its scores; the base is loaded once, each stack is used once."""
-    from stackctl.engine.evaluation import Scoring
     from stackctl.engine.generation import generate
 
     measured, answering, output = measured or MeasuredData(), answering or GenerateOptions(), context.output
     stacked = load_to_answer(context, stacks, answering.computing)
-    sets = tokenise_data(context, stacked, replace(measured, template=dict(sampling.template)))
-    scoring = Scoring(cast("StackedModel", stacked), sets)
+    sets: list[DataSet] = []
+    scoring = None
+    if measured.sources:
+        from stackctl.engine.evaluation import Scoring  # with torch, which answers may do without
+
+        sets = tokenise_data(context, stacked, replace(measured, template=dict(sampling.template)))
+        scoring = Scoring(cast("StackedModel", stacked), sets)
     answers: list[list[dict[str, Any]]] = []
     scores = []
     with output.progress() as progress:
@@ -160,7 +165,7 @@ def compare_stacks(
             for answer in generate(stacked, prompts, sampling, batch_size=answering.batch_size):
                 answers[-1].append(answer_json(stack.text, answer, stacked))
                 progress.advance(task)
-            scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)))
+            scores.append(scoring.score(stack.text, lambda count: progress.advance(task, count)) if scoring else [])
     by_prompt = [answers[column][row] for row in range(len(prompts)) for column in range(len(stacks))]
     rows = scores_json([stack.text for stack, _ in stacks], measured.sources, scores)
     return Compared(by_prompt, rows, stacked.precision)

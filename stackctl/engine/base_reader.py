@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.data.chat_template import TEMPLATE_ERRORS
+from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
 from stackctl.engine.records import Message
 from stackctl.registry.base_models import TOKENIZER
@@ -27,6 +27,8 @@ from stackctl.storage.hashes import DigestCache, sha256_file
 from stackctl.storage.paths import cache_root
 
 _FACTS, _BACKEND = "reader.json", "reader.tokenizer.json"
+_FURTHER = "additional_chat_templates"
+"""A folder of further templates, by name, among which transformers chooses."""
 _LAYOUT = 1
 _READ = (*TOKENIZER, "chat_template.jinja", "config.json", "generation_config.json")
 _TEXTS = ("", "Hello, world!", "  two  spaces\n\n\tand a tab ", "Grüße — 海は静か。 🌊", "it's 12,345.67 <b>x</b>")
@@ -154,7 +156,7 @@ def kept_reader(folder: Path) -> BaseReader | None:
     """What was kept of a base in the cache; None where nothing was, or it is of other files or another transformers."""
     facts = read_own_json(folder / _FACTS)
     backend = folder / _BACKEND
-    if not isinstance(facts, dict) or facts.get("transformers") != _made_by():
+    if not isinstance(facts, dict) or facts.get("transformers") != _made_by() or (folder / _FURTHER).exists():
         return None
     digests = DigestCache(cache_root())
     current = {name: digests.sha256(folder / name) for name in _files(folder)}
@@ -195,8 +197,8 @@ def _made_by() -> list[Any]:
 
 
 def _files(folder: Path) -> list[str]:
-    """The files that transformers read; a folder of further templates is none of them, and is not kept."""
-    return [name for name in (*_READ, "additional_chat_templates") if (folder / name).exists()]
+    """The files that transformers read."""
+    return [name for name in _READ if (folder / name).is_file()]
 
 
 def _is_plain(tokenizer: Any) -> bool:
@@ -208,7 +210,7 @@ def _is_plain(tokenizer: Any) -> bool:
         isinstance(tokenizer, TokenizersBackend)
         and all(getattr(kind, name) is getattr(TokenizersBackend, name) for name in _OWN)
         and not tokenizer.split_special_tokens
-        and isinstance(tokenizer.chat_template, str | None)
+        and isinstance(tokenizer.chat_template, str | None)  # not one of several
     )
 
 
@@ -231,7 +233,8 @@ def _differs(one: Any, other: Any) -> bool:
 
 def _rendered(tokenizer: Any, messages: list[Message], prompt: bool) -> str | None:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        with at_date(run_date()):
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except TEMPLATE_ERRORS:
         return None
     return text

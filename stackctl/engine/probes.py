@@ -19,7 +19,7 @@ from stackctl.engine.data import Example
 from stackctl.engine.data.examples import IGNORED
 from stackctl.engine.evaluation import DataSet, Score, Scoring, score_examples
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.generation.answers import Generated
+from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.stopping import decode
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records import Prompt

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,6 +142,65 @@ def test_the_server_answers_stacks_with_their_own_texts(shelf, run):
         assert next(iter(ask("style", stream=True))), "who leaves in the middle of it ends it"
         assert ask("base").choices[0].message.content == known["base"]["text"]
         assert server.stop(signal.SIGTERM) == 0
+
+
+_HEAVY = ("torch", "transformers", "peft", "numpy", "gguf", "datasets", "pyarrow", "huggingface_hub")
+_LISTS = f"""
+import atexit, sys
+atexit.register(lambda: print("LOADED", *(m for m in {_HEAVY} if m in sys.modules), file=sys.stderr))
+sys.argv[0] = "stackctl"
+from stackctl.cli import main
+main()
+"""
+
+
+def loads(folder, *arguments, asked=""):
+    """What a command in a process of its own says, and what heavy libraries it loaded."""
+    words = [str(word) for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTS, *words], cwd=folder, input=asked, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said, _, loaded = done.stderr.rpartition("LOADED")
+    return done.stdout, said, loaded.split()
+
+
+def test_torch_and_transformers_are_loaded_once_for_each_adapter_and_then_no_more(shelf, run):
+    ask = ("-p", TEXT, "--max-new-tokens", 12, *LLAMA)
+    shelf.add("calm", seed=31)
+    shelf.add("loud", seed=32)
+    assert loads(shelf.folder, "generate", "base", *ask)[2] == [], "base add has kept what prompts need"
+    _, said, loaded = loads(shelf.folder, "generate", "calm+loud", *ask)
+    assert "torch" in loaded
+    assert said.count("exporting calm@1 once for llama.cpp") == said.count("exporting loud@1 once for llama.cpp") == 1
+    for model in ("calm+loud", "calm:-2+loud", "loud", "base"):
+        text, said, loaded = loads(shelf.folder, "generate", model, *ask)
+        assert (loaded, "exporting" in said) == ([], False)
+        assert text.rstrip("\n") == answers(run, model, *ask[:4])[0]["text"].rstrip("\n")
+    raw = ("generate", "calm", "--raw", "--json", "--seed", 1, "--temperature", 1, *LLAMA)
+    assert loads(shelf.folder, *raw, asked=TEXT)[2] == []
+    assert loads(shelf.folder, "compare", "base", "calm", *ask)[2] == []
+    with serving(shelf.folder, "loud", *LLAMA) as server:
+        client = server.client()
+        asked = [{"role": "user", "content": TEXT}]
+        said = client.chat.completions.create(model="calm", messages=asked, max_tokens=12).choices[0].message.content
+        assert said == answers(run, "calm", *ask[:4])[0]["text"]
+        maps = Path(f"/proc/{server.process.pid}/maps")
+        if maps.exists():  # Linux
+            assert "xllamacpp" in maps.read_text() and "libtorch" not in maps.read_text()
+
+
+def test_what_was_kept_is_made_again_where_it_is_gone(shelf, run):
+    ask = ("generate", "base", "-p", TEXT, "--max-new-tokens", 12)
+    (shelf.base / "reader.json").unlink()
+    text, said, loaded = loads(shelf.folder, *ask, *LLAMA)
+    assert ("transformers" in loaded, said) == (True, "")
+    assert loads(shelf.folder, *ask, *LLAMA) == (text, "", [])
+    assert text.rstrip("\n") == answers(run, *ask[1:])[0]["text"].rstrip("\n")
+    config = shelf.base / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{", '{"split_special_tokens": true, ', 1))
+    for _ in range(2):  # transformers reads it each time
+        assert "transformers" in loads(shelf.folder, *ask, *LLAMA)[2]
 
 
 _PROGRAM = '''#!{python}

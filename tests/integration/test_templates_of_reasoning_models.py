@@ -6,33 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-from chat_tokenizers import USER, encoded, text_of, turns, with_template
+from chat_tokenizers import REASONING, USER, encoded, text_of, turns, with_template
 
 from stackctl.core.errors import Usage
 from stackctl.engine.records import ChatRecord
 
-HEAD = "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% elif m.role == 'assistant' %}"
-TAIL = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-AFTER = "{{ m.content.split('</think>')[-1].lstrip() }}<|im_end|>"
-
-TEMPLATES = {
-    # the generation prompt ends the thought, or opens it when told to
-    "DeepSeek-V3.1": f"{HEAD}[A]</think>{AFTER}{TAIL}[A]{{{{ '<think>' if thinking else '</think>' }}}}{{% endif %}}",
-    "EXAONE-4": f"{HEAD}[A]\n<think>\n\n</think>\n\n{AFTER}{TAIL}[A]\n"
-    "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}",
-    # the generation prompt opens the thought, and history drops it
-    "GLM-Z1": f"{HEAD}[A]\n{AFTER}{TAIL}[A]\n<think>\n{{% endif %}}",
-    # the generation prompt opens the thought, and history ends one that is empty
-    "GLM-5": f"{HEAD}[A]{{% if m.reasoning_content %}}<think>{{{{ m.reasoning_content }}}}{{% endif %}}</think>"
-    f"{{{{ m.content }}}}<|im_end|>{TAIL}[A]<think>{{% endif %}}",
-    # an empty thought stands before every answer
-    "Kimi-K2-Thinking": f"{HEAD}[A]<think>{{{{ m.reasoning_content or '' }}}}</think>{{{{ m.content }}}}<|im_end|>"
-    f"{TAIL}[A]{{% endif %}}",
-    # an empty thought stands before a content that has one of its own
-    "no key": f"{HEAD}[A]<think></think>{{{{ m.content }}}}<|im_end|>{TAIL}[A]{{% endif %}}",
-    # history drops the thought, and the generation prompt knows nothing of it
-    "stripped": f"{HEAD}[A]{AFTER}{TAIL}[A]{{% endif %}}",
-}
 THOUGHT = {"role": "assistant", "content": "<think>R</think>yes"}
 WANTED = {
     "DeepSeek-V3.1": ("[A]<think>", "R</think>yes<|im_end|>", "[A]</think>", "yes<|im_end|>"),
@@ -46,9 +24,9 @@ WANTED = {
 """Of a turn with a thought and of one without: the prompt's end, and what is learned."""
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", REASONING)
 def test_what_is_learned_of_a_turn(name: str, smollm2: Any) -> None:
-    tokenizer = with_template(copy.deepcopy(smollm2), TEMPLATES[name])
+    tokenizer = with_template(copy.deepcopy(smollm2), REASONING[name])
     plain = {"role": "assistant", "content": "yes"}
     for turn, prompt, written in ((THOUGHT, *WANTED[name][:2]), (plain, *WANTED[name][2:])):
         (example,) = encoded(tokenizer, ChatRecord(1, [USER, turn])).examples
@@ -67,7 +45,7 @@ def test_what_is_learned_of_a_turn(name: str, smollm2: Any) -> None:
     ],
 )
 def test_tags_that_are_words_of_an_answer_stay_there(answer: str, smollm2: Any) -> None:
-    tokenizer = with_template(copy.deepcopy(smollm2), TEMPLATES["GLM-5"])
+    tokenizer = with_template(copy.deepcopy(smollm2), REASONING["GLM-5"])
     (example,) = encoded(tokenizer, ChatRecord(1, [USER, {"role": "assistant", "content": answer}])).examples
     assert turns(tokenizer, example) == [f"</think>{answer}<|im_end|>"]
 

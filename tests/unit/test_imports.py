@@ -60,3 +60,17 @@ def test_what_a_quick_command_does_not_need_it_does_not_import(tmp_path, words, 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, "style" in done.stdout) == (0, True), done.stderr
     assert not set(unneeded) & set(done.stderr.split())
+
+
+def test_what_answers_by_llama_cpp_is_imported_without_tensor_libraries():
+    """They take seconds, and the first token is to come within one."""
+    names = [
+        "stackctl.engine.llama_cpp",
+        "stackctl.engine.generation",
+        "stackctl.engine.serving",
+        "stackctl.engine.data",
+    ]
+    program = f"import importlib, sys\nfor name in {names!r}:\n  importlib.import_module(name)\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & (HEAVY - {"jinja2"})

@@ -79,7 +79,7 @@ def is_dated(tokenizer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _at(date: datetime) -> Iterator[None]:
+def at_date(date: datetime) -> Iterator[None]:
     """The date that transformers' ``strftime_now`` shows, which it takes from the clock and from nowhere else."""
     renders: Any = sys.modules.get("transformers.utils.chat_template_utils")
     if renders is None:  # nobody renders by transformers here
@@ -142,7 +142,7 @@ class ChatTemplate:
         """
         if self._in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        with _at(run_date()) if self._dated else contextlib.nullcontext():
+        with at_date(run_date()) if self._dated else contextlib.nullcontext():
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **(template or {})
             )

@@ -36,11 +36,12 @@ def render_template(
     """
     if not messages:
         raise ValueError("a chat template takes no empty conversation")
+    template = _compiled(source)
     if not all(isinstance(tool, dict) for tool in tools or ()):
         raise ValueError("tools are JSON objects")
     shown = [_with_thought({key: value for key, value in turn.items() if value is not None}) for turn in messages]
     given = copy.deepcopy({**variables, "messages": shown, "tools": tools})
-    return _compiled(source).render({"documents": None, **given, "add_generation_prompt": prompt})
+    return template.render({"documents": None, **given, "add_generation_prompt": prompt})
 
 
 def _with_thought(turn: Message) -> Message:
@@ -102,7 +103,8 @@ class _Namespace(jinja2.utils.Namespace):
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(
-            f"a namespace of a chat template takes no name that begins with _: {name!r}"
+            f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}. "
+            "Please rename the attribute."
         )
 
 

@@ -1,9 +1,9 @@
 """Text from a base with a stack on it: prompts to tokens, how tokens are chosen, where an answer ends, the run."""
 
-from stackctl.engine.generation.answers import Generated, generate, generate_reply
+from stackctl.engine.generation.answers import generate, generate_reply
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.prompts import fit_conversation
-from stackctl.engine.generation.reader import Answers
+from stackctl.engine.generation.reader import Answers, Generated
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import end_tokens
 

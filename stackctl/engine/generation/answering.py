@@ -13,10 +13,10 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.generation.answers import Generated
 from stackctl.engine.generation.logits_processors import RawLogits, processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.prefix_cache import Remembered
+from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from stackctl.engine.generation.prompts import encode_prompts
-from stackctl.engine.generation.reader import Answers
+from stackctl.engine.generation.reader import Answers, Generated
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.records import Prompt
@@ -18,27 +17,6 @@ if TYPE_CHECKING:
 
 _WINDOW = 16
 """Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``.
-
-    ``asked`` and ``ids`` are the tokens of the prompt, as the model read it, and those that it wrote.
-    """
-
-    prompt: Prompt
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    stop: str
-    seconds: float
-    asked: tuple[int, ...] = ()
-    ids: tuple[int, ...] = ()
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds if self.seconds else 0.0
 
 
 class OtherEngine(Answers, Protocol):

@@ -1,10 +1,12 @@
-"""What prompts are read with, and what answers them, whichever engine that is."""
+"""What prompts are read with, what answers them, and an answer, whichever engine that is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from stackctl.core.schema import Base
+from stackctl.engine.records import Prompt
 from stackctl.plan.model import StackPlan
 
 
@@ -35,3 +37,24 @@ class Answers(Reader, Protocol):
 
     def use(self, plan: StackPlan, *, live: bool = False) -> None:
         """Answer with another stack from now on."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer. ``stop`` says why it ended: ``end`` (of turn or text), ``stop`` (a stop text) or ``length``.
+
+    ``asked`` and ``ids`` are the tokens of the prompt, as the model read it, and those that it wrote.
+    """
+
+    prompt: Prompt
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    stop: str
+    seconds: float
+    asked: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0

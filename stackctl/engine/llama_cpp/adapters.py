@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from stackctl.engine.base_folders import Say
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.methods import SUM
@@ -20,7 +21,7 @@ Scaled = dict[Path, float]
 """The files of a stack's adapters, and how often each counts."""
 
 
-def scaled_adapters(plan: StackPlan, base: Path, gguf: Path) -> Scaled:
+def scaled_adapters(plan: StackPlan, base: Path, gguf: Path, say: Say) -> Scaled:
     """A stack's adapters in the cache, exported now if they are not there yet. ``base`` is the base's folder.
 
     Raises:
@@ -29,14 +30,15 @@ def scaled_adapters(plan: StackPlan, base: Path, gguf: Path) -> Scaled:
     check_beside_base("gguf", plan)
     scaled: Scaled = {}
     for part, scale in _parts(plan):
-        folder = exported(part, "gguf", partial(_write, part, base, gguf))
+        folder = exported(part, "gguf", partial(_write, part, base, gguf, say))
         file = next(folder.glob("*.gguf"))
         scaled[file] = scaled.get(file, 0.0) + scale
     return scaled
 
 
-def _write(part: StackPlan, base: Path, gguf: Path, out: Path) -> None:
-    from stackctl.engine.export.gguf import export_gguf  # with torch, once for each adapter
+def _write(part: StackPlan, base: Path, gguf: Path, say: Say, out: Path) -> None:
+    say(f"exporting {part.expression} once for llama.cpp")
+    from stackctl.engine.export.gguf import export_gguf  # with torch, which nothing else of llama.cpp's needs
 
     export_gguf(part, base, out, base_gguf=gguf)
 

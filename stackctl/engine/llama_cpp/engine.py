@@ -67,11 +67,11 @@ class LlamaCpp(Engine[LlamaRow]):
     decodes = False
     rounding_error = 0.0
 
-    def __init__(self, reader: PlainReader, folder: Path, settings: Settings) -> None:
+    def __init__(self, reader: PlainReader, folder: Path, settings: Settings, say: Say = lambda _: None) -> None:
         super().__init__(reader, Limits(rows=settings.slots))
         self.base, self.tokenizer, self.generation_config = reader.base, reader.tokenizer, reader.generation_config
         self.plan: StackPlan | None = None
-        self._folder, self._settings = folder, settings
+        self._folder, self._settings, self._say = folder, settings, say
         self._spell = TokenBytes(reader.tokenizer)
         self._server: Server | None = None
         self._loaded: OrderedDict[Path, int] = OrderedDict()
@@ -131,14 +131,14 @@ class LlamaCpp(Engine[LlamaRow]):
     # -- from any thread ----------------------------------------------------------------------------------------
 
     def equip(self, plan: StackPlan, rows: Sequence[LlamaRow]) -> None:
-        adapters = scaled_adapters(plan, self._folder, self._settings.gguf)
+        adapters = scaled_adapters(plan, self._folder, self._settings.gguf, self._say)
         for row in rows:
             row.adapters = adapters
 
     def warm(self, plans: Sequence[StackPlan]) -> None:
         found: Scaled = {}
         for plan in plans:
-            found |= scaled_adapters(plan, self._folder, self._settings.gguf)
+            found |= scaled_adapters(plan, self._folder, self._settings.gguf, self._say)
         self._load(found)
 
     def close(self) -> None:
@@ -282,7 +282,7 @@ def load_llama_cpp(base: Base, registry: Registry, *, device: str = "auto", say:
     context = _context(base, found.cached_numbers * (4 if exact else 2))
     known = msgspec.structs.replace(base, context_length=context)
     reader = PlainReader(known, found.tokenizer, found.generation_config)
-    return LlamaCpp(reader, folder, Settings(gguf, context, _SLOTS, device, exact))
+    return LlamaCpp(reader, folder, Settings(gguf, context, _SLOTS, device, exact), say)
 
 
 def _read(folder: Path) -> BaseReader:

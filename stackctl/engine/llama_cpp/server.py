@@ -113,8 +113,8 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
     # What it would keep of prompts besides is found again by their tokens alone, whichever adapters computed it.
     params.cache_ram_mib, params.cache_idle_slots = 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = openmp.computing_threads(os.environ)
-    if settings.device == "cpu":
-        params.n_gpu_layers = 0
+    if settings.device == "cpu" or _only_cpus(xllamacpp.get_device_info()):
+        params.n_gpu_layers, params.fit_params = 0, False  # it would read the vocabulary twice to fit nothing
     if settings.exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -124,6 +124,10 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
     except (RuntimeError, ValueError) as error:
         raise Failed(f"llama.cpp cannot load {settings.gguf.name}: {error}") from error
     return urlsplit(held[0].listening_address).netloc, held.clear
+
+
+def _only_cpus(devices: Sequence[dict[str, Any]]) -> bool:
+    return all(device["type"].name == "GGML_BACKEND_DEVICE_TYPE_CPU" for device in devices)
 
 
 def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple[str, Callable[[], None]]:

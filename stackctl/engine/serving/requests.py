@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -134,12 +135,16 @@ class Engine(ABC, Generic[AnyRow]):
         self._tokenizer = reader.tokenizer if self.decodes else None
         self._encoder = PlainReader(reader.base, copy.deepcopy(reader.tokenizer), reader.generation_config)
         self._template = reader.tokenizer.chat_template
-        self._longest_token = max(map(len, reader.tokenizer.get_vocab()))
         self._encoding = threading.Lock()
         self._waiting: deque[AnyRow] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self._encoder.tokenizer.get_vocab()))
 
     # -- from any thread ----------------------------------------------------------------------------------------
 
