@@ -29,12 +29,12 @@ from stackctl.storage.paths import cache_root
 _FACTS, _BACKEND = "reader.json", "reader.tokenizer.json"
 _FURTHER = "additional_chat_templates"
 """A folder of further templates, by name, among which transformers chooses."""
-_LAYOUT = 1
+_LAYOUT = 2
 _READ = (*TOKENIZER, "chat_template.jinja", "config.json", "generation_config.json")
 _TEXTS = ("", "Hello, world!", "  two  spaces\n\n\tand a tab ", "Grüße — 海は静か。 🌊", "it's 12,345.67 <b>x</b>")
 _OWN = (
     "__call__", "_encode_plus", "apply_chat_template", "get_chat_template", "special_tokens_map", "get_vocab",
-    "convert_ids_to_tokens",
+    "convert_ids_to_tokens", "decode", "_decode", "all_special_ids",
 )  # fmt: skip
 """What of a tokenizer's class is done without it; one that has its own is not kept."""
 
@@ -62,6 +62,7 @@ class KeptTokenizer:
         self._file = backend
         self._special: dict[str, str] = facts["special_tokens"]
         self.eos_token_id: int | None = facts["eos_token_id"]
+        self.all_special_ids: list[int] = facts["special_ids"]
         self.chat_template: str | None = facts["chat_template"]
 
     @functools.cached_property
@@ -104,8 +105,18 @@ class KeptTokenizer:
         found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return found
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        if isinstance(ids, int):
+            return self._backend.id_to_token(ids)
         return [self._backend.id_to_token(number) for number in ids]
+
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Tokens as text, every space as it was written: none is cleaned up."""
+        assert not clean_up_tokenization_spaces
+        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def __deepcopy__(self, memo: Any) -> KeptTokenizer:
         """Another one with a chat template of its own; the backend, which nobody changes, is the same."""
@@ -174,6 +185,7 @@ def keep_reader(folder: Path, reader: BaseReader) -> bool:
         return False
     facts = {
         "special_tokens": tokenizer.special_tokens_map,
+        "special_ids": tokenizer.all_special_ids,
         "eos_token_id": tokenizer.eos_token_id,
         "chat_template": tokenizer.chat_template,
         "ends": reader.generation_config.eos_token_id,

@@ -100,10 +100,13 @@ def check(light, heavy, conversations):
                 wanted = heavy(text, add_special_tokens=special)["input_ids"]
                 assert light(text, add_special_tokens=special)["input_ids"] == wanted
                 assert light.convert_ids_to_tokens(wanted) == heavy.convert_ids_to_tokens(wanted)
+                plain = {"skip_special_tokens": special, "clean_up_tokenization_spaces": False}
+                assert light.decode(wanted, **plain) == heavy.decode(wanted, **plain)
     assert (light.bos_token, light.eos_token, light.eos_token_id) == (
         heavy.bos_token, heavy.eos_token, heavy.eos_token_id,
     )  # fmt: skip
     assert light.get_vocab() == heavy.get_vocab()
+    assert (light.all_special_ids, light.convert_ids_to_tokens(99_999)) == (heavy.all_special_ids, None)
     assert opened(light) == opened(heavy)
     return texts
 

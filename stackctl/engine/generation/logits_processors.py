@@ -1,4 +1,7 @@
-"""How tokens are chosen, and how likely they were. A row of a batch draws with a generator of its own, so that its neighbours change nothing."""
+"""How tokens are chosen, and how likely they were.
+
+A row of a batch draws with a generator of its own, so that its neighbours change nothing.
+"""
 
 from __future__ import annotations
 
