@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from serving import serving
 from tiny_gguf import write_tiny_gguf
@@ -237,6 +238,14 @@ def test_the_program_llama_server_is_used_where_the_package_is_missing(shelf, ru
     program.write_text(_PROGRAM.replace("{python}", sys.executable))
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    without = "import stackctl.engine.llama_cpp.server as server\nserver.is_installed = lambda _: False\n"
+    ask = ["generate", "style", "-p", TEXT, "--max-new-tokens", "3", *LLAMA]
+    told = subprocess.run(
+        [sys.executable, "-c", without + _LISTS, *ask], cwd=shelf.folder, capture_output=True, text=True, timeout=240
+    )
+    assert (told.returncode, bool(told.stdout.strip())) == (0, True), told.stderr
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if str(program) in line], "it ends with the command that started it"
     monkeypatch.setattr("stackctl.engine.llama_cpp.server.is_installed", lambda _: False)
     same(run, "style:0.5+tone", "-p", TEXT, "--max-new-tokens", 12)
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such device')\n")

@@ -5,6 +5,7 @@ Fields of a request: tools/server/README.md of llama.cpp, "POST /completion".
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import json
@@ -153,8 +154,11 @@ def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def stop() -> None:
+        atexit.unregister(stop)
         processes.end(process, _END_SECONDS)
         log.close()
+
+    atexit.register(stop)  # a command that is done ends without closing its engine
 
     try:
         _wait_for(process, port, log)
