@@ -47,7 +47,6 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads that read weights cost a tiny model more than it has
     monkeypatch.setenv("NO_COLOR", "1")
 
 
