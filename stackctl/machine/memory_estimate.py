@@ -25,9 +25,9 @@ LOSS_CHUNK = 64 * 2**20
 """Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.token_losses`)."""
 _LOGIT = 16
 """A logit of such a chunk as the head makes it, in float32, exponentiated, and as the gradient of the loss."""
-_LIBRARIES = 500_000_000
+_LIBRARIES = 600_000_000
 """Python with torch and its family."""
-_FRAGMENTATION = 0.6
+_FRAGMENTATION = 0.5
 """By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
@@ -43,7 +43,8 @@ _GATHERED = 2
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes in each process. ``checkpointed`` is what activations take with activation checkpointing.
+    """Bytes in each process. ``checkpointed`` is what activations take with activation checkpointing, ``backward`` are
+    the gradients of one layer's, which come and go on the way back.
 
     ``loading``: before FSDP shards it, each process holds the whole base once.
     """
@@ -54,6 +55,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     checkpointed: int
+    backward: int
     logits: int
     libraries: int
     fragmentation: int
@@ -66,7 +68,10 @@ class MemoryEstimate:
     def total(self) -> int:
         """The most that is needed at once: while training, or before the base is sharded."""
         trained = self.adapter + self.gradients + self.optimizer
-        return max(self.base + trained + self.kept + self.logits + self.fragmentation, self.loading) + self.libraries
+        return (
+            max(self.base + trained + self.kept + self.backward + self.logits + self.fragmentation, self.loading)
+            + self.libraries
+        )
 
     @property
     def kept(self) -> int:
@@ -89,7 +94,7 @@ class MemoryEstimate:
         """Two lines for a person."""
         parts = {"base": self.base, "adapter and optimizer": self.adapter + self.gradients + self.optimizer}
         parts |= {
-            "activations": self.kept,
+            "activations": self.kept + self.backward,
             "logits": self.logits,
             "fragmentation": self.fragmentation,
             "libraries": self.libraries,
@@ -177,7 +182,9 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
     low = (rank + live_rank) * len(targets) * 4
     activations = int(tokens * (kept * value + casts + low))
-    checkpointed = int(tokens * layers * hidden * value) + activations // layers
+    between = 4.0 if precision == "autocast" else value  # what layers hand on stays in float32
+    checkpointed = int(tokens * layers * hidden * between) + activations // layers
+    backward = activations // layers
     logits = min(supervised * base.vocabulary_size, max(LOSS_CHUNK // 4, base.vocabulary_size)) * _LOGIT
     if token_rows:
         logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
@@ -188,9 +195,12 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         optimizer=(_state_in_eight_bits(factors) if adapter.eight_bits else trained * _OPTIMIZER) // shards,
         activations=activations,
         checkpointed=checkpointed,
+        backward=backward,
         logits=logits,
         libraries=_LIBRARIES,
-        fragmentation=int(_FRAGMENTATION * ((checkpointed if checkpointing else activations) + logits)) if heap else 0,
+        fragmentation=int(_FRAGMENTATION * ((checkpointed if checkpointing else activations) + backward + logits))
+        if heap
+        else 0,
         loading=weights if sharded else 0,
         processes=processes,
         sharded=sharded,

@@ -132,7 +132,17 @@ def test_the_dry_run_says_what_is_needed_and_whether_it_fits(house: Any, monkeyp
     assert one["activations"] < all_["activations"]
     assert one["total"] == sum(
         one[key]
-        for key in ("base", "adapter", "gradients", "optimizer", "activations", "logits", "fragmentation", "libraries")
+        for key in (
+            "base",
+            "adapter",
+            "gradients",
+            "optimizer",
+            "activations",
+            "backward",
+            "logits",
+            "fragmentation",
+            "libraries",
+        )
     )
     two = h.run("train", "new", "--data", data, "--num-processes", 2, "--dry-run", "--json").json["memory"]
     assert two["processes"] == 2
