@@ -1,4 +1,4 @@
-"""The estimate of memory beside what whole trainings of SmolLM2 took, as ``python -m benchmarks memory`` measured it."""
+"""The estimate of memory beside what trainings of SmolLM2 took in all, by ``python -m benchmarks memory``."""
 
 from __future__ import annotations
 
