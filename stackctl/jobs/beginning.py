@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from stackctl.core.errors import Incompatible, Usage
+from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_expression, parse_expression
 from stackctl.core.schema import TrainJob
 from stackctl.jobs.former import Former, find_former
@@ -43,11 +43,11 @@ class Beginning:
         return {key: self.config[key] for key in ("rank_pattern", "alpha_pattern") if self.config.get(key)}
 
 
-def find_beginning(registry: Registry, name: str, job: TrainJob, stack: ResolvedStack) -> Beginning:
-    """The adapter that a job begins at.
+def find_beginning(registry: Registry, name: str, job: TrainJob, stack: ResolvedStack) -> tuple[Beginning, TrainJob]:
+    """The adapter that a job begins at, and the job with what that one decides, see :func:`settle`.
 
     Raises:
-        Usage: it is no single adapter, or stands on what is trained, or beneath it.
+        Usage: it is no single adapter, or stands on what is trained, or beneath it, or is asked to be another.
         NotFound, Incompatible, VerificationFailed: it is not there, does not fit the base, or is no plain LoRA.
     """
     assert job.from_ is not None, "only asked for where a job begins at something"
@@ -55,30 +55,36 @@ def find_beginning(registry: Registry, name: str, job: TrainJob, stack: Resolved
     if len(terms) != 1 or terms[0].weight != 1:
         raise Usage(f"--from {job.from_} is no single adapter", hint="name one, for example --from style@1")
     member = resolve_adapter(registry, terms[0].reference)
+    problems: list[StackctlError] = []
     if any(below.adapter.name == member.adapter.name for below in stack.members):
-        raise Usage(
-            f"--from {member.label} would stand on itself: {stack.pinned} holds {member.adapter.name} already",
-            hint=f"leave {member.adapter.name} out of --on, or begin at another adapter",
-        )
-    if member.adapter.name != name and any(term.reference.name == name for term in foundations(member.version)):
-        raise Usage(
-            f"--from {member.label} would stand on itself: it was trained on "
-            f"{format_expression(foundations(member.version))}",
-            hint=f"choose another name for what comes of it, for example {name}-2",
-        )
+        what = f"--from {member.label} would stand on itself: {stack.pinned} holds {member.adapter.name} already"
+        problems.append(Usage(what, hint=f"leave {member.adapter.name} out of --on, or begin at another adapter"))
+    elif member.adapter.name != name and any(term.reference.name == name for term in foundations(member.version)):
+        below = format_expression(foundations(member.version))
+        what = f"--from {member.label} would stand on itself: it was trained on {below}"
+        problems.append(Usage(what, hint=f"choose another name for what comes of it, for example {name}-2"))
+    with gathering(problems):
+        beginning = Beginning(member, _plan_alone(registry, member, stack), find_former(registry, member, stack))
+        job = settle(job, beginning)
+    raise_all(problems)
+    return beginning, job
+
+
+def _plan_alone(registry: Registry, member: ResolvedMember, stack: ResolvedStack) -> StackPlan:
+    """An adapter alone on the base of a stack, where it can be begun at."""
+    problems: list[StackctlError] = []
     checkpoint = read_checkpoint(registry.weights_path(member.version))
-    plan = plan_stack(stack.base, [PlanMember(member.label, 1.0, checkpoint, member.adapter.name)]).check()
+    plan = plan_stack(stack.base, [PlanMember(member.label, 1.0, checkpoint, member.adapter.name)])
+    with gathering(problems):
+        plan.check()
     if plan.replacements:
-        raise Incompatible(
-            f"--from {member.label}: it carries {plan.replacements[0].parameter} whole, which is not trained on",
-            hint="begin at an adapter without modules_to_save and biases",
-        )
+        what = f"--from {member.label}: it carries {plan.replacements[0].parameter} whole, which is not trained on"
+        problems.append(Incompatible(what, hint="begin at an adapter without modules_to_save and biases"))
     if any(module.is_experts for module in plan.modules.values()):
-        raise Incompatible(
-            f"--from {member.label}: it stands on experts, whose factors cannot be begun at",
-            hint="leave out --from, or begin at an adapter on plain layers",
-        )
-    return Beginning(member, plan, find_former(registry, member, stack))
+        what = f"--from {member.label}: it stands on experts, whose factors cannot be begun at"
+        problems.append(Incompatible(what, hint="leave out --from, or begin at an adapter on plain layers"))
+    raise_all(problems)
+    return plan
 
 
 def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
@@ -93,14 +99,18 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
     own_rank = int(config.get("r", 8))
     own_alpha = float(config.get("lora_alpha", 8))
     rank = job.rank or own_rank
+    problems: list[StackctlError] = []
     if rank < own_rank:
-        raise Usage(f"--rank {rank}: {label} has rank {own_rank}, and a rank can only be raised", hint="leave it out")
+        what = f"--rank {rank}: {label} has rank {own_rank}, and a rank can only be raised"
+        problems.append(Usage(what, hint="leave it out"))
     if rank > own_rank and beginning.patterns:
-        raise Incompatible(
-            f"--rank {rank}: modules of {label} have ranks or alphas of their own", hint="leave out --rank"
-        )
+        what = f"--rank {rank}: modules of {label} have ranks or alphas of their own"
+        problems.append(Incompatible(what, hint="leave out --rank"))
     if job.orthogonal:
-        raise Usage(f"--orthogonal would change where --from {label} begins", hint="leave out one of the two")
+        what = f"--orthogonal would change where --from {label} begins"
+        problems.append(Usage(what, hint="leave out one of the two"))
+    targets = attempt(problems, _targets, job, beginning)
+    raise_all(problems)
     grown = rank / own_rank
     alpha = job.alpha or own_alpha * (grown**0.5 if config.get("use_rslora") else grown)
     if not alpha or 0 in (config.get("alpha_pattern") or {}).values():
@@ -114,7 +124,7 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
         rank=rank,
         alpha=alpha,
         use_rslora=rslora,
-        target_modules=_targets(job, beginning),
+        target_modules=targets,
     )
 
 

@@ -23,7 +23,7 @@ from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base, TrainJob
 from stackctl.core.template_arguments import template_arguments
 from stackctl.jobs import ranks
-from stackctl.jobs.beginning import Beginning, find_beginning, settle
+from stackctl.jobs.beginning import Beginning, find_beginning
 from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.optimizers import check_package
 from stackctl.jobs.rebase import begin_at_own
@@ -147,8 +147,8 @@ def prepare_job(
         attempt(_check_not_on_itself, name, stack)
         if job.rebase and (rebased := attempt(begin_at_own, registry, name, job, stack)):
             job, stack = rebased
-        if job.from_ is not None and (beginning := attempt(find_beginning, registry, name, job, stack)):
-            job = attempt(settle, job, beginning) or job
+        if job.from_ is not None and (begun := attempt(find_beginning, registry, name, job, stack)):
+            beginning, job = begun
         attempt(_check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:
         job = arguments

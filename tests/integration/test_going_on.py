@@ -120,6 +120,10 @@ def test_what_cannot_be_begun_at_is_refused(house: Any) -> None:
     for name, options, on, code, said in cases:
         error = begin(h, name, *options, code=code, **({"on": on} if on else {}))["error"]
         assert said in error["message"], options
+    every = ("--from", "style", "--rank", 2, "--orthogonal", "--target-modules", "q_proj")
+    error = begin(h, "more", *every, on="style", code=2)["error"]
+    for said in ("stand on itself", "only be raised", "--orthogonal", "other modules"):
+        assert said in error["message"], "all at once"
     assert h.adapters() == {"style", "whole", "dora", "silent", "partly", "instruct"}
 
 
