@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _LOOK = 0.5
 """Seconds between looks whether who asked is still there."""
-_UNREAD = 60.0
-"""Seconds that a client may leave its answer unread, with every buffer on the way full."""
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -126,15 +124,13 @@ def make_app(service: Service) -> Any:
         shape = Shape(asked.model, chat, asked.top_logprobs)
 
         def done() -> None:
+            waiting.cancel()
             used = waiting.usage(asked.n)
             seconds = time.perf_counter() - started
             service.say(f"{asked.model}  {used['prompt_tokens']} + {used['completion_tokens']} tokens  {seconds:.2f} s")
 
         if asked.stream:
-            return StreamingResponse(
-                _stream(waiting, shape, asked, done), media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
-            )  # fmt: skip
+            return _Streamed(_stream(waiting, shape, asked), done)
         try:
             left = len(rows)
             logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
@@ -150,7 +146,6 @@ def make_app(service: Service) -> Any:
                 logprobs[said.index] += said.logprobs
                 left -= said.text is None
         finally:
-            waiting.cancel()
             done()
         answers = [Finished(row.text, row.stop, own) for row, own in zip(rows, logprobs, strict=True)]
         return JSONResponse(shape.whole(answers, waiting.usage(asked.n)))
@@ -213,8 +208,7 @@ def make_app(service: Service) -> Any:
         async def sending(message: Any) -> None:
             nonlocal begun
             begun = True
-            async with asyncio.timeout(_UNREAD):
-                await send(message)
+            await send(message)
 
         try:
             service.guard.check(scope["method"], scope["path"], request.headers)
@@ -230,26 +224,38 @@ def make_app(service: Service) -> Any:
     return guarded
 
 
-async def _stream(waiting: Waiting, shape: Shape, asked: Asked, done: Callable[[], None]) -> AsyncIterator[bytes]:
-    """The answers as server-sent events; who leaves in the middle of it ends them."""
-    try:
-        for index in range(len(waiting.rows)):
-            if first := shape.begin(index):
-                yield first
-        left = len(waiting.rows)
-        while left:
-            said = await waiting.events.get()
-            if said.error is not None:
-                yield event(api_error(said.error).json())
-                return
-            if said.text is None:
-                left -= 1
-                yield shape.end(said.index, waiting.rows[said.index].stop, said.logprobs)
-            elif said.text:
-                yield shape.piece(said.index, said.text, said.logprobs)
-        if asked.include_usage:
-            yield shape.usage(waiting.usage(asked.n))
-        yield DONE
-    finally:
-        waiting.cancel()
-        done()
+class _Streamed(StreamingResponse):
+    """Server-sent events. ``done`` is called when they end, however that is: a generator that nobody asks any more ends
+    when it is collected, which may be minutes later.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._done = done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+async def _stream(waiting: Waiting, shape: Shape, asked: Asked) -> AsyncIterator[bytes]:
+    """The answers as server-sent events."""
+    for index in range(len(waiting.rows)):
+        if first := shape.begin(index):
+            yield first
+    left = len(waiting.rows)
+    while left:
+        said = await waiting.events.get()
+        if said.error is not None:
+            yield event(api_error(said.error).json())
+            return
+        if said.text is None:
+            left -= 1
+            yield shape.end(said.index, waiting.rows[said.index].stop, said.logprobs)
+        elif said.text:
+            yield shape.piece(said.index, said.text, said.logprobs)
+    if asked.include_usage:
+        yield shape.usage(waiting.usage(asked.n))
+    yield DONE

@@ -16,14 +16,19 @@ from stackctl.core.errors import Failed
 
 _HEAD = 15.0
 """Seconds from a connection's first byte, or its beginning, until a request's head has come."""
+_UNREAD = 60.0
+"""Seconds that a client may leave its answer unread, with every buffer on the way full."""
 _FINISHING = 120
 """Seconds that answers have to end in once the server was told to stop."""
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1 without its endless patience: it waits for ever for a request's first lines."""
+    """uvicorn's HTTP/1.1 without its endless patience: it waits for ever for a request's first lines, and for a client
+    to read its answer.
+    """
 
     _head: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -35,7 +40,21 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._was_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(_UNREAD, self.transport.abort)  # to close it would wait for what is unread
+
+    def resume_writing(self) -> None:
+        self._was_read()
+        super().resume_writing()
+
+    def _was_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _expect(self) -> None:
         """Give what has begun its time; a request whose head is there waits for nothing more here."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,9 +17,14 @@ from serving import serving
 
 
 @pytest.fixture
-def server(house):
-    shelf = house("llama")
-    shelf.add("style", seed=1)
+def shelf(house):
+    made = house("llama")
+    made.add("style", seed=1)
+    return made
+
+
+@pytest.fixture
+def server(shelf):
     with serving(shelf.folder) as running:
         yield running
 
@@ -55,3 +65,56 @@ def test_connections_that_stall_are_hung_up_on(server):
         answer = connection.recv(1000)
         assert answer.startswith(b"HTTP/1.1 408 ") if number % 3 == 2 else answer == b""
         connection.close()
+
+
+def test_a_client_that_does_not_read_is_dropped_and_its_places_are_free(shelf):
+    """Sixteen endless answers, which fill every buffer on the way and every place in the batch."""
+    body = json.dumps({**json.loads(GOOD), "stream": True, "n": 16, "max_tokens": 450, "logprobs": True,
+                       "top_logprobs": 20, "temperature": 1.0, "seed": 1}).encode()  # fmt: skip
+    with serving(shelf.folder, start=_impatient) as server:
+        before = post(server, GOOD)
+        memory = server.memory()
+        stalled = [_unread(server, body) for _ in range(3)]
+        assert stalled[0].recv(12) == b"HTTP/1.1 200"
+        deadline = time.monotonic() + 120
+        while server.errors.read_text().count(" tokens  ") < 4 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert server.errors.read_text().count(" tokens  ") == 4, "each of the three was given up"
+        started = time.monotonic()
+        after = post(server, GOOD)
+        assert after[0] == 200 and time.monotonic() - started < 20, "nobody waits in its place"
+        assert json.loads(after[1])["choices"] == json.loads(before[1])["choices"]
+        assert server.memory() - memory < 300_000_000
+        assert not any(_whole(connection) for connection in stalled)
+        assert server.stop() == 0
+        assert "Traceback" not in server.errors.read_text()
+
+
+def _impatient(arguments, folder, out, errors, **environment):
+    """The command with two seconds for a client to read where it has a minute."""
+    changed = "import stackctl.serving.run as run; run._UNREAD = 2.0; from stackctl.cli import main; main()"
+    with out.open("w") as output, errors.open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-c", changed, *arguments],
+            cwd=folder, stdout=output, stderr=said, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+
+
+def _unread(server, body):
+    """A request whose answer nobody reads, with a small buffer at this end."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(server.address)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    connection.sendall(head % len(body) + body)
+    return connection
+
+
+def _whole(connection):
+    """Whether what is left of an answer goes to its end; what lay in buffers when it was dropped does not."""
+    received = b""
+    connection.settimeout(30)
+    with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 20):
+            received = received[-100:] + piece
+    return b"[DONE]" in received

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,29 @@ def test_weights_by_layer_are_a_rows_own(filled):
             assert rows[0].text == text
     finally:
         engine.close()
+
+
+def test_turns_are_taken_in_the_order_of_asking(filled, run):
+    """A folded stack waits for those that run, and those that came after it wait for it, however many there are."""
+    shelf = filled("llama")
+    run("compose", "style+tone", "--method", "ties", "--name", "mixed")
+    engine = BatchingEngine(shelf.load(), Limits(rows=4, wait=64))
+    ends = []
+    try:
+        asked, long = [], Sampling(max_new_tokens=60)
+        for number, name in enumerate(["style", "tone"] + ["mixed", "style", "tone", "mixed"] * 4):
+            rows = engine.prepare(shelf.plan(name), [Prompt("Hi.")], long)
+            rows[0].on_end = lambda row, error, place=number: ends.append((place, error))
+            engine.submit(rows)
+            asked.append(name)
+        deadline = time.monotonic() + 60
+        while len(ends) < len(asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        engine.close()
+    order = [place for place, error in ends if error is None]
+    assert len(order) == len(asked), "everybody's turn came"
+    for turn, name in enumerate(asked):
+        if name == "mixed":
+            before, after = order[: order.index(turn)], order[order.index(turn) + 1 :]
+            assert all(place < turn for place in before) and all(place > turn for place in after)

@@ -155,8 +155,8 @@ class RowAdapters:
             x = inputs[0]
             inner = functional.embedding(x, block.a.T) if block.embeds else functional.linear(x, block.a)
             # Some modules see (rows · tokens, width): the rows' tokens one after another.
-            weights = weights.repeat_interleave(inner.shape[:-1].numel() // len(weights), 0).view(inner.shape)
-            return output + functional.linear(inner * weights, block.b)
+            inner = inner.view(len(weights), -1, inner.shape[-1]) * weights[:, None]
+            return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), block.b.T).view(output.shape)
 
         return add
 
