@@ -169,6 +169,8 @@ def _include_usage(options: Any, stream: bool) -> bool:
         return False
     if not isinstance(options, dict) or not stream:
         raise _wrong("stream_options", "an object, and only with 'stream'")
+    if unknown := set(options) - {"include_usage", "include_obfuscation"}:
+        raise _wrong("stream_options", f"without '{min(unknown)[:80]}'")
     return _boolean(options.get("include_usage", False), "stream_options.include_usage")
 
 

@@ -137,6 +137,16 @@ def test_what_is_wrong_is_told_in_openais_words(server, shelf):
         "n": 0, "stop": [""], "stream": 1, "stream_options": {"include_usage": True}, "min_p": -1, "logprobs": 3,
         "tools": [{}], "max_completion_tokens": 0, "temprature": 1,
     }  # fmt: skip
+    for logprobs in (True, False):
+        huge = asking(model="style:1e300", logprobs=logprobs)
+        assert "so large" in error(server, 400, huge)["message"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(chat, server.client(), name, max_tokens=12) for name in ("style", "style:1e300") * 2]
+        assert [one.exception() is None for one in asked] == [True, False] * 2, "no row ends another"
+    coldest, greedy = (chat(client, "style", max_tokens=8, **options) for options in ({"temperature": 1e-300}, {}))
+    assert coldest.choices[0].message.content == greedy.choices[0].message.content
+    unread = {"include_usage": True, "usage": True}
+    assert error(server, 400, asking(stream=True, stream_options=unread))["param"] == "stream_options"
     for name, value in wrong.items():
         assert error(server, 400, asking(**{name: value}))["param"] is not None, name
     for messages in ([], [3], [{"role": "user"}], [{"role": "x", "content": "a"}], [{"role": "user", "content": " "}]):

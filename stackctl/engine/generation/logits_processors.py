@@ -22,6 +22,9 @@ from transformers import (
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.sampling import Sampling
 
+_COLDEST = 1e-30
+"""Logits divided by less overflow; with this the likeliest token is drawn, always."""
+
 
 def processors(sampling: Sampling, lengths: list[int], seeds: list[int]) -> LogitsProcessorList:
     """What happens to the logits (rows, vocabulary) of each step. ``lengths`` are those of the prompts.
@@ -33,7 +36,7 @@ def processors(sampling: Sampling, lengths: list[int], seeds: list[int]) -> Logi
         made.append(_Penalty(sampling.repetition_penalty, lengths))
     if sampling.greedy:
         return made
-    made.append(TemperatureLogitsWarper(float(sampling.temperature or 1)))
+    made.append(TemperatureLogitsWarper(max(float(sampling.temperature or 1), _COLDEST)))
     if sampling.top_k:
         made.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p is not None and sampling.top_p < 1:

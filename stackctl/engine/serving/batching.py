@@ -132,7 +132,10 @@ class BatchingEngine(Engine[BatchRow]):
             logits = self._forward(ids, mask, positions, cache)
             self._cache.close(cache)
             for row, own in zip(self._rows, logits, strict=True):
-                row.choose(own)
+                try:
+                    row.choose(own)
+                except Exception as error:  # of this row, and no other
+                    row.failed = error
         except Exception as error:
             for row in self._rows:
                 row.end(error)
@@ -152,11 +155,11 @@ class BatchingEngine(Engine[BatchRow]):
 
     def _drop(self) -> None:
         """Rows that are finished, or that nobody waits for, leave."""
-        staying = [n for n, row in enumerate(self._rows) if not row.answer.stop and not row.cancelled.is_set()]
+        staying = [n for n, row in enumerate(self._rows) if not row.is_finished]
         if len(staying) == len(self._rows):
             return
         for number, row in enumerate(self._rows):
             if number not in staying:
-                row.end(None)
+                row.end(row.failed)
         self._cache.keep(staying)
         self._rows = [self._rows[n] for n in staying]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackctl.core.errors import Incompatible
 from stackctl.engine.generation.logits_processors import processors, token_logprob
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.serving.requests import Row
@@ -20,6 +21,7 @@ class BatchRow(Row):
 
     weights: RowWeights | None = None
     spell: TokenBytes | None = None
+    failed: Exception | None = None
     made: int = 0
     last: int = 0
     _chosen: list[int] = field(default_factory=list)
@@ -27,10 +29,19 @@ class BatchRow(Row):
     def __post_init__(self) -> None:
         self._processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
 
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.answer.stop or self.failed or self.cancelled.is_set())
+
     def choose(self, logits: Tensor) -> None:
         """Take the next token by the logits (vocabulary) in float32; the answer is finished when it ends it, or is the
         last that may follow.
+
+        Raises:
+            Incompatible: they are no numbers.
         """
+        if not logits.max().isfinite():  # a largest value among which one is no number is none
+            raise Incompatible("the weights of this stack are so large that nothing it computes is a number")
         scores = logits
         if len(self._processors):
             seen = torch.tensor([[*self.ids, *self._chosen]], device=logits.device)
