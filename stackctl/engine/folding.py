@@ -66,21 +66,42 @@ def deltas_of(
             yield Delta(a.T.to(device), b.T.to(device))
 
 
-def add_delta(weight: Tensor, delta: Delta, rounding: Rounding) -> None:
-    """Add a change (rows, columns) to a weight of the same shape: summed in float32 and rounded once."""
-    rows, columns = weight.shape
-    step = max(1, (_BLOCK if weight.device.type == "cpu" else _LARGE_BLOCK) // columns)
-    for start in range(0, rows, step):
-        block = weight[start : start + step]
-        change = delta.rows(start, start + step)
-        if block.dtype == torch.float32:
-            after = block + change
-            gained = after - block
-            lost = (block - (after - gained)) + (change - gained)  # exact: Knuth's two-sum (TAOCP 4.2.2)
-        else:
-            exact = block.float() + change
-            after = exact.to(block.dtype)
-            lost = exact - after.float()
-        block.copy_(after)
-        rounding.lost += float(torch.linalg.vector_norm(lost)) ** 2
-        rounding.total += float(torch.linalg.vector_norm(change)) ** 2
+class Adder:
+    """Adds changes to weights, and keeps account of what rounding takes; each block of rows uses the same memory."""
+
+    def __init__(self) -> None:
+        self.rounding = Rounding()
+        self._memory: list[Tensor] = []
+
+    def add(self, weight: Tensor, delta: Delta, base: Tensor | None = None) -> None:
+        """Make a weight (rows, columns) ``base`` and a change of that shape, summed in float32 and rounded once.
+
+        Without ``base`` it is what the weight is now.
+        """
+        rows, columns = weight.shape
+        step = max(1, (_BLOCK if weight.device.type == "cpu" else _LARGE_BLOCK) // columns)
+        for start in range(0, rows, step):
+            after = weight[start : start + step]
+            before = after if base is None else base[start : start + step]
+            change = delta.rows(start, start + step)
+            total, gained, lost = self._blocks(after)
+            torch.add(before, change, out=total)
+            if after.dtype == torch.float32:  # lost is exact: Knuth's two-sum (TAOCP 4.2.2)
+                torch.sub(total, before, out=gained)
+                torch.sub(total, gained, out=lost)
+                torch.sub(before, lost, out=lost)
+                torch.sub(change, gained, out=gained)
+                lost.add_(gained)
+                after.copy_(total)
+            else:
+                after.copy_(total)
+                torch.sub(total, after, out=lost)
+            self.rounding.lost += float(torch.linalg.vector_norm(lost)) ** 2
+            self.rounding.total += float(torch.linalg.vector_norm(change)) ** 2
+
+    def _blocks(self, like: Tensor) -> list[Tensor]:
+        """Three blocks in float32, of the shape and on the device of one."""
+        size = like.numel()
+        if not self._memory or self._memory[0].numel() < size or self._memory[0].device != like.device:
+            self._memory = [torch.empty(size, device=like.device) for _ in range(3)]
+        return [memory[:size].view(like.shape) for memory in self._memory]

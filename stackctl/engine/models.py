@@ -1,7 +1,7 @@
 """Load a base, fold stacks into its weights and take them out again, or attach one live.
 
-Folding computes every sum in float32 and rounds once. What was folded is taken out by reading the touched weights
-from the base's files again, never by subtracting: A → B → A gives bit-identical weights.
+Folding computes every sum in float32 and rounds once. What was folded is taken out by going back to the base's own
+weights, mapped from its files or read again, never by subtracting: A → B → A gives bit-identical weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import load_weights
 from stackctl.engine.base_reader import load_tokenizer
 from stackctl.engine.devices import cpu_multiplies_bfloat16
-from stackctl.engine.folding import Delta, Rounding, add_delta, deltas_of
+from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
 from stackctl.engine.module_pool import each_module
+from stackctl.engine.own_weights import OwnWeights, forget_pages
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.jobs import ranks
@@ -148,11 +149,11 @@ class StackedModel:
         """
         plan.check()
         self._untie_for(plan)
-        rounding = Rounding()
+        adder = Adder()
         with torch.no_grad(), MemberTensors(plan) as tensors:
-            self._fold_modules(plan, tensors, rounding)
-            self._write_rows(plan, tensors, rounding)
-            self.rounding_error = rounding.error
+            self._fold_modules(plan, tensors, adder)
+            self._write_rows(plan, tensors, adder.rounding)
+            self.rounding_error = adder.rounding.error
             for replacement in plan.replacements:
                 parameter = self._parameter(replacement.parameter)
                 value = tensors.of(replacement.member, replacement.tensor)
@@ -182,24 +183,31 @@ class StackedModel:
             written.add(key)
             self._touched.add(rows.parameter)
 
-    def _fold_modules(self, plan: StackPlan, tensors: MemberTensors, rounding: Rounding) -> None:
+    def _fold_modules(self, plan: StackPlan, tensors: MemberTensors, adder: Adder) -> None:
         def made(module: ModulePlan, factors: Sequence[Factors]) -> tuple[nn.Parameter, list[Delta]]:
             weight = self._parameter(module.parameter)
             self._check_shape(module.parameter, weight, module.stored_shape)
             return weight, list(deltas_of(plan, module, factors, weight.device))
 
+        names = [module.parameter for module in plan.modules.values()]
+        moved = self._own.move({name: self._parameter(name) for name in names if name not in self._touched})
         for module, (weight, deltas) in each_module(plan, tensors, made):
-            for matrix, delta in zip(weight if module.is_experts else [weight], deltas, strict=True):
-                add_delta(matrix, delta, rounding)
+            base = moved.pop(module.parameter, None)
+            before = [None] * len(deltas) if base is None else base if module.is_experts else [base]
+            for matrix, delta, own in zip(weight if module.is_experts else [weight], deltas, before, strict=True):
+                adder.add(matrix, delta, own)
+            if base is not None:
+                forget_pages(base)
             self._touched.add(module.parameter)
 
     def restore(self) -> None:
-        """Take the stack out: the weights that it was folded into are read from the base's files again."""
+        """Take the stack out; weights that are not mapped are read from the base's files again."""
         if self._live:
             from stackctl.engine.live_adapter import detach_live
 
             detach_live(self.model)
             self._live = False
+        self._touched -= self._own.restore()
         if self._touched:
             self._read_again()
         self._touched.clear()
@@ -220,6 +228,10 @@ class StackedModel:
                 for touched in self._touched:
                     if twins.get(touched, touched) == name:
                         self._parameter(touched).copy_(value)
+
+    @cached_property
+    def _own(self) -> OwnWeights:
+        return OwnWeights(self.folder)
 
     @property
     def generation_config(self) -> Any:
