@@ -29,6 +29,7 @@ from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated,
 from stackctl.jobs import optimizers, ranks, trained_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
+from stackctl.machine.resources import cores
 from stackctl.render.output import Output, Result
 from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
@@ -162,7 +163,7 @@ def launch_training(
                 {**workers.address, "processes": plan.processes, "again": again, "cuts": msgspec.to_builtins(plan.cuts)}
             ),
         }
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.processes)))
         log = Path(folder) / "log"
         with log.open("wb") as stream:
             launcher = subprocess.Popen(
