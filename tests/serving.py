@@ -61,6 +61,8 @@ def installed(arguments: list[str], folder: Path, out: Path, errors: Path, **env
 def serving(folder: Path, *options: object, start: Callable[..., Any] = warm.Command) -> Iterator[Server]:
     """A server of the registry in a folder, on a free port."""
     out, errors = folder / "serve-stdout", folder / "serve-stderr"
+    for old in (out, errors):  # of a server before this one
+        old.unlink(missing_ok=True)
     arguments = ["serve", "--port", "0", "--json", *map(str, options)]
     process = start(arguments, folder, out, errors, OMP_NUM_THREADS="1")
     try:
