@@ -64,8 +64,8 @@ def find_former(registry: Registry, member: ResolvedMember, stack: ResolvedStack
     base = registry.find_base(version.base)
     if base is None or base.fingerprint != version.fingerprint:
         return f"the base '{version.base}' is not here as it was"
-    if (base.vocabulary_size, base.tokenizer) != (stack.base.vocabulary_size, stack.base.tokenizer):
-        return f"'{base.name}' and '{stack.base.name}' have other tokenizers"
+    if base.vocabulary_size != stack.base.vocabulary_size:
+        return f"'{base.name}' has a vocabulary of {base.vocabulary_size:,}, not of {stack.base.vocabulary_size:,}"
     try:
         below = members_beneath(registry, version)
         former = ResolvedStack(member.label, base, (*below, member))

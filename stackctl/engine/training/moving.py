@@ -87,6 +87,9 @@ class Move:
         job, base = self.prepared.job, self.former.base
         same = base.fingerprint == stacked.base.fingerprint
         former = stacked if same else load_base(base, registry, dtype=job.dtype)
+        if not same and former.tokenizer.get_vocab() != stacked.tokenizer.get_vocab():
+            self.say(f"note: how far {self.beginning.label} moved is not known: '{base.name}' has another vocabulary")
+            return False
         try:
             former.use(self.former.plan, live=job.dtype == "nf4")
             self.before = _run(former.model, self.judged)
