@@ -218,7 +218,7 @@ class LlamaCpp(Engine[LlamaRow]):
         told = said.get("completion_probabilities", [])
         if len(told) != said["tokens_predicted"] - row.made:
             what = "llama.cpp does not say how likely the parts of a character are, and this answer has one in parts"
-            raise FieldRefused("logprobs", what, hint="serve it with --engine transformers")
+            raise FieldRefused(what, hint="serve it with --engine transformers", param="logprobs")
         return [
             self._spell.likely(_scored(one), [_scored(other) for other in one["top_logprobs"][:count]], not row.made)
             for one in told

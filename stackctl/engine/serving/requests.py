@@ -35,7 +35,7 @@ class QueueFull(StackctlError):
 class FieldRefused(Incompatible):
     """What one field of a request asks for, this engine cannot give."""
 
-    def __init__(self, param: str, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", param: str = "") -> None:
         super().__init__(message, hint=hint)
         self.param = param
 
