@@ -71,11 +71,12 @@ def main(options: Sequence[str] = ()) -> None:
 
 
 def prepare(folder: Path, asked: argparse.Namespace) -> Bench:
-    bench = Bench(folder / "registry", "old", asked.learning_rate, asked.rank)
+    name = "smollm2" if asked.base == "smollm2" else "old"
+    bench = Bench(folder / "registry", name, asked.learning_rate, asked.rank)
     subprocess.run(
         [sys.executable, "-m", "stackctl", "init", str(bench.registry)], check=True, stdout=subprocess.DEVNULL
     )
-    bench.call("base", "add", bench.base, asked.base)
+    bench.call("base", "add", *dict.fromkeys((name, asked.base)))
     return bench
 
 
