@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from serving import serving
+from serving import installed, serving
 from tiny_gguf import write_tiny_gguf
 from tiny_registry import TinyRegistry
 
@@ -181,11 +181,12 @@ def test_torch_and_transformers_are_loaded_once_for_each_adapter_and_then_no_mor
     raw = ("generate", "calm", "--raw", "--json", "--seed", 1, "--temperature", 1, *LLAMA)
     assert loads(shelf.folder, *raw, asked=TEXT)[2] == []
     assert loads(shelf.folder, "compare", "base", "calm", *ask)[2] == []
-    with serving(shelf.folder, "loud", *LLAMA) as server:
+    with serving(shelf.folder, "loud", *LLAMA, start=installed) as server:
         client = server.client()
         asked = [{"role": "user", "content": TEXT}]
         said = client.chat.completions.create(model="calm", messages=asked, max_tokens=12).choices[0].message.content
         assert said == answers(run, "calm", *ask[:4])[0]["text"]
+        assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
 def test_what_was_kept_is_made_again_where_it_is_gone(shelf, run):
