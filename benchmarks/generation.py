@@ -119,17 +119,9 @@ def show(answers: dict[str, list[Whole]], starts: dict[str, list[Whole]], bytes_
         ratios = f"{rate / rates[_BARE]:7.2f}{share:11.0%}{first:15.2f}{first / seconds[_BARE]:7.2f}"
         print(f"{name:36}{rate:10.1f}{ratios}{peak:9.0f}", flush=True)
     for depth in _DEPTHS:
-        texts = [
-            answers[f"PEFT, {depth} live"][-1].said["text"],
-            _text(answers[f"stackctl generate, {depth} folded"][-1]),
-        ]
+        names = (f"PEFT, {depth} live", f"stackctl generate, {depth} folded")
+        texts = [answers[name][-1].said["text"] for name in names]
         print(f"depth {depth}: the texts are {'equal' if texts[0] == texts[1] else f'not equal: {texts}'}")
-
-
-def _text(whole: Whole) -> str:
-    said = whole.said
-    text: str = said["text"] if "text" in said else said["results"][0]["text"]
-    return text
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
 from stackctl.cli.common import REGISTRY, BaseOption, Context, command
@@ -14,7 +13,7 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.versions import add_version, check_adapter_name, made_elsewhere
+from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 
@@ -60,18 +59,9 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         with atomic.staging_directory(registry.root / "weights") as staged:
             found.write(staged, found_base, {})
-            checkpoint = read_checkpoint(staged)
-            plan_stack(found_base, [PlanMember(name, 1.0, checkpoint, name)]).check()
-            version = add_version(
-                registry,
-                name,
-                lambda number: msgspec.structs.replace(
-                    made_elsewhere(number, registry.relative_weights_path(name, number), checkpoint, found_base, []),
-                    extracted=told,
-                ),
-                staged,
-                description or None,
-            )
+            plan_stack(found_base, [PlanMember(name, 1.0, read_checkpoint(staged), name)]).check()
+            new = NewVersion(name, found_base, [], description)
+            version = register_checkpoint(registry, new, staged, extracted=told)
         label = f"{name}@{version.version}"
         data = {
             "adapter": name,

@@ -13,7 +13,7 @@ import typer
 from stackctl.cli.common import SHARE, Context, command, complete_what
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
-from stackctl.core.schema import PushTarget
+from stackctl.core.train_job import PushTarget
 from stackctl.plan.model import StackPlan
 from stackctl.registry.resolve import current_stack, resolve_expression
 from stackctl.registry.store import Registry

@@ -15,7 +15,7 @@ from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, command, complete_
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.core.errors import StackctlError, Usage
 from stackctl.core.library_messages import reword_message
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.micro_batches import AUTO

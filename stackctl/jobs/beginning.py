@@ -9,7 +9,7 @@ import msgspec
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_expression, parse_expression
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs.former import Former, find_former
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets

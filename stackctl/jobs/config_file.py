@@ -12,7 +12,8 @@ from typing import Any
 
 from stackctl.core.errors import NotFound, StackctlError, Usage, did_you_mean, gathering, raise_all
 from stackctl.core.expressions import parse_expression, parse_name
-from stackctl.core.schema import Adapter, Base, Recipe, Stack, TrainJob
+from stackctl.core.schema import Adapter, Base, Stack
+from stackctl.core.train_job import Recipe, TrainJob
 from stackctl.lora.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import typed_path

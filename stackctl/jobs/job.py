@@ -20,8 +20,9 @@ from stackctl.core import errors
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.core.expressions import BASE
 from stackctl.core.hub_ids import parse_dataset_id
-from stackctl.core.schema import Base, TrainJob
+from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning
 from stackctl.jobs.micro_batches import AUTO

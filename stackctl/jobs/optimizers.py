@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stackctl.core.errors import Usage
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
 
 TRAINERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}

@@ -6,7 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from stackctl.core.schema import EntryProblem, TrainJob
+from stackctl.core.schema import EntryProblem
+from stackctl.core.train_job import TrainJob
 
 _LEAST_RISE = 0.5
 _LEAST_SHARE = 0.1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 
 from stackctl.core.errors import Usage
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs.former import stands_on
 from stackctl.jobs.settings import outcome, settings_of
 from stackctl.registry.resolve import ResolvedStack

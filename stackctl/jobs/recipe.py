@@ -16,7 +16,8 @@ import msgspec
 from stackctl.core import errors
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
-from stackctl.core.schema import AdapterVersion, Recipe, TrainJob
+from stackctl.core.schema import AdapterVersion
+from stackctl.core.train_job import Recipe, TrainJob
 from stackctl.jobs.former import stands_on
 from stackctl.jobs.job import PreparedJob, data_path, prepare_job
 from stackctl.jobs.rebase import own_newest

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from stackctl.core.errors import Usage
-from stackctl.core.schema import AdapterVersion, TrainSettings
+from stackctl.core.schema import AdapterVersion
+from stackctl.core.train_job import TrainSettings
 from stackctl.jobs.trained_tokens import parse_tokens
 from stackctl.lora.target_modules import parse_targets
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import next_number

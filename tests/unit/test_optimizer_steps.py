@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs.job import optimizer_steps
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackctl.core.errors import NotFound, Usage
-from stackctl.core.schema import Recipe, TrainJob
+from stackctl.core.train_job import Recipe, TrainJob
 from stackctl.jobs.recipe import build_order, plan_recipe, read_recipe
 
 

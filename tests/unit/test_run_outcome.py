@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.jobs.outcome import loss_problem, problems_of_run
 
 SMOLLM2 = 49_152

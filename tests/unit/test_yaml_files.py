@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from stackctl.core.errors import NotFound, Usage
-from stackctl.core.schema import Adapter, Recipe, Stack
+from stackctl.core.schema import Adapter, Stack
+from stackctl.core.train_job import Recipe
 from stackctl.storage.yaml_files import convert, read_text, read_yaml
 from stackctl.storage.yaml_text import format_yaml, parse_yaml
 

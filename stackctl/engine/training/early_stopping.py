@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.core.errors import Failed
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters

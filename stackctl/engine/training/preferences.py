@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.engine.data import IGNORED, Example, Rows, collate
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.logits import supervised_token_losses

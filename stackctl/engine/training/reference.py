@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from stackctl.core.errors import Usage, VerificationFailed
-from stackctl.core.schema import TrainJob
+from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazyExamples
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES

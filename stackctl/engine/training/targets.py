@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.core.schema import Base, ModuleShape, TrainJob
+from stackctl.core.schema import Base, ModuleShape
+from stackctl.core.train_job import TrainJob
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_modules import text_modules
 from stackctl.engine.training.adapter import ADAPTER

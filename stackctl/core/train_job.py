@@ -1,0 +1,243 @@
+"""What training takes: the settings of a job, a job, and the recipe of a project; no I/O.
+
+The settings of training stand here once: the command line, ``--config`` and ``stackctl.yaml`` are all made from them.
+Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from stackctl.core.schema import HUGE, Part, Scalar
+
+Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
+_RANK = 16
+_BATCH_SIZE = 8
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides what training makes of given data, with its one default."""
+
+    rank: Rank = _RANK
+    alpha: Annotated[float, Meta(gt=0, le=HUGE, description="LoRA alpha; twice the rank if left out.")] | None = None
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout before the new adapter.")] = 0.0
+    target_modules: Annotated[
+        list[str] | str, Meta(description="Modules to adapt: names joined by ',', a regular expression, or all-linear.")
+    ] = "all-linear"
+    use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
+    orthogonal: Annotated[
+        bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
+    ] = False
+    train_tokens: Annotated[
+        list[str] | str,
+        Meta(description="Single tokens to train the rows of, joined by ','; auto: those the base never learned."),
+    ] = "none"
+    objective: Annotated[
+        Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
+        Meta(
+            description="What is made small: sft on any records; kto on answers with a label; the others on pairs of a "
+            "chosen and a rejected answer."
+        ),
+    ] = "sft"
+    beta: (
+        Annotated[float, Meta(gt=0, le=HUGE, description="Strength of the preference; 0.1 if left out, for simpo 2.")]
+        | None
+    ) = None
+    label_smoothing: Annotated[
+        float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be the wrong way round.")
+    ] = 0.0
+    sft_weight: Annotated[
+        float,
+        Meta(ge=0, le=HUGE, description="Weight of the chosen answer's own loss per token, besides dpo, ipo or simpo."),
+    ] = 0.0
+    epochs: Annotated[float, Meta(gt=0, le=HUGE, description="Passes over the data.")] = 3
+    max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
+    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = _BATCH_SIZE
+    gradient_accumulation: Annotated[int, Meta(ge=1, description="Micro-batches in an optimizer step.")] = 1
+    max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
+    pack: Annotated[
+        bool, Meta(description="Join text records into full sequences of --max-length, documents kept apart.")
+    ] = False
+    chat_template_kwargs: Annotated[
+        str | dict[str, Scalar] | None,
+        Meta(description="Arguments for the chat template, as a JSON object; those of a record come first."),
+    ] = None
+    enable_thinking: Annotated[
+        bool | None, Meta(description="The chat template's argument of that name: whether the assistant thinks first.")
+    ] = None
+    learning_rate: Annotated[float, Meta(gt=0, le=HUGE, description="Peak learning rate.")] = 2e-4
+    scheduler: Annotated[
+        Literal["linear", "cosine", "constant", "constant_with_warmup"],
+        Meta(description="How the learning rate goes."),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Meta(ge=0, le=HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
+    ] = 0.03
+    optimizer: Annotated[
+        Literal["adamw", "adamw-8bit", "paged-adamw-8bit"],
+        Meta(
+            description="AdamW with its state in float32; in 8 bits; or in 8 bits and in main memory where a GPU's is "
+            "full. The last two need the extra [quant]."
+        ),
+    ] = "adamw"
+    weight_decay: Annotated[float, Meta(ge=0, le=HUGE, description="Weight decay of AdamW.")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "nf4"],
+        Meta(
+            description="Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, "
+            "multiplied in bfloat16 where that is faster; nf4 needs the extra [quant]."
+        ),
+    ] = "auto"
+    frozen: Annotated[
+        Literal["auto", "fold", "live"],
+        Meta(description="The frozen stack: folded into the base in memory, or kept live beside it."),
+    ] = "auto"
+    eval_steps: (
+        Annotated[
+            int,
+            Meta(
+                ge=1, description="Optimizer steps between evaluations on --eval-data; a tenth of the run if left out."
+            ),
+        ]
+        | None
+    ) = None
+    keep: Annotated[
+        Literal["best", "last"],
+        Meta(description="With --eval-data: which weights are registered, those with the lowest loss or the last."),
+    ] = "best"
+    patience: (
+        Annotated[
+            int, Meta(ge=1, description="Stop after so many evaluations on --eval-data in a row without a lower loss.")
+        ]
+        | None
+    ) = None
+
+    @property
+    def effective_beta(self) -> float | None:
+        """``beta`` as it is used; none where nothing is preferred."""
+        if self.objective == "sft":
+            return None
+        return self.beta if self.beta is not None else {"simpo": 2.0}.get(self.objective, 0.1)
+
+    def effective_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.effective_rank()
+
+    def effective_rank(self) -> int:
+        return self.rank or _RANK
+
+
+_RankOrOwn = (
+    Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors; 16 if left out.")] | None
+)
+_BatchSizeOrAuto = Annotated[
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(
+        description="Records in a micro-batch, per process; auto: as many as fit into memory, with a step of as many "
+        "records as ever."
+    ),
+]
+
+
+class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter to train, as a recipe or ``--config`` says it."""
+
+    rank: _RankOrOwn = None  # type: ignore[assignment]  # None: that of what it begins at, else the default
+    batch_size: _BatchSizeOrAuto = _BATCH_SIZE  # type: ignore[assignment]  # auto: how a step is cut is left open
+    on: Annotated[
+        str | None,
+        Meta(
+            description="The stack that it stands on, frozen and active: style, style:0.7+tone, "
+            "or nothing for the bare base."
+        ),
+    ] = None
+    from_: Annotated[
+        str | None,
+        Meta(
+            description="Begin at another adapter's factors, with its rank, alpha and modules; "
+            "a higher --rank adds to them."
+        ),
+    ] = msgspec.field(name="from", default=None)
+    rebase: Annotated[
+        bool,
+        Meta(description="Begin at its own newest version where what lies beneath it is another since."),
+    ] = False
+    base: Annotated[
+        str | None, Meta(description="The base, when there are several and it stands on none of your stacks.")
+    ] = None
+    data: Annotated[
+        str | None,
+        Meta(
+            description="What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set."
+        ),
+    ] = None
+    eval_data: Annotated[
+        str | None,
+        Meta(description="Held-out records: evaluated every --eval-steps steps, and the best weights are registered."),
+    ] = None
+    description: Annotated[str, Meta(description="A line about the adapter.")] = ""
+    save_steps: (
+        Annotated[int, Meta(ge=1, description="Save the run every so many optimizer steps, for --resume.")] | None
+    ) = None
+    report_to: Annotated[
+        list[str] | str | None,
+        Meta(description="Where to report to besides, several joined by ',': tensorboard, trackio, wandb."),
+    ] = None
+    num_processes: (
+        Annotated[
+            int,
+            Meta(
+                ge=1, le=65536, description="Train in that many processes, one to a GPU, by way of accelerate launch."
+            ),
+        ]
+        | None
+    ) = None
+    accelerate_config: Annotated[
+        str | None, Meta(description="A configuration of accelerate's: DDP, FSDP, DeepSpeed.")
+    ] = None
+    cache: Annotated[
+        bool, Meta(description="Keep the tokens of the data on disk, for runs to come and for data larger than memory.")
+    ] = True
+    gradient_checkpointing: (
+        Annotated[
+            bool,
+            Meta(
+                description="Compute activations twice instead of keeping them: less memory, about a third slower. "
+                "Left out: where memory is enough only so."
+            ),
+        ]
+        | None
+    ) = None
+
+    @property
+    def held_out_decides(self) -> bool:
+        """Whether the held-out records have a say in which weights come out."""
+        return self.eval_data is not None and (self.keep == "best" or self.patience is not None)
+
+    def effective_batch_size(self) -> int:
+        """Records in a micro-batch as they are asked for; ``auto`` may cut them into smaller ones."""
+        return _BATCH_SIZE if self.batch_size == "auto" else self.batch_size
+
+    def settings(self) -> TrainSettings:
+        told = {name: getattr(self, name) for name in TrainSettings.__struct_fields__}
+        effective = {"rank": self.effective_rank(), "batch_size": self.effective_batch_size()}
+        return TrainSettings(**{**told, **effective})
+
+
+class PushTarget(Part, frozen=True, kw_only=True):
+    stack: str | None = None
+    repo: str
+    base_id: str | None = None
+    private: bool = False
+
+
+class Recipe(Part, frozen=True, kw_only=True):
+    """``stackctl.yaml``: what to train, on what, and what to make of it."""
+
+    base: str | None = None
+    train: dict[str, TrainJob] = msgspec.field(default_factory=dict)
+    stacks: dict[str, str] = msgspec.field(default_factory=dict)
+    push: PushTarget | None = None
