@@ -10,6 +10,7 @@ from stackctl.cli.common import REGISTRY, BaseOption, Context, command
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.lora.target_modules import compact_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
@@ -79,8 +80,8 @@ def register(app: typer.Typer) -> None:
             f"extracted {label}: rank {found.rank} on {len(found.pairs)} modules, "
             f"{found.relative_error:.2%} of the change is lost"
         )
-        notes = [f"kept whole: {', '.join(found.saved_modules)}"] if found.saved else []
-        notes += [f"changed and not kept: {', '.join(found.left_out)}"] if found.left_out else []
+        notes = [f"kept whole: {', '.join(compact_names(found.saved_modules))}"] if found.saved else []
+        notes += [f"changed and not kept: {', '.join(compact_names(found.left_out))}"] if found.left_out else []
         return Result(data, label, text, notes=tuple(notes))
 
 

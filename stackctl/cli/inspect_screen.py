@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackctl.cli.inspect_facts import facts_tree, stack_tree
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
+from stackctl.lora.target_modules import compact_names
 from stackctl.plan.model import StackPlan
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.render.loss_curve import Curve, read_curve, render_curve
@@ -82,11 +83,12 @@ def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     facts = {key: info[key] for key in shown}
     facts["needs"] = "+".join(info["needs"])
     targets = info["lora"].get("target_modules")
-    facts["targets"] = ", ".join(targets) if isinstance(targets, list) else targets
+    facts["targets"] = ", ".join(compact_names(targets)) if isinstance(targets, list) else targets
     if rows := info["token_rows"]:
         named = info.get("trained_tokens") or sorted({token for own in rows for token in own["tokens"]})
         where = " and ".join(dict.fromkeys(own["module"] for own in rows))
         facts["tokens"] = f"rows of {', '.join(map(str, named))} in {where}"
+    facts |= _origin(info)
     if run := info.get("run"):
         facts["trained"] = (
             f"{run['steps']} steps, {run['supervised_tokens']:,} supervised tokens, loss {run['loss']:.3f}"
@@ -99,6 +101,27 @@ def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     if data := info.get("data"):
         facts["data"] = f"{data['path']}, {data['records']} {data['format']} records"
     return facts
+
+
+def _origin(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter was made of, where it did not begin at nothing."""
+    origin: dict[str, Any] = {"from": info.get("from")}
+    if moved := info.get("moved"):
+        before, copy = f"{moved['loss_before']:.3f}", f"{moved['loss_copy']:.3f}"
+        origin["moved"] = f"loss {before} before, {copy} of the plain copy" + (
+            f", {moved['loss_corrected']:.3f} corrected" if moved["corrected"] else ""
+        )
+    if made := info.get("extracted"):
+        errors = made.get("errors", {})
+        worst = max(errors, key=errors.__getitem__, default=None)
+        origin["extracted"] = f"from {made['source']}, {made['relative_error']:.2%} of the change is lost" + (
+            f", at most {errors[worst]:.2%} of a module's ({worst})" if worst else ""
+        )
+        origin["kept whole"] = ", ".join(compact_names(made.get("saved", [])))
+        origin["not kept"] = ", ".join(compact_names(made.get("left_out", [])))
+    if made := info.get("converted"):
+        origin["converted"] = f"from {made['from']}, {made['relative_error']:.2%} of the change is lost"
+    return origin
 
 
 def _preferences(run: Mapping[str, Any], info: Mapping[str, Any]) -> str:

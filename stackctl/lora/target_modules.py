@@ -46,6 +46,11 @@ def compact_modules(modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape
     return compact
 
 
+def compact_names(names: Iterable[str]) -> list[str]:
+    """Names of modules in natural order, those that differ only in their indices as one: ``layers.{0-29}.up_proj``."""
+    return list(compact_modules(dict.fromkeys(sorted(names, key=natural_order), ModuleShape(type="", shape=[]))))
+
+
 def _boxes(indices: list[tuple[int, ...]]) -> list[list[list[int]]]:
     """Cover index tuples by full products of index lists."""
     axes = [sorted(set(axis)) for axis in zip(*indices, strict=True)]

@@ -146,6 +146,7 @@ def test_whole_modules_come_along(house: Any) -> None:
     live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
     assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
     assert h.run("inspect", "x", "--json").json["converted"]["from"] == "LOKR"
+    assert "from LOKR, 0.00% of the change is lost" in h.run("inspect", "x").out
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga"])

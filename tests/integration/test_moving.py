@@ -54,6 +54,7 @@ def test_losses_and_divergence_are_those_of_raw_peft(moved: Any) -> None:
     assert found["own_data"] is True
     assert found["mark"] == pytest.approx(h.run("inspect", "instruct@1", "--json").json["run"]["eval_loss"])
     entry = h.run("inspect", "instruct@2", "--json").json["moved"]
+    assert f"loss {entry['loss_before']:.3f} before, {entry['loss_copy']:.3f}" in h.run("inspect", "instruct@2").out
     assert {k: v for k, v in found.items() if v is not None} == {k: v for k, v in entry.items() if v is not None}
     assert "instruct@1 stood on style@1: on 3 records its loss goes from" in ran.err
 

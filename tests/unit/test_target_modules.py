@@ -4,7 +4,14 @@ import pytest
 
 from stackctl.core.errors import Usage
 from stackctl.core.schema import ModuleShape
-from stackctl.lora.target_modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
+from stackctl.lora.target_modules import (
+    compact_modules,
+    compact_names,
+    expand_modules,
+    expected_targets,
+    lora_rank,
+    lora_scaling,
+)
 
 LINEAR = ModuleShape(type="Linear", shape=[8, 8])
 WIDE = ModuleShape(type="Linear", shape=[16, 8])
@@ -24,6 +31,12 @@ def test_thirty_layers_are_one_line():
         "model.layers.{0-29}.self_attn.q_proj", "model.layers.{0-29}.self_attn.v_proj", "model.embed_tokens", "lm_head",
     }  # fmt: skip
     assert expand_modules(compact) == llama(30)
+
+
+def test_names_that_differ_in_indices_are_one_in_natural_order():
+    names = [f"model.layers.{i}.{n}" for i in (10, 2, 1, 0) for n in ("b", "a")]
+    assert compact_names([*names, "model.norm"]) == ["model.layers.{0-2,10}.a", "model.layers.{0-2,10}.b", "model.norm"]
+    assert compact_names([]) == []
 
 
 def test_experts_in_layers_are_a_product():
