@@ -34,6 +34,12 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
+def misfit(name: str, dtype: str) -> VerificationFailed:
+    """What is said of values that are no numbers in ``dtype``: the widest that there is takes smaller weights alone."""
+    hint = "give the members smaller weights" if dtype == "float32" else "use --dtype float32"
+    return VerificationFailed(f"{name} does not fit {dtype}", hint=hint)
+
+
 def tensor_bytes(name: str, tensor: Tensor) -> memoryview:
     """A tensor's values as safetensors stores them; a view where the tensor is contiguous and in memory.
 
@@ -41,8 +47,7 @@ def tensor_bytes(name: str, tensor: Tensor) -> memoryview:
         VerificationFailed: it holds NaN or infinity, which it got by not fitting its dtype.
     """
     if not all_finite(tensor):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise VerificationFailed(f"{name} does not fit {dtype}", hint="use --dtype float32")
+        raise misfit(name, str(tensor.dtype).removeprefix("torch."))
     data = tensor.detach().cpu().contiguous().flatten()
     return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
 

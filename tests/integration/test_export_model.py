@@ -120,6 +120,20 @@ def test_values_that_are_no_numbers_leave_nothing_behind(house: Any) -> None:
     assert not [*h.folder.glob(".tmp-*")]
 
 
+@pytest.mark.parametrize(
+    ("weight", "dtype", "way_out"), [(1e300, "float32", "smaller weights"), (1e10, "float16", "float32")]
+)
+def test_what_does_not_fit_a_dtype_says_the_way_out(house: Any, weight: float, dtype: str, way_out: str) -> None:
+    h = house()
+    h.add("style", seed=1)
+    out = h.folder / "out"
+    error = h.run(
+        "export", f"style:{weight}", "--format", "model", "--dtype", dtype, "--out", out, "--json", code=5
+    ).json["error"]
+    assert f"does not fit {dtype}" in error["message"] and way_out in error["hint"]
+    assert not out.exists()
+
+
 def test_an_existing_folder_is_not_touched(house: Any) -> None:
     h = house("llama")
     h.add("style", seed=1)

@@ -71,7 +71,9 @@ def test_a_full_change_is_cut_to_the_best_of_its_rank(house: Any) -> None:
     auto = h.run("extract", "near", "--base", "tiny", "--tuned", folder, "--rank", "auto", "--tolerance", 0.3, "--json")
     errors = h.run("inspect", "near", "--json").json["extracted"]["errors"].values()
     assert 0.1 < max(errors) <= 0.3 + 1e-6
-    assert f"of the change is lost, at most {max(errors):.2%} of a module's" in " ".join(h.run("inspect", "near").out.split())
+    assert f"of the change is lost, at most {max(errors):.2%} of a module's" in " ".join(
+        h.run("inspect", "near").out.split()
+    )
     assert auto.json["rank"] > 4
 
 

@@ -28,7 +28,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine import algebra
 from stackctl.engine.export.gguf_layout import GgufTarget, config_count, gguf_targets, lay_out, undo_layout
 from stackctl.engine.merging import module_pair
-from stackctl.engine.tensors import MemberTensors, all_finite
+from stackctl.engine.tensors import MemberTensors, all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
@@ -163,7 +163,7 @@ def _write(
                 factors = tensors.factors(target.module)
                 a, b = (factor.to(torch_dtype) for factor in module_pair(plan, target.module, factors))
                 if not (all_finite(a) and all_finite(b)):
-                    raise VerificationFailed(f"{target.name} does not fit {dtype}", hint="export with --dtype float32")
+                    raise misfit(target.name, dtype)
                 if not lossless:
                     exact = algebra.concatenate(factors)
                     worst = max(worst, algebra.relative_error(exact, (a.float(), b.float())))
