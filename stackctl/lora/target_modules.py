@@ -48,7 +48,7 @@ def compact_modules(modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape
 
 def compact_names(names: Iterable[str]) -> list[str]:
     """Names of modules in natural order, those that differ only in their indices as one: ``layers.{0-29}.up_proj``."""
-    return list(compact_modules(dict.fromkeys(sorted(names, key=natural_order), ModuleShape(type="", shape=[]))))
+    return list(compact_modules(dict.fromkeys(sorted(names, key=natural_order), ModuleShape(type="Other", shape=[]))))
 
 
 def _boxes(indices: list[tuple[int, ...]]) -> list[list[list[int]]]:
