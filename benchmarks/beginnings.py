@@ -43,8 +43,8 @@ def main(options: Sequence[str] = ()) -> None:
     print(f"{'seed':>4} {'stack':20}{'style':>9}{'instruct':>10}{'rows':>10}{'largest':>10}{'seconds':>9}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         registry = Path(name) / "registry"
-        _call(registry, "init", str(registry))
-        _call(registry, "base", "add", "smollm2")
+        _in_process(registry, "init", str(registry))
+        _in_process(registry, "base", "add", "smollm2")
         seeds = [_one_seed(registry, seed, asked) for seed in range(asked.first_seed, asked.first_seed + asked.seeds)]
     if asked.seeds > 1:
         _compare(seeds)
@@ -54,7 +54,7 @@ def _one_seed(registry: Path, seed: int, asked: argparse.Namespace) -> dict[str,
     """The rows of one seed, by beginning."""
     style = f"style-{seed}"
     same = ("--batch-size", asked.batch_size, "--rank", 16, "--learning-rate", "1e-3", "--seed", seed)
-    _call(registry, "train", style, "--data", EXAMPLES / "style.jsonl", "--max-steps", asked.style_steps, *same)
+    _in_process(registry, "train", style, "--data", EXAMPLES / "style.jsonl", "--max-steps", asked.style_steps, *same)
     rows = {"style alone": _score(registry, [style])[style]}
     _show(seed, "style alone", rows["style alone"])
     for beginning in BEGINNINGS:
@@ -62,11 +62,11 @@ def _one_seed(registry: Path, seed: int, asked: argparse.Namespace) -> dict[str,
         more = ["--orthogonal"] if beginning == "orthogonal" else []
         begun = time.perf_counter()
         with _drawn_with_the_jobs_seed() if beginning == "shared" else contextlib.nullcontext():
-            _call(registry, "train", name, "--on", style, "--data", EXAMPLES / "instruct.jsonl", *more, *same,
-                  "--max-steps", asked.steps)  # fmt: skip
+            _in_process(registry, "train", name, "--on", style, "--data", EXAMPLES / "instruct.jsonl", *more, *same,
+                        "--max-steps", asked.steps)  # fmt: skip
         seconds = time.perf_counter() - begun
         stack = f"{style}+{name}"
-        [pair] = _call(registry, "inspect", stack, "--interference")["interference"]["pairs"]
+        [pair] = _in_process(registry, "inspect", stack, "--interference")["interference"]["pairs"]
         largest = max(module["rows"] for module in pair["modules"])
         row = {**_score(registry, [stack])[stack], "rows": pair["rows"], "largest": largest, "seconds": seconds}
         rows[beginning] = row
@@ -85,7 +85,7 @@ def _score(registry: Path, stacks: Sequence[str]) -> dict[str, dict[str, float]]
     """Held-out losses by stack and by what they are of."""
     found: dict[str, dict[str, float]] = {stack: {} for stack in stacks}
     for data in LOSSES:
-        for row in _call(registry, "eval", *stacks, "--data", EXAMPLES / f"{data}-heldout.jsonl")["results"]:
+        for row in _in_process(registry, "eval", *stacks, "--data", EXAMPLES / f"{data}-heldout.jsonl")["results"]:
             found[row["stack"]][data] = row["loss"]
     return found
 
@@ -107,8 +107,8 @@ def _compare(seeds: Sequence[dict[str, dict[str, float]]]) -> None:
         print(f"{beginning:20}{cells[0]:>20}{cells[1]:>20}")
 
 
-def _call(registry: Path, *arguments: Any) -> dict[str, Any]:
-    """A command in this process, which imports torch once for all of them; its JSON document."""
+def _in_process(registry: Path, *arguments: Any) -> dict[str, Any]:
+    """The JSON document of a command in this process, where its beginning can be patched."""
     from stackctl.cli import main as stackctl
 
     out, err = io.StringIO(), io.StringIO()

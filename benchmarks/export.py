@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.large_registry import large_registry
-from benchmarks.timing import compare, parse_runs, run_command, show, timed
+from benchmarks.timing import compare, parse_runs, run_command, run_stackctl, show, timed
 
 _PEFT_WAY = """
 import sys
@@ -62,43 +61,22 @@ def _beside_copying(folder: Path, runs: int) -> None:
 
 def _beside_peft(folder: Path, runs: int) -> None:
     """Two rank-16 adapters of SmolLM2."""
-    stackctl = [sys.executable, "-m", "stackctl"]
-    registry = folder / "registry"
-
-    def call(*arguments: str) -> str:
-        done = subprocess.run(
-            [*stackctl, *arguments, "--registry", str(registry)], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    call("init", str(registry))
-    base = call("base", "add", "smollm2", "--json")
-    import json
-
-    base_folder = json.loads(base)["path"]
-    for seed in (0, 1):
-        random_adapter(base_folder, folder / f"adapter-{seed}", seed)
-        call("add", f"adapter-{seed}", str(folder / f"adapter-{seed}"))
-    out = folder / "out"
+    registry, out = folder / "registry", folder / "out"
+    run_stackctl(registry, "init")
+    base: str = run_stackctl(registry, "base", "add", "smollm2")["path"]
+    adapters = [folder / f"adapter-{seed}" for seed in (0, 1)]
+    for seed, adapter in enumerate(adapters):
+        random_adapter(base, adapter, seed)
+        run_stackctl(registry, "add", adapter.name, adapter)
 
     def peft() -> tuple[float, float]:
-        command = [
-            sys.executable,
-            "-c",
-            _PEFT_WAY,
-            base_folder,
-            str(folder / "adapter-0"),
-            str(folder / "adapter-1"),
-            str(out),
-        ]
-        found = run_command(command)
+        found = run_command([sys.executable, "-c", _PEFT_WAY, base, *map(str, adapters), str(out)])
         shutil.rmtree(out)
         return found
 
     def export() -> tuple[float, float]:
-        found = run_command(
-            [*stackctl, "export", "adapter-0+adapter-1", "--out", str(out), "--registry", str(registry)]
-        )
+        command = ["export", "adapter-0+adapter-1", "--out", str(out), "--registry", str(registry)]
+        found = run_command([sys.executable, "-m", "stackctl", *command])
         shutil.rmtree(out)
         return found
 

@@ -6,9 +6,7 @@ and for a whole answer, of which it says itself how many tokens a second it deco
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.export import random_adapter
 from benchmarks.limits import decoding_share, measure_limits
-from benchmarks.timing import Whole, parse_runs, run_whole
+from benchmarks.timing import Whole, parse_runs, run_stackctl, run_whole
 
 _DEPTHS = (1, 2, 4)
 _TOKENS = 48
@@ -66,15 +64,12 @@ def main(options: Sequence[str] = ()) -> None:
 def prepare(folder: Path) -> str:
     """A registry with SmolLM2 and four rank-16 adapters that change it a little; returns the base's folder."""
 
-    def call(*arguments: str) -> str:
-        command = [sys.executable, "-m", "stackctl", *arguments, "--registry", str(folder / "registry")]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    call("init", str(folder / "registry"))
-    base: str = json.loads(call("base", "add", "smollm2", "--json"))["path"]
+    registry = folder / "registry"
+    run_stackctl(registry, "init")
+    base: str = run_stackctl(registry, "base", "add", "smollm2")["path"]
     for number in range(max(_DEPTHS)):
         random_adapter(base, folder / f"a{number}", number)
-        call("add", f"a{number}", str(folder / f"a{number}"))
+        run_stackctl(registry, "add", f"a{number}", folder / f"a{number}")
     return base
 
 

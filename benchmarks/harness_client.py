@@ -9,11 +9,9 @@ must be the same, and perplexity to four digits, with raw PEFT keeping both adap
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +22,8 @@ import oracle
 import torch
 from tiny import random_adapter
 from transformers import AutoTokenizer
+
+from benchmarks.timing import run_stackctl
 
 QUESTIONS = (
     ("The capital of Australia is", " Canberra", " Sydney", " Melbourne"),
@@ -89,9 +89,8 @@ def main() -> None:
     sys.exit(f"{wrong} differ" if wrong else None)
 
 
-def stackctl(*words: str) -> Any:
-    done = subprocess.run([sys.executable, "-m", "stackctl", *words, "--json"], check=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+def stackctl(*words: str) -> dict[str, Any]:
+    return run_stackctl(Path("registry"), *words)
 
 
 def by_hand(base: Path, members: list[oracle.Member]) -> tuple[float, float]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import run_json
+from benchmarks.timing import run_json, run_stackctl
 
 TOLERANCE = 0.2
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -85,10 +84,10 @@ def compare(
 def prepare(folder: Path) -> None:
     """A registry with both bases, and texts that are longer than any shape."""
     registry = folder / "registry"
-    _call(registry, "init", str(registry))
-    smollm2 = Path(json.loads(_call(registry, "base", "add", "smollm2", "--json"))["path"])
+    run_stackctl(registry, "init", str(registry))
+    smollm2 = Path(run_stackctl(registry, "base", "add", "smollm2")["path"])
     _many_words(folder / "words", smollm2)
-    _call(registry, "base", "add", "words", str(folder / "words"))
+    run_stackctl(registry, "base", "add", "words", str(folder / "words"))
     text = " ".join(json.loads(line)["text"] for line in (EXAMPLES / "style.jsonl").read_text().splitlines())
     line = json.dumps({"text": (text + " ") * (1 + 8 * LONG // len(text))}) + "\n"
     (folder / "texts.jsonl").write_text(line * 8)
@@ -106,11 +105,6 @@ def _many_words(out: Path, tokenizer: Path) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(out)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
-
-
-def _call(registry: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "stackctl", *arguments, "--registry", str(registry)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peer_environments import TRL, peer_python, versions
-from benchmarks.timing import Whole, run_whole
-from benchmarks.training import _call, _frozen_adapters
+from benchmarks.timing import Whole, run_stackctl, run_whole
+from benchmarks.training import _frozen_adapters
 
 BATCH, RANK, RATE = 4, 16, 2e-4
 WORDS = ("the", "sea", "is", "grey", "old", "men", "sit", "on", "quay", "with", "nets", "red", "rope", "rain", "falls")
@@ -34,11 +34,11 @@ def main(options: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         registry, data, merged = folder / "registry", folder / "pairs.jsonl", folder / "merged"
-        _call(registry, "init", str(registry))
-        base = Path(json.loads(_call(registry, "base", "add", "smollm2", "--json"))["path"])
+        run_stackctl(registry, "init", str(registry))
+        base = Path(run_stackctl(registry, "base", "add", "smollm2")["path"])
         _frozen_adapters(base, folder)
-        _call(registry, "add", "frozen", str(folder / "frozen-0"))
-        _call(registry, "export", "frozen", "--format", "model", "--dtype", "float32", "--out", str(merged))
+        run_stackctl(registry, "add", "frozen", str(folder / "frozen-0"))
+        run_stackctl(registry, "export", "frozen", "--format", "model", "--dtype", "float32", "--out", str(merged))
         write_pairs(data, asked.pairs)
         ours = [
             *(sys.executable, "-m", "stackctl", "train", "new", "--on", "frozen", "--data", str(data)),

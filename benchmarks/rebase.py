@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.timing import run_stackctl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT, HELD_OUT = EXAMPLES / "instruct.jsonl", EXAMPLES / "instruct-heldout.jsonl"
@@ -32,9 +33,7 @@ class Bench:
     rank: str
 
     def call(self, *arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "stackctl", *arguments, "--json", "--registry", str(self.registry)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+        return run_stackctl(self.registry, *arguments)
 
     def train(self, name: str, data: Path, steps: int, *more: str) -> dict[str, Any]:
         given = ["--data", str(data), "--max-steps", str(steps), "--learning-rate", self.rate, *more]
@@ -73,9 +72,7 @@ def main(options: Sequence[str] = ()) -> None:
 def prepare(folder: Path, asked: argparse.Namespace) -> Bench:
     name = "smollm2" if asked.base == "smollm2" else "old"
     bench = Bench(folder / "registry", name, asked.learning_rate, asked.rank)
-    subprocess.run(
-        [sys.executable, "-m", "stackctl", "init", str(bench.registry)], check=True, stdout=subprocess.DEVNULL
-    )
+    bench.call("init")
     bench.call("base", "add", *dict.fromkeys((name, asked.base)))
     return bench
 

@@ -34,6 +34,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import random_adapter
 
+from benchmarks.timing import run_stackctl
+
 _STACKS = ("a+b", "a", "b", "a:0.5+b", "a+b:0.5", "a:0.3", "b:0.7", "base")
 _START = 120
 _OURS = "stackctl serve"
@@ -69,18 +71,13 @@ def main(options: Sequence[str] = ()) -> None:
 
 def _prepare(folder: Path) -> Path:
     """A registry with SmolLM2 and two random adapters; the folder of their exported sum."""
-    _call(folder, "init", ".")
-    base = Path(json.loads(_call(folder, "base", "add", "smollm2", "--json"))["path"])
+    run_stackctl(folder, "init")
+    base = Path(run_stackctl(folder, "base", "add", "smollm2")["path"])
     for seed, name in enumerate("ab"):
         random_adapter(base, folder / "made" / name, seed=seed, r=16, scale=0.02)
-        _call(folder, "add", name, f"made/{name}")
-    _call(folder, "export", "a+b", "--format", "model", "--out", "merged")
+        run_stackctl(folder, "add", name, folder / "made" / name)
+    run_stackctl(folder, "export", "a+b", "--format", "model", "--out", folder / "merged")
     return folder / "merged"
-
-
-def _call(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "stackctl", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 def _servers(folder: Path, merged: Path) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:

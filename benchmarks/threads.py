@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import parse_runs, run_json
+from benchmarks.timing import parse_runs, run_json, run_stackctl
 
 _WAYS: dict[str, dict[str, str]] = {
     "asleep (OMP_WAIT_POLICY=PASSIVE)": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -33,15 +33,15 @@ def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "threads", 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        registry = str(folder / "registry")
-        _call("init", registry)
-        _call("base", "add", "smollm2", "--registry", registry)
+        registry = folder / "registry"
+        run_stackctl(registry, "init")
+        run_stackctl(registry, "base", "add", "smollm2")
         texts = [{"text": f"Chapter {number}. " + "The tide came in and went out again. " * 3} for number in range(24)]
         (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         generate = ["generate", "base", "-p", "Once upon a time", "--raw", "--max-new-tokens", str(_TOKENS)]
         train = ["train", "new", "--base", "smollm2", "--data", str(folder / "texts.jsonl"), "--max-steps", "6"]
         for title, command in (("generate", generate), ("train", train)):
-            _table(title, [*command, "--registry", registry, "--json"], runs)
+            _table(title, [*command, "--registry", str(registry), "--json"], runs)
 
 
 def _table(title: str, command: list[str], runs: int) -> None:
@@ -76,10 +76,6 @@ def busy(number: int) -> Iterator[None]:
         for process in others:
             process.kill()
             process.wait()
-
-
-def _call(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "stackctl", *arguments], check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -68,6 +69,12 @@ def run_json(command: Sequence[str], environment: Mapping[str, str] | None = Non
     """The JSON document that a command prints as its last line, and its peak megabytes."""
     whole = run_whole(command, environment)
     return whole.said, whole.peak_mb
+
+
+def run_stackctl(registry: Path, *arguments: object) -> dict[str, Any]:
+    """The JSON document of one stackctl command in that registry. What it says as it goes is left out."""
+    words = [str(argument) for argument in arguments]
+    return run_whole([sys.executable, "-m", "stackctl", *words, "--json", "--registry", str(registry)]).said
 
 
 def compare(candidates: Mapping[str, Callable[[], tuple[float, float]]], runs: int) -> dict[str, Timing]:

@@ -15,7 +15,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.limits import Limits, measure_limits, training_share
 from benchmarks.peer_environments import LLAMA_FACTORY, TRL, UNSLOTH, Peer, peer_python, versions
-from benchmarks.timing import Whole, run_whole
+from benchmarks.timing import Whole, run_stackctl, run_whole
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH, RANK = 8, 16
@@ -73,7 +72,7 @@ class Bench:
         folder = self.folder / "wide"
         if not folder.is_dir():
             _wide_base(self.base, folder)
-            _call(self.registry, "base", "add", "wide", str(folder))
+            run_stackctl(self.registry, "base", "add", "wide", str(folder))
         return replace(self, base=folder, base_name="wide")
 
 
@@ -155,7 +154,7 @@ def stackctl(bench: Bench, depth: int) -> Whole:
         *("--eval-steps", str(bench.steps), "--keep", "last", "--json", "--registry", str(bench.registry)),
     ]
     measured = run_whole([sys.executable, "-m", "stackctl", *command])
-    _call(bench.registry, "rm", name)
+    run_stackctl(bench.registry, "rm", name)
     return measured
 
 
@@ -190,11 +189,11 @@ def llama_factory_loop(bench: Bench) -> Whole:
 def prepare(folder: Path, steps: int, peers: dict[Peer, Path]) -> Bench:
     """SmolLM2 in a registry, as many random adapters as the deepest stack has, and the data."""
     registry = folder / "registry"
-    _call(registry, "init", str(registry))
-    base = Path(json.loads(_call(registry, "base", "add", "smollm2", "--json"))["path"])
+    run_stackctl(registry, "init", str(registry))
+    base = Path(run_stackctl(registry, "base", "add", "smollm2")["path"])
     _frozen_adapters(base, folder)
     for number in range(max(DEPTHS)):
-        _call(registry, "add", f"frozen-{number}", str(folder / f"frozen-{number}"))
+        run_stackctl(registry, "add", f"frozen-{number}", str(folder / f"frozen-{number}"))
     for kind in (UNEVEN, SHORT):
         words = WORDS[kind]
         data, heldout = data_files(folder, kind)
@@ -209,11 +208,6 @@ def data_files(folder: Path, kind: str) -> tuple[Path, Path]:
     """Records to train on, and those held out."""
     name = kind.replace(" ", "-")
     return folder / f"{name}.jsonl", folder / f"{name}-heldout.jsonl"
-
-
-def _call(registry: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "stackctl", *arguments, "--registry", str(registry)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _frozen_adapters(base: Path, folder: Path) -> None:

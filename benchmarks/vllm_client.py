@@ -34,6 +34,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import random_adapter
 
+from benchmarks.timing import run_stackctl
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -73,9 +75,8 @@ def main() -> None:
             print("refused, as it must be: --max-lora-rank 8:", said[-1].strip() if said else "see the log")
 
 
-def stackctl(*words: str) -> Any:
-    done = subprocess.run([sys.executable, "-m", "stackctl", *words, "--json"], check=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+def stackctl(*words: str) -> dict[str, Any]:
+    return run_stackctl(Path("registry"), *words)
 
 
 def prepare(targets: Any) -> list[str]:
