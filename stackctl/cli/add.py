@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.add_converted import Conversion, add_converted
-from stackctl.cli.common import REGISTRY, BaseOption, Context, command, complete_what
+from stackctl.cli.common import DESCRIPTION, REGISTRY, BaseOption, Context, command, complete_what
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR"),
         ] = None,
         link: Annotated[bool, typer.Option("--link", help="Refer to the folder instead of copying it.")] = False,
-        description: Annotated[str, typer.Option(help="A line about it.")] = "",
+        description: DESCRIPTION = "",
         convert: Annotated[
             bool,
             typer.Option(

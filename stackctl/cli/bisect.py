@@ -13,6 +13,7 @@ from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_j
 from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
+from stackctl.cli.prompt_options import OUTPUT_PANEL, RAW, SYSTEM
 from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
@@ -53,18 +54,13 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="With -p: a text in the greedy answer that makes it bad.", rich_help_panel=_ANSWER),
         ] = None,
-        raw: Annotated[
-            bool,
-            typer.Option(
-                "--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=_ANSWER
-            ),
-        ] = False,
-        system: Annotated[
-            str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWER)
-        ] = None,
+        raw: RAW = False,
+        system: SYSTEM = None,
         max_new_tokens: Annotated[
             int | None,
-            typer.Option(min=1, help="Longest answer in tokens.", show_default=str(_LONGEST), rich_help_panel=_ANSWER),
+            typer.Option(
+                min=1, help="Longest answer in tokens.", show_default=str(_LONGEST), rich_help_panel=OUTPUT_PANEL
+            ),
         ] = None,
         chat_template_kwargs: TEMPLATE_KWARGS = None,
         enable_thinking: ENABLE_THINKING = None,
@@ -87,12 +83,12 @@ def register(app: typer.Typer) -> None:
         Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
         """
         registry = context.registry
-        asked = _Asked(prompt, bad, raw, system, max_new_tokens, tuple(data or ()), max_length)
+        symptom = _Symptom(prompt, bad, raw, system, max_new_tokens, tuple(data or ()), max_length)
         problems: list[StackctlError] = []
         with gathering(problems):
-            asked.check()
+            symptom.check()
         with gathering(problems):
-            asked = replace(asked, template=template_arguments(chat_template_kwargs, enable_thinking))
+            symptom = replace(symptom, template=template_arguments(chat_template_kwargs, enable_thinking))
         sets: list[DataSet] = []
         with gathering(problems):
             stack = resolve_expression(registry, what, base=base)
@@ -101,11 +97,11 @@ def register(app: typer.Typer) -> None:
             if name is not None:
                 check_stack_name(registry, name, stack)
             if data:
-                sets = read_sets(context, stack, plan, data, max_length or 1024, asked.template)
+                sets = read_sets(context, stack, plan, data, max_length or 1024, symptom.template)
         raise_all(problems)
         stacked = load_common_base(context, [(stack, plan)], dtype, device)
-        probe = _probe(context, stacked, plan, asked, sets)
-        found = _search(context, stack, plan, probe, asked)
+        probe = _probe(context, stacked, plan, symptom, sets)
+        found = _search(context, stack, plan, probe, symptom)
         typed = name or _typed_without(stack, plan, found.parts, probe)
         if name is not None:
             save_stack(registry, name, stack_without(stack, plan, found.parts))
@@ -127,7 +123,7 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Symptom:
     """What is bad: a text in the answer to a prompt, or losses."""
 
     prompt: str | None
@@ -177,29 +173,31 @@ def _check_parts(stack: ResolvedStack, plan: StackPlan) -> None:
         raise Usage(f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack")
 
 
-def _probe(context: Context, stacked: StackedModel, plan: StackPlan, asked: _Asked, sets: Sequence[DataSet]) -> Probe:
+def _probe(
+    context: Context, stacked: StackedModel, plan: StackPlan, symptom: _Symptom, sets: Sequence[DataSet]
+) -> Probe:
     from stackctl.engine.probes import LossProbe, TextProbe
     from stackctl.engine.records import Prompt
 
     context.output.status("looking at the stack as it is and at the base alone")
-    if asked.prompt is None:
+    if symptom.prompt is None:
         return LossProbe(stacked, plan, sets)
-    return TextProbe(stacked, plan, Prompt(asked.prompt, place="the prompt"), asked.bad or "", asked.sampling())
+    return TextProbe(stacked, plan, Prompt(symptom.prompt, place="the prompt"), symptom.bad or "", symptom.sampling())
 
 
-def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Probe, asked: _Asked) -> Found:
+def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Probe, symptom: _Symptom) -> Found:
     """The culprits.
 
     Raises:
         Failed: the stack is not bad, or its base alone is.
     """
     whole, parts = frozenset[StackPart](), parts_of(plan)
-    if asked.prompt is not None:
-        _check_answers(stack, asked, probe.look(whole), probe.look(frozenset(parts)))
+    if symptom.prompt is not None:
+        _check_answers(stack, symptom, probe.look(whole), probe.look(frozenset(parts)))
     with context.output.progress() as progress:
         task = progress.add_task("bisecting", total=None)
         found = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
-        if asked.prompt is not None and (not found.parts or probe.look(frozenset(found.parts))["bad"]):
+        if symptom.prompt is not None and (not found.parts or probe.look(frozenset(found.parts))["bad"]):
             probe.by_text = True  # how likely the text is there says nothing, or it is written elsewhere
             again = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
             found = Found(again.parts, found.evaluations + again.evaluations)
@@ -215,10 +213,10 @@ def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Prob
     return found
 
 
-def _check_answers(stack: ResolvedStack, asked: _Asked, own: dict[str, Any], base: dict[str, Any]) -> None:
+def _check_answers(stack: ResolvedStack, symptom: _Symptom, own: dict[str, Any], base: dict[str, Any]) -> None:
     if not own["bad"]:
         raise Failed(
-            f"the answer of '{stack.text}' does not hold {asked.bad!r} within {asked.longest} tokens: "
+            f"the answer of '{stack.text}' does not hold {symptom.bad!r} within {symptom.longest} tokens: "
             f"{own['text'].strip()[:200]!r}",
             hint="name a text that is in it, or a larger --max-new-tokens",
         )

@@ -15,6 +15,7 @@ from typer.models import ArgumentInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import share_progress
+from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
@@ -75,7 +76,7 @@ class Context:
         return opened
 
 
-def _fetch_base(repo: str, revision: str | None, say: Callable[[str], None]) -> tuple[Path, str]:
+def _fetch_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     from stackctl.hub.client import download_base
 
     return download_base(repo, revision, say)
@@ -267,8 +268,7 @@ BaseOption = Annotated[
     str | None,
     typer.Option(help="The base model, when it cannot be inferred.", autocompletion=complete_bases, metavar="NAME"),
 ]
-
-
+DESCRIPTION = Annotated[str, typer.Option(help="A line about the adapter.")]
 TEMPLATE_KWARGS = Annotated[
     str | None,
     typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),

@@ -17,7 +17,7 @@ from stackctl.cli.sweep_weights import SweepWishes, Swept, sweep_stack
 from stackctl.cli.weight_options import WeightOptions
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
-from stackctl.core.library_messages import reword_message
+from stackctl.core.library_messages import explain_option
 from stackctl.core.schema import MethodOptions
 from stackctl.plan.methods import BEST, DEFAULTS, METHODS, SUM, check_method
 from stackctl.plan.model import StackPlan
@@ -198,8 +198,7 @@ def _method_options(
     try:
         options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$.")
-        raise Usage(f"--{place.rstrip('`')}: {reword_message(message)}", hint="stackctl compose --help") from None
+        raise Usage(explain_option(error, MethodOptions), hint="stackctl compose --help") from None
     return check_method(method, options)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stackctl.cli.common import DEVICE_PANEL
+from stackctl.core import Say
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.schema import Base
 from stackctl.machine.optional_packages import check_installed, is_installed
@@ -73,7 +73,7 @@ class Computing:
             check_llama_cpp()
         raise_all(problems)
 
-    def load(self, base: Base, registry: Registry, say: Callable[[str], None]) -> Answers:
+    def load(self, base: Base, registry: Registry, say: Say) -> Answers:
         """The base, ready to answer.
 
         Raises:
@@ -87,7 +87,7 @@ class Computing:
 
         return load_base(base, registry, dtype=self.dtype, device=self.device, say=say)
 
-    def start(self, base: Base, registry: Registry, say: Callable[[str], None]) -> Engine[Any]:
+    def start(self, base: Base, registry: Registry, say: Say) -> Engine[Any]:
         """The base, ready to answer many requests at once.
 
         Raises:

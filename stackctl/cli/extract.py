@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import REGISTRY, BaseOption, Context, command
+from stackctl.cli.common import DESCRIPTION, REGISTRY, BaseOption, Context, command
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
@@ -14,7 +14,7 @@ from stackctl.lora.target_modules import compact_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint
+from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint, version_facts
 from stackctl.render.output import Result
 from stackctl.storage import atomic
 
@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
             float | None,
             typer.Option(help="With --rank auto: the share of a layer's change that may be lost; 0.1 if left out."),
         ] = None,
-        description: Annotated[str, typer.Option(help="A line about it.")] = "",
+        description: DESCRIPTION = "",
     ) -> Result:
         """Make a LoRA adapter of the difference between a full fine-tune and its base."""
         registry = context.registry
@@ -65,11 +65,7 @@ def register(app: typer.Typer) -> None:
             version = register_checkpoint(registry, new, staged, extracted=told)
         label = f"{name}@{version.version}"
         data = {
-            "adapter": name,
-            "version": version.version,
-            "digest": version.digest,
-            "path": str(registry.weights_path(version)),
-            "base": found_base.name,
+            **version_facts(registry, name, version, found_base.name),
             "rank": found.rank,
             "relative_error": found.relative_error,
             "modules": len(found.pairs),

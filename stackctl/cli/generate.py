@@ -94,7 +94,7 @@ def register(app: typer.Typer) -> None:
         say_what_rounding_costs(stacked, output)
         name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
         if asked is not None:
-            return _answer(stacked, _Asked(name, asked, sampling, answering.batch_size), output, to)
+            return _answer(stacked, _Questions(name, asked, sampling, answering.batch_size), output, to)
         from stackctl.cli.chat import Chat
 
         Chat(registry, output, stacked, stack, sampling, live).run()
@@ -123,7 +123,7 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Questions:
     """What a stack is asked, and how it is to answer; ``name`` is the stack's."""
 
     name: str
@@ -132,17 +132,17 @@ class _Asked:
     batch_size: int
 
 
-def _answer(stacked: Answers, request: _Asked, output: Output, to: Path | None) -> Result | None:
+def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | None) -> Result | None:
     """Every answer on stdout as soon as it is there, or all of them in a file once the last one is."""
     from stackctl.engine.generation import generate
 
-    asked, sampling, name = request.prompts, request.sampling, request.name
+    asked, sampling, name = questions.prompts, questions.sampling, questions.name
     streams = len(asked) == 1 and not output.json_mode and to is None
     written: list[str] = []
     hidden = len(asked) == 1 or (to is None and sys.stdout.isatty())
     with counting(output, "answering", len(asked), hidden=hidden) as advance:
         answers = generate(
-            stacked, asked, sampling, batch_size=request.batch_size, on_text=output.speech if streams else None
+            stacked, asked, sampling, batch_size=questions.batch_size, on_text=output.speech if streams else None
         )
         for answer in answers:
             document = answer_json(name, answer, stacked)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stackctl.engine.generation import Answers, Generated, Sampling
     from stackctl.engine.records import Prompt
 
-_ANSWERS, _SAMPLING = "Output", "Sampling"
+OUTPUT_PANEL, _SAMPLING = "Output", "Sampling"
 """Groups of options in the help."""
 _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
@@ -36,20 +36,20 @@ PROMPTS = Annotated[
         metavar="FILE",
     ),
 ]
-MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=_ANSWERS)]
+MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=OUTPUT_PANEL)]
+RAW = Annotated[
+    bool,
+    typer.Option("--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=OUTPUT_PANEL),
+]
+SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=OUTPUT_PANEL)]
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """How to answer. Each field is an option of generate and of compare, with its help and its default."""
 
-    raw: Annotated[
-        bool,
-        typer.Option("--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=_ANSWERS),
-    ] = False
-    system: Annotated[
-        str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=_ANSWERS)
-    ] = None
+    raw: RAW = False
+    system: SYSTEM = None
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="Sampling temperature; greedy decoding without it.", rich_help_panel=_SAMPLING),
@@ -82,11 +82,11 @@ class GenerateOptions:
     ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling.", rich_help_panel=_SAMPLING)] = None
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be repeated.", rich_help_panel=_ANSWERS)
+        list[str] | None, typer.Option(help="Stop before this text; may be repeated.", rich_help_panel=OUTPUT_PANEL)
     ] = None
     chat_template_kwargs: TEMPLATE_KWARGS = None
     enable_thinking: ENABLE_THINKING = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=_ANSWERS)] = 8
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=OUTPUT_PANEL)] = 8
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"
     engine: ENGINE = "auto"

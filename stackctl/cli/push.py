@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stackctl.cli.common import SHARE, Context, command, complete_what
+from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
 from stackctl.core.train_job import PushTarget
@@ -122,7 +122,7 @@ def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
     return {"repo": repo, "files": [dataclasses.asdict(file) for file in files]}
 
 
-def _export(registry: Registry, say: Callable[[str], None], plan: StackPlan, out: Path) -> None:
+def _export(registry: Registry, say: Say, plan: StackPlan, out: Path) -> None:
     from stackctl.engine.export.peft import export_peft
 
     def base() -> Path:

@@ -14,7 +14,7 @@ import typer
 from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, command, complete_bases, complete_what
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.core.errors import StackctlError, Usage
-from stackctl.core.library_messages import reword_message
+from stackctl.core.library_messages import explain_option
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
@@ -184,9 +184,7 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
     try:
         job = msgspec.convert({**values, **flags}, TrainJob, strict=False)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$.")
-        option = "--" + place.rstrip("`").replace("_", "-")
-        raise Usage(f"{option}: {reword_message(message)}", hint="stackctl train --help") from None
+        raise Usage(explain_option(error, TrainJob), hint="stackctl train --help") from None
     return prepare_job(context.registry, name, job, fresh=fresh, auto_batch=auto_batch)
 
 

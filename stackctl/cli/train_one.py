@@ -119,11 +119,11 @@ def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch
 def _plan_step(
     prepared: PreparedJob, corpus: Any, targets: Any, launch: Launch | None, kept: StepCut | None = None
 ) -> StepPlan:
-    from stackctl.engine.training import Group, plan_step
+    from stackctl.engine.training import ProcessGroup, plan_step
 
-    group = Group(ranks.world_size())
+    group = ProcessGroup(ranks.world_size())
     if launch:
-        group = Group(launch.processes, launch.sharded, launch.checkpointing, is_here=False)
+        group = ProcessGroup(launch.processes, launch.sharded, launch.checkpointing, is_here=False)
     return plan_step(prepared, corpus, targets, group, kept)
 
 

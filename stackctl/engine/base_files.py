@@ -14,9 +14,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from stackctl.core import Say
+from stackctl.core.errors import HubFailure, NotFound
 from stackctl.core.schema import Base, WholeClass
 from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton, whole_model
-from stackctl.engine.base_folders import Say, converted
+from stackctl.engine.base_folders import converted
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import check_keys
 from stackctl.engine.base_modules import converted_names, module_shapes
@@ -59,7 +61,10 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
         path = portable_path(folder, registry.root)
         source = path
     elif kind == "hub":
-        folder, revision = registry.fetch_base(source, revision, say)
+        try:
+            folder, revision = registry.fetch_base(source, revision, say)
+        except (HubFailure, NotFound) as error:  # a folder is typed the same way
+            raise type(error)(f"there is no folder {source} here, and {error.message}", hint=error.hint) from error
         check_model_folder(folder)
     else:
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from stackctl.core import Say
 from stackctl.core.schema import Base
 from stackctl.registry.base_models import base_gguf, check_base_folder, converted_folder, converted_models
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic, files
-
-Say = Callable[[str], None]
 
 
 def base_folder(base: Base, registry: Registry, say: Say) -> Path:

@@ -1,12 +1,18 @@
-"""What torch can compute on here."""
+"""What torch can compute on here, and what is chosen of it: the device, the precision."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from stackctl.core.errors import Incompatible
+from stackctl.core.schema import Base
+from stackctl.jobs import ranks
 from stackctl.machine.resources import cores, main_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def describe_devices() -> list[dict[str, Any]]:
@@ -32,6 +38,53 @@ def describe_devices() -> list[dict[str, Any]]:
     fast = cpu_multiplies_bfloat16()
     found.append({"type": "cpu", "name": f"{cores()} cores", **shared, "bfloat16": fast})
     return found
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        Incompatible: the device that was asked for is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise Incompatible(f"this machine has no {name} device", hint="use --device auto")
+    return torch.device(name, ranks.local_rank()) if name == "cuda" and ranks.is_launched() else torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
+    """``auto`` is float32 on a CPU, else the base's own half precision; so is what nf4 leaves as it is."""
+    if name not in ("auto", "nf4"):
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else DTYPES.get(base.dtype, torch.float32)
+
+
+_WIDE = 256
+"""Hidden size from which on casting to bfloat16 costs less than its faster products save."""
+
+
+def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedModel) -> bool:
+    """Whether to train under bfloat16 autocast: where a device multiplies it in hardware.
+
+    On a CPU that is for float32 weights when nothing else was asked for, toy models apart; on CUDA also over a base in
+    bfloat16 or nf4, whose adapter would be multiplied in float32 otherwise. The adapter and the optimizer stay in
+    float32. Measured on a CPU with AVX512-BF16: 1.9 times the speed.
+    """
+    if device.type == "cuda":
+        fits = dtype in ("auto", "bfloat16", "nf4") and model.dtype in (torch.float32, torch.bfloat16)
+        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype != "auto" or model.dtype != torch.float32:
+        return False
+    return multiplies_in_bfloat16(device, getattr(model.config.get_text_config(), "hidden_size", 0))
+
+
+def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
+    """Whether casting to bfloat16 pays: on a CPU that has it in hardware, for matrices that are not small."""
+    if device.type != "cpu" or hidden_size < _WIDE:
+        return False
+    return cpu_multiplies_bfloat16()
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
@@ -88,9 +89,7 @@ class ReadsText(Protocol):
     def tokenizer(self) -> Any: ...
 
 
-def tokenise_for(
-    stacked: ReadsText, records: RecordSet, source: str, options: EncodeOptions, note: Callable[[str], None]
-) -> DataSet:
+def tokenise_for(stacked: ReadsText, records: RecordSet, source: str, options: EncodeOptions, note: Say) -> DataSet:
     """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
     pairs = options.answers and records.format == "preference"
     ensure_chat_template(stacked.tokenizer)

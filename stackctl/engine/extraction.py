@@ -5,13 +5,13 @@ A layer of each model is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
@@ -22,8 +22,6 @@ from stackctl.engine.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
 from stackctl.engine.tensors import TensorFiles
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
-
-Say = Callable[[str], None]
 
 
 @dataclass

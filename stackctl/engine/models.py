@@ -20,29 +20,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
 from stackctl.engine import imports_are_done
 from stackctl.engine.algebra import Factors
 from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_folders import Say, base_folder
+from stackctl.engine.base_folders import base_folder
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_loading import load_weights
 from stackctl.engine.base_reader import load_tokenizer
-from stackctl.engine.devices import cpu_multiplies_bfloat16
+from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
 from stackctl.engine.module_pool import each_module
 from stackctl.engine.own_weights import OwnWeights, forget_pages
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
-from stackctl.jobs import ranks
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.model import ModulePlan, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quiet_libraries() -> None:
@@ -54,53 +52,6 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA, else MPS, else the CPU.
-
-    Raises:
-        Incompatible: the device that was asked for is not there.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise Incompatible(f"this machine has no {name} device", hint="use --device auto")
-    return torch.device(name, ranks.local_rank()) if name == "cuda" and ranks.is_launched() else torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
-    """``auto`` is float32 on a CPU, else the base's own half precision; so is what nf4 leaves as it is."""
-    if name not in ("auto", "nf4"):
-        return DTYPES[name]
-    return torch.float32 if device.type == "cpu" else DTYPES.get(base.dtype, torch.float32)
-
-
-_WIDE = 256
-"""Hidden size from which on casting to bfloat16 costs less than its faster products save."""
-
-
-def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedModel) -> bool:
-    """Whether to train under bfloat16 autocast: where a device multiplies it in hardware.
-
-    On a CPU that is for float32 weights when nothing else was asked for, toy models apart; on CUDA also over a base in
-    bfloat16 or nf4, whose adapter would be multiplied in float32 otherwise. The adapter and the optimizer stay in
-    float32. Measured on a CPU with AVX512-BF16: 1.9 times the speed.
-    """
-    if device.type == "cuda":
-        fits = dtype in ("auto", "bfloat16", "nf4") and model.dtype in (torch.float32, torch.bfloat16)
-        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype != "auto" or model.dtype != torch.float32:
-        return False
-    return multiplies_in_bfloat16(device, getattr(model.config.get_text_config(), "hidden_size", 0))
-
-
-def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
-    """Whether casting to bfloat16 pays: on a CPU that has it in hardware, for matrices that are not small."""
-    if device.type != "cpu" or hidden_size < _WIDE:
-        return False
-    return cpu_multiplies_bfloat16()
 
 
 @dataclass

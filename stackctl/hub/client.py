@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import HubFailure, NotFound, VerificationFailed
 from stackctl.hub import http_client
 from stackctl.hub.errors import Attempt, explained, scrub
-from stackctl.hub.http_client import Say, impatient_client, plain_client
+from stackctl.hub.http_client import impatient_client, plain_client
 from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
 from stackctl.hub.repo_place import parse_repo
 from stackctl.storage.files import human_bytes

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound
 from stackctl.core.expressions import (
@@ -22,7 +23,6 @@ from stackctl.core.expressions import (
     parse_reference,
 )
 from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber, HubSource
-from stackctl.hub.http_client import Say
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of

@@ -6,13 +6,12 @@ By itself it waits for ever for a silent server, and sleeps as long as a 429 ask
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
+from stackctl.core import Say
 from stackctl.core.errors import HubFailure
 from stackctl.hub.errors import Attempt, explain_status, retry_after
 
-Say = Callable[[str], None]
 TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))
 """How long a server may be silent."""
 _PATIENCE_SECONDS = 30

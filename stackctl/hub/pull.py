@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage
 from stackctl.core.expressions import (
@@ -20,7 +21,6 @@ from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import open_hub
 from stackctl.hub.fetch_adapters import AdapterFetcher
-from stackctl.hub.http_client import Say
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.core.schema import HubSource
@@ -27,7 +28,6 @@ from stackctl.hub.bundle import (
 )
 from stackctl.hub.card import CARD, CardFacts, combine_facts, facts_of_card
 from stackctl.hub.client import Hub, open_hub
-from stackctl.hub.http_client import Say
 from stackctl.hub.remote_files import Content, Snapshot, sha256
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import read_plan

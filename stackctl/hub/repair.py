@@ -6,11 +6,12 @@ commit that the entry records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stackctl.core import Say
 from stackctl.core.command_line import typed
 from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.lora.checkpoint import INFO, WEIGHTS
@@ -19,8 +20,6 @@ from stackctl.registry.checkpoint_files import checkpoint_folders, copy_checkpoi
 from stackctl.registry.restore import find_copies, own_folder, restore_files
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from stackctl.core import Say
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
 from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
@@ -62,7 +63,7 @@ def log_folder(registry: Registry, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def tracking(job: TrainJob, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def tracking(job: TrainJob, folder: Path, say: Say) -> Iterator[None]:
     """Whatever a job reports to writes into ``folder``, unless the environment names another, and says so.
 
     No login is asked for: without one, wandb stays offline. What these programs print goes to stderr.

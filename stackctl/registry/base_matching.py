@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible, NotFound, StackctlError
 from stackctl.core.schema import AdapterInfo, AdapterVersion, Base, Stack
 from stackctl.lora.checkpoint import Checkpoint
@@ -111,7 +111,7 @@ class StatedBase:
         return StatedBase(name, hub_id, own)
 
 
-def find_stated_base(registry: Registry, stated: StatedBase, say: Callable[[str], None]) -> Base:
+def find_stated_base(registry: Registry, stated: StatedBase, say: Say) -> Base:
     """The base that an adapter was trained on: by its fingerprint, else by its name on the Hub.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from stackctl.core import Say
 from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.schema import SCHEMA, Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
@@ -79,11 +80,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-FetchBase = Callable[[str, str | None, Callable[[str], None]], tuple[Path, str]]
+FetchBase = Callable[[str, str | None, Say], tuple[Path, str]]
 """A repo on the Hub, its revision and what to tell people with, to the folder of its files here and the commit."""
 
 
-def _cannot_fetch(repo: str, revision: str | None, say: Callable[[str], None]) -> tuple[Path, str]:
+def _cannot_fetch(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     raise HubFailure(f"the base {repo} is on the Hub, and nothing says how to fetch it")
 
 

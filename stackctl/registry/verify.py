@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible, StackctlError, explain_oserror
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, AdapterInfo, Base, Removed, Stack
@@ -24,7 +25,7 @@ _REMEMBERED = 1000
 def verify_registry(
     registry: Registry,
     only: set[str] | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = lambda _: None,
     damaged: Callable[[ResolvedMember], None] = lambda _: None,
     read: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, list[dict[str, Any]]]:

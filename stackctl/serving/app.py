@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from stackctl.core import Say
 from stackctl.core.errors import NotFound, StackctlError
 from stackctl.serving.answers import DONE, Finished, Shape, event
 from stackctl.serving.api_errors import ApiError, api_error
@@ -41,7 +42,7 @@ class Service:
     engine: Engine[Any]
     models: Models
     guard: Guard
-    say: Callable[[str], None]
+    say: Say
     debug: bool = False
 
     def prepare(self, asked: Asked) -> list[Row]:

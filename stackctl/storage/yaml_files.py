@@ -15,7 +15,7 @@ import msgspec
 
 from stackctl import __version__
 from stackctl.core.errors import StackctlError, Usage, did_you_mean, joined
-from stackctl.core.library_messages import reword_message
+from stackctl.core.library_messages import reword_message, type_at
 from stackctl.core.migrations import migrate
 from stackctl.storage.files import read_bounded
 from stackctl.storage.paths import missing_path
@@ -125,7 +125,7 @@ def _explain(
     before, in_mapping, _ = location.partition("[...]")
     path = _parse_location(before)
     if in_mapping:  # msgspec does not say under which key, so look for it
-        item_type = _type_at(type_, (*path, ""))
+        item_type = type_at(type_, (*path, ""))
         for key, item in _value_at(value, path).items():
             try:
                 msgspec.convert(item, item_type, strict=True)
@@ -138,11 +138,11 @@ def _explain(
     line, column = marks.get(found, (1, 1))
     where = f"{source}, line {line}, column {column}"
     if unknown:
-        known = _known_fields(_type_at(type_, path))
+        known = _known_fields(type_at(type_, path))
         hint = did_you_mean(unknown[1], known, f"known: {', '.join(known)}")
         return Usage(f"{where}: unknown key '{unknown[1]}'", hint=hint), full
     dotted = ".".join(str(part) for part in full)
-    said = f"{where}: {dotted + ': ' if dotted else ''}{reword_message(message)}"
+    said = f"{where}: {dotted + ': ' if dotted else ''}{reword_message(message, type_at(type_, path))}"
     return Usage(said, hint="mend that value"), full
 
 
@@ -156,20 +156,6 @@ def _value_at(value: Any, path: KeyPath) -> Any:
     for part in path:
         value = value[part]
     return value
-
-
-def _type_at(type_: Any, path: KeyPath) -> Any:
-    """The type that a type's document has at a path; unions and annotations are looked through."""
-    for part in path:
-        for candidate in (type_, *typing.get_args(type_)):
-            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
-                fields = {field.encode_name: field.type for field in msgspec.structs.fields(candidate)}
-                type_ = fields.get(str(part), type_)
-                break
-            if typing.get_origin(candidate) in (dict, list):
-                type_ = typing.get_args(candidate)[-1]
-                break
-    return type_
 
 
 def _known_fields(type_: Any) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stackctl.engine import models as engine
+from stackctl.engine import devices
 
 
 def model_of(hidden: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -41,7 +41,7 @@ def test_autocast_is_chosen_only_where_it_helps(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
-    found = engine.computes_in_bfloat16(dtype, torch.device(device), model_of(hidden, weights))
+    found = devices.computes_in_bfloat16(dtype, torch.device(device), model_of(hidden, weights))
     assert found is expected
 
 
@@ -51,7 +51,7 @@ def test_training_under_autocast_is_nearly_training_in_float32(house: Any, monke
     h.add("style", seed=1)
     plain = h.train("plain", "--max-steps", 3, on="style")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(engine, "_WIDE", 1)
+    monkeypatch.setattr(devices, "_WIDE", 1)
     fast = h.train("fast", "--max-steps", 3, on="style")
     assert fast["loss"] == pytest.approx(plain["loss"], rel=0.02)
     assert fast["loss"] != plain["loss"]

@@ -327,7 +327,20 @@ def test_order_and_words_are_kept_in_writing():
 
 
 def test_a_missing_key_is_named():
-    assert "versions" in refusal("schema: 1\nname: x\n", Adapter, schema=1).message
+    assert "the key 'versions' is missing" in refusal("schema: 1\nname: x\n", Adapter, schema=1).message
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("scheduler: slow", "expected 'linear', 'cosine', 'constant' or 'constant_with_warmup', got 'slow'"),
+        ("batch_size: many", "expected a whole number or 'auto', got 'many'"),
+        ("batch_size: 2.5", "expected a whole number or 'auto', got a number"),
+        ("frozen: [fold]", "expected 'auto', 'fold' or 'live', got a list"),
+    ],
+)
+def test_the_words_that_a_key_takes_are_named(line: str, said: str) -> None:
+    assert refusal(f"train:\n  style: {{{line}}}\n", Recipe).message.endswith(f"{line.partition(':')[0]}: {said}")
 
 
 @pytest.mark.parametrize(

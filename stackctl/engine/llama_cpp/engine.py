@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stackctl.engine.base_folders import Say
+from stackctl.core import Say
 from stackctl.engine.generation import Generated, Sampling
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.stopping import OnText
-from stackctl.engine.llama_cpp.adapters import Scaled, scaled_adapters
+from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, Row

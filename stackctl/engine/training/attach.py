@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
 from stackctl.engine.models import StackedModel
@@ -21,8 +21,6 @@ from stackctl.lora.target_modules import natural_order
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""
-
-Say = Callable[[str], None]
 
 
 def freeze_stack(stacked: StackedModel, prepared: PreparedJob, targets: Targets, say: Say) -> str:

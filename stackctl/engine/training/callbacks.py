@@ -6,11 +6,11 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.engine.training.early_stopping import HeldOut
 from stackctl.engine.training.state import Progress, RunState
@@ -20,7 +20,7 @@ from stackctl.jobs import ranks
 class StepCallback(TrainerCallback):
     """Counts steps, keeps the loss curve, stops at a loss that is no number, and lets Ctrl-C end a step in peace."""
 
-    def __init__(self, run: RunState, progress: Progress, say: Callable[[str], None], held_out: HeldOut | None) -> None:
+    def __init__(self, run: RunState, progress: Progress, say: Say, held_out: HeldOut | None) -> None:
         self._run, self._progress, self._say, self._held_out = run, progress, say, held_out
         self._started = self._seconds_before = self._rate = 0.0
         self._previous: dict[signal.Signals, Any] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stackctl.core import Say
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
@@ -22,7 +23,6 @@ from stackctl.jobs.job import PreparedJob
 from stackctl.render.record_preview import Span, render_preview
 from stackctl.render.terminal import Painted, colours_on, width_of
 
-Say = Callable[[str], None]
 _LOOKED_AT = 100
 """How many examples are looked at for tokens that the base never learned."""
 _NAMED = 20

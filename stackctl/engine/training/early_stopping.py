@@ -8,7 +8,7 @@ first active adapter, which may be a frozen one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data import Example
@@ -50,7 +51,7 @@ class HeldOut(TrainerCallback):
         examples: Sequence[Example],
         job: TrainJob,
         counters: Counters,
-        say: Callable[[str], None],
+        say: Say,
         answers: KnownAnswers | None = None,
     ) -> None:
         self._examples = examples

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stackctl.engine.models import choose_device, choose_dtype, multiplies_in_bfloat16
+from stackctl.engine.devices import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.targets import Targets
 from stackctl.jobs.job import PreparedJob
@@ -47,7 +47,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes that train together.
 
     ``checkpoints``: accelerate has activations computed again, whatever the job says. ``is_here``: this process is one
@@ -76,7 +76,7 @@ class StepPlan:
 
 
 def plan_step(
-    prepared: PreparedJob, corpus: Corpus, targets: Targets, group: Group, kept: StepCut | None = None
+    prepared: PreparedJob, corpus: Corpus, targets: Targets, group: ProcessGroup, kept: StepCut | None = None
 ) -> StepPlan:
     """Choose how the steps of a job are cut, by the memory that this takes and that is there.
 
@@ -111,7 +111,7 @@ def plan_step(
     return StepPlan(chosen, estimate(chosen), tuple(notes), tuple(cuts[cuts.index(chosen) + 1 :]))
 
 
-def _available(group: Group) -> tuple[int, bool]:
+def _available(group: ProcessGroup) -> tuple[int, bool]:
     """Bytes that there are for training, and whether all processes share them; what is held for it already counts."""
     device = choose_device()
     if device.type == "cuda":
@@ -120,7 +120,7 @@ def _available(group: Group) -> tuple[int, bool]:
     return main_memory().available + (own_memory() * group.processes if group.is_here else 0), True
 
 
-def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: Group, cut: StepCut) -> MemoryEstimate:
+def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGroup, cut: StepCut) -> MemoryEstimate:
     """The memory of one process, of the largest micro-batch that the data can make.
 
     ``rows`` is how many single tokens have theirs trained.

@@ -6,11 +6,12 @@ An estimate comes near; an allocator that runs out says so, and then the next sm
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
 
+from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import is_sharded, told_by_each
@@ -38,7 +39,7 @@ def memory_full() -> Failed:
 
 
 def first_that_runs(
-    model: PeftModel, corpus: Corpus, parts: TrainerParts, cuts: Sequence[StepCut], say: Callable[[str], None]
+    model: PeftModel, corpus: Corpus, parts: TrainerParts, cuts: Sequence[StepCut], say: Say
 ) -> StepCut:
     """The first of ``cuts`` whose largest micro-batch goes forward and back in this memory, in all processes.
 

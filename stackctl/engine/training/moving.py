@@ -8,7 +8,7 @@ process does the same on the same records.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Moved
 from stackctl.engine.data import Encoded, Example, collate
@@ -43,8 +44,6 @@ _FEWEST = 8
 """A run is looked at with no more than a sixteenth of the records that it sees, but with eight at least."""
 _VALUES = 1 << 26
 """Log-probabilities that are kept, 268 MB in float32: supervised tokens times vocabulary."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

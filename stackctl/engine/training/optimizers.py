@@ -7,7 +7,7 @@ import importlib.metadata
 import torch
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.models import choose_device
+from stackctl.engine.devices import choose_device
 from stackctl.jobs.optimizers import EIGHT_BITS
 from stackctl.machine.memory_estimate import QUANTISED_FROM
 

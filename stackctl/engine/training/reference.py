@@ -34,7 +34,7 @@ _FILE = "log_probabilities.npy"
 
 
 @dataclass
-class Reference:
+class ReferenceModel:
     """A model whose frozen stack is the reference: it is what is left with the new adapter off.
 
     ``live`` is the frozen stack's name in it, where it is not folded. ``at_zero``: the new adapter has no effect yet.

@@ -15,8 +15,9 @@ from transformers import set_seed
 from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion, Run
 from stackctl.engine import data as data_module
+from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.live_adapter import LIVE
-from stackctl.engine.models import StackedModel, choose_device, computes_in_bfloat16, load_base
+from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
@@ -25,13 +26,13 @@ from stackctl.engine.training.attach import attach_new, freeze_stack
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
-from stackctl.engine.training.memory import Group, plan_step
+from stackctl.engine.training.memory import ProcessGroup, plan_step
 from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.optimizers import check_kernels
 from stackctl.engine.training.orthogonal import OrthogonalRows
-from stackctl.engine.training.reference import Reference, fallen
+from stackctl.engine.training.reference import ReferenceModel, fallen
 from stackctl.engine.training.register import FinishedRun, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
@@ -130,7 +131,7 @@ def _cuts(
     """How all processes cut their steps, by the memory that there is."""
     if linked := ranks.link():
         return linked.cuts
-    processes = Group(ranks.world_size(), group.is_sharded(), group.checkpoints_itself())
+    processes = ProcessGroup(ranks.world_size(), group.is_sharded(), group.checkpoints_itself())
     kept = read_cut(folder.signature.get(CUT)) if resume and folder.checkpoints else None
     plan = plan_step(prepared, loaded.corpus, loaded.targets, processes, kept)
     for text in plan.told():
@@ -167,7 +168,9 @@ def _train(
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
     reference = answers = held_out_answers = held_out = None
     if job.objective in OBJECTIVES:
-        reference = Reference(model, live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing)
+        reference = ReferenceModel(
+            model, live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing
+        )
         answers = reference.know(corpus.encoded, job, corpus.max_length)
         if corpus.evaluation:
             held_out_answers = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)

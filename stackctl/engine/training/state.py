@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackctl.core import Say
 from stackctl.engine.data import Reading
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
 from stackctl.engine.training.objectives import ranked
@@ -82,7 +83,7 @@ class RunOutput:
     goes on after an interruption.
     """
 
-    say: Callable[[str], None]
+    say: Say
     progress: Progress
     reading: Reading
     again: str

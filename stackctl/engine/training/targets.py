@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
@@ -73,9 +74,7 @@ def _short(name: str) -> str:
     return f"{parent}.{last}" if last.isdigit() or parent == "experts" else last
 
 
-def targets_of(
-    prepared: PreparedJob, folder: Path, tokenizer: Any, say: Callable[[str], None] = lambda _: None
-) -> Targets:
+def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = lambda _: None) -> Targets:
     """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`.
 
     Raises:

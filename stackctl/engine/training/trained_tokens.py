@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from stackctl.core import Say
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.trained_tokens import AUTO, NONE, parse_tokens, token_modules
-
-Say = Callable[[str], None]
 
 
 def tokens_of(prepared: PreparedJob, tokenizer: Any, say: Say = lambda _: None) -> dict[int, str]:

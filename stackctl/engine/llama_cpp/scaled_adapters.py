@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stackctl.engine.base_folders import Say
+from stackctl.core import Say
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.methods import SUM
