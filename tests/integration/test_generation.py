@@ -207,6 +207,18 @@ def test_a_seed_repeats_and_temperature_varies(house: Any) -> None:
     assert [a["text"] for a in tiny_p] == [a["text"] for a in plain], "so is a nucleus of one token"
 
 
+def test_logits_that_are_no_numbers_are_no_answer(house: Any) -> None:
+    h = house()
+    h.add("style", seed=1)
+    for line in (
+        ["generate", "style:1e300"],
+        ["generate", "style:1e20", "--temperature", 1],
+        ["compare", "style", "style:1e300"],
+    ):
+        ran = h.run(*line, "-p", "hi", "--max-new-tokens", 2, "--json", code=4)
+        assert "not a finite number" in ran.out, line
+
+
 def test_prompts_that_cannot_be_answered_are_2(house: Any, tmp_path: Path) -> None:
     h = house()
     h.run("generate", "base", "-p", "", code=2)

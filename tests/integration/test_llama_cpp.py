@@ -108,6 +108,12 @@ def test_what_llama_cpp_cannot_do_is_refused_with_the_reason(shelf, run, fails, 
     assert "stackctl-lora[llamacpp]" in fails("generate", "style", *prompt, code=4)
 
 
+def test_logits_that_are_no_numbers_are_no_answer_and_no_crash(shelf, run):
+    line = [sys.executable, "-m", "stackctl", "generate", "style:1e30", "-p", TEXT, "--max-new-tokens", "200", *LLAMA]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4 and "not a finite number" in done.stderr, (done.returncode, done.stderr)
+
+
 def test_the_server_answers_stacks_with_their_own_texts(shelf, run):
     shelf.add("whole", seed=3, modules_to_save=["lm_head"])
     known = {name: answers(run, name, "-p", TEXT, "--max-new-tokens", 24)[0] for name in STACKS}

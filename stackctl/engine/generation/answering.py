@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.generation.logits_processors import RawLogits, processors
+from stackctl.engine.generation.logits_processors import Numbers, RawLogits, processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.reader import Generated
@@ -60,7 +60,7 @@ def write_answers(
     transformers counts positions from each row's first real token.
 
     Raises:
-        Incompatible: transformers cannot generate with this model.
+        Incompatible: transformers cannot generate with this model, or what it computes is no number.
     """
     width = max(len(ids) for ids in batch)
     pad = _pad_token(stacked)
@@ -74,6 +74,7 @@ def write_answers(
         use_cache=True,
     )
     chosen = processors(sampling, [len(ids) for ids in batch], seeds)
+    chosen.insert(0, Numbers())
     answering = Answering(answers, width)
     if sampling.top_logprobs is not None:
         raw = RawLogits(TokenBytes(stacked.tokenizer), sampling.top_logprobs)

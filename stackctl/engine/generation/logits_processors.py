@@ -19,11 +19,29 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.sampling import Sampling
 
 _COLDEST = 1e-30
 """Logits divided by less overflow; with this the likeliest token is drawn, always."""
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits (…, vocabulary) that are no numbers: the largest of a row among which one is none is none.
+
+    Raises:
+        Incompatible: they are none.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise not_finite()
+
+
+class Numbers(LogitsProcessor):
+    """Ends an answer at logits that are no numbers, before a token is chosen by them: see :func:`check_numbers`."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
+        check_numbers(scores)
+        return cast(Tensor, scores)
 
 
 def processors(sampling: Sampling, lengths: list[int], seeds: list[int]) -> LogitsProcessorList:

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stackctl.core.errors import Incompatible
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _utf8 = codecs.getincrementaldecoder("utf-8")
 Scored = tuple[int, float]
 _LEAST = -9999.0
 """What OpenAI's API says of a token without any probability: JSON has no infinity."""
+
+
+def not_finite() -> Incompatible:
+    """What is said of an answer whose logits are no numbers, which every engine would choose a token by."""
+    return Incompatible(
+        "what this stack computes is not a finite number", hint="use smaller weights, or --dtype float32"
+    )
 
 
 @dataclass(frozen=True)

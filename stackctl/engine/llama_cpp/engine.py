@@ -17,7 +17,7 @@ from typing import Any
 
 from stackctl.core import Say
 from stackctl.engine.generation import Generated, Sampling
-from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
@@ -28,6 +28,8 @@ from stackctl.plan.model import StackPlan
 
 _ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p"]
 """In which transformers applies them."""
+_LARGE = 100.0
+"""The scale of an adapter from which on its sums are looked at: below it they overflow in no model that was trained."""
 _STOPS = {"eos": "end", "limit": "length"}
 
 
@@ -211,11 +213,14 @@ class LlamaCpp(Engine[LlamaRow]):
 
         Raises:
             FieldRefused: llama.cpp does not say: of a character in several tokens it tells the last alone.
+            Incompatible: they are no numbers.
         """
         count = row.sampling.top_logprobs
+        told = said.get("completion_probabilities", [])
+        if any(one["logprob"] is None for one in told):
+            raise not_finite()
         if count is None or said["stop"]:
             return []
-        told = said.get("completion_probabilities", [])
         if len(told) != said["tokens_predicted"] - row.made:
             what = "llama.cpp does not say how likely the parts of a character are, and this answer has one in parts"
             raise FieldRefused(what, hint="serve it with --engine transformers", param="logprobs")
@@ -240,13 +245,19 @@ def _tokens(row: LlamaRow) -> int:
 
 
 def _body(row: LlamaRow, scales: list[dict[str, float]]) -> dict[str, Any]:
-    """What ``/completion`` is asked: nothing is left to defaults of its own, which sample."""
+    """What ``/completion`` is asked: nothing is left to defaults of its own, which sample.
+
+    llama.cpp chooses a token even by logits that are no numbers. How likely it was shows that, so that is asked for too
+    where scales are large.
+    """
     asked = row.sampling
+    large = any(abs(one["scale"]) >= _LARGE for one in scales)
+    count = (1 if large else 0) if asked.top_logprobs is None else max(1, asked.top_logprobs)  # 0 tells nothing at all
     return {
         "prompt": row.ids, "n_predict": row.limit, "lora": scales, "return_tokens": True, "cache_prompt": True,
         "samplers": _ORDER, "temperature": float(asked.temperature or 0), "top_k": asked.top_k or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p, "min_p": asked.min_p or 0.0,
         "repeat_penalty": asked.repetition_penalty or 1.0, "repeat_last_n": _tokens(row),
         "seed": row.seed % (2**32 - 1),  # the largest number means: any
-        "n_probs": 0 if asked.top_logprobs is None else max(1, asked.top_logprobs),  # 0 tells nothing of either
+        "n_probs": count,
     }  # fmt: skip

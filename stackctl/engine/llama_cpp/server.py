@@ -124,7 +124,13 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
         held = [xllamacpp.Server(params)]
     except (RuntimeError, ValueError) as error:
         raise Failed(f"llama.cpp cannot load {settings.gguf.name}: {error}") from error
-    return urlsplit(held[0].listening_address).netloc, held.clear
+
+    def stop() -> None:
+        atexit.unregister(stop)
+        held.clear()
+
+    atexit.register(stop)  # in the middle of an answer its threads would outlive what they use, and crash the process
+    return urlsplit(held[0].listening_address).netloc, stop
 
 
 def _only_cpus(devices: Sequence[dict[str, Any]]) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackctl.core.errors import Incompatible
-from stackctl.engine.generation.logits_processors import processors, token_logprob
+from stackctl.engine.generation.logits_processors import check_numbers, processors, token_logprob
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
@@ -40,8 +39,7 @@ class BatchRow(Row):
         Raises:
             Incompatible: they are no numbers.
         """
-        if not logits.max().isfinite():  # a largest value among which one is no number is none
-            raise Incompatible("the weights of this stack are so large that nothing it computes is a number")
+        check_numbers(logits)
         scores = logits
         if len(self._processors):
             seen = torch.tensor([[*self.ids, *self._chosen]], device=logits.device)
