@@ -34,7 +34,7 @@ def render_comparison(
     from rich.console import Group
     from rich.text import Text
 
-    from stackctl.render.side_by_side import SideBySide
+    from stackctl.render.tables import SideBySide
 
     parts: list[RenderableType] = []
     for row in by_prompt(names, answers):

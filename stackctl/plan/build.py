@@ -11,7 +11,6 @@ from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
-from stackctl.plan.foundations import missing_foundations
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
@@ -19,6 +18,7 @@ from stackctl.plan.refusals import no_plain_lora, refusals
 from stackctl.plan.token_rows import clashing_rows, member_rows, rows_without_sum
 from stackctl.plan.validate import (
     clashing_replacements,
+    missing_foundations,
     other_rows,
     recorded_problems,
     same_adapter_twice,

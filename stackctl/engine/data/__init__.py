@@ -3,8 +3,14 @@
 from typing import TYPE_CHECKING
 
 from stackctl.core.on_demand import on_demand
-from stackctl.engine.data.adapter_template import adopt_chat_template
-from stackctl.engine.data.chat_template import CHATML, ensure_chat_template, fix_date, prefix_ids, shown_date
+from stackctl.engine.data.chat_template import (
+    CHATML,
+    adopt_chat_template,
+    ensure_chat_template,
+    fix_date,
+    prefix_ids,
+    shown_date,
+)
 from stackctl.engine.data.examples import IGNORED, Encoded, Example
 from stackctl.engine.data.turns import end_of_turn
 

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,8 @@ from jinja2 import TemplateError
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.thoughts import Tag, tags_in
 from stackctl.engine.records import Message
+from stackctl.plan.model import StackPlan
+from stackctl.plan.own_template import templates_of
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -30,6 +32,23 @@ _SYSTEM: Message = {"role": "system", "content": "Be brief."}
 _INSTEAD = {"developer": "system", "function": "tool", "ipython": "tool", "tool": "ipython"}
 """What a role is rendered as where the template has none of its own for it."""
 _DATE = "STACKCTL_TEMPLATE_DATE"
+
+
+def adopt_chat_template(tokenizer: Any, base: str, plans: Iterable[StackPlan]) -> str | None:
+    """Give the tokenizer of a base without a chat template the one that its adapters bring, and what to say of it.
+
+    A base's own template is left as it is. Else it is that of the newest member of the first stack in which some member
+    has one, since that is what the member was trained with; None where nobody has one.
+    """
+    if tokenizer.chat_template:
+        return None
+    found = [pair for plan in plans for pair in templates_of(plan.members)]
+    if not found:
+        return None
+    label, tokenizer.chat_template = found[0]
+    others = sorted({other for other, template in found if template != tokenizer.chat_template})
+    differ = f"; {', '.join(others)} would have another one" if others else ""
+    return f"the base '{base}' has no chat template: that of {label} is used{differ}"
 
 
 def ensure_chat_template(tokenizer: Any) -> bool:
