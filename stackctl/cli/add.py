@@ -79,8 +79,8 @@ def register(app: typer.Typer) -> None:
         tolerance: Annotated[
             float | None,
             typer.Option(
-                help="The share of a layer's change that may be lost; without either option none where its rank is "
-                "small, else 0.01.",
+                help="The share of a layer's change that may be lost; without --rank and --tolerance none where the "
+                "change has a small rank, else 0.01.",
                 rich_help_panel=_CONVERT,
             ),
         ] = None,
@@ -127,7 +127,7 @@ def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
     if adapter.is_dora and not request.wanted:
         then = shlex.join(["stackctl", "add", request.name, str(path), "--convert"])
         raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
-    from stackctl.engine.renamed import write_mlx_as_peft
+    from stackctl.engine.foreign_adapters import write_mlx_as_peft
 
     with atomic.staging_directory(context.registry.root / "weights") as staged:
         write_mlx_as_peft(adapter, staged)
@@ -139,7 +139,7 @@ def _add_kohya(context: Context, file: Path, request: _Request) -> Result:
     _refuse_link(request, "sd-scripts and LyCORIS")
     base = resolve_expression(context.registry, request.on or "base", base=request.base).base
     adapter = read_kohya(file, base)
-    from stackctl.engine.renamed import write_kohya_as_peft
+    from stackctl.engine.foreign_adapters import write_kohya_as_peft
 
     with atomic.staging_directory(context.registry.root / "weights") as staged:
         write_kohya_as_peft(adapter, staged)

@@ -66,8 +66,8 @@ def register(app: typer.Typer) -> None:
             bool | None,
             typer.Option(
                 "--prove/--no-prove",
-                help="Compare its logits with those of transformers' own loading, for which it is loaded twice; "
-                "by itself for weights of up to 1 GB.",
+                help="Load it here and by transformers alone, and compare the logits; by default for weights of up to "
+                "1 GB.",
                 show_default=False,
             ),
         ] = None,

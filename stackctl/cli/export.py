@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--whole-class",
-                help="With peft, of a model that also sees: names of the class that config.json names, as vLLM wants.",
+                help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants.",
             ),
         ] = False,
         base: BaseOption = None,

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from stackctl.core.errors import Usage, first_line
-from stackctl.engine.data.thoughts import Tag, tags_in
+from stackctl.engine.data.reasoning import Tag, tags_in
 from stackctl.engine.records import Message
 from stackctl.plan.model import StackPlan
 from stackctl.plan.own_template import templates_of

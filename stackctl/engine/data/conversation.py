@@ -9,7 +9,7 @@ from typing import Any
 
 from stackctl.core.template_arguments import check_template_arguments
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
-from stackctl.engine.data.thoughts import Spoken, take_apart
+from stackctl.engine.data.reasoning import ReasonedAnswer, take_apart
 from stackctl.engine.records import Message
 
 NOTHING = "shows nothing"
@@ -19,11 +19,12 @@ NOTHING = "shows nothing"
 class Conversation:
     """Messages as the template takes them, turn for turn those of the record.
 
-    ``spoken`` are the assistant's turns taken apart, by position; ``said`` is what could not be shown as it was given.
+    ``reasoned`` are the assistant's turns taken apart, by position; ``said`` is what could not be shown as it was
+    given.
     """
 
     messages: list[Message]
-    spoken: dict[int, Spoken]
+    reasoned: dict[int, ReasonedAnswer]
     tools: list[Any] | None
     template: dict[str, Any]
     said: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ def converse(
         messages = numbered(messages)
         said.append("wants an id for each call: they are numbered")
     shown: list[Message] = []
-    spoken: dict[int, Spoken] = {}
+    reasoned: dict[int, ReasonedAnswer] = {}
     for position, message in enumerate(messages):
         role, visible = template.role(message["role"])
         if not visible:
@@ -57,13 +58,13 @@ def converse(
         if role != "assistant":
             shown.append({**message, "role": role})
             continue
-        spoken[position] = take_apart(message, template.tags)
+        reasoned[position] = take_apart(message, template.tags)
         if message.get("tool_calls") and template.arguments_as_text is None:
             raise ValueError(f"it shows nothing of the tool_calls of message {position + 1}")
-        shown.append(as_shown(template, message, spoken[position]))
+        shown.append(as_shown(template, message, reasoned[position]))
         if message.get("reasoning_content") and template.thought_key is None:
             said.append("has no place for a thought: it stands in the content, as <think>")
-    found = Conversation(shown, spoken, None, arguments, tuple(dict.fromkeys(said)))
+    found = Conversation(shown, reasoned, None, arguments, tuple(dict.fromkeys(said)))
     return replace(found, **_tools(template, found, tools)) if tools else found
 
 
@@ -101,29 +102,29 @@ def numbered(messages: Sequence[Message]) -> list[Message]:
     return made
 
 
-def as_shown(template: ChatTemplate, message: Message, spoken: Spoken, *, thought: bool = True) -> Message:
+def as_shown(template: ChatTemplate, message: Message, reasoned: ReasonedAnswer, *, thought: bool = True) -> Message:
     """A turn of the assistant as the template takes it, with its thought or without."""
-    made: Message = {"role": "assistant", "content": spoken.answer}
-    if thought and spoken.thought:
+    made: Message = {"role": "assistant", "content": reasoned.answer}
+    if thought and reasoned.thought:
         if template.thought_key:
-            made[template.thought_key] = spoken.thought
+            made[template.thought_key] = reasoned.thought
         else:
-            made["content"] = in_block(spoken)
+            made["content"] = in_block(reasoned)
     if calls := message.get("tool_calls"):
         made["tool_calls"] = [_call(call, as_text=bool(template.arguments_as_text)) for call in calls]
     return made
 
 
-def in_block(spoken: Spoken, *, opened: str = "") -> str:
+def in_block(reasoned: ReasonedAnswer, *, opened: str = "") -> str:
     """A thought and the answer behind it as one text; ``opened`` is the end of a prompt that opens the thought."""
-    tag = spoken.tag
-    written = spoken.written or f"\n{spoken.thought}\n{tag.close}\n\n"
+    tag = reasoned.tag
+    written = reasoned.written or f"\n{reasoned.thought}\n{tag.close}\n\n"
     if not opened:
-        return tag.open + written + spoken.answer
+        return tag.open + written + reasoned.answer
     space = opened[len(opened.rstrip()) :]
-    if not spoken.written and not space:
-        return spoken.thought + tag.close + spoken.answer
-    return written.removeprefix(space) + spoken.answer
+    if not reasoned.written and not space:
+        return reasoned.thought + tag.close + reasoned.answer
+    return written.removeprefix(space) + reasoned.answer
 
 
 def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
-from stackctl.engine.data.said import common, missing, saying_otherwise, whole_tags
-from stackctl.engine.data.thoughts import Spoken, closes, tag_of, without_empty
+from stackctl.engine.data.reasoning import ReasonedAnswer, closes, tag_of, without_empty
+from stackctl.engine.data.turn_text import common, missing, saying_otherwise, whole_tags
 from stackctl.engine.records import Message
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -107,40 +107,44 @@ class Turns:
             ValueError: the template does not show where the turn begins, or nothing of what is in it.
             TEMPLATE_ERRORS: what the template raises.
         """
-        history, message, spoken = talk.messages[:position], talk.messages[position], talk.spoken[position]
+        history, message, reasoned = talk.messages[:position], talk.messages[position], talk.reasoned[position]
         prompt: str | None = None
         with contextlib.suppress(*TEMPLATE_ERRORS):  # some templates cannot render what has no user turn yet
             prompt = self._render(history, talk, prompt=True) if position else None
         if prompt is None:
             return self._unprompted(talk, position)
         written = self._behind(prompt, history, message, talk)
-        if written is not None and not missing(prompt, written, message, spoken):
-            return Turn(prompt, written, self._added(written, spoken))
-        if spoken.thought and closes(prompt):
+        if written is not None and not missing(prompt, written, message, reasoned):
+            return Turn(prompt, written, self._added(written, reasoned))
+        if reasoned.thought and closes(prompt):
             return self._answer_only(prompt, talk, position)
         if (tag := tag_of(prompt)) is not None:
-            plain = as_shown(self._template, message, spoken, thought=False)
+            plain = as_shown(self._template, message, reasoned, thought=False)
             body, closing = without_empty(self._body(prompt, history, plain, talk), tag)
             space = prompt[len(prompt.rstrip()) :]
-            if spoken.thought:
-                given = Spoken(spoken.thought, "", spoken.written.replace(spoken.tag.close, tag.close), tag)
+            if reasoned.thought:
+                given = ReasonedAnswer(
+                    reasoned.thought, "", reasoned.written.replace(reasoned.tag.close, tag.close), tag
+                )
                 head = in_block(given, opened=prompt)
             else:
                 head = closing or (f"{space}{tag.close}\n\n" if space else tag.close)
-            return self._checked(prompt, head + body.lstrip("\n"), message, spoken)
-        if spoken.thought and self._template.thought_key is None:
-            plain = as_shown(self._template, message, spoken, thought=False)
+            return self._checked(prompt, head + body.lstrip("\n"), message, reasoned)
+        if reasoned.thought and self._template.thought_key is None:
+            plain = as_shown(self._template, message, reasoned, thought=False)
             if (behind := self._behind(prompt, history, plain, talk)) is not None:
-                given = Spoken(spoken.thought, "", spoken.written, spoken.tag)
-                return self._checked(prompt, in_block(given) + without_empty(behind, spoken.tag)[0], message, spoken)
+                given = ReasonedAnswer(reasoned.thought, "", reasoned.written, reasoned.tag)
+                return self._checked(
+                    prompt, in_block(given) + without_empty(behind, reasoned.tag)[0], message, reasoned
+                )
         if written is not None:
-            return self._checked(prompt, written, message, spoken)
+            return self._checked(prompt, written, message, reasoned)
         moved = ("renders a finished turn after something else than its generation prompt: it is laid out behind it",)
-        return self._checked(prompt, self._body(prompt, history, message, talk), message, spoken, moved)
+        return self._checked(prompt, self._body(prompt, history, message, talk), message, reasoned, moved)
 
     def _answer_only(self, prompt: str, talk: Conversation, position: int) -> Turn:
         """A turn with a thought behind a prompt that says there is none: thinking is switched on, or it is left out."""
-        history, message, spoken = talk.messages[:position], talk.messages[position], talk.spoken[position]
+        history, message, reasoned = talk.messages[:position], talk.messages[position], talk.reasoned[position]
         for name in _THINKING:
             if name in talk.template:
                 continue
@@ -150,10 +154,10 @@ class Turns:
                 turn = self.turn(thinking, position)
                 note = f"is told {name}=true for turns with a thought, whose prompt would say that there is none"
                 return Turn(turn.prompt, turn.written, (*turn.said, note))
-        plain = as_shown(self._template, message, spoken, thought=False)
+        plain = as_shown(self._template, message, reasoned, thought=False)
         written = self._behind(prompt, history, plain, talk)
         if written is None:
-            written, _ = without_empty(self._body(prompt, history, plain, talk), spoken.tag)
+            written, _ = without_empty(self._body(prompt, history, plain, talk), reasoned.tag)
         note = "begins the answer behind an empty thought: the thought of the record is not learned"
         return Turn(prompt, written, (note,))
 
@@ -178,9 +182,9 @@ class Turns:
 
     def _through(self, through: str, start: int, history: list[Message], message: Message, talk: Conversation) -> str:
         """A finished turn from where it begins to its end of turn."""
-        spoken = through[start:]
-        _, eos, behind = spoken.rpartition(self._template.eos or "\0")
-        if any(opener in spoken for opener in self._openers) or (eos and behind.strip()):
+        turn = through[start:]
+        _, eos, behind = turn.rpartition(self._template.eos or "\0")
+        if any(opener in turn for opener in self._openers) or (eos and behind.strip()):
             _, after = self._edges(through, history, message, talk)
             tail = through[after:] if after >= start else ""
             through = through[: len(through) - len(tail)] + self._ended(tail)
@@ -239,18 +243,20 @@ class Turns:
                 continue
         return roles
 
-    def _added(self, written: str, spoken: Spoken) -> tuple[str, ...]:
-        if spoken.thought or not self.lead.strip() or not written.startswith(self.lead):
+    def _added(self, written: str, reasoned: ReasonedAnswer) -> tuple[str, ...]:
+        if reasoned.thought or not self.lead.strip() or not written.startswith(self.lead):
             return ()
         return (f"puts {self.lead.strip()!r} before an answer: it is learned",)
 
-    def _checked(self, prompt: str, written: str, message: Message, spoken: Spoken, said: tuple[str, ...] = ()) -> Turn:
+    def _checked(
+        self, prompt: str, written: str, message: Message, reasoned: ReasonedAnswer, said: tuple[str, ...] = ()
+    ) -> Turn:
         """A turn, and in words what is missing in it.
 
         Raises:
             ValueError: a call is.
         """
-        lost = missing(prompt, written, message, spoken)
+        lost = missing(prompt, written, message, reasoned)
         if "the calls" in lost:
             raise ValueError("it shows nothing of the tool_calls of a turn that says something as well")
         return Turn(prompt, written, (*said, *(f"drops {what} from a turn: not learned" for what in lost)))

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL
-from stackctl.engine.data.thoughts import Spoken, tag_of
+from stackctl.engine.data.reasoning import ReasonedAnswer, tag_of
 from stackctl.engine.records import Message
 
 
@@ -55,9 +55,9 @@ def _other_arguments(call: dict[str, Any]) -> Any:
     return json.dumps(made) if isinstance(given, str) else made
 
 
-def missing(prompt: str, written: str, message: Message, spoken: Spoken) -> list[str]:
+def missing(prompt: str, written: str, message: Message, reasoned: ReasonedAnswer) -> list[str]:
     """What of a turn does not stand in what is to be written, or stands there twice."""
-    thought, answer = spoken.thought.strip(), spoken.answer.strip()
+    thought, answer = reasoned.thought.strip(), reasoned.answer.strip()
     lost = []
     rest = written
     if (tag := tag_of(prompt)) is not None:
@@ -66,7 +66,7 @@ def missing(prompt: str, written: str, message: Message, spoken: Spoken) -> list
             lost.append("the thought")
     elif thought:
         before, found, rest = written.partition(thought)
-        if not found or before.count(spoken.tag.open) > 1 or spoken.tag.close in before:
+        if not found or before.count(reasoned.tag.open) > 1 or reasoned.tag.close in before:
             lost.append("the thought")
             rest = written
     if answer and answer not in rest:

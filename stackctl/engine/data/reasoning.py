@@ -41,7 +41,7 @@ TAGS = (
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ReasonedAnswer:
     """A turn of the assistant, taken apart.
 
     ``written`` is a thought as it stands in the content, from behind what opens it up to the answer; empty where it
@@ -62,7 +62,7 @@ def tags_in(source: str) -> tuple[Tag, ...]:
     return TAGS[:1] + tuple(tag for tag in TAGS[1:] if tag.open.strip() in source)
 
 
-def take_apart(message: Message, tags: Sequence[Tag] = TAGS[:1]) -> Spoken:
+def take_apart(message: Message, tags: Sequence[Tag] = TAGS[:1]) -> ReasonedAnswer:
     """What of a turn is thought: ``reasoning_content``, or what the content begins with between two tags.
 
     A content that closes ``<think>`` at the edge of a line without having opened it, as models write behind a prompt
@@ -70,15 +70,15 @@ def take_apart(message: Message, tags: Sequence[Tag] = TAGS[:1]) -> Spoken:
     """
     content: str = message.get("content") or ""
     if message.get("reasoning_content"):
-        return Spoken(message["reasoning_content"], content)
+        return ReasonedAnswer(message["reasoning_content"], content)
     for tag in tags:
         before, closes, after = content.partition(tag.close)
         inner = before.lstrip().removeprefix(tag.open)
         alone = tag is TAGS[0] and (before.endswith("\n") or after.startswith("\n"))
         if closes and tag.open not in inner and (inner != before.lstrip() or alone):
             space = after[: len(after) - len(after.lstrip())]
-            return Spoken(inner.strip(), after.lstrip(), inner + tag.close + space, tag)
-    return Spoken("", content)
+            return ReasonedAnswer(inner.strip(), after.lstrip(), inner + tag.close + space, tag)
+    return ReasonedAnswer("", content)
 
 
 def tag_of(prompt: str) -> Tag | None:
