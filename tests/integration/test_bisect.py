@@ -76,13 +76,13 @@ def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, 
         alone = probe.score(frozenset({planted}))
         if stack - alone < 0.05:
             continue  # it does not show
-        enough = (stack + min(least, alone)) / 2
-        if any(probe.score(frozenset({part})) < enough for part in parts if part != planted):
-            continue  # it is not the only one without which it goes away
         found = find_culprits(parts, probe)
-        assert found.parts == (planted,), (planted, stack, least, alone)
+        if found.parts != (planted,):  # then it is not the only one without which it goes away
+            enough, others = (stack + min(least, alone)) / 2, set(parts) - {planted}
+            assert any(probe.score(frozenset({part})) < enough for part in others), (planted, stack, least, alone)
+            continue
         shown, within = shown + 1, within + (found.evaluations <= bound)
-    assert shown >= len(parts) / 2 and within >= 0.9 * shown, (shown, within)
+    assert shown >= 0.6 * len(parts) and within >= 0.9 * shown, (shown, within)
 
 
 def test_the_culprit_is_named_and_what_is_without_it_can_be_typed(three: Any) -> None:
