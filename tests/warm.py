@@ -11,6 +11,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,9 +22,17 @@ SERVER.set_forkserver_preload(["stackctl.engine.training", "stackctl.engine.serv
 class Command:
     """A command that runs: of ``subprocess.Popen`` what tests need."""
 
-    def __init__(self, arguments: list[str], folder: Path, out: Path, errors: Path, **more: str) -> None:
-        """``more`` is added to this process's environment."""
-        told = (arguments, folder, out, errors, {**os.environ, **more})
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        out: Path,
+        errors: Path,
+        environment: dict[str, str] | None = None,
+        **more: str,
+    ) -> None:
+        """``more`` is added to ``environment``, or to that of this process."""
+        told = (arguments, folder, out, errors, {**(os.environ if environment is None else environment), **more})
         self._process = SERVER.Process(target=_be_the_command, args=told)
         self._process.start()
         assert self._process.pid is not None
@@ -43,6 +52,16 @@ class Command:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def run(
+    arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run`` of a command, with its output as text."""
+    with tempfile.TemporaryDirectory() as place:
+        out, errors = Path(place, "stdout"), Path(place, "stderr")
+        code = Command(arguments, folder, out, errors, environment).wait(timeout)
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), errors.read_text())
 
 
 class Launcher:
