@@ -74,7 +74,7 @@ def register(app: typer.Typer) -> None:
         if name is None:
             raise Usage(f"{config} does not name the adapter", hint=f"stackctl train NAME --config {config}")
         if found and found.ignored:
-            context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is passed over")
+            context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
         prepared = _prepare(context, name, found, given)
         if dry_run:
             return dry_run_result(context, prepared)

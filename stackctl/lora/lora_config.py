@@ -42,7 +42,7 @@ class _LoraConfig(msgspec.Struct):
 
 def check_lora_config(config: dict[str, Any], path: Path) -> None:
     """Raises: Incompatible: a key has a value of another type than PEFT's, or one that is no regular expression."""
-    hint = "mend it, or restore the checkpoint from where it was made"
+    hint = "correct it, or restore the checkpoint from where it was made"
     try:
         typed = msgspec.convert(config, _LoraConfig, strict=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a character

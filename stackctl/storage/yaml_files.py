@@ -143,7 +143,7 @@ def _explain(
         return Usage(f"{where}: unknown key '{unknown[1]}'", hint=hint), full
     dotted = ".".join(str(part) for part in full)
     said = f"{where}: {dotted + ': ' if dotted else ''}{reword_message(message, type_at(type_, path))}"
-    return Usage(said, hint="mend that value"), full
+    return Usage(said, hint="correct that value"), full
 
 
 def _parse_location(location: str) -> KeyPath:

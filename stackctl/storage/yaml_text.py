@@ -78,7 +78,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = error.problem or error.context or "not valid YAML"
-        raise Usage(f"{source}{where}: {what}", hint="mend the file at that place") from None
+        raise Usage(f"{source}{where}: {what}", hint="correct the file at that place") from None
     except (yaml.reader.ReaderError, UnicodeEncodeError):
         found = _UNPRINTABLE.search(text)
         where = f", line {_line(text, found[0])}" if found else ""

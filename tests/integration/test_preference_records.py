@@ -93,4 +93,4 @@ def test_without_pairs_the_chosen_answer_is_read_and_said(tmp_path):
     found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20))
     assert tiny_tokenizer().decode(found.examples[0].input_ids) == "ab<|im_end|>"
     assert len(found.examples) == 1
-    assert found.notes == ["of 1 pairs of answers 'chosen' is read, and 'rejected' is passed over"]
+    assert found.notes == ["of 1 pairs of answers 'chosen' is read, and 'rejected' is ignored"]

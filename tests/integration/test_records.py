@@ -356,7 +356,7 @@ def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: P
     known = {"messages": PAIR, "images": ["a.png"], "id": 3}
     found = read_records(write(tmp_path / "a.jsonl", known, known, {**known, "rejected": "b", "images": []}))
     (note,) = found.notes
-    assert note.endswith("passed over: 'images' (2 records), 'rejected' (1 record)")
+    assert note.endswith("ignored: 'images' (2 records), 'rejected' (1 record)")
 
 
 def test_fields_that_only_other_rows_of_a_table_have_are_absent(tmp_path: Path) -> None:

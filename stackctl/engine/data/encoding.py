@@ -235,7 +235,7 @@ class _Layouts:
                 f"{count} conversations became one example per turn"
             )
         if self._unread:
-            notes.append(f"of {self._unread} pairs of answers 'chosen' is read, and 'rejected' is passed over")
+            notes.append(f"of {self._unread} pairs of answers 'chosen' is read, and 'rejected' is ignored")
         notes += [f"the chat template {said}: {number} of {count} conversations" for said, number in self._said.items()]
         if self._muted:
             notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")

@@ -119,7 +119,7 @@ class RecordStream:
             notes.append(f"{counted(self.left_out, 'record')} with 'label': false (for KTO, to be avoided) left out")
         if self.ignored:
             named = ", ".join(f"'{key}' ({counted(count, 'record')})" for key, count in self.ignored.most_common())
-            notes.append(f"{self.path} has keys that mean nothing here and were passed over: {named}")
+            notes.append(f"{self.path} has keys that mean nothing here and were ignored: {named}")
         return notes
 
     def _seen(self, share: float) -> None:
