@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal
 
 import typer
 
 from stackctl.cli.fit_weights import FitWishes, Per
 from stackctl.cli.sweep_weights import SweepWishes
-from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core.errors import StackctlError, Usage, raise_all
 
 _FIT, _SWEEP, _BOTH = "Weights learned from data", "Weights tried one by one", "Data for either"
-_PER = get_args(Per)
-_DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,11 @@ class WeightOptions:
         ),
     ] = None
     per: Annotated[
-        str | None,
+        Per | None,
         typer.Option(
-            help="With --fit or --method best: a weight for each member, layer or module.",
+            help="With --fit or --method best: what has a weight of its own.",
             show_default="member",
             rich_help_panel=_FIT,
-            autocompletion=lambda: list(_PER),
-            metavar="WHAT",
         ),
     ] = None
     holdout: Annotated[
@@ -94,8 +90,8 @@ class WeightOptions:
         ),
     ] = None
     device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or mps.", show_default="auto", rich_help_panel=_BOTH, metavar="NAME"),
+        Literal["auto", "cpu", "cuda", "mps"] | None,
+        typer.Option(help="Device to run on.", show_default="auto", rich_help_panel=_BOTH),
     ] = None
 
     def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | None:
@@ -131,10 +127,6 @@ class WeightOptions:
             )
         if self.sweep and not self.data:
             problems.append(Usage("--sweep measures losses, and no --data was given", hint="name records: --data FILE"))
-        for name, value, allowed in (("--per", self.per, _PER), ("--device", self.device, _DEVICES)):
-            if value is not None and value not in allowed:
-                hint = did_you_mean(value, allowed, f"one of {', '.join(allowed)}")
-                problems.append(Usage(f"{name} is not '{value}'", hint=hint))
         if (self.fit or self.sweep or best) and seed is not None and seed < 0:
             problems.append(Usage("--seed: a seed is no negative number", hint="--seed 0"))
         raise_all(problems)
