@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,11 @@ settings.register_profile("stackctl", deadline=None)  # a busy machine is no bug
 settings.load_profile("stackctl")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hub_server.py, tests/tiny.py
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected is no garbage: every full collection would walk through a million objects."""
+    gc.freeze()
 
 
 @dataclass(frozen=True)

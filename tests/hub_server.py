@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -377,6 +379,9 @@ def running_hub(token: str = "hf_LoopbackTokenThatNobodyMaySee") -> Iterator[Hub
         thread.join(timeout=5)
 
 
+_tls = functools.cache(ssl.create_default_context)
+
+
 def connect(server: HubServer, home: Path, patch: Any) -> None:
     """Point the huggingface_hub of this process at the server, with a cache and a token of its own.
 
@@ -394,3 +399,4 @@ def connect(server: HubServer, home: Path, patch: Any) -> None:
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setattr(_http, "time", SimpleNamespace(sleep=server.slept.append))
+    patch.setattr(ssl, "create_default_context", _tls)  # each client reads all certificates, and speaks plain HTTP

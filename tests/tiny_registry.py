@@ -78,6 +78,18 @@ def registry_of(run: Any, base: Path, folder: Path) -> Path:
     return own
 
 
+def made_once(folder: Path, kept: Path, make: Callable[[], None]) -> None:
+    """Let ``make`` fill a working directory, or copy what it filled another with before; ``kept`` is of this session.
+
+    Entries may name files of the first directory, which pytest leaves in place.
+    """
+    if kept.exists():
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    else:
+        make()
+        shutil.copytree(folder, kept)
+
+
 class TinyRegistry:
     """``run`` is the fixture of that name; everything lives in ``folder``, the working directory."""
 

@@ -49,9 +49,16 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def pair(house: Any) -> Any:
     """``style``, trained on texts like those that weights are learned from and judged by, and ``noise``, at random."""
+    from tiny_registry import made_once
+
     h = house("llama")
-    h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
-    h.add("noise", seed=2, r=3)
+
+    def make() -> None:
+        h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))
+        h.add("noise", seed=2, r=3)
+
+    made_once(h.folder, h.base.with_name("pair-registry"), make)
+    h.paths["noise"] = h.folder / "made" / "noise"
     return h
 
 
@@ -68,8 +75,16 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def smollm2(smollm2_folder: Path) -> Any:
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2_folder)
+
+
+@pytest.fixture
+def smollm2(smollm2_tokenizer: Any) -> Iterator[Any]:
+    """The tokenizer, read once: a test may set its template, and takes a copy for anything else."""
+    template = smollm2_tokenizer.chat_template
+    yield smollm2_tokenizer
+    smollm2_tokenizer.chat_template = template

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,22 @@ for case in sys.argv[2:]:
 """The work of ``generate``; the peak above what there was before it and the largest weight, as parts of the weights."""
 
 
-def peaks(registry: Path, cases: list[str], **environment: str) -> dict[str, tuple[float, float]]:
-    """By case, the smaller of two: what an allocator keeps differs from run to run by a part in a hundred.
+Peaks = dict[str, tuple[float, float]]
+
+
+def peaks(registry: Path, cases: list[str], fits: Callable[[Peaks], bool], **environment: str) -> Peaks:
+    """By case, once more where it does not fit: what an allocator keeps differs by a part in a hundred.
 
     One thread: a process that has started OpenMP's threads hangs in a fork.
     """
-    once, again = (_measured_peaks(registry, cases, environment) for _ in range(2))
+    once = _measured_peaks(registry, cases, environment)
+    if fits(once):
+        return once
+    again = _measured_peaks(registry, cases, environment)
     return {case: min(once[case], again[case]) for case in cases}
 
 
-def _measured_peaks(registry: Path, cases: list[str], environment: dict[str, str]) -> dict[str, tuple[float, float]]:
+def _measured_peaks(registry: Path, cases: list[str], environment: dict[str, str]) -> Peaks:
     command = [sys.executable, "-c", WORK, str(registry), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment)
@@ -127,9 +134,16 @@ def test_the_peak_is_hardly_more_than_the_weights(run: Any, tmp_path: Path) -> N
         adapter = name if base == "tied" else f"{base}-{name}"
         run("add", adapter, random_adapter(tmp_path / base, tmp_path / adapter, seed=number), "--base", base)
     cases = ["tied bfloat16", "untied bfloat16", "half float32", "tied float32"]
-    found = peaks(tmp_path / "registry", cases, ONEDNN_MAX_CPU_ISA="AVX2")
-    assert max(peak for peak, _ in found.values()) < 1.15, found
+
+    def no_second_copy(found: Peaks) -> bool:
+        return all(peak < 1.15 for peak, _ in found.values())
+
+    def no_more_than_the_order_of_registers(found: Peaks) -> bool:
+        return all(0.95 < peak < 1.15 + largest for peak, largest in found.values())
+
+    found = peaks(tmp_path / "registry", cases, no_second_copy, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert no_second_copy(found), found
     assert min(peak for peak, _ in found.values()) > 0.95, f"the weights must be among what was measured: {found}"
     # Where a CPU multiplies bfloat16 in hardware, oneDNN multiplies by a copy that has the order of its registers.
-    native = peaks(tmp_path / "registry", cases[:2])
-    assert all(0.95 < peak < 1.15 + largest for peak, largest in native.values()), native
+    native = peaks(tmp_path / "registry", cases[:2], no_more_than_the_order_of_registers)
+    assert no_more_than_the_order_of_registers(native), native

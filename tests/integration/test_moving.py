@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import factors_of
 from safetensors.torch import load_file, save_file
-from tiny_registry import CHAT, TEXTS, interrupt
+from tiny_registry import CHAT, TEXTS, interrupt, made_once
 
 MORE = TEXTS[:3]
 STILL = ("--max-steps", 1, "--learning-rate", 1e-30)
@@ -21,10 +21,14 @@ STILL = ("--max-steps", 1, "--learning-rate", 1e-30)
 def moved(house: Any) -> Any:
     """style@1, instruct@1 on it, and style@2, which is another."""
     h = house()
-    h.train("style", "--max-steps", 15, "--learning-rate", 0.02, records=TEXTS)
-    h.data(CHAT[:3], "heldout.jsonl")
-    h.train("instruct", "--max-steps", 15, "--learning-rate", 0.02, "--eval-data", "heldout.jsonl", on="style")
-    h.train("style", "--max-steps", 15, "--learning-rate", 0.02, "--seed", 5, records=MORE)
+
+    def make() -> None:
+        h.train("style", "--max-steps", 15, "--learning-rate", 0.02, records=TEXTS)
+        h.data(CHAT[:3], "heldout.jsonl")
+        h.train("instruct", "--max-steps", 15, "--learning-rate", 0.02, "--eval-data", "heldout.jsonl", on="style")
+        h.train("style", "--max-steps", 15, "--learning-rate", 0.02, "--seed", 5, records=MORE)
+
+    made_once(h.folder, h.base.with_name("moved-registry"), make)
     for name, version in (("style", 1), ("style", 2), ("instruct", 1)):
         h.paths[f"{name}@{version}"] = h.weights(name, version)
     return h

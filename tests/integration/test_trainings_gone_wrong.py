@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_registry import made_once
 
 WORDS = ("the sea", "and the wind", "over old stones", "where gulls cry", "at dawn", "goes the tide")
 
 
 @pytest.fixture
-def learned(run: Callable[..., Any], registry: Path, tmp_path: Path) -> Path:
+def learned(run: Callable[..., Any], registry: Path, models: Any, tmp_path: Path) -> Path:
     """A registry whose adapter ``good`` was trained well below a guess; texts lie beside it."""
     texts = [" ".join(WORDS[(i * k) % 6] for k in range(1, 5)) for i in range(32)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run("train", "good", "--base", "tiny", "--data", "text.jsonl", *_run(40, 1e-2), "-q")
+
+    def make() -> None:
+        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        run("train", "good", "--base", "tiny", "--data", "text.jsonl", *_run(40, 1e-2), "-q")
+
+    made_once(tmp_path, models("llama").with_name("learned-registry"), make)
     return registry
 
 

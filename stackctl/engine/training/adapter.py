@@ -35,6 +35,9 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
     """Write :func:`adapter_state` as a PEFT checkpoint at ``folder``'s root, in float32."""
+    card = folder / "README.md"  # PEFT's template, compiled anew each time where none is there; ours is made by push
+    folder.mkdir(parents=True, exist_ok=True)
+    card.write_text("---\nlibrary_name: peft\n---\n")
     model.save_pretrained(
         str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False, safe_serialization=True, state_dict=state
     )
@@ -47,4 +50,4 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> No
         if isinstance(settings.get(key), list):
             settings[key].sort()
     config.write_text(json.dumps(settings, indent=2, sort_keys=True))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is written when something is pushed
+    card.unlink()
