@@ -20,7 +20,8 @@ from stackctl.jobs.ranks import make_output
 
 # Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
-    "demo": "demo", "train": "train", "compose": "compose", "generate": "generate", "compare": "compare",
+    "demo": "demo", "train": "train", "distil": "distil", "compose": "compose", "generate": "generate",
+    "compare": "compare",
     "eval": "eval", "inspect": "inspect", "bisect": "bisect", "ls": "ls", "verify": "verify", "doctor": "doctor",
     "export": "export", "serve": "serve", "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init",
     "base": "base", "add": "add", "extract": "extract", "use": "use", "rm": "rm", "gc": "gc",

@@ -95,7 +95,10 @@ def adapter_facts(info: Mapping[str, Any]) -> dict[str, Any]:
         )
         if run.get("kept_step") is not None:
             change = f"{run['eval_loss_before']:.3f} -> {run['eval_loss']:.3f}"
-            facts["held out"] = f"loss {change}, the weights of step {run['kept_step']}"
+            what = "divergence" if info.get("distilled") else "loss"
+            facts["held out"] = f"{what} {change}, the weights of step {run['kept_step']}"
+        if taught := info.get("distilled"):
+            facts["taught by"] = taught["teacher"] + (" behind a system prompt" if taught.get("system") else "")
         if run.get("margin") is not None:
             facts["preferences"] = _preferences(run, info)
     if data := info.get("data"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,10 +40,10 @@ _EXAMPLES = """\
 stackctl train
 stackctl train style --base smollm2 --data style.jsonl --rank 16 --epochs 3
 stackctl train instruct --on style --data chat.jsonl --eval-data heldout.jsonl"""
-_COMPLETIONS = {"on": complete_what, "from": complete_what, "base": complete_bases}
+_COMPLETIONS = {"on": complete_what, "from": complete_what, "teacher": complete_what, "base": complete_bases}
 _TRAINING, _RUN = "Training", "The run"
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "What is trained": ("on", "from", "rebase", "base", "data", "description"),
+    "What is trained": ("on", "from", "rebase", "base", "data", "description", "teacher", "system"),
     "The adapter": ("rank", "alpha", "dropout", "target_modules", "use_rslora", "orthogonal", "train_tokens"),
     _TRAINING: (),
     "Held-out records": ("eval_data", "eval_steps", "keep", "patience"),
@@ -52,7 +53,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 """The options of the help by their group, in this order; those that stand in none say how it is trained."""
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _KINDS = {
-    "on": "EXPR", "from": "REF", "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
+    "on": "EXPR", "from": "REF", "teacher": "EXPR", "system": "FILE",
+    "base": "NAME", "data": "FILE", "eval_data": "FILE", "accelerate_config": "FILE",
     "target_modules": "NAMES", "report_to": "NAMES", "train_tokens": "TOKENS",
     "batch_size": "NUMBER",
 }  # fmt: skip
@@ -75,7 +77,7 @@ def register(app: typer.Typer) -> None:
             raise Usage(f"{config} does not name the adapter", hint=f"stackctl train NAME --config {config}")
         if found and found.ignored:
             context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
-        prepared = _prepare(context, name, found, given)
+        prepared = prepare(context, name, found, given)
         if dry_run:
             return dry_run_result(context, prepared)
         return with_next(trained_result(context, prepared, resume=resume), prepared)
@@ -94,8 +96,7 @@ def _parameters() -> list[inspect.Parameter]:
             None,
         ),
     }
-    for field in sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name)):
-        own[field.name] = (_option(field), None)
+    own |= job_options()
     config = typer.Option(
         help="Settings as YAML or JSON; a flag beats the file.",
         metavar="FILE",
@@ -112,6 +113,12 @@ def _parameters() -> list[inspect.Parameter]:
         own[name] = (Annotated[bool, switch], False)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [inspect.Parameter(key, kind, default=default, annotation=kind_) for key, (kind_, default) in own.items()]
+
+
+def job_options(without: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """An option with its default for each field of :class:`TrainJob`, in the order of the help."""
+    fields = sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name))
+    return {field.name: (_option(field), None) for field in fields if field.encode_name not in without}
 
 
 def _group(option: str) -> str:
@@ -162,7 +169,7 @@ def _plain_type(annotation: Any) -> tuple[Any, str]:
             return annotation, about
 
 
-def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[str, Any]) -> PreparedJob:
+def prepare(context: Context, name: str, config: JobFile | None, flags: dict[str, Any]) -> PreparedJob:
     """Put a job together and check it: a flag beats the file, the file beats the defaults.
 
     Without ``--config`` and ``--data``, the job of that name in the nearest ``stackctl.yaml`` is meant.
@@ -175,7 +182,7 @@ def _prepare(context: Context, name: str, config: JobFile | None, flags: dict[st
         values = {key: value for key, value in msgspec.to_builtins(found.job(name)).items() if value is not None}
         if "from" in flags:
             values.pop("rebase", None)
-        for key in ("data", "eval_data"):
+        for key in ("data", "eval_data", "system"):
             if key in values and (found.folder / values[key]).exists():
                 values[key] = str(found.folder / values[key])
     auto_batch = flags.get("batch_size") == AUTO and isinstance(values.get("batch_size"), int)

@@ -12,7 +12,7 @@ import msgspec
 
 from stackctl.cli.common import Context
 from stackctl.core.command_line import typed
-from stackctl.core.schema import Moved, Run
+from stackctl.core.schema import AdapterVersion
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.launch import Launch, launch_training, plan_launch
@@ -73,6 +73,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "base": prepared.base.name,
         "on": prepared.trained_on,
         "from": prepared.beginning.label if prepared.beginning else None,
+        "teacher": prepared.teacher.label if prepared.teacher else None,
         "records": corpus.records.count,
         "tokens": corpus.encoded.tokens,
         "supervised_tokens": corpus.encoded.supervised_tokens,
@@ -81,7 +82,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "unsupervised": corpus.encoded.unsupervised,
         "preview": [
             {"text": text, "supervised": learned}
-            for parts in preview_parts(corpus.rows[0][: 2 if job.objective != "sft" else 1], tokenizer)
+            for parts in preview_parts(corpus.rows[0][: 2 if job.prefers else 1], tokenizer)
             for text, learned in parts
         ],
         "steps": steps,
@@ -96,6 +97,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "dry_run": True,
     }
     on = f" on {prepared.plan.expression}, frozen and active" if prepared.trained_on else ""
+    on = f" taught by {prepared.teacher.label}" if prepared.teacher else on
     text = (
         f"would train {prepared.name}{on}, base {prepared.base.name}: {steps} steps of {batch} records, "
         f"rank {job.effective_rank()}, {corpus.encoded.supervised_tokens:,} supervised tokens an epoch"
@@ -132,7 +134,7 @@ def typed_again() -> str:
     if linked := ranks.link():
         return linked.again
     words = list(typed().words)
-    if sys.argv[1:2] == ["train"] and "--resume" not in words:
+    if sys.argv[1:2] in (["train"], ["distil"]) and "--resume" not in words:
         words.insert(len(words) - len(sys.argv[2:]), "--resume")
     return shlex.join(words)
 
@@ -175,6 +177,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "on": version.trained_on,
         "from": version.from_,
         "moved": msgspec.structs.asdict(version.moved) if version.moved else None,
+        "distilled": msgspec.structs.asdict(version.distilled) if version.distilled else None,
         **{name: getattr(run, name) for name in _TOLD_OF_A_RUN},
         "tokens_per_second": speed,
         "trainable_parameters": done.trainable_parameters,
@@ -184,9 +187,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         "problems": [problem.json() for problem in recorded_problems(label, version.problems)],
     }
     steps = counted(run.steps, "step")
-    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(
-        run, done.counters.curve, version.moved
-    )
+    text = f"trained {label} in {steps}, {speed:,.0f} tokens/s\n" + _improvement(version, done.counters.curve)
     for problem in version.problems:
         context.output.status(f"warning: {problem.message}\nhint: {problem.hint}")
     return Result(data, label, text)
@@ -200,12 +201,17 @@ def with_next(result: Result, prepared: PreparedJob) -> Result:
     if ranks.is_worker() or result.json["problems"]:  # the command that launched a worker says so
         return result
     below = [member.adapter.name for member in prepared.stack.members]
+    if prepared.teacher and prepared.teacher.plan.modules and not prepared.teacher.system:
+        then = f'compare {prepared.teacher.label} {prepared.name} -p "…"'
+        return replace(result, screen=f"{result.screen}\nnext: stackctl {then}")
     then = f"compose {'+'.join([*below, prepared.name])}" if below else f"generate {prepared.name}"
     return replace(result, screen=f"{result.screen}\nnext: stackctl {then}")
 
 
-def _improvement(run: Run, curve: list[dict[str, float]], moved: Moved | None) -> str:
+def _improvement(version: AdapterVersion, curve: list[dict[str, float]]) -> str:
     """What the run was good for, in a line or two."""
+    run, moved, distilled = version.run, version.moved, version.distilled
+    assert run is not None, "training always records its run"
     first, last = curve[0]["loss"], curve[-1]["loss"]
     text = f"loss of a step {_change(first, last)}"
     if run.accuracy is not None and run.margin is not None:
@@ -213,10 +219,14 @@ def _improvement(run: Run, curve: list[dict[str, float]], moved: Moved | None) -
     before, after = run.eval_loss_before, run.eval_loss
     if before is None or after is None:
         return text
-    text += f"\nheld-out loss {_change(before, after)}"
+    if distilled:
+        error = f" ± {1.96 * distilled.divergence_error:.2g}" if distilled.divergence_error is not None else ""
+        text += f"\nheld-out divergence from {distilled.teacher} {_change(before, after)}{error} nats a token"
+    else:
+        text += f"\nheld-out loss {_change(before, after)}"
     if run.eval_accuracy is not None and run.eval_margin is not None:
         text += f", ranked rightly {run.eval_accuracy:.0%}, mean margin {run.eval_margin:.3f}"
-    elif max(before, after) < _LARGEST_LOSS:
+    elif max(before, after) < _LARGEST_LOSS and not distilled:
         text += f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
     if moved and moved.mark is not None:
         reached = "not reached" if moved.reached_step is None else f"reached at step {moved.reached_step}"

@@ -256,11 +256,29 @@ class Moved(Part, frozen=True, kw_only=True):
     seconds: Finite
 
 
+class Distilled(Part, frozen=True, kw_only=True):
+    """Whose probabilities an adapter has learned: an expression, pinned, and the digest of a system prompt.
+
+    On held-out records, where there were some: the KL divergence of the teacher from the adapter (nats a token) at its
+    beginning, the best pair of its rank for the teacher's sum, and as it is registered, each with its standard error;
+    and its own cross-entropy (nats a token) at both.
+    """
+
+    teacher: str
+    system: str | None = None
+    divergence_before: Finite | None = None
+    divergence_before_error: Finite | None = None
+    divergence: Finite | None = None
+    divergence_error: Finite | None = None
+    loss_before: Finite | None = None
+    loss: Finite | None = None
+
+
 class AdapterVersion(Part, frozen=True, kw_only=True):
     """One immutable version of an adapter. ``trained_on`` are terms of an expression, pinned: ``style@1:0.7``.
 
     ``from`` is the version at whose factors its training began, ``moved`` what was found where that stood elsewhere;
-    ``trained_tokens`` are those whose rows it has trained;
+    ``trained_tokens`` are those whose rows it has trained; ``distilled`` says by whom it was taught;
     ``hub`` is where it was pulled from, and ``pushed`` where it was pushed to last. ``problems`` are those of its
     training.
     """
@@ -273,6 +291,7 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     trained_on: list[str] = msgspec.field(default_factory=list)
     from_: str | None = msgspec.field(name="from", default=None)
     moved: Moved | None = None
+    distilled: Distilled | None = None
     created: str
     lora: Lora
     parameters: Count

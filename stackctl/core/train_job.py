@@ -36,10 +36,10 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="Single tokens to train the rows of, joined by ','; auto: those the base never learned."),
     ] = "none"
     objective: Annotated[
-        Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"],
+        Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "distil"],
         Meta(
-            description="What is made small: sft on any records; kto on answers with a label; the others on pairs of a "
-            "chosen and a rejected answer."
+            description="What is made small: sft on any records; kto on answers with a label; distil, how far it is "
+            "from --teacher; the others on pairs of a chosen and a rejected answer."
         ),
     ] = "sft"
     beta: (
@@ -117,9 +117,14 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ) = None
 
     @property
+    def prefers(self) -> bool:
+        """Whether it learns from answers of which some are preferred."""
+        return self.objective not in ("sft", "distil")
+
+    @property
     def effective_beta(self) -> float | None:
         """``beta`` as it is used; none where nothing is preferred."""
-        if self.objective == "sft":
+        if not self.prefers:
             return None
         return self.beta if self.beta is not None else {"simpo": 2.0}.get(self.objective, 0.1)
 
@@ -165,6 +170,14 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         bool,
         Meta(description="Begin at its own newest version where what lies beneath it is another since."),
     ] = False
+    teacher: Annotated[
+        str | None,
+        Meta(description="With --objective distil: the stack whose probabilities are learned, or base with --system."),
+    ] = None
+    system: Annotated[
+        str | None,
+        Meta(description="With --objective distil: a text file that the teacher alone reads, as its system prompt."),
+    ] = None
     base: Annotated[
         str | None, Meta(description="The base, when there are several and it stands on none of your stacks.")
     ] = None

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stackctl.engine.segment_attention import OWN
-from stackctl.engine.token_losses import TokenLosses, find_head, passed_through, token_losses
+from stackctl.engine.token_losses import OutputHead, TokenLosses, find_head, passed_through, token_losses
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
@@ -30,20 +30,30 @@ def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor], *, one_
     Logits exist a chunk at a time, see :mod:`stackctl.engine.token_losses`; whole ones where a model's head is not
     all that makes them.
     """
-    if one_by_one and (parts := _split(inputs)):
+    if one_by_one and (parts := split(inputs)):
         each = [supervised_token_losses(model, part) for part in parts]
         return TokenLosses(torch.cat([part.losses for part in each]), torch.cat([part.correct for part in each]))
+    head, hidden = supervised_hidden(model, inputs)
+    if head is None:
+        logits, labels = hidden.float(), inputs["labels"]
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return TokenLosses(losses, logits.detach().argmax(-1) == labels)
+    return token_losses(head, hidden, inputs["labels"])
+
+
+def supervised_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[OutputHead | None, Tensor]:
+    """A model's head, and what it makes logits of where a label is (K, d); without such a head the logits themselves.
+
+    ``inputs`` are as above; of their labels nothing is read.
+    """
     inner = causal_lm(model)
     arguments, keeps = _arguments(inner, inputs), _takes_positions(inner)
     head = find_head(inner, arguments)
     if head is None:
-        logits, labels = supervised_logits(model, inputs).float(), inputs["labels"]
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return TokenLosses(losses, logits.detach().argmax(-1) == labels)
+        return None, supervised_logits(model, inputs)
     with passed_through(head.module) as seen:
         model(**arguments, **({"logits_to_keep": inputs["keep"]} if keeps else {}))
-    hidden = seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[inputs["keep"]]  # (K, d)
-    return token_losses(head, hidden, inputs["labels"])
+    return head, seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[inputs["keep"]]  # (K, d)
 
 
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -93,7 +103,7 @@ def _starts(positions: Tensor) -> list[int]:
     return [*torch.nonzero(positions[0] == 0).flatten().tolist(), positions.numel()]
 
 
-def _split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The examples of a collated row, each as a row of its own."""
     parts = []
     for start, end in itertools.pairwise(_starts(inputs["position_ids"])):

@@ -15,7 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from stackctl.engine.models import evaluating
 from stackctl.machine.memory_estimate import LOSS_CHUNK
 
 _PROOF_TOKENS = 4
+Projection = Callable[[Tensor], Tensor]
+"""Hidden states (c, d) to logits (c, vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class OutputHead:
         """What of it is trained: a LoRA on the head, or a saved copy."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def prepare(self) -> Callable[[Tensor], Tensor]:
+    def prepare(self) -> Projection:
         """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
-        project: Callable[[Tensor], Tensor] = self.module
+        project: Projection = self.module
         rows = getattr(self.module, "token_adapter", None)
         if type(self.module) is nn.Linear and not self.parameters:
             weight: Tensor = self.module.weight
@@ -64,7 +66,7 @@ class OutputHead:
         return logits
 
 
-def _with_rows(rows: Any) -> Callable[[Tensor], Tensor]:
+def _with_rows(rows: Any) -> Projection:
     """The head under PEFT's rows of single tokens: put into the weight once, not for each chunk.
 
     The same logits, bit for bit; gradients of the rows come from their own logits alone, not by way of a gradient of
@@ -99,19 +101,54 @@ class TokenLosses:
     correct: Tensor
 
 
-def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor) -> TokenLosses:
+class Target(Protocol):
+    """What logits are held against."""
+
+    def __call__(self, logits: Tensor, part: slice, project: Projection) -> Tensor:
+        """The losses (c,) of float32 logits (c, vocabulary) of a ``part`` of the tokens, which become their gradient.
+
+        ``project`` is the head as it makes those logits.
+        """
+        ...
+
+
+def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor, target: Target | None = None) -> TokenLosses:
     """Cross-entropy of each label (K,) under the logits that ``head`` makes of hidden states (K, d).
 
-    Differentiable in ``hidden`` and in what of the head is trained. The extra memory is that of one chunk.
+    With a ``target`` the losses are what that makes of the logits. Differentiable in ``hidden`` and in what of the head
+    is trained. The extra memory is that of one chunk.
     """
-    losses, correct = _TokenLosses.apply(hidden, labels, head, *head.parameters)
+    losses, correct = _TokenLosses.apply(hidden, labels, target or _Labels(labels), head, *head.parameters)
     return TokenLosses(losses, correct)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The tokens (K,) that come."""
+
+    labels: Tensor
+
+    def __call__(self, logits: Tensor, part: slice, _: Projection) -> Tensor:
+        return _cross_entropy(logits, self.labels[part])
+
+
+@dataclass(frozen=True)
+class TeacherHidden:
+    """The probabilities that the head makes of a teacher's hidden states (K, d); ``speaking`` switches to its head."""
+
+    hidden: Tensor
+    speaking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    def __call__(self, logits: Tensor, part: slice, project: Projection) -> Tensor:
+        with torch.no_grad(), self.speaking():
+            theirs = project(self.hidden[part]).float()
+        return divergence(logits, theirs)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: OutputHead, *parameters: Tensor
+        ctx: Any, hidden: Tensor, labels: Tensor, target: Target, head: OutputHead, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         logits_of = head.prepare()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -126,11 +163,11 @@ class _TokenLosses(torch.autograd.Function):
             if values.data_ptr() == logits.data_ptr():
                 values = values.clone()  # what the graph keeps is not overwritten
             correct[part] = values.argmax(-1) == labels[part]
-            losses[part] = _cross_entropy(values, labels[part])
+            losses[part] = target(values, part, logits_of)
             if unit is not None:
                 (unit[part],) = torch.autograd.grad(logits, inner, values.to(logits.dtype))
             del logits, values
-        ctx.head, ctx.autocast = head, _autocast_state(hidden)
+        ctx.head, ctx.target, ctx.autocast = head, target, _autocast_state(hidden)
         ctx.save_for_backward(*([unit] if unit is not None else [hidden, labels] if parameters else []))
         ctx.ahead = ahead
         ctx.mark_non_differentiable(correct)
@@ -140,7 +177,7 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.ahead:
             (unit,) = ctx.saved_tensors
-            return unit * upstream[:, None].to(unit.dtype), None, None
+            return unit * upstream[:, None].to(unit.dtype), None, None, None
         hidden, labels = ctx.saved_tensors
         parameters = ctx.head.parameters
         sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -152,13 +189,13 @@ class _TokenLosses(torch.autograd.Function):
                 inner = hidden[part].detach().requires_grad_(True)
                 logits = logits_of(inner)
                 values = logits.detach().float().clone()
-                _cross_entropy(values, labels[part])
+                ctx.target(values, part, logits_of)
                 values *= upstream[part, None]
                 found = torch.autograd.grad(logits, [inner, *parameters], values.to(logits.dtype))
                 gradient[part] = found[0]
                 for total, one in zip(sums, found[1:], strict=True):
                     total += one
-        return gradient, None, None, *sums
+        return gradient, None, None, None, *sums
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -169,6 +206,19 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits.sub_(total).exp_()
     logits.scatter_add_(-1, place, torch.full_like(losses, -1.0))
     return losses[:, 0]
+
+
+def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
+    """KL(p || q) in nats (c,) of q by float32 logits (c, vocabulary) from p by ``theirs``; both are overwritten.
+
+    ``logits`` become the gradient of it, q - p.
+    """
+    theirs.sub_(torch.logsumexp(theirs, -1, keepdim=True))  # log p
+    logits.sub_(torch.logsumexp(logits, -1, keepdim=True))  # log q
+    p = theirs.exp()
+    losses = (p * theirs.sub_(logits)).sum(-1)
+    logits.exp_().sub_(p)
+    return losses
 
 
 def _chunks(tokens: int, head: OutputHead) -> Iterator[slice]:

@@ -185,7 +185,7 @@ def _training_row(member: CardMember) -> list[str] | None:
 
 def _evaluation_row(member: CardMember) -> list[str] | None:
     run: Any = member.version.run
-    if run is None or run.eval_loss is None or run.margin is not None:
+    if run is None or run.eval_loss is None or run.margin is not None or member.version.distilled:
         return None
     return [f"`{member.label}`", f"{run.eval_loss:.4g}", f"{math.exp(min(run.eval_loss, 700)):.4g}"]
 

@@ -28,6 +28,7 @@ from stackctl.jobs.beginning import Beginning, find_beginning
 from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.optimizers import check_package
 from stackctl.jobs.rebase import begin_at_own
+from stackctl.jobs.teacher import Teacher, find_teacher
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
@@ -56,6 +57,8 @@ class PreparedJob:
     beginning: Beginning | None = None
     auto_batch: bool = False
     """Whether a step may be cut into smaller micro-batches than the job's, where memory asks for it."""
+    teacher: Teacher | None = None
+    """Whose probabilities are learned, with the objective distil."""
 
     @property
     def base(self) -> Base:
@@ -111,7 +114,7 @@ class PreparedJob:
             "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
             "from": [self.beginning.label, self.beginning.member.version.digest] if self.beginning else None,
             "processes": ranks.world_size(),
-        }
+        } | ({"teacher": self.teacher.signature()} if self.teacher else {})
 
 
 def prepare_job(
@@ -137,8 +140,12 @@ def prepare_job(
     beginning: Beginning | None = None
     attempt = functools.partial(errors.attempt, problems)
     attempt(check_adapter_name, registry, name)
+    teacher: Teacher | None = None
+    distils = job.objective == "distil"
+    if distils and (taught := attempt(find_teacher, registry, job, folder, fresh=fresh)):
+        teacher, job = taught
     on = BASE if job.on is None else job.on
-    stack = attempt(resolve_expression, registry, on, base=job.base, fresh=fresh)
+    stack = attempt(resolve_expression, registry, on, base=job.base, fresh=fresh) if teacher or not distils else None
     plan = attempt(lambda: read_plan(registry, stack).check()) if stack else None
     data = attempt(data_path, job.data, folder, name)
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
@@ -164,7 +171,7 @@ def prepare_job(
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
-    return PreparedJob(name, job, stack, plan, data, eval_data, beginning, auto_batch)
+    return PreparedJob(name, job, stack, plan, data, eval_data, beginning, auto_batch, teacher)
 
 
 def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
@@ -237,6 +244,7 @@ def _check_evaluation(job: TrainJob) -> None:
 
 _WITHOUT_SFT = {
     "sft": "--objective sft is that loss alone",
+    "distil": "distil learns from a teacher, and from no answers",
     "kto": "kto has no chosen answers, each answer has a label",
     "orpo": "the chosen answer's own loss is a part of orpo",
 }
@@ -244,13 +252,15 @@ _WITHOUT_SFT = {
 
 
 def _check_objective(job: TrainJob) -> None:
-    if job.objective == "sft" and job.beta is not None:
+    if job.objective != "distil" and (job.teacher or job.system):
+        raise Usage("--teacher and --system are for --objective distil", hint="add --objective distil")
+    if not job.prefers and job.beta is not None:
         raise Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
     if job.objective != "dpo" and job.label_smoothing:
         raise Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
     if job.sft_weight and (why := _WITHOUT_SFT.get(job.objective)):
         raise Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
-    if job.objective != "sft" and job.pack:
+    if job.prefers and job.pack:
         raise Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import msgspec
 
 from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated, Usage
-from stackctl.jobs import optimizers, ranks, trained_tokens
+from stackctl.jobs import optimizers, ranks, teacher, trained_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
 from stackctl.machine.resources import cores
@@ -95,6 +95,8 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
     _check_config(path, config)
     if job.orthogonal and config.distributed_type in ("FSDP", "DEEPSPEED"):
         raise NOT_WHOLE
+    if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.teacher:
+        raise teacher.NOT_WHOLE
     if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.trains_tokens:
         raise trained_tokens.NOT_WHOLE
     if config.distributed_type in ("FSDP", "DEEPSPEED") and job.optimizer in optimizers.EIGHT_BITS:

@@ -68,7 +68,12 @@ def read_recipe(path: Path) -> RecipeFile:
     problems: list[StackctlError] = []
     checks: list[tuple[Callable[[str], Any], str]] = [
         *((parse_name, name) for name in recipe.train),
-        *((parse_expression, text) for job in recipe.train.values() for text in (job.on, job.from_) if text),
+        *(
+            (parse_expression, text)
+            for job in recipe.train.values()
+            for text in (job.on, job.from_, job.teacher)
+            if text
+        ),
         *((parse_expression, text) for text in [recipe.push and recipe.push.stack] if text),
         *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
     ]
@@ -124,9 +129,10 @@ def build_order(recipe: Recipe) -> list[str]:
 
 
 def _needs(recipe: Recipe, name: str) -> list[Reference]:
-    """What a part of the recipe names: in its expression, and as its ``from``, a version of its own aside."""
-    begins = recipe.train[name].from_ if name in recipe.train else None
-    beginning = [found for found in _named(begins) if found.name != name or found.version is None]
+    """What a part of the recipe names: in its expression, as teacher and as ``from``, a version of its own aside."""
+    job = recipe.train.get(name)
+    named = [*_named(job.from_), *_named(job.teacher)] if job else []
+    beginning = [found for found in named if found.name != name or found.version is None]
     return [*_named(_expression(recipe, name)), *beginning]
 
 
@@ -214,7 +220,8 @@ def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
     recipe, problems = found.recipe, list[StackctlError]()
     checks: list[Callable[[], Any]] = [
         functools.partial(resolve_expression, registry, str(needed))
-        for needed in _made_elsewhere(recipe, _expression(recipe, name))
+        for expression in (_expression(recipe, name), recipe.train[name].teacher if name in recipe.train else None)
+        for needed in _made_elsewhere(recipe, expression)
     ]
     if name in recipe.train:
         job = recipe.train[name]
@@ -260,6 +267,10 @@ def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> 
         return (
             f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
         )
+    known_teacher = (newest.distilled.teacher, newest.distilled.system) if newest.distilled else None
+    teacher = prepared.teacher
+    if known_teacher != ((teacher.label, teacher.system_digest) if teacher else None):
+        return "another teacher"
     begins = prepared.beginning.label if prepared.beginning else None
     if newest.from_ != begins and not (rebases and (newest.from_ or "").startswith(f"{name}@")):
         return f"begun at {newest.from_ or 'nothing'}, now at {begins or 'nothing'}"

@@ -127,12 +127,14 @@ class NewAdapter:
 class LargestBatch:
     """The largest micro-batch: its tokens, and those with a label.
 
-    ``checkpointing``: activations inside a layer are computed again for the backward pass instead of kept.
+    ``checkpointing``: activations inside a layer are computed again for the backward pass instead of kept; ``taught``:
+    logits of a teacher stand beside its own.
     """
 
     tokens: int
     supervised: int
     checkpointing: bool = False
+    taught: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     checkpointed = int(tokens * layers * hidden * between) + activations // layers
     backward = activations // layers
     logits = min(supervised * base.vocabulary_size, max(LOSS_CHUNK // 4, base.vocabulary_size)) * _LOGIT
+    logits *= 2 if batch.taught else 1
     if token_rows:
         logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
     return MemoryEstimate(

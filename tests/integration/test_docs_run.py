@@ -64,6 +64,7 @@ GIVEN: dict[str, list[str]] = {
     "docs/how-to/see-what-an-adapter-is.md": [*STORED, "stackctl add style made/other"],
     "docs/how-to/compare-and-evaluate.md": [*STORED, "stackctl add instruct made/other --on style"],
     "docs/how-to/find-weights.md": BOTH,
+    "docs/how-to/distil.md": STORED,
     "docs/how-to/subtract.md": [*STYLE, "stackctl add chat made/instruct"],
     "docs/how-to/serve.md": STORED,
     "docs/how-to/continuous-integration.md": STORED,

@@ -16,15 +16,27 @@ from stackctl.engine.data.turns import end_of_turn
 
 if TYPE_CHECKING:
     from stackctl.engine.data.encoding import Reading, encode
-    from stackctl.engine.data.rows import Rows, collate, lengths_of, one_by_one, pack, pairs_of
+    from stackctl.engine.data.rows import (
+        TEACHER,
+        Rows,
+        TaughtExamples,
+        collate,
+        lengths_of,
+        longest_of,
+        one_by_one,
+        pack,
+        pairs_of,
+    )
 
 __all__ = [
     "CHATML",
     "IGNORED",
+    "TEACHER",
     "Encoded",
     "Example",
     "Reading",
     "Rows",
+    "TaughtExamples",
     "adopt_chat_template",
     "collate",
     "encode",
@@ -32,6 +44,7 @@ __all__ = [
     "ensure_chat_template",
     "fix_date",
     "lengths_of",
+    "longest_of",
     "one_by_one",
     "pack",
     "pairs_of",
@@ -43,5 +56,15 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     encoding=("Reading", "encode"),
-    rows=("Rows", "collate", "lengths_of", "one_by_one", "pack", "pairs_of"),
+    rows=(
+        "TEACHER",
+        "Rows",
+        "TaughtExamples",
+        "collate",
+        "lengths_of",
+        "longest_of",
+        "one_by_one",
+        "pack",
+        "pairs_of",
+    ),
 )

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from stackctl.core.errors import Usage, first_line
@@ -75,7 +76,7 @@ def encode_pieces(
             continue  # the rest is only looked at for what is wrong with it
         with _all_threads():
             pieces = list(tokenise([layout for _, several in laid_out for layout in several]))
-        yield _kept(laid_out, pieces, encoded, options)
+        yield (_kept_pairs if options.system else _kept)(laid_out, pieces, encoded, options)
     layouts.check()
     encoded.notes += [*records.notes, *layouts.notes()]
     if not encoded.tokens:
@@ -118,6 +119,51 @@ def _kept(
     return found
 
 
+def _kept_pairs(
+    laid_out: list[tuple[Record, list[Layout]]], examples: list[Example], encoded: Encoded, options: EncodeOptions
+) -> list[Example]:
+    """The same of records whose texts come twice, each followed by itself behind a system prompt.
+
+    The second has the labels of the first, however long it is; counted is the first alone.
+    """
+    found: list[Example] = []
+    ready = iter(examples)
+    for record, layouts in laid_out:
+        cut, before = False, len(found)
+        texts = list(itertools.islice(ready, len(layouts)))
+        for own, behind in zip(texts[::2], texts[1::2], strict=True):
+            needed = _cut(own, len(own.input_ids))
+            cut = cut or len(needed.input_ids) > options.max_length
+            kept = _cut(needed, options.max_length)
+            if kept.input_ids:
+                found += [kept, _labelled_alike(behind, kept, record.number)]
+                encoded.tokens += len(kept.input_ids)
+                encoded.supervised_tokens += kept.supervised
+        if encoded.owners is not None:
+            encoded.owners += [record.number] * (len(found) - before)
+        encoded.truncated += cut
+        if len(found) == before and layouts:
+            encoded.unsupervised.append(record.number)
+    encoded.desired += len(found) // 2
+    return found
+
+
+def _labelled_alike(behind: Example, own: Example, number: int) -> Example:
+    """As much of an example as has the labels of another.
+
+    Raises:
+        Usage: it has others.
+    """
+    wanted = [label for label in own.labels if label != IGNORED]
+    places = [place for place, label in enumerate(behind.labels) if label != IGNORED][: len(wanted)]
+    if [behind.labels[place] for place in places] != wanted:
+        raise Usage(
+            f"record {number}: behind the system prompt its answers are other tokens",
+            hint="leave that record out, or use a base whose chat template renders answers alike",
+        )
+    return Example(behind.input_ids[: places[-1] + 1], behind.labels[: places[-1] + 1])
+
+
 def _is_desired(record: Record) -> bool:
     return record.desired if isinstance(record, CompletionRecord | ChatRecord) else True
 
@@ -153,7 +199,25 @@ class _Layouts:
                 return self._of_one(record.chosen)
             both = [self._answer(record.chosen), self._answer(record.rejected)]
             return [layouts[0] for layouts in both] if all(both) else []
+        if self._options.system:
+            return self._twice(record)
         return self._answer(record) if self._options.answers else self._of_one(record)
+
+    def _twice(self, record: TextRecord | CompletionRecord | ChatRecord) -> list[Layout]:
+        """Each text of a conversation followed by itself behind the system prompt."""
+        if not isinstance(record, ChatRecord):
+            raise Usage(
+                f"{self._records.path}: {self._records.place(record.number)} is no conversation, and a system prompt "
+                "stands before those",
+                hint='give records of {"messages"}, or leave out --system',
+            )
+        own, several = self._of_one(record), self._several
+        behind = self._of_one(behind_system(record, self._options.system)) if own else []
+        self._several = several  # a conversation counts once
+        if len(own) != len(behind):
+            self._refuse(record, "behind the system prompt it renders the turns as other texts")
+            return []
+        return [layout for both in zip(own, behind, strict=True) for layout in both]
 
     def _answer(self, record: TextRecord | CompletionRecord | ChatRecord) -> list[Layout]:
         """The one text of an answer."""
@@ -240,6 +304,19 @@ class _Layouts:
         if self._muted:
             notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")
         return notes
+
+
+def behind_system(record: ChatRecord, system: str) -> ChatRecord:
+    """A conversation behind a system prompt; a system message of its own follows in the same turn."""
+    first, *rest = record.messages
+    if first["role"] in ("system", "developer"):
+        return replace(record, messages=[{**first, "content": f"{system}\n\n{first['content']}"}, *rest])
+    return replace(
+        record,
+        messages=[{"role": "system", "content": system}, *record.messages],
+        context=record.context + 1,
+        muted=frozenset(place + 1 for place in record.muted),
+    )
 
 
 def _cut_text(text: str) -> str:

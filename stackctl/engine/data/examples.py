@@ -17,12 +17,14 @@ class EncodeOptions:
     What is longer than ``max_length`` tokens is cut; with ``split_long`` texts are split instead, each piece beginning
     with the last token of the one before it, so that every token is still learned once. ``answers``: of pairs both are
     read, and not the chosen one alone. ``template`` is given to the chat template, after what a record gives to it.
+    ``system``: each example is followed by another with the same labels, behind that system prompt.
     """
 
     max_length: int
     split_long: bool = False
     answers: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
 
 
 @dataclass(slots=True)
@@ -42,6 +44,13 @@ class Example:
     def supervised(self) -> int:
         """How many of its tokens have a label."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(slots=True)
+class TaughtExample(Example):
+    """An example, and the one with the same labels that its teacher reads."""
+
+    teacher: Example | None = None
 
 
 class LazyExamples(Sequence[Example]):

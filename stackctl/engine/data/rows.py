@@ -10,13 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.examples import IGNORED, Example, LazyExamples, TaughtExample
+
+TEACHER = "teacher_"
+"""What the keys of a micro-batch begin with that a teacher reads."""
 
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """The tokens of each example; a store on disk knows them without reading it."""
     known = getattr(examples, "lengths", None)
     return known() if known else np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+def longest_of(examples: Sequence[Example]) -> int:
+    """The tokens of the longest example, of a teacher's as well."""
+    return examples.longest() if isinstance(examples, TaughtExamples) else int(lengths_of(examples).max())
+
+
+class TaughtExamples(LazyExamples):
+    """Examples that each have one for the teacher behind them, as ``EncodeOptions.system`` makes them."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples) // 2
+
+    def lengths(self) -> np.ndarray:
+        """The tokens of each, without the teacher's."""
+        return lengths_of(self._examples)[::2]
+
+    def longest(self) -> int:
+        """The tokens of the longest that anybody reads."""
+        return int(lengths_of(self._examples).max())
+
+    def _example(self, number: int) -> TaughtExample:
+        own, teacher = self._examples[2 * number : 2 * number + 2]
+        return TaughtExample(own.input_ids, own.labels, own.desired, teacher)
 
 
 class Rows(Sequence[list[Example]]):
@@ -114,7 +144,12 @@ def collate(rows: Sequence[Example]) -> dict[str, Tensor]:
 
     transformers keeps the examples apart by their restarting positions only when the model gets neither an attention
     mask nor a cache, and it makes a cache unless told not to: without ``use_cache=False`` they see one another.
+
+    Where a teacher reads other examples, ``teacher_input_ids`` and the like are theirs.
     """
+    if theirs := [row.teacher for row in rows if isinstance(row, TaughtExample) and row.teacher]:
+        read = {TEACHER + key: value for key, value in collate(theirs).items() if key != "labels"}
+        return collate([Example(row.input_ids, row.labels) for row in rows]) | read
     ids: list[int] = []
     positions: list[int] = []
     keep: list[int] = []

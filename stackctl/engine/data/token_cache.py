@@ -55,6 +55,7 @@ def encode_cached(
     if not cache or not _can_write(root):
         return encode(records, tokenizer, options, reading)
     settings = [options.max_length, options.split_long, options.answers, records.labelled, dict(options.template)]
+    settings += [options.system] if options.system else []
     place = root / _key(records, tokenizer, settings)
     if (found := _read(place, records)) is not None:
         return replace(found, key=place.name)

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, VerificationFailed
@@ -79,34 +81,43 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     if live:
         attach_live(model, prepared.plan)
         cast(LoraModel, model.base_model).set_adapter([LIVE, ADAPTER])
-        for name, parameter in model.named_parameters():
-            if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
-                parameter.requires_grad_(False)
+        freeze_live(model)
     return model
+
+
+def freeze_live(model: PeftModel) -> None:
+    """Let nothing of a stack learn that :func:`attach_live` put on a model."""
+    for name, parameter in model.named_parameters():
+        if f".{LIVE}." in name or name.endswith(f".{LIVE}"):
+            parameter.requires_grad_(False)
 
 
 @torch.no_grad()
 def begin_at(model: PeftModel, beginning: Beginning) -> None:
-    """Give the new adapter the factors and rows of another: its first step begins with that one's effect.
-
-    Rows of A beyond its rank stay as they were drawn, with columns of zeros in B. B takes up another scaling.
-    """
+    """Give the new adapter the factors and rows of another: its first step begins with that one's effect."""
     modules = beginning.plan.modules
     with MemberTensors(beginning.plan) as tensors:
         for name, layer in new_layers(model):
-            [(a, b, scale)] = tensors.factors(modules[name])
-            new_a, new_b = layer_factors(layer, ADAPTER)
-            if ADAPTER in layer.lora_embedding_A:  # PEFT draws B of an embedding and leaves A at zero
-                new_a[a.shape[0] :].normal_()
-            new_a[: a.shape[0]].copy_(a)
-            new_b.zero_()
-            ratio = scale / layer.scaling[ADAPTER]
-            new_b[:, : b.shape[1]].copy_(b if abs(ratio - 1) < 1e-12 else b * ratio)
+            put_factors(layer, *tensors.factors(modules[name])[0])
         for rows in beginning.plan.token_rows:
             adapter: Any = model.get_base_model().get_submodule(rows.module).token_adapter
             places = [adapter.token_indices[ADAPTER].index(token) for token in rows.tokens]
             values = adapter.trainable_tokens_delta[ADAPTER]
             values[places] = tensors.of(rows.member, rows.tensor).to(values)
+
+
+def put_factors(layer: LoraLayer, a: Tensor, b: Tensor, scale: float) -> None:
+    """Give the new adapter on a layer the effect of other factors, A (r, in) and B (out, r).
+
+    Rows of A beyond their rank stay as they were drawn, with columns of zeros in B. B takes up another scaling.
+    """
+    new_a, new_b = layer_factors(layer, ADAPTER)
+    if ADAPTER in layer.lora_embedding_A:  # PEFT draws B of an embedding and leaves A at zero
+        new_a[a.shape[0] :].normal_()
+    new_a[: a.shape[0]].copy_(a)
+    new_b.zero_()
+    ratio = scale / layer.scaling[ADAPTER]
+    new_b[:, : b.shape[1]].copy_(b if abs(ratio - 1) < 1e-12 else b * ratio)
 
 
 def _whole(number: float) -> int | float:

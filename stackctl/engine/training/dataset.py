@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core import Say
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.engine import data as data_module
-from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows
+from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows, TaughtExamples, longest_of
+from stackctl.engine.data.chat_template import ChatTemplate
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.data.examples import EncodeOptions
 from stackctl.engine.data.token_cache import encode_cached
@@ -65,7 +66,12 @@ def read_corpus(
     if job.pack and (shape := records.peek_format()) not in ("text", None):
         raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
 
-    answers = job.objective != "sft"
+    answers, system = job.prefers, (prepared.teacher.system if prepared.teacher else None) or ""
+    if system and not ChatTemplate(tokenizer).role("system")[1]:
+        raise Incompatible(
+            f"the chat template of '{prepared.base.name}' shows no system prompt, which --system needs",
+            hint="leave out --system, or use a base whose template has that role",
+        )
     held_out = open_records(prepared.eval_data) if prepared.eval_data else None
     for source in (records, held_out):
         if source and answers:
@@ -78,10 +84,18 @@ def read_corpus(
         cache = job.cache and not beyond  # what lies in the cache does not know its lines
         arguments = template_arguments(job.chat_template_kwargs)
         found = encode_cached(
-            source, tokenizer, EncodeOptions(length, template=arguments, **options), reading, cache=cache
+            source, tokenizer, EncodeOptions(length, template=arguments, system=system, **options), reading, cache=cache
         )
         if beyond:
             check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
+        if system:
+            found.examples = TaughtExamples(found.examples)
+            if context and (longest := longest_of(found.examples)) > context:
+                raise Usage(
+                    f"behind the system prompt a record of {source.path} has {longest} tokens, and "
+                    f"{prepared.base.name} reads {context} at once",
+                    hint=f"use a --max-length below {max(length - (longest - context), 2)}, or a shorter prompt",
+                )
         return found
 
     encoded = encode(records, split_long=job.pack, answers=answers)

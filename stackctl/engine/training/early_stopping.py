@@ -23,10 +23,11 @@ from stackctl.engine.data import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each
-from stackctl.engine.training.preferences import KnownAnswers, measure
 from stackctl.engine.training.state import Counters
 from stackctl.jobs import ranks
 
+Measure = Callable[[nn.Module], dict[str, float]]
+"""What held-out records say of a model: ``eval_loss``, and whatever belongs to it."""
 _EVALUATIONS = 10
 """How often a run is evaluated unless told otherwise."""
 _BEST = "best_{rank}.safetensors"
@@ -41,9 +42,9 @@ class HeldOut(TrainerCallback):
     """The held-out records of a run.
 
     ``evaluations`` has an entry for each: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
-    tokens, or with ``answers`` the objective's mean loss, and ``eval_accuracy`` and ``eval_margin``; the first is of
-    step 0, before anything is learned. The list is that of the run's counters, with which it is
-    saved and restored.
+    tokens, or what else ``measure`` finds, ``eval_accuracy`` and ``eval_margin`` of answers; the first is of step 0,
+    before anything is learned. The list is that of the run's counters, with which it is saved and restored. Weights
+    are kept from the ``first`` step on.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class HeldOut(TrainerCallback):
         job: TrainJob,
         counters: Counters,
         say: Say,
-        answers: KnownAnswers | None = None,
+        measure: Measure | None = None,
+        *,
+        first: int = 1,
     ) -> None:
         self._examples = examples
-        self._job, self._answers = job, answers
+        self._measure, self._first = measure or self._loss, first
         self._tokens = supervised_count(examples)
         self._keeps_best = job.keep == "best"
         self._patience = job.patience
@@ -71,8 +74,12 @@ class HeldOut(TrainerCallback):
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The evaluation with the lowest loss, the earliest of equal ones; step 0 has nothing to keep."""
-        return min((e for e in self.evaluations if e["step"]), key=lambda e: e["eval_loss"], default=None)
+        """The evaluation with the lowest loss, the earliest of equal ones, of those with something to keep."""
+        return min(self._learned, key=lambda e: e["eval_loss"], default=None)
+
+    @property
+    def _learned(self) -> list[dict[str, float]]:
+        return [e for e in self.evaluations if e["step"] >= self._first]
 
     @property
     def kept(self) -> dict[str, float]:
@@ -82,7 +89,7 @@ class HeldOut(TrainerCallback):
     @property
     def is_over(self) -> bool:
         """Whether ``patience`` evaluations in a row found nothing better."""
-        learned = [evaluation for evaluation in self.evaluations if evaluation["step"]]
+        learned = self._learned
         if self._patience is None or self.best is None:
             return False
         return len(learned) - 1 - learned.index(self.best) >= self._patience
@@ -97,7 +104,7 @@ class HeldOut(TrainerCallback):
         Raises:
             Failed: the loss is no number.
         """
-        found = measure(wrapped, self._answers, self._job) if self._answers else {"eval_loss": self._loss(wrapped)}
+        found = self._measure(wrapped)
         if not math.isfinite(found["eval_loss"]):
             if self.end_with_best(step):
                 return found
@@ -106,7 +113,7 @@ class HeldOut(TrainerCallback):
                 hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
             )
         self.evaluations.append({"step": step, **found})
-        ranks_right = f", ranked rightly {found['eval_accuracy']:.1%}" if self._answers else ""
+        ranks_right = f", ranked rightly {found['eval_accuracy']:.1%}" if "eval_accuracy" in found else ""
         self._say(f"step {step}: held-out loss {found['eval_loss']:.3f}{ranks_right}")
         self._look_for_mark(step, found["eval_loss"])
         if self._keeps_best and self.best is self.evaluations[-1]:
@@ -120,7 +127,7 @@ class HeldOut(TrainerCallback):
             moved["reached_step"] = step
             self._say(f"step {step}: as good as it was where it stood, {moved['mark']:.3f}")
 
-    def _loss(self, model: nn.Module) -> float:
+    def _loss(self, model: nn.Module) -> dict[str, float]:
         """The mean cross-entropy over the supervised tokens.
 
         Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
@@ -132,7 +139,7 @@ class HeldOut(TrainerCallback):
         losses = record_losses(model, [self._examples[p % len(self._examples)] for p in places])
         own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
         device = next(model.parameters()).device
-        return float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)
+        return {"eval_loss": float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)}
 
     def end_with_best(self, step: int) -> bool:
         """End the run at a loss that is no number, if there are best weights to go back to. Returns whether it did."""

@@ -129,12 +129,18 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     lengths = corpus.rows.lengths()
     largest = largest_rows(corpus, cut.records)
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
-    live = max(module.rank for module in prepared.plan.modules.values()) if prepared.stays_live else 0
+    beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
+    live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     return estimate_memory(
         base,
         NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.optimizer in EIGHT_BITS),
-        LargestBatch(int(lengths[largest].sum()), supervised, cut.checkpointing or group.checkpoints),
+        LargestBatch(
+            int(lengths[largest].sum()),
+            supervised,
+            cut.checkpointing or group.checkpoints,
+            taught=prepared.teacher is not None,
+        ),
         Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
     )
 

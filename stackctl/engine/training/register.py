@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stackctl import __version__
 from stackctl.core.errors import VerificationFailed
-from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Moved, Run
+from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Distilled, Moved, Run
 from stackctl.engine.records import RecordStream
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import save_adapter
@@ -22,6 +22,7 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.state import Counters
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.outcome import problems_of_run
+from stackctl.jobs.teacher import Teacher
 from stackctl.lora.checkpoint import INFO, read_checkpoint
 from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
@@ -123,6 +124,7 @@ def _entry(
         trained_on=prepared.trained_on,
         from_=prepared.beginning.label if prepared.beginning else None,
         moved=Moved(**finished.counters.moved) if finished.counters.moved else None,
+        distilled=_distilled(prepared.teacher, finished) if prepared.teacher else None,
         created=now(),
         lora=describe_lora(checkpoint.config),
         parameters=checkpoint.parameters,
@@ -141,6 +143,21 @@ def _entry(
         trained_tokens=finished.trained_tokens,
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"stackctl": __version__},
+    )
+
+
+def _distilled(teacher: Teacher, finished: FinishedRun) -> Distilled:
+    found = {point["step"]: point for point in finished.counters.evaluations}
+    first, kept = found.get(0, {}), found.get(finished.outcome.kept_step or 0, {})
+    return Distilled(
+        teacher=teacher.label,
+        system=teacher.system_digest,
+        divergence_before=first.get("eval_loss"),
+        divergence_before_error=first.get("eval_error"),
+        divergence=kept.get("eval_loss"),
+        divergence_error=kept.get("eval_error"),
+        loss_before=first.get("eval_cross_entropy"),
+        loss=kept.get("eval_cross_entropy"),
     )
 
 

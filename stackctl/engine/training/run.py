@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import signal
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from stackctl.engine.live_adapter import LIVE
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.training import distributed as group
-from stackctl.engine.training import proofs
+from stackctl.engine.training import preferences, proofs
 from stackctl.engine.training.adapter import adapter_state
 from stackctl.engine.training.attach import attach_new, freeze_stack
 from stackctl.engine.training.callbacks import StepCallback
@@ -37,8 +38,9 @@ from stackctl.engine.training.register import FinishedRun, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
+from stackctl.engine.training.teaching import attach_teacher
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
-from stackctl.jobs import optimizers, ranks, trained_tokens
+from stackctl.jobs import optimizers, ranks, teacher, trained_tokens
 from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch import NOT_WHOLE
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
@@ -82,12 +84,15 @@ def train_adapter(
     """
     if prepared.job.orthogonal and group.keeps_parts():
         raise NOT_WHOLE
+    if group.keeps_parts() and prepared.teacher:
+        raise teacher.NOT_WHOLE
     if group.keeps_parts() and prepared.trains_tokens:
         raise trained_tokens.NOT_WHOLE
     if group.keeps_parts() and prepared.job.optimizer in optimizers.EIGHT_BITS:
         raise optimizers.NOT_WHOLE
     check_kernels(prepared.job.optimizer)
     begins = (prepared.beginning.member,) if prepared.beginning else ()
+    begins += prepared.teacher.stack.members if prepared.teacher else ()
     check_digests(registry, (*prepared.stack.members, *begins))
     if resume:
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
@@ -155,29 +160,38 @@ def _train(
     how = freeze_stack(stacked, prepared, loaded.targets, output.say)
     model = attach_new(stacked, prepared, loaded.targets, live=how == "live")
     live = LIVE if how == "live" else None
+    teaching = attach_teacher(model, prepared.teacher.plan) if prepared.teacher else None
     trainable = proofs.check_trainable(model)
     with proofs.new_adapter_off(model, live):
         frozen = proofs.probe(model, probe_tokens)
     if prepared.plan.members:
         effect = proofs.check_active(bare, frozen, prepared.plan.expression)
         output.say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
+    if teaching and teaching.name:
+        with teaching.speaking():
+            effect = proofs.check_active(bare, proofs.probe(model, probe_tokens), teaching.label)
+        output.say(f"{teaching.label} is the teacher, live beside the base: it moves the logits by {effect:.1%}")
 
     state = RunState(stacked.device)
     examples = corpus.encoded.examples
-    longest = int(data_module.lengths_of(examples).max())
+    longest = data_module.longest_of(examples)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    reference = answers = held_out_answers = held_out = None
+    reference = answers = held_out = measure = None
     if job.objective in OBJECTIVES:
         reference = ReferenceModel(
             model, live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing
         )
         answers = reference.know(corpus.encoded, job, corpus.max_length)
         if corpus.evaluation:
-            held_out_answers = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)
+            known = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)
+            measure = functools.partial(preferences.measure, known=known, job=job)
+    if teaching and corpus.evaluation:
+        measure = functools.partial(teaching.measure, examples=corpus.evaluation.examples)
     if move:
         state.counters.moved = move.begin(model)
     if corpus.evaluation:
-        held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, held_out_answers)
+        first = 0 if teaching and teaching.name else 1  # what begins as the best pair may stay that
+        held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, measure, first=first)
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
@@ -188,6 +202,7 @@ def _train(
         job=job,
         cut=loaded.cuts[0],
         answers=answers,
+        teaching=teaching,
     )
     if prepared.auto_batch and runs_out_safely(stacked.device):
         parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))

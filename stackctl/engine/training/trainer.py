@@ -44,6 +44,7 @@ from stackctl.engine.training.preferences import (
 )
 from stackctl.engine.training.saves import RunSaves
 from stackctl.engine.training.state import RunState
+from stackctl.engine.training.teaching import Teaching
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.micro_batches import StepCut
@@ -71,6 +72,8 @@ class TrainerParts:
     cut: StepCut
     answers: KnownAnswers | None = None
     """What is known of the answers, where it learns from those."""
+    teaching: Teaching | None = None
+    """By whom it is taught, where it distils."""
 
     @property
     def drifts(self) -> bool:
@@ -199,6 +202,8 @@ def micro_batch_loss(
     if parts.answers:
         scores = answer_scores(model, inputs, parts.job, drift=drift, one_by_one=parts.one_by_one)
         return scores.losses.sum(), scores
+    if parts.teaching:
+        return parts.teaching.divergences(model, inputs, one_by_one=parts.one_by_one).sum(), None
     return supervised_loss(model, inputs, one_by_one=parts.one_by_one), None
 
 

@@ -1,0 +1,120 @@
+"""Distilling: a stack on the base as the teacher of a new adapter on the same base, in one model.
+
+The teacher's factors lie beside the new adapter's in each layer, and a forward pass uses the one or the other, so that
+the base is in memory once. What is made small is KL(teacher || student) over the whole vocabulary, in float32 at
+temperature 1, at each token that has a label (https://arxiv.org/abs/1503.02531); logits exist a chunk of tokens at a
+time. With a system prompt (context distillation, https://arxiv.org/abs/2112.00861) the teacher reads longer examples
+with the same labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import LoraModel, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from stackctl.engine.algebra import truncate
+from stackctl.engine.data import TEACHER, Example, collate
+from stackctl.engine.live_adapter import LIVE, attach_live
+from stackctl.engine.logits import split, supervised_hidden, supervised_token_losses
+from stackctl.engine.models import evaluating
+from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.token_losses import TeacherHidden, token_losses
+from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.attach import freeze_live, put_factors
+from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.proofs import new_adapter_off
+from stackctl.engine.training.targets import new_layers
+from stackctl.jobs import ranks
+from stackctl.plan.model import StackPlan
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A model that holds a teacher beside the new adapter; ``name`` is the teacher's in it, None the bare base's.
+
+    ``label`` is what the teacher is called.
+    """
+
+    model: PeftModel
+    name: str | None
+    label: str
+
+    @contextlib.contextmanager
+    def speaking(self) -> Iterator[None]:
+        """The model is the teacher, in evaluation mode and without gradients, while the body runs."""
+        with new_adapter_off(self.model, self.name), evaluating(self.model):
+            yield
+
+    def divergences(self, model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
+        """KL(teacher || ``model``) at each supervised token (K,), nats, float32; its gradient is the model's alone.
+
+        ``inputs`` are a collated micro-batch, ``model`` the student as it is wrapped. ``one_by_one`` as in
+        :func:`stackctl.engine.logits.supervised_token_losses`.
+        """
+        theirs = {key: inputs.get(TEACHER + key, value) for key, value in inputs.items()}
+        if one_by_one and (parts := split(inputs)):
+            pairs = zip(parts, split(theirs), strict=True)
+            return torch.cat([self._of_row(model, part, behind) for part, behind in pairs])
+        return self._of_row(model, inputs, theirs)
+
+    def _of_row(self, model: nn.Module, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+        with self.speaking():
+            _, taught = supervised_hidden(self.model, theirs)
+        head, hidden = supervised_hidden(model, inputs)
+        if head is None:
+            return _whole(hidden, taught)
+        own_head = isinstance(head.module, LoraLayer)
+        target = TeacherHidden(taught, self.speaking if own_head else contextlib.nullcontext)
+        return token_losses(head, hidden, inputs["labels"], target).losses
+
+    def measure(self, wrapped: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+        """``eval_loss``, the mean divergence (nats a token) on held-out records, and of several ``eval_error``, its
+        standard error; ``eval_cross_entropy`` is the student's own loss. Each process reads its share.
+
+        The error is that of :func:`stackctl.engine.significance.ratio_error`, by sums over all processes.
+        """
+        device = next(wrapped.parameters()).device
+        rows: list[tuple[float, int, float]] = []
+        with evaluating(wrapped):
+            for number in range(ranks.rank(), len(examples), ranks.world_size()):
+                batch = {key: value.to(device) for key, value in collate([examples[number]]).items()}
+                divergences, own = self.divergences(wrapped, batch), supervised_token_losses(wrapped, batch).losses
+                rows.append((float(divergences.double().sum()), len(own), float(own.double().sum())))
+        terms = [(1.0, y, m, loss, y * y, y * m, m * m) for y, m, loss in rows] or [(0.0,) * 7]
+        sums = [math.fsum(column) for column in zip(*terms, strict=True)]
+        count, total, tokens, loss, squares, mixed, sizes = numbers_of_each(sums, device).sum(0).tolist()
+        ratio = total / tokens
+        found = {"eval_loss": ratio, "eval_cross_entropy": loss / tokens}
+        if count > 1:
+            spread = max(squares - 2 * ratio * mixed + ratio * ratio * sizes, 0.0)
+            found["eval_error"] = math.sqrt(count / (count - 1) * spread) / tokens
+        return found
+
+
+def _whole(logits: Tensor, theirs: Tensor) -> Tensor:
+    """The same of whole logits."""
+    log_p, log_q = theirs.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def attach_teacher(model: PeftModel, plan: StackPlan) -> Teaching:
+    """Put a teacher beside the new adapter, which begins at the best pair of its rank for the teacher's sum."""
+    if not plan.modules:
+        return Teaching(model, None, plan.expression)
+    with torch.no_grad(), MemberTensors(plan) as tensors:
+        for name, layer in new_layers(model):
+            if name in plan.modules:
+                pair = truncate(tensors.factors(plan.modules[name]), rank=layer.r[ADAPTER])
+                put_factors(layer, *pair, 1.0)
+    attach_live(model, plan)
+    cast(LoraModel, model.base_model).set_adapter([ADAPTER])
+    freeze_live(model)
+    return Teaching(model, LIVE, plan.expression)

@@ -1,0 +1,168 @@
+"""``--objective distil``: whose probabilities a job learns, checked by headers before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, first_line, raise_all
+from stackctl.core.expressions import BASE
+from stackctl.core.train_job import TrainJob
+from stackctl.jobs.trained_tokens import asks
+from stackctl.lora.target_modules import expand_modules, named_targets, natural_order, parse_targets
+from stackctl.plan.methods import SUM
+from stackctl.plan.model import StackPlan
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.store import Registry
+from stackctl.storage.paths import missing_path, typed_path
+
+NOT_WHOLE = Usage(
+    "--objective distil runs a teacher beside the new adapter, and FSDP and DeepSpeed keep parts of both in each "
+    "process",
+    hint="use distributed_type: MULTI_GPU",
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A stack on the bare base, whose probabilities are learned; ``system`` is the system prompt that it reads."""
+
+    stack: ResolvedStack
+    plan: StackPlan
+    system: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The stack as an expression, pinned; ``base`` of a bare one."""
+        return self.stack.expression
+
+    @property
+    def system_digest(self) -> str | None:
+        return None if self.system is None else "sha256:" + hashlib.sha256(self.system.encode()).hexdigest()
+
+    def signature(self) -> list[Any]:
+        """What decides what it says, by digests."""
+        members = [[m.version.digest, m.weight, dict(m.layer_weights)] for m in self.stack.members]
+        return [members, self.system_digest]
+
+
+def find_teacher(
+    registry: Registry, job: TrainJob, folder: Path | None, *, fresh: bool = False
+) -> tuple[Teacher, TrainJob]:
+    """The teacher of a job that distils, and the job on its base and on its modules, unless it names more of these.
+
+    Raises:
+        StackctlError: everything that keeps it from being taught, at once.
+    """
+    problems: list[StackctlError] = [Usage(what, hint=hint) for asked, what, hint in _unfit(job) if asked]
+    system = attempt(problems, _read_system, job.system, folder) if job.system is not None else None
+    plan: StackPlan | None = None
+    if job.teacher is None:
+        problems.append(Usage("--objective distil needs a teacher", hint="name a stack: --teacher STACK"))
+    elif stack := attempt(
+        problems, lambda text: resolve_expression(registry, text, base=job.base, fresh=fresh), job.teacher
+    ):
+        plan = attempt(problems, lambda: read_plan(registry, stack).check())
+    if plan is not None:
+        problems += _no_lora_says(plan)
+        if not any(factor.weight for module in plan.modules.values() for factor in module.factors) and not job.system:
+            what = f"--teacher {job.teacher} says what the bare base says: there is nothing to distil"
+            problems.append(Usage(what, hint="name a stack, or give it a system prompt: --system FILE"))
+        job = attempt(problems, _settled, job, plan) or job
+    raise_all(problems)
+    assert plan is not None and stack is not None, "what could not be found was raised"
+    return Teacher(stack, plan, system), msgspec.structs.replace(job, base=stack.base.name)
+
+
+def _unfit(job: TrainJob) -> list[tuple[bool, str, str]]:
+    """What a job that distils cannot do besides."""
+    return [
+        (job.on not in (None, BASE), f"--on {job.on}: what is distilled stands on the bare base", "leave out --on"),
+        (
+            job.from_ is not None or job.rebase,
+            "--from and --rebase: what is distilled begins at the best pair of its rank for the teacher",
+            "leave them out",
+        ),
+        (
+            asks(job.train_tokens),
+            "--train-tokens: what is distilled is factors, and no rows of single tokens",
+            "leave it out",
+        ),
+    ]
+
+
+def _no_lora_says(plan: StackPlan) -> list[StackctlError]:
+    """What a teacher has that no LoRA beside the base could say."""
+    found: list[StackctlError] = []
+
+    def refuse(what: str, hint: str) -> None:
+        found.append(Incompatible(f"--teacher: {what}", hint=hint))
+
+    if plan.method != SUM:
+        refuse(f"a stack composed by {plan.method} is no sum, and only a sum is kept beside the base", "name a sum")
+    for label in dict.fromkeys(plan.members[part.member].label for part in plan.replacements):
+        refuse(f"{label} carries whole modules, which no LoRA can say", "distil a stack without it")
+    for label in dict.fromkeys(plan.members[rows.member].label for rows in plan.token_rows):
+        refuse(f"{label} carries rows of single tokens, which no LoRA can say", "distil a stack without it")
+    if experts := [name for name, module in plan.modules.items() if module.is_experts]:
+        refuse(f"it stands on experts ({experts[0]}), whose factors cannot be begun at", "distil a stack without them")
+    return found
+
+
+def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:
+    """The job on the modules of its teacher, where it names none; a rank that is one.
+
+    Raises:
+        Usage, Incompatible: it leaves out some of them, or no module has as many directions.
+    """
+    base = plan.base
+    assert base is not None, "a teacher is planned on a base"
+    known, problems = expand_modules(base.modules), list[StackctlError]()
+    asked = parse_targets(job.target_modules)
+    own = set(plan.modules)
+    if own and job.target_modules == TrainJob().target_modules:
+        if _named(asked, known, base.output_embedding) != own:
+            job = msgspec.structs.replace(job, target_modules=sorted(own, key=natural_order))
+    elif missing := own - _named(asked, known, base.output_embedding):
+        what = f"target_modules: the teacher stands on {len(missing)} modules more, {min(missing, key=natural_order)}"
+        problems.append(Incompatible(what, hint="leave out --target-modules: they are the teacher's"))
+    shapes = [known[name].shape for name in (plan.modules or known)]
+    most = max((min(shape[-2:]) for shape in shapes if len(shape) >= 2), default=job.effective_rank())
+    if job.effective_rank() > most:
+        what = f"--rank {job.effective_rank()}: no module of the teacher has more than {most} directions"
+        problems.append(Usage(what, hint=f"use a rank of at most {most}"))
+    raise_all(problems)
+    return job
+
+
+def _named(asked: list[str] | str, known: Any, head: str | None) -> set[str]:
+    try:
+        return set(named_targets(asked, known, head))
+    except re.error:  # which is told where targets are checked
+        return set(known)
+
+
+def _read_system(text: str, folder: Path | None) -> str:
+    """A system prompt out of its file, without white space around it.
+
+    Raises:
+        NotFound, Usage: it is not there, is no text, or is empty.
+    """
+    path = typed_path(text)
+    if folder is not None and not path.is_absolute():
+        path = folder / path
+    if not path.exists():
+        raise missing_path(path, "the system prompt")
+    try:
+        found = path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"the system prompt {path} cannot be read: {first_line(error)}", hint="give a text file") from None
+    if not found:
+        raise Usage(f"the system prompt {path} is empty", hint="write into it what the teacher is told")
+    return found
