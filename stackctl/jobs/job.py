@@ -145,7 +145,9 @@ def prepare_job(
     if distils and (taught := attempt(find_teacher, registry, job, folder, fresh=fresh)):
         teacher, job = taught
     on = BASE if job.on is None else job.on
-    stack = attempt(resolve_expression, registry, on, base=job.base, fresh=fresh) if teacher or not distils else None
+    stack: Any = None
+    if teacher or not distils:
+        stack = attempt(resolve_expression, registry, on, base=job.base, fresh=fresh)
     plan = attempt(lambda: read_plan(registry, stack).check()) if stack else None
     data = attempt(data_path, job.data, folder, name)
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None

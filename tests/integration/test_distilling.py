@@ -373,3 +373,15 @@ def test_a_template_without_the_role_is_refused(run: Any, models: Any, tmp_path:
     data = oracle.write_jsonl(tmp_path / "data.jsonl", TALKS)
     ran = run("distil", "base", "--name", "x", "--system", "pirate.txt", "--data", data, "--json", code=4)
     assert "shows no system prompt" in ran.json["error"]["message"]
+
+
+def test_two_processes_are_taught_as_one(house: Any) -> None:
+    h = house()
+    two(h)
+    options = ("--rank", 2, "--max-steps", 3, "--learning-rate", 1e-3)
+    alone = distil(h, "style+chat", *options, records=TALKS).json
+    both = distil(h, "style+chat", *options, "--batch-size", 2, "--num-processes", 2, records=TALKS).json
+    assert both["processes"] == 2
+    assert both["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    for key in ("divergence_before", "divergence_before_error", "divergence", "loss"):
+        assert both["distilled"][key] == pytest.approx(alone["distilled"][key], rel=1e-3)

@@ -136,6 +136,8 @@ def lay_out(folder: Path, page: Path, made: dict[str, Path]) -> None:
     for name in set(re.findall(r"[\w-]+\.(?:jsonl|json|txt)\b", page.read_text(encoding="utf-8"))):
         if name == "prompts.txt":
             (folder / name).write_text("How do I keep bread fresh?\nTell me about the sea.\n")
+        elif name == "pirate.txt":
+            (folder / name).write_text("Answer like a pirate.\n")
         elif name == "sharegpt.json":
             turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Well met."}]
             (folder / name).write_text(json.dumps([{"conversations": turns}] * 3))
