@@ -92,8 +92,8 @@ def train_adapter(
         raise optimizers.NOT_WHOLE
     check_kernels(prepared.job.optimizer)
     begins = (prepared.beginning.member,) if prepared.beginning else ()
-    begins += prepared.teacher.stack.members if prepared.teacher else ()
-    check_digests(registry, (*prepared.stack.members, *begins))
+    teachers = prepared.teacher.stack.members if prepared.teacher else ()
+    check_digests(registry, (*prepared.stack.members, *begins, *teachers))
     if resume:
         data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())

@@ -82,12 +82,12 @@ class Teaching:
         The error is that of :func:`stackctl.engine.significance.ratio_error`, by sums over all processes.
         """
         device = next(wrapped.parameters()).device
-        rows: list[tuple[float, int, float]] = []
+        rows: list[tuple[float, float, float]] = []
         with evaluating(wrapped):
             for number in range(ranks.rank(), len(examples), ranks.world_size()):
                 batch = {key: value.to(device) for key, value in collate([examples[number]]).items()}
                 divergences, own = self.divergences(wrapped, batch), supervised_token_losses(wrapped, batch).losses
-                rows.append((float(divergences.double().sum()), len(own), float(own.double().sum())))
+                rows.append((float(divergences.double().sum()), float(len(own)), float(own.double().sum())))
         terms = [(1.0, y, m, loss, y * y, y * m, m * m) for y, m, loss in rows] or [(0.0,) * 7]
         sums = [math.fsum(column) for column in zip(*terms, strict=True)]
         count, total, tokens, loss, squares, mixed, sizes = numbers_of_each(sums, device).sum(0).tolist()
