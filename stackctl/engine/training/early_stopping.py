@@ -8,7 +8,7 @@ first active adapter, which may be a frozen one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
