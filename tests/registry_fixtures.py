@@ -17,7 +17,7 @@ CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verific
 
 
 @pytest.fixture
-def shelf(run: Callable[..., Any], tmp_path: Path) -> Registry:
+def filled_registry(run: Callable[..., Any], tmp_path: Path) -> Registry:
     """style, instruct (trained on style) and tone on the base ``tiny``, foreign on ``other``; no model anywhere."""
     registry = make_registry(tmp_path / "registry", make_base("tiny"), make_base("other", "sha256:" + "0" * 64))
     register(registry, "style", seed=1)

@@ -22,7 +22,7 @@ LOADS_TORCH = {"train", "generate", "compare", "eval"}
 
 
 @dataclass(frozen=True)
-class Place:
+class InstalledCommand:
     """A working directory, an empty home, and the command as it is installed."""
 
     folder: Path
@@ -64,10 +64,10 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def cli(tmp_path_factory: pytest.TempPathFactory) -> InstalledCommand:
     """A registry with the base ``smollm2``, converted once."""
     root = tmp_path_factory.mktemp("e2e")
-    found = Place(root / "my project", root / "home")
+    found = InstalledCommand(root / "my project", root / "home")
     found.folder.mkdir()
     found.home.mkdir()
     found("init")
@@ -78,10 +78,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="session")
-def path(place: Place) -> Place:
+def trained(cli: InstalledCommand) -> InstalledCommand:
     """style trained for a few steps, instruct on it, and both composed as ``storyteller``."""
     quick = ("--max-steps", "6", "--batch-size", "2", "--learning-rate", "1e-3", "--max-length", "96")
-    place("train", "style", "--data", EXAMPLES / "style.jsonl", *quick)
-    place("train", "instruct", "--on", "style", "--data", EXAMPLES / "instruct.jsonl", *quick)
-    place("compose", "style+instruct", "--name", "storyteller")
-    return place
+    cli("train", "style", "--data", EXAMPLES / "style.jsonl", *quick)
+    cli("train", "instruct", "--on", "style", "--data", EXAMPLES / "instruct.jsonl", *quick)
+    cli("compose", "style+instruct", "--name", "storyteller")
+    return cli

@@ -29,47 +29,47 @@ def some_records(source: Path, target: Path, count: int = 3) -> Path:
 # -- what was made ----------------------------------------------------------------------------------------------------
 
 
-def test_training_registered_what_it_says(path):
-    listed = path.json("ls")
+def test_training_registered_what_it_says(trained):
+    listed = trained.json("ls")
     assert [row["name"] for row in listed["adapters"]] == ["instruct", "style"]
     assert [row["name"] for row in listed["stacks"]] == ["storyteller"]
     assert [row["name"] for row in listed["bases"]] == ["smollm2"]
     assert listed["runs"] == []
-    instruct = path.json("inspect", "instruct")
+    instruct = trained.json("inspect", "instruct")
     assert instruct["needs"] == ["style@1"]
     assert instruct["run"]["steps"] == 6
     assert instruct["problems"] == []
-    assert path.json("verify")["problems"] == []
+    assert trained.json("verify")["problems"] == []
 
 
-def test_a_checkpoint_is_whole_by_itself(path):
-    folder = Path(path.json("inspect", "instruct")["path"])
+def test_a_checkpoint_is_whole_by_itself(trained):
+    folder = Path(trained.json("inspect", "instruct")["path"])
     names = {file.name for file in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "adapter_info.json"} <= names
     info = json.loads((folder / "adapter_info.json").read_text())
     assert info["trained_on"][0]["adapter"] == "style"
-    assert info["trained_on"][0]["digest"] == path.json("inspect", "style")["digest"]
+    assert info["trained_on"][0]["digest"] == trained.json("inspect", "style")["digest"]
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_compose_and_inspect(path):
-    found = path.json("compose", "style:0.5+instruct", "--dry-run")
+def test_compose_and_inspect(trained):
+    found = trained.json("compose", "style:0.5+instruct", "--dry-run")
     assert [(m["adapter"], m["version"], m["weight"]) for m in found["members"]] == [
         ("style", 1, 0.5),
         ("instruct", 1, 1),
     ]
     assert (found["method"], found["exact"], found["rank"]) == ("sum", True, 32)
-    shown = path("inspect").stdout
+    shown = trained("inspect").stdout
     assert all(word in shown for word in ("smollm2", "style@1", "instruct@1"))
 
 
-def test_generate_and_compare(path):
+def test_generate_and_compare(trained):
     asked = "What is the capital of Canada?"
-    found = path.json("generate", "-p", asked, "--max-new-tokens", "10")
+    found = trained.json("generate", "-p", asked, "--max-new-tokens", "10")
     assert (found["stack"], found["prompt"]) == ("storyteller", asked)
     assert found["text"].strip()
     assert "<|im_" not in found["text"]
-    results = path.json("compare", "base", "storyteller", "-p", asked, "--max-new-tokens", "10")["results"]
+    results = trained.json("compare", "base", "storyteller", "-p", asked, "--max-new-tokens", "10")["results"]
     assert [r["stack"] for r in results] == ["base", "storyteller"]
     assert results[1]["text"] == found["text"]
     assert len({r["text"] for r in results}) > 1
@@ -109,11 +109,11 @@ def mean_loss(model: Any, examples: list[tuple[list[int], list[int]]]) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def oracle(path):
+def oracle(trained):
     """The base with both adapters attached by plain PEFT, in float32."""
-    base = AutoModelForCausalLM.from_pretrained(path.base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, path.json("inspect", "style")["path"], adapter_name="a")
-    model.load_adapter(path.json("inspect", "instruct")["path"], adapter_name="b")
+    base = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, trained.json("inspect", "style")["path"], adapter_name="a")
+    model.load_adapter(trained.json("inspect", "instruct")["path"], adapter_name="b")
     return model.eval()
 
 
@@ -121,20 +121,20 @@ LIVE = {"base": [], "style": ["a"], "storyteller": ["a", "b"]}
 
 
 @pytest.fixture(scope="module")
-def evaluated(path):
+def evaluated(trained):
     """The rows of one ``eval`` of all stacks on both kinds of records."""
     sources = [
-        some_records(EXAMPLES / f"{name}-heldout.jsonl", path.folder / f"{name} held out.jsonl").name
+        some_records(EXAMPLES / f"{name}-heldout.jsonl", trained.folder / f"{name} held out.jsonl").name
         for name in ("instruct", "style")
     ]
-    return path.json("eval", *LIVE, *(word for name in sources for word in ("--data", name)))["results"]
+    return trained.json("eval", *LIVE, *(word for name in sources for word in ("--data", name)))["results"]
 
 
 @pytest.mark.parametrize("name", ["instruct", "style"])
-def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, evaluated, name):
-    source = path.folder / f"{name} held out.jsonl"
+def test_eval_equals_raw_peft_with_both_adapters_live(trained, oracle, evaluated, name):
+    source = trained.folder / f"{name} held out.jsonl"
     records = [json.loads(line) for line in source.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(path.base)
+    tokenizer = AutoTokenizer.from_pretrained(trained.base)
     if name == "instruct":
         examples = [chat_example(tokenizer, record["messages"]) for record in records]
     else:
@@ -158,20 +158,20 @@ def test_eval_equals_raw_peft_with_both_adapters_live(path, oracle, evaluated, n
 # -- further on -------------------------------------------------------------------------------------------------------
 
 
-def test_push_dry_run_says_what_would_go_up_and_asks_nobody(path):
-    found = path.json("push", "storyteller", "me/storyteller", "--dry-run")
+def test_push_dry_run_says_what_would_go_up_and_asks_nobody(trained):
+    found = trained.json("push", "storyteller", "me/storyteller", "--dry-run")
     assert {"schema", "repo", "commit", "url", "files"} <= set(found)
     assert found["repo"] == "me/storyteller"
     names = {file["path"] for file in found["files"]}
     assert {"adapter_config.json", "adapter_model.safetensors", "stack.yaml", "README.md"} <= names
-    assert path.json("push-to-hub", "storyteller", "me/storyteller", "--dry-run")["files"] == found["files"]
+    assert trained.json("push-to-hub", "storyteller", "me/storyteller", "--dry-run")["files"] == found["files"]
 
 
-def test_an_export_is_one_plain_adapter_that_peft_loads(path, oracle):
-    out = path.folder / "exported"
-    found = path.json("export", "storyteller", "--format", "peft", "--out", "exported")
+def test_an_export_is_one_plain_adapter_that_peft_loads(trained, oracle):
+    out = trained.folder / "exported"
+    found = trained.json("export", "storyteller", "--format", "peft", "--out", "exported")
     assert (found["path"], found["rank"], found["exact"]) == (str(out), 32, True)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(path.base)("The tide goes out.")["input_ids"]])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(trained.base)("The tide goes out.")["input_ids"]])
     oracle.base_model.set_adapter(["a", "b"])
     with torch.no_grad():
         wanted = oracle(input_ids=ids).logits
@@ -181,8 +181,8 @@ def test_an_export_is_one_plain_adapter_that_peft_loads(path, oracle):
     assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
-def test_a_recipe_in_chinese_is_built_and_then_up_to_date(path):
-    (path.folder / "stackctl.yaml").write_text(
+def test_a_recipe_in_chinese_is_built_and_then_up_to_date(trained):
+    (trained.folder / "stackctl.yaml").write_text(
         f"""\
 base: smollm2
 train:
@@ -191,29 +191,29 @@ train:
 stacks: {{storyteller-zh: style-zh+instruct-zh}}
 """
     )
-    built = path.json("train")["built"]
+    built = trained.json("train")["built"]
     assert [b.get("adapter") or b["stack"] for b in built] == ["style-zh", "instruct-zh", "storyteller-zh"]
     assert built[1]["on"] == ["style-zh@1"]
-    assert path("train").stdout == "up to date\n"
-    source = some_records(EXAMPLES / "style-zh-heldout.jsonl", path.folder / "测试.jsonl", 1)
-    rows = path.json("eval", "base", "storyteller-zh", "--data", source.name)["results"]
+    assert trained("train").stdout == "up to date\n"
+    source = some_records(EXAMPLES / "style-zh-heldout.jsonl", trained.folder / "测试.jsonl", 1)
+    rows = trained.json("eval", "base", "storyteller-zh", "--data", source.name)["results"]
     assert rows[0]["tokens"] == rows[1]["tokens"] > 0
 
 
-def test_prompts_and_answers_may_be_in_any_script(path):
+def test_prompts_and_answers_may_be_in_any_script(trained):
     asked = "海边的早晨是什么样的？"
-    found = path.json("generate", "base", "--max-new-tokens", "8", stdin=asked)
+    found = trained.json("generate", "base", "--max-new-tokens", "8", stdin=asked)
     assert found["prompt"] == asked and found["text"].strip()
 
 
-def test_failures_end_as_the_contract_says(path):
+def test_failures_end_as_the_contract_says(trained):
     for code, arguments in (
         (2, ("compose", "style++instruct")),
         (2, ("nosuch",)),
         (3, ("inspect", "style@9")),
         (4, ("compose", "style+style")),
     ):
-        done = path(*arguments, "--json", code=code)
+        done = trained(*arguments, "--json", code=code)
         assert set(json.loads(done.stdout)) == {"schema", "error"}
         assert [line.split()[0] for line in done.stderr.splitlines()] == ["error:", "hint:"]
 
@@ -223,15 +223,15 @@ def test_failures_end_as_the_contract_says(path):
 STACKS = ["base", "style", "storyteller", "style:0.5+instruct", "style:-0.5+instruct@1:1.5"]
 
 
-def test_five_expressions_at_once_stream_what_generate_writes(path, monkeypatch):
+def test_five_expressions_at_once_stream_what_generate_writes(trained, monkeypatch):
     """OpenAI's own client gets the texts of ``compare``, which are those of ``generate``."""
     asked = "Tell me about the sea."
-    told = path.json("compare", *STACKS, "-p", asked, "--max-new-tokens", 24)["results"]
+    told = trained.json("compare", *STACKS, "-p", asked, "--max-new-tokens", 24)["results"]
     known = {found["stack"]: found["text"] for found in told}
     assert list(known) == STACKS
     assert len(set(known.values())) > 2
-    monkeypatch.setenv("HOME", str(path.home))
-    with serving(path.folder, start=installed) as server:
+    monkeypatch.setenv("HOME", str(trained.home))
+    with serving(trained.folder, start=installed) as server:
         client = server.client()
 
         def streamed(name):

@@ -1,4 +1,4 @@
-"""What the engine's tests have besides: ``house("qwen3")`` is a registry with that tiny base."""
+"""What the engine's tests have besides: ``tiny_registry("qwen3")`` is a registry with that tiny base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer, connect, running_hub
-from registry_fixtures import fails, shelf  # noqa: F401
+from registry_fixtures import fails, filled_registry  # noqa: F401
 from short_texts import texts
 
 
@@ -23,14 +23,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def house(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def tiny_registry(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a registry in the working directory, with the tiny model of that name as its base."""
     from tiny_registry import TinyRegistry
 
     return lambda name="llama", **kind: TinyRegistry(run, models(name, **kind), tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the test's own cache has tokens and references; nothing is there yet."""
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
@@ -47,11 +48,11 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pair(house: Any) -> Any:
+def style_and_noise(tiny_registry: Any) -> Any:
     """``style``, trained on texts like those that weights are learned from and judged by, and ``noise``, at random."""
     from tiny_registry import made_once
 
-    h = house("llama")
+    h = tiny_registry("llama")
 
     def make() -> None:
         h.train("style", "--epochs", 12, "--learning-rate", 0.02, records=texts(0, 12))

@@ -15,7 +15,7 @@ from stackctl.engine import base_proof
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def empty_token_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What other tests have proved is not known here."""
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
 

@@ -12,8 +12,8 @@ LONG = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant
 ENDLESS = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
 
 
-def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(house: Any) -> None:
-    h = house()
+def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(tiny_registry: Any) -> None:
+    h = tiny_registry()
     records = [*CHAT, LONG, ENDLESS, LONG, ENDLESS]
     lengths = [len(oracle.label(record)[0]) for record in records]
     limit = 200
@@ -27,8 +27,8 @@ def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(house:
     assert [piece["supervised"] for piece in pieces] == [False, True]
 
 
-def test_a_run_says_the_same_before_its_first_step(house: Any) -> None:
-    h = house()
+def test_a_run_says_the_same_before_its_first_step(tiny_registry: Any) -> None:
+    h = tiny_registry()
     data = h.data([*CHAT, ENDLESS])
     ran = h.run("train", "new", "--data", data, "--max-length", 200, "--max-steps", 1, "--rank", 2)
     before = ran.err[: ran.err.index("training new: step 1")]
@@ -39,8 +39,8 @@ def test_a_run_says_the_same_before_its_first_step(house: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", ["messages", "conversations"])
-def test_records_without_an_assistant_turn_are_named_by_line(house: Any, fails: Any, shape: str) -> None:
-    h = house()
+def test_records_without_an_assistant_turn_are_named_by_line(tiny_registry: Any, fails: Any, shape: str) -> None:
+    h = tiny_registry()
     spelled = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}[shape]
     role, content, assistant = spelled
     good = {shape: [{role: "user", content: "a"}, {role: assistant, content: "b"}]}

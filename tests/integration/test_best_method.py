@@ -23,10 +23,10 @@ def test_every_method_is_among_the_candidates_with_settings_that_it_takes() -> N
     assert {one.scale for one in candidates(members=1, rank=8, seed=0)} == {1.0}
 
 
-def test_the_best_is_written_and_is_what_eval_measures(pair: Any) -> None:
-    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
+def test_the_best_is_written_and_is_what_eval_measures(style_and_noise: Any) -> None:
+    data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
     ask = ("--method", "best", "--data", data, "--holdout", held, "--fit-steps", 3, "--name", "s")
-    made = pair.run("compose", "style:0.2+noise", *ask, "--json").json
+    made = style_and_noise.run("compose", "style:0.2+noise", *ask, "--json").json
     tried, best = made["tried"], made["best"]
     assert {row["method"] for row in tried} == set(METHODS)
     assert [row["fitted"] for row in tried[:2]] == [False, True] and tried[0]["weights"] == {"style": 0.2, "noise": 1.0}
@@ -36,10 +36,12 @@ def test_the_best_is_written_and_is_what_eval_measures(pair: Any) -> None:
     )
     assert best["loss"] < tried[0]["loss"] and best["difference"] == pytest.approx(best["loss"] - tried[0]["loss"])
     assert made["held_out_records"] == 14
-    entry = yaml.safe_load((pair.folder / "registry/stacks/s.yaml").read_text())
+    entry = yaml.safe_load((style_and_noise.folder / "registry/stacks/s.yaml").read_text())
     assert entry.get("method", SUM) == made["method"] == best["method"]
     assert {m["adapter"]: m["weight"] for m in made["members"]} == best["weights"]
-    losses = {w: pair.run("eval", w, "--data", held, "--json").json["results"][0] for w in ("s", "style:0.2+noise")}
+    losses = {
+        w: style_and_noise.run("eval", w, "--data", held, "--json").json["results"][0] for w in ("s", "style:0.2+noise")
+    }
     for name, row in (("s", best), ("style:0.2+noise", tried[0])):
         assert losses[name]["loss"] == pytest.approx(row["loss"], abs=1e-5)
         assert losses[name]["standard_error"] == pytest.approx(row["standard_error"], abs=1e-5)
@@ -49,27 +51,27 @@ def test_the_best_is_written_and_is_what_eval_measures(pair: Any) -> None:
         assert row["p_value_of_all"] is None or row["p_value"] <= row["p_value_of_all"] + 0.02
 
 
-def test_one_row_is_what_composing_by_hand_gives(pair: Any) -> None:
-    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
+def test_one_row_is_what_composing_by_hand_gives(style_and_noise: Any) -> None:
+    data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
     ask = ("--method", "best", "--data", data, "--holdout", held, "--fit-steps", 1, "--name", "s")
-    tried = pair.run("compose", "style+noise:0.5", *ask, "--dry-run", "--json").json["tried"]
-    assert pair.run("ls", "--json").json["stacks"] == []
+    tried = style_and_noise.run("compose", "style+noise:0.5", *ask, "--dry-run", "--json").json["tried"]
+    assert style_and_noise.run("ls", "--json").json["stacks"] == []
     for row in tried[2:]:
         options = [word for key, value in row["options"].items() if value is not None for word in (f"--{key}", value)]
         expression = "+".join(f"{name}:{weight}" for name, weight in row["weights"].items())
-        pair.run("compose", expression, "--name", "hand", "--method", row["method"], *options)
-        loss = pair.run("eval", "hand", "--data", held, "--json").json["results"][0]["loss"]
+        style_and_noise.run("compose", expression, "--name", "hand", "--method", row["method"], *options)
+        loss = style_and_noise.run("eval", "hand", "--data", held, "--json").json["results"][0]["loss"]
         assert loss == pytest.approx(row["loss"], abs=1e-5), row["settings"]
 
 
-def test_what_chance_could_show_is_not_taken(pair: Any) -> None:
-    ran = pair.run(
-        "compose", "style:0.9+noise:0.1", "--name", "s", "--method", "best", "--data", pair.data(texts(12, 18)),
-        "--fit-steps", 2,
+def test_what_chance_could_show_is_not_taken(style_and_noise: Any) -> None:
+    ran = style_and_noise.run(
+        "compose", "style:0.9+noise:0.1", "--name", "s", "--method", "best",
+        "--data", style_and_noise.data(texts(12, 18)), "--fit-steps", 2,
     )  # fmt: skip
     assert "the typed sum is kept" in ran.err and "fewer than 6 held-out records" in ran.err
     assert "sum *" in ran.out and "core_ties" in ran.out
-    shown = pair.run("inspect", "s", "--json").json
+    shown = style_and_noise.run("inspect", "s", "--json").json
     assert shown["exact"] is True and [m["weight"] for m in shown["members"]] == [0.9, 0.1]
 
 
@@ -103,13 +105,15 @@ def test_chance_alone_is_found_better_no_more_often_than_it_is_said() -> None:
     assert 30 <= passed <= 70
 
 
-def test_what_cannot_be_judged_is_said_before_the_base_is_loaded(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_judged_is_said_before_the_base_is_loaded(
+    style_and_noise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr("stackctl.engine.models.load_base", load)
-    data, best = pair.data(), ("--method", "best")
-    pair.add("whole", seed=3, modules_to_save=["lm_head"])
+    data, best = style_and_noise.data(), ("--method", "best")
+    style_and_noise.add("whole", seed=3, modules_to_save=["lm_head"])
     cases: list[tuple[tuple[Any, ...], int, str]] = [
         (("style+noise", *best), 2, "--data"),
         (("style+style", *best, "--data", data), 4, "style"),
@@ -118,12 +122,12 @@ def test_what_cannot_be_judged_is_said_before_the_base_is_loaded(pair: Any, monk
         (("style+noise", *best, "--data", data, "--sweep", "style=0:1:0.5"), 2, "--sweep"),
         (("style+noise", *best, "--data", "nothing.jsonl"), 3, "nothing.jsonl"),
         (("style+noise", *best, "--data", data, "--holdout", "none.jsonl"), 3, "none.jsonl"),
-        (("style+noise", *best, "--data", pair.data([{"text": ""}], "empty.jsonl")), 2, "empty.jsonl"),
+        (("style+noise", *best, "--data", style_and_noise.data([{"text": ""}], "empty.jsonl")), 2, "empty.jsonl"),
         (("style+whole", *best, "--data", data), 4, "whole"),
         (("base", *best, "--data", data), 2, "base"),
         (("style+noise", "--method", "bset"), 2, "best"),
         (("style+noise", "--data", data), 2, "--sweep"),
     ]
     for arguments, code, said in cases:
-        assert said in pair.run("compose", *arguments, "--name", "s", code=code).err, arguments
-    assert pair.run("ls", "--json").json["stacks"] == []
+        assert said in style_and_noise.run("compose", *arguments, "--name", "s", code=code).err, arguments
+    assert style_and_noise.run("ls", "--json").json["stacks"] == []

@@ -19,8 +19,8 @@ COMMANDS = ("/use", "/system", "/retry", "/undo", "/reset", "/save", "/help", "/
 
 
 @pytest.fixture
-def h(house: Any) -> Any:
-    found = house()
+def h(tiny_registry: Any) -> Any:
+    found = tiny_registry()
     found.add("style", seed=1)
     found.add("instruct", seed=2)
     return found

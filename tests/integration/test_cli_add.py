@@ -147,12 +147,12 @@ def test_tensors_that_are_not_finite_are_5_when_read(registry, run, fails, adapt
     ],
     ids=str,
 )  # fmt: skip
-def test_a_checkpoint_that_cannot_be_used_is_4(shelf, run, fails, tmp_path, change):
+def test_a_checkpoint_that_cannot_be_used_is_4(filled_registry, run, fails, tmp_path, change):
     fails("add", "x", write_checkpoint(tmp_path / "x", lora_config(**change)), "--base", "tiny", code=4)
     assert "x" not in [row["name"] for row in run("ls", "--json").json["adapters"]]
 
 
-def test_a_checkpoint_of_another_base_is_4(shelf, fails, tmp_path):
+def test_a_checkpoint_of_another_base_is_4(filled_registry, fails, tmp_path):
     missing = write_checkpoint(tmp_path / "missing", tensors=lora_tensors(attention(layers=[0])))
     fails("add", "x", missing, "--base", "tiny", code=4)
     wide = {name: tuple(2 * n if n != 2 else n for n in shape) for name, shape in lora_tensors().items()}

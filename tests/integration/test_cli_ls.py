@@ -19,7 +19,7 @@ print(f"typed: {open('/dev/tty').readline()}", flush=True)
 
 
 @pytest.fixture
-def on_terminal(shelf, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+def on_terminal(filled_registry, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """A command on a terminal of so many lines, with a pager that counts lines and waits for somebody to type."""
     pager = tmp_path / "pager.py"
     pager.write_text(PAGER)

@@ -95,7 +95,7 @@ def test_a_base_with_a_broken_configuration_is_4(run, fails, models, tmp_path, t
     assert "config.json" in fails("base", "add", "x", "model", code=4)
 
 
-def test_base_rm_refuses_while_adapters_stand_on_it(shelf, run, fails):
+def test_base_rm_refuses_while_adapters_stand_on_it(filled_registry, run, fails):
     assert "foreign" in fails("base", "rm", "other", code=2)
     run("rm", "foreign")
     assert run("base", "rm", "other", "--json").json["removed"] == ["other"]
@@ -129,9 +129,9 @@ def test_a_changed_base_folder_is_5(run, fails, models, tmp_path, adapter):
 # -- ls, use, rm ------------------------------------------------------------------------------------------------------
 
 
-def test_ls_lists_everything_by_name(shelf, run):
+def test_ls_lists_everything_by_name(filled_registry, run):
     run("compose", "style+instruct", "--name", "storyteller")
-    register(shelf, "style", seed=8)
+    register(filled_registry, "style", seed=8)
     found = run("ls", "--json").json
     assert {"schema", "adapters", "stacks", "bases", "runs"} <= set(found)
     assert [row["name"] for row in found["adapters"]] == ["foreign", "instruct", "style", "tone"]
@@ -148,8 +148,8 @@ def test_ls_lists_everything_by_name(shelf, run):
     assert run("ls", "-q").out.split() == ["foreign", "instruct", "style", "tone", "storyteller", "other", "tiny"]
 
 
-def test_ls_shows_unfinished_training_apart(shelf, run):
-    folder = shelf.root / "runs" / "chat" / "checkpoint-4"
+def test_ls_shows_unfinished_training_apart(filled_registry, run):
+    folder = filled_registry.root / "runs" / "chat" / "checkpoint-4"
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     (folder / "stackctl_save.json").write_text("{}")
@@ -160,8 +160,8 @@ def test_ls_shows_unfinished_training_apart(shelf, run):
 
 
 @pytest.mark.parametrize("text", ["[]", "5", '{"on": 5}', '{"on": [5, [], ["style@1", 1]]}', "[" * 100_000, "\0"])
-def test_ls_is_not_stopped_by_a_run_that_says_nonsense(shelf, run, text):
-    folder = shelf.root / "runs" / "chat" / "checkpoint-4"
+def test_ls_is_not_stopped_by_a_run_that_says_nonsense(filled_registry, run, text):
+    folder = filled_registry.root / "runs" / "chat" / "checkpoint-4"
     folder.mkdir(parents=True)
     for path in (folder.parent / "run.json", folder / "stackctl_save.json"):
         path.write_text(text)
@@ -174,30 +174,32 @@ def everything(root):
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
-def test_rm_and_gc_say_in_advance_what_they_would_do(shelf, run, monkeypatch, tmp_path):
+def test_rm_and_gc_say_in_advance_what_they_would_do(filled_registry, run, monkeypatch, tmp_path):
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
-    before = everything(shelf.root)
+    before = everything(filled_registry.root)
     would = run("rm", "tone", "--dry-run", "--json").json
     assert would["removed"] == ["tone@1"]
-    assert would["bytes"] == sum(f.stat().st_size for f in (shelf.root / "weights" / "tone").rglob("*") if f.is_file())
-    assert everything(shelf.root) == before
+    assert would["bytes"] == sum(
+        f.stat().st_size for f in (filled_registry.root / "weights" / "tone").rglob("*") if f.is_file()
+    )
+    assert everything(filled_registry.root) == before
     assert run("rm", "tone", "--json").json == {**would, "dry_run": False}
     assert "tone" not in run("ls", "-q").out.split()
-    between = everything(shelf.root)
+    between = everything(filled_registry.root)
     found = run("gc", "--dry-run", "--json").json
     assert [(f["what"], f["why"], f["bytes"]) for f in found["freed"]] == [("tone@1", "removed", would["bytes"])]
     assert found["bytes"] == would["bytes"]
-    assert everything(shelf.root) == between
+    assert everything(filled_registry.root) == between
     assert run("gc", "-q").out == "tone@1\n"
-    assert not (shelf.root / "weights" / "tone").exists()
+    assert not (filled_registry.root / "weights" / "tone").exists()
     assert run("gc", "--json").json["freed"] == []
     assert run("gc").out == "nothing to free\n"
-    assert verify_registry(shelf)[1] == []
-    assert run("add", "tone", shelf.root / "weights" / "style" / "1", "-q").out == "tone@2\n"
+    assert verify_registry(filled_registry)[1] == []
+    assert run("add", "tone", filled_registry.root / "weights" / "style" / "1", "-q").out == "tone@2\n"
 
 
-def test_gc_leaves_unfinished_training_unless_it_is_asked(shelf, run):
-    folder = shelf.root / "runs" / "chat"
+def test_gc_leaves_unfinished_training_unless_it_is_asked(filled_registry, run):
+    folder = filled_registry.root / "runs" / "chat"
     (folder / "checkpoint-4").mkdir(parents=True)
     (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (folder / "run.json").write_text(json.dumps({"on": [["tone@1", "sha256:x", 1.0]]}))
@@ -210,7 +212,7 @@ def test_gc_leaves_unfinished_training_unless_it_is_asked(shelf, run):
     assert run("ls", "--json").json["runs"] == []
 
 
-def test_gc_frees_converted_models_when_it_is_asked(shelf, run, tmp_path, monkeypatch):
+def test_gc_frees_converted_models_when_it_is_asked(filled_registry, run, tmp_path, monkeypatch):
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))
     models = tmp_path / "cache" / "bases"
     (models / "gguf-123").mkdir(parents=True)
@@ -236,7 +238,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_gc_frees_tokenised_data_that_nobody_used_for_long(shelf, run, cache):
+def test_gc_frees_tokenised_data_that_nobody_used_for_long(filled_registry, run, cache):
     would = run("gc", "--dry-run", "--json").json
     assert [(f["what"], f["bytes"]) for f in would["freed"]] == [("tokens/1def", 5)]
     assert would["kept"] == {"runs": 0, "logs": 0, "cache": 5}
@@ -249,17 +251,22 @@ def test_gc_frees_tokenised_data_that_nobody_used_for_long(shelf, run, cache):
     assert run("gc").out == "nothing to free\n"
 
 
-def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(shelf, run, cache, monkeypatch):
+def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_asked(
+    filled_registry, run, cache, monkeypatch
+):
     monkeypatch.setattr("stackctl.registry.run_folders._HELD_TIMEOUT", 0.05)
     shutil.rmtree(cache)
     for label in ("style/1", "tone/1", "tone/2", "chat/1", "instruct/1"):
-        (shelf.root / "logs" / label / "deep").mkdir(parents=True)
-        (shelf.root / "logs" / label / "deep" / "events").write_bytes(b"x" * 3)
-    (shelf.root / "runs" / "chat").mkdir(parents=True)  # its training goes on, or can
-    (shelf.root / "logs" / "Notes of mine").mkdir()
+        (filled_registry.root / "logs" / label / "deep").mkdir(parents=True)
+        (filled_registry.root / "logs" / label / "deep" / "events").write_bytes(b"x" * 3)
+    (filled_registry.root / "runs" / "chat").mkdir(parents=True)  # its training goes on, or can
+    (filled_registry.root / "logs" / "Notes of mine").mkdir()
 
     def left():
-        return sorted(str(path.relative_to(shelf.root / "logs")) for path in (shelf.root / "logs").glob("*/[0-9]*"))
+        return sorted(
+            str(path.relative_to(filled_registry.root / "logs"))
+            for path in (filled_registry.root / "logs").glob("*/[0-9]*")
+        )
 
     run("rm", "tone@1")
     assert {f["what"] for f in run("gc", "--dry-run", "--json").json["freed"]} == {
@@ -271,13 +278,13 @@ def test_gc_frees_logs_of_versions_that_are_gone_and_all_of_them_when_it_is_aske
     assert {f["what"] for f in found["freed"]} == {"tone@1", "logs/tone/1", "logs/tone/2"}
     assert found["kept"] == {"runs": 0, "logs": 6, "cache": 0}
     assert left() == ["chat/1", "instruct/1", "style/1"]
-    with locked(shelf.root / "runs" / ".style.lock", "the training"):  # the next version is being trained
+    with locked(filled_registry.root / "runs" / ".style.lock", "the training"):  # the next version is being trained
         assert {f["what"] for f in run("gc", "--logs", "--json").json["freed"]} == {"logs/instruct/1"}
     assert left() == ["chat/1", "style/1"]
     assert {f["what"] for f in run("gc", "--logs", "--runs", "--json").json["freed"]} == {
         "chat", "logs/chat/1", "logs/style/1",
     }  # fmt: skip
-    assert left() == [] and (shelf.root / "logs" / "Notes of mine").is_dir()
+    assert left() == [] and (filled_registry.root / "logs" / "Notes of mine").is_dir()
 
 
 def test_an_empty_registry_lists_nothing(run):
@@ -287,7 +294,7 @@ def test_an_empty_registry_lists_nothing(run):
     assert "stackctl base add" in run("ls").out
 
 
-def test_use_and_compose_choose_the_current_stack(shelf, run, fails):
+def test_use_and_compose_choose_the_current_stack(filled_registry, run, fails):
     fails("inspect", code=2)
     run("compose", "style+instruct", "--name", "one")
     run("compose", "style+tone", "--name", "two")
@@ -302,12 +309,12 @@ def test_use_and_compose_choose_the_current_stack(shelf, run, fails):
     fails("inspect", code=2)
 
 
-def test_rm_removes_one_version_all_versions_or_a_stack(shelf, run, fails):
-    register(shelf, "tone", seed=8)
+def test_rm_removes_one_version_all_versions_or_a_stack(filled_registry, run, fails):
+    register(filled_registry, "tone", seed=8)
     run("compose", "style+instruct", "--name", "storyteller")
     assert run("rm", "tone@1", "--json").json["removed"] == ["tone@1"]
     assert run("inspect", "tone", "--json").json["version"] == 2
-    register(shelf, "tone", seed=9)
+    register(filled_registry, "tone", seed=9)
     assert run("rm", "tone", "--json").json["removed"] == ["tone@2", "tone@3"]
     fails("inspect", "tone", code=3)
     run("rm", "storyteller")
@@ -315,12 +322,12 @@ def test_rm_removes_one_version_all_versions_or_a_stack(shelf, run, fails):
     run("verify", "instruct", code=None)
 
 
-def test_rm_refuses_while_something_stands_on_it(shelf, run, fails):
+def test_rm_refuses_while_something_stands_on_it(filled_registry, run, fails):
     run("compose", "tone", "--name", "solo")
     assert "instruct@1" in fails("rm", "style", code=2)
     assert "instruct@1" in fails("rm", "style@1", code=2)
     assert "solo" in fails("rm", "tone@1", code=2)
-    register(shelf, "style", seed=8)
+    register(filled_registry, "style", seed=8)
     run("rm", "style@2")
     assert run("inspect", "style", "--json").json["version"] == 1
     fails("rm", "tiny", code=2)
@@ -355,19 +362,19 @@ def test_verify_is_clean_and_then_finds_one_flipped_byte(registry, run, fails, a
         assert "instruct@1" in fails(*command, code=5)
 
 
-def test_verify_finds_what_is_missing_or_contradicts_itself(shelf, run):
+def test_verify_finds_what_is_missing_or_contradicts_itself(filled_registry, run):
     run("compose", "style+tone", "--name", "duo")
-    shutil.rmtree(shelf.root / "weights" / "tone")
-    config = shelf.root / "weights" / "instruct" / "1" / "adapter_config.json"
+    shutil.rmtree(filled_registry.root / "weights" / "tone")
+    config = filled_registry.root / "weights" / "instruct" / "1" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
-    entry = shelf.root / "stacks" / "duo.yaml"
+    entry = filled_registry.root / "stacks" / "duo.yaml"
     entry.write_text(entry.read_text().replace("method: sum", "method: nosuch"))
     whats = [problem["what"] for problem in run("verify", "--json", code=5).json["problems"]]
     assert {"tone@1", "instruct@1", "duo"} <= set(whats)
 
 
-def test_an_entry_that_is_not_strict_yaml_is_2_and_points_at_its_line(shelf, fails):
-    entry = shelf.root / "adapters" / "style.yaml"
+def test_an_entry_that_is_not_strict_yaml_is_2_and_points_at_its_line(filled_registry, fails):
+    entry = filled_registry.root / "adapters" / "style.yaml"
     good = entry.read_text()
     for bad in (
         good.replace("name: style", "name: style\nname: style"),
@@ -381,19 +388,19 @@ def test_an_entry_that_is_not_strict_yaml_is_2_and_points_at_its_line(shelf, fai
         assert "style.yaml, line" in fails("inspect", "style", code=2)
 
 
-def test_a_byte_order_mark_and_crlf_are_read(shelf, run):
-    entry = shelf.root / "adapters" / "style.yaml"
+def test_a_byte_order_mark_and_crlf_are_read(filled_registry, run):
+    entry = filled_registry.root / "adapters" / "style.yaml"
     entry.write_bytes(b"\xef\xbb\xbf" + entry.read_bytes().replace(b"\n", b"\r\n"))
     assert run("inspect", "style", "--json").json["version"] == 1
 
 
-def test_an_adapter_whose_base_is_not_registered_is_refused(shelf, fails):
-    (shelf.root / "bases" / "tiny.yaml").unlink()
+def test_an_adapter_whose_base_is_not_registered_is_refused(filled_registry, fails):
+    (filled_registry.root / "bases" / "tiny.yaml").unlink()
     assert "tiny" in fails("inspect", "style", code=3)
 
 
-def test_a_stack_composed_on_another_model_is_refused(shelf, run, fails):
+def test_a_stack_composed_on_another_model_is_refused(filled_registry, run, fails):
     run("compose", "style+tone", "--name", "duo")
-    Registry(shelf.root).write(make_base("tiny", FINGERPRINT.replace("f", "e")))
+    Registry(filled_registry.root).write(make_base("tiny", FINGERPRINT.replace("f", "e")))
     fails("inspect", "duo", code=4)
     fails("generate", "style", "-p", "x", code=4)

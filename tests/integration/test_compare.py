@@ -14,8 +14,8 @@ STACKS = ("base", "style", "style+instruct")
 
 
 @pytest.fixture
-def three(house: Any) -> Any:
-    h = house()
+def three(tiny_registry: Any) -> Any:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     return h

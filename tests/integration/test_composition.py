@@ -26,8 +26,8 @@ HEADS = {"neox": ("embed_in", "embed_out"), "gpt2": ("wte", "lm_head")}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_stack_is_the_sum_of_its_deltas(house: Any, name: str) -> None:
-    h = house(name)
+def test_a_stack_is_the_sum_of_its_deltas(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     everything = "all-linear" if name != "mixtral" else ["q_proj", "k_proj", "v_proj", "o_proj"]
     h.add("style", seed=1, target_modules=everything)
     h.add(
@@ -77,8 +77,8 @@ ON_BASES = [("llama", case) for case in CASES] + [("tied", case) for case in CAS
 
 
 @pytest.mark.parametrize(("base", "case"), ON_BASES)
-def test_every_kind_of_plain_lora(house: Any, base: str, case: str) -> None:
-    h = house(base)
+def test_every_kind_of_plain_lora(tiny_registry: Any, base: str, case: str) -> None:
+    h = tiny_registry(base)
     style, instruct = CASES[case]
     h.add("style", seed=3, **style)
     h.add("instruct", seed=4, **instruct)
@@ -93,9 +93,9 @@ def test_every_kind_of_plain_lora(house: Any, base: str, case: str) -> None:
 
 @pytest.mark.parametrize("saved", ["norm", "lm_head", "embed_tokens"])
 @pytest.mark.parametrize("base", ["llama", "tied"])
-def test_switching_back_to_a_saved_module_gives_the_same_bits(house: Any, base: str, saved: str) -> None:
+def test_switching_back_to_a_saved_module_gives_the_same_bits(tiny_registry: Any, base: str, saved: str) -> None:
     """A, B, A where A brings a whole module: B may be without, bring another copy of it, be live, or be refused."""
-    h = house(base)
+    h = tiny_registry(base)
     h.add("style", seed=3, target_modules=["q_proj"], modules_to_save=[saved])
     h.add("other", seed=4, target_modules=["v_proj"], modules_to_save=[saved])
     h.add("tone", seed=5, target_modules=["q_proj", "down_proj"])
@@ -120,8 +120,8 @@ def test_switching_back_to_a_saved_module_gives_the_same_bits(house: Any, base: 
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma", "qwen3"])
-def test_embeddings_and_heads_of_other_models(house: Any, name: str) -> None:
-    h = house(name)
+def test_embeddings_and_heads_of_other_models(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     embedding, head = HEADS.get(name, ("embed_tokens", "lm_head"))
     h.add("style", seed=5, target_modules=[embedding])
     h.add("instruct", seed=6, target_modules=[head, embedding], r=2)
@@ -132,8 +132,8 @@ def test_embeddings_and_heads_of_other_models(house: Any, name: str) -> None:
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_trained_biases_in_one_member(house: Any, name: str, bias: str) -> None:
-    h = house(name)
+def test_trained_biases_in_one_member(tiny_registry: Any, name: str, bias: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=7, bias=bias, target_modules=["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"])
     assert [key for key in oracle.factors_of(h.paths["style"]) if key.endswith(".bias")]
     h.add("instruct", seed=9)
@@ -145,9 +145,9 @@ def test_trained_biases_in_one_member(house: Any, name: str, bias: str) -> None:
     assert "style@1" in refused.err, "a bias has no weight"
 
 
-def test_pefts_own_sums_are_not_sums(house: Any) -> None:
+def test_pefts_own_sums_are_not_sums(tiny_registry: Any) -> None:
     """The trap: "linear" adds A's and B's apart; "cat" takes one scaling for all; "svd" cuts to the larger rank."""
-    h = house("llama")
+    h = tiny_registry("llama")
     h.add("style", seed=1, use_rslora=True)
     h.add("instruct", seed=2)
     truth, base = h.live(("style", 1), ("instruct", 1)), h.live()
@@ -162,9 +162,9 @@ def test_pefts_own_sums_are_not_sums(house: Any) -> None:
     assert h.error(h.load(), "style+instruct", ("style", 1), ("instruct", 1)) < TOLERANCE
 
 
-def test_in_bfloat16_a_stack_is_rounded_once(house: Any) -> None:
+def test_in_bfloat16_a_stack_is_rounded_once(tiny_registry: Any) -> None:
     """The trap: folding one adapter after another rounds twice, and loses more of a small delta."""
-    h = house("llama", dtype=torch.bfloat16)
+    h = tiny_registry("llama", dtype=torch.bfloat16)
     h.add("style", seed=1, scale=0.05)
     h.add("instruct", seed=2, scale=0.02)
     stacked = h.load("bfloat16")
@@ -189,10 +189,10 @@ def test_in_bfloat16_a_stack_is_rounded_once(house: Any) -> None:
     assert all(torch.equal(p.double(), weights[name]) for name, p in stacked.model.named_parameters())
 
 
-def test_a_member_with_numbers_that_are_none_is_5(house: Any) -> None:
+def test_a_member_with_numbers_that_are_none_is_5(tiny_registry: Any) -> None:
     from safetensors.torch import load_file, save_file
 
-    h = house("llama")
+    h = tiny_registry("llama")
     path = random_adapter(h.base, h.folder / "sick", seed=1)
     tensors = load_file(path / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")

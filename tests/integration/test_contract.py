@@ -81,7 +81,7 @@ def test_the_version_is_told_by_the_command_and_by_the_module(run):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_wrong_usage_is_2(shelf, fails, arguments):
+def test_wrong_usage_is_2(filled_registry, fails, arguments):
     fails(*arguments, code=2)
 
 
@@ -91,13 +91,13 @@ def test_an_option_without_its_value_is_2(run):
         assert ran.err.startswith("error: ")
 
 
-def test_a_mistyped_command_and_option_are_answered_with_the_nearest(shelf, fails):
+def test_a_mistyped_command_and_option_are_answered_with_the_nearest(filled_registry, fails):
     assert "train" in fails("trian", code=2)
     assert "--batch-size" in fails("train", "--bath-size", "3", code=2)
 
 
-def test_options_stand_after_the_commands_name_in_any_order(shelf, run):
-    root = str(shelf.root)
+def test_options_stand_after_the_commands_name_in_any_order(filled_registry, run):
+    root = str(filled_registry.root)
     for arguments in (
         ("ls", "--registry", root, "--json"),
         ("ls", "--json", f"--registry={root}"),
@@ -107,16 +107,16 @@ def test_options_stand_after_the_commands_name_in_any_order(shelf, run):
         assert run(*arguments).json["schema"] == 1
 
 
-def test_two_dashes_end_the_options(shelf, fails, run):
+def test_two_dashes_end_the_options(filled_registry, fails, run):
     assert "'--json'" in fails("compose", "--", "--json", code=2)
     plain = run("compose", "--", "--json", code=2)
     assert plain.out == ""  # a word behind -- is no option: nobody asked for JSON
     assert run("inspect", "--json", "--", "style").json["adapter"] == "style"
 
 
-def test_debug_shows_the_traceback_and_nothing_else_does(shelf):
+def test_debug_shows_the_traceback_and_nothing_else_does(filled_registry):
     command = [sys.executable, "-m", "stackctl", "inspect", "nosuch"]
-    environment = {**os.environ, "STACKCTL_REGISTRY": str(shelf.root)}
+    environment = {**os.environ, "STACKCTL_REGISTRY": str(filled_registry.root)}
     plain = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert plain.returncode == 3
     assert "Traceback" not in plain.stderr
@@ -160,8 +160,8 @@ def test_without_a_registry_the_hint_is_init(fails, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "text", ["schema: 2\n", "schema: 1\nschema: 1\n", "schema: 1\nnosuch: 2\n", "!!x {}\n", "a\0b", "[]"]
 )
-def test_a_registry_file_that_is_not_ours_is_refused(shelf, fails, text):
-    (shelf.root / "registry.yaml").write_text(text)
+def test_a_registry_file_that_is_not_ours_is_refused(filled_registry, fails, text):
+    (filled_registry.root / "registry.yaml").write_text(text)
     assert "registry.yaml" in fails("ls", code=2)
 
 
@@ -172,7 +172,7 @@ def test_a_registry_file_that_is_not_ours_is_refused(shelf, fails, text):
     "name",
     ["base", "../x", "a/b", "A", "", "-x", ".x", "x" * 65, "a b", "a+b", "a@1", "a:1", "ä", "a\n", "a\0b", "/etc"],
 )
-def test_a_reserved_or_escaping_name_is_2(shelf, fails, tmp_path, name):
+def test_a_reserved_or_escaping_name_is_2(filled_registry, fails, tmp_path, name):
     folder = write_checkpoint(tmp_path / "checkpoint")
     before = {path for path in tmp_path.rglob("*") if path.name != ".lock"}
     fails("add", "--base", "tiny", "--", name, folder, code=2)
@@ -185,7 +185,7 @@ def test_a_reserved_or_escaping_name_is_2(shelf, fails, tmp_path, name):
     assert {p for p in tmp_path.rglob("*") if p.name != ".lock"} == before
 
 
-def test_a_taken_name_is_2(shelf, fails, run, tmp_path):
+def test_a_taken_name_is_2(filled_registry, fails, run, tmp_path):
     run("compose", "style+tone", "--name", "duo")
     folder = write_checkpoint(tmp_path / "checkpoint")
     assert "stack" in fails("add", "duo", folder, "--base", "tiny", code=2)
@@ -194,7 +194,7 @@ def test_a_taken_name_is_2(shelf, fails, run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["keys", "forward", "lora", "default", "0", "x" * 64, "a.b_c-d", "training"])
-def test_words_of_other_programs_are_fine_names(shelf, run, tmp_path, name):
+def test_words_of_other_programs_are_fine_names(filled_registry, run, tmp_path, name):
     folder = write_checkpoint(tmp_path / "checkpoint")
     assert run("add", name, folder, "--base", "tiny", "-q").out == f"{name}@1\n"
     assert run("inspect", name, "--json").json["adapter"] == name
@@ -215,7 +215,9 @@ def test_words_of_other_programs_are_fine_names(shelf, run, tmp_path, name):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )  # fmt: skip
-def test_what_is_not_there_is_3_and_the_hint_names_the_nearest(shelf, fails, run, tmp_path, arguments, nearest):
+def test_what_is_not_there_is_3_and_the_hint_names_the_nearest(
+    filled_registry, fails, run, tmp_path, arguments, nearest
+):
     run("compose", "style+tone", "--name", "duo")
     (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
     write_checkpoint(tmp_path)
@@ -232,7 +234,7 @@ def test_what_is_not_there_is_3_and_the_hint_names_the_nearest(shelf, fails, run
      ("train", "x", "--base", "tiny", "--config", "nosuch.json")],
     ids=" ".join,
 )  # fmt: skip
-def test_a_missing_file_is_3(shelf, fails, arguments):
+def test_a_missing_file_is_3(filled_registry, fails, arguments):
     fails(*arguments, code=3)
 
 
@@ -244,7 +246,7 @@ def test_a_missing_file_is_3(shelf, fails, arguments):
      ("inspect", "./file"), ("init", "file")],
     ids=" ".join,
 )  # fmt: skip
-def test_the_wrong_kind_of_file_is_2(shelf, fails, tmp_path, arguments):
+def test_the_wrong_kind_of_file_is_2(filled_registry, fails, tmp_path, arguments):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     fails(*arguments, code=2)
@@ -253,22 +255,22 @@ def test_the_wrong_kind_of_file_is_2(shelf, fails, tmp_path, arguments):
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_warning_goes_to_stderr_and_leaves_one_document_on_stdout(shelf, run):
+def test_a_warning_goes_to_stderr_and_leaves_one_document_on_stdout(filled_registry, run):
     ran = run("compose", "instruct", "--name", "alone", "--json")
     assert ran.json["stack"] == "alone"
     assert "note: " in ran.err
-    register(shelf, "instruct", ["style@1"], seed=9)
+    register(filled_registry, "instruct", ["style@1"], seed=9)
     ran = run("inspect", "alone", "--json")
     assert len(ran.out.splitlines()) == 1
     assert "instruct@2" in ran.err
 
 
-def test_quiet_prints_the_essential_name_and_no_notes(shelf, run):
+def test_quiet_prints_the_essential_name_and_no_notes(filled_registry, run):
     ran = run("compose", "instruct", "--name", "alone", "-q")
     assert (ran.out, ran.err) == ("alone\n", "")
 
 
-def test_what_is_piped_holds_no_escape_codes(shelf, run, monkeypatch):
+def test_what_is_piped_holds_no_escape_codes(filled_registry, run, monkeypatch):
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "xterm-256color")
     run("compose", "style+tone")
@@ -279,10 +281,10 @@ def test_what_is_piped_holds_no_escape_codes(shelf, run, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [("ls",), ("ls", "--help"), ("inspect", "nosuch"), ("inspect", "style+tone")])
 @pytest.mark.parametrize("no_color", [True, False])
-def test_no_color_is_obeyed_on_a_terminal(shelf, arguments, no_color):
+def test_no_color_is_obeyed_on_a_terminal(filled_registry, arguments, no_color):
     import pty
 
-    environment = {**os.environ, "TERM": "xterm-256color", "STACKCTL_REGISTRY": str(shelf.root)}
+    environment = {**os.environ, "TERM": "xterm-256color", "STACKCTL_REGISTRY": str(filled_registry.root)}
     environment.pop("NO_COLOR", None)
     if no_color:
         environment["NO_COLOR"] = "1"
@@ -306,23 +308,23 @@ def test_no_color_is_obeyed_on_a_terminal(shelf, arguments, no_color):
     assert (b"\x1b[" in shown) is not no_color
 
 
-def test_a_reader_that_goes_away_is_no_traceback(shelf):
+def test_a_reader_that_goes_away_is_no_traceback(filled_registry):
     command = f"{sys.executable} -m stackctl inspect style --json | true"
     done = subprocess.run(
         ["bash", "-c", command],
         capture_output=True,
         text=True,
-        env={**os.environ, "STACKCTL_REGISTRY": str(shelf.root)},
+        env={**os.environ, "STACKCTL_REGISTRY": str(filled_registry.root)},
     )
     assert "Traceback" not in done.stderr
     assert "error" not in done.stderr
 
 
-def test_json_is_utf8_whatever_the_locale(shelf, tmp_path):
+def test_json_is_utf8_whatever_the_locale(filled_registry, tmp_path):
     folder = write_checkpoint(tmp_path / "ключ 灯")
     environment = {
         **os.environ,
-        "STACKCTL_REGISTRY": str(shelf.root),
+        "STACKCTL_REGISTRY": str(filled_registry.root),
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",

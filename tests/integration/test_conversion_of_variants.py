@@ -26,8 +26,8 @@ def refused_with_the_command(h: Any, path: Path) -> None:
     assert f"stackctl add x {path} --convert" in h.run("add", "x", path, code=4).err
 
 
-def test_a_block_diagonal_lora(house: Any) -> None:
-    h = house()
+def test_a_block_diagonal_lora(tiny_registry: Any) -> None:
+    h = tiny_registry()
     path = h.folder / "made"
     blocks = BdLoraConfig(target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
     make_adapter(fresh(h.base), LoraConfig(r=4, target_modules=TARGETS, use_bdlora=blocks, task_type="CAUSAL_LM"), path)
@@ -39,9 +39,9 @@ def test_a_block_diagonal_lora(house: Any) -> None:
     assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
 
 
-def test_a_bias_in_b(house: Any) -> None:
+def test_a_bias_in_b(tiny_registry: Any) -> None:
     """It goes into the biases of a base that has some; a base without any has no place for it."""
-    h = house("qwen2")
+    h = tiny_registry("qwen2")
     path = h.folder / "made"
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, task_type="CAUSAL_LM")
     make_adapter(fresh(h.base), config, path)
@@ -53,8 +53,8 @@ def test_a_bias_in_b(house: Any) -> None:
     assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4
 
 
-def test_a_bias_in_b_where_the_base_has_none(house: Any) -> None:
-    h = house()
+def test_a_bias_in_b_where_the_base_has_none(tiny_registry: Any) -> None:
+    h = tiny_registry()
     path = h.folder / "made"
     make_adapter(fresh(h.base), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM"), path)
     error = h.run("add", "x", path, "--convert", "--json", code=4).json["error"]
@@ -63,14 +63,14 @@ def test_a_bias_in_b_where_the_base_has_none(house: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
-def test_corda_as_peft_begins_it(house: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corda_as_peft_begins_it(tiny_registry: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A residual base by the covariance of data, which no configuration tells: the adapter as it began does."""
     monkeypatch.setitem(
         sys.modules, "attr", dataclasses
     )  # PEFT takes ``dataclass`` from a package that it does not ask for
     from peft.tuners.lora.corda import preprocess_corda
 
-    h = house()
+    h = tiny_registry()
     model = fresh(h.base)
     corda = CordaConfig(corda_method=method)
     config = LoraConfig(

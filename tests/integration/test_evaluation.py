@@ -43,8 +43,8 @@ def accuracy_and_error(
 
 @pytest.mark.parametrize("records", [CHAT, TEXTS], ids=["messages", "text"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral"])
-def test_loss_is_that_of_raw_peft_live(house: Any, name: str, records: list[dict[str, Any]]) -> None:
-    h = house(name)
+def test_loss_is_that_of_raw_peft_live(tiny_registry: Any, name: str, records: list[dict[str, Any]]) -> None:
+    h = tiny_registry(name)
     targets = {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}
     h.add("style", seed=1, **targets)
     h.add("instruct", seed=2, r=2, use_rslora=True, **targets)
@@ -62,9 +62,9 @@ def test_loss_is_that_of_raw_peft_live(house: Any, name: str, records: list[dict
     assert len({round(row["loss"], 4) for row in found}) == len(ROWS)
 
 
-def test_a_stacks_loss_does_not_depend_on_its_company(house: Any) -> None:
+def test_a_stacks_loss_does_not_depend_on_its_company(tiny_registry: Any) -> None:
     """Stacks are folded one after another into the same weights; each must come out as if it were alone."""
-    h = house("tied")
+    h = tiny_registry("tied")
     h.add("style", seed=1, target_modules=["embed_tokens", "q_proj"])
     h.add("head", seed=2, target_modules=["lm_head"])
     data = h.data(CHAT)
@@ -77,8 +77,8 @@ def test_a_stacks_loss_does_not_depend_on_its_company(house: Any) -> None:
     assert [together[2], together[5]] == losses("base") * 2
 
 
-def test_the_current_stack_and_a_named_one(house: Any) -> None:
-    h = house()
+def test_the_current_stack_and_a_named_one(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     h.run("compose", "style:0.5+instruct", "--name", "teller")
@@ -93,8 +93,8 @@ def test_the_current_stack_and_a_named_one(house: Any) -> None:
     assert double == pytest.approx(oracle.loss(twice, CHAT), rel=1e-5)
 
 
-def test_what_is_too_long_is_cut_and_still_counted_right(house: Any) -> None:
-    h = house()
+def test_what_is_too_long_is_cut_and_still_counted_right(tiny_registry: Any) -> None:
+    h = tiny_registry()
     long = [{"text": "abc " * 40}, {"text": "short"}]
     cut = [{"text": "abc " * 8}, {"text": "short"}]
     found = h.run("eval", "base", "--data", h.data(long), "--max-length", 32, "--json").json["results"][0]
@@ -108,8 +108,8 @@ def test_what_is_too_long_is_cut_and_still_counted_right(house: Any) -> None:
     assert found["loss"] == pytest.approx((first - last + second) / 36, rel=1e-5)
 
 
-def test_a_training_is_better_on_what_it_learned(house: Any) -> None:
-    h = house()
+def test_a_training_is_better_on_what_it_learned(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.train("style", "--max-steps", 30, "--learning-rate", 0.01, records=TEXTS)
     held = h.data(TEXTS)
     base, style = h.run("eval", "base", "style", "--data", held, "--json").json["results"]
@@ -118,8 +118,8 @@ def test_a_training_is_better_on_what_it_learned(house: Any) -> None:
     assert style["loss"] == pytest.approx(again, rel=1e-5)
 
 
-def test_against_tests_every_stack_on_the_same_records(house: Any) -> None:
-    h = house()
+def test_against_tests_every_stack_on_the_same_records(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("instruct", seed=2, scale=0.4)
     data = h.data(TEXTS)
@@ -138,8 +138,8 @@ def test_against_tests_every_stack_on_the_same_records(house: Any) -> None:
     assert "style and base: no difference that these 5 records can show" in text
 
 
-def test_a_difference_that_is_no_noise_is_found(house: Any) -> None:
-    h = house()
+def test_a_difference_that_is_no_noise_is_found(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.train("style", "--max-steps", 30, "--learning-rate", 0.01, records=TEXTS)
     held = h.data(TEXTS * 2)
     found = h.run("eval", "base", "style", "--against", "base", "--data", held, "--json").json["comparisons"]
@@ -150,17 +150,17 @@ def test_a_difference_that_is_no_noise_is_found(house: Any) -> None:
     assert better["p_value"] == pytest.approx(2 / 2**10), "every record is better, and of 1,024 ways two are as far"
 
 
-def test_a_stack_against_itself_however_it_is_written(house: Any) -> None:
-    h = house("gpt2")
+def test_a_stack_against_itself_however_it_is_written(tiny_registry: Any) -> None:
+    h = tiny_registry("gpt2")
     h.add("style", seed=1)
     found = h.run("eval", "style:1.0", "--against", "style@1", "--data", h.data(CHAT), "--json").json
     (compared,) = found["comparisons"]
     assert (compared["difference"], compared["p_value"]) == (0, 1)
 
 
-def test_a_conversation_of_many_examples_is_one_record(house: Any) -> None:
+def test_a_conversation_of_many_examples_is_one_record(tiny_registry: Any) -> None:
     """This template renders a turn otherwise once another follows, so that each turn becomes an example of its own."""
-    h = house()
+    h = tiny_registry()
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if loop.last and m['role'] == 'assistant' %}(now) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -177,8 +177,8 @@ def test_a_conversation_of_many_examples_is_one_record(house: Any) -> None:
     assert ran.json["results"][0]["records"] == len(CHAT)
 
 
-def test_records_with_nothing_to_learn_are_said_and_do_not_count(house: Any) -> None:
-    h = house()
+def test_records_with_nothing_to_learn_are_said_and_do_not_count(tiny_registry: Any) -> None:
+    h = tiny_registry()
     long = {"prompt": "a" * 100, "completion": "b"}
     data = h.data([long, {"prompt": "a", "completion": "b"}])
     ran = h.run("eval", "base", "--data", data, "--max-length", 32, "--json")
@@ -191,9 +191,9 @@ def test_records_with_nothing_to_learn_are_said_and_do_not_count(house: Any) -> 
     ("name", "shares"),
     [("llama", True), ("qwen3", True), ("gpt2", True), ("neox", True), ("mixtral", True), ("leaking", False)],
 )
-def test_a_record_scores_what_it_scores_alone(house: Any, name: str, shares: bool) -> None:
+def test_a_record_scores_what_it_scores_alone(tiny_registry: Any, name: str, shares: bool) -> None:
     """Whatever else there is, in whatever order; where a model mixes the records of a row, none share one."""
-    h = house("llama" if name == "leaking" else name)
+    h = tiny_registry("llama" if name == "leaking" else name)
     stacked = h.load()
     if name == "leaking":
         inner = stacked.model.get_input_embeddings()

@@ -106,8 +106,10 @@ def cases(table: dict[str, list[Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("options", cases(RIGHT))
-def test_what_peft_does_with_it_is_what_is_done_here(house: Callable[..., Any], options: dict[str, Any]) -> None:
-    tiny = house("tied" if "ensure_weight_tying" in options else "qwen2" if "bias" in options else "llama")
+def test_what_peft_does_with_it_is_what_is_done_here(
+    tiny_registry: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    tiny = tiny_registry("tied" if "ensure_weight_tying" in options else "qwen2" if "bias" in options else "llama")
     path = made(tiny.base, tiny.folder / "theirs", options)
     tiny.run("add", "x", path, "--base", "tiny")
     tiny.paths["x"] = path
@@ -116,9 +118,11 @@ def test_what_peft_does_with_it_is_what_is_done_here(house: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("case", cases(REFUSED))
-def test_what_cannot_be_summed_is_refused_by_name(house: Callable[..., Any], case: tuple[dict[str, Any], str]) -> None:
+def test_what_cannot_be_summed_is_refused_by_name(
+    tiny_registry: Callable[..., Any], case: tuple[dict[str, Any], str]
+) -> None:
     options, name = case
-    tiny = house("llama")
+    tiny = tiny_registry("llama")
     path = made(tiny.base, tiny.folder / "theirs", options)
     error = tiny.run("add", "x", path, "--base", "tiny", "--json", code=4).json["error"]
     assert name in error["message"]
@@ -127,14 +131,16 @@ def test_what_cannot_be_summed_is_refused_by_name(house: Callable[..., Any], cas
 
 
 @pytest.mark.parametrize(("key", "value", "name"), EDITED)
-def test_other_kinds_of_lora_are_refused_by_name(house: Callable[..., Any], key: str, value: Any, name: str) -> None:
-    tiny = house("llama")
+def test_other_kinds_of_lora_are_refused_by_name(
+    tiny_registry: Callable[..., Any], key: str, value: Any, name: str
+) -> None:
+    tiny = tiny_registry("llama")
     path = edited(tiny.base, tiny.folder / "theirs", key, value)
     assert name in tiny.run("add", "x", path, "--base", "tiny", "--json", code=4).json["error"]["message"]
 
 
-def test_what_tells_only_how_it_was_trained_changes_nothing(house: Callable[..., Any]) -> None:
-    tiny = house("llama")
+def test_what_tells_only_how_it_was_trained_changes_nothing(tiny_registry: Callable[..., Any]) -> None:
+    tiny = tiny_registry("llama")
     plain = random_adapter(tiny.base, tiny.folder / "plain")
     tiny.paths["plain"] = plain
     tiny.run("add", "plain", plain)

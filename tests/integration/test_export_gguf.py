@@ -134,7 +134,7 @@ def key(reader: gguf.GGUFReader, name: str) -> Any:
 
 
 @pytest.fixture
-def house(models: Any, tmp_path: Path) -> Callable[..., TinyRegistry]:
+def tiny_registry(models: Any, tmp_path: Path) -> Callable[..., TinyRegistry]:
     def make(name: str = "llama") -> TinyRegistry:
         if name not in MORE:
             return TinyRegistry(name, models(name), tmp_path)
@@ -163,8 +163,8 @@ def error(found: dict[str, np.ndarray], wanted: dict[str, torch.Tensor]) -> floa
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", *MORE])
-def test_every_value_is_the_stacks(house: Any, name: str) -> None:
-    h = house(name)
+def test_every_value_is_the_stacks(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     style = h.adapter("style", 1, r=3, lora_alpha=7)
     some = INSTRUCT.get(name, ["q_proj", "k_proj", "down_proj"])
     instruct = h.adapter("instruct", 2, weight=-0.7, r=2, use_rslora=True, target_modules=some)
@@ -177,8 +177,8 @@ def test_every_value_is_the_stacks(house: Any, name: str) -> None:
     assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
 
 
-def test_the_permutation_is_there_and_only_for_q_and_k(house: Any) -> None:
-    h = house()
+def test_the_permutation_is_there_and_only_for_q_and_k(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style = h.adapter("style", 1)
     h.export(h.plan(style))
     tensors = {tensor.name: tensor.data for tensor in h.read().tensors}
@@ -192,8 +192,8 @@ def test_the_permutation_is_there_and_only_for_q_and_k(house: Any) -> None:
             assert np.allclose(in_transformers_order(written, heads), factor)
 
 
-def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(house: Any) -> None:
-    h = house()
+def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style = h.adapter("style", 1, r=2, target_modules=["q_proj"])
     instruct = h.adapter("instruct", 2, r=9, lora_alpha=3, target_modules=["v_proj", "q_proj"])
     third = h.adapter("third", 3, weight=0.3, r=1, target_modules=["up_proj"])
@@ -204,8 +204,8 @@ def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(house: Any) 
     assert error(h.deltas(), exact(style, instruct, third, architecture="llama")) < 1e-6
 
 
-def test_embedding_and_output_of_an_untied_model(house: Any) -> None:
-    h = house()
+def test_embedding_and_output_of_an_untied_model(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style = h.adapter("style", 1, r=3, target_modules=["embed_tokens", "lm_head"])
     instruct = h.adapter("instruct", 2, weight=0.5, r=2, target_modules=["embed_tokens", "q_proj"])
     h.export(h.plan(style, instruct))
@@ -223,8 +223,8 @@ def test_embedding_and_output_of_an_untied_model(house: Any) -> None:
     assert error(h.deltas(), wanted) < 1e-6
 
 
-def test_in_float16_the_rounding_is_measured(house: Any) -> None:
-    h = house()
+def test_in_float16_the_rounding_is_measured(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style, instruct = h.adapter("style", 1), h.adapter("instruct", 2, target_modules=["q_proj", "o_proj"])
     report = h.export(h.plan(style, instruct), dtype="float16")
     assert not report["exact"]
@@ -235,8 +235,8 @@ def test_in_float16_the_rounding_is_measured(house: Any) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, "auto"])
-def test_other_methods_are_written_at_their_own_rank(house: Any, rank: int | str) -> None:
-    h = house()
+def test_other_methods_are_written_at_their_own_rank(tiny_registry: Any, rank: int | str) -> None:
+    h = tiny_registry()
     members = h.adapter("style", 1, r=6), h.adapter("instruct", 2, r=6, target_modules=["q_proj", "v_proj"])
     options = check_method("svd", MethodOptions(rank=rank, tolerance=0.3 if rank == "auto" else None))
     report = h.export(h.plan(*members, method="svd", options=options))
@@ -247,8 +247,8 @@ def test_other_methods_are_written_at_their_own_rank(house: Any, rank: int | str
     assert report["max_relative_error"] == pytest.approx(measured, rel=1e-3)
 
 
-def test_only_the_configuration_of_the_base_is_read(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_only_the_configuration_of_the_base_is_read(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     plan = h.plan(h.adapter("style", 1))
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -277,8 +277,8 @@ def write_base(path: Path, plan: StackPlan, architecture: str = "llama", heads: 
     return path
 
 
-def test_the_modelfile_names_base_and_adapter(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_the_modelfile_names_base_and_adapter(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     plan = h.plan(h.adapter("style", 1))
     base = write_base(tmp_path / "a base.gguf", plan)
     h.export(plan, "my adapter.gguf", modelfile=True, base_gguf=base)
@@ -300,8 +300,10 @@ def test_the_modelfile_names_base_and_adapter(house: Any, tmp_path: Path) -> Non
         ({"ffn_up": (16, 32)}, "blk.0.ffn_up.weight of shape [16, 32]"),
     ],
 )
-def test_a_base_that_the_adapter_would_not_fit_is_refused(house: Any, tmp_path: Path, kind: Any, said: str) -> None:
-    h = house()
+def test_a_base_that_the_adapter_would_not_fit_is_refused(
+    tiny_registry: Any, tmp_path: Path, kind: Any, said: str
+) -> None:
+    h = tiny_registry()
     plan = h.plan(h.adapter("style", 1))
     with pytest.raises(Incompatible) as caught:
         h.export(plan, base_gguf=write_base(tmp_path / "base.gguf", plan, **kind))
@@ -309,8 +311,8 @@ def test_a_base_that_the_adapter_would_not_fit_is_refused(house: Any, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_is_no_gguf_or_not_there(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_a_base_that_is_no_gguf_or_not_there(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     plan = h.plan(h.adapter("style", 1))
     (tmp_path / "text.gguf").write_text("this is no GGUF file, whatever it is called")
     with pytest.raises(Incompatible):
@@ -333,8 +335,8 @@ def refused(
 
 
 @pytest.mark.parametrize(("name", "targets"), [("neox", "all-linear"), ("mixtral", ["q_proj"])])
-def test_architectures_that_are_not_known_to_be_right(house: Any, name: str, targets: Any) -> None:
-    h = house(name)
+def test_architectures_that_are_not_known_to_be_right(tiny_registry: Any, name: str, targets: Any) -> None:
+    h = tiny_registry(name)
     refused(h, h.plan(h.adapter("style", 1, target_modules=targets)), h.entry.architecture)
 
 
@@ -347,13 +349,13 @@ def test_architectures_that_are_not_known_to_be_right(house: Any, name: str, tar
         ("gpt2", ["wpe", "c_attn"], "transformer.wpe"),
     ],
 )
-def test_embeddings_that_llama_cpp_cannot_adapt(house: Any, name: str, targets: list[str], said: str) -> None:
-    h = house(name)
+def test_embeddings_that_llama_cpp_cannot_adapt(tiny_registry: Any, name: str, targets: list[str], said: str) -> None:
+    h = tiny_registry(name)
     refused(h, h.plan(h.adapter("style", 1, target_modules=targets)), "style@1", said)
 
 
-def test_what_no_lora_holds_and_what_no_dtype_is(house: Any) -> None:
-    h = house("qwen2")
+def test_what_no_lora_holds_and_what_no_dtype_is(tiny_registry: Any) -> None:
+    h = tiny_registry("qwen2")
     whole = h.adapter("whole", 1, target_modules=["q_proj"], modules_to_save=["norm"])
     biased = h.adapter("biased", 2, target_modules=["v_proj"], bias="lora_only")
     plain = h.adapter("plain", 3)
@@ -364,8 +366,8 @@ def test_what_no_lora_holds_and_what_no_dtype_is(house: Any) -> None:
     refused(h, h.plan(plain, plain), "twice")
 
 
-def test_a_configuration_that_does_not_say_the_heads(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_a_configuration_that_does_not_say_the_heads(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     plan = h.plan(h.adapter("style", 1))
     for change in ({"num_attention_heads": None}, {"num_attention_heads": 5}):
         bare = tmp_path / "bare"
@@ -379,15 +381,15 @@ def test_a_configuration_that_does_not_say_the_heads(house: Any, tmp_path: Path)
 # -- failing, with nothing left ---------------------------------------------------------------------------------------
 
 
-def test_values_that_do_not_fit_float16(house: Any) -> None:
-    h = house()
+def test_values_that_do_not_fit_float16(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style = h.adapter("style", 1, scale=1e6)
     refused(h, h.plan(style), "blk.0.", "does not fit float16", kind=VerificationFailed, dtype="float16")
     assert h.export(h.plan(style))["exact"]
 
 
-def test_values_that_are_no_numbers(house: Any) -> None:
-    h = house()
+def test_values_that_are_no_numbers(tiny_registry: Any) -> None:
+    h = tiny_registry()
     style = h.adapter("style", 1)
     tensors = load_file(style.checkpoint.weights_path)
     next(iter(tensors.values()))[0, 0] = float("nan")
@@ -397,9 +399,9 @@ def test_values_that_are_no_numbers(house: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("fault", ["a value", "the order of rows", "the padding", "alpha", "a name"])
-def test_what_is_read_back_is_compared(house: Any, monkeypatch: Any, fault: str, dtype: str) -> None:
+def test_what_is_read_back_is_compared(tiny_registry: Any, monkeypatch: Any, fault: str, dtype: str) -> None:
     """A test of the check: each of these would make llama.cpp compute something else without a word."""
-    h = house()
+    h = tiny_registry()
     plan = h.plan(
         h.adapter("style", 1, r=2, target_modules=["q_proj"]), h.adapter("more", 2, target_modules=["v_proj"])
     )
@@ -427,8 +429,8 @@ def test_what_is_read_back_is_compared(house: Any, monkeypatch: Any, fault: str,
     refused(h, plan, "not what was planned", kind=VerificationFailed, dtype=dtype)
 
 
-def test_a_folder_that_is_taken_stays_as_it_is(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_a_folder_that_is_taken_stays_as_it_is(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     refused(h, h.plan(h.adapter("style", 1)), "already exists", kind=Usage)

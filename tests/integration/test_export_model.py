@@ -29,8 +29,8 @@ def export(h: Any, what: str, *options: object, code: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_gets_the_whole_stack(house: Any, name: str) -> None:
-    h = house(name)
+def test_transformers_gets_the_whole_stack(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1, **CASES[name])
     h.add("instruct", seed=2, r=3, lora_alpha=5, use_rslora=True, **CASES[name])
     report = export(h, "style:0.5+instruct:-0.7").json
@@ -41,8 +41,8 @@ def test_transformers_gets_the_whole_stack(house: Any, name: str) -> None:
     assert report["max_relative_error"] < 1e-5
 
 
-def test_tied_embeddings_stay_tied_unless_one_is_touched(house: Any) -> None:
-    h = house("tied")
+def test_tied_embeddings_stay_tied_unless_one_is_touched(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
     h.add("plain", seed=1, target_modules=["q_proj"])
     export(h, "plain")
     assert AutoConfig.from_pretrained(h.folder / "out").tie_word_embeddings is True
@@ -51,8 +51,8 @@ def test_tied_embeddings_stay_tied_unless_one_is_touched(house: Any) -> None:
     assert AutoConfig.from_pretrained(h.folder / "untied").tie_word_embeddings is False
 
 
-def test_shards_stay_shards(house: Any, models: Any, tmp_path: Path) -> None:
-    h = house("llama")
+def test_shards_stay_shards(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
+    h = tiny_registry("llama")
     model = oracle.load_plain(models("llama"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     AutoTokenizer.from_pretrained(models("llama")).save_pretrained(tmp_path / "sharded")
@@ -67,8 +67,8 @@ def test_shards_stay_shards(house: Any, models: Any, tmp_path: Path) -> None:
     assert oracle.relative(oracle.logits(again), h.live(("style", 1.0)), h.live()) < 1e-5
 
 
-def test_tokenizer_and_configuration_come_along_and_no_pickle(house: Any) -> None:
-    h = house("llama")
+def test_tokenizer_and_configuration_come_along_and_no_pickle(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1)
     export(h, "style")
     tokenizer = AutoTokenizer.from_pretrained(h.folder / "out")
@@ -77,9 +77,9 @@ def test_tokenizer_and_configuration_come_along_and_no_pickle(house: Any) -> Non
     assert not [*(h.folder / "out").glob("adapter_*")]
 
 
-def test_half_precision_is_rounded_once_and_the_loss_is_told(house: Any) -> None:
+def test_half_precision_is_rounded_once_and_the_loss_is_told(tiny_registry: Any) -> None:
     """Every weight is the exact sum's nearest neighbour, and the reported error is the one measured here."""
-    h = house("llama")
+    h = tiny_registry("llama")
     h.add("style", seed=1, scale=0.02)
     h.add("instruct", seed=2, scale=0.02)
     report = export(h, "style+instruct", "--dtype", "bfloat16").json
@@ -97,8 +97,8 @@ def test_half_precision_is_rounded_once_and_the_loss_is_told(house: Any) -> None
     assert json.loads((h.folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_saved_modules_replace_the_base_s_own(house: Any) -> None:
-    h = house("llama")
+def test_saved_modules_replace_the_base_s_own(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
     h.add("instruct", seed=2, target_modules=["v_proj"])
     export(h, "style+instruct")
@@ -107,8 +107,8 @@ def test_saved_modules_replace_the_base_s_own(house: Any) -> None:
     assert oracle.relative(oracle.logits(model), wanted, h.live()) < 1e-5
 
 
-def test_values_that_are_no_numbers_leave_nothing_behind(house: Any) -> None:
-    h = house("llama")
+def test_values_that_are_no_numbers_leave_nothing_behind(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     path = h.add("style", seed=1)
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -123,8 +123,10 @@ def test_values_that_are_no_numbers_leave_nothing_behind(house: Any) -> None:
 @pytest.mark.parametrize(
     ("weight", "dtype", "way_out"), [(1e300, "float32", "smaller weights"), (1e10, "float16", "float32")]
 )
-def test_what_does_not_fit_a_dtype_says_the_way_out(house: Any, weight: float, dtype: str, way_out: str) -> None:
-    h = house()
+def test_what_does_not_fit_a_dtype_says_the_way_out(
+    tiny_registry: Any, weight: float, dtype: str, way_out: str
+) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     out = h.folder / "out"
     error = h.run(
@@ -134,8 +136,8 @@ def test_what_does_not_fit_a_dtype_says_the_way_out(house: Any, weight: float, d
     assert not out.exists()
 
 
-def test_an_existing_folder_is_not_touched(house: Any) -> None:
-    h = house("llama")
+def test_an_existing_folder_is_not_touched(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1)
     (h.folder / "out").mkdir()
     (h.folder / "out" / "mine.txt").write_text("mine")
@@ -143,17 +145,17 @@ def test_an_existing_folder_is_not_touched(house: Any) -> None:
     assert [p.name for p in (h.folder / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_sum_is_exact_in_float32_alone(house: Any) -> None:
-    h = house("llama")
+def test_a_sum_is_exact_in_float32_alone(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1)
     assert export(h, "style").json["exact"] is True
     rounded = h.run("export", "style", "--format", "model", "--out", h.folder / "half", "--dtype", "bfloat16", "--json")
     assert rounded.json["exact"] is False
 
 
-def test_a_method_is_measured_against_the_exact_sum(house: Any) -> None:
+def test_a_method_is_measured_against_the_exact_sum(tiny_registry: Any) -> None:
     """As of the other formats, and as ``compose`` said."""
-    h = house("gpt2")
+    h = tiny_registry("gpt2")
     h.add("style", seed=1, target_modules=["c_attn"], fan_in_fan_out=True)
     h.add("instruct", seed=2, target_modules=["c_attn"], fan_in_fan_out=True)
     said = h.run("compose", "style+instruct", "--name", "s", "--method", "ties", "--density", "0.4", "--json").json

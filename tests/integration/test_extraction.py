@@ -16,8 +16,8 @@ from stackctl.engine.low_rank import Pairs, Wanted
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("rank", [("--rank", 3), ("--rank", "auto", "--tolerance", 1e-3)])
-def test_a_planted_change_comes_back(house: Any, name: str, rank: tuple[object, ...]) -> None:
-    h = house(name)
+def test_a_planted_change_comes_back(tiny_registry: Any, name: str, rank: tuple[object, ...]) -> None:
+    h = tiny_registry(name)
     folder = tuned_model(h, planted)
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, *rank, "--json").json
     assert found["relative_error"] < 1e-5
@@ -35,8 +35,8 @@ def test_a_planted_change_comes_back(house: Any, name: str, rank: tuple[object, 
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_biases_come_along_with_the_layers_that_changed(house: Any, name: str) -> None:
-    h = house(name)
+def test_biases_come_along_with_the_layers_that_changed(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
 
     def change(key: str, parameter: torch.Tensor) -> None:
         planted(key, parameter)
@@ -57,8 +57,8 @@ def test_biases_come_along_with_the_layers_that_changed(house: Any, name: str) -
     }
 
 
-def test_a_full_change_is_cut_to_the_best_of_its_rank(house: Any) -> None:
-    h = house()
+def test_a_full_change_is_cut_to_the_best_of_its_rank(tiny_registry: Any) -> None:
+    h = tiny_registry()
     folder = tuned_model(h, lambda key, p: p.add_(0.1 * torch.randn_like(p)) if "proj" in key else None)
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 4, "--json").json
     before, after = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (h.base, folder))
@@ -90,8 +90,8 @@ def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> Non
     assert total == pytest.approx(float(delta.double().square().sum()))
 
 
-def test_what_cannot_be_extracted_is_refused(house: Any, models: Any) -> None:
-    h = house()
+def test_what_cannot_be_extracted_is_refused(tiny_registry: Any, models: Any) -> None:
+    h = tiny_registry()
     cases: list[tuple[object, int, str]] = [
         (h.base, 4, "nothing was changed"),
         (models("gpt2"), 4, "no fine-tune"),
@@ -111,8 +111,8 @@ def test_what_cannot_be_extracted_is_refused(house: Any, models: Any) -> None:
     assert h.adapters() == set()
 
 
-def test_a_fine_tune_on_the_hub_is_its_newest_commit(house: Any, hub: Any) -> None:
-    h = house()
+def test_a_fine_tune_on_the_hub_is_its_newest_commit(tiny_registry: Any, hub: Any) -> None:
+    h = tiny_registry()
     folder = tuned_model(h, planted)
     hub.repo("acme/tuned", {path.name: path.read_bytes() for path in folder.iterdir()})
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", "acme/tuned", "--rank", 3, "--json").json

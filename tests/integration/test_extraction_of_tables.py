@@ -40,9 +40,9 @@ def is_table(key: str) -> bool:
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma", "gpt2", "neox"])
 @pytest.mark.parametrize("rank", [("--rank", 3), ("--rank", "auto", "--tolerance", 1e-3)])
 def test_a_planted_change_of_embedding_and_head_comes_back(
-    house: Any, name: str, rank: tuple[object, ...], tmp_path: Path
+    tiny_registry: Any, name: str, rank: tuple[object, ...], tmp_path: Path
 ) -> None:
-    h = house(name)
+    h = tiny_registry(name)
 
     def change(key: str, parameter: torch.Tensor) -> None:
         planted(key, parameter)
@@ -60,8 +60,10 @@ def test_a_planted_change_of_embedding_and_head_comes_back(
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
-def test_an_embedding_whose_change_has_no_small_rank_is_kept_whole(house: Any, name: str, tmp_path: Path) -> None:
-    h = house(name)
+def test_an_embedding_whose_change_has_no_small_rank_is_kept_whole(
+    tiny_registry: Any, name: str, tmp_path: Path
+) -> None:
+    h = tiny_registry(name)
 
     def change(key: str, parameter: torch.Tensor) -> None:
         planted(key, parameter)
@@ -77,9 +79,9 @@ def test_an_embedding_whose_change_has_no_small_rank_is_kept_whole(house: Any, n
     everywhere(h, folder, tmp_path)
 
 
-def test_a_head_that_was_tied_and_is_no_more(house: Any, tmp_path: Path) -> None:
+def test_a_head_that_was_tied_and_is_no_more(tiny_registry: Any, tmp_path: Path) -> None:
     """The fine-tune has a head of its own, or has lost it."""
-    h = house("tied")
+    h = tiny_registry("tied")
     model = AutoModelForCausalLM.from_pretrained(h.base)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -145,9 +147,9 @@ def test_experts_of_unlike_ranks_get_the_largest(run: Any, tmp_path: Path, monke
     everywhere(h, folder, tmp_path)
 
 
-def test_what_only_rounding_changed_is_not_kept(house: Any) -> None:
+def test_what_only_rounding_changed_is_not_kept(tiny_registry: Any) -> None:
     """A fine-tune that was saved in bfloat16: its norms and embeddings are the base's, as far as it can tell."""
-    h = house()
+    h = tiny_registry()
     folder = tuned_model(h, lambda key, p: planted(key, p) if "proj" in key else None)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 3, "--json").json
@@ -156,8 +158,8 @@ def test_what_only_rounding_changed_is_not_kept(house: Any) -> None:
         assert all("lora_" in key for key in tensors.keys())  # noqa: SIM118
 
 
-def test_all_that_is_unlike_is_named_before_anything_is_read(house: Any, models: Any, tmp_path: Path) -> None:
-    h = house()
+def test_all_that_is_unlike_is_named_before_anything_is_read(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     config = json.loads((h.base / "config.json").read_text())
     for name, changed, said in (
         ("words", {"vocab_size": 264}, ["264 tokens, not 260"]),

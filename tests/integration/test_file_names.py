@@ -31,7 +31,7 @@ TOO_LONG = {"a name": "y" * 256, "a path": "dir/" * 1200 + "end"}
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_a_folder_of_any_name_is_registered_and_said_as_it_is(shelf, run, tmp_path, name):
+def test_a_folder_of_any_name_is_registered_and_said_as_it_is(filled_registry, run, tmp_path, name):
     folder = write_checkpoint(tmp_path / name, seed=7)
     copied = run("add", "copied", folder, "--base", "tiny", "--json").json
     linked = run("add", "linked", f"./{name}", "--base", "tiny", "--link", "--json").json
@@ -44,7 +44,7 @@ def test_a_folder_of_any_name_is_registered_and_said_as_it_is(shelf, run, tmp_pa
     assert {problem["what"] for problem in problems} == {"tiny", "other"}, "whose folders never were"
 
 
-def test_both_forms_of_an_accent_are_two_folders(shelf, run, tmp_path):
+def test_both_forms_of_an_accent_are_two_folders(filled_registry, run, tmp_path):
     folders = [
         write_checkpoint(tmp_path / NAMES[form], seed=seed) for seed, form in enumerate(("composed", "decomposed"))
     ]
@@ -55,7 +55,7 @@ def test_both_forms_of_an_accent_are_two_folders(shelf, run, tmp_path):
     assert added[0]["digest"] != added[1]["digest"]
 
 
-def test_a_name_that_is_no_text(shelf, tmp_path):
+def test_a_name_that_is_no_text(filled_registry, tmp_path):
     """Through the installed command, which gets bytes."""
     name = b"caf\xe9"
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
@@ -65,9 +65,9 @@ def test_a_name_that_is_no_text(shelf, tmp_path):
     assert refused.returncode == 2
     assert b"is not Unicode" in refused.stderr
     assert b"hint: leave out --link" in refused.stderr
-    assert shelf.find_adapter("bytes") is None
+    assert filled_registry.find_adapter("bytes") is None
     done = subprocess.run([*command, "--json"], capture_output=True, cwd=tmp_path, check=True)
-    assert json.loads(done.stdout)["digest"] == shelf.find_adapter("bytes").newest().digest
+    assert json.loads(done.stdout)["digest"] == filled_registry.find_adapter("bytes").newest().digest
 
 
 COMMANDS = [
@@ -80,7 +80,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("path", TOO_LONG.values(), ids=TOO_LONG)
-def test_a_path_that_is_too_long_is_one_short_error_and_leaves_nothing(shelf, run, tmp_path, path):
+def test_a_path_that_is_too_long_is_one_short_error_and_leaves_nothing(filled_registry, run, tmp_path, path):
     (tmp_path / "d.jsonl").write_text('{"text": "the sea"}\n')
     before = sorted(tmp_path.rglob("*"))
     for command in COMMANDS:
@@ -92,9 +92,9 @@ def test_a_path_that_is_too_long_is_one_short_error_and_leaves_nothing(shelf, ru
         assert sorted(tmp_path.rglob("*")) == before, command
 
 
-def test_names_that_the_engine_reads_and_writes(house, tmp_path):
+def test_names_that_the_engine_reads_and_writes(tiny_registry, tmp_path):
     """Training, answering and exporting, once, with files whose names are as bad as can be."""
-    h = house()
+    h = tiny_registry()
     h.add("style", seed=1, r=2, target_modules=["q_proj"])
     data = tmp_path / f"{EVERYTHING}.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in CHAT))

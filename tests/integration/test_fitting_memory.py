@@ -46,8 +46,8 @@ def run_of(h: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_are_computed_again_where_they_fit_only_so(house: Any, roomy: Any, dropout: float) -> None:
-    h = house()
+def test_activations_are_computed_again_where_they_fit_only_so(tiny_registry: Any, roomy: Any, dropout: float) -> None:
+    h = tiny_registry()
     options = ("--dropout", dropout, "--max-steps", 3)
     kept, again = needed(h, *options, KEPT), needed(h, *options, AGAIN)
     assert again < kept
@@ -68,8 +68,8 @@ def test_activations_are_computed_again_where_they_fit_only_so(house: Any, roomy
     assert h.bytes_of("new")[WEIGHTS] == h.bytes_of("plain")[WEIGHTS]
 
 
-def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(house: Any, roomy: Any) -> None:
-    h = house()
+def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(tiny_registry: Any, roomy: Any) -> None:
+    h = tiny_registry()
     kept, again = needed(h, KEPT), needed(h, AGAIN)
     for room in (kept, again - 1):
         roomy(room)
@@ -79,10 +79,12 @@ def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(house: An
     assert dry(h, AGAIN).json["gradient_checkpointing"] is True
 
 
-def test_a_model_that_cannot_is_left_alone_or_refused(house: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_is_left_alone_or_refused(
+    tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import LlamaPreTrainedModel
 
-    h = house()
+    h = tiny_registry()
     roomy(needed(h, AGAIN))
     monkeypatch.setattr(LlamaPreTrainedModel, "supports_gradient_checkpointing", False)
     assert dry(h).json["gradient_checkpointing"] is False
@@ -108,9 +110,9 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     ])],
 )  # fmt: skip
 def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
-    house: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]]
+    tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]]
 ) -> None:
-    h = house()
+    h = tiny_registry()
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2)
     two = needed(h, *options, "--batch-size", 2, records=records)
     roomy(two)
@@ -133,8 +135,8 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
     assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_a_step_stays_what_the_file_says(house: Any, roomy: Any) -> None:
-    h = house()
+def test_a_step_stays_what_the_file_says(tiny_registry: Any, roomy: Any) -> None:
+    h = tiny_registry()
     roomy(needed(h, "--batch-size", 3, "--rank", 16, "--alpha", 32))
     (h.folder / "stackctl.yaml").write_text(
         f"base: tiny\ntrain:\n"
@@ -154,16 +156,16 @@ def test_a_step_stays_what_the_file_says(house: Any, roomy: Any) -> None:
     assert h.run("train", "--json").json["built"] == [], "how a step is cut makes nothing out of date"
 
 
-def test_where_nothing_fits_the_least_is_taken(house: Any, roomy: Any) -> None:
-    h = house()
+def test_where_nothing_fits_the_least_is_taken(tiny_registry: Any, roomy: Any) -> None:
+    h = tiny_registry()
     roomy(1000)
     told = dry(h, "--batch-size", "auto").json
     assert (told["batch_size"], told["gradient_accumulation"], told["gradient_checkpointing"]) == (1, 8, True)
     assert told["memory"]["fits"] is False
 
 
-def test_a_resumed_run_keeps_how_it_was_cut(house: Any, roomy: Any) -> None:
-    h = house()
+def test_a_resumed_run_keeps_how_it_was_cut(tiny_registry: Any, roomy: Any) -> None:
+    h = tiny_registry()
     options = ("--batch-size", "auto", "--epochs", 2, "--save-steps", 1, "--dropout", 0.2)
     enough = needed(h, *options)
     roomy(needed(h, "--batch-size", 2))
@@ -178,9 +180,9 @@ def test_a_resumed_run_keeps_how_it_was_cut(house: Any, roomy: Any) -> None:
     assert train(h, "other", *options)["batch_size"] == 8
 
 
-def test_several_processes_cut_alike(house: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    h = house()
+    h = tiny_registry()
     options = ("--num-processes", 2, "--max-steps", 2, "--dtype", "float32")
     roomy(2 * needed(h, *options, "--batch-size", 2))
     both = train(h, "both", *options, "--batch-size", "auto")
@@ -190,8 +192,8 @@ def test_several_processes_cut_alike(house: Any, roomy: Any, monkeypatch: pytest
     assert both["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_what_runs_out_of_memory_is_cut_smaller(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = house()
+def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = tiny_registry()
     real = memory_trial.micro_batch_loss
     tried: list[tuple[int, bool]] = []
 
@@ -219,7 +221,7 @@ def test_what_runs_out_of_memory_is_cut_smaller(house: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "2.5"])
-def test_what_is_no_batch_size_is_2(house: Any, value: str) -> None:
-    h = house()
+def test_what_is_no_batch_size_is_2(tiny_registry: Any, value: str) -> None:
+    h = tiny_registry()
     error = train(h, "new", "--batch-size", value, code=2)["error"]
     assert "batch-size" in error["message"]

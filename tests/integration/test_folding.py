@@ -24,8 +24,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def two(house: Any) -> Any:
-    h = house("llama")
+def two(tiny_registry: Any) -> Any:
+    h = tiny_registry("llama")
     h.add("style", seed=1, target_modules=["q_proj", "down_proj"])
     h.add("instruct", seed=2, target_modules=["down_proj", "up_proj"])
     return h
@@ -33,8 +33,8 @@ def two(house: Any) -> Any:
 
 @LINUX
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral"])
-def test_the_bits_are_those_of_folding_in_place(house: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = house(name)
+def test_the_bits_are_those_of_folding_in_place(tiny_registry: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1, target_modules="all-linear" if name != "mixtral" else ["q_proj", "o_proj"])
     plan = h.plan("style:0.7")
     apart, in_place = h.load(), h.load()

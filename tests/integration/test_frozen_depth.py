@@ -33,8 +33,8 @@ def rounding_error(base: Path, adapters: list[Path], dtype: torch.dtype) -> floa
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_every_depth_trains_alike_folded_and_live(house: Any, depth: int) -> None:
-    h = house()
+def test_every_depth_trains_alike_folded_and_live(tiny_registry: Any, depth: int) -> None:
+    h = tiny_registry()
     for seed, name in enumerate(NAMES[:depth], 1):
         h.add(name, seed=seed)
     on = "+".join(NAMES[:depth])
@@ -48,8 +48,8 @@ def test_every_depth_trains_alike_folded_and_live(house: Any, depth: int) -> Non
     assert live["loss"] == pytest.approx(folded["loss"], rel=1e-4)
 
 
-def test_half_precision_is_kept_live_unless_folding_is_forced_and_then_tells_its_error(house: Any) -> None:
-    h = house()
+def test_half_precision_is_kept_live_unless_folding_is_forced_and_then_tells_its_error(tiny_registry: Any) -> None:
+    h = tiny_registry()
     for seed, name in enumerate(NAMES[:2], 1):
         h.add(name, seed=seed, scale=0.02)
     adapters = [h.paths[name] / "adapter_model.safetensors" for name in NAMES[:2]]
@@ -62,6 +62,6 @@ def test_half_precision_is_kept_live_unless_folding_is_forced_and_then_tells_its
     assert forced["frozen_error"] == pytest.approx(wanted, rel=0.02)
 
 
-def test_the_bare_base_has_nothing_to_lose(house: Any) -> None:
-    alone = house().train("alone", "--max-steps", 1)
+def test_the_bare_base_has_nothing_to_lose(tiny_registry: Any) -> None:
+    alone = tiny_registry().train("alone", "--max-steps", 1)
     assert (alone["on"], alone["frozen"], alone["frozen_error"]) == ([], "none", None)

@@ -62,8 +62,8 @@ def products(operators: list[Operator]) -> list[Operator]:
 
 
 @pytest.fixture
-def h(house: Any) -> Any:
-    found = house()
+def h(tiny_registry: Any) -> Any:
+    found = tiny_registry()
     for seed, name in enumerate(NAMES, 1):
         found.add(name, seed=seed, r=RANK, lora_dropout=0.5)
     return found

@@ -46,8 +46,8 @@ def answers(ran: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "mistral"])
-def test_greedy_text_is_transformers_own_on_raw_peft(house: Any, name: str) -> None:
-    h = house(name)
+def test_greedy_text_is_transformers_own_on_raw_peft(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     model = oracle.live(h.base, *h.members(("style", 0.7), ("instruct", 1)))
@@ -77,8 +77,8 @@ def test_greedy_text_is_transformers_own_on_raw_peft(house: Any, name: str) -> N
     assert [greedy(bare, chat_ids(p), 12) for p in PROMPTS] != [greedy(model, chat_ids(p), 12) for p in PROMPTS]
 
 
-def test_raw_adds_nothing_and_system_goes_first(house: Any) -> None:
-    h = house()
+def test_raw_adds_nothing_and_system_goes_first(tiny_registry: Any) -> None:
+    h = tiny_registry()
     model = oracle.live(h.base)
     for prompt in ("The sea", " is\n"):
         raw = h.run("generate", "base", "-p", prompt, "--raw", "--max-new-tokens", 8, "--json").json
@@ -88,9 +88,9 @@ def test_raw_adds_nothing_and_system_goes_first(house: Any) -> None:
     assert told["text"] == text(greedy(model, chat_ids("Hi", "Be brief."), 8))
 
 
-def test_raw_keeps_what_the_tokenizer_puts_before_any_text(house: Any, tmp_path: Path) -> None:
+def test_raw_keeps_what_the_tokenizer_puts_before_any_text(tiny_registry: Any, tmp_path: Path) -> None:
     """A style was trained behind the BOS of such a base, and its next text begins there, too."""
-    h = house()
+    h = tiny_registry()
     folder = tmp_path / "begins"
     shutil.copytree(h.base, folder)
     tokenizer = tiny_tokenizer()
@@ -110,8 +110,8 @@ def test_raw_keeps_what_the_tokenizer_puts_before_any_text(house: Any, tmp_path:
         assert raw["prompt"] == prompt
 
 
-def test_streamed_text_is_the_same_text(house: Any) -> None:
-    h = house()
+def test_streamed_text_is_the_same_text(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     known = h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 20, "--json").json["text"]
     assert h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 20).out == known + "\n"
@@ -132,9 +132,9 @@ def eager_to_end(base: Path, out: Path, after: int) -> Path:
     return out
 
 
-def test_it_stops_at_the_end_of_the_turn(house: Any, tmp_path: Path) -> None:
+def test_it_stops_at_the_end_of_the_turn(tiny_registry: Any, tmp_path: Path) -> None:
     """The trap: the end of a turn is the padding token here, and a batch goes on padding with it."""
-    h = house()
+    h = tiny_registry()
     folder = eager_to_end(h.base, tmp_path / "brief", 4)
     h.run("base", "add", "brief", folder)
     model = oracle.load_plain(folder)
@@ -148,8 +148,8 @@ def test_it_stops_at_the_end_of_the_turn(house: Any, tmp_path: Path) -> None:
     assert both[1]["new_tokens"] == len(wanted)
 
 
-def test_a_stop_text_ends_the_answer_before_it(house: Any) -> None:
-    h = house()
+def test_a_stop_text_ends_the_answer_before_it(tiny_registry: Any) -> None:
+    h = tiny_registry()
     ids = greedy(oracle.load_plain(h.base), oracle.byte_ids("The sea"), 20)
     whole = text(ids)
     piece = next(whole[i : i + 2] for i in range(4, len(whole)) if whole[i : i + 2].isascii())
@@ -158,11 +158,11 @@ def test_a_stop_text_ends_the_answer_before_it(house: Any) -> None:
     assert found["stop"] == "stop"
 
 
-def test_the_bases_own_generation_defaults_change_nothing(house: Any, tmp_path: Path) -> None:
+def test_the_bases_own_generation_defaults_change_nothing(tiny_registry: Any, tmp_path: Path) -> None:
     """The trap: ``generate`` fills whatever a configuration leaves open from the model's generation_config.json."""
     import shutil
 
-    h = house()
+    h = tiny_registry()
     folder = tmp_path / "opinionated"
     shutil.copytree(h.base, folder)
     known = json.loads((folder / "generation_config.json").read_text())
@@ -193,8 +193,8 @@ def test_the_bases_own_generation_defaults_change_nothing(house: Any, tmp_path: 
     assert draws["tiny"] == draws["opinionated"]
 
 
-def test_a_seed_repeats_and_temperature_varies(house: Any) -> None:
-    h = house()
+def test_a_seed_repeats_and_temperature_varies(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     options = ["generate", "style", "-p", "Hi", "-p", "Who?", "--temperature", 1.5, "--max-new-tokens", 16, "--json"]
     first, again, other = ([a["text"] for a in answers(h.run(*options, "--seed", seed))] for seed in (1, 1, 2))
@@ -207,8 +207,8 @@ def test_a_seed_repeats_and_temperature_varies(house: Any) -> None:
     assert [a["text"] for a in tiny_p] == [a["text"] for a in plain], "so is a nucleus of one token"
 
 
-def test_logits_that_are_no_numbers_are_no_answer(house: Any) -> None:
-    h = house()
+def test_logits_that_are_no_numbers_are_no_answer(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     for line in (
         ["generate", "style:1e300"],
@@ -219,8 +219,8 @@ def test_logits_that_are_no_numbers_are_no_answer(house: Any) -> None:
         assert "not a finite number" in ran.out, line
 
 
-def test_prompts_that_cannot_be_answered_are_2(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_prompts_that_cannot_be_answered_are_2(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     h.run("generate", "base", "-p", "", code=2)
     h.run("generate", "base", "-p", " \n", code=2)
     h.run("generate", "base", stdin="", code=2)
@@ -238,8 +238,8 @@ def test_prompts_that_cannot_be_answered_are_2(house: Any, tmp_path: Path) -> No
     assert all(answer["schema"] == 1 for answer in found)
 
 
-def test_compare_is_generate_side_by_side(house: Any) -> None:
-    h = house()
+def test_compare_is_generate_side_by_side(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     stacks = ["base", "style", "style+instruct", "style"]

@@ -36,20 +36,20 @@ def texts(stacked: StackedModel, prompts: list[Prompt], batch_size: int, **optio
 @pytest.mark.parametrize(
     "name", ["llama", "tied", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi3", "neox", "mixtral"]
 )
-def test_a_batch_writes_what_each_prompt_alone_writes(house: Any, name: str) -> None:
-    stacked = house(name).load()
+def test_a_batch_writes_what_each_prompt_alone_writes(tiny_registry: Any, name: str) -> None:
+    stacked = tiny_registry(name).load()
     alone = texts(stacked, PROMPTS, 1)
     assert len(set(alone)) > 1
     assert texts(stacked, PROMPTS, 5) == alone
     assert texts(stacked, PROMPTS[::-1], 2) == alone[::-1]
 
 
-def test_a_sliding_window_slides_over_real_tokens_only(house: Any, models: Any, tmp_path: Path) -> None:
+def test_a_sliding_window_slides_over_real_tokens_only(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
     folder = tmp_path / "sliding"
     shutil.copytree(models("mistral"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 8}))
-    h = house("mistral")
+    h = tiny_registry("mistral")
     wide = texts(h.load(), PROMPTS, 5)
     h.run("base", "add", "sliding", folder)
     stacked = load_base(resolve_base(h.registry, "sliding"), h.registry)
@@ -58,8 +58,8 @@ def test_a_sliding_window_slides_over_real_tokens_only(house: Any, models: Any, 
     assert texts(stacked, PROMPTS, 5) == alone
 
 
-def test_what_is_drawn_depends_on_seed_and_prompt_alone(house: Any) -> None:
-    stacked = house().load()
+def test_what_is_drawn_depends_on_seed_and_prompt_alone(tiny_registry: Any) -> None:
+    stacked = tiny_registry().load()
     options: dict[str, Any] = {"temperature": 1.2, "seed": 7}
     alone = [texts(stacked, [prompt], 1, **options)[0] for prompt in PROMPTS]
     assert texts(stacked, PROMPTS, 5, **options) == alone
@@ -71,13 +71,13 @@ def test_what_is_drawn_depends_on_seed_and_prompt_alone(house: Any) -> None:
     assert len(free) > 1, "without a seed every run is another"
 
 
-def test_draws_follow_the_models_probabilities(house: Any) -> None:
+def test_draws_follow_the_models_probabilities(tiny_registry: Any) -> None:
     """A chi-square test of 4,000 draws of the first token, over those that are likely enough to count."""
     from transformers import LogitsProcessorList
 
     from stackctl.engine.generation.logits_processors import processors
 
-    stacked = house().load()
+    stacked = tiny_registry().load()
     ids = stacked.tokenizer("The sea", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = stacked.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
@@ -101,7 +101,7 @@ def _kept(shares: torch.Tensor, count: int) -> torch.Tensor:
     return kept / kept.sum()
 
 
-def test_the_penalty_does_not_see_the_padding(house: Any) -> None:
+def test_the_penalty_does_not_see_the_padding(tiny_registry: Any) -> None:
     """The trap: the padding token here is the end of turn, which a padded row would then shun."""
     from stackctl.engine.generation.logits_processors import processors
 
@@ -113,7 +113,7 @@ def test_the_penalty_does_not_see_the_padding(house: Any) -> None:
         for token in tokens:
             wanted[row, token] = scores[row, token] * 1.5 if scores[row, token] < 0 else scores[row, token] / 1.5
     assert torch.equal(found, wanted)
-    stacked = house().load()
+    stacked = tiny_registry().load()
     plain = texts(stacked, PROMPTS, 5)
     alone = texts(stacked, PROMPTS, 1, repetition_penalty=1.3)
     assert alone != plain
@@ -128,8 +128,8 @@ def test_prompts_of_like_length_go_together_and_long_ones_alone() -> None:
     assert max(map(max, many[:16])) < 64, "the first answers do not wait for the last prompts"
 
 
-def test_prompts_from_every_kind_of_file(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_prompts_from_every_kind_of_file(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     talk = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "One it is."},
@@ -164,8 +164,8 @@ def test_prompts_from_every_kind_of_file(house: Any, tmp_path: Path) -> None:
     assert [a["prompt"] for a in asked(plain)] == ["Hi", "Who?"]
 
 
-def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     said = h.run("generate", "base", "-p", "Hi", "-p", " ", "-p", "", code=2).err
     assert "prompt 2 is empty; prompt 3 is empty" in said
     said = h.run("generate", "base", "-p", "x" * 600, "-p", "Hi", "-p", "y" * 700, "--raw", code=2).err
@@ -184,8 +184,8 @@ def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(house: Any
     h.run("generate", "base", "-p", "Hi", "--repetition-penalty", 0, code=2)
 
 
-def test_answers_go_into_a_file_whole_or_not_at_all(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_answers_go_into_a_file_whole_or_not_at_all(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     asked = ["generate", "base", "-p", "Hi", "-p", "Who?", "--max-new-tokens", 6]
     lines = h.run(*asked, "--json").out
     text = h.run(*asked).out
@@ -203,8 +203,8 @@ def test_answers_go_into_a_file_whole_or_not_at_all(house: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "tied"])
-def test_live_writes_what_folded_writes(house: Any, name: str) -> None:
-    h = house(name)
+def test_live_writes_what_folded_writes(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1)
     h.add("instruct", seed=2, target_modules=["q_proj", "embed_tokens"] if name == "tied" else "all-linear")
     stacked = h.load()
@@ -219,15 +219,15 @@ def test_live_writes_what_folded_writes(house: Any, name: str) -> None:
     assert torch.equal(h.logits(stacked, "style:0.7+instruct"), folded)
 
 
-def test_live_refuses_what_is_no_sum(house: Any) -> None:
-    h = house()
+def test_live_refuses_what_is_no_sum(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     assert "no --live" in h.run("generate", "style+whole", "-p", "Hi", "--live", code=4).err
 
 
-def test_rounding_is_reported_where_there_is_some(house: Any) -> None:
-    h = house()
+def test_rounding_is_reported_where_there_is_some(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1, scale=0.01)
     exact = h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 2, "--json")
     assert exact.json["rounding_error"] < 1e-5

@@ -34,8 +34,8 @@ CONFIGS = {
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_the_first_step_is_taken_with_it_active(house: Any, case: str, frozen: str) -> None:
-    h = house()
+def test_the_first_step_is_taken_with_it_active(tiny_registry: Any, case: str, frozen: str) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("chat", seed=2, **CONFIGS[case])
     report = begin(h, "more", "--from", "chat", "--frozen", frozen, *STILL, on="style")
@@ -51,8 +51,8 @@ def test_the_first_step_is_taken_with_it_active(house: Any, case: str, frozen: s
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_higher_rank_begins_with_no_effect(house: Any, rslora: bool) -> None:
-    h = house("tied")
+def test_a_higher_rank_begins_with_no_effect(tiny_registry: Any, rslora: bool) -> None:
+    h = tiny_registry("tied")
     h.add("chat", seed=2, r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj", "embed_tokens"])
     alone = oracle.loss(oracle.live(h.base, *h.members(("chat", 1))), CHAT)
     begin(h, "more", "--from", "chat", "--rank", 10, *STILL)
@@ -71,8 +71,8 @@ def test_a_higher_rank_begins_with_no_effect(house: Any, rslora: bool) -> None:
     assert settings["alpha"] == pytest.approx(6 * (2.5**0.5 if rslora else 2.5))
 
 
-def test_a_next_version_goes_on_where_the_last_one_stopped(house: Any) -> None:
-    h = house()
+def test_a_next_version_goes_on_where_the_last_one_stopped(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.train("style", "--rank", 5, "--max-steps", 4, records=TEXTS)
     h.paths["style"] = h.weights("style")
     reached = oracle.loss(oracle.live(h.base, *h.members(("style", 1))), TEXTS)
@@ -84,8 +84,8 @@ def test_a_next_version_goes_on_where_the_last_one_stopped(house: Any) -> None:
     assert factors_of(h.weights("style", 2)).keys() == factors_of(h.weights("style")).keys()
 
 
-def test_moving_to_a_new_version_underneath(house: Any) -> None:
-    h = house()
+def test_moving_to_a_new_version_underneath(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.train("style", "--max-steps", 2, records=TEXTS)
     h.train("instruct", "--max-steps", 2, on="style")
     h.train("style", "--max-steps", 4, records=TEXTS)
@@ -93,8 +93,8 @@ def test_moving_to_a_new_version_underneath(house: Any) -> None:
     assert (moved["version"], moved["on"], moved["from"]) == (2, ["style@2"], "instruct@1")
 
 
-def test_what_cannot_be_begun_at_is_refused(house: Any) -> None:
-    h = house()
+def test_what_cannot_be_begun_at_is_refused(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     h.add("dora", seed=3, r=4)
@@ -127,8 +127,8 @@ def test_what_cannot_be_begun_at_is_refused(house: Any) -> None:
     assert h.adapters() == {"style", "whole", "dora", "silent", "partly", "instruct"}
 
 
-def test_recipes_begin_at_versions(house: Any) -> None:
-    h = house()
+def test_recipes_begin_at_versions(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.data(TEXTS, "texts.jsonl")
     recipe = h.folder / "stackctl.yaml"
     plain = "rank: 4, data: texts.jsonl, max_steps: 2"
@@ -147,10 +147,10 @@ def test_recipes_begin_at_versions(house: Any) -> None:
     assert names == ["first", "next"]
 
 
-def test_a_run_resumed_elsewhere_is_another(house: Any) -> None:
+def test_a_run_resumed_elsewhere_is_another(tiny_registry: Any) -> None:
     from tiny_registry import interrupt
 
-    h = house()
+    h = tiny_registry()
     h.add("a", seed=1)
     h.add("b", seed=2)
     options = ("--max-steps", 6, "--save-steps", 2)

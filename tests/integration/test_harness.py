@@ -89,8 +89,8 @@ def sums(h: Any, *members: tuple[str, float]) -> float:
     return float(oracle.logits(oracle.live(h.base, *h.members(*members)), oracle.TOKENS).abs().sum())
 
 
-def test_each_stack_is_put_to_each_task_on_a_base_that_is_loaded_once(house: Any, harness: None) -> None:
-    h = house("tied")
+def test_each_stack_is_put_to_each_task_on_a_base_that_is_loaded_once(tiny_registry: Any, harness: None) -> None:
+    h = tiny_registry("tied")
     h.add("style", seed=1, target_modules=["q_proj", "lm_head"])  # which unties what the harness ties
     h.add("instruct", seed=2)
     (h.folder / "own.yaml").write_text("task: own\n")
@@ -123,8 +123,8 @@ def test_each_stack_is_put_to_each_task_on_a_base_that_is_loaded_once(house: Any
         assert row["loss"] == pytest.approx(oracle.loss(oracle.live(h.base, *h.members(*members)), CHAT), rel=1e-5)
 
 
-def test_solved_examples_and_the_table(house: Any, harness: None) -> None:
-    h = house()
+def test_solved_examples_and_the_table(tiny_registry: Any, harness: None) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     rows = h.run("eval", "style", "--task", "arc_easy", "--task", "zero", "--num-fewshot", 5, "--json").json["tasks"]
     assert {row["task"]: row["num_fewshot"] for row in rows} == {"arc_easy": 5, "zero": 0}
@@ -136,9 +136,9 @@ def test_solved_examples_and_the_table(house: Any, harness: None) -> None:
 
 
 def test_what_cannot_be_put_to_a_model_is_told_before_one_is_loaded(
-    house: Any, harness: None, fails: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Any, harness: None, fails: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = house()
+    h = tiny_registry()
     monkeypatch.setattr("stackctl.engine.models.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     (h.folder / "bad.yaml").write_text("dataset_path: json\n")
     (h.folder / "one.yaml").write_text("task: own\n")
@@ -160,10 +160,12 @@ def test_what_cannot_be_put_to_a_model_is_told_before_one_is_loaded(
     assert "codes" in said("codes", code=4)
 
 
-def test_without_the_extra_it_says_how_to_get_it(house: Any, fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_it_says_how_to_get_it(
+    tiny_registry: Any, fails: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
-    house()
+    tiny_registry()
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else found(name, *more)
@@ -181,8 +183,10 @@ def test_without_the_extra_it_says_how_to_get_it(house: Any, fails: Any, monkeyp
         ([], "no data"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(house: Any, fails: Any, options: list[str], named: str) -> None:
-    h = house()
+def test_options_that_would_change_nothing_are_refused(
+    tiny_registry: Any, fails: Any, options: list[str], named: str
+) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.data(CHAT)
     assert named in fails("eval", "style", *options, code=2)

@@ -20,8 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
      ["gc", "--cache", "--runs", "--dry-run"], ["base", "rm", "spare"]],
     ids=" ".join,
 )  # fmt: skip
-def test_every_key_is_documented_and_every_documented_key_is_there(shelf, run, words):
-    save_base(shelf, make_base("spare"))
+def test_every_key_is_documented_and_every_documented_key_is_there(filled_registry, run, words):
+    save_base(filled_registry, make_base("spare"))
     run("compose", "style+instruct", "--name", "both")
     named = " ".join(words[: 2 if words[0] == "base" else 1])
     (row,) = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{named}` |")]
@@ -30,8 +30,8 @@ def test_every_key_is_documented_and_every_documented_key_is_there(shelf, run, w
     assert sorted(document) == sorted([*keys, "schema"])
 
 
-def test_what_is_in_the_lists_of_verify_and_gc_is_documented(shelf, run):
-    shutil.rmtree(shelf.root / "weights" / "tone")
+def test_what_is_in_the_lists_of_verify_and_gc_is_documented(filled_registry, run):
+    shutil.rmtree(filled_registry.root / "weights" / "tone")
     run("rm", "foreign")
     problem = next(p for p in run("verify", "--json", code=5).json["problems"] if p["what"] == "tone@1")
     (freed,) = run("gc", "--json").json["freed"]

@@ -55,8 +55,8 @@ def merged_logits(base: Path, tensors: dict[str, torch.Tensor], prefix: str) -> 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "neox"])
 @pytest.mark.parametrize(("prefix", "whole"), [("lora_te", False), ("lycoris", True), ("lora_te1", True)])
-def test_it_computes_what_it_did(house: Any, name: str, prefix: str, whole: bool) -> None:
-    h = house(name)
+def test_it_computes_what_it_did(tiny_registry: Any, name: str, prefix: str, whole: bool) -> None:
+    h = tiny_registry(name)
     file = h.folder / "voice.safetensors"
     tensors = lora_file(h.base, file, prefix, whole=whole)
     added = h.run("add", "voice", file, "--base", "tiny", "--json").json
@@ -70,8 +70,8 @@ def test_it_computes_what_it_did(house: Any, name: str, prefix: str, whole: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_bit_of_a_factor_changes(house: Any, dtype: torch.dtype) -> None:
-    h = house("qwen2")
+def test_no_bit_of_a_factor_changes(tiny_registry: Any, dtype: torch.dtype) -> None:
+    h = tiny_registry("qwen2")
     (h.folder / "lora").mkdir()
     given = lora_file(h.base, h.folder / "lora" / "voice.safetensors", dtype=dtype)
     h.run("add", "voice", h.folder / "lora")
@@ -92,8 +92,8 @@ def test_no_bit_of_a_factor_changes(house: Any, dtype: torch.dtype) -> None:
     assert len(made) == expected
 
 
-def test_what_is_none_is_refused_by_name(house: Any) -> None:
-    h = house()
+def test_what_is_none_is_refused_by_name(tiny_registry: Any) -> None:
+    h = tiny_registry()
     good = lora_file(h.base, h.folder / "good.safetensors")
     key = next(iter(good)).partition(".")[0]
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
@@ -132,7 +132,7 @@ def test_what_is_none_is_refused_by_name(house: Any) -> None:
     (h.folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_a_name_that_may_be_two_modules_is_no_name(house: Any) -> None:
+def test_a_name_that_may_be_two_modules_is_no_name(tiny_registry: Any) -> None:
     """``a_b`` and ``a.b`` are one name in such a file."""
     import msgspec
 
@@ -141,7 +141,7 @@ def test_a_name_that_may_be_two_modules_is_no_name(house: Any) -> None:
     from stackctl.lora.kohya import read_kohya
     from stackctl.registry.base_entries import resolve_base
 
-    h = house()
+    h = tiny_registry()
     base = resolve_base(h.registry, "tiny")
     linear = ModuleShape(type="Linear", shape=[32, 32])
     twins = msgspec.structs.replace(base, modules={"model.layers_0.up": linear, "model.layers.0.up": linear})

@@ -28,7 +28,7 @@ LLAMA = ("--engine", "llama.cpp")
 
 
 @pytest.fixture
-def shelf(run, tmp_path, monkeypatch):
+def filled_registry(run, tmp_path, monkeypatch):
     """A base from a GGUF file, with two adapters; ``base`` is the folder that it was converted to."""
     made = TinyRegistry(run, write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path, monkeypatch)
     made.base = converted_folder(tmp_path / "tiny.gguf")
@@ -51,7 +51,7 @@ def same(run, model, *options):
     return found
 
 
-def test_generate_writes_the_text_of_transformers(shelf, run):
+def test_generate_writes_the_text_of_transformers(filled_registry, run):
     texts = {same(run, model, "-p", TEXT, "--max-new-tokens", 24)[0]["text"] for model in STACKS}
     assert len(texts) == len(STACKS), "each stack has a text of its own, so that a wrong scale would show"
     three = ["-p", TEXT, "-p", "Hi.", "-p", TEXT * 3]
@@ -63,8 +63,8 @@ def test_generate_writes_the_text_of_transformers(shelf, run):
     assert answers(run, "style", *drawn)[0]["text"] == answers(run, "style", *drawn)[0]["text"] != text
 
 
-def test_weights_by_layer_and_other_methods_are_exported_as_they_are(shelf, run):
-    entry = shelf.folder / "registry" / "stacks" / "both.yaml"
+def test_weights_by_layer_and_other_methods_are_exported_as_they_are(filled_registry, run):
+    entry = filled_registry.folder / "registry" / "stacks" / "both.yaml"
     layers = "weight: 1.0\n  layer_weights: {model.layers.0: 0.25}"
     entry.write_text(entry.read_text().replace("weight: 1.0", layers, 1))
     assert run("inspect", "both", "--json").json["members"][0]["layer_weights"] == {"model.layers.0": 0.25}
@@ -76,7 +76,7 @@ def test_weights_by_layer_and_other_methods_are_exported_as_they_are(shelf, run)
     assert "no pair of factors" in run("generate", "trimmed", "-p", TEXT, *LLAMA, code=4).err
 
 
-def test_compare_and_the_cache(shelf, run):
+def test_compare_and_the_cache(filled_registry, run):
     options = ["-p", TEXT, "--max-new-tokens", 12, "--json"]
     wanted = run("compare", "base", "style", "style:0.5+tone", *options).json["results"]
     found = run("compare", "base", "style", "style:0.5+tone", *options, *LLAMA).json["results"]
@@ -90,17 +90,17 @@ def test_compare_and_the_cache(shelf, run):
     same(run, "style", "-p", TEXT, "--max-new-tokens", 12)
 
 
-def test_what_llama_cpp_cannot_do_is_refused_with_the_reason(shelf, run, fails, models, monkeypatch):
+def test_what_llama_cpp_cannot_do_is_refused_with_the_reason(filled_registry, run, fails, models, monkeypatch):
     prompt = ("-p", TEXT, *LLAMA)
     assert "--dtype" in fails("generate", "style", *prompt, "--dtype", "bfloat16", code=2)
     assert "--live" in fails("generate", "style", *prompt, "--live", code=2)
     assert "built for" in fails("generate", "style", *prompt, "--device", "mps", code=2)
-    data = shelf.data()
+    data = filled_registry.data()
     assert "transformers" in fails("compare", "base", "style", *prompt, "--data", data, code=2)
     run("base", "add", "plain", models("llama"))
     for command in (("generate", "base", "--base", "plain", *prompt), ("serve", "--base", "plain", *LLAMA)):
         assert "GGUF" in fails(*command, code=4)
-    shelf.add("whole", seed=3, modules_to_save=["lm_head"])
+    filled_registry.add("whole", seed=3, modules_to_save=["lm_head"])
     for command in (("generate", "whole", *prompt), ("compare", "base", "whole", *prompt), ("serve", "whole", *LLAMA)):
         assert "whole modules" in fails(*command, code=4)
     monkeypatch.setattr("stackctl.cli.engines.is_installed", lambda _: False)
@@ -108,16 +108,16 @@ def test_what_llama_cpp_cannot_do_is_refused_with_the_reason(shelf, run, fails, 
     assert "stackctl-lora[llamacpp]" in fails("generate", "style", *prompt, code=4)
 
 
-def test_logits_that_are_no_numbers_are_no_answer_and_no_crash(shelf, run):
+def test_logits_that_are_no_numbers_are_no_answer_and_no_crash(filled_registry, run):
     line = [sys.executable, "-m", "stackctl", "generate", "style:1e30", "-p", TEXT, "--max-new-tokens", "200", *LLAMA]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4 and "not a finite number" in done.stderr, (done.returncode, done.stderr)
 
 
-def test_the_server_answers_stacks_with_their_own_texts(shelf, run):
-    shelf.add("whole", seed=3, modules_to_save=["lm_head"])
+def test_the_server_answers_stacks_with_their_own_texts(filled_registry, run):
+    filled_registry.add("whole", seed=3, modules_to_save=["lm_head"])
     known = {name: answers(run, name, "-p", TEXT, "--max-new-tokens", 24)[0] for name in STACKS}
-    with serving(shelf.folder, *LLAMA) as server:
+    with serving(filled_registry.folder, *LLAMA) as server:
         assert server.ready["engine"] == "llama.cpp" and server.ready["base"] == "tiny"
         client = server.client()
 
@@ -144,7 +144,7 @@ def test_the_server_answers_stacks_with_their_own_texts(shelf, run):
             ask("whole")
         with pytest.raises(openai.NotFoundError):
             ask("late")
-        shelf.add("late", seed=9)
+        filled_registry.add("late", seed=9)
         assert ask("late+style").choices[0].message.content
         assert next(iter(ask("style", stream=True))), "who leaves in the middle of it ends it"
         assert ask("base").choices[0].message.content == known["base"]["text"]
@@ -172,22 +172,22 @@ def loads(folder, *arguments, asked=""):
     return done.stdout, said, loaded.split()
 
 
-def test_torch_and_transformers_are_loaded_once_for_each_adapter_and_then_no_more(shelf, run):
+def test_torch_and_transformers_are_loaded_once_for_each_adapter_and_then_no_more(filled_registry, run):
     ask = ("-p", TEXT, "--max-new-tokens", 12, *LLAMA)
-    shelf.add("calm", seed=31)
-    shelf.add("loud", seed=32)
-    assert loads(shelf.folder, "generate", "base", *ask)[2] == [], "base add has kept what prompts need"
-    _, said, loaded = loads(shelf.folder, "generate", "calm+loud", *ask)
+    filled_registry.add("calm", seed=31)
+    filled_registry.add("loud", seed=32)
+    assert loads(filled_registry.folder, "generate", "base", *ask)[2] == [], "base add has kept what prompts need"
+    _, said, loaded = loads(filled_registry.folder, "generate", "calm+loud", *ask)
     assert "torch" in loaded
     assert said.count("exporting calm@1 once for llama.cpp") == said.count("exporting loud@1 once for llama.cpp") == 1
     for model in ("calm+loud", "calm:-2+loud", "loud", "base"):
-        text, said, loaded = loads(shelf.folder, "generate", model, *ask)
+        text, said, loaded = loads(filled_registry.folder, "generate", model, *ask)
         assert (loaded, "exporting" in said) == ([], False)
         assert text.rstrip("\n") == answers(run, model, *ask[:4])[0]["text"].rstrip("\n")
     raw = ("generate", "calm", "--raw", "--json", "--seed", 1, "--temperature", 1, *LLAMA)
-    assert loads(shelf.folder, *raw, asked=TEXT)[2] == []
-    assert loads(shelf.folder, "compare", "base", "calm", *ask)[2] == []
-    with serving(shelf.folder, "loud", *LLAMA, start=installed) as server:
+    assert loads(filled_registry.folder, *raw, asked=TEXT)[2] == []
+    assert loads(filled_registry.folder, "compare", "base", "calm", *ask)[2] == []
+    with serving(filled_registry.folder, "loud", *LLAMA, start=installed) as server:
         client = server.client()
         asked = [{"role": "user", "content": TEXT}]
         said = client.chat.completions.create(model="calm", messages=asked, max_tokens=12).choices[0].message.content
@@ -195,17 +195,17 @@ def test_torch_and_transformers_are_loaded_once_for_each_adapter_and_then_no_mor
         assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
-def test_what_was_kept_is_made_again_where_it_is_gone(shelf, run):
+def test_what_was_kept_is_made_again_where_it_is_gone(filled_registry, run):
     ask = ("generate", "base", "-p", TEXT, "--max-new-tokens", 12)
-    (shelf.base / "reader.json").unlink()
-    text, said, loaded = loads(shelf.folder, *ask, *LLAMA)
+    (filled_registry.base / "reader.json").unlink()
+    text, said, loaded = loads(filled_registry.folder, *ask, *LLAMA)
     assert ("transformers" in loaded, said) == (True, "")
-    assert loads(shelf.folder, *ask, *LLAMA) == (text, "", [])
+    assert loads(filled_registry.folder, *ask, *LLAMA) == (text, "", [])
     assert text.rstrip("\n") == answers(run, *ask[1:])[0]["text"].rstrip("\n")
-    config = shelf.base / "tokenizer_config.json"
+    config = filled_registry.base / "tokenizer_config.json"
     config.write_text(config.read_text().replace("{", '{"split_special_tokens": true, ', 1))
     for _ in range(2):  # transformers reads it each time
-        assert "transformers" in loads(shelf.folder, *ask, *LLAMA)[2]
+        assert "transformers" in loads(filled_registry.folder, *ask, *LLAMA)[2]
 
 
 _PROGRAM = '''#!{python}
@@ -236,7 +236,7 @@ while True:
 '''
 
 
-def test_the_program_llama_server_is_used_where_the_package_is_missing(shelf, run, tmp_path, monkeypatch):
+def test_the_program_llama_server_is_used_where_the_package_is_missing(filled_registry, run, tmp_path, monkeypatch):
     program = tmp_path / "bin" / "llama-server"
     program.parent.mkdir()
     program.write_text(_PROGRAM.replace("{python}", sys.executable))
@@ -245,7 +245,11 @@ def test_the_program_llama_server_is_used_where_the_package_is_missing(shelf, ru
     without = "import stackctl.engine.llama_cpp.server as server\nserver.is_installed = lambda _: False\n"
     ask = ["generate", "style", "-p", TEXT, "--max-new-tokens", "3", *LLAMA]
     told = subprocess.run(
-        [sys.executable, "-c", without + _LISTS, *ask], cwd=shelf.folder, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", without + _LISTS, *ask],
+        cwd=filled_registry.folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert (told.returncode, bool(told.stdout.strip())) == (0, True), told.stderr
     lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -257,17 +261,17 @@ def test_the_program_llama_server_is_used_where_the_package_is_missing(shelf, ru
     assert "no such device" in failed.err
 
 
-def test_logprobs_are_those_of_transformers_or_refused(shelf):
+def test_logprobs_are_those_of_transformers_or_refused(filled_registry):
     """Of a character in several tokens llama.cpp tells the last alone; then the answer is refused, never guessed."""
     asked = {"logprobs": True, "top_logprobs": 4, "max_tokens": 24, "messages": [{"role": "user", "content": TEXT}]}
 
     def told(client, model, **options):
         return client.chat.completions.create(model=model, **asked, **options).choices[0].logprobs.content
 
-    with serving(shelf.folder) as server:
+    with serving(filled_registry.folder) as server:
         known = {name: told(server.client(), name) for name in STACKS}
     refused = 0
-    with serving(shelf.folder, *LLAMA) as server:
+    with serving(filled_registry.folder, *LLAMA) as server:
         for name, wanted in known.items():
             found = client_error(told, server.client(), name)
             if isinstance(found, openai.BadRequestError):

@@ -21,8 +21,8 @@ from stackctl.registry.store import Registry
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral"])
-def test_a_converted_base_is_what_transformers_makes_of_it(house: Any, name: str) -> None:
-    h = house(name)
+def test_a_converted_base_is_what_transformers_makes_of_it(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     wanted = AutoModelForCausalLM.from_pretrained(h.base, dtype=torch.bfloat16)
     found = h.load("bfloat16").model
     assert type(found) is type(wanted)

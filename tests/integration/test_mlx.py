@@ -63,8 +63,8 @@ def mlx_logits(base: Path, folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.3, 20.0, 0.1])
-def test_a_round_trip_changes_no_bit(house: Any, dtype: torch.dtype, scale: float) -> None:
-    h = house("qwen2")
+def test_a_round_trip_changes_no_bit(tiny_registry: Any, dtype: torch.dtype, scale: float) -> None:
+    h = tiny_registry("qwen2")
     folder = mlx_folder(h.base, h.folder / "mlx", dtype=dtype, scale=scale)
     added = h.run("add", "x", folder, "--json").json
     assert (added["adapter"], added["version"], added["base"]) == ("x", 1, "tiny")
@@ -82,8 +82,8 @@ def test_a_round_trip_changes_no_bit(house: Any, dtype: torch.dtype, scale: floa
     assert (own["num_layers"], own["fine_tune_type"]) == (2, "lora")
 
 
-def test_what_is_read_computes_what_mlx_lm_does(house: Any) -> None:
-    h = house("qwen2")
+def test_what_is_read_computes_what_mlx_lm_does(tiny_registry: Any) -> None:
+    h = tiny_registry("qwen2")
     folder = mlx_folder(h.base, h.folder / "mlx")
     h.run("add", "x", folder)
     wanted, plain = mlx_logits(h.base, folder), oracle.logits(oracle.load_plain(h.base, torch.float64))
@@ -101,8 +101,8 @@ def test_what_is_read_computes_what_mlx_lm_does(house: Any) -> None:
     assert 1e-4 < rough.json["max_relative_error"] < 0.02 and not rough.json["exact"]
 
 
-def test_gpt2_is_called_otherwise(house: Any) -> None:
-    h = house("gpt2")
+def test_gpt2_is_called_otherwise(tiny_registry: Any) -> None:
+    h = tiny_registry("gpt2")
     h.add("x", seed=1)
     h.run("export", "x", "--format", "mlx", "--out", h.folder / "out")
     tensors = load_file(h.folder / "out" / "adapters.safetensors")
@@ -113,8 +113,8 @@ def test_gpt2_is_called_otherwise(house: Any) -> None:
     assert torch.equal(h.logits(stacked, "again"), h.logits(stacked, "x"))
 
 
-def test_a_dora_is_converted(house: Any) -> None:
-    h = house("qwen2")
+def test_a_dora_is_converted(tiny_registry: Any) -> None:
+    h = tiny_registry("qwen2")
     folder = mlx_folder(h.base, h.folder / "mlx", "dora", scale=2.0)
     refused = h.run("add", "x", folder, code=4)
     assert f"stackctl add x {folder} --convert" in refused.err
@@ -123,8 +123,8 @@ def test_a_dora_is_converted(house: Any) -> None:
     assert oracle.relative(h.logits(h.load(), "x"), wanted, plain) < 1e-4
 
 
-def test_what_mlx_lm_cannot_hold_or_is_broken_is_refused(house: Any) -> None:
-    h = house("tied")
+def test_what_mlx_lm_cannot_hold_or_is_broken_is_refused(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
     h.add("head", seed=1, target_modules=["embed_tokens"])
     refused = h.run("export", "head", "--format", "mlx", "--out", h.folder / "out", code=4)
     assert "embed_tokens" in refused.err and not (h.folder / "out").exists()

@@ -24,8 +24,8 @@ def states(h: Any, name: str) -> list[dict[str, Any]]:
     return [{**state, **state.get("__bnb_optimizer_quant_state__", {})} for state in found]
 
 
-def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(house: Any) -> None:
-    h = house()
+def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(tiny_registry: Any) -> None:
+    h = tiny_registry()
     whole = h.train("plain", *WIDE, "--max-steps", 4)
     eight = h.train("eight", *WIDE, *EIGHT, "--max-steps", 4)
     assert eight["loss"] == pytest.approx(whole["loss"], rel=0.02)
@@ -33,8 +33,8 @@ def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(house: Any) 
     assert h.registry.find_adapter("eight").newest().settings["optimizer"] == "adamw-8bit"
 
 
-def test_a_run_of_eight_bits_goes_on_as_it_was(house: Any) -> None:
-    h = house()
+def test_a_run_of_eight_bits_goes_on_as_it_was(tiny_registry: Any) -> None:
+    h = tiny_registry()
     options = (*WIDE, *EIGHT, "--epochs", 4, "--save-steps", 1, "--batch-size", 3)
     whole = h.train("whole", *options)
     h.at_step(3, interrupt)
@@ -46,9 +46,9 @@ def test_a_run_of_eight_bits_goes_on_as_it_was(house: Any) -> None:
     assert h.train("new", *options, "--resume")["digest"] == whole["digest"]
 
 
-def test_the_estimate_counts_what_is_kept(house: Any) -> None:
+def test_the_estimate_counts_what_is_kept(tiny_registry: Any) -> None:
     """Against the bytes of the states that a run has saved."""
-    h = house()
+    h = tiny_registry()
     options = (*WIDE, "--epochs", 2, "--save-steps", 1, "--batch-size", 3)
     for name, more in (("plain", ()), ("eight", EIGHT)):
         told = h.run("train", name, "--data", h.data(CHAT), *options, *more, "--dry-run", "--json").json["memory"]
@@ -63,23 +63,23 @@ def test_the_estimate_counts_what_is_kept(house: Any) -> None:
         assert told["optimizer"] == kept
 
 
-def test_what_needs_a_gpu_is_refused_before_anything_begins(house: Any) -> None:
+def test_what_needs_a_gpu_is_refused_before_anything_begins(tiny_registry: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("pages move here")
-    h = house()
+    h = tiny_registry()
     for more in ((), ("--dry-run",)):
         error = h.train("new", "--optimizer", "paged-adamw-8bit", *more, code=4)["error"]
         assert "cpu" in error["message"]
         assert "--optimizer adamw-8bit" in error["hint"]
 
 
-def test_a_missing_kernel_is_refused_with_the_reason(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_is_refused_with_the_reason(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
 
     def missing(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no kernel for this")
 
-    h = house()
+    h = tiny_registry()
     monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", missing)
     error = h.train("new", *EIGHT, code=4)["error"]
     assert "no kernel for this" in error["message"]
@@ -88,8 +88,8 @@ def test_a_missing_kernel_is_refused_with_the_reason(house: Any, monkeypatch: py
     optimizers.check_kernels("adamw")
 
 
-def test_without_the_package_it_is_refused_by_name(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = house()
+def test_without_the_package_it_is_refused_by_name(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = tiny_registry()
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else found(name, *more)
@@ -100,8 +100,8 @@ def test_without_the_package_it_is_refused_by_name(house: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_kept_in_parts_it_is_refused(house: Any, tmp_path: Path, kind: str) -> None:
-    h = house()
+def test_kept_in_parts_it_is_refused(tiny_registry: Any, tmp_path: Path, kind: str) -> None:
+    h = tiny_registry()
     config = tmp_path / "accelerate.yaml"
     config.write_text(f"distributed_type: {kind}\nnum_processes: 2\nfsdp_config: {{fsdp_version: 2}}\n")
     assert "8 bits" in h.train("new", *EIGHT, "--accelerate-config", config, code=2)["error"]["message"]

@@ -37,7 +37,7 @@ ADAPTERHUB = {"config": {"architecture": "lora"}, "model_class": "LlamaModel", "
     ],
     ids=["mlx", "adapterhub", "diffusers", "lfs", "gguf", "lfs of a model"],
 )
-def test_a_folder_of_another_program(shelf, fails, tmp_path, config, files, said):
+def test_a_folder_of_another_program(filled_registry, fails, tmp_path, config, files, said):
     assert said in fails("add", "x", write_folder(tmp_path / "theirs", config, **files), "--base", "tiny", code=4)
 
 
@@ -49,7 +49,7 @@ def test_a_folder_of_another_program(shelf, fails, tmp_path, config, files, said
         ("model.layers.0.self_attn.q_proj.lora_a", "mlx-lm"),
     ],
 )
-def test_tensors_of_another_program(shelf, fails, tmp_path, name, said):
+def test_tensors_of_another_program(filled_registry, fails, tmp_path, name, said):
     folder = write_checkpoint(tmp_path / "theirs", tensors={name: (2, 8)})
     (folder / "adapter_model.safetensors").rename(folder / "lora.safetensors")
     (folder / "adapter_config.json").unlink()
@@ -68,7 +68,7 @@ def test_tensors_of_another_program(shelf, fails, tmp_path, name, said):
     ],
     ids=["task", "score", "classifier", "value head", "enable_lora", "ZeRO-3"],
 )
-def test_a_checkpoint_that_does_something_else(shelf, fails, tmp_path, config, tensors, said):
+def test_a_checkpoint_that_does_something_else(filled_registry, fails, tmp_path, config, tensors, said):
     folder = write_checkpoint(tmp_path / "theirs", lora_config(**config), lora_tensors() | tensors)
     told = fails("add", "x", folder, "--base", "tiny", code=4)
     assert said in told
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_does_something_else(shelf, fails, tmp_path, config, t
         ({"auto_mapping": {"base_model_class": "UNet", "parent_library": "diffusers.models"}}, "mid.to_q", "diffusers"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_another_kind_of_model(shelf, fails, tmp_path, config, module, said):
+def test_an_adapter_of_another_kind_of_model(filled_registry, fails, tmp_path, config, module, said):
     config = lora_config(target_modules=[module.rpartition(".")[2]], **config)
     told = fails(
         "add", "x", write_checkpoint(tmp_path / "theirs", config, lora_tensors([module])), "--base", "tiny", code=4
@@ -98,11 +98,11 @@ def test_an_adapter_of_another_kind_of_model(shelf, fails, tmp_path, config, mod
     [{"enable_lora": None, "merge_weights": False}, {"swift_type": "LORA", "lora_dtype": "fp32", "lorap_emb_lr": 1e-6}],
     ids=["PEFT before 0.3", "ms-swift"],
 )
-def test_keys_that_change_nothing_are_taken(shelf, run, tmp_path, keys):
+def test_keys_that_change_nothing_are_taken(filled_registry, run, tmp_path, keys):
     run("add", "x", write_checkpoint(tmp_path / "theirs", lora_config(**keys)), "--base", "tiny")
 
 
-def test_the_newest_of_several_checkpoints_is_offered_and_a_link_to_one_is_none(shelf, fails, run, tmp_path):
+def test_the_newest_of_several_checkpoints_is_offered_and_a_link_to_one_is_none(filled_registry, fails, run, tmp_path):
     for number in (90, 100):
         write_checkpoint(tmp_path / "run" / f"checkpoint-{number}")
     (tmp_path / "run" / "latest").symlink_to("checkpoint-100")
@@ -111,14 +111,17 @@ def test_the_newest_of_several_checkpoints_is_offered_and_a_link_to_one_is_none(
     assert "latest" not in told
 
 
-def test_no_link_out_of_a_checkpoint_is_followed(shelf, run, fails, tmp_path):
+def test_no_link_out_of_a_checkpoint_is_followed(filled_registry, run, fails, tmp_path):
     (tmp_path / "secret").write_text("a token")
     folder = write_checkpoint(tmp_path / "theirs")
     (folder / "README.md").symlink_to(tmp_path / "secret")
     (folder / "notes.txt").symlink_to("adapter_config.json")
     added = run("add", "x", folder, "--base", "tiny")
     assert "README.md" in added.err
-    copied = {path.name: path.read_bytes() for path in shelf.weights_path(shelf.find_adapter("x").newest()).iterdir()}
+    copied = {
+        path.name: path.read_bytes()
+        for path in filled_registry.weights_path(filled_registry.find_adapter("x").newest()).iterdir()
+    }
     assert "README.md" not in copied
     assert copied["notes.txt"] == copied["adapter_config.json"]
 
@@ -129,7 +132,7 @@ def test_no_link_out_of_a_checkpoint_is_followed(shelf, run, fails, tmp_path):
         assert "adapter_model.safetensors" in fails("add", "y", folder, "--base", "tiny", *more, code=4)
 
 
-def test_the_layout_of_the_hubs_cache_is_one_folder(shelf, run, tmp_path):
+def test_the_layout_of_the_hubs_cache_is_one_folder(filled_registry, run, tmp_path):
     repo = tmp_path / "models--me--x"
     (repo / "blobs").mkdir(parents=True)
     snapshot = write_checkpoint(repo / "snapshots" / "abc" / "style")
@@ -139,7 +142,7 @@ def test_the_layout_of_the_hubs_cache_is_one_folder(shelf, run, tmp_path):
     run("add", "x", snapshot, "--base", "tiny")
 
 
-def test_an_adapter_without_effect_is_said_to_be(shelf, run, tmp_path):
+def test_an_adapter_without_effect_is_said_to_be(filled_registry, run, tmp_path):
     folder = write_checkpoint(tmp_path / "zero")
     assert "without effect" not in run("add", "y", folder, "--base", "tiny").err
     weights = folder / "adapter_model.safetensors"
@@ -152,7 +155,7 @@ def test_an_adapter_without_effect_is_said_to_be(shelf, run, tmp_path):
         assert "no_effect" in codes
 
 
-def test_a_base_that_is_named_and_not_here_is_not_another_one(shelf, run, fails, tmp_path):
+def test_a_base_that_is_named_and_not_here_is_not_another_one(filled_registry, run, fails, tmp_path):
     folder = write_checkpoint(tmp_path / "theirs", lora_config(base_model_name_or_path="who/knows"))
     assert "who/knows" in fails("add", "x", folder, code=3)
     run("add", "x", folder, "--base", "tiny")
@@ -162,7 +165,7 @@ def test_a_base_that_is_named_and_not_here_is_not_another_one(shelf, run, fails,
 @pytest.mark.parametrize(
     "command", [("generate", "{}", "-p", "x"), ("add", "{}", "nowhere"), ("rm", "{}"), ("use", "{}")]
 )
-def test_what_is_quoted_is_cut(shelf, run, command, text):
+def test_what_is_quoted_is_cut(filled_registry, run, command, text):
     ran = run(*[word.format(text) for word in command], code=None)
     assert ran.code
     assert 0 < len(ran.err) < 1500

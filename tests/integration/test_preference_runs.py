@@ -19,7 +19,7 @@ PAIRS = [
 LABELLED = [
     {"prompt": p["prompt"], "completion": p[k], "label": k == "chosen"} for p in PAIRS for k in ("chosen", "rejected")
 ]
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("empty_token_cache")
 
 RUN = ("--dtype", "float32", "--learning-rate", 0.01, "--batch-size", 4)
 
@@ -43,8 +43,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_the_reference_is_kept_for_a_run_that_is_the_same(house: Any, data: Path, computed: list[int]) -> None:
-    h = house()
+def test_the_reference_is_kept_for_a_run_that_is_the_same(tiny_registry: Any, data: Path, computed: list[int]) -> None:
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     args = ("--on", "one", "--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
     first = h.run("train", "a", *args).json
@@ -59,8 +59,8 @@ def test_the_reference_is_kept_for_a_run_that_is_the_same(house: Any, data: Path
 
 
 @pytest.mark.parametrize("change", ["data", "stack", "weight", "base alone", "precision"])
-def test_another_run_has_another_reference(house: Any, data: Path, computed: list[int], change: str) -> None:
-    h = house()
+def test_another_run_has_another_reference(tiny_registry: Any, data: Path, computed: list[int], change: str) -> None:
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     common = {"--on": "one", "--data": data, "--objective": "dpo", "--max-steps": 1, "--dtype": "float32"}
 
@@ -80,11 +80,13 @@ def test_another_run_has_another_reference(house: Any, data: Path, computed: lis
     assert sum(computed) == 40
 
 
-def test_a_damaged_reference_is_computed_again(house: Any, data: Path, computed: list[int], own_cache: Path) -> None:
-    h = house()
+def test_a_damaged_reference_is_computed_again(
+    tiny_registry: Any, data: Path, computed: list[int], empty_token_cache: Path
+) -> None:
+    h = tiny_registry()
     args = ("--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
     first = h.run("train", "a", *args).json
-    (file,) = own_cache.rglob("log_probabilities.npy")
+    (file,) = empty_token_cache.rglob("log_probabilities.npy")
     for damage in (b"", file.read_bytes()[:-8], bytes(len(file.read_bytes()))):
         file.write_bytes(damage)
         computed.clear()
@@ -95,9 +97,9 @@ def test_a_damaged_reference_is_computed_again(house: Any, data: Path, computed:
 @pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
-    house: Any, data: Path, objective: str, dtype: str, tmp_path: Path
+    tiny_registry: Any, data: Path, objective: str, dtype: str, tmp_path: Path
 ) -> None:
-    h = house()
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     held_out = write_jsonl(tmp_path / "held.jsonl", PAIRS[:3])
     args = (
@@ -117,8 +119,8 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
 
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_two_processes_have_the_numbers_of_one(house: Any, tmp_path: Path, objective: str) -> None:
-    h = house()
+def test_two_processes_have_the_numbers_of_one(tiny_registry: Any, tmp_path: Path, objective: str) -> None:
+    h = tiny_registry()
     data = write_jsonl(tmp_path / "answers.jsonl", (LABELLED if objective == "kto" else PAIRS)[:13])
     held_out = write_jsonl(tmp_path / "held.jsonl", (LABELLED if objective == "kto" else PAIRS)[:3])
     args = (
@@ -134,8 +136,8 @@ def test_two_processes_have_the_numbers_of_one(house: Any, tmp_path: Path, objec
     assert distance(factors_of(Path(two["path"])), factors_of(Path(one["path"]))) < 1e-3
 
 
-def test_a_recipe_says_the_objective(house: Any, data: Path, tmp_path: Path) -> None:
-    h = house()
+def test_a_recipe_says_the_objective(tiny_registry: Any, data: Path, tmp_path: Path) -> None:
+    h = tiny_registry()
     recipe = (
         "base: tiny\ntrain:\n  taste: {data: pairs.jsonl, objective: dpo, beta: 0.3, sft_weight: 0.1, max_steps: 2}\n"
     )
@@ -148,8 +150,8 @@ def test_a_recipe_says_the_objective(house: Any, data: Path, tmp_path: Path) -> 
     assert "objective" in step["why"]
 
 
-def test_a_dry_run_shows_both_answers(house: Any, data: Path) -> None:
-    h = house()
+def test_a_dry_run_shows_both_answers(tiny_registry: Any, data: Path) -> None:
+    h = tiny_registry()
     ran = h.run("train", "x", "--data", data, "--objective", "dpo", "--dry-run", "--json")
     assert [(piece["text"], piece["supervised"]) for piece in ran.json["preview"]] == [
         ("Say red:", False), (" red<|im_end|>", True), (" no red, and nothing else<|im_end|>", True),
@@ -164,9 +166,9 @@ def test_that_both_kinds_of_answers_became_less_likely_is_said() -> None:
     assert fallen({True: -1.0}) is None
 
 
-def test_a_run_that_makes_both_less_likely_says_so(house: Any, tmp_path: Path) -> None:
+def test_a_run_that_makes_both_less_likely_says_so(tiny_registry: Any, tmp_path: Path) -> None:
     """One answer is desired, and the same one behind other prompts is to be avoided: it goes down everywhere."""
-    h = house()
+    h = tiny_registry()
     same = [{"prompt": f"{n}:", "completion": "so it goes", "label": n == 5} for n in range(9)]
     data = write_jsonl(tmp_path / "same.jsonl", same)
     args = ("--data", data, "--objective", "kto", "--dtype", "float32", "--learning-rate", 0.01, "--max-steps", 5)

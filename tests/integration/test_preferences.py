@@ -93,8 +93,8 @@ def test_equal_answers_count_half():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_learns_to_rank_on_a_frozen_stack(house, data, objective):
-    h = house()
+def test_a_run_learns_to_rank_on_a_frozen_stack(tiny_registry, data, objective):
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     done = h.run(
         "train", "taste", "--on", "one", "--data", data, "--objective", objective, "--max-steps", 12,
@@ -112,8 +112,8 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(house, data, objective):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_accumulation_and_layout_change_no_number(house, data, objective):
-    h = house()
+def test_accumulation_and_layout_change_no_number(tiny_registry, data, objective):
+    h = tiny_registry()
     losses = []
     for name, flags in (("a", ("--batch-size", 6)), ("b", ("--batch-size", 2, "--gradient-accumulation", 3))):
         args = ("--data", data, "--objective", objective, "--max-steps", 4, "--dtype", "float32", "--json")
@@ -122,8 +122,8 @@ def test_accumulation_and_layout_change_no_number(house, data, objective):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_without_it(house, data):
-    h = house()
+def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_without_it(tiny_registry, data):
+    h = tiny_registry()
     args = ("--data", data, "--objective", "dpo", "--dtype", "float32", "--learning-rate", "1e-2", "--json")
     h.run("train", "first", *args, "--max-steps", 6)
     done = h.run("train", "second", *args, "--max-steps", 1, "--from", "first").json
@@ -142,19 +142,19 @@ def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_
         (("--objective", "kto", "--sft-weight", 1), "--sft-weight"),
     ],
 )
-def test_what_has_no_meaning_together_is_refused(house, data, flags, why):
-    assert why in house().run("train", "x", "--data", data, *flags, code=2).err
+def test_what_has_no_meaning_together_is_refused(tiny_registry, data, flags, why):
+    assert why in tiny_registry().run("train", "x", "--data", data, *flags, code=2).err
 
 
-def test_an_objective_of_pairs_wants_pairs(house, tmp_path):
+def test_an_objective_of_pairs_wants_pairs(tiny_registry, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
-    ran = house().run("train", "x", "--data", path, "--objective", "dpo", code=2)
+    ran = tiny_registry().run("train", "x", "--data", path, "--objective", "dpo", code=2)
     assert "takes pairs of answers" in ran.err
 
 
-def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(house, data):
-    h = house()
+def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(tiny_registry, data):
+    h = tiny_registry()
     h.train("one", "--max-steps", 2, "--dtype", "float32")
     losses = []
     for name, frozen in (("a", "fold"), ("b", "live")):
@@ -167,8 +167,8 @@ def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(house, 
 # -- KTO -----------------------------------------------------------------------------------------------------------
 
 
-def test_kto_learns_from_answers_with_labels(house, labelled):
-    h = house()
+def test_kto_learns_from_answers_with_labels(tiny_registry, labelled):
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     args = ("--on", "one", "--data", labelled, "--objective", "kto", "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 12, "--batch-size", 4, "--json").json
@@ -180,8 +180,8 @@ def test_kto_learns_from_answers_with_labels(house, labelled):
     assert log[-1]["loss"] < 0.5
 
 
-def test_answers_with_labels_in_another_spelling_are_the_same_run(house, labelled, tmp_path):
-    h = house()
+def test_answers_with_labels_in_another_spelling_are_the_same_run(tiny_registry, labelled, tmp_path):
+    h = tiny_registry()
     other = tmp_path / "labelled.csv"
     rows = [f'"{r["prompt"]}","{r["completion"]}",{r["label"]}' for r in LABELLED]
     other.write_text("\n".join(["prompt,completion,label", *rows, ""]))
@@ -202,25 +202,28 @@ def test_answers_with_labels_in_another_spelling_are_the_same_run(house, labelle
         (None, "has no 'label'"),
     ],
 )
-def test_a_label_that_is_no_truth_value_is_named_by_line(house, tmp_path, label, why):
+def test_a_label_that_is_no_truth_value_is_named_by_line(tiny_registry, tmp_path, label, why):
     path = tmp_path / "bad.jsonl"
     records = [LABELLED[0], {**LABELLED[1], "label": label}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    ran = house().run("train", "x", "--data", path, "--objective", "kto", code=2)
+    ran = tiny_registry().run("train", "x", "--data", path, "--objective", "kto", code=2)
     assert f"line 2: {why}" in ran.err
 
 
-def test_a_single_kind_of_label_is_said(house, tmp_path):
+def test_a_single_kind_of_label_is_said(tiny_registry, tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in LABELLED[::2]))
-    ran = house().run("train", "x", "--data", path, "--objective", "kto", "--max-steps", 1)
+    ran = tiny_registry().run("train", "x", "--data", path, "--objective", "kto", "--max-steps", 1)
     assert "every label is true" in ran.err
 
 
-def test_text_has_no_answers_for_kto(house, tmp_path):
+def test_text_has_no_answers_for_kto(tiny_registry, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": true}\n')
-    assert "takes answers with a label" in house().run("train", "x", "--data", path, "--objective", "kto", code=2).err
+    assert (
+        "takes answers with a label"
+        in tiny_registry().run("train", "x", "--data", path, "--objective", "kto", code=2).err
+    )
 
 
 def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
@@ -240,8 +243,8 @@ def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_held_out_answers_are_looked_at_while_training(house, data, objective):
-    h = house()
+def test_held_out_answers_are_looked_at_while_training(tiny_registry, data, objective):
+    h = tiny_registry()
     h.train("one", "--max-steps", 1, "--dtype", "float32")
     args = ("--on", "one", "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 10, "--eval-data", data, "--json").json
@@ -257,21 +260,21 @@ def test_held_out_answers_are_looked_at_while_training(house, data, objective):
     assert after < before
 
 
-def test_held_out_records_of_another_kind_are_refused(house, data, tmp_path):
+def test_held_out_records_of_another_kind_are_refused(tiny_registry, data, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a"}\n')
-    ran = house().run("train", "x", "--data", data, "--objective", "dpo", "--eval-data", path, code=2)
+    ran = tiny_registry().run("train", "x", "--data", data, "--objective", "dpo", "--eval-data", path, code=2)
     assert f"takes pairs of answers, and {path} holds text" in ran.err
 
 
 # -- eval ----------------------------------------------------------------------------------------------------------
 
 
-def test_eval_ranks_pairs_compared_with_another_stack(house, data, tmp_path):
+def test_eval_ranks_pairs_compared_with_another_stack(tiny_registry, data, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    h = house()
+    h = tiny_registry()
     h.train("one", "--max-steps", 2, "--dtype", "float32")
     args = ("--on", "one", "--data", data, "--objective", "dpo", "--dtype", "float32", "--learning-rate", "3e-3")
     path = Path(h.run("train", "taste", *args, "--max-steps", 3, "--json").json["path"])
@@ -312,8 +315,8 @@ def _log_p(model: Any, tokenizer: Any, pair: dict[str, str], answer: str) -> flo
     return float(sum(logs[n - 1, tokens[0, n]] for n in range(len(prompt), tokens.shape[1])))
 
 
-def test_without_against_pairs_are_ranked_compared_with_the_base(house, data):
-    h = house()
+def test_without_against_pairs_are_ranked_compared_with_the_base(tiny_registry, data):
+    h = tiny_registry()
     h.train("one", "--max-steps", 2, "--dtype", "float32")
     found = h.run("eval", "one", "--data", data, "--json").json
     both = h.run("eval", "one", "base", "--data", data, "--json").json

@@ -81,8 +81,8 @@ def said(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma", *CONFIGS])
-def test_the_text_of_every_turn_is_that_from_nothing(house: Any, other: Any, name: str) -> None:
-    talk = Talk(other(name) if name in CONFIGS else house(name).load())
+def test_the_text_of_every_turn_is_that_from_nothing(tiny_registry: Any, other: Any, name: str) -> None:
+    talk = Talk(other(name) if name in CONFIGS else tiny_registry(name).load())
     messages: list[dict[str, str]] = []
     before = 0
     for number, text in enumerate(TURNS):
@@ -103,8 +103,8 @@ def test_the_text_of_every_turn_is_that_from_nothing(house: Any, other: Any, nam
             assert talk.widths[0] == (1 if name not in CONFIGS else tokens)
 
 
-def test_another_stack_another_beginning_and_back(house: Any) -> None:
-    h = house()
+def test_another_stack_another_beginning_and_back(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     stacked = h.load()
     style, bare = h.plan("style"), h.plan("base")
@@ -117,9 +117,9 @@ def test_another_stack_another_beginning_and_back(house: Any) -> None:
     assert talk.answer(asked).text == talk.from_nothing(asked).text
 
 
-def test_what_was_stopped_is_taken_up_where_it_was_whole(house: Any) -> None:
+def test_what_was_stopped_is_taken_up_where_it_was_whole(tiny_registry: Any) -> None:
     """Ctrl-C between two tokens, and in the middle of a forward pass, when some layers know a token more."""
-    talk = Talk(house().load())
+    talk = Talk(tiny_registry().load())
     asked = [user(TURNS[0])]
     wanted = talk.from_nothing(asked)
     assert wanted.new_tokens == 12

@@ -29,7 +29,7 @@ ID = ("--base-id", "acme/tiny")
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Registry:
+def own_registry(tmp_path: Path) -> Registry:
     """A registry with style@1 and style@2, and instruct@1 that was trained on style@2."""
     registry = make_registry(tmp_path / "registry")
     register(registry, "style", seed=1)
@@ -39,7 +39,7 @@ def here(tmp_path: Path) -> Registry:
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Registry:
+def other_registry(tmp_path: Path) -> Registry:
     """An empty registry of somebody else, whose base is the same model under another name."""
     return make_registry(tmp_path / "other" / "registry", make_base("llama"))
 
@@ -70,56 +70,56 @@ def plain_repo(tmp_path: Path, **config: Any) -> dict[str, bytes]:
 
 
 def test_an_adapter_comes_back_as_the_same_version(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
-    (here.root / "weights/style/2/tokenizer.json").write_text('{"a": 1}')
+    (own_registry.root / "weights/style/2/tokenizer.json").write_text('{"a": 1}')
     run("push", "style@2", "me/style", *ID)
-    said = run("pull", "me/style", "--registry", there.root, "--json").json
-    mine, theirs = version(here, "style@2"), version(there, "style@2")
+    said = run("pull", "me/style", "--registry", other_registry.root, "--json").json
+    mine, theirs = version(own_registry, "style@2"), version(other_registry, "style@2")
     head = hub.repos["me/style"].head
     assert (said["adapter"], said["version"], said["digest"], said["commit"]) == ("style", 2, mine.digest, head)
     assert theirs.digest == mine.digest and theirs.created == mine.created and theirs.lora == mine.lora
     assert theirs.hub is not None and (theirs.hub.repo, theirs.hub.commit) == ("me/style", head)
     assert theirs.base == "llama" and theirs.fingerprint == FINGERPRINT
-    folder = there.weights_path(theirs)
+    folder = other_registry.weights_path(theirs)
     assert (folder / "tokenizer.json").read_text() == '{"a": 1}' and not (folder / "README.md").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
-    assert verify_registry(there) == (2, [])
+    assert verify_registry(other_registry) == (2, [])
 
 
 def test_a_stack_comes_back_with_its_members_apart(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("compose", "style:0.25+instruct", "--name", "teller")
     run("push", "teller", "me/teller", "--members", *ID)
-    ran = run("pull", "me/teller", "--registry", there.root, "-q")
+    ran = run("pull", "me/teller", "--registry", other_registry.root, "-q")
     assert ran.out == "teller\n"
     for label in ("style@2", "instruct@1"):
-        assert version(there, label).digest == version(here, label).digest
-    assert version(there, "instruct@1").trained_on == ["style@2:0.5"]
-    stack = there.find_stack("teller")
-    mine = here.find_stack("teller")
+        assert version(other_registry, label).digest == version(own_registry, label).digest
+    assert version(other_registry, "instruct@1").trained_on == ["style@2:0.5"]
+    stack = other_registry.find_stack("teller")
+    mine = own_registry.find_stack("teller")
     assert stack is not None and mine is not None and stack.members == mine.members
-    assert there.settings().current is None  # what is current is for compose and use to say
-    assert verify_registry(there) == (4, [])
+    assert other_registry.settings().current is None  # what is current is for compose and use to say
+    assert verify_registry(other_registry) == (4, [])
 
 
 def test_weights_by_layer_go_up_and_come_back(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("compose", "style:0.25+instruct", "--name", "teller")
-    mine = here.find_stack("teller")
+    mine = own_registry.find_stack("teller")
     assert mine is not None
     layers = {"model.layers.0": 0.5, "model.layers.1.self_attn.q_proj": -1.0}
     mine = structs.replace(mine, members=[structs.replace(mine.members[0], layer_weights=layers), mine.members[1]])
-    here.write(mine)
+    own_registry.write(mine)
     run("push", "teller", "me/teller", "--members", *ID)
     assert "layer_weights" in hub.repos["me/teller"].files["README.md"].decode()
-    pulled = run("pull", "me/teller", "--registry", there.root, "--json").json
+    pulled = run("pull", "me/teller", "--registry", other_registry.root, "--json").json
     assert [m.get("layer_weights") for m in pulled["members"]] == [layers, None]
-    stack = there.find_stack("teller")
+    stack = other_registry.find_stack("teller")
     assert stack is not None and stack.members == mine.members
-    again = run("push", "teller", "me/teller", "--members", "--registry", there.root, "--json").json
+    again = run("push", "teller", "me/teller", "--members", "--registry", other_registry.root, "--json").json
     assert again["outcome"] == "unchanged"
 
 
@@ -127,91 +127,96 @@ def test_weights_by_layer_go_up_and_come_back(
     "method", [["ties", "--density", "0.4"], ["knots_ties", "--density", "0.4"], ["tsv"], ["iso_c"], ["core_ties"]]
 )
 def test_a_method_goes_up_as_what_it_makes_and_comes_back_as_itself(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, method: list[str]
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, method: list[str]
 ) -> None:
     run("compose", "style:0.25+instruct", "--name", "teller", "--method", *method)
     run("push", "teller", "me/teller", "--members", *ID)
     card = hub.repos["me/teller"].files["README.md"].decode()
     assert f"W = W_base + {method[0]}(0.25·ΔW_style + ΔW_instruct)" in card and "exact sum" not in card
-    run("pull", "me/teller", "--registry", there.root)
-    mine, theirs = here.find_stack("teller"), there.find_stack("teller")
+    run("pull", "me/teller", "--registry", other_registry.root)
+    mine, theirs = own_registry.find_stack("teller"), other_registry.find_stack("teller")
     assert mine is not None and theirs is not None
     assert (theirs.method, theirs.options, theirs.members) == (method[0], mine.options, mine.members)
-    again = run("push", "teller", "me/teller", "--members", "--registry", there.root, "--json").json
+    again = run("push", "teller", "me/teller", "--members", "--registry", other_registry.root, "--json").json
     assert again["outcome"] == "unchanged"
 
 
 @pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
 def test_push_pull_push_makes_no_commit(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, what: str
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, what: str
 ) -> None:
-    (here.root / "weights/style/1/training_log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    (own_registry.root / "weights/style/1/training_log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     run("push", what, "me/it", "--members", *ID, "--license", "mit", "--language", "en")
     commits = len(hub.repos["me/it"].commits)
-    pulled = run("pull", "me/it", "--registry", there.root, "-q").out.strip()
-    said = run("push", pulled, "me/it", "--members", "--registry", there.root, "--json").json
+    pulled = run("pull", "me/it", "--registry", other_registry.root, "-q").out.strip()
+    said = run("push", pulled, "me/it", "--members", "--registry", other_registry.root, "--json").json
     assert (said["outcome"], said["commit"]) == ("unchanged", hub.repos["me/it"].head)
     assert len(hub.repos["me/it"].commits) == commits == 2
 
 
 def test_a_stack_without_its_members_comes_back_as_its_sum(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("push", "style+instruct", "me/teller", *ID)
-    said = run("pull", "me/teller", "--registry", there.root, "--json").json
+    said = run("pull", "me/teller", "--registry", other_registry.root, "--json").json
     assert (said["adapter"], said["version"]) == ("style-instruct", 1)
-    assert version(there, "style-instruct@1").lora.r == 4
-    assert run("push", "style-instruct", "me/teller", "--registry", there.root, "--json").json["outcome"] == "unchanged"
+    assert version(other_registry, "style-instruct@1").lora.r == 4
+    assert (
+        run("push", "style-instruct", "me/teller", "--registry", other_registry.root, "--json").json["outcome"]
+        == "unchanged"
+    )
     assert len(hub.repos["me/teller"].commits) == 2
     mine = run("pull", "me/teller", "--json").json  # the members are here, so it is the stack
     assert mine["stack"] == "style+instruct" and mine["added"] == ["style+instruct"]
 
 
 def test_pull_again_is_nothing_to_do_and_a_moved_repo_is_a_new_version(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("push", "style@1", "me/style", *ID)
-    run("pull", "me/style", "--registry", there.root)
-    before = tree(there)
+    run("pull", "me/style", "--registry", other_registry.root)
+    before = tree(other_registry)
     hub.trace.clear()
-    said = run("pull", "me/style", "--registry", there.root, "--json").json
-    assert (said["adapter"], said["version"], said["added"]) == ("style", 1, []) and tree(there) == before
+    said = run("pull", "me/style", "--registry", other_registry.root, "--json").json
+    assert (said["adapter"], said["version"], said["added"]) == ("style", 1, []) and tree(other_registry) == before
     assert not hub.requests("adapter_model.safetensors")
     old = hub.repos["me/style"].head
     run("push", "style@2", "me/style", *ID)
-    said = run("pull", "me/style", "--registry", there.root, "--json").json
+    said = run("pull", "me/style", "--registry", other_registry.root, "--json").json
     assert (said["version"], said["added"], said["commit"]) == (2, ["style@2"], hub.repos["me/style"].head)
-    assert [v.version for v in there.find_adapter("style").versions] == [1, 2]  # type: ignore[union-attr]
-    assert run("pull", f"me/style@{old}", "--registry", there.root, "--json").json["version"] == 1
+    assert [v.version for v in other_registry.find_adapter("style").versions] == [1, 2]  # type: ignore[union-attr]
+    assert run("pull", f"me/style@{old}", "--registry", other_registry.root, "--json").json["version"] == 1
 
 
-def test_adapters_that_are_here_are_recognised(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
+def test_adapters_that_are_here_are_recognised(run: Callable[..., Any], own_registry: Registry, hub: HubServer) -> None:
     run("push", "style@1", "me/style", *ID)
     run("compose", "style+instruct", "--name", "teller")
     run("push", "teller", "me/teller", "--members", *ID)
-    before = tree(here)
+    before = tree(own_registry)
     assert run("pull", "me/style", "--json").json["added"] == []
     assert run("pull", "me/teller", "--json").json["added"] == []
-    assert tree(here) == before
+    assert tree(own_registry) == before
 
 
 def test_a_number_that_is_taken_is_another_version(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
-    register(there, "style", base="llama", seed=40)
-    register(there, "style", base="llama", seed=41)
+    register(other_registry, "style", base="llama", seed=40)
+    register(other_registry, "style", base="llama", seed=41)
     run("push", "style+instruct", "me/teller", "--members", *ID)
-    said = run("pull", "me/teller", "--registry", there.root, "--json").json
+    said = run("pull", "me/teller", "--registry", other_registry.root, "--json").json
     assert said["added"] == ["style@3", "instruct@1", "style+instruct"]
-    assert version(there, "style@3").digest == version(here, "style@2").digest
-    assert version(there, "instruct@1").trained_on == ["style@3:0.5"]
+    assert version(other_registry, "style@3").digest == version(own_registry, "style@2").digest
+    assert version(other_registry, "instruct@1").trained_on == ["style@3:0.5"]
     assert [(m["adapter"], m["version"]) for m in said["members"]] == [("style", 3), ("instruct", 1)]
 
 
-def test_a_name_of_ones_own(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
+def test_a_name_of_ones_own(run: Callable[..., Any], own_registry: Registry, hub: HubServer) -> None:
     run("push", "style@1", "me/style", *ID)
     said = run("pull", "me/style", "--name", "copy", "--json").json
-    assert (said["adapter"], said["version"]) == ("copy", 1) and said["digest"] == version(here, "style@1").digest
+    assert (said["adapter"], said["version"]) == ("copy", 1) and said["digest"] == version(
+        own_registry, "style@1"
+    ).digest
     run("pull", "me/style", "--name", "../copy", code=2)
     run("compose", "style", "--name", "teller")
     run("pull", "me/style", "--name", "teller", code=2)
@@ -224,34 +229,34 @@ def test_a_name_of_ones_own(run: Callable[..., Any], here: Registry, hub: HubSer
 
 
 def test_an_adapter_without_what_it_stands_on_says_where_that_is(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("push", "style@2", "me/style", *ID)
     run("push", "instruct", "me/instruct", *ID)
-    ran = run("pull", "me/instruct", "--registry", there.root)
+    ran = run("pull", "me/instruct", "--registry", other_registry.root)
     assert "stackctl pull me/style" in ran.err
-    assert version(there, "instruct@1").trained_on == ["style@2:0.5"]
-    run("pull", "me/style", "--registry", there.root)
-    assert verify_registry(there) == (3, [])
+    assert version(other_registry, "instruct@1").trained_on == ["style@2:0.5"]
+    run("pull", "me/style", "--registry", other_registry.root)
+    assert verify_registry(other_registry) == (3, [])
 
 
 def test_another_adapter_of_that_name_is_not_taken_for_it(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
-    register(there, "style", base="llama", seed=40)
-    register(there, "style", base="llama", seed=41)
+    register(other_registry, "style", base="llama", seed=40)
+    register(other_registry, "style", base="llama", seed=41)
     run("push", "style@2", "me/style", *ID)
     run("push", "instruct", "me/instruct", *ID)
-    before = tree(there)
-    error = run("pull", "me/instruct", "--registry", there.root, "--json", code=4).json["error"]
-    assert "stackctl pull me/style" in error["hint"] and tree(there) == before
-    run("pull", "me/style", "--registry", there.root)
-    run("pull", "me/instruct", "--registry", there.root)
-    assert version(there, "instruct@1").trained_on == ["style@3:0.5"]
+    before = tree(other_registry)
+    error = run("pull", "me/instruct", "--registry", other_registry.root, "--json", code=4).json["error"]
+    assert "stackctl pull me/style" in error["hint"] and tree(other_registry) == before
+    run("pull", "me/style", "--registry", other_registry.root)
+    run("pull", "me/instruct", "--registry", other_registry.root)
+    assert version(other_registry, "instruct@1").trained_on == ["style@3:0.5"]
 
 
 def test_a_base_that_is_not_here_is_offered(
-    run: Callable[..., Any], here: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     run("push", "style@1", "me/style", *ID)
     init_registry(tmp_path / "empty")
@@ -269,26 +274,26 @@ def test_a_base_that_is_not_here_is_offered(
 
 
 def test_any_peft_repo_is_an_adapter_and_only_what_belongs_to_one_is_fetched(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     hub.repo("acme/Some_LoRA", plain_repo(tmp_path))
-    said = run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json
+    said = run("pull", "acme/Some_LoRA", "--registry", other_registry.root, "--json").json
     assert (said["adapter"], said["version"], said["added"]) == ("some_lora", 1, ["some_lora@1"])
-    entry = version(there, "some_lora@1")
+    entry = version(other_registry, "some_lora@1")
     assert entry.base == "llama" and entry.versions == {"peft": "0.21.2"}
     fetched = {line.rpartition("/")[2] for line in hub.requests("/resolve/")}
     assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
-    assert run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json["added"] == []
+    assert run("pull", "acme/Some_LoRA", "--registry", other_registry.root, "--json").json["added"] == []
     config = json.dumps(lora_config(lora_alpha=8)).encode()
     hub.repos["acme/Some_LoRA"].commit({**hub.repos["acme/Some_LoRA"].files, "adapter_config.json": config}, "moved")
-    assert run("pull", "acme/Some_LoRA", "--registry", there.root, "--json").json["added"] == ["some_lora@2"]
+    assert run("pull", "acme/Some_LoRA", "--registry", other_registry.root, "--json").json["added"] == ["some_lora@2"]
 
 
 def test_the_only_adapter_in_a_folder_is_found(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     hub.repo("acme/nested", {f"out/last/{name}": data for name, data in plain_repo(tmp_path).items()})
-    assert run("pull", "acme/nested", "--registry", there.root, "--json").json["added"] == ["nested@1"]
+    assert run("pull", "acme/nested", "--registry", other_registry.root, "--json").json["added"] == ["nested@1"]
 
 
 @pytest.fixture
@@ -302,46 +307,51 @@ def several(tmp_path: Path, hub: HubServer) -> str:
     return "me/several"
 
 
-def test_of_several_adapters_none_is_guessed(run: Callable[..., Any], there: Registry, several: str) -> None:
-    before = tree(there)
-    error = run("pull", several, "--registry", there.root, "--base", "llama", "--json", code=4).json["error"]
+def test_of_several_adapters_none_is_guessed(run: Callable[..., Any], other_registry: Registry, several: str) -> None:
+    before = tree(other_registry)
+    error = run("pull", several, "--registry", other_registry.root, "--base", "llama", "--json", code=4).json["error"]
     assert error["message"] == "me/several holds several adapters: runs/tone, style"
     command = error["hint"].partition(": ")[2]
-    assert tree(there) == before
+    assert tree(other_registry) == before
     words = shlex.split(command)
     assert words[:3] == ["stackctl", "pull", "me/several/runs/tone"]
     assert run(*words[1:]).json["added"] == ["tone@1"]
 
 
 def test_a_folder_of_a_repo_is_pulled_pinned_and_not_twice(
-    run: Callable[..., Any], there: Registry, several: str, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, several: str, hub: HubServer
 ) -> None:
     head = hub.repos[several].head
-    said = run("pull", "me/several/style", "--registry", there.root, "--json").json
+    said = run("pull", "me/several/style", "--registry", other_registry.root, "--json").json
     assert (said["repo"], said["folder"], said["commit"], said["added"]) == (several, "style", head, ["style@1"])
-    mine = version(there, "style@1")
+    mine = version(other_registry, "style@1")
     assert mine.hub is not None and (mine.hub.repo, mine.hub.commit, mine.hub.folder) == (several, head, "style")
-    before = tree(there)
-    again = run("pull", f"me/several/style@{head}", "--registry", there.root, "--json").json
-    assert again["added"] == [] and again["digest"] == said["digest"] and tree(there) == before
-    named = run("pull", "me/several/runs/tone", "--name", "mine", "--registry", there.root, "--json").json
+    before = tree(other_registry)
+    again = run("pull", f"me/several/style@{head}", "--registry", other_registry.root, "--json").json
+    assert again["added"] == [] and again["digest"] == said["digest"] and tree(other_registry) == before
+    named = run("pull", "me/several/runs/tone", "--name", "mine", "--registry", other_registry.root, "--json").json
     assert named["added"] == ["mine@1"]
     assert named["digest"] != said["digest"]
-    assert run("pull", "me/several/runs", "--registry", there.root, "--dry-run", "--json").json["folder"] == "runs"
+    assert (
+        run("pull", "me/several/runs", "--registry", other_registry.root, "--dry-run", "--json").json["folder"]
+        == "runs"
+    )
     page = f"https://huggingface.co/me/several/tree/{head}/style"
-    assert run("pull", page, "--registry", there.root, "--json").json["commit"] == head
-    assert verify_registry(there)[1] == []
+    assert run("pull", page, "--registry", other_registry.root, "--json").json["commit"] == head
+    assert verify_registry(other_registry)[1] == []
 
 
-def test_lost_weights_of_a_folder_come_back(run: Callable[..., Any], there: Registry, several: str) -> None:
-    run("pull", "me/several/style", "--registry", there.root)
-    (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").unlink()
-    said = run("pull", "me/several/style", "--registry", there.root, "--json").json
+def test_lost_weights_of_a_folder_come_back(run: Callable[..., Any], other_registry: Registry, several: str) -> None:
+    run("pull", "me/several/style", "--registry", other_registry.root)
+    (other_registry.weights_path(version(other_registry, "style@1")) / "adapter_model.safetensors").unlink()
+    said = run("pull", "me/several/style", "--registry", other_registry.root, "--json").json
     assert said["restored"] == ["style@1"]
-    (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").unlink()
-    told = run("verify", "--repair", "--registry", there.root, code=None)  # this base has no folder, which it says too
+    (other_registry.weights_path(version(other_registry, "style@1")) / "adapter_model.safetensors").unlink()
+    told = run(
+        "verify", "--repair", "--registry", other_registry.root, code=None
+    )  # this base has no folder, which it says too
     assert "style@1: restored from me/several@" in told.out
-    assert (there.weights_path(version(there, "style@1")) / "adapter_model.safetensors").is_file()
+    assert (other_registry.weights_path(version(other_registry, "style@1")) / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -357,12 +367,12 @@ def test_lost_weights_of_a_folder_come_back(run: Callable[..., Any], there: Regi
     ],
 )
 def test_a_folder_that_is_not_there(
-    run: Callable[..., Any], there: Registry, several: str, place: str, code: int, told: str
+    run: Callable[..., Any], other_registry: Registry, several: str, place: str, code: int, told: str
 ) -> None:
-    before = tree(there)
-    ran = run("pull", place, "--registry", there.root, code=code)
+    before = tree(other_registry)
+    ran = run("pull", place, "--registry", other_registry.root, code=code)
     assert told in ran.err and "hint:" in ran.err
-    assert tree(there) == before
+    assert tree(other_registry) == before
 
 
 def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp_path: Path, hub: HubServer) -> None:
@@ -374,48 +384,55 @@ def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp
 
 @pytest.mark.parametrize("path", ["adapter_config.json", "adapter_info.json", "adapter.yaml", "stack.yaml"])
 def test_a_small_file_that_is_not_small_is_not_fetched(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, path: str
+    run: Callable[..., Any],
+    other_registry: Registry,
+    tmp_path: Path,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
 ) -> None:
     monkeypatch.setattr("stackctl.hub.repo_contents.MAX_TEXT_BYTES", 5000)
     hub.repo("acme/huge", {**plain_repo(tmp_path), path: b" " * 6000})
-    before = tree(there)
-    assert path in run("pull", "acme/huge", "--registry", there.root, "--json", code=4).json["error"]["message"]
-    assert not hub.requests(f"/{path}") and tree(there) == before
+    before = tree(other_registry)
+    assert (
+        path in run("pull", "acme/huge", "--registry", other_registry.root, "--json", code=4).json["error"]["message"]
+    )
+    assert not hub.requests(f"/{path}") and tree(other_registry) == before
 
 
 def test_what_is_no_adapter_is_refused_before_anything_is_fetched(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     files = plain_repo(tmp_path)
     del files["adapter_model.safetensors"]
     hub.repo("acme/pickle", {**files, "adapter_model.bin": b"code"})
     hub.repo("acme/model", {"config.json": b"{}", "model.safetensors": b"x"})
     hub.repo("acme/nothing", {})
-    before = tree(there)
+    before = tree(other_registry)
     messages = {
-        name: run("pull", f"acme/{name}", "--registry", there.root, "--json", code=4).json["error"]
+        name: run("pull", f"acme/{name}", "--registry", other_registry.root, "--json", code=4).json["error"]
         for name in ("pickle", "model", "nothing")
     }
     assert "pickle" in messages["pickle"]["message"] and "stackctl base add" in messages["model"]["hint"]
-    assert not hub.requests("/resolve/") and tree(there) == before
+    assert not hub.requests("/resolve/") and tree(other_registry) == before
 
 
 def test_an_adapter_that_does_not_fit_is_refused(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     files = plain_repo(tmp_path)
     tensors = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": (2, 8)}
     hub.repo("acme/wrong", {**files, "adapter_model.safetensors": safetensors_bytes(tensors)})
-    before = tree(there)
-    run("pull", "acme/wrong", "--registry", there.root, code=4)
-    assert tree(there) == before
+    before = tree(other_registry)
+    run("pull", "acme/wrong", "--registry", other_registry.root, code=4)
+    assert tree(other_registry) == before
 
 
 def test_another_kind_that_can_be_made_a_lora_is_refused_with_the_way(
-    run: Callable[..., Any], there: Registry, tmp_path: Path, hub: HubServer
+    run: Callable[..., Any], other_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     hub.repo("acme/dora", plain_repo(tmp_path, use_dora=True))
-    error = run("pull", "acme/dora", "--registry", there.root, "--json", code=4).json["error"]
+    error = run("pull", "acme/dora", "--registry", other_registry.root, "--json", code=4).json["error"]
     assert "hf download acme/dora --local-dir FOLDER" in error["hint"]
     assert "stackctl add dora FOLDER --convert" in error["hint"]
 
@@ -432,16 +449,22 @@ def test_another_kind_that_can_be_made_a_lora_is_refused_with_the_way(
     ],
 )
 def test_entries_that_lead_out_or_lie_are_refused(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, path: str, old: str, new: str
+    run: Callable[..., Any],
+    own_registry: Registry,
+    other_registry: Registry,
+    hub: HubServer,
+    path: str,
+    old: str,
+    new: str,
 ) -> None:
     run("push", "style+instruct", "me/teller", "--members", *ID)
     repo = hub.repos["me/teller"]
     text = repo.files[path].decode()
     assert old in text
     repo.commit({**repo.files, path: text.replace(old, new, 1).encode()})
-    before = tree(there)
-    error = run("pull", "me/teller", "--registry", there.root, "--json", code=4).json["error"]
-    assert path in error["message"] and tree(there) == before
+    before = tree(other_registry)
+    error = run("pull", "me/teller", "--registry", other_registry.root, "--json", code=4).json["error"]
+    assert path in error["message"] and tree(other_registry) == before
 
 
 # -- bytes, faults --------------------------------------------------------------------------------------------------
@@ -449,31 +472,31 @@ def test_entries_that_lead_out_or_lie_are_refused(
 
 @pytest.mark.parametrize("path", ["adapter_model.safetensors", "adapter_config.json", "adapter_info.json"])
 def test_other_bytes_than_the_digest_says_are_exit_5_and_not_kept(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, path: str
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, path: str
 ) -> None:
     run("push", "style@1", "me/style", *ID)
-    before = tree(there)
+    before = tree(other_registry)
     hub.corrupt.add(path)
-    error = run("pull", "me/style", "--registry", there.root, "--json", code=5).json["error"]
-    assert path in error["message"] and tree(there) == before
+    error = run("pull", "me/style", "--registry", other_registry.root, "--json", code=5).json["error"]
+    assert path in error["message"] and tree(other_registry) == before
     hub.heal()
-    run("pull", "me/style", "--registry", there.root)  # the cache did not keep them
-    assert verify_registry(there) == (2, [])
+    run("pull", "me/style", "--registry", other_registry.root)  # the cache did not keep them
+    assert verify_registry(other_registry) == (2, [])
 
 
 def test_a_repo_that_was_changed_behind_its_entry_is_exit_5(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
 ) -> None:
     run("push", "style@1", "me/style", *ID)
     repo = hub.repos["me/style"]
     repo.commit({**repo.files, "adapter_model.safetensors": repo.files["adapter_model.safetensors"][:-1] + b"\x01"})
-    before = tree(there)
-    run("pull", "me/style", "--registry", there.root, code=5)
-    assert tree(there) == before
+    before = tree(other_registry)
+    run("pull", "me/style", "--registry", other_registry.root, code=5)
+    assert tree(other_registry) == before
 
 
 def test_no_such_repo_or_revision_is_exit_3(
-    run: Callable[..., Any], here: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], own_registry: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("push", "style@1", "me/style", *ID)
     run("pull", "me/nobody", code=3)
@@ -491,40 +514,52 @@ def test_no_such_repo_or_revision_is_exit_3(
     "fault", [{"status": 401}, {"status": 403}, {"status": 429}, {"status": 503}, {"cut": True}], ids=str
 )
 def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, match: str, fault: dict[str, Any]
+    run: Callable[..., Any],
+    own_registry: Registry,
+    other_registry: Registry,
+    hub: HubServer,
+    match: str,
+    fault: dict[str, Any],
 ) -> None:
     run("push", "style@1", "me/style", *ID)
-    before = tree(there)
+    before = tree(other_registry)
     hub.fail(match, body={"error": f"no, {hub.token}"}, **fault)
-    ran = run("pull", "me/style", "--registry", there.root, "--json", code=6)
-    assert "stackctl pull me/style" in ran.json["error"]["hint"] and tree(there) == before
+    ran = run("pull", "me/style", "--registry", other_registry.root, "--json", code=6)
+    assert "stackctl pull me/style" in ran.json["error"]["hint"] and tree(other_registry) == before
     assert sum(line.startswith("error:") for line in ran.err.splitlines()) == 1
     assert hub.token not in ran.out + ran.err and "Traceback" not in ran.err
     hub.heal()
-    run("pull", "me/style", "--registry", there.root)
-    assert version(there, "style@1").digest == version(here, "style@1").digest
+    run("pull", "me/style", "--registry", other_registry.root)
+    assert version(other_registry, "style@1").digest == version(own_registry, "style@1").digest
 
 
 def test_offline_a_silent_server_and_a_dry_run(
-    run: Callable[..., Any], here: Registry, there: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any],
+    own_registry: Registry,
+    other_registry: Registry,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from huggingface_hub import constants
 
     import stackctl.hub.http_client
 
     run("push", "style@1", "me/style", *ID)
-    before = tree(there)
-    said = run("pull", "me/style", "--registry", there.root, "--dry-run", "--json").json
-    assert said["added"] == ["style@1"] and tree(there) == before
+    before = tree(other_registry)
+    said = run("pull", "me/style", "--registry", other_registry.root, "--dry-run", "--json").json
+    assert said["added"] == ["style@1"] and tree(other_registry) == before
     assert not hub.requests("GET /me/style/resolve/main/adapter_model.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    error = run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]
-    assert error["hint"] == f"HF_HUB_OFFLINE=0 stackctl pull me/style --registry {there.root} --json"
+    error = run("pull", "me/style", "--registry", other_registry.root, "--json", code=6).json["error"]
+    assert error["hint"] == f"HF_HUB_OFFLINE=0 stackctl pull me/style --registry {other_registry.root} --json"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(stackctl.hub.http_client, "TIMEOUT_SECONDS", 0.3)
     hub.fail("adapter_model", delay=30.0)
-    assert "silent" in run("pull", "me/style", "--registry", there.root, "--json", code=6).json["error"]["message"]
-    assert tree(there) == before
+    assert (
+        "silent"
+        in run("pull", "me/style", "--registry", other_registry.root, "--json", code=6).json["error"]["message"]
+    )
+    assert tree(other_registry) == before
 
 
 def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
@@ -538,7 +573,7 @@ def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
     assert hub.trace == []
 
 
-def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], hub: HubServer, there: Any) -> None:
-    words = ["pull", "me/style@v1", "--name", "mine", "--base", "tiny", "--registry", str(there.root)]
+def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], hub: HubServer, other_registry: Any) -> None:
+    words = ["pull", "me/style@v1", "--name", "mine", "--base", "tiny", "--registry", str(other_registry.root)]
     hub.fail("GET /api/models/me/style", 503, times=99)
     assert shlex.join(["stackctl", *words]) in run(*words, code=6).err.splitlines()[-1]

@@ -32,8 +32,8 @@ def same_run(h: Any, resumed: Any, whole: Any, name: str = "new") -> None:
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_resumed_run_is_the_uninterrupted_one(house: Any, name: str, frozen: str) -> None:
-    h = house(name)
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_registry: Any, name: str, frozen: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1)
     style = h.bytes_of("style")
     options = ("--frozen", frozen, *LIVELY)
@@ -55,8 +55,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(house: Any, name: str, frozen: s
 
 
 @pytest.mark.parametrize("at", [5, 12])
-def test_ctrl_c_saves_the_step_it_came_in(house: Any, at: int) -> None:
-    h = house()
+def test_ctrl_c_saves_the_step_it_came_in(tiny_registry: Any, at: int) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     whole = h.train("whole", *SHAPE, on="style")
     h.at_step(at, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -67,8 +67,8 @@ def test_ctrl_c_saves_the_step_it_came_in(house: Any, at: int) -> None:
     same_run(h, h.train("new", *SHAPE, "--resume", on="style"), whole)
 
 
-def test_resuming_twice_and_with_nothing_saved(house: Any) -> None:
-    h = house()
+def test_resuming_twice_and_with_nothing_saved(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     whole = h.train("whole", *LIVELY, on="style")
     h.at_step(1, interrupt)
@@ -83,9 +83,9 @@ def test_resuming_twice_and_with_nothing_saved(house: Any) -> None:
 
 
 def test_a_run_that_was_cut_off_after_it_was_registered_is_not_registered_twice(
-    house: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = house()
+    h = tiny_registry()
     remove = shutil.rmtree
 
     def cut_off(path: Any, **options: Any) -> None:

@@ -18,8 +18,8 @@ STACKS = ["base", "style", "tone:0.5", "style+tone", "style:-1+tone@1:2"]
 
 
 @pytest.fixture
-def shelf(house):
-    made = house("llama")
+def filled_registry(tiny_registry):
+    made = tiny_registry("llama")
     made.add("style", seed=1)
     made.add("tone", seed=2, r=3)
     made.run("compose", "style+tone")
@@ -27,8 +27,8 @@ def shelf(house):
 
 
 @pytest.fixture
-def server(shelf):
-    with serving(shelf.folder) as running:
+def server(filled_registry):
+    with serving(filled_registry.folder) as running:
         yield running
 
 
@@ -117,7 +117,7 @@ def test_sampling_stop_and_several_choices(server, run):
     assert stopped.choices[0].finish_reason == "stop"
 
 
-def test_what_is_wrong_is_told_in_openais_words(server, shelf):
+def test_what_is_wrong_is_told_in_openais_words(server, filled_registry):
     client = server.client()
     with pytest.raises(openai.NotFoundError, match="did you mean 'style'"):
         chat(client, "stile")
@@ -157,8 +157,8 @@ def test_what_is_wrong_is_told_in_openais_words(server, shelf):
     assert chat(client, "style", max_tokens=3).choices, "it answers as before"
 
 
-def test_other_pages_and_strangers_are_refused(shelf):
-    with serving(shelf.folder, "--api-key", "secret") as server:
+def test_other_pages_and_strangers_are_refused(filled_registry):
+    with serving(filled_registry.folder, "--api-key", "secret") as server:
         host, port = server.address
         key = {"Authorization": "Bearer secret"}
         assert error(server, 401, asking())["code"] == "invalid_api_key"
@@ -176,19 +176,19 @@ def test_other_pages_and_strangers_are_refused(shelf):
         assert server.stop(signal.SIGTERM) == 0
 
 
-def test_the_registry_may_change_while_it_runs(server, shelf):
+def test_the_registry_may_change_while_it_runs(server, filled_registry):
     client = server.client()
     with pytest.raises(openai.NotFoundError):
         chat(client, "late", max_tokens=2)
-    shelf.add("late", seed=9)
+    filled_registry.add("late", seed=9)
     assert chat(client, "late", max_tokens=2).choices
     running = chat(client, "late", stream=True, max_tokens=200)
     next(iter(running))
-    shelf.run("rm", "late")
+    filled_registry.run("rm", "late")
     assert list(running)[-1].choices[0].finish_reason in ("stop", "length")  # what is running ends well
     with pytest.raises(openai.NotFoundError):
         chat(client, "late", max_tokens=2)
-    weights = shelf.weights("tone") / "adapter_model.safetensors"
+    weights = filled_registry.weights("tone") / "adapter_model.safetensors"
     kept = weights.with_suffix(".kept")
     shutil.copy2(weights, kept)
     weights.chmod(0o644)
@@ -210,7 +210,7 @@ def test_it_finishes_what_is_being_written_and_ends_with_0(server, number):
     assert server.process.wait(60) == 0
 
 
-def test_a_taken_port_and_a_missing_name_are_refused(shelf, fails):
+def test_a_taken_port_and_a_missing_name_are_refused(filled_registry, fails):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

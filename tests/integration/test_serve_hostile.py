@@ -17,15 +17,15 @@ from serving import serving
 
 
 @pytest.fixture
-def shelf(house):
-    made = house("llama")
+def filled_registry(tiny_registry):
+    made = tiny_registry("llama")
     made.add("style", seed=1)
     return made
 
 
 @pytest.fixture
-def server(shelf):
-    with serving(shelf.folder) as running:
+def server(filled_registry):
+    with serving(filled_registry.folder) as running:
         yield running
 
 
@@ -67,11 +67,11 @@ def test_connections_that_stall_are_hung_up_on(server):
         connection.close()
 
 
-def test_a_client_that_does_not_read_is_dropped_and_its_places_are_free(shelf):
+def test_a_client_that_does_not_read_is_dropped_and_its_places_are_free(filled_registry):
     """Sixteen endless answers, which fill every buffer on the way and every place in the batch."""
     body = json.dumps({**json.loads(GOOD), "stream": True, "n": 16, "max_tokens": 450, "logprobs": True,
                        "top_logprobs": 20, "temperature": 1.0, "seed": 1}).encode()  # fmt: skip
-    with serving(shelf.folder, start=_impatient) as server:
+    with serving(filled_registry.folder, start=_impatient) as server:
         before = post(server, GOOD)
         memory = server.memory()
         stalled = [_unread(server, body) for _ in range(3)]

@@ -15,8 +15,8 @@ NEAR = 1e-4
 
 
 @pytest.fixture
-def shelf(house):
-    made = house("llama")
+def filled_registry(tiny_registry):
+    made = tiny_registry("llama")
     made.add("style", seed=1)
     made.add("tone", seed=2, r=3)
     made.run("compose", "style+tone", "--method", "ties", "--name", "mixed")
@@ -24,8 +24,8 @@ def shelf(house):
 
 
 @pytest.fixture
-def server(shelf):
-    with serving(shelf.folder) as running:
+def server(filled_registry):
+    with serving(filled_registry.folder) as running:
         yield running
 
 
@@ -91,9 +91,9 @@ def pieces(chunks):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
-def test_chat_whole_and_streamed(server, shelf, options):
+def test_chat_whole_and_streamed(server, filled_registry, options):
     client, prompt = server.client(), chat_ids(TEXT)
-    model = oracle.live(shelf.base, *shelf.members(("style", 1.0), ("tone", 0.5)))
+    model = oracle.live(filled_registry.base, *filled_registry.members(("style", 1.0), ("tone", 0.5)))
     told = {"logprobs": True, "top_logprobs": 5, "max_tokens": 24, **options}
     answer = ask(client, "style+tone:0.5", **told)
     [choice] = answer.choices
@@ -109,17 +109,17 @@ def test_chat_whole_and_streamed(server, shelf, options):
     assert ask(client, "style+tone:0.5", max_tokens=24, **options).choices[0].message.content == streamed.text
 
 
-def test_none_twenty_and_a_stack_that_is_folded(server, shelf):
+def test_none_twenty_and_a_stack_that_is_folded(server, filled_registry):
     client, prompt = server.client(), chat_ids(TEXT)
-    model = oracle.live(shelf.base, *shelf.members(("style", 1.0)))
+    model = oracle.live(filled_registry.base, *filled_registry.members(("style", 1.0)))
     for top in (0, 20):
         [choice] = ask(client, "style", logprobs=True, top_logprobs=top, max_tokens=6).choices
         assert all(len(one.top_logprobs) == top for one in choice.logprobs.content)
         check_chat(choice.logprobs.content, model, prompt, top)
     assert ask(client, "style", max_tokens=2).choices[0].logprobs is None
     assert ask(client, "style", max_tokens=2, logprobs=False).choices[0].logprobs is None
-    shelf.run("export", "mixed", "--format", "model", "--out", "folded")
-    folded = oracle.load_plain(shelf.folder / "folded", torch.float64)
+    filled_registry.run("export", "mixed", "--format", "model", "--out", "folded")
+    folded = oracle.load_plain(filled_registry.folder / "folded", torch.float64)
     for options in ({}, {"temperature": 1.0, "seed": 1}):
         [choice] = ask(client, "mixed", logprobs=True, top_logprobs=3, max_tokens=12, **options).choices
         made = check_chat(choice.logprobs.content, folded, prompt, 3)
@@ -127,9 +127,9 @@ def test_none_twenty_and_a_stack_that_is_folded(server, shelf):
         assert check_chat(streamed.tokens, folded, prompt, 3) == made
 
 
-def test_completions_in_the_older_shape(server, shelf):
+def test_completions_in_the_older_shape(server, filled_registry):
     client, prompt = server.client(), oracle.byte_ids(TEXT)
-    model = oracle.live(shelf.base, *shelf.members(("style", 1.0)))
+    model = oracle.live(filled_registry.base, *filled_registry.members(("style", 1.0)))
     options = {"model": "style", "prompt": [TEXT, "Hi."], "logprobs": 3, "max_tokens": 24, "temperature": 1, "seed": 2}
     choice = client.completions.create(**options).choices[0]
     found = choice.logprobs

@@ -28,21 +28,21 @@ def chosen(tab):
 
 
 @pytest.fixture
-def shelf(house):
-    made = house("llama")
+def filled_registry(tiny_registry):
+    made = tiny_registry("llama")
     made.loss = made.train("style", "--max-steps", 1)["loss"]
     made.add("tone", seed=2, r=3)
     made.run("compose", "style+tone:0.5", "--name", "both")
     return made
 
 
-def test_the_page_mixes_and_compares(shelf, run, tmp_path):
-    with serving(shelf.folder) as server, browsing(tmp_path) as tab:
+def test_the_page_mixes_and_compares(filled_registry, run, tmp_path):
+    with serving(filled_registry.folder) as server, browsing(tmp_path) as tab:
         two_mixes(tab, server)
         assert tab.run(COMMANDS) == ["stackctl use both", "stackctl generate base"]
         sliders = "[...document.querySelectorAll('.mix input[type=range]')].map(slider => slider.valueAsNumber)"
         assert tab.run(sliders) == [1, 0.5]
-        assert f"loss {shelf.loss:.2f}" in tab.run("document.querySelector('.slider').textContent")
+        assert f"loss {filled_registry.loss:.2f}" in tab.run("document.querySelector('.slider').textContent")
         tab.run("document.getElementById('tokens').value = 20")
         tab.run("document.getElementById('prompt').focus()")
         tab.press("Enter", ctrl=True)
@@ -85,8 +85,8 @@ def test_the_page_mixes_and_compares(shelf, run, tmp_path):
             assert tab.run(wide) <= 0, f"nothing is cut off at {width}"
 
 
-def test_the_page_says_what_is_wrong_and_asks_for_a_key(shelf, tmp_path):
-    with serving(shelf.folder, "--api-key", "secret") as server, browsing(tmp_path) as tab:
+def test_the_page_says_what_is_wrong_and_asks_for_a_key(filled_registry, tmp_path):
+    with serving(filled_registry.folder, "--api-key", "secret") as server, browsing(tmp_path) as tab:
         tab.open(f"{server.url}/")
         tab.until("!document.getElementById('keybox').hidden")
         tab.errors.clear()  # the browser logs the answer 401
@@ -94,7 +94,7 @@ def test_the_page_says_what_is_wrong_and_asks_for_a_key(shelf, tmp_path):
         tab.write("secret")
         tab.press("Tab")
         tab.until("document.querySelectorAll('.mix').length === 2")
-        shelf.run("rm", "both")
+        filled_registry.run("rm", "both")
         tab.run("document.getElementById('tokens').value = 4")
         tab.run("document.getElementById('ask').requestSubmit()")
         told = tab.until(f"{DONE} && document.querySelector('.mix .facts.wrong')?.textContent")

@@ -48,15 +48,15 @@ class Resolvers(dict):
 
 
 @pytest.fixture
-def shelf(house):
-    made = house("llama")
+def filled_registry(tiny_registry):
+    made = tiny_registry("llama")
     made.add("style", seed=1)
     made.add("tone", seed=2, r=3, use_rslora=True)
     return made
 
 
 @pytest.fixture
-def resolve(shelf, monkeypatch):
+def resolve(filled_registry, monkeypatch):
     """What vLLM calls, by the entry point that it finds."""
     resolvers = Resolvers()
     parts = {
@@ -68,16 +68,16 @@ def resolve(shelf, monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(sys, "argv", ["vllm", "serve", str(shelf.base), "--max-lora-rank", "8"])
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", str(filled_registry.base), "--max-lora-rank", "8"])
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     point = EntryPoint("stackctl", project["entry-points"]["vllm.general_plugins"]["stackctl"], "vllm.general_plugins")
     point.load()()
     assert not resolvers, "without STACKCTL_REGISTRY it does nothing"
-    monkeypatch.setenv("STACKCTL_REGISTRY", str(shelf.folder))
+    monkeypatch.setenv("STACKCTL_REGISTRY", str(filled_registry.folder))
     point.load()()
 
     def ask(name, base=None):
-        return asyncio.run(resolvers["stackctl"].resolve_lora(str(base or shelf.base), name))
+        return asyncio.run(resolvers["stackctl"].resolve_lora(str(base or filled_registry.base), name))
 
     def refused(status, name, base=None):
         with pytest.raises(HTTPException) as caught:
@@ -88,31 +88,38 @@ def resolve(shelf, monkeypatch):
     return types.SimpleNamespace(ask=ask, refused=refused)
 
 
-def test_an_unknown_model_is_an_expression_exported_exactly(shelf, resolve):
+def test_an_unknown_model_is_an_expression_exported_exactly(filled_registry, resolve):
     found = resolve.ask("style:0.5+tone:-2")
     assert found.lora_name == "style:0.5+tone:-2" and found.lora_int_id == 1
-    stacked = oracle.logits(oracle.live(shelf.base, (Path(found.lora_path), 1.0)))
-    wanted = shelf.live(("style", 0.5), ("tone", -2.0))
-    assert oracle.relative(stacked, wanted, shelf.live()) < 1e-5
+    stacked = oracle.logits(oracle.live(filled_registry.base, (Path(found.lora_path), 1.0)))
+    wanted = filled_registry.live(("style", 0.5), ("tone", -2.0))
+    assert oracle.relative(stacked, wanted, filled_registry.live()) < 1e-5
     assert resolve.ask("style@1:0.5+tone:-2").lora_path == found.lora_path, "one export for one digest"
     assert resolve.ask("style").lora_path != found.lora_path
-    shelf.add("late", seed=9)
+    filled_registry.add("late", seed=9)
     assert resolve.ask("late").lora_path, "what is registered while it runs works at once"
 
 
-def test_the_base_alone_is_an_adapter_of_zeros(shelf, resolve):
+def test_the_base_alone_is_an_adapter_of_zeros(filled_registry, resolve):
     folder = Path(resolve.ask("base").lora_path)
     assert all(not tensor.any() for tensor in load_file(folder / "adapter_model.safetensors").values())
-    assert oracle.relative(oracle.logits(oracle.live(shelf.base, (folder, 1.0))), shelf.live(), 0 * shelf.live()) == 0
+    assert (
+        oracle.relative(
+            oracle.logits(oracle.live(filled_registry.base, (folder, 1.0))),
+            filled_registry.live(),
+            0 * filled_registry.live(),
+        )
+        == 0
+    )
     assert resolve.ask("style:0").lora_path
 
 
-def test_what_vllm_cannot_serve_is_refused_with_the_reason(shelf, resolve, run, models):
+def test_what_vllm_cannot_serve_is_refused_with_the_reason(filled_registry, resolve, run, models):
     assert "did you mean 'style'" in resolve.refused(404, "stile")
     assert "not an expression" in resolve.refused(400, "+")
-    shelf.add("wide", seed=3, r=9)
+    filled_registry.add("wide", seed=3, r=9)
     assert "has rank 9" in resolve.refused(400, "wide") and "at most 8" in resolve.refused(400, "wide")
-    shelf.add("whole", seed=5, modules_to_save=["lm_head"])
+    filled_registry.add("whole", seed=5, modules_to_save=["lm_head"])
     assert "whole modules" in resolve.refused(400, "whole")
     run("compose", "style+tone", "--method", "ties", "--name", "trimmed")
     assert "no pair of factors" in resolve.refused(400, "trimmed")
@@ -120,7 +127,7 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(shelf, resolve, run, 
     assert "no base of the registry" in resolve.refused(400, "style", other)
     run("base", "add", "other", other)
     assert "has the base 'tiny', and this server runs 'other'" in resolve.refused(400, "style", other)
-    weights = shelf.weights("tone") / "adapter_model.safetensors"
+    weights = filled_registry.weights("tone") / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert "tone@1" in resolve.refused(400, "tone:0.3")
@@ -172,12 +179,12 @@ def vllm(tmp_path, monkeypatch):
     return make
 
 
-def test_serve_starts_vllm_and_says_when_it_answers(shelf, run, fails, vllm):
+def test_serve_starts_vllm_and_says_when_it_answers(filled_registry, run, fails, vllm):
     assert "vllm" in fails("serve", "--engine", "vllm", code=4)
     vllm(400)
     command = [sys.executable, "-m", "stackctl", "serve", "--engine", "vllm", "--port", "0", "--json"]
     process = subprocess.Popen(
-        [*command, "--api-key", "secret", "--dtype", "bfloat16"], cwd=shelf.folder, stdout=subprocess.PIPE,
+        [*command, "--api-key", "secret", "--dtype", "bfloat16"], cwd=filled_registry.folder, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     ready = json.loads(process.stdout.readline())
@@ -187,17 +194,17 @@ def test_serve_starts_vllm_and_says_when_it_answers(shelf, run, fails, vllm):
     assert process.returncode == 0
     (line,) = [line for line in said.splitlines() if line.startswith("[[")]
     words, environment = json.loads(line)
-    assert words[:2] == ["serve", str(shelf.base)] and "--enable-lora" in words and "secret" not in words
+    assert words[:2] == ["serve", str(filled_registry.base)] and "--enable-lora" in words and "secret" not in words
     assert words[words.index("--max-lora-rank") + 1] == "16" and words[words.index("--dtype") + 1] == "bfloat16"
     assert words.count("--dtype") == 1 and f"http://127.0.0.1:{words[words.index('--port') + 1]}" == ready["url"]
-    assert environment["STACKCTL_REGISTRY"] == str(shelf.folder / "registry")
-    shelf.add("whole", seed=5, modules_to_save=["lm_head"])
+    assert environment["STACKCTL_REGISTRY"] == str(filled_registry.folder / "registry")
+    filled_registry.add("whole", seed=5, modules_to_save=["lm_head"])
     assert "whole modules" in fails("serve", "whole", "--engine", "vllm", code=4)
     assert "--device" in fails("serve", "--engine", "vllm", "--device", "cpu", code=2)
 
 
-def test_a_vllm_without_the_plug_in_is_said(shelf, vllm):
+def test_a_vllm_without_the_plug_in_is_said(filled_registry, vllm):
     vllm(404)
     command = [sys.executable, "-m", "stackctl", "serve", "--engine", "vllm", "--port", "0", "--api-key", "secret"]
-    ended = subprocess.run(command, cwd=shelf.folder, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=filled_registry.folder, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and "install stackctl-lora in the environment" in ended.stderr

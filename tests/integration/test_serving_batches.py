@@ -36,37 +36,41 @@ def answered(engine, plan, text, sampling, **options):
     return rows, ended, errors
 
 
-def expected(shelf, sampling):
-    stacked = shelf.load()
+def expected(filled_registry, sampling):
+    stacked = filled_registry.load()
     found = {}
     for name in STACKS:
-        stacked.use(shelf.plan(name))
+        stacked.use(filled_registry.plan(name))
         for answer in generate(stacked, [Prompt(text) for text in TEXTS], sampling, batch_size=1):
             found[name, answer.prompt.text] = (answer.text, answer.stop, answer.new_tokens)
     return found
 
 
 @pytest.fixture
-def filled(house):
+def filled(tiny_registry):
     def make(kind):
-        shelf = house(kind)
-        shelf.add("style", seed=1)
-        shelf.add("tone", seed=2, r=3)
-        shelf.add("words", seed=3, target_modules=["wte" if kind == "gpt2" else "embed_tokens"])
-        return shelf
+        filled_registry = tiny_registry(kind)
+        filled_registry.add("style", seed=1)
+        filled_registry.add("tone", seed=2, r=3)
+        filled_registry.add("words", seed=3, target_modules=["wte" if kind == "gpt2" else "embed_tokens"])
+        return filled_registry
 
     return make
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen3", "tied"])
 def test_twenty_rows_of_five_stacks_at_once(filled, kind):
-    shelf = filled(kind)
+    filled_registry = filled(kind)
     sampling = Sampling(max_new_tokens=24)
-    known = expected(shelf, sampling)
+    known = expected(filled_registry, sampling)
     assert len({text for text, _, _ in known.values()}) > len(TEXTS), "the stacks make a difference"
-    engine = BatchingEngine(shelf.load(), Limits(rows=7, wait=64))
+    engine = BatchingEngine(filled_registry.load(), Limits(rows=7, wait=64))
     try:
-        asked = [(name, text, answered(engine, shelf.plan(name), text, sampling)) for text in TEXTS for name in STACKS]
+        asked = [
+            (name, text, answered(engine, filled_registry.plan(name), text, sampling))
+            for text in TEXTS
+            for name in STACKS
+        ]
         for name, text, (rows, ended, errors) in asked:
             assert ended.wait(60) and not errors
             assert (rows[0].text, rows[0].stop, rows[0].new_tokens) == known[name, text], (name, text)
@@ -75,17 +79,20 @@ def test_twenty_rows_of_five_stacks_at_once(filled, kind):
 
 
 def test_a_stack_that_is_no_sum_is_folded_in_its_turn(filled, run):
-    shelf = filled("llama")
+    filled_registry = filled("llama")
     run("compose", "style+tone", "--method", "ties", "--name", "mixed")
     sampling = Sampling(max_new_tokens=12)
-    stacked = shelf.load()
+    stacked = filled_registry.load()
     known = {}
     for name in ("mixed", "style"):
-        stacked.use(shelf.plan(name))
+        stacked.use(filled_registry.plan(name))
         known[name] = next(generate(stacked, [Prompt("Hi.")], sampling)).text
-    engine = BatchingEngine(shelf.load())
+    engine = BatchingEngine(filled_registry.load())
     try:
-        asked = [(n, answered(engine, shelf.plan(n), "Hi.", sampling)) for n in ("style", "mixed", "style", "mixed")]
+        asked = [
+            (n, answered(engine, filled_registry.plan(n), "Hi.", sampling))
+            for n in ("style", "mixed", "style", "mixed")
+        ]
         for name, (rows, ended, errors) in asked:
             assert ended.wait(60) and not errors
             assert rows[0].text == known[name]
@@ -94,15 +101,15 @@ def test_a_stack_that_is_no_sum_is_folded_in_its_turn(filled, run):
 
 
 def test_sampling_is_that_of_generate(filled):
-    shelf = filled("llama")
+    filled_registry = filled("llama")
     sampling = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=5)
-    stacked = shelf.load()
-    stacked.use(shelf.plan("style"))
+    stacked = filled_registry.load()
+    stacked.use(filled_registry.plan("style"))
     known = [answer.text for answer in generate(stacked, [Prompt("Hi."), Prompt("Hi.")], sampling, batch_size=1)]
     assert known[0] != known[1]
-    engine = BatchingEngine(shelf.load())
+    engine = BatchingEngine(filled_registry.load())
     try:
-        rows, ended, errors = answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+        rows, ended, errors = answered(engine, filled_registry.plan("style"), "Hi.", sampling, copies=2)
         assert ended.wait(60) and not errors
         assert [row.text for row in rows] == known
     finally:
@@ -110,23 +117,23 @@ def test_sampling_is_that_of_generate(filled):
 
 
 def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
-    shelf = filled("llama")
-    engine = BatchingEngine(shelf.load(), Limits(rows=1, wait=2, adapters=1))
+    filled_registry = filled("llama")
+    engine = BatchingEngine(filled_registry.load(), Limits(rows=1, wait=2, adapters=1))
     sampling = Sampling(max_new_tokens=400)
     try:
         with pytest.raises(Usage, match="3 answers, and 2 may wait"):
-            answered(engine, shelf.plan("style"), "Hi.", sampling, copies=3)
-        rows, full, _ = answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+            answered(engine, filled_registry.plan("style"), "Hi.", sampling, copies=3)
+        rows, full, _ = answered(engine, filled_registry.plan("style"), "Hi.", sampling, copies=2)
         with pytest.raises(QueueFull):
-            answered(engine, shelf.plan("style"), "Hi.", sampling, copies=2)
+            answered(engine, filled_registry.plan("style"), "Hi.", sampling, copies=2)
         for row in rows:
             row.cancelled.set()
         assert full.wait(60)
         for name in ("style", "tone", "words"):
-            rows, ended, errors = answered(engine, shelf.plan(name), "Hi.", Sampling(max_new_tokens=2))
+            rows, ended, errors = answered(engine, filled_registry.plan(name), "Hi.", Sampling(max_new_tokens=2))
             assert ended.wait(60) and not errors
         assert len(engine.resident) == 1
-        rows, ended, _ = answered(engine, shelf.plan("style"), "Hi.", sampling)
+        rows, ended, _ = answered(engine, filled_registry.plan("style"), "Hi.", sampling)
         rows[0].cancelled.set()
         assert ended.wait(60) and rows[0].made < 400
     finally:
@@ -135,21 +142,21 @@ def test_the_queue_is_bounded_and_adapters_leave_memory(filled):
 
 def test_weights_by_layer_are_a_rows_own(filled):
     """Beside a row that has the same adapter everywhere, whichever of them was asked first."""
-    shelf = filled("llama")
+    filled_registry = filled("llama")
     by_layer = replace(
-        resolve_expression(shelf.registry, "style+tone").members[0], layer_weights={"model.layers.0": 0.0}
+        resolve_expression(filled_registry.registry, "style+tone").members[0], layer_weights={"model.layers.0": 0.0}
     )
-    stack = replace(resolve_expression(shelf.registry, "style+tone"), text="layered")
-    layered = read_plan(shelf.registry, replace(stack, members=(by_layer, stack.members[1])))
-    plans = [layered, shelf.plan("style+tone"), layered, shelf.plan("style")]
+    stack = replace(resolve_expression(filled_registry.registry, "style+tone"), text="layered")
+    layered = read_plan(filled_registry.registry, replace(stack, members=(by_layer, stack.members[1])))
+    plans = [layered, filled_registry.plan("style+tone"), layered, filled_registry.plan("style")]
     sampling = Sampling(max_new_tokens=16)
-    stacked = shelf.load()
+    stacked = filled_registry.load()
     known = []
     for plan in plans:
         stacked.use(plan)
         known.append(next(generate(stacked, [Prompt("Hi.")], sampling)).text)
     assert known[0] != known[1]
-    engine = BatchingEngine(shelf.load())
+    engine = BatchingEngine(filled_registry.load())
     try:
         asked = [answered(engine, plan, "Hi.", sampling) for plan in plans]
         for (rows, ended, errors), text in zip(asked, known, strict=True):
@@ -161,14 +168,14 @@ def test_weights_by_layer_are_a_rows_own(filled):
 
 def test_turns_are_taken_in_the_order_of_asking(filled, run):
     """A folded stack waits for those that run, and those that came after it wait for it, however many there are."""
-    shelf = filled("llama")
+    filled_registry = filled("llama")
     run("compose", "style+tone", "--method", "ties", "--name", "mixed")
-    engine = BatchingEngine(shelf.load(), Limits(rows=4, wait=64))
+    engine = BatchingEngine(filled_registry.load(), Limits(rows=4, wait=64))
     ends = []
     try:
         asked, long = [], Sampling(max_new_tokens=60)
         for number, name in enumerate(["style", "tone"] + ["mixed", "style", "tone", "mixed"] * 4):
-            rows = engine.prepare(shelf.plan(name), [Prompt("Hi.")], long)
+            rows = engine.prepare(filled_registry.plan(name), [Prompt("Hi.")], long)
             rows[0].on_end = lambda row, error, place=number: ends.append((place, error))
             engine.submit(rows)
             asked.append(name)

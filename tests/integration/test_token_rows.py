@@ -83,8 +83,8 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["llama", "tied", "gemma"])
-def test_one_member_is_what_peft_makes_of_it(house: Any, kind: str, form: str) -> None:
-    h = house(kind)
+def test_one_member_is_what_peft_makes_of_it(tiny_registry: Any, kind: str, form: str) -> None:
+    h = tiny_registry(kind)
     path = h.add("style", seed=1, trainable_token_indices=FORMS[form])
     stacked = h.load()
     before = {name: tensor.clone() for name, tensor in stacked.model.state_dict().items()}
@@ -103,8 +103,8 @@ def test_one_member_is_what_peft_makes_of_it(house: Any, kind: str, form: str) -
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_members_that_train_different_tokens_add_up(house: Any, kind: str, tmp_path: Path) -> None:
-    h = house(kind)
+def test_members_that_train_different_tokens_add_up(tiny_registry: Any, kind: str, tmp_path: Path) -> None:
+    h = tiny_registry(kind)
     style = h.add("style", seed=1, trainable_token_indices=[3, 10])
     chat = h.add("chat", seed=2, trainable_token_indices=BOTH)
     h.add("plain", seed=3)
@@ -132,8 +132,8 @@ def test_members_that_train_different_tokens_add_up(house: Any, kind: str, tmp_p
 
 
 @pytest.mark.parametrize("form", ["head", "unlike"])
-def test_a_tied_pair_that_rows_make_different(house: Any, form: str, tmp_path: Path) -> None:
-    h = house("tied")
+def test_a_tied_pair_that_rows_make_different(tiny_registry: Any, form: str, tmp_path: Path) -> None:
+    h = tiny_registry("tied")
     path = h.add("style", seed=1, trainable_token_indices=FORMS[form])
     bare = peft_logits(h.base)
     for expression, wanted in (("style", peft_logits(h.base, path)), ("style:2", summed(h.base, [(path, 2)]))):
@@ -146,8 +146,8 @@ def test_a_tied_pair_that_rows_make_different(house: Any, form: str, tmp_path: P
         assert oracle.relative(oracle.logits(model, TOKENS), wanted, bare) < 1e-5
 
 
-def test_half_precision_says_what_it_lost(house: Any, tmp_path: Path) -> None:
-    h = house("tied")
+def test_half_precision_says_what_it_lost(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry("tied")
     path = h.add("style", seed=1, trainable_token_indices=[3, 10])
     told = h.run("export", "style", "--dtype", "bfloat16", "--out", tmp_path / "half", "--json").json
     written = load_file(tmp_path / "half" / "adapter_model.safetensors")
@@ -159,8 +159,8 @@ def test_half_precision_says_what_it_lost(house: Any, tmp_path: Path) -> None:
     assert not told["exact"]
 
 
-def test_a_token_is_one_members(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    h = house("llama")
+def test_a_token_is_one_members(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     h.add("chat", seed=2, trainable_token_indices={"embed_tokens": [10, 200]})
     h.add("apart", seed=3, trainable_token_indices={"lm_head": [10]})
@@ -185,8 +185,8 @@ def test_a_token_is_one_members(house: Any, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_a_weight_by_module_stands_on_its_rows(house: Any, kind: str, tmp_path: Path) -> None:
-    h = house(kind)
+def test_a_weight_by_module_stands_on_its_rows(tiny_registry: Any, kind: str, tmp_path: Path) -> None:
+    h = tiny_registry(kind)
     path = h.add("style", seed=1, trainable_token_indices=BOTH)
     h.run("compose", "style", "--name", "s")
     file = h.folder / "registry" / "stacks" / "s.yaml"
@@ -218,8 +218,8 @@ def test_a_weight_by_module_stands_on_its_rows(house: Any, kind: str, tmp_path: 
         assert oracle.relative(peft_logits(h.base, tmp_path / "peft"), wanted, bare) < 1e-5
 
 
-def test_what_other_programs_take(house: Any, tmp_path: Path) -> None:
-    h = house("llama")
+def test_what_other_programs_take(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     for target in ("vllm", "gguf", "ollama"):
         problems = h.run("inspect", "style", "--for", target, "--json", code=None).json["problems"]
@@ -260,19 +260,19 @@ def broken(h: Any, out: Path, **change: Any) -> Path:
         ({"narrow": True}, "31 values"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_itself(house: Any, tmp_path: Path, change: Any, said: str) -> None:
-    h = house("llama")
+def test_a_checkpoint_that_does_not_fit_itself(tiny_registry: Any, tmp_path: Path, change: Any, said: str) -> None:
+    h = tiny_registry("llama")
     message = h.run("add", "odd", broken(h, tmp_path / "odd", **change), "--json", code=4).json["error"]["message"]
     assert said in message
 
 
-def test_a_head_with_a_bias_is_refused(house: Any, tmp_path: Path) -> None:
+def test_a_head_with_a_bias_is_refused(tiny_registry: Any, tmp_path: Path) -> None:
     """PEFT leaves that bias out where it has trained rows: what was trained is another model than a sum makes."""
     torch.manual_seed(0)
     folder = tmp_path / "phi"
     PhiForCausalLM(PhiConfig(**SIZES)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    h = house("llama")
+    h = tiny_registry("llama")
     h.run("base", "add", "phi", folder)
     path = random_adapter(folder, tmp_path / "made", trainable_token_indices={"lm_head": [3]})
     h.run("add", "odd", path, "--base", "phi")
@@ -281,17 +281,17 @@ def test_a_head_with_a_bias_is_refused(house: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per", ["member", "module"])
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_weights_can_be_learned(house: Any, kind: str, per: Any) -> None:
+def test_weights_can_be_learned(tiny_registry: Any, kind: str, per: Any) -> None:
     """A member's rows move with its weight: what a fit computes is what is folded, and its gradient the slope."""
-    h = house(kind)
+    h = tiny_registry(kind)
     h.add("style", seed=1, trainable_token_indices=BOTH)
     h.add("chat", seed=2, trainable_token_indices=[3, 10])
     names = check_live_weights(h, {"style": 0.3, "chat": -1.2}, TOKENS, per)
     assert names == {""} if per == "member" else {"model.embed_tokens", "lm_head"} <= names
 
 
-def test_what_fit_and_best_and_sweep_do(house: Any) -> None:
-    h = house("llama")
+def test_what_fit_and_best_and_sweep_do(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     data = h.data()
     made = h.run("compose", "style:0.7", "--name", "s", "--fit", data, "--fit-steps", 2, "--json").json
@@ -303,8 +303,8 @@ def test_what_fit_and_best_and_sweep_do(house: Any) -> None:
     assert "style@1" in error["message"]
 
 
-def test_every_command_has_the_rows(house: Any) -> None:
-    h = house("tied")
+def test_every_command_has_the_rows(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
     h.add("style", seed=1, scale=0.3, trainable_token_indices=[3, 10])
     h.add("chat", seed=2, scale=0.3, trainable_token_indices=[104, 108, 200])
     asked = ["-p", "hello", "--raw", "--max-new-tokens", 12]
@@ -332,8 +332,8 @@ def test_every_command_has_the_rows(house: Any) -> None:
     assert h.run("inspect", h.paths["style"], "--json").json["token_rows"][0]["tokens"] == [3, 10]
 
 
-def test_a_served_stack_with_rows_is_answered_in_its_turn(house: Any) -> None:
-    h = house("llama")
+def test_a_served_stack_with_rows_is_answered_in_its_turn(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, scale=0.3, trainable_token_indices=[3, 10])
     h.add("plain", seed=2, scale=0.3)
     sampling, names = Sampling(max_new_tokens=12), ["style", "plain", "style:0.5+plain", "base"]
@@ -359,8 +359,8 @@ def test_a_served_stack_with_rows_is_answered_in_its_turn(house: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["style", "style:0.5+chat"])
-def test_pushed_and_pulled(house: Any, hub: Any, what: str, tmp_path: Path) -> None:
-    h = house("tied")
+def test_pushed_and_pulled(tiny_registry: Any, hub: Any, what: str, tmp_path: Path) -> None:
+    h = tiny_registry("tied")
     style = h.add("style", seed=1, trainable_token_indices=[3, 10])
     h.train("chat", "--train-tokens", "<|im_end|>", "--max-steps", 1)
     h.run("compose", "style:0.5+chat", "--name", "s")

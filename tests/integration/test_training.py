@@ -26,8 +26,8 @@ def close(found: float, wanted: float, tolerance: float = 1e-4) -> bool:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_a_training_equals_a_plain_loop_with_style_active(house: Any, name: str) -> None:
-    h = house(name)
+def test_a_training_equals_a_plain_loop_with_style_active(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1, scale=0.2, lora_dropout=0.5)
     before = h.bytes_of("style")
     style = h.members(("style", 1))
@@ -66,8 +66,8 @@ ON = {
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
 @pytest.mark.parametrize("case", ON)
-def test_whatever_it_stands_on_is_active(house: Any, case: str, frozen: str) -> None:
-    h = house("tied" if "head" in case else "llama")
+def test_whatever_it_stands_on_is_active(tiny_registry: Any, case: str, frozen: str) -> None:
+    h = tiny_registry("tied" if "head" in case else "llama")
     expression, members, config = ON[case]
     h.add("style", seed=1, **config)
     h.add("tone", seed=2, target_modules=["v_proj", "down_proj"], r=2)
@@ -81,9 +81,9 @@ def test_whatever_it_stands_on_is_active(house: Any, case: str, frozen: str) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "mistral", "gemma"])
-def test_documents_in_one_row_do_not_see_each_other(house: Any, name: str) -> None:
+def test_documents_in_one_row_do_not_see_each_other(tiny_registry: Any, name: str) -> None:
     """The trap: in a row without padding, a document attends to the one before it unless something keeps them apart."""
-    h = house(name)
+    h = tiny_registry(name)
     wanted = oracle.loss(oracle.live(h.base), TEXTS)
     report = h.train("style", "--max-steps", 1, records=TEXTS)
     packed = h.train("packed", "--max-steps", 1, "--pack", "--max-length", 128, records=TEXTS)
@@ -104,8 +104,8 @@ def test_documents_in_one_row_do_not_see_each_other(house: Any, name: str) -> No
     assert not close(float(joined.detach()), wanted, 1e-3), "seeing each other would show"
 
 
-def test_the_json_counts_every_epoch_and_weighs_every_token_alike(house: Any) -> None:
-    h = house()
+def test_the_json_counts_every_epoch_and_weighs_every_token_alike(tiny_registry: Any) -> None:
+    h = tiny_registry()
     found = h.train("style", "--epochs", 3, "--batch-size", 2, "--learning-rate", 1e-12, records=TEXTS)
     assert found["steps"] == 9, "three steps an epoch, the last of them short"
     assert found["supervised_tokens"] == 3 * oracle.supervised_count(TEXTS)
@@ -120,17 +120,17 @@ def test_the_json_counts_every_epoch_and_weighs_every_token_alike(house: Any) ->
     assert chat["tokens"] == 2 * oracle.token_count(CHAT)
 
 
-def test_the_curve_tells_the_rate_of_each_step(house: Any) -> None:
-    h = house()
+def test_the_curve_tells_the_rate_of_each_step(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.train("style", "--max-steps", 4, "--scheduler", "linear", "--learning-rate", 0.008, records=TEXTS)
     assert [point["learning_rate"] for point in h.log("style")] == pytest.approx([0.008, 0.006, 0.004, 0.002])
     tokens = oracle.token_count(TEXTS)
     assert [point["tokens"] for point in h.log("style")] == [tokens, 2 * tokens, 3 * tokens, 4 * tokens]
 
 
-def test_accumulating_gradients_changes_nothing(house: Any) -> None:
+def test_accumulating_gradients_changes_nothing(tiny_registry: Any) -> None:
     """The trap: a mean of means weighs a token by the length of its neighbours."""
-    h = house()
+    h = tiny_registry()
     h.add("style", seed=1)
     records = [*CHAT, *CHAT[:3]]
     whole = h.train("whole", "--batch-size", 4, "--max-steps", 4, on="style", records=records)
@@ -147,8 +147,8 @@ def test_accumulating_gradients_changes_nothing(house: Any) -> None:
         assert close(report["loss"], whole["loss"], 1e-6)
 
 
-def test_dropout_is_the_new_adapters_alone(house: Any) -> None:
-    h = house()
+def test_dropout_is_the_new_adapters_alone(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1, lora_dropout=0.9)
     h.train("plain", "--max-steps", 2, on="style")
     h.train("noisy", "--max-steps", 2, "--dropout", 0.5, on="style")
@@ -161,8 +161,8 @@ def test_dropout_is_the_new_adapters_alone(house: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_checkpoint_is_plain_peft_at_its_root(house: Any, name: str) -> None:
-    h = house(name)
+def test_the_checkpoint_is_plain_peft_at_its_root(tiny_registry: Any, name: str) -> None:
+    h = tiny_registry(name)
     h.add("style", seed=1)
     report = h.train("instruct", "--max-steps", 4, on="style")
     folder = h.weights("instruct")
@@ -192,9 +192,9 @@ def test_the_checkpoint_is_plain_peft_at_its_root(house: Any, name: str) -> None
     assert h.run("verify", "--json").json["problems"] == []
 
 
-def test_names_of_adapters_never_reach_peft(house: Any) -> None:
+def test_names_of_adapters_never_reach_peft(tiny_registry: Any) -> None:
     """The trap: PEFT and stackctl use names of their own inside (default, frozen), and match by prefix."""
-    h = house()
+    h = tiny_registry()
     h.train("frozen", "--max-steps", 2)
     on, members = "frozen", [(h.weights("frozen"), 1.0)]
     for name in ("default", "foo", "foobar", "keys"):
@@ -207,8 +207,8 @@ def test_names_of_adapters_never_reach_peft(house: Any) -> None:
         on, members = f"{on}+{name}", [*members, (h.weights(name), 1.0)]
 
 
-def test_held_out_data_changes_nothing_about_the_training(house: Any) -> None:
-    h = house()
+def test_held_out_data_changes_nothing_about_the_training(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     held_out = h.data(TEXTS, "held-out.jsonl")
     h.train("plain", "--max-steps", 3, "--dropout", 0.3, on="style")
@@ -232,8 +232,8 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
-def test_frozen_files_that_change_are_5(house: Any, frozen: str) -> None:
-    h = house()
+def test_frozen_files_that_change_are_5(tiny_registry: Any, frozen: str) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     file = h.weights("style") / "adapter_model.safetensors"
     h.at_step(2, lambda: flip_a_byte(file))
@@ -250,8 +250,8 @@ def test_frozen_files_that_change_are_5(house: Any, frozen: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["auto", "fold", "live"])
-def test_a_stack_without_effect_is_5(house: Any, frozen: str) -> None:
-    h = house()
+def test_a_stack_without_effect_is_5(tiny_registry: Any, frozen: str) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.train("instruct", "--frozen", frozen, "--max-steps", 2, on="style:0", code=5)
     nothing = h.add("nothing", seed=2, scale=0.0)
@@ -260,8 +260,8 @@ def test_a_stack_without_effect_is_5(house: Any, frozen: str) -> None:
     assert h.adapters() == {"style", "nothing"}
 
 
-def test_a_loss_that_is_no_number_is_1(house: Any) -> None:
-    h = house()
+def test_a_loss_that_is_no_number_is_1(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     handler = signal.getsignal(signal.SIGINT)
     h.train("instruct", "--learning-rate", 1e30, "--max-steps", 5, on="style", code=1)
@@ -269,8 +269,8 @@ def test_a_loss_that_is_no_number_is_1(house: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is as it was"
 
 
-def test_a_frozen_member_with_nan_is_5(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_a_frozen_member_with_nan_is_5(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     tensors = load_file(h.paths["style"] / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("inf")
@@ -280,8 +280,8 @@ def test_a_frozen_member_with_nan_is_5(house: Any, tmp_path: Path) -> None:
         assert "instruct" not in h.adapters()
 
 
-def test_wrong_usage_is_told_at_once(house: Any) -> None:
-    h = house()
+def test_wrong_usage_is_told_at_once(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     data = h.data()
     typo = h.run("train", "new", "--data", data, "--target-modules", "q_proj,v_prj", "--json", code=2).json["error"]

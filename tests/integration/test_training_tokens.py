@@ -50,8 +50,8 @@ def peft_training(
 
 @pytest.mark.parametrize("frozen", ["none", "fold", "live"])
 @pytest.mark.parametrize("kind", ["llama", "tied", "gemma", "gpt2", "neox"])
-def test_a_run_is_pefts_own(house: Any, kind: str, frozen: str) -> None:
-    h = house(kind)
+def test_a_run_is_pefts_own(tiny_registry: Any, kind: str, frozen: str) -> None:
+    h = tiny_registry(kind)
     on: dict[str, Any] = {} if frozen == "none" else {"on": "style"}
     tied = kind in ("tied", "gemma", "gpt2")
     embedding = {"gpt2": "transformer.wte", "neox": "gpt_neox.embed_in"}.get(kind, "model.embed_tokens")
@@ -118,8 +118,8 @@ def test_auto_learns_to_stop(run: Any, tmp_path: Path) -> None:
     assert "never learned" not in ran.err
 
 
-def test_the_dry_run_says_what_it_would_train(house: Any) -> None:
-    h = house()
+def test_the_dry_run_says_what_it_would_train(tiny_registry: Any) -> None:
+    h = tiny_registry()
     ran = h.run("train", "new", "--data", h.data(), *ROWS, "--dry-run", "--json").json
     assert ran["trained_tokens"] == [START, END]
     plain = h.run("train", "new", "--data", h.data(), "--dry-run", "--json").json
@@ -135,8 +135,8 @@ def test_the_dry_run_says_what_it_would_train(house: Any) -> None:
     assert "finds none" in auto.err
 
 
-def test_a_resumed_run_goes_on_with_its_rows(house: Any) -> None:
-    h = house("tied")
+def test_a_resumed_run_goes_on_with_its_rows(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
     options = (*ROWS, "--max-steps", 6, "--save-steps", 2)
     h.train("whole", *options)
     h.at_step(4, interrupt)
@@ -150,8 +150,8 @@ def test_a_resumed_run_goes_on_with_its_rows(house: Any) -> None:
 
 
 @pytest.mark.usefixtures("forked_ranks")
-def test_best_weights_pairs_and_two_processes(house: Any, tmp_path: Path) -> None:
-    h = house("tied")
+def test_best_weights_pairs_and_two_processes(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry("tied")
     held_out = h.data(CHAT[:2], "held.jsonl")
     kept = h.train("kept", *ROWS, "--max-steps", 4, "--eval-data", held_out, "--eval-steps", 1, "--learning-rate", 0.3)
     again = h.run("eval", "kept", "--data", held_out, "--json").json["results"][0]["loss"]
@@ -166,8 +166,8 @@ def test_best_weights_pairs_and_two_processes(house: Any, tmp_path: Path) -> Non
     assert ran["trained_tokens"] == [START, END]
 
 
-def test_beginning_at_another_ones_rows(house: Any) -> None:
-    h = house("llama")
+def test_beginning_at_another_ones_rows(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.train("first", *ROWS, "--max-steps", 3, "--learning-rate", 0.05)
     end = h.run("eval", "first", "--data", h.data(), "--json").json["results"][0]["loss"]
     told = h.train("more", "--from", "first", "--train-tokens", "a", "--max-steps", 1)
@@ -180,16 +180,16 @@ def test_beginning_at_another_ones_rows(house: Any) -> None:
     assert "again@1 has trained" in error["message"]
 
 
-def test_half_a_base_has_rows_in_float32(house: Any) -> None:
-    h = house("tied", dtype=torch.bfloat16)
+def test_half_a_base_has_rows_in_float32(tiny_registry: Any) -> None:
+    h = tiny_registry("tied", dtype=torch.bfloat16)
     h.train("new", *ROWS, "--dtype", "bfloat16", "--max-steps", 2)
     (rows,) = (t for n, t in load_file(h.weights("new") / "adapter_model.safetensors").items() if "trainable" in n)
     assert rows.dtype == torch.float32
 
 
 @pytest.mark.parametrize("options", [("--gradient-checkpointing",), ("--pack", "--max-length", 64), ("--dropout", 0.1)])
-def test_rows_learn_however_it_is_trained(house: Any, options: tuple[object, ...]) -> None:
-    h = house("llama")
+def test_rows_learn_however_it_is_trained(tiny_registry: Any, options: tuple[object, ...]) -> None:
+    h = tiny_registry("llama")
     texts = [{"text": f"{n}. A tide, and a lamp."} for n in range(6)]
     h.train("new", *ROWS, *options, "--max-steps", 2, records=texts if "--pack" in options else CHAT)
     rows = load_file(h.weights("new") / "adapter_model.safetensors")
@@ -197,8 +197,8 @@ def test_rows_learn_however_it_is_trained(house: Any, options: tuple[object, ...
     assert (head - oracle.load_plain(h.base).get_output_embeddings().weight[NUMBERS]).norm(dim=1).min() > 1e-4
 
 
-def test_what_cannot_be_trained_is_refused_by_name(house: Any) -> None:
-    h = house("llama")
+def test_what_cannot_be_trained_is_refused_by_name(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.add("style", seed=1, trainable_token_indices=NUMBERS)
     h.add("lora", seed=2, target_modules=["q_proj", "lm_head"])
     h.add("whole", seed=3, modules_to_save=["embed_tokens"])
@@ -222,8 +222,8 @@ def test_what_cannot_be_trained_is_refused_by_name(house: Any) -> None:
     assert h.adapters() == {"style", "lora", "whole"}
 
 
-def test_a_recipe_names_tokens_and_is_up_to_date(house: Any) -> None:
-    h = house("llama")
+def test_a_recipe_names_tokens_and_is_up_to_date(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
     h.data()
     recipe = h.folder / "stackctl.yaml"
     text = "base: tiny\ntrain:\n  chat: {data: data.jsonl, max_steps: 1, rank: 2, train_tokens: %s}\n"
@@ -235,16 +235,16 @@ def test_a_recipe_names_tokens_and_is_up_to_date(house: Any) -> None:
     assert h.run("train", "--dry-run", "--json").json["plan"][0]["why"] == "other train_tokens"
 
 
-def test_a_token_is_named_as_it_is_written(house: Any) -> None:
+def test_a_token_is_named_as_it_is_written(tiny_registry: Any) -> None:
     """By its name in the vocabulary, or by the text that it stands for."""
-    h = house("llama")
+    h = tiny_registry("llama")
     for asked, name in (("Ġ", "Ġ"), (" ", " "), ("a, b", None)):
         found = h.run("train", "new", "--data", h.data(), "--train-tokens", asked, "--dry-run", "--json").json
         assert found["trained_tokens"] == ([name] if name else ["a", " b"])
 
 
-def test_a_frozen_stack_with_rows_can_be_weighted(house: Any) -> None:
-    h = house("tied")
+def test_a_frozen_stack_with_rows_can_be_weighted(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
     h.add("style", seed=1, trainable_token_indices=[3, 104])
     for how in ("fold", "live"):
         h.train(f"new-{how}", *ROWS, "--max-steps", 2, "--frozen", how, on="style:0.5")

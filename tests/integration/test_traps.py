@@ -36,8 +36,8 @@ def two_adapters(h: Any) -> Any:
 
 
 @pytest.fixture
-def pair(house: Any) -> Any:
-    h = house()
+def style_and_instruct(tiny_registry: Any) -> Any:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     return h
@@ -46,17 +46,24 @@ def pair(house: Any) -> Any:
 # -- style is active --------------------------------------------------------------------------------------------------
 
 
-def test_set_adapter_switches_style_off(pair: Any) -> None:
-    model = two_adapters(pair)
+def test_set_adapter_switches_style_off(style_and_instruct: Any) -> None:
+    model = two_adapters(style_and_instruct)
     model.set_adapter("instruct")
-    assert oracle.relative(oracle.logits(model.double()), pair.live(("instruct", 1)), pair.live()) < 1e-9
+    assert (
+        oracle.relative(
+            oracle.logits(model.double()), style_and_instruct.live(("instruct", 1)), style_and_instruct.live()
+        )
+        < 1e-9
+    )
     with pytest.raises(TypeError):
-        two_adapters(pair).set_adapter(["style", "instruct"])
-    assert pair.error(pair.load(), "style+instruct", ("style", 1), ("instruct", 1)) < 1e-5
+        two_adapters(style_and_instruct).set_adapter(["style", "instruct"])
+    assert style_and_instruct.error(style_and_instruct.load(), "style+instruct", ("style", 1), ("instruct", 1)) < 1e-5
 
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
-def test_a_training_with_style_off_is_caught(pair: Any, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_with_style_off_is_caught(
+    style_and_instruct: Any, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Should the code ever forget style, the run ends with 5 and registers nothing."""
 
     def forgets_to_fold(stacked: Any, *_: Any) -> str:
@@ -71,15 +78,15 @@ def test_a_training_with_style_off_is_caught(pair: Any, frozen: str, monkeypatch
     attach_live = attaching.attach_live
     monkeypatch.setattr(run, "freeze_stack", forgets_to_fold)
     monkeypatch.setattr(attaching, "attach_live", forgets_to_activate)
-    pair.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
-    assert pair.adapters() == {"style", "instruct"}
+    style_and_instruct.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
+    assert style_and_instruct.adapters() == {"style", "instruct"}
 
 
 # -- only the new adapter trains --------------------------------------------------------------------------------------
 
 
-def test_activating_both_makes_both_trainable(pair: Any) -> None:
-    model = two_adapters(pair)
+def test_activating_both_makes_both_trainable(style_and_instruct: Any) -> None:
+    model = two_adapters(style_and_instruct)
     model.base_model.set_adapter(["style", "instruct"])
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trainable if ".style." in name}
@@ -87,7 +94,7 @@ def test_activating_both_makes_both_trainable(pair: Any) -> None:
         proofs.check_trainable(model)
 
 
-def test_a_training_that_would_move_style_is_caught(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_would_move_style_is_caught(style_and_instruct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def leaves_it_trainable(*arguments: Any, **options: Any) -> Any:
         model = attach(*arguments, **options)
         for name, parameter in model.named_parameters():
@@ -97,13 +104,13 @@ def test_a_training_that_would_move_style_is_caught(pair: Any, monkeypatch: pyte
 
     attach = run.attach_new
     monkeypatch.setattr(run, "attach_new", leaves_it_trainable)
-    pair.train("new", "--frozen", "live", "--max-steps", 2, on="style", code=5)
-    assert pair.adapters() == {"style", "instruct"}
+    style_and_instruct.train("new", "--frozen", "live", "--max-steps", 2, on="style", code=5)
+    assert style_and_instruct.adapters() == {"style", "instruct"}
 
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
 def test_frozen_weights_that_moved_in_memory_are_caught(
-    pair: Any, frozen: str, monkeypatch: pytest.MonkeyPatch
+    style_and_instruct: Any, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the optimizer, or anything else, to touch the frozen part, the run would end with 5."""
     models: list[Any] = []
@@ -120,16 +127,16 @@ def test_frozen_weights_that_moved_in_memory_are_caught(
 
     attach = run.attach_new
     monkeypatch.setattr(run, "attach_new", remembers)
-    pair.at_step(1, nudge)
-    pair.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
-    assert pair.adapters() == {"style", "instruct"}
+    style_and_instruct.at_step(1, nudge)
+    style_and_instruct.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
+    assert style_and_instruct.adapters() == {"style", "instruct"}
 
 
-def test_trainers_own_resume_goes_on_with_the_wrong_adapter(pair: Any, tmp_path: Path) -> None:
+def test_trainers_own_resume_goes_on_with_the_wrong_adapter(style_and_instruct: Any, tmp_path: Path) -> None:
     """The trap; that stackctl's resumed run is the uninterrupted one is in test_training."""
 
     def trainer(steps: int) -> Any:
-        model = two_adapters(pair)
+        model = two_adapters(style_and_instruct)
         model.base_model.set_adapter(["style", "instruct"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".instruct." in name)
@@ -151,9 +158,9 @@ def test_trainers_own_resume_goes_on_with_the_wrong_adapter(pair: Any, tmp_path:
 # -- no noise, the right place, the right labels ----------------------------------------------------------------------
 
 
-def test_a_frozen_adapters_dropout_is_noise(house: Any) -> None:
+def test_a_frozen_adapters_dropout_is_noise(tiny_registry: Any) -> None:
     """That stackctl's frozen adapters make none is in test_training: its losses are those without dropout."""
-    h = house()
+    h = tiny_registry()
     h.add("style", seed=1, lora_dropout=0.5)
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), h.paths["style"]).train()
     assert not torch.equal(oracle.logits(model), oracle.logits(model))
@@ -162,20 +169,20 @@ def test_a_frozen_adapters_dropout_is_noise(house: Any) -> None:
     assert h.log("new")[0]["loss"] == pytest.approx(h.log("again")[0]["loss"], rel=1e-6)  # rows in another order
 
 
-def test_selected_adapters_are_saved_into_a_folder_of_their_own(pair: Any, tmp_path: Path) -> None:
-    two_adapters(pair).save_pretrained(tmp_path / "naive", selected_adapters=["instruct"])
+def test_selected_adapters_are_saved_into_a_folder_of_their_own(style_and_instruct: Any, tmp_path: Path) -> None:
+    two_adapters(style_and_instruct).save_pretrained(tmp_path / "naive", selected_adapters=["instruct"])
     assert not (tmp_path / "naive" / "adapter_config.json").exists()
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        PeftModel.from_pretrained(oracle.load_plain(pair.base), tmp_path / "naive")
-    pair.run("add", "nested", tmp_path / "naive")
-    assert pair.error(pair.load(), "nested", ("instruct", 1)) < 1e-5
+        PeftModel.from_pretrained(oracle.load_plain(style_and_instruct.base), tmp_path / "naive")
+    style_and_instruct.run("add", "nested", tmp_path / "naive")
+    assert style_and_instruct.error(style_and_instruct.load(), "nested", ("instruct", 1)) < 1e-5
 
 
-def test_masking_by_the_pad_token_drops_the_end_of_turn(house: Any) -> None:
+def test_masking_by_the_pad_token_drops_the_end_of_turn(tiny_registry: Any) -> None:
     ids, _ = oracle.label(TEXTS[0])
     batch = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)([{"input_ids": ids}])
     assert batch["labels"][0, -1] == -100, "nothing would ever learn to stop"
-    h = house()
+    h = tiny_registry()
     count = h.train("chat", "--max-steps", 1, records=CHAT[:1])["supervised_tokens"]
     assert count == len(oracle.byte_ids(CHAT[0]["messages"][1]["content"])) + 1
 
@@ -195,8 +202,8 @@ def must_not_load(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_no_sum_no_stack(house: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    h = house()
+def test_no_sum_no_stack(tiny_registry: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    h = tiny_registry()
     h.add("style", seed=1, target_modules=["q_proj"])
     path = random_adapter(h.base, tmp_path / "odd", seed=2, **REFUSED[kind])
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", must_not_load)
@@ -211,9 +218,9 @@ def test_no_sum_no_stack(house: Any, kind: str, monkeypatch: pytest.MonkeyPatch,
         assert "odd@1" in error["message"]
 
 
-def test_dora_in_pefts_cat_is_silently_wrong(house: Any, tmp_path: Path) -> None:
+def test_dora_in_pefts_cat_is_silently_wrong(tiny_registry: Any, tmp_path: Path) -> None:
     """Why DoRA is refused: PEFT sums it without a word."""
-    h = house()
+    h = tiny_registry()
     h.add("style", seed=1)
     h.paths["dora"] = random_adapter(h.base, tmp_path / "dora", seed=2, use_dora=True)
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), h.paths["style"], adapter_name="style")
@@ -224,8 +231,8 @@ def test_dora_in_pefts_cat_is_silently_wrong(house: Any, tmp_path: Path) -> None
     assert oracle.relative(oracle.logits(model.double()), wanted, h.live()) > 0.05
 
 
-def test_another_peft_type_is_refused(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_another_peft_type_is_refused(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(oracle.load_plain(h.base), config).save_pretrained(tmp_path / "ia3")
     error = h.run("add", "ia3", tmp_path / "ia3", "--json", code=4).json["error"]
@@ -233,8 +240,8 @@ def test_another_peft_type_is_refused(house: Any, tmp_path: Path) -> None:
     assert h.adapters() == set()
 
 
-def test_whole_modules_in_two_members_are_refused(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = house()
+def test_whole_modules_in_two_members_are_refused(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = tiny_registry()
     h.add("style", seed=1, modules_to_save=["norm"])
     h.add("instruct", seed=2, modules_to_save=["norm"])
     h.add("plain", seed=3)
@@ -247,8 +254,8 @@ def test_whole_modules_in_two_members_are_refused(house: Any, monkeypatch: pytes
     h.run("compose", "style:0.5+plain", code=4)
 
 
-def test_a_frozen_member_with_whole_modules(house: Any) -> None:
-    h = house()
+def test_a_frozen_member_with_whole_modules(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1, modules_to_save=["norm"])
     h.train("new", "--frozen", "live", "--max-steps", 2, on="style", code=4)
     h.train("new", "--max-steps", 2, on="style")
@@ -260,8 +267,8 @@ def test_a_frozen_member_with_whole_modules(house: Any) -> None:
 # -- base and adapter fit ---------------------------------------------------------------------------------------------
 
 
-def test_a_base_that_became_another_is_5(house: Any, models: Any, tmp_path: Path) -> None:
-    h = house()
+def test_a_base_that_became_another_is_5(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     folder = tmp_path / "mine"
     shutil.copytree(h.base, folder)
     h.run("base", "add", "mine", folder)
@@ -274,8 +281,8 @@ def test_a_base_that_became_another_is_5(house: Any, models: Any, tmp_path: Path
     h.run("train", "new", "--on", "style", "--data", h.data(), code=5)
 
 
-def test_members_of_two_bases_are_refused(house: Any, models: Any, tmp_path: Path) -> None:
-    h = house()
+def test_members_of_two_bases_are_refused(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.run("base", "add", "other", models("llama", seed=5))
     h.run("add", "alien", random_adapter(models("llama", seed=5), tmp_path / "alien", seed=2), "--base", "other")
@@ -307,9 +314,9 @@ def of_another_rank(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("damage", [without_one, with_one_more, of_another_shape, of_another_rank])
-def test_tensors_that_find_no_place_are_refused(house: Any, damage: Any, tmp_path: Path) -> None:
+def test_tensors_that_find_no_place_are_refused(tiny_registry: Any, damage: Any, tmp_path: Path) -> None:
     """The trap: PEFT loads what fits and warns, or passes over the rest."""
-    h = house()
+    h = tiny_registry()
     path = random_adapter(h.base, tmp_path / "odd", seed=1)
     tensors = load_file(path / "adapter_model.safetensors")
     damage(tensors)
@@ -320,8 +327,8 @@ def test_tensors_that_find_no_place_are_refused(house: Any, damage: Any, tmp_pat
     assert h.adapters() == set()
 
 
-def test_pickles_are_never_read(house: Any, tmp_path: Path) -> None:
-    h = house()
+def test_pickles_are_never_read(tiny_registry: Any, tmp_path: Path) -> None:
+    h = tiny_registry()
     path = random_adapter(h.base, tmp_path / "old", seed=1)
     torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
     (path / "adapter_model.safetensors").unlink()
@@ -332,9 +339,9 @@ def test_pickles_are_never_read(house: Any, tmp_path: Path) -> None:
 # -- other shapes of model --------------------------------------------------------------------------------------------
 
 
-def test_gpt2_stores_its_weights_the_other_way_round(house: Any) -> None:
+def test_gpt2_stores_its_weights_the_other_way_round(tiny_registry: Any) -> None:
     """The trap: of a square Conv1D, W + B @ A fits and is wrong."""
-    h = house("gpt2")
+    h = tiny_registry("gpt2")
     h.add("style", seed=1, target_modules=["attn.c_proj"])
     model = oracle.load_plain(h.base, torch.float64)
     for name, delta in oracle.deltas(h.paths["style"]).items():
@@ -343,9 +350,9 @@ def test_gpt2_stores_its_weights_the_other_way_round(house: Any) -> None:
     assert h.error(h.load(), "style", ("style", 1)) < 1e-5
 
 
-def test_training_a_mixture_stands_on_its_experts_and_not_on_its_router(house: Any) -> None:
+def test_training_a_mixture_stands_on_its_experts_and_not_on_its_router(tiny_registry: Any) -> None:
     """The trap: PEFT's all-linear means the router too, and twice the rank on experts that were two layers once."""
-    h = house("mixtral")
+    h = tiny_registry("mixtral")
     naive, _ = oracle.train(h.base, [], TEXTS, steps=1, learning_rate=0.003)
     assert [name for name in naive if ".mlp.gate." in name]
     h.train("style", "--max-steps", 2, records=TEXTS)
@@ -368,9 +375,9 @@ def test_training_a_mixture_stands_on_its_experts_and_not_on_its_router(house: A
     assert oracle.distance(found, wanted) < 1e-4
 
 
-def test_embedding_adapters_hold_copies_of_the_base(house: Any) -> None:
+def test_embedding_adapters_hold_copies_of_the_base(tiny_registry: Any) -> None:
     """PEFT writes the base's own embedding beside a LoRA on it; it is no part of the adapter."""
-    h = house("tied")
+    h = tiny_registry("tied")
     path = h.add("style", seed=1, target_modules=["embed_tokens", "q_proj"])
     copies = [name for name in oracle.factors_of(path) if ".base_layer.weight" in name]
     assert copies
@@ -384,8 +391,8 @@ def test_embedding_adapters_hold_copies_of_the_base(house: Any) -> None:
 # -- rounding ---------------------------------------------------------------------------------------------------------
 
 
-def test_auto_folds_where_nothing_is_lost_and_else_keeps_the_stack_live(house: Any) -> None:
-    h = house("llama", dtype=torch.bfloat16)
+def test_auto_folds_where_nothing_is_lost_and_else_keeps_the_stack_live(tiny_registry: Any) -> None:
+    h = tiny_registry("llama", dtype=torch.bfloat16)
     h.add("style", seed=1, scale=0.03)
     exact = h.train("exact", "--dtype", "float32", "--max-steps", 2, on="style")
     assert exact["frozen"] == "fold"
@@ -400,7 +407,7 @@ def test_auto_folds_where_nothing_is_lost_and_else_keeps_the_stack_live(house: A
     assert bare["frozen"] == "none"
 
 
-def test_what_is_registered_is_read_back_first(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_registered_is_read_back_first(style_and_instruct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that was not saved whole, or holds no numbers, is not registered."""
 
     def saves(change: Any) -> Any:
@@ -418,23 +425,27 @@ def test_what_is_registered_is_read_back_first(pair: Any, monkeypatch: pytest.Mo
     write = registering.save_adapter
     for change in (without_one, with_nan):
         monkeypatch.setattr(registering, "save_adapter", saves(change))
-        pair.train("new", "--max-steps", 1, on="style", code=5)
-        assert pair.adapters() == {"style", "instruct"}
+        style_and_instruct.train("new", "--max-steps", 1, on="style", code=5)
+        assert style_and_instruct.adapters() == {"style", "instruct"}
 
 
-def test_the_layers_of_raw_peft_agree_about_scaling(pair: Any) -> None:
+def test_the_layers_of_raw_peft_agree_about_scaling(style_and_instruct: Any) -> None:
     """The oracle itself: a weight multiplies a member's scaling, and arithmetic by hand gives the same."""
-    model = oracle.live(pair.base, *pair.members(("style", 0.5), ("instruct", -2)))
-    by_hand = oracle.load_plain(pair.base, torch.float64)
-    parts = oracle.added(oracle.deltas(pair.paths["style"], 0.5), oracle.deltas(pair.paths["instruct"], -2))
+    model = oracle.live(style_and_instruct.base, *style_and_instruct.members(("style", 0.5), ("instruct", -2)))
+    by_hand = oracle.load_plain(style_and_instruct.base, torch.float64)
+    parts = oracle.added(
+        oracle.deltas(style_and_instruct.paths["style"], 0.5), oracle.deltas(style_and_instruct.paths["instruct"], -2)
+    )
     for name, delta in parts.items():
         by_hand.get_submodule(name.removeprefix("base_model.model.")).weight.data += delta
-    assert oracle.relative(oracle.logits(by_hand), oracle.logits(model), pair.live()) < 1e-10
+    assert oracle.relative(oracle.logits(by_hand), oracle.logits(model), style_and_instruct.live()) < 1e-10
 
 
-def test_a_plan_with_a_problem_is_not_used(pair: Any) -> None:
-    plan = dataclasses.replace(pair.plan("style+instruct"), problems=(Problem("invented", "an invented problem"),))
-    stacked = pair.load()
+def test_a_plan_with_a_problem_is_not_used(style_and_instruct: Any) -> None:
+    plan = dataclasses.replace(
+        style_and_instruct.plan("style+instruct"), problems=(Problem("invented", "an invented problem"),)
+    )
+    stacked = style_and_instruct.load()
     with pytest.raises(StackctlError):
         stacked.use(plan)
-    assert torch.equal(oracle.logits(stacked.model), oracle.logits(oracle.load_plain(pair.base)))
+    assert torch.equal(oracle.logits(stacked.model), oracle.logits(oracle.load_plain(style_and_instruct.base)))

@@ -121,8 +121,8 @@ def plain_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plain_sgd")
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_factors_are_those_of_trl(house: Callable[..., Any], tmp_path: Path, case: str) -> None:
-    h = house()
+def test_losses_and_factors_are_those_of_trl(tiny_registry: Callable[..., Any], tmp_path: Path, case: str) -> None:
+    h = tiny_registry()
     objective, (flags, _) = case.split()[0], CASES[case]
     frozen = random_adapter(h.base, tmp_path / "frozen", seed=1, scale=0.1)
     start = random_adapter(h.base, tmp_path / "start", seed=2, scale=0.1)
@@ -152,9 +152,9 @@ def test_losses_and_factors_are_those_of_trl(house: Callable[..., Any], tmp_path
 
 
 def test_the_reference_is_raw_peft_with_all_members_live(
-    house: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = house()
+    h = tiny_registry()
     members = [random_adapter(h.base, tmp_path / name, seed=n, scale=0.1) for n, name in enumerate(("one", "two"), 1)]
     h.run("add", "one", members[0])
     h.run("add", "two", members[1], "--on", "one")

@@ -12,80 +12,85 @@ from safetensors.torch import load_file, save_file
 from short_texts import texts
 
 
-def test_a_stack_that_is_no_better_keeps_the_typed_weights(pair: Any) -> None:
-    made = pair.run(
-        "compose", "style:0.9", "--name", "s", "--fit", pair.data(texts(12, 16)), "--fit-steps", 5, "--json"
+def test_a_stack_that_is_no_better_keeps_the_typed_weights(style_and_noise: Any) -> None:
+    made = style_and_noise.run(
+        "compose", "style:0.9", "--name", "s", "--fit", style_and_noise.data(texts(12, 16)), "--fit-steps", 5, "--json"
     ).json
     fit = made["fit"]
     assert fit["fitted"] is False, "with two records kept apart chance cannot be told"
     assert (fit["records"], fit["per"], fit["weights"]) == (2, "member", {"style": 0.9})
     assert fit["held_out_after"] == fit["held_out_before"] and fit["loss_after"] == fit["loss_before"]
     assert made["members"][0]["weight"] == 0.9
-    assert pair.run("inspect", "s", "--json").json["members"][0]["weight"] == 0.9
+    assert style_and_noise.run("inspect", "s", "--json").json["members"][0]["weight"] == 0.9
 
 
-def test_learned_weights_are_better_where_it_is_judged_and_are_what_is_written(pair: Any) -> None:
-    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
+def test_learned_weights_are_better_where_it_is_judged_and_are_what_is_written(style_and_noise: Any) -> None:
+    data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
     ask = ("--fit", data, "--holdout", held, "--fit-steps", 3, "--json")
-    made = pair.run("compose", "style:0+noise", "--name", "s", *ask).json
+    made = style_and_noise.run("compose", "style:0+noise", "--name", "s", *ask).json
     fit = made["fit"]
     assert fit["fitted"] is True and fit["records"] == 10 and fit["held_out_records"] == 14
     assert fit["held_out_after"] < fit["held_out_before"] and fit["loss_after"] < fit["loss_before"]
     assert {m["adapter"]: m["weight"] for m in made["members"]} == fit["weights"]
     losses = {
-        what: pair.run("eval", what, "--data", held, "--json").json["results"][0]["loss"]
+        what: style_and_noise.run("eval", what, "--data", held, "--json").json["results"][0]["loss"]
         for what in ("style:0+noise", "s")
     }
     assert losses["s"] == pytest.approx(fit["held_out_after"], abs=1e-6)
     assert losses["style:0+noise"] == pytest.approx(fit["held_out_before"], abs=1e-6)
-    again = pair.run("compose", "style:0+noise", "--name", "s2", *ask).json["fit"]
+    again = style_and_noise.run("compose", "style:0+noise", "--name", "s2", *ask).json["fit"]
     assert again == fit, "the same seed gives the same bits"
-    turned = pair.run("compose", "noise+style:0", "--name", "s3", *ask).json["fit"]
+    turned = style_and_noise.run("compose", "noise+style:0", "--name", "s3", *ask).json["fit"]
     assert turned["tried"]["weights"] == fit["tried"]["weights"] and list(turned["weights"]) == ["noise", "style"]
 
 
-def test_layers_and_modules_have_their_own_weights(pair: Any) -> None:
-    data, held = pair.data(texts(12, 22)), pair.data(texts(22, 36), "held.jsonl")
-    for per, names in (("layer", {"model.layers.0", "model.layers.1"}), ("module", set(pair.plan("style").modules))):
+def test_layers_and_modules_have_their_own_weights(style_and_noise: Any) -> None:
+    data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
+    for per, names in (
+        ("layer", {"model.layers.0", "model.layers.1"}),
+        ("module", set(style_and_noise.plan("style").modules)),
+    ):
         ask = ("--fit", data, "--holdout", held, "--per", per, "--fit-steps", 2, "--json")
-        made = pair.run("compose", "style:0.2", "--name", f"by-{per}", *ask).json
+        made = style_and_noise.run("compose", "style:0.2", "--name", f"by-{per}", *ask).json
         assert made["fit"]["fitted"] is True and made["fit"]["steps"] <= 2
         assert set(made["fit"]["weights"]["style"]) == names == set(made["members"][0]["layer_weights"])
-        entry = yaml.safe_load((pair.folder / f"registry/stacks/by-{per}.yaml").read_text())
+        entry = yaml.safe_load((style_and_noise.folder / f"registry/stacks/by-{per}.yaml").read_text())
         assert entry["members"][0]["layer_weights"] == made["fit"]["weights"]["style"]
 
 
-def test_what_cannot_be_fitted_is_said_before_the_base_is_loaded(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_fitted_is_said_before_the_base_is_loaded(
+    style_and_noise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr("stackctl.engine.models.load_base", load)
-    data = pair.data()
+    data = style_and_noise.data()
     cases: list[tuple[tuple[Any, ...], int, str]] = [
         (("style+style", "--fit", data), 4, "style"),
         (("style", "--fit", data, "--method", "ties"), 2, "--fit"),
         (("style", "--fit", data, "--per", "head"), 2, "--per"),
         (("style", "--per", "layer"), 2, "--fit"),
         (("style", "--fit", "nothing.jsonl"), 3, "nothing.jsonl"),
-        (("style", "--fit", pair.data([{"text": "one record"}], "one.jsonl")), 2, "--holdout"),
-        (("style", "--fit", pair.data([{"text": ""}], "empty.jsonl")), 2, "empty.jsonl"),
+        (("style", "--fit", style_and_noise.data([{"text": "one record"}], "one.jsonl")), 2, "--holdout"),
+        (("style", "--fit", style_and_noise.data([{"text": ""}], "empty.jsonl")), 2, "empty.jsonl"),
         (("base", "--fit", data), 2, "base"),
     ]
     for arguments, code, said in cases:
-        assert said in pair.run("compose", *arguments, "--name", "s", code=code).err
-    assert pair.run("ls", "--json").json["stacks"] == []
-    path = pair.weights("style") / "adapter_model.safetensors"
-    pair.folder.joinpath("bad").mkdir()
+        assert said in style_and_noise.run("compose", *arguments, "--name", "s", code=code).err
+    assert style_and_noise.run("ls", "--json").json["stacks"] == []
+    path = style_and_noise.weights("style") / "adapter_model.safetensors"
+    style_and_noise.folder.joinpath("bad").mkdir()
     tensors = load_file(path)
     first = next(iter(tensors))
     save_file({**tensors, first: tensors[first] * float("nan")}, path, {"format": "pt"})
-    assert pair.run("compose", "style", "--name", "s", "--fit", data, code=5).err
+    assert style_and_noise.run("compose", "style", "--name", "s", "--fit", data, code=5).err
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "tied", "gemma"])
-def test_weights_live_are_weights_folded(house: Any, name: str) -> None:
+def test_weights_live_are_weights_folded(tiny_registry: Any, name: str) -> None:
     """With all that a LoRA stands on: embeddings, a head, transposed layers, experts."""
-    h = house(name)
+    h = tiny_registry(name)
     heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
     more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
     if name == "mixtral":

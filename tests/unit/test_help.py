@@ -30,7 +30,7 @@ commands = pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words or
 
 
 @pytest.fixture
-def shelf(run: Any, tmp_path: Any) -> None:
+def filled_registry(run: Any, tmp_path: Any) -> None:
     """A registry with one adapter, in the working directory."""
     register(make_registry(tmp_path / "registry"), "style", seed=1)
 
@@ -111,7 +111,7 @@ def test_train_says_first_what_it_trains_and_last_what_all_commands_have(run: An
         ("add style", "stackctl add --help"),
     ],
 )
-def test_a_mistyped_word_is_recognised(shelf: Any, run: Any, typed: str, meant: str) -> None:
+def test_a_mistyped_word_is_recognised(filled_registry: Any, run: Any, typed: str, meant: str) -> None:
     error, hint = run(*typed.split(), code=2).err.splitlines()
     assert hint.startswith(f"hint: {meant}")
     said = error.removeprefix("error: ")
@@ -136,13 +136,15 @@ def test_what_is_missing_is_named_as_the_help_names_it(run: Any) -> None:
         ("compose style+stile", "did you mean 'style'?"),
     ],
 )
-def test_a_mistyped_name_is_recognised(shelf: Any, run: Any, typed: str, meant: str) -> None:
+def test_a_mistyped_name_is_recognised(filled_registry: Any, run: Any, typed: str, meant: str) -> None:
     run("compose", "style", "--name", "duo")
     assert meant in run(*typed.split(), code=3).err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("text", ["dta: x.jsonl\n", "train:\n  x: {dta: x.jsonl}\n"])
-def test_a_mistyped_key_is_recognised_without_a_list_of_all(shelf: Any, run: Any, tmp_path: Any, text: str) -> None:
+def test_a_mistyped_key_is_recognised_without_a_list_of_all(
+    filled_registry: Any, run: Any, tmp_path: Any, text: str
+) -> None:
     (tmp_path / "file.yaml").write_text(text)
     name = [] if text.startswith("train") else ["x"]
     assert run("train", *name, "--config", "file.yaml", code=2).err.splitlines()[-1] == "hint: did you mean 'data'?"
@@ -167,7 +169,7 @@ def test_a_mistyped_key_is_recognised_without_a_list_of_all(shelf: Any, run: Any
          "stackctl export style --format gguf --modelfile --out x"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_plain_words(shelf: Any, run: Any, typed: str, said: str, hint: str) -> None:
+def test_what_is_wrong_is_said_in_plain_words(filled_registry: Any, run: Any, typed: str, said: str, hint: str) -> None:
     error, way_on = run(*typed.split(), code=2).err.splitlines()
     assert said in error
     assert way_on == f"hint: {hint}"
@@ -177,14 +179,14 @@ def test_what_is_wrong_is_said_in_plain_words(shelf: Any, run: Any, typed: str, 
     "typed",
     ["train x --data {}", "train x --config {}", "eval style --data {}", "generate style --prompts {}"],
 )
-def test_a_mistyped_file_is_recognised(shelf: Any, run: Any, tmp_path: Any, typed: str) -> None:
+def test_a_mistyped_file_is_recognised(filled_registry: Any, run: Any, tmp_path: Any, typed: str) -> None:
     (tmp_path / "harbour.jsonl").touch()
     ran = run(*typed.format("harbuor.jsonl").split(), code=3)
     assert "harbuor.jsonl does not exist" in ran.err
     assert ran.err.splitlines()[-1] == "hint: did you mean 'harbour.jsonl'?"
 
 
-def test_an_adapter_is_no_stack_to_use(shelf: Any, run: Any) -> None:
+def test_an_adapter_is_no_stack_to_use(filled_registry: Any, run: Any) -> None:
     error, hint = run("use", "style", code=3).err.splitlines()
     assert error == "error: 'style' is an adapter, and no stack"
     assert hint == "hint: stackctl compose style"

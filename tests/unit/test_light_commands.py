@@ -34,7 +34,7 @@ sys.exit(code)
 
 
 @pytest.fixture
-def shelf(tmp_path) -> Registry:
+def filled_registry(tmp_path) -> Registry:
     registry = make_registry(tmp_path / "registry")
     register(registry, "style", seed=1)
     register(registry, "instruct", ["style@1"], seed=2)
@@ -71,7 +71,7 @@ def light(folder, *arguments, code=0, environment=None):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_light_commands_load_nothing_heavy(shelf, tmp_path, arguments):
+def test_light_commands_load_nothing_heavy(filled_registry, tmp_path, arguments):
     write_checkpoint(tmp_path / "checkpoint")
     light(tmp_path, *arguments)
 
@@ -86,20 +86,20 @@ def test_light_commands_load_nothing_heavy(shelf, tmp_path, arguments):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_work_is_said_before_anything_heavy_is_loaded(shelf, tmp_path, arguments, code):
+def test_what_cannot_work_is_said_before_anything_heavy_is_loaded(filled_registry, tmp_path, arguments, code):
     light(tmp_path, *arguments, code=code)
 
 
-def test_an_up_to_date_recipe_loads_nothing_heavy(shelf, tmp_path):
+def test_an_up_to_date_recipe_loads_nothing_heavy(filled_registry, tmp_path):
     data = tmp_path / "style.jsonl"
     data.write_text('{"text": "x"}\n')
-    adapter = shelf.find_adapter("style")
+    adapter = filled_registry.find_adapter("style")
     trained = msgspec.structs.replace(
         adapter.newest(),
         settings=msgspec.to_builtins(TrainSettings(rank=2)),
         data=DataSource(path="style.jsonl", sha256=sha256_file(data), records=1, format="text"),
     )
-    shelf.write(msgspec.structs.replace(adapter, versions=[trained]))
+    filled_registry.write(msgspec.structs.replace(adapter, versions=[trained]))
     recipe = "base: tiny\ntrain: {style: {data: style.jsonl, rank: 2}}\nstacks: {solo: style}\n"
     (tmp_path / "stackctl.yaml").write_text(recipe)
     assert [step["why"] for step in json.loads(light(tmp_path, "train", "--json", "--dry-run"))["plan"]] == [
@@ -107,14 +107,20 @@ def test_an_up_to_date_recipe_loads_nothing_heavy(shelf, tmp_path):
         "not composed yet",
     ]
     light(tmp_path, "train")  # composing needs no tensors either
-    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in shelf.root.rglob("*")}
+    before = {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in filled_registry.root.rglob("*")
+    }
     assert light(tmp_path, "train") == "up to date\n"
-    after = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in shelf.root.rglob("*")}
+    after = {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in filled_registry.root.rglob("*")
+    }
     assert after == before
 
 
 @pytest.mark.parametrize("words", ["inspect st", "train x --on st", "compose instruct+st", "eval base st"])
-def test_completion_offers_names_and_loads_nothing_heavy(shelf, tmp_path, words, monkeypatch):
+def test_completion_offers_names_and_loads_nothing_heavy(filled_registry, tmp_path, words, monkeypatch):
     monkeypatch.setenv("_STACKCTL_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"stackctl {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
@@ -134,7 +140,9 @@ def test_completion_offers_names_and_loads_nothing_heavy(shelf, tmp_path, words,
     ],
     ids=repr,
 )  # fmt: skip
-def test_completion_builds_only_the_command_that_is_typed(shelf, tmp_path, monkeypatch, shell, line, offered, alone):
+def test_completion_builds_only_the_command_that_is_typed(
+    filled_registry, tmp_path, monkeypatch, shell, line, offered, alone
+):
     """... and all of them as long as its name is not there."""
     monkeypatch.setenv("_STACKCTL_COMPLETE", f"complete_{shell}")
     if shell == "bash":

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from checkpoints import lora_config, lora_tensors, make_base, member, memory_checkpoint
-from registry_fixtures import fails, shelf  # noqa: F401
+from registry_fixtures import fails, filled_registry  # noqa: F401
 
 from stackctl.cli import make_app
 from stackctl.plan.build import plan_stack
@@ -109,7 +109,7 @@ def exports(found):
     return [recipe["lines"][0] for recipe in found.values()]
 
 
-def test_a_stack_by_its_name_and_an_expression_by_its_versions(run, shelf, tmp_path):  # noqa: F811
+def test_a_stack_by_its_name_and_an_expression_by_its_versions(run, filled_registry, tmp_path):  # noqa: F811
     run("compose", "style+instruct:0.5", "--name", "my.tale")
     stored = run("inspect", "my.tale", "--serve", "--json").json["serve"]
     assert [line.split()[:3] for line in exports(stored)] == [["stackctl", "export", "my.tale"]] * 3
@@ -124,16 +124,16 @@ def test_a_stack_by_its_name_and_an_expression_by_its_versions(run, shelf, tmp_p
         run(*shlex.split(line)[1:], "--help")
 
 
-def test_the_registry_is_named_where_it_has_to_be(run, shelf, tmp_path, monkeypatch):  # noqa: F811
+def test_the_registry_is_named_where_it_has_to_be(run, filled_registry, tmp_path, monkeypatch):  # noqa: F811
     assert "--registry" not in run("inspect", "style", "--serve").out
-    elsewhere = Path(shelf.root)
+    elsewhere = Path(filled_registry.root)
     (tmp_path / "away").mkdir()
     monkeypatch.chdir(tmp_path / "away")
     found = run("inspect", "style", "--serve", "--json", "--registry", elsewhere).json["serve"]
     assert {option(line, "--registry") for line in exports(found)} == {str(elsewhere)}
 
 
-def test_lines_are_not_broken_for_a_person(run, shelf, monkeypatch):  # noqa: F811
+def test_lines_are_not_broken_for_a_person(run, filled_registry, monkeypatch):  # noqa: F811
     monkeypatch.setenv("COLUMNS", "60")
     shown = run("inspect", "style", "--serve").out.splitlines()
     assert "stackctl serve style@1" in [line.rstrip() for line in shown]
@@ -142,6 +142,6 @@ def test_lines_are_not_broken_for_a_person(run, shelf, monkeypatch):  # noqa: F8
     assert set(lines) <= {line.rstrip() for line in shown}
 
 
-def test_what_cannot_be_served(fails, shelf, tmp_path):  # noqa: F811
+def test_what_cannot_be_served(fails, filled_registry, tmp_path):  # noqa: F811
     assert "a base has no deltas" in fails("inspect", "base", "--base", "tiny", "--serve", code=2)
     assert "stackctl add" in fails("inspect", "./somewhere", "--serve", code=2)
