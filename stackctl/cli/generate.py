@@ -129,7 +129,7 @@ class _Questions:
     name: str
     prompts: list[Prompt]
     sampling: Sampling
-    batch_size: int
+    batch_size: int | None
 
 
 def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | None) -> Result | None:

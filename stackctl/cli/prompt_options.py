@@ -86,7 +86,14 @@ class GenerateOptions:
     ] = None
     chat_template_kwargs: TEMPLATE_KWARGS = None
     enable_thinking: ENABLE_THINKING = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.", rich_help_panel=OUTPUT_PANEL)] = 8
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts answered at once; left out, as many as suit model and memory.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"
     engine: ENGINE = "auto"

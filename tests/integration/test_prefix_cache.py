@@ -56,7 +56,7 @@ class Talk:
     def __init__(self, stacked: Any) -> None:
         self.stacked, self.remembered = stacked, Remembered()
         self.widths: list[int] = []
-        stacked.model.register_forward_pre_hook(
+        stacked.model.base_model.register_forward_pre_hook(
             lambda _, __, given: self.widths.append(given["input_ids"].shape[1]), with_kwargs=True
         )
 
@@ -142,7 +142,7 @@ def test_what_was_stopped_is_taken_up_where_it_was_whole(tiny_registry: Any) -> 
         if len(passes) == 4:
             raise KeyboardInterrupt
 
-    layer = talk.stacked.model.model.layers[1].register_forward_pre_hook(interrupt)
+    layer = talk.stacked.model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         talk.answer(asked)
     layer.remove()

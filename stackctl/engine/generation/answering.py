@@ -15,8 +15,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.generation.logits_processors import Numbers, RawLogits, processors
 from stackctl.engine.generation.logprobs import TokenBytes
+from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.generation.prefix_cache import Remembered
 from stackctl.engine.generation.reader import Generated
+from stackctl.engine.generation.running import RunningAnswers, places_for
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
@@ -24,6 +26,31 @@ from stackctl.engine.records import Prompt
 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
+
+
+def answer_running(
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    seeds: Sequence[int],
+    stacked: StackedModel,
+    sampling: Sampling,
+    batch_size: int | None,
+) -> Iterator[tuple[int, Generated]] | None:
+    """The answers to prompts by number, as they are finished; None for a model that is answered batch by batch.
+
+    ``batch_size`` is how many at once; None for as many as are quick and fit into memory.
+    """
+    decoder = plain_decoder(stacked)
+    if decoder is None:
+        return None
+    places = batch_size or places_for(decoder, max(map(len, encoded)) + sampling.max_new_tokens)
+    running = RunningAnswers(stacked, decoder, sampling, min(places, len(encoded)))
+    answers = _new_answers(len(encoded), stacked, sampling, None)
+    numbers = {running.add(*one): number for number, one in enumerate(zip(answers, encoded, seeds, strict=True))}
+    return (
+        (numbers[row], _generated(prompts[numbers[row]], row.ids, row.answer, row.seconds))
+        for row in running.finished()
+    )
 
 
 def answer_encoded(
@@ -36,15 +63,22 @@ def answer_encoded(
     remembered: Remembered | None,
 ) -> list[Generated]:
     """The answers to one batch of token ids."""
-    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
-    answers = [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in batch]
+    answers = _new_answers(len(batch), stacked, sampling, on_text)
     started = time.perf_counter()
     write_answers(answers, batch, seeds, stacked, sampling, remembered)
     seconds = time.perf_counter() - started
-    return [
-        Generated(prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds, tuple(ids), tuple(answer.ids))
-        for prompt, ids, answer in zip(prompts, batch, answers, strict=True)
-    ]
+    return [_generated(*one, seconds) for one in zip(prompts, batch, answers, strict=True)]
+
+
+def _new_answers(count: int, stacked: StackedModel, sampling: Sampling, on_text: OnText | None) -> list[Answer]:
+    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
+    return [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in range(count)]
+
+
+def _generated(prompt: Prompt, ids: list[int], answer: Answer, seconds: float) -> Generated:
+    return Generated(
+        prompt, answer.text, len(ids), len(answer.ids), answer.stop, seconds, tuple(ids), tuple(answer.ids)
+    )
 
 
 def write_answers(
@@ -55,13 +89,31 @@ def write_answers(
     sampling: Sampling,
     remembered: Remembered | None = None,
 ) -> None:
-    """Have answers written to the end, of prompts as token ids, padded on the left.
-
-    transformers counts positions from each row's first real token.
+    """Have answers written to the end, of prompts as token ids: by a plain decoder, or by transformers' ``generate``.
 
     Raises:
         Incompatible: transformers cannot generate with this model, or what it computes is no number.
     """
+    decoder = plain_decoder(stacked)
+    if decoder is None:
+        _write_padded(answers, batch, seeds, stacked, sampling, remembered)
+        return
+    running = RunningAnswers(stacked, decoder, sampling, len(batch), remembered)
+    for one in zip(answers, batch, seeds, strict=True):
+        running.add(*one)
+    for _ in running.finished():
+        pass
+
+
+def _write_padded(
+    answers: Sequence[Answer],
+    batch: Sequence[list[int]],
+    seeds: list[int],
+    stacked: StackedModel,
+    sampling: Sampling,
+    remembered: Remembered | None,
+) -> None:
+    """By transformers, prompts padded on the left; it counts positions from each row's first real token."""
     width = max(len(ids) for ids in batch)
     pad = _pad_token(stacked)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=stacked.device)

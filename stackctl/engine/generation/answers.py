@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from stackctl.engine.generation.prompts import encode_prompts
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from stackctl.engine.generation.prefix_cache import Remembered
     from stackctl.engine.models import StackedModel
 
+_PADDED = 8
+"""Prompts in a batch that is padded, unless so many are asked for."""
 _WINDOW = 16
 """Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
 
@@ -38,7 +41,7 @@ def generate(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     on_text: OnText | None = None,
     remembered: Remembered | None = None,
 ) -> Iterator[Generated]:
@@ -47,28 +50,69 @@ def generate(
     What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one, and for
     transformers: another engine remembers by itself.
 
+    ``batch_size`` is how many are answered at once; left out, what suits the model.
+
     Raises:
         Usage: a prompt is empty or does not fit the context.
     """
     encoded = encode_prompts(stacked, prompts, sampling)
-    seeds = row_seeds(sampling.seed, map(tuple, encoded))
-    limit = stacked.base.context_length
-    longest = limit - sampling.max_new_tokens if limit else None
     waiting: dict[int, Generated] = {}
     following = 0
-    for rows in batches([len(ids) for ids in encoded], 1 if on_text else batch_size, longest):
-        asked, ids = [prompts[i] for i in rows], [encoded[i] for i in rows]
-        own = [seeds[i] for i in rows]
-        if hasattr(stacked, "answer_encoded"):
-            answers = cast(OtherEngine, stacked).answer_encoded(asked, ids, own, sampling, on_text)
-        else:
-            from stackctl.engine.generation.answering import answer_encoded  # with torch, which others do without
-
-            answers = answer_encoded(asked, ids, own, cast("StackedModel", stacked), sampling, on_text, remembered)
+    asked = _Asked(prompts, encoded, row_seeds(sampling.seed, map(tuple, encoded)))
+    for rows, answers in _answered(stacked, asked, sampling, batch_size, on_text, remembered):
         waiting.update(zip(rows, answers, strict=True))
         while following in waiting:
             yield waiting.pop(following)
             following += 1
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts, their tokens, and the seeds that they draw with."""
+
+    prompts: Sequence[Prompt]
+    encoded: Sequence[list[int]]
+    seeds: Sequence[int]
+
+    def of(self, rows: Sequence[int]) -> tuple[list[Prompt], list[list[int]], list[int]]:
+        return [self.prompts[i] for i in rows], [self.encoded[i] for i in rows], [self.seeds[i] for i in rows]
+
+
+def _answered(
+    stacked: Answers,
+    asked: _Asked,
+    sampling: Sampling,
+    batch_size: int | None,
+    on_text: OnText | None,
+    remembered: Remembered | None,
+) -> Iterator[tuple[list[int], list[Generated]]]:
+    """Answers with their numbers, as they are there: of a batch that rows join and leave, or batch by batch."""
+    if hasattr(stacked, "answer_encoded"):
+        other = cast(OtherEngine, stacked)
+
+        def answer(rows: list[int]) -> list[Generated]:
+            return other.answer_encoded(*asked.of(rows), sampling, on_text)
+    else:
+        from stackctl.engine.generation.answering import (  # with torch, which others do without
+            answer_encoded,
+            answer_running,
+        )
+
+        own = cast("StackedModel", stacked)
+        if not on_text and asked.prompts:
+            running = answer_running(asked.prompts, asked.encoded, asked.seeds, own, sampling, batch_size)
+            if running is not None:
+                yield from (([row], [generated]) for row, generated in running)
+                return
+
+        def answer(rows: list[int]) -> list[Generated]:
+            return answer_encoded(*asked.of(rows), own, sampling, on_text, remembered)
+
+    limit = stacked.base.context_length
+    longest = limit - sampling.max_new_tokens if limit else None
+    size = 1 if on_text else batch_size or _PADDED
+    for rows in batches([len(ids) for ids in asked.encoded], size, longest):
+        yield rows, answer(rows)
 
 
 def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:

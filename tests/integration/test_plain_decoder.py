@@ -1,0 +1,159 @@
+"""Decoding by few operators: logits and texts are those of transformers' own, of rows that join and leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig
+
+from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
+from stackctl.engine.models import StackedModel, load_base
+from stackctl.engine.records import Prompt
+from stackctl.registry.base_entries import resolve_base
+
+KNOWN = ["llama", "tied", "mistral", "qwen2", "qwen3"]
+PROMPTS = [[5, 9, 14, 3, 8, 21, 30, 7, 2, 40], [11, 4], [17, 23, 6, 12], [33]]
+
+
+@pytest.fixture
+def changed(house: Any, models: Any, tmp_path: Path) -> Any:
+    """A house whose base ``changed`` is a tiny model with another configuration, loaded."""
+
+    def load(name: str, settings: dict[str, Any]) -> StackedModel:
+        folder = tmp_path / "changed"
+        shutil.copytree(models(name), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+        h = house(name)
+        h.run("base", "add", "changed", folder)
+        return load_base(resolve_base(h.registry, "changed"), h.registry)
+
+    return load
+
+
+@pytest.fixture
+def known(house: Any, changed: Any) -> Any:
+    """One of ``KNOWN``, with a stack folded where it is the house's own base."""
+
+    def load(name: str) -> StackedModel:
+        if name == "mistral":
+            without_window: StackedModel = changed(name, {"sliding_window": None})
+            return without_window
+        h = house(name)
+        h.add("style", seed=1)
+        stacked: StackedModel = h.load()
+        stacked.use(h.plan("style"))
+        return stacked
+
+    return load
+
+
+def decoder_of(stacked: StackedModel) -> PlainDecoder:
+    found = plain_decoder(stacked)
+    assert found is not None
+    return found
+
+
+def by_transformers(stacked: StackedModel, ids: list[int]) -> Tensor:
+    """The logits (vocabulary) behind some tokens, of one whole forward pass."""
+    logits: Tensor = stacked.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KNOWN)
+def test_logits_of_rows_that_join_and_leave_are_those_of_a_whole_pass(known: Any, name: str) -> None:
+    stacked = known(name)
+    rows = decoder_of(stacked).rows(3)
+    texts = [list(prompt) for prompt in PROMPTS[:3]]
+    torch.testing.assert_close(rows.join(texts), torch.stack([by_transformers(stacked, ids) for ids in texts]))
+    for step in range(1, 150):  # beyond the memory that is made at first
+        if step == 3:
+            rows.leave(0)
+            texts[0] = texts.pop()
+        if step == 5:
+            texts.append(list(PROMPTS[3]))
+            torch.testing.assert_close(rows.join(texts[2:])[0], by_transformers(stacked, texts[2]))
+        new = [step % 50 + row for row in range(len(texts))]
+        texts = [[*ids, token] for ids, token in zip(texts, new, strict=True)]
+        found = rows.step(new)
+        if step < 8 or step > 147:
+            wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 4])
+def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, batch_size: int | None) -> None:
+    stacked = known(name)
+    prompts = [
+        Prompt(text) for text in ("Hi", "海是什么？", "A rather longer prompt than the others.", "Who?", "One, two")
+    ]
+    answers = list(generate(stacked, prompts, Sampling(max_new_tokens=12, raw=True), batch_size=batch_size))
+    assert [answer.prompt for answer in answers] == prompts
+    stacked.model.generation_config = GenerationConfig()
+    for answer in answers:
+        ids = torch.tensor([answer.asked])
+        out = stacked.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        assert list(answer.ids) == out[: len(answer.ids)]
+        assert answer.stop == ("length" if len(answer.ids) == 12 else "end")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "phi3", "neox", "mixtral"])
+def test_other_models_are_left_to_transformers(house: Any, name: str) -> None:
+    assert plain_decoder(house(name).load()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_windows_and_positions_that_change_are_left_to_transformers(
+    changed: Any, name: str, settings: dict[str, Any]
+) -> None:
+    assert plain_decoder(changed(name, settings)) is None
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) -> float:
+    """Operators from one token to the next."""
+    counts = []
+    for tokens in (4, 4 + more):
+        with _Count() as counter:
+            list(generate(stacked, prompts, Sampling(max_new_tokens=tokens, raw=True)))
+        counts.append(counter.count)
+    return (counts[1] - counts[0]) / more
+
+
+def test_a_token_takes_half_the_operators_of_transformers_and_no_more_for_more_rows(
+    house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = house().load()
+    ours = operators(stacked, [Prompt("Hi")])
+    many = operators(stacked, [Prompt("Hi"), Prompt("Who?"), Prompt("A rather longer prompt.")])
+    monkeypatch.setattr("stackctl.engine.generation.answering.plain_decoder", lambda _: None)
+    theirs = operators(stacked, [Prompt("Hi")])
+    assert ours < 0.6 * theirs
+    assert many < 1.6 * ours, "rows of unlike length have a mask, and places of their own"
