@@ -56,8 +56,8 @@ class Talk:
     def __init__(self, stacked: Any) -> None:
         self.stacked, self.remembered = stacked, Remembered()
         self.widths: list[int] = []
-        stacked.model.base_model.register_forward_pre_hook(
-            lambda _, __, given: self.widths.append(given["input_ids"].shape[1]), with_kwargs=True
+        stacked.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, given: self.widths.append(given[0].shape[-1])
         )
 
     def answer(self, messages: list[dict[str, str]], hear: Any = lambda _: None) -> Any:

@@ -33,9 +33,8 @@ class PlainDecoder:
         self._embed, self._head, self._rotary = inner.embed_tokens, model.lm_head, inner.rotary_emb
         self._layers = [_Layer(layer) for layer in inner.layers]
         self._norm = _norm(inner.norm)
-        one = inner.layers[0].self_attn
-        held = one.k_proj.out_features + one.v_proj.out_features
-        self.bytes_of_token: int = len(inner.layers) * held * model.dtype.itemsize
+        heads, width = model.config.num_key_value_heads, inner.layers[0].self_attn.head_dim
+        self.bytes_of_token: int = 2 * len(inner.layers) * heads * width * model.dtype.itemsize
 
     def rows(self, places: int) -> RunningRows:
         """An empty batch of up to so many rows."""
