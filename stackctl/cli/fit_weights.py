@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stackctl.cli.common import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
+from stackctl.cli.progress import share_progress
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
@@ -138,9 +139,8 @@ def learn_weights(
     """Learn them, with a bar; nothing is judged."""
     from stackctl.engine.weight_fit import fit_weights, member_weights
 
-    with context.output.progress() as progress:
-        task = progress.add_task("learning weights", total=steps)
-        found = fit_weights(stacked, weighted, sets, steps, lambda step: progress.update(task, completed=step))
+    with share_progress(context.output, "learning weights") as progress:
+        found = fit_weights(stacked, weighted, sets, steps, lambda step: progress(step / steps))
     made = member_weights(weighted, found.weights)
     tried = replace(
         stack,

@@ -10,6 +10,7 @@ import typer
 
 from stackctl.cli.common import Context
 from stackctl.cli.engines import Computing
+from stackctl.cli.progress import share_progress
 from stackctl.core.errors import StackctlError, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
@@ -160,11 +161,13 @@ def score_stacks(
 
     scoring = Scoring(stacked, sets)
     scores = []
-    with context.output.progress() as progress:
-        task = progress.add_task(doing, total=len(stacks) * sum(len(found.examples) for found in sets))
+    done, total = 0, len(stacks) * sum(len(found.examples) for found in sets)
+    with share_progress(context.output, doing) as progress:
 
         def advance(count: int) -> None:
-            progress.advance(task, count)
+            nonlocal done
+            done += count
+            progress(done / total)
 
         for name, plan in stacks:
             stacked.use(plan)

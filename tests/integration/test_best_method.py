@@ -131,3 +131,18 @@ def test_what_cannot_be_judged_is_said_before_the_base_is_loaded(
     for arguments, code, said in cases:
         assert said in style_and_noise.run("compose", *arguments, "--name", "s", code=code).err, arguments
     assert style_and_noise.run("ls", "--json").json["stacks"] == []
+
+
+def test_what_takes_long_says_how_far_it_is_without_a_terminal(
+    style_and_noise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stackctl.cli.progress._PATIENCE", 0.0)
+    monkeypatch.setattr("stackctl.cli.progress._BETWEEN_LINES", 0.0)
+    data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
+    ask = ("--method", "best", "--data", data, "--holdout", held, "--fit-steps", 3, "--dry-run")
+    shown = style_and_noise.run("compose", "style:0.2+noise", *ask).err.splitlines()
+    for what in ("learning weights", "trying methods"):
+        shares = [int(line.partition(": ")[2].rstrip("%")) for line in shown if line.startswith(f"{what}: ")]
+        assert shares and shares == sorted(shares) and len(set(shares)) > 2
+    assert "evaluating: " in style_and_noise.run("eval", "style", "noise", "--data", held).err
+    assert "evaluating" not in style_and_noise.run("eval", "style", "noise", "--data", held, "-q").err
