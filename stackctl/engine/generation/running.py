@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stackctl.engine.generation.logits_processors import processors, token_logprob
+from stackctl.engine.generation.logits_processors import check_numbers, processors, token_logprob
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
 from stackctl.engine.generation.prefix_cache import Remembered
@@ -117,7 +117,12 @@ class RunningAnswers:
             self._choose(group, logits)
 
     def _choose(self, rows: Sequence[AnswerRow], logits: Tensor) -> None:
-        """The next token of each row by its logits (rows, vocabulary)."""
+        """The next token of each row by its logits (rows, vocabulary).
+
+        Raises:
+            Incompatible: they are no numbers.
+        """
+        check_numbers(logits)
         likeliest = logits.argmax(-1).tolist()
         for row, own, token in zip(rows, logits, likeliest, strict=True):
             if len(row.processors):
