@@ -172,8 +172,8 @@ def two(h: Any) -> list[oracle.Member]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_rank_that_suffices_begins_where_the_stack_is(house: Any, kind: str) -> None:
-    h = house(kind)
+def test_a_rank_that_suffices_begins_where_the_stack_is(tiny_registry: Any, kind: str) -> None:
+    h = tiny_registry(kind)
     h.add("style", seed=1)
     h.add("chat", seed=2)
     done = distil(h, "style:0.7+chat", "--rank", 8, *STILL).json
@@ -185,8 +185,8 @@ def test_a_rank_that_suffices_begins_where_the_stack_is(house: Any, kind: str) -
     assert oracle.relative(own, theirs, bare) < 1e-4
 
 
-def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(house: Any) -> None:
-    h = house()
+def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(tiny_registry: Any) -> None:
+    h = tiny_registry()
     members = two(h)
     done = distil(h, "style:0.7+chat", "--rank", 2, "--max-steps", 12, "--learning-rate", 3e-3).json
     found = done["distilled"]
@@ -203,10 +203,10 @@ def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(house: Any) -> 
     assert {"system": None, **h.run("inspect", "one", "--json").json["distilled"]} == found
 
 
-def test_the_error_is_that_of_ratios_over_records(house: Any) -> None:
+def test_the_error_is_that_of_ratios_over_records(tiny_registry: Any) -> None:
     from stackctl.engine.significance import ratio_error
 
-    h = house()
+    h = tiny_registry()
     members = two(h)
     found = distil(h, "style:0.7+chat", "--rank", 2, *STILL).json["distilled"]
     teacher, student = oracle.live(h.base, *members), cut(h.base, members, 2)
@@ -215,8 +215,8 @@ def test_the_error_is_that_of_ratios_over_records(house: Any) -> None:
     assert found["divergence_before_error"] == pytest.approx(ratio_error(totals, sizes), rel=1e-3)
 
 
-def test_weights_that_only_got_worse_are_not_taken(house: Any) -> None:
-    h = house()
+def test_weights_that_only_got_worse_are_not_taken(tiny_registry: Any) -> None:
+    h = tiny_registry()
     two(h)
     done = distil(h, "style+chat", "--rank", 2, "--max-steps", 2, "--learning-rate", 3.0).json
     assert done["kept_step"] == 0
@@ -224,8 +224,8 @@ def test_weights_that_only_got_worse_are_not_taken(house: Any) -> None:
 
 
 @pytest.mark.parametrize("stack", ["base", "style"])
-def test_a_system_prompt_is_read_by_the_teacher_alone(house: Any, stack: str) -> None:
-    h = house()
+def test_a_system_prompt_is_read_by_the_teacher_alone(tiny_registry: Any, stack: str) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     (h.folder / "pirate.txt").write_text(SYSTEM + "\n")
     members = h.members(("style", 1.0)) if stack == "style" else []
@@ -248,8 +248,8 @@ def test_a_records_own_system_message_follows_the_prompt() -> None:
     assert (plain.messages[0]["role"], plain.context, plain.muted) == ("system", 2, {1})
 
 
-def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(house: Any) -> None:
-    h = house()
+def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     done = distil(h, "style", "--rank", 2, "--pack", "--max-length", 24, *STILL, records=TEXTS, held_out=TEXTS).json
     assert done["distilled"]["divergence_before"] > 0
@@ -258,8 +258,8 @@ def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(house: Any) -> None:
     assert distil(h, "style", *options, records=TALKS, held_out=TALKS).json["version"] == 2
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(house: Any) -> None:
-    h = house()
+def test_an_interrupted_run_goes_on_to_the_same_weights(tiny_registry: Any) -> None:
+    h = tiny_registry()
     two(h)
     options = ("--rank", 2, "--max-steps", 6, "--save-steps", 2, "--learning-rate", 1e-3)
     whole = distil(h, "style+chat", *options).json["digest"]
@@ -272,8 +272,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(house: Any) -> None:
     assert distil(h, "style+chat", *options, "--resume").json["digest"] == whole
 
 
-def test_a_recipe_says_it(house: Any) -> None:
-    h = house()
+def test_a_recipe_says_it(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.data(CHAT, "chat.jsonl")
     (h.folder / "pirate.txt").write_text(SYSTEM)
     recipe = {
@@ -299,15 +299,15 @@ def test_a_recipe_says_it(house: Any) -> None:
     assert {step["name"]: step["why"] for step in plan}["one"] is None
 
 
-def test_dry_run_says_the_teacher(house: Any) -> None:
-    h = house()
+def test_dry_run_says_the_teacher(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     done = distil(h, "style", "--rank", 2, "--dry-run").json
     assert (done["teacher"], done["dry_run"], done["on"]) == ("style@1", True, [])
 
 
-def test_everything_wrong_is_said_at_once(house: Any) -> None:
-    h = house()
+def test_everything_wrong_is_said_at_once(tiny_registry: Any) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     told = h.run(
         "distil", "style", "--name", "base", "--rank", 4000, "--system", "no.txt", "--patience", 2, "--json", code=2
@@ -338,8 +338,8 @@ def test_everything_wrong_is_said_at_once(house: Any) -> None:
         (("distil", "style", "--name", "x", "--system", "empty.txt"), 2, "is empty"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_by_name(house: Any, options: Any, code: int, said: str) -> None:
-    h = house()
+def test_what_cannot_be_distilled_is_refused_by_name(tiny_registry: Any, options: Any, code: int, said: str) -> None:
+    h = tiny_registry()
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     h.add("rows", seed=3, trainable_token_indices=[3, 4])
@@ -350,8 +350,8 @@ def test_what_cannot_be_distilled_is_refused_by_name(house: Any, options: Any, c
     assert "x" not in h.adapters()
 
 
-def test_a_system_prompt_needs_conversations_a_role_and_room(house: Any) -> None:
-    h = house()
+def test_a_system_prompt_needs_conversations_a_role_and_room(tiny_registry: Any) -> None:
+    h = tiny_registry()
     (h.folder / "pirate.txt").write_text(SYSTEM)
     system = ("--rank", 2, "--system", "pirate.txt")
     assert "no conversation" in distil(h, "base", *system, records=TEXTS, code=2).json["error"]["message"]
@@ -375,8 +375,8 @@ def test_a_template_without_the_role_is_refused(run: Any, models: Any, tmp_path:
     assert "shows no system prompt" in ran.json["error"]["message"]
 
 
-def test_two_processes_are_taught_as_one(house: Any) -> None:
-    h = house()
+def test_two_processes_are_taught_as_one(tiny_registry: Any) -> None:
+    h = tiny_registry()
     two(h)
     options = ("--rank", 2, "--max-steps", 3, "--learning-rate", 1e-3)
     alone = distil(h, "style+chat", *options, records=TALKS).json
