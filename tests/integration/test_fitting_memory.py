@@ -180,8 +180,8 @@ def test_a_resumed_run_keeps_how_it_was_cut(tiny_registry: Any, roomy: Any) -> N
     assert train(h, "other", *options)["batch_size"] == 8
 
 
-def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.usefixtures("forked_ranks")
+def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any) -> None:
     h = tiny_registry()
     options = ("--num-processes", 2, "--max-steps", 2, "--dtype", "float32")
     roomy(2 * needed(h, *options, "--batch-size", 2))
