@@ -375,6 +375,7 @@ def test_a_template_without_the_role_is_refused(run: Any, models: Any, tmp_path:
     assert "shows no system prompt" in ran.json["error"]["message"]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_processes_are_taught_as_one(tiny_registry: Any) -> None:
     h = tiny_registry()
     two(h)

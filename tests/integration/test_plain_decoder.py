@@ -24,7 +24,7 @@ PROMPTS = [[5, 9, 14, 3, 8, 21, 30, 7, 2, 40], [11, 4], [17, 23, 6, 12], [33]]
 
 
 @pytest.fixture
-def changed(house: Any, models: Any, tmp_path: Path) -> Any:
+def changed(tiny_registry: Any, models: Any, tmp_path: Path) -> Any:
     """A house whose base ``changed`` is a tiny model with another configuration, loaded."""
 
     def load(name: str, settings: dict[str, Any]) -> StackedModel:
@@ -32,7 +32,7 @@ def changed(house: Any, models: Any, tmp_path: Path) -> Any:
         shutil.copytree(models(name), folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **settings}))
-        h = house(name)
+        h = tiny_registry(name)
         h.run("base", "add", "changed", folder)
         return load_base(resolve_base(h.registry, "changed"), h.registry)
 
@@ -40,14 +40,14 @@ def changed(house: Any, models: Any, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def known(house: Any, changed: Any) -> Any:
+def known(tiny_registry: Any, changed: Any) -> Any:
     """One of ``KNOWN``, with a stack folded where it is the house's own base."""
 
     def load(name: str) -> StackedModel:
         if name == "mistral":
             without_window: StackedModel = changed(name, {"sliding_window": None})
             return without_window
-        h = house(name)
+        h = tiny_registry(name)
         h.add("style", seed=1)
         stacked: StackedModel = h.load()
         stacked.use(h.plan("style"))
@@ -110,8 +110,8 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "phi3", "neox", "mixtral"])
-def test_other_models_are_left_to_transformers(house: Any, name: str) -> None:
-    assert plain_decoder(house(name).load()) is None
+def test_other_models_are_left_to_transformers(tiny_registry: Any, name: str) -> None:
+    assert plain_decoder(tiny_registry(name).load()) is None
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) ->
 
 
 def test_a_token_takes_half_the_operators_of_transformers_and_no_more_for_more_rows(
-    house: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stacked = house().load()
+    stacked = tiny_registry().load()
     ours = operators(stacked, [Prompt("Hi")])
     many = operators(stacked, [Prompt("Hi"), Prompt("Who?"), Prompt("A rather longer prompt.")])
     monkeypatch.setattr("stackctl.engine.generation.answering.plain_decoder", lambda _: None)
