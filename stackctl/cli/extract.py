@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import DESCRIPTION, REGISTRY, BaseOption, Context, command
-from stackctl.core.errors import Usage
+from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.schema import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import compact_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.base_models import parse_source
 from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint, version_facts
 from stackctl.render.output import Result
 from stackctl.storage import atomic
@@ -41,9 +42,13 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Make a LoRA adapter of the difference between a full fine-tune and its base."""
         registry = context.registry
-        check_adapter_name(registry, name)
-        number = _rank(rank, tolerance)
-        found_base = resolve_base(registry, base)
+        problems: list[StackctlError] = []
+        attempt(problems, check_adapter_name, registry, name)
+        found_base = attempt(problems, resolve_base, registry, base)
+        attempt(problems, parse_source, "tuned", tuned)
+        attempt(problems, _check_tolerance, rank, tolerance)
+        number = attempt(problems, _rank, rank)
+        raise_all(problems)
         from stackctl.engine import extraction
         from stackctl.engine.base_folders import base_folder
         from stackctl.engine.low_rank import Wanted
@@ -81,14 +86,17 @@ def register(app: typer.Typer) -> None:
         return Result(data, label, text, notes=tuple(notes))
 
 
-def _rank(text: str, tolerance: float | None) -> int | None:
+def _rank(text: str) -> int | None:
     """A rank, or None for auto."""
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise Usage(f"--tolerance {tolerance:g} is not between 0 and 1", hint="give a share, for example 0.1")
     if text == "auto":
         return None
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
         raise Usage(f"--rank {text} is no rank", hint="give a number from 1 to 65536, or auto")
-    if tolerance is not None:
-        raise Usage("--tolerance needs --rank auto", hint="leave out one of the two")
     return int(text)
+
+
+def _check_tolerance(rank: str, tolerance: float | None) -> None:
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise Usage(f"--tolerance {tolerance:g} is not between 0 and 1", hint="give a share, for example 0.1")
+    if tolerance is not None and rank != "auto":
+        raise Usage("--tolerance needs --rank auto", hint="leave out one of the two")

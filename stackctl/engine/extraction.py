@@ -12,23 +12,26 @@ import torch
 from torch import Tensor
 
 from stackctl.core import Say
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_files import make_base
 from stackctl.engine.base_folders import base_folder
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
-from stackctl.engine.tensors import TensorFiles
+from stackctl.engine.tensors import TensorFiles, all_finite
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
 
 
 @dataclass
 class Extraction(Pairs):
-    """What came out of two models. ``left_out`` are parameters that changed and are not kept."""
+    """What came out of two models. ``left_out`` are parameters that changed and are not kept, ``broken`` those that
+    hold NaN or infinity in one of the two.
+    """
 
     left_out: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
 
 def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[Base, Path]:
@@ -37,7 +40,7 @@ def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[B
     Raises:
         NotFound, Usage, Incompatible, HubFailure: it is not there, or is no model of the same layers; with all of it.
     """
-    tuned = make_base("tuned", source, None, registry, say)
+    tuned = make_base("tuned", source, None, registry, say, weights_only=True)
     problems = [
         f"the weights of {which} are stored quantised, and a change cannot be read off them"
         for which, model in ((f"'{base.name}'", base), (source, tuned))
@@ -86,6 +89,7 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Wanted) 
 
     Raises:
         Incompatible: no layer that a LoRA can stand on was changed.
+        VerificationFailed: one of the models holds values that are no finite numbers.
     """
     found, modules = Extraction(), expand_modules(base.modules)
     before, after = (BaseLayout(model, empty_model(model)) for model in (folder, place))
@@ -107,6 +111,12 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Wanted) 
             assert own_group is not None and new_group is not None, "transformers loads no model without an embedding"
             values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
             _keep(found, base, head, modules, values, wanted)
+    if found.broken:
+        more = f" and {len(found.broken) - _SHOWN} more" if len(found.broken) > _SHOWN else ""
+        raise VerificationFailed(
+            f"values that are not finite numbers in {', '.join(found.broken[:_SHOWN])}{more}",
+            hint="get that model again from where it was made",
+        )
     _place_biases(found)
     if not found.pairs:
         others = [*found.saved, *found.left_out]
@@ -136,6 +146,10 @@ def _keep(
     """What is kept of one parameter, if it changed: by more than the rounding of the dtype that it was saved in."""
     old, new = models
     if torch.equal(old.to(new.dtype), new):
+        return
+    broken = [which for which, values in (("the base", old), ("the fine-tune", new)) if not all_finite(values)]
+    if broken:
+        found.broken += [f"{name} of {which}" for which in broken]
         return
     module, _, kind = name.rpartition(".")
     if name in modules:  # a parameter of experts

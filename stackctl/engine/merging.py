@@ -7,6 +7,7 @@ against the exact sum.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from stackctl.engine import algebra, aligned_merging
 from stackctl.engine.module_pool import each_module
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
+from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, misfit, tensor_bytes
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
 
@@ -103,12 +104,17 @@ def measure(plan: StackPlan, progress: Callable[[float], None] = lambda _: None)
     """Compare a plan's method with the exact sum, module by module, in float64.
 
     ``progress`` is called with the share of the modules (0 to 1) that were compared.
+
+    Raises:
+        VerificationFailed: a member's tensor is not finite, or what the method makes of them does not fit float32.
     """
     lost = total = worst = 0.0
     worst_module, rank = "", 0
     with torch.no_grad(), MemberTensors(plan) as tensors:
         made = each_module(plan, tensors, lambda module, factors: _distance(plan, module, factors))
         for done, (module, found) in enumerate(made, 1):
+            if not math.isfinite(found.lost) or not math.isfinite(found.total):
+                raise misfit(module.name, "float32")
             lost, total, rank = lost + found.lost, total + found.total, max(rank, found.rank)
             if found.total and (found.lost / found.total) ** 0.5 > worst:
                 worst, worst_module = (found.lost / found.total) ** 0.5, module.name

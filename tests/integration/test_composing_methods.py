@@ -195,6 +195,14 @@ def test_a_method_says_how_far_it_is(style_and_instruct: Any, monkeypatch: pytes
     assert "merging" not in style_and_instruct.run("compose", "style+instruct", "--name", "t").err
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_change_that_overflows_is_named(style_and_instruct: Any, method: str) -> None:
+    """Factors that are numbers, whose product is none in float32: a failure on the way to JSON, told as a bug."""
+    style_and_instruct.add("huge", seed=3, scale=1e25)
+    ran = style_and_instruct.run("compose", "huge+style", "--method", method, *METHODS[method], "--dry-run", "--json", code=None)
+    print(method, ran.code, ran.err)
+
+
 def test_modules_are_made_on_all_cores_in_the_order_of_the_plan(style_and_instruct: Any) -> None:
     from stackctl.engine.module_pool import each_module
     from stackctl.engine.tensors import MemberTensors

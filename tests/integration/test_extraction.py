@@ -111,6 +111,40 @@ def test_what_cannot_be_extracted_is_refused(tiny_registry: Any, models: Any) ->
     assert h.adapters() == set()
 
 
+def test_what_is_wrong_with_the_options_is_told_together(tiny_registry: Any) -> None:
+    h = tiny_registry()
+    wrong = ("--base", "other", "--tuned", h.folder / "nowhere", "--rank", 0, "--tolerance", 7, "--json")
+    ran = h.run("extract", "NO", *wrong, code=2)
+    message = ran.json["error"]["message"]
+    assert all(word in message for word in ("NO", "other", "nowhere", "--rank 0", "--tolerance 7"))
+
+
+def test_values_that_are_no_numbers_are_named(tiny_registry: Any) -> None:
+    """They were a failure inside the decomposition, told as a bug."""
+    h = tiny_registry()
+
+    def break_two(key: str, parameter: torch.Tensor) -> None:
+        planted(key, parameter)
+        if "layers.1" in key and "proj" in key and parameter.ndim == 2 and ("up_" in key or "q_" in key):
+            parameter[1, 2] = float("nan") if "up_" in key else float("-inf")
+
+    ran = h.run("extract", "chat", "--base", "tiny", "--tuned", tuned_model(h, break_two), "--json", code=5)
+    message = ran.json["error"]["message"]
+    assert "layers.1.mlp.up_proj.weight of the fine-tune" in message and "q_proj.weight" in message
+    assert h.adapters() == set()
+
+
+def test_a_fine_tune_needs_no_tokenizer(tiny_registry: Any) -> None:
+    """Its weights alone are read; a Trainer that was given none saves none."""
+    h = tiny_registry()
+    folder = tuned_model(h, planted)
+    for file in folder.iterdir():
+        if file.name != "config.json" and file.suffix != ".safetensors":
+            file.unlink()
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 3, "--json").json
+    assert found["relative_error"] < 1e-5
+
+
 def test_a_fine_tune_on_the_hub_is_its_newest_commit(tiny_registry: Any, hub: Any) -> None:
     h = tiny_registry()
     folder = tuned_model(h, planted)
