@@ -10,6 +10,7 @@ from stackctl.core.errors import Usage
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs.former import stands_on
 from stackctl.jobs.settings import outcome, settings_of
+from stackctl.registry.checkpoint_files import has_files
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 
@@ -51,7 +52,7 @@ def begin_at_own(registry: Registry, name: str, job: TrainJob, stack: ResolvedSt
 def own_newest(registry: Registry, name: str, job: TrainJob) -> str | None:
     """The newest version of an adapter where a job can begin at it: the same kind of adapter, its weights there."""
     adapter = registry.find_adapter(name)
-    if adapter is None or not registry.weights_path(adapter.newest()).is_dir():
+    if adapter is None or not has_files(registry, adapter.newest()):
         return None
     newest = adapter.newest()
     known, wanted = outcome(settings_of(name, newest)), outcome(job.settings())

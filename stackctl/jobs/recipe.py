@@ -24,6 +24,7 @@ from stackctl.jobs.rebase import own_newest
 from stackctl.jobs.settings import outcome, settings_of
 from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.checkpoint_files import has_files
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
@@ -274,7 +275,7 @@ def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> 
     begins = prepared.beginning.label if prepared.beginning else None
     if newest.from_ != begins and not (rebases and (newest.from_ or "").startswith(f"{name}@")):
         return f"begun at {newest.from_ or 'nothing'}, now at {begins or 'nothing'}"
-    if not registry.weights_path(newest).is_dir():
+    if not has_files(registry, newest):
         return "its weights are missing"
     return None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, VerificationFailed, raise_all
+from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest
 from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.base_models import read_json
@@ -108,7 +109,7 @@ def check_digests(
         VerificationFailed, NotFound: with the names of all that changed, and of all whose files are missing.
     """
     damaged = damaged_members(registry, members, fresh=fresh, read=read)
-    missing = [member.label for member in damaged if not _has_files(registry, member)]
+    missing = [member.label for member in damaged if not has_files(registry, member.version)]
     changed = [member.label for member in damaged if member.label not in missing]
     hint = f"stackctl verify --repair (or remove it: stackctl rm {(changed + missing + [''])[0]})"
     problems: list[StackctlError] = []
@@ -120,5 +121,6 @@ def check_digests(
     raise_all(problems)
 
 
-def _has_files(registry: Registry, member: ResolvedMember) -> bool:
-    return all((registry.weights_path(member.version) / name).is_file() for name in (CONFIG, WEIGHTS))
+def has_files(registry: Registry, version: AdapterVersion) -> bool:
+    """Whether the files of a version are there, whatever is in them."""
+    return all((registry.weights_path(version) / name).is_file() for name in (CONFIG, WEIGHTS))

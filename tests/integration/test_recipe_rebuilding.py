@@ -121,12 +121,15 @@ def test_removed_versions_and_stacks_are_made_again(project: Any, run: Any) -> N
     assert list(why(run)) == ["both"]
 
 
-def test_weights_that_are_gone_are_made_again(project: Any, run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["style", "chat"])
+@pytest.mark.parametrize("gone", [".", "adapter_model.safetensors"])
+def test_weights_that_are_gone_are_made_again(project: Any, run: Any, tmp_path: Path, name: str, gone: str) -> None:
     import shutil
 
     built(run)
-    shutil.rmtree(tmp_path / "registry" / "weights" / "chat" / "1")
-    assert "chat" in why(run)
+    path = tmp_path / "registry" / "weights" / name / "1" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert why(run)[name] == "its weights are missing"
     built(run)
     assert why(run) == {}
 
