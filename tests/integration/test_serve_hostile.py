@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
+import warm
 from hostile_requests import GOOD, assail, hold, post
 from serving import serving
 
@@ -57,14 +55,15 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_worked_on(server):
     assert server.memory() < 2_000_000_000
 
 
-def test_connections_that_stall_are_hung_up_on(server):
-    held = hold(server, 30)
-    assert post(server, GOOD)[0] == 200
-    for number, connection in enumerate(held):
-        connection.settimeout(60)
-        answer = connection.recv(1000)
-        assert answer.startswith(b"HTTP/1.1 408 ") if number % 3 == 2 else answer == b""
-        connection.close()
+def test_connections_that_stall_are_hung_up_on(filled_registry):
+    with serving(filled_registry.folder, start=_impatient) as server:
+        held = hold(server, 30)
+        assert post(server, GOOD)[0] == 200
+        for number, connection in enumerate(held):
+            connection.settimeout(60)
+            answer = connection.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408 ") if number % 3 == 2 else answer == b""
+            connection.close()
 
 
 def test_a_client_that_does_not_read_is_dropped_and_its_places_are_free(filled_registry):
@@ -91,13 +90,13 @@ def test_a_client_that_does_not_read_is_dropped_and_its_places_are_free(filled_r
 
 
 def _impatient(arguments, folder, out, errors, **environment):
-    """The command with two seconds for a client to read where it has a minute."""
-    changed = "import stackctl.serving.run as run; run._UNREAD = 2.0; from stackctl.cli import main; main()"
-    with out.open("w") as output, errors.open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, "-c", changed, *arguments],
-            cwd=folder, stdout=output, stderr=said, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+    """The command with seconds for a client to send or to read where it has up to a minute."""
+    place = folder / "impatience"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(
+        "from stackctl.serving import guard, run\nrun._HEAD = guard._STALLED = 4.0\nrun._UNREAD = 2.0\n"
+    )
+    return warm.Command(arguments, folder, out, errors, **environment, PYTHONPATH=str(place))
 
 
 def _unread(server, body):
