@@ -7,18 +7,15 @@ million. What is no finite number is bad.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
-
-import torch
-from torch import nn
 
 from stackctl.engine.data import Example
 from stackctl.engine.data.examples import IGNORED
 from stackctl.engine.evaluation import DataSet, Score, Scoring, score_examples
 from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.generation.logprobs import NotFinite
 from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.stopping import decode
 from stackctl.engine.models import StackedModel
@@ -123,9 +120,11 @@ class TextProbe:
         """The answer, and whether all logits of it were finite numbers."""
         if off not in self._answers:
             self._stacked.use(switch_off(self._plan, off))
-            with _watching(self._stacked.model) as strange:
+            try:
                 (answer,) = generate(self._stacked, [self._prompt], self._sampling)
-            self._answers[off] = answer, not strange
+                self._answers[off] = answer, True
+            except NotFinite:
+                self._answers[off] = Generated(self._prompt, "", 0, 0, "", 0.0), False
         return self._answers[off]
 
 
@@ -137,19 +136,3 @@ def _ending_in(tokenizer: Any, answer: Generated, text: str) -> Example:
     ids = [*answer.asked, *answer.ids[:end]]
     ignored = len(answer.asked) + begin
     return Example(ids, [IGNORED] * ignored + ids[ignored:])
-
-
-@contextlib.contextmanager
-def _watching(model: nn.Module) -> Iterator[list[bool]]:
-    """Not empty once a logit was no finite number."""
-    found: list[bool] = []
-
-    def look(_: nn.Module, __: Any, made: Any) -> None:
-        if not found and not bool(torch.isfinite(made.logits).all()):
-            found.append(True)
-
-    handle = model.register_forward_hook(look)
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -18,11 +18,13 @@ _LEAST = -9999.0
 """What OpenAI's API says of a token without any probability: JSON has no infinity."""
 
 
-def not_finite() -> Incompatible:
+class NotFinite(Incompatible):
+    """Logits of an answer are no numbers."""
+
+
+def not_finite() -> NotFinite:
     """What is said of an answer whose logits are no numbers, which every engine would choose a token by."""
-    return Incompatible(
-        "what this stack computes is not a finite number", hint="use smaller weights, or --dtype float32"
-    )
+    return NotFinite("what this stack computes is not a finite number", hint="use smaller weights, or --dtype float32")
 
 
 @dataclass(frozen=True)
