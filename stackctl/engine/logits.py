@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from stackctl.engine.data import split_row, starts_of
 from stackctl.engine.segment_attention import OWN
 from stackctl.engine.token_losses import OutputHead, TokenLosses, find_head, passed_through, token_losses
 
@@ -81,7 +82,7 @@ def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, A
         "return_dict": True,
     }
     # A record alone in its row has the positions that the model gives it: not all of them count from 0.
-    accepted, starts = inspect.signature(inner.forward).parameters, _starts(inputs["position_ids"])
+    accepted, starts = inspect.signature(inner.forward).parameters, starts_of(inputs["position_ids"])
     if "position_ids" not in accepted or len(starts) <= 2:
         del arguments["position_ids"]
     if inner.config._attn_implementation in OWN:
@@ -98,26 +99,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _starts(positions: Tensor) -> list[int]:
-    """Where the records of a row begin, and where the row ends."""
-    return [*torch.nonzero(positions[0] == 0).flatten().tolist(), positions.numel()]
-
-
 def split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The examples of a collated row, each as a row of its own."""
-    parts = []
-    for start, end in itertools.pairwise(_starts(inputs["position_ids"])):
-        inside = (inputs["keep"] >= start) & (inputs["keep"] < end)
-        if bool(inside.any()):
-            parts.append(
-                {
-                    "input_ids": inputs["input_ids"][:, start:end],
-                    "position_ids": inputs["position_ids"][:, start:end],
-                    "keep": inputs["keep"][inside] - start,
-                    "labels": inputs["labels"][inside],
-                }
-            )
-    return parts
+    """The examples of a collated row, each as a row of its own; without those of which nothing is learned."""
+    return [part for part in split_row(inputs, 1) if part["labels"].numel()]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -159,9 +159,7 @@ class _TokenLosses(torch.autograd.Function):
             with torch.set_grad_enabled(ahead):
                 inner = hidden[part].detach().requires_grad_(ahead)
                 logits = logits_of(inner)
-            values = logits.detach().float()
-            if values.data_ptr() == logits.data_ptr():
-                values = values.clone()  # what the graph keeps is not overwritten
+            values = logits.detach().float()  # overwritten: a graph that had kept them would say so
             correct[part] = values.argmax(-1) == labels[part]
             losses[part] = target(values, part, logits_of)
             if unit is not None:
@@ -188,7 +186,7 @@ class _TokenLosses(torch.autograd.Function):
             for part in _chunks(labels.numel(), ctx.head):
                 inner = hidden[part].detach().requires_grad_(True)
                 logits = logits_of(inner)
-                values = logits.detach().float().clone()
+                values = logits.detach().float()
                 ctx.target(values, part, logits_of)
                 values *= upstream[part, None]
                 found = torch.autograd.grad(logits, [inner, *parameters], values.to(logits.dtype))
@@ -201,9 +199,11 @@ class _TokenLosses(torch.autograd.Function):
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (c,) of float32 logits (c, vocabulary), which become its gradient: softmax - one-hot."""
     place = labels[:, None]
-    total = torch.logsumexp(logits, -1, keepdim=True)  # (c, 1)
-    losses = total - logits.gather(-1, place)
-    logits.sub_(total).exp_()
+    largest = logits.amax(-1, keepdim=True)  # (c, 1)
+    own = logits.gather(-1, place) - largest
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    losses = total.log() - own
+    logits.div_(total)
     logits.scatter_add_(-1, place, torch.full_like(losses, -1.0))
     return losses[:, 0]
 

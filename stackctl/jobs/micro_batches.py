@@ -17,12 +17,14 @@ CUT = "cut"
 class StepCut:
     """A step of each process: ``count`` micro-batches of ``records`` (or pairs, or packed sequences).
 
-    ``checkpointing``: activations are computed again for the backward pass instead of kept.
+    ``checkpointing``: activations are computed again for the backward pass instead of kept. ``tokens``: a micro-batch
+    goes forward and back in parts of at most so many, between records.
     """
 
     records: int
     count: int = 1
     checkpointing: bool = False
+    tokens: int | None = None
 
     def __str__(self) -> str:
         cut = (
@@ -40,7 +42,12 @@ def read_cut(told: Any) -> StepCut | None:
 
 
 def possible_cuts(
-    records: int, count: int, *, smaller: bool = False, checkpointing: bool | None = None
+    records: int,
+    count: int,
+    *,
+    smaller: bool = False,
+    checkpointing: bool | None = None,
+    tokens: int | None = None,
 ) -> list[StepCut]:
     """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
 
@@ -50,7 +57,7 @@ def possible_cuts(
     step = records * count
     sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [records]
     kinds = (False, True) if checkpointing is None else (checkpointing,)
-    return [StepCut(size, step // size, kind) for kind in kinds for size in sizes]
+    return [StepCut(size, step // size, kind, tokens) for kind in kinds for size in sizes]
 
 
 def first_that_fits(cuts: Sequence[StepCut], fits: Callable[[StepCut], bool], *, smaller: bool = False) -> StepCut:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_registry import CHAT, interrupt
 
-from stackctl.engine.training import memory, memory_trial
+from stackctl.engine.training import memory, memory_trial, trainer
 from stackctl.engine.training import run as run_module
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.registry.store import Registry
@@ -133,6 +133,55 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
     assert all(float((first[name] - value).abs().max()) <= 1e-6 * largest for name, value in second.items())
     assert cut["tokens"] == whole["tokens"]
     assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "records", "processes"), [
+    ("sft", RECORDS, 1), ("sft", RECORDS, 2), ("dpo", PAIRS, 1), ("kto", [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)
+    ], 1),
+])  # fmt: skip
+def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], processes: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    h = tiny_registry()
+    options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2, "--num-processes", processes)
+    found = gradients(monkeypatch)
+    runs, estimates, sizes = [], [], list[int]()
+    right = trainer.micro_batch_loss
+
+    def counted(model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+        sizes.append(inputs["input_ids"].numel())
+        return right(model, inputs, *more)
+
+    monkeypatch.setattr(trainer, "micro_batch_loss", counted)
+    for name, most in (("whole", 10**6), ("parts", 60)):
+        monkeypatch.setattr(memory, "PART", most)
+        sizes.clear()
+        estimates.append(needed(h, *options, records=records))
+        runs.append(train(h, name, *options, records=records))
+        if processes == 1:
+            assert len(sizes) == 2 if name == "whole" else len(sizes) > 2, sizes
+    assert estimates[1] < estimates[0]
+    whole, parts = runs
+    for key in ("tokens", "supervised_tokens", "steps", "batch_size", "gradient_accumulation"):
+        assert parts[key] == whole[key]
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    for first, second in zip(found[:2], found[2:], strict=True):  # two steps of each run, if they are in this process
+        largest = max(float(value.abs().max()) for value in first.values())
+        assert all(float((second[name] - value).abs().max()) <= 1e-6 * largest for name, value in first.items())
+
+
+def test_a_resumed_run_keeps_its_parts(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = tiny_registry()
+    options = ("--epochs", 2, "--save-steps", 1, "--dropout", 0.2)
+    monkeypatch.setattr(memory, "PART", 60)
+    whole = train(h, "whole", *options)
+    h.at_step(3, interrupt)
+    train(h, "new", *options, code=130)
+    h.at_step(0, interrupt)
+    monkeypatch.setattr(memory, "PART", 10**6)
+    assert train(h, "new", *options, "--resume")["digest"] == whole["digest"]
 
 
 def test_a_step_stays_what_the_file_says(tiny_registry: Any, roomy: Any) -> None:

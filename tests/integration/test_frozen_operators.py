@@ -58,7 +58,9 @@ def of_a_step(h: Any, depth: int, frozen: str) -> list[Operator]:
 
 def products(operators: list[Operator]) -> list[Operator]:
     """Those that multiply matrices."""
-    return [operator for operator in operators if operator[0].split(".")[1] in ("mm", "addmm", "bmm", "baddbmm")]
+    return [
+        operator for operator in operators if operator[0].split(".")[1] in ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+    ]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from stackctl.engine import segment_attention as attention
 from stackctl.engine.data import IGNORED, Example, collate
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.row_layout import choose_layout
+from stackctl.engine.training.lora_sum import add_in_place
 
 _SMALL = SIZES | {"max_position_embeddings": 256}
 CONFIGS: dict[str, Any] = {
@@ -91,6 +92,43 @@ def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) 
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
     assert layout == EXPECTED.get(name, "per_record")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi"])  # without and with a bias, and transposed weights
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adding_in_place_changes_no_number(name: str, autocast: bool, models: Any) -> None:
+    model = model_of(name, models)
+    batch = collate(examples())
+
+    def computed() -> tuple[float, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = supervised_loss(model, batch)
+        loss.backward()
+        return float(loss.detach()), gradients(model)
+
+    expected, expected_gradient = computed()
+    add_in_place(model)
+    assert sum(bool(getattr(layer, "lora_variant", None)) for layer in model.modules()) >= 8
+    loss, gradient = computed()
+    tolerance = 3e-2 if autocast else 1e-6
+    assert loss == pytest.approx(expected, rel=tolerance)
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < tolerance
+
+
+def test_adding_in_place_keeps_dropout_and_other_adapters(models: Any) -> None:
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    settings = {"target_modules": "all-linear", "lora_dropout": 0.5, "init_lora_weights": False}
+    model: Any = get_peft_model(base, LoraConfig(r=4, **settings))
+    model.add_adapter("frozen", LoraConfig(r=2, **settings))
+    model.base_model.set_adapter(["frozen", "default"])
+    model.train()
+    batch = collate(examples())
+    torch.manual_seed(3)
+    expected = float(supervised_loss(model, batch).detach())
+    add_in_place(model)
+    assert {name for layer in model.modules() for name in getattr(layer, "lora_variant", ())} == {"default"}
+    torch.manual_seed(3)
+    assert float(supervised_loss(model, batch).detach()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_window_that_is_lost_is_seen(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from stackctl.engine.data import IGNORED, Example, collate, pack
+from stackctl.engine.data import IGNORED, Example, collate, pack, split_row
 
 
 def example_of(length: int, first: int = 0) -> Example:
@@ -26,6 +26,28 @@ def test_rows_are_full_in_order_and_hold_every_document_once() -> None:
     assert list(rows) == list(pack(examples, 10))
     with pytest.raises(ValueError, match="does not fit"):
         pack(examples, 9)
+
+
+def test_a_row_is_split_between_records() -> None:
+    examples = [example_of(n, 100 * i) for i, n in enumerate((3, 7, 12, 2, 4, 5))]
+    batch = collate(examples) | {"references": torch.arange(6.0), "desired": torch.arange(6) % 2 == 0}
+    batch["swapped"] = collate(examples[:1])  # belongs to the micro-batch, not to one of its records
+    for most, together, wanted in (
+        (10, 1, [[0, 1], [2], [3, 4], [5]]),
+        (1, 1, [[0], [1], [2], [3], [4], [5]]),
+        (14, 2, [[0, 1], [2, 3], [4, 5]]),
+        (33, 1, [[0, 1, 2, 3, 4, 5]]),
+        (1, 4, [[0, 1, 2, 3], [4, 5]]),
+    ):
+        parts = split_row(batch, most, together=together)
+        assert [part["references"].tolist() for part in parts] == wanted
+        for part, numbers in zip(parts, wanted, strict=True):
+            alone = collate([examples[number] for number in numbers])
+            assert all(torch.equal(part[key], value) for key, value in alone.items())
+            assert part["desired"].tolist() == [number % 2 == 0 for number in numbers]
+    assert [part["input_ids"].tolist() for part in split_row(collate([Example([0, 0], [IGNORED] * 2)]), 1)] == [
+        [[0, 0]]
+    ]
 
 
 def test_collate_keeps_no_prediction_across_examples() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         one_by_one,
         pack,
         pairs_of,
+        split_row,
+        starts_of,
     )
 
 __all__ = [
@@ -50,6 +52,8 @@ __all__ = [
     "pairs_of",
     "prefix_ids",
     "shown_date",
+    "split_row",
+    "starts_of",
 ]
 
 # With torch, numpy and pyarrow, which nobody needs who renders a prompt.
@@ -66,5 +70,7 @@ __getattr__ = on_demand(
         "one_by_one",
         "pack",
         "pairs_of",
+        "split_row",
+        "starts_of",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import overload
 
@@ -20,6 +21,10 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """The tokens of each example; a store on disk knows them without reading it."""
     known = getattr(examples, "lengths", None)
     return known() if known else np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+_OF_RECORDS = ("references", "desired")
+"""What a micro-batch of answers has for each of them."""
 
 
 def longest_of(examples: Sequence[Example]) -> int:
@@ -168,3 +173,28 @@ def collate(rows: Sequence[Example]) -> dict[str, Tensor]:
         "keep": torch.tensor(keep, dtype=torch.int64),
         "labels": torch.tensor(labels, dtype=torch.int64),
     }
+
+
+def starts_of(positions: Tensor) -> list[int]:
+    """Where the records of a row (1, T) begin, by its positions, and T, where it ends."""
+    return [*torch.nonzero(positions[0] == 0).flatten().tolist(), positions.numel()]
+
+
+def split_row(batch: dict[str, Tensor], most: int, *, together: int = 1) -> list[dict[str, Tensor]]:
+    """A collated micro-batch in parts of at most ``most`` tokens, cut between records; a longer record is a part alone.
+
+    ``together``: so many records that follow one another are never parted.
+    """
+    starts = starts_of(batch["position_ids"])
+    count, cuts = len(starts) - 1, [0]
+    for first in range(together, count, together):
+        if starts[min(first + together, count)] - starts[cuts[-1]] > most:
+            cuts.append(first)
+    parts = []
+    for first, end in itertools.pairwise([*cuts, count]):
+        tokens = slice(starts[first], starts[end])
+        inside = (batch["keep"] >= tokens.start) & (batch["keep"] < tokens.stop)
+        part = {key: value[first:end] for key, value in batch.items() if key in _OF_RECORDS}
+        part |= {key: batch[key][:, tokens] for key in ("input_ids", "position_ids")}
+        parts.append(part | {"keep": batch["keep"][inside] - tokens.start, "labels": batch["labels"][inside]})
+    return parts

@@ -26,6 +26,9 @@ from stackctl.machine.memory_estimate import (
 from stackctl.machine.resources import main_memory, own_memory
 from stackctl.storage.files import human_bytes
 
+PART = 1024
+"""Tokens that go forward and back at once on a CPU, where more of them take memory and save no time."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -93,7 +96,9 @@ def plan_step(
     asked = job.gradient_checkpointing
     checkpointing = False if group.checkpoints else asked if targets.checkpoints else False
     step = StepCut(job.effective_batch_size(), job.gradient_accumulation)
-    cuts = possible_cuts(step.records, step.count, smaller=auto, checkpointing=checkpointing)
+    parted = choose_device().type == "cpu" and not group.sharded and not prepared.teacher
+    tokens = PART if parted else None
+    cuts = possible_cuts(step.records, step.count, smaller=auto, checkpointing=checkpointing, tokens=tokens)
     if kept and kept.records * kept.count == step.records * step.count and (auto or kept.records == step.records):
         chosen = replace(kept, checkpointing=kept.checkpointing if checkpointing is None else checkpointing)
         return StepPlan(chosen, estimate(chosen))
@@ -128,19 +133,18 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     base, device = prepared.base, choose_device()
     lengths = corpus.rows.lengths()
     largest = largest_rows(corpus, cut.records)
+    tokens = int(lengths[largest].sum())
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
+    if cut.tokens is not None:  # a part, or the longest record that is one alone
+        tokens = min(tokens, max(cut.tokens, int(lengths[largest[0]])))
+        supervised = min(supervised, tokens)
     beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     return estimate_memory(
         base,
         NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.optimizer in EIGHT_BITS),
-        LargestBatch(
-            int(lengths[largest].sum()),
-            supervised,
-            cut.checkpointing or group.checkpoints,
-            taught=prepared.teacher is not None,
-        ),
+        LargestBatch(tokens, supervised, cut.checkpointing or group.checkpoints, taught=prepared.teacher is not None),
         Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
     )
 

@@ -119,9 +119,12 @@ class RunState:
         counts = torch.tensor([len(margins), *map(len, kinds)])
         self._pairs += torch.cat([counts.to(self._pairs), torch.stack(sums).to(self._pairs)])
 
-    def add_micro_batch(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        """Add the summed loss (scalar, nats) and the tokens of a micro-batch to those of the step."""
+    def add_loss(self, loss: Tensor) -> None:
+        """Add the summed loss (scalar, nats) of a micro-batch, or of a part of it, to that of the step."""
         self._loss += loss.detach().to(self._loss)
+
+    def add_micro_batch(self, inputs: dict[str, Any]) -> None:
+        """Add the tokens of a micro-batch to those of the step."""
         if inputs["labels"].numel():  # else a place that only keeps the ranks in step
             self._tokens += inputs["input_ids"].numel()
             self._supervised += inputs["labels"].numel()

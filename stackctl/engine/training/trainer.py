@@ -1,7 +1,7 @@
 """transformers' Trainer, told what a stack needs: exact loss, the right adapter saved, numbers of the whole run.
 
 Trainer keeps what it is good at: the loop, accumulation, optimizer, schedule, distribution, resuming. Overridden is
-only what would otherwise be silently wrong here: five public methods, and ``_load_from_checkpoint`` as it is in
+only what would otherwise be silently wrong here: six public methods, and ``_load_from_checkpoint`` as it is in
 transformers 5.23, which has no public way to say how an adapter is loaded.
 """
 
@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
+from stackctl.engine.data import split_row
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
 from stackctl.engine.training.callbacks import StepCallback
@@ -123,6 +124,25 @@ class StackTrainer(Trainer):
                 self._drift = drift_of(self.peft_model, batches, one_by_one=parts.one_by_one)
         return batches, numbers_of_each([float(own)], device).sum().long().to(device)
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A micro-batch forward and back, in parts where it has many tokens: the gradients add up to that of all."""
+        self._run.add_micro_batch(inputs)
+        *before, last = self._split(inputs)
+        losses = []
+        for part in before:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _split(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        most, job = self._parts.cut.tokens, self._parts.job
+        if most is None or self.is_deepspeed_enabled:  # its engine counts backward passes
+            return [inputs]
+        return split_row(inputs, most, together=OBJECTIVES[job.objective].answers if self._parts.answers else 1)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -131,7 +151,7 @@ class StackTrainer(Trainer):
             total, scores = micro_batch_loss(model, inputs, self._parts, self._drift)
         if scores:
             self._run.add_answers(scores)
-        self._run.add_micro_batch(total, inputs)
+        self._run.add_loss(total)
         # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
         share: Tensor = total / num_items_in_batch * self.args.world_size
         return share

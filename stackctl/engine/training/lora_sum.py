@@ -1,0 +1,71 @@
+"""What the adapter in training adds to a layer's output, without a tensor of the output's size.
+
+PEFT's ``result + lora_B(lora_A(x)) * scaling`` writes three such tensors forward and one back. Here the narrow side is
+scaled and its product added to the output in place, by way of what PEFT offers for kinds of LoRA that compute in their
+own way. The gradients are the same sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stackctl.engine.training.adapter import ADAPTER
+
+
+def add_in_place(model: PeftModel) -> None:
+    """Let the adapter in training add to its layers' outputs in place, where the layers are plain ones on a CPU.
+
+    A layer whose adapter is of a kind of its own (DoRA) keeps PEFT's way, as do all other adapters of the model.
+    """
+    for layer in model.modules():
+        if type(layer) is not Linear or ADAPTER not in layer.lora_A or ADAPTER in layer.lora_variant:
+            continue
+        weight = layer.get_base_layer().weight
+        if type(layer.get_base_layer()) in (nn.Linear, Conv1D) and weight.device.type == "cpu":
+            layer.lora_variant[ADAPTER] = _InPlace()
+
+
+class _InPlace(LoraVariant):
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        dtype = result.dtype
+        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        x = module.lora_dropout[active_adapter](x)
+        summed: Tensor = _Sum.apply(
+            result.contiguous(), x.to(dtype), a.to(dtype), b.to(dtype), module.scaling[active_adapter]
+        )
+        return summed
+
+
+class _Sum(torch.autograd.Function):
+    """``result`` (…, out) + scaling · ``x`` (…, in) Aᵀ Bᵀ, written over ``result``, which no linear layer reads again.
+
+    A (r, in), B (out, r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            low = (x.flatten(0, -2) @ a.T).mul_(scaling)  # (T, r)
+            summed = result.data
+            summed.view(-1, summed.shape[-1]).addmm_(low, b.T)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scaling = scaling
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low, a, b = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradient = upstream.reshape(-1, upstream.shape[-1])  # (T, out)
+        of_b = gradient.T @ low if needs[3] else None  # (out, r)
+        of_low = (gradient @ b).mul_(ctx.scaling)  # (T, r)
+        of_a = of_low.T @ x.flatten(0, -2) if needs[2] else None  # (r, in)
+        of_x = (of_low @ a).view(x.shape) if needs[1] else None
+        return upstream, of_x, of_a, of_b, None
