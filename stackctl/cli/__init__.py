@@ -14,7 +14,7 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean
+from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean, explain_oserror, system_error
 from stackctl.core.library_messages import reword_message
 from stackctl.jobs.ranks import make_output
 
@@ -96,12 +96,10 @@ def _as_ours(error: BaseException) -> StackctlError:
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted("interrupted", hint="run the command again to go on")
-    if isinstance(error, OSError):
-        from stackctl.core.errors import explain_oserror
-
-        return explain_oserror(error)
     if isinstance(error, typer.TyperException):
         return _usage_error(error)
+    if (said := system_error(error)) is not None:
+        return explain_oserror(said)
     return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
 
 

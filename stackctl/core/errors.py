@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,6 +153,18 @@ def joined(problems: list[StackctlError]) -> StackctlError:
 
 _LONGEST_NAME = 300
 """Characters of a path that a message shows; what is longer is cut in the middle."""
+
+
+_REPEATED = re.compile(r"\(os error (\d{1,5})\)")
+"""How libraries in Rust, such as safetensors and tokenizers, repeat what the operating system said."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the operating system said, as the error itself or as the words of a library; None where it said nothing."""
+    if isinstance(error, OSError):
+        return error
+    found = _REPEATED.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def explain_oserror(error: OSError) -> Failed:

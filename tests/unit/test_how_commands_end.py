@@ -1,6 +1,7 @@
 """How every kind of error ends a command: its exit code, its two lines, and with --debug the traceback besides."""
 
 import errno
+import os
 
 import pytest
 
@@ -33,6 +34,18 @@ def test_debug_adds_the_traceback_and_changes_nothing_else(run, monkeypatch, err
     assert told.err.count("\n") == 2
     assert debugged.json == told.json
     assert set(told.json["error"]) == {"code", "message", "hint"}
+
+
+def test_a_full_disk_is_one_also_in_the_words_of_a_library(run, monkeypatch):
+    """safetensors raises no OSError, and was told as a bug."""
+
+    def fail(_: Context) -> None:
+        raise RuntimeError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    told = run("use", "style", "--json", code=1).json["error"]
+    assert told["message"] == os.strerror(errno.ENOSPC).replace("No", "no", 1)
+    assert "free some space" in told["hint"]
 
 
 def test_every_documented_exit_code_is_one_of_a_kind():
