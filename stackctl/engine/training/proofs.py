@@ -40,8 +40,13 @@ def check_active(without: Tensor, with_stack: Tensor, expression: str) -> float:
     """The frozen stack changes the logits. Returns by how much, relative.
 
     Raises:
-        VerificationFailed: switching it off changes nothing.
+        VerificationFailed: switching it off changes nothing, or with it they are no finite numbers.
     """
+    if not bool(with_stack.isfinite().all()):
+        raise VerificationFailed(
+            f"with the frozen stack {expression} the logits are not finite numbers",
+            hint="use smaller weights, or --dtype float32",
+        )
     effect = difference(without, with_stack)
     if not effect > 0:
         raise VerificationFailed(
