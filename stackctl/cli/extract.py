@@ -24,6 +24,10 @@ stackctl extract chat --base smollm2 --tuned ./my-full-finetune --rank 32
 stackctl extract chat --base smollm2 --tuned me/my-full-finetune --rank auto --tolerance 0.1"""
 
 
+_MUCH = 0.5
+"""The share of a change from which on its loss is remarked on; strangers lose more at any usual rank."""
+
+
 def register(app: typer.Typer) -> None:
     @command(app, "extract", example=_EXAMPLES, panel=REGISTRY)
     def extract(
@@ -83,6 +87,8 @@ def register(app: typer.Typer) -> None:
         )
         notes = [f"kept whole: {', '.join(compact_names(found.saved_modules))}"] if found.saved else []
         notes += [f"changed and not kept: {', '.join(compact_names(found.left_out))}"] if found.left_out else []
+        if found.relative_error > _MUCH:
+            notes.append(f"most of the change is lost: raise --rank, or {tuned} did not grow out of {found_base.name}")
         return Result(data, label, text, notes=tuple(notes))
 
 

@@ -84,7 +84,7 @@ def remove_base(registry: Registry, name: str) -> None:
         users += [stack.name for stack in registry.stacks(mentioning=name) if stack.base == name and not stack.members]
         if users:
             raise Usage(
-                f"the base '{name}' cannot be removed: {', '.join(users)} depend on it",
+                f"the base '{name}' cannot be removed, for what depends on it: {', '.join(users)}",
                 hint=f"remove them first: stackctl rm {users[0].partition('@')[0]}",
             )
         registry.delete(Base, name)

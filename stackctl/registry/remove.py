@@ -57,7 +57,7 @@ def _remove_versions(registry: Registry, reference: Reference, dry_run: bool) ->
     labels = {f"{adapter.name}@{v.version}" for v in going}
     if users := _standing_on(registry, labels):
         raise Usage(
-            f"{' and '.join(sorted(labels))} cannot be removed: {', '.join(users)} depend on it",
+            f"{' and '.join(sorted(labels))} cannot be removed, for what depends on it: {', '.join(users)}",
             hint=f"begin with what nothing depends on: stackctl rm {_free_user(registry, users)}",
         )
     own = [v for v in going if v.path == registry.relative_weights_path(adapter.name, v.version)]  # not those of a link

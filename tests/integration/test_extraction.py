@@ -68,6 +68,7 @@ def test_a_full_change_is_cut_to_the_best_of_its_rank(tiny_registry: Any) -> Non
             sigma = torch.linalg.svdvals(after[key].double() - before[key].double())
             lost, total = lost + float(sigma[4:].square().sum()), total + float(sigma.square().sum())
     assert found["relative_error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    assert "most of the change is lost" in h.run("extract", "low", "--base", "tiny", "--tuned", folder, "--rank", 1).err
     auto = h.run("extract", "near", "--base", "tiny", "--tuned", folder, "--rank", "auto", "--tolerance", 0.3, "--json")
     errors = h.run("inspect", "near", "--json").json["extracted"]["errors"].values()
     assert 0.1 < max(errors) <= 0.3 + 1e-6

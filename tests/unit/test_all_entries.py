@@ -42,11 +42,11 @@ def test_questions_about_all_entries(tmp_path):
     save_stack(registry, "only", resolve_expression(registry, "style@3"))
     assert str(find_digest(registry, made[1].digest)) == "style@2"
     assert resolve_expression(registry, made[1].digest[:20]).text == "style@2"
-    with pytest.raises(Usage, match=r"instruct@1 depend on it"):
+    with pytest.raises(Usage, match=r"depends on it: instruct@1"):
         remove_entry(registry, "style@2")
-    with pytest.raises(Usage, match=r"only depend on it"):
+    with pytest.raises(Usage, match=r"depends on it: only"):
         remove_entry(registry, "style@3")
-    with pytest.raises(Usage, match=r"instruct@1, style@1, style@2, style@3 depend on it"):
+    with pytest.raises(Usage, match=r"depends on it: instruct@1, style@1, style@2, style@3"):
         remove_base(registry, "tiny")
     remove_entry(registry, "style@1")
     assert find_digest(registry, made[0].digest) is None
@@ -67,7 +67,7 @@ def test_an_entry_that_was_edited_by_hand_still_holds_what_it_stands_on(tmp_path
     assert plain in text
     path.write_text(text.replace(plain, written))
     assert registry.find_adapter("instruct").newest().trained_on == ["style@1"]
-    with pytest.raises(Usage, match=r"instruct@1 depend on it"):
+    with pytest.raises(Usage, match=r"depends on it: instruct@1"):
         remove_entry(registry, "style@1")
 
 
