@@ -227,6 +227,17 @@ def test_every_file_that_a_map_names_is_there(page: str) -> None:
     assert len(named) > 10
 
 
+def test_the_page_on_security_names_functions_that_are_there() -> None:
+    named = set(re.findall(r"^\| .*? \| (`.*?`) \|", read(ROOT / "docs" / "explanation" / "security.md"), re.MULTILINE))
+    names = [name for cell in named for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", cell)]
+    for name in names:
+        *module, last = name.split(".")
+        place = ROOT / "stackctl" / Path(*module)
+        if not (place / last).is_dir() and not (place / f"{last}.py").is_file():
+            assert re.search(rf"^(def |class |){last}\b", read(place.with_suffix(".py")), re.MULTILINE), name
+    assert len(names) > 20
+
+
 @pages
 def test_no_page_speaks_of_one_machine(page: Path) -> None:
     text = read(page)
