@@ -20,14 +20,11 @@ from stackctl.core.train_job import TrainJob
 from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.micro_batches import AUTO
-from stackctl.jobs.recipe import (
-    FILE,
-    RecipeFile,
+from stackctl.jobs.recipe import FILE, RecipeFile, find_recipe, read_recipe
+from stackctl.jobs.recipe_plan import (
     Step,
-    find_recipe,
     plan_recipe,
     prepare_recipe_job,
-    read_recipe,
     resolve_recipe_stack,
     rests_after_all,
 )

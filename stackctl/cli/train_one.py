@@ -15,7 +15,8 @@ from stackctl.core.command_line import typed
 from stackctl.core.schema import AdapterVersion
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
-from stackctl.jobs.launch import Launch, launch_training, plan_launch
+from stackctl.jobs.launch import launch_training
+from stackctl.jobs.launch_plan import Launch, plan_launch
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.validate import recorded_problems
@@ -115,7 +116,7 @@ def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch
     plan = _plan_step(prepared, corpus, targets, launch, kept)
     for text in plan.told():
         context.output.status(text)
-    return replace(launch, cuts=(plan.cut, *plan.smaller))
+    return replace(launch, cuts=(plan.cut, *plan.smaller), resume=resume, again=typed_again())
 
 
 def _plan_step(
@@ -155,9 +156,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
         training_progress(context.output, prepared.name) as progress,
     ):
         if launch:
-            root = context.registry.root
-            again = typed_again()
-            return launch_training(launch, prepared, root, context.output, progress, resume=resume, again=again)
+            return launch_training(launch, prepared, context.registry.root, context.output, progress)
         from stackctl.engine.training import RunOutput, train_adapter
 
         output = RunOutput(context.output.status, progress, reading, typed_again(), comparing)

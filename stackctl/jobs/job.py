@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,35 @@ from typing import Any
 import msgspec
 
 from stackctl.core import errors
-from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core.errors import StackctlError, raise_all
 from stackctl.core.expressions import BASE
-from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning
+from stackctl.jobs.job_checks import (
+    check_evaluation,
+    check_is_sum,
+    check_not_on_itself,
+    check_objective,
+    check_orthogonal,
+    check_precision,
+    check_targets,
+    data_path,
+)
 from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.optimizers import check_package
 from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.teacher import Teacher, find_teacher
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
-from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
-from stackctl.lora.target_parameters import EXPERTS, PLAIN
-from stackctl.machine.optional_packages import check_installed
-from stackctl.plan.methods import SUM
+from stackctl.lora.target_modules import parse_targets
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import check_adapter_name
-from stackctl.storage.data_files import texts_in
-from stackctl.storage.paths import missing_path, typed_path
 
 
 @dataclass(frozen=True)
@@ -152,24 +155,24 @@ def prepare_job(
     data = attempt(data_path, job.data, folder, name)
     eval_data = attempt(data_path, job.eval_data, folder, name) if job.eval_data else None
     if stack:
-        attempt(_check_is_sum, stack)
+        attempt(check_is_sum, stack)
         attempt(stack.terms)
-        attempt(_check_not_on_itself, name, stack)
+        attempt(check_not_on_itself, name, stack)
         if job.rebase and (rebased := attempt(begin_at_own, registry, name, job, stack)):
             job, stack = rebased
         if job.from_ is not None and (begun := attempt(find_beginning, registry, name, job, stack)):
             beginning, job = begun
-        attempt(_check_targets, job, stack.base)
+        attempt(check_targets, job, stack.base)
     if stack and (arguments := attempt(_template_arguments, job, stack.base)) is not None:
         job = arguments
     if plan and job.orthogonal:
-        attempt(_check_orthogonal, job, plan)
+        attempt(check_orthogonal, job, plan)
     if plan and stack:
         attempt(check_tokens, job, plan, stack.base, beginning.plan if beginning else None)
-    attempt(_check_evaluation, job)
-    attempt(_check_precision, job)
+    attempt(check_evaluation, job)
+    attempt(check_precision, job)
     attempt(check_package, job)
-    attempt(_check_objective, job)
+    attempt(check_objective, job)
     attempt(check_trackers, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
@@ -185,97 +188,6 @@ def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
     )
 
 
-def data_path(data: str | None, folder: Path | None, name: str) -> str:
-    """A file of data as a path, or the name of a Hub data set as it stands."""
-    if not data:
-        raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
-    path = typed_path(data)
-    if folder is not None and not path.is_absolute():
-        path = folder / path
-    if path.exists():
-        is_folder = path.is_dir()
-        if not (texts_in(path) if is_folder else path.is_file()):
-            kind = "a folder without texts" if is_folder else "no regular file"
-            raise Usage(
-                f"the data {data} is {kind}",
-                hint="give a .jsonl, .json, .parquet, .csv or .txt file, or a folder of texts",
-            )
-        return str(path)
-    if parse_dataset_id(data) is None:
-        raise missing_path(path, "the data file")
-    return data
-
-
-def _check_is_sum(stack: ResolvedStack) -> None:
-    if stack.method != SUM:
-        raise Incompatible(
-            f"the stack '{stack.name}' is composed by {stack.method}, and only a sum can be trained on",
-            hint="train on its members: --on " + "+".join(member.adapter.name for member in stack.members),
-        )
-
-
-def _check_not_on_itself(name: str, stack: ResolvedStack) -> None:
-    if any(member.adapter.name == name for member in stack.members):
-        raise Usage(
-            f"'{name}' cannot be trained on itself",
-            hint=f"choose another name for what comes next, for example {name}-2",
-        )
-
-
-def _check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
-    if not plan.members:
-        raise Usage("--orthogonal needs a frozen stack to be orthogonal to", hint="name it: --on STACK")
-    for name, module in plan.modules.items():
-        reads = module.shape[0] if module.type == "Embedding" else module.shape[1]
-        if module.rank + job.effective_rank() > reads:
-            raise Incompatible(
-                f"--orthogonal: {name} reads {reads} directions, the frozen stack {module.rank} of them, "
-                f"and rank {job.effective_rank()} finds no room beside it",
-                hint="use a smaller --rank, or leave out --orthogonal",
-            )
-
-
-def _check_evaluation(job: TrainJob) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
-    if given and not job.eval_data:
-        need = "needs" if len(given) == 1 else "need"
-        raise Usage(
-            f"{' and '.join(given)} {need} held-out records to evaluate on", hint="name them: --eval-data FILE.jsonl"
-        )
-
-
-_WITHOUT_SFT = {
-    "sft": "--objective sft is that loss alone",
-    "distil": "distil learns from a teacher, and from no answers",
-    "kto": "kto has no chosen answers, each answer has a label",
-    "orpo": "the chosen answer's own loss is a part of orpo",
-}
-"""Why an objective has no use for the chosen answer's own loss besides."""
-
-
-def _check_objective(job: TrainJob) -> None:
-    if job.objective != "distil" and (job.teacher or job.system):
-        raise Usage("--teacher and --system are for --objective distil", hint="add --objective distil")
-    if not job.prefers and job.beta is not None:
-        raise Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
-    if job.objective != "dpo" and job.label_smoothing:
-        raise Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
-    if job.sft_weight and (why := _WITHOUT_SFT.get(job.objective)):
-        raise Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
-    if job.prefers and job.pack:
-        raise Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
-
-
-def _check_precision(job: TrainJob) -> None:
-    if job.dtype != "nf4":
-        return
-    if job.frozen == "fold":
-        raise Incompatible(
-            "a delta cannot be folded into weights of four bits", hint="leave out --frozen fold: the stack is kept live"
-        )
-    check_installed("bitsandbytes")
-
-
 def optimizer_steps(job: TrainJob, rows: int, processes: int) -> int:
     """Optimizer steps of a whole run over ``rows`` records (or packed sequences), as transformers' Trainer counts them.
 
@@ -284,26 +196,6 @@ def optimizer_steps(job: TrainJob, rows: int, processes: int) -> int:
     """
     batches = -(-rows // (job.effective_batch_size() * processes))
     return job.max_steps or math.ceil(-(-batches // job.gradient_accumulation) * job.epochs)
-
-
-def _check_targets(job: TrainJob, base: Base) -> None:
-    modules = expand_modules(base.modules)
-    targets = parse_targets(job.target_modules)
-    kinds = (*PLAIN, *EXPERTS)
-    last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type in kinds})
-    hint = f"modules of {base.name}: {', '.join(last_names)}"
-    if isinstance(targets, str):
-        try:
-            found = named_targets(targets, modules, base.output_embedding)
-        except re.error as error:
-            raise Usage(f"target_modules: '{targets}' is not a regular expression ({error})", hint=hint) from None
-        if not found:
-            raise Usage(f"target_modules: '{targets}' matches no module of the base '{base.name}'", hint=hint)
-        return
-    missing = [target for target in targets if not named_targets([target], modules, base.output_embedding)]
-    if missing or not targets:
-        near = did_you_mean(missing[0], last_names, hint) if missing else hint
-        raise Usage(f"target_modules: the base '{base.name}' has no {', '.join(missing) or 'such modules'}", hint=near)
 
 
 def changed_since(known: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -18,22 +18,18 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
-from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated, Usage
-from stackctl.jobs import optimizers, ranks, teacher, trained_tokens
+from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated
+from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
-from stackctl.jobs.micro_batches import StepCut
+from stackctl.jobs.launch_plan import Launch
 from stackctl.machine.resources import cores
 from stackctl.render.output import Output, Result
-from stackctl.storage.paths import typed_path
-from stackctl.storage.yaml_files import convert, read_text
-from stackctl.storage.yaml_text import parse_yaml
 
 _OWN_CONFIG = {
     "compute_environment": "LOCAL_MACHINE",
@@ -48,123 +44,19 @@ _GRACE = 10.0
 """Seconds that accelerate gets to end after the run has a result."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How to launch: the number of processes, accelerate's configuration, whether it shards the model and
-    whether it computes activations again; and how each process is to cut its steps."""
-
-    processes: int
-    config: Path | None
-    sharded: bool = False
-    checkpointing: bool = False
-    cuts: tuple[StepCut, ...] = ()
-
-
-NOT_WHOLE = Usage(
-    "--orthogonal projects whole factors, and FSDP and DeepSpeed keep parts of them in each process",
-    hint="use distributed_type: MULTI_GPU, or leave out --orthogonal",
-)
-"""What keeps the new adapter's rows from being projected in several processes."""
-
-
-def plan_launch(prepared: PreparedJob) -> Launch | None:
-    """How this job is to be launched; None when it is trained in this process.
-
-    Under a launcher already it is trained here, as one of the run's processes.
-
-    Raises:
-        NotFound, Usage: the configuration is missing, is none of accelerate's, or contradicts the job.
-    """
-    job = prepared.job
-    if ranks.is_worker() or (job.num_processes in (None, 1) and not job.accelerate_config):
-        return None
-    if ranks.is_launched():
-        if job.num_processes and job.num_processes != ranks.world_size():
-            raise Usage(
-                f"--num-processes {job.num_processes}, but the launcher started {ranks.world_size()}",
-                hint="leave out --num-processes where something else launches the processes",
-            )
-        return None
-    if not job.accelerate_config:
-        return Launch(job.num_processes or 1, None)
-    path = typed_path(job.accelerate_config)
-    parsed = parse_yaml(read_text(path), str(path))
-    if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
-        raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")
-    config = convert(parsed, _Config, str(path))
-    _check_config(path, config)
-    if job.orthogonal and config.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise NOT_WHOLE
-    if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.teacher:
-        raise teacher.NOT_WHOLE
-    if config.distributed_type in ("FSDP", "DEEPSPEED") and prepared.trains_tokens:
-        raise trained_tokens.NOT_WHOLE
-    if config.distributed_type in ("FSDP", "DEEPSPEED") and job.optimizer in optimizers.EIGHT_BITS:
-        raise optimizers.NOT_WHOLE
-    processes = job.num_processes or config.num_processes or 1
-    sharded = config.distributed_type == "FSDP"
-    checkpointing = sharded and config.fsdp_config is not None and config.fsdp_config.fsdp_activation_checkpointing
-    return Launch(processes, path.resolve(), sharded, bool(checkpointing)) if processes > 1 else None
-
-
-class _Fsdp(msgspec.Struct):
-    fsdp_version: int | None = None
-    fsdp_activation_checkpointing: bool | None = None
-
-
-class _DeepSpeed(msgspec.Struct):
-    zero_stage: int | None = None
-
-
-class _Config(msgspec.Struct):
-    """What of a configuration of accelerate's is looked at here; there is much more in it."""
-
-    distributed_type: str
-    num_processes: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
-    num_machines: int | None = None
-    fsdp_config: _Fsdp | None = None
-    deepspeed_config: _DeepSpeed | None = None
-
-
-def _check_config(path: Path, config: _Config) -> None:
-    if (config.num_machines or 1) > 1:
-        raise Usage(
-            f"{path} is for several machines, and this command launches on one",
-            hint=f"on each machine: accelerate launch --config_file {path} -m stackctl train …",
-        )
-    fsdp, deepspeed = config.fsdp_config or _Fsdp(), config.deepspeed_config or _DeepSpeed()
-    if config.distributed_type == "FSDP" and (fsdp.fsdp_version or 1) != 2:
-        raise Usage(f"{path}: FSDP of version 1 cannot shard a frozen base", hint="set fsdp_version: 2 in fsdp_config")
-    if config.distributed_type == "DEEPSPEED" and (deepspeed.zero_stage or 0) > 2:
-        raise Usage(f"{path}: a base sharded by ZeRO 3 cannot be proved", hint="use zero_stage: 2, or FSDP")
-
-
 def launch_training(
-    plan: Launch,
-    prepared: PreparedJob,
-    registry: Path,
-    output: Output,
-    progress: Callable[..., None],
-    *,
-    resume: bool,
-    again: str,
+    plan: Launch, prepared: PreparedJob, registry: Path, output: Output, progress: Callable[..., None]
 ) -> Result:
     """Train in several processes; returns what rank 0 would have printed.
-
-    ``again`` is the command that goes on after an interruption.
 
     Raises:
         StackctlError: what the first of the processes that failed said.
         Interrupted, Terminated: Ctrl-C, SIGTERM; what was trained so far is saved.
     """
     with tempfile.TemporaryDirectory(prefix="stackctl-") as folder, _Workers() as workers:
-        command = _command(plan, prepared, registry, Path(folder), resume=resume)
-        environment = {
-            **os.environ,
-            ranks.LINK: json.dumps(
-                {**workers.address, "processes": plan.processes, "again": again, "cuts": msgspec.to_builtins(plan.cuts)}
-            ),
-        }
+        command = _command(plan, prepared, registry, Path(folder))
+        link = {"processes": plan.processes, "again": plan.again, "cuts": msgspec.to_builtins(plan.cuts)}
+        environment = {**os.environ, ranks.LINK: json.dumps({**workers.address, **link})}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.processes)))
         log = Path(folder) / "log"
         with log.open("wb") as stream:
@@ -181,7 +73,7 @@ def launch_training(
             _kill(launcher)
 
 
-def _command(plan: Launch, prepared: PreparedJob, registry: Path, folder: Path, *, resume: bool) -> list[str]:
+def _command(plan: Launch, prepared: PreparedJob, registry: Path, folder: Path) -> list[str]:
     job = {key: value for key, value in msgspec.to_builtins(prepared.job).items() if value is not None}
     job |= {"on": "+".join(prepared.trained_on) or None, "base": prepared.base.name}
     job |= {"data": prepared.data, "eval_data": prepared.eval_data, "name": prepared.name}
@@ -194,7 +86,7 @@ def _command(plan: Launch, prepared: PreparedJob, registry: Path, folder: Path, 
     accelerate += ["--num_processes", str(plan.processes), "--num_machines", "1"]
     accelerate += ["--main_process_ip", ranks.HOST, "--main_process_port", "0"]
     train = ["-m", "stackctl", "train", prepared.name, "--config", str(path), "--registry", str(registry)]
-    return [*accelerate, *train, *(["--resume"] if resume else [])]
+    return [*accelerate, *train, *(["--resume"] if plan.resume else [])]
 
 
 class _Workers:

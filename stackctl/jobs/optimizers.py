@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stackctl.core.errors import Usage
 from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
 
@@ -10,10 +9,6 @@ TRAINERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged
 """What transformers' Trainer calls each."""
 EIGHT_BITS = ("adamw-8bit", "paged-adamw-8bit")
 """Those that bitsandbytes has."""
-NOT_WHOLE = Usage(
-    "--optimizer of 8 bits needs whole factors, and FSDP and DeepSpeed keep parts of them in each process",
-    hint="use distributed_type: MULTI_GPU, or leave out --optimizer",
-)
 
 
 def check_package(job: TrainJob) -> None:

@@ -8,8 +8,7 @@ import msgspec
 
 from stackctl.core.errors import Usage
 from stackctl.core.train_job import TrainJob
-from stackctl.jobs.former import stands_on
-from stackctl.jobs.settings import outcome, settings_of
+from stackctl.jobs.former import outcome, settings_of, stands_on
 from stackctl.registry.checkpoint_files import has_files
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry

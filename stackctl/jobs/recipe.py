@@ -1,7 +1,4 @@
-"""``stackctl.yaml``: what to train, on what, in which order, and what of it is out of date.
-
-Out of date means other bytes of data, other settings, another base or a newer version underneath; never a file's time.
-"""
+"""``stackctl.yaml``: what to train, on what, in which order. What of it is out of date, ``recipe_plan`` finds out."""
 
 from __future__ import annotations
 
@@ -9,26 +6,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from stackctl.core import errors
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
-from stackctl.core.schema import AdapterVersion
 from stackctl.core.train_job import Recipe, TrainJob
-from stackctl.jobs.former import stands_on
-from stackctl.jobs.job import PreparedJob, data_path, prepare_job
-from stackctl.jobs.rebase import own_newest
-from stackctl.jobs.settings import outcome, settings_of
-from stackctl.registry.adapters import resolve_adapter
-from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.checkpoint_files import has_files
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_expression
-from stackctl.registry.store import Registry
-from stackctl.storage.data_files import data_digest
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
 
@@ -110,7 +94,7 @@ def build_order(recipe: Recipe) -> list[str]:
         Usage: some stand on one another in a circle.
     """
     parts = dict.fromkeys((*recipe.train, *recipe.stacks))
-    needs = {name: [n.name for n in _needs(recipe, name) if n.name in parts] for name in parts}
+    needs = {name: [n.name for n in needs_of(recipe, name) if n.name in parts] for name in parts}
     order: dict[str, None] = {}
     for first in parts:
         visiting = {first: iter(needs[first])} if first not in order else {}
@@ -129,184 +113,17 @@ def build_order(recipe: Recipe) -> list[str]:
     return list(order)
 
 
-def _needs(recipe: Recipe, name: str) -> list[Reference]:
+def needs_of(recipe: Recipe, name: str) -> list[Reference]:
     """What a part of the recipe names: in its expression, as teacher and as ``from``, a version of its own aside."""
     job = recipe.train.get(name)
-    named = [*_named(job.from_), *_named(job.teacher)] if job else []
+    named = [*names_in(job.from_), *names_in(job.teacher)] if job else []
     beginning = [found for found in named if found.name != name or found.version is None]
-    return [*_named(_expression(recipe, name)), *beginning]
+    return [*names_in(expression_of(recipe, name)), *beginning]
 
 
-def _expression(recipe: Recipe, name: str) -> str | None:
+def expression_of(recipe: Recipe, name: str) -> str | None:
     return recipe.train[name].on if name in recipe.train else recipe.stacks[name]
 
 
-def _named(expression: str | None) -> list[Reference]:
+def names_in(expression: str | None) -> list[Reference]:
     return [term.reference for term in parse_expression(expression)] if expression else []
-
-
-@dataclass(frozen=True)
-class Step:
-    """One thing to do: an adapter to train or a stack to compose. ``why`` is None when it is up to date.
-
-    ``begins`` is the version at whose factors its training begins.
-    """
-
-    kind: Literal["adapter", "stack"]
-    name: str
-    why: str | None
-    begins: str | None = None
-
-    @property
-    def to_do(self) -> str:
-        """Why it is made, and where that begins, for a person."""
-        return (self.why or "up to date") + (f"; begins at {self.begins}" if self.begins else "")
-
-
-def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -> list[Step]:
-    """What of a recipe is out of date, in the order of doing it. Nothing is loaded or changed.
-
-    Raises:
-        StackctlError: everything that would stop the building later, at once.
-    """
-    recipe = found.recipe
-    problems: list[StackctlError] = []
-    steps: list[Step] = []
-    going: set[str] = set()
-    attempt = functools.partial(errors.attempt, problems)
-    if recipe.base:
-        attempt(resolve_base, registry, recipe.base)
-    for name in build_order(recipe) if not problems else ():
-        kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
-        begins: str | None = None
-        newer = [needed for needed in _needs(recipe, name) if needed.name in going and not _is_there(registry, needed)]
-        if newer:
-            attempt(_check_ahead, found, registry, name)
-            why = f"{newer[0]} is made anew"
-            if kind == "adapter" and recipe.train[name].rebase:
-                begins = own_newest(registry, name, recipe.train[name])
-        elif kind == "stack":
-            why = attempt(_why_compose, found, registry, name)
-        elif prepared := attempt(prepare_recipe_job, found, registry, name):
-            why = attempt(_why_train, found, registry, prepared)
-            why = "--force" if force else why
-            begins = prepared.beginning.label if prepared.beginning else None
-        else:
-            why = None
-        if why:
-            going.add(name)
-        steps.append(Step(kind, name, why, begins if why else None))
-    if recipe.push and recipe.push.stack:
-        for needed in _made_elsewhere(recipe, recipe.push.stack):
-            attempt(resolve_expression, registry, str(needed))
-    raise_all(problems)
-    return steps
-
-
-def _made_elsewhere(recipe: Recipe, expression: str | None) -> list[Reference]:
-    """What an expression names that is no part of the recipe."""
-    return [
-        needed for needed in _named(expression) if needed.name not in recipe.train and needed.name not in recipe.stacks
-    ]
-
-
-def _is_there(registry: Registry, reference: Reference) -> bool:
-    """Whether a certain version is meant, and exists: what is made anew beside it changes nothing."""
-    adapter = registry.find_adapter(reference.name) if reference.version is not None else None
-    return adapter is not None and any(version.version == reference.version for version in adapter.versions)
-
-
-def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
-    """What can be known of a part before that is made which it stands on."""
-    recipe, problems = found.recipe, list[StackctlError]()
-    checks: list[Callable[[], Any]] = [
-        functools.partial(resolve_expression, registry, str(needed))
-        for expression in (_expression(recipe, name), recipe.train[name].teacher if name in recipe.train else None)
-        for needed in _made_elsewhere(recipe, expression)
-    ]
-    if name in recipe.train:
-        job = recipe.train[name]
-        checks += [
-            functools.partial(resolve_adapter, registry, needed) for needed in _made_elsewhere(recipe, job.from_)
-        ]
-        checks.append(functools.partial(data_path, job.data, found.folder, name))
-        if job.eval_data:
-            checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
-    for check in checks:
-        errors.attempt(problems, check)
-    raise_all(problems)
-
-
-def prepare_recipe_job(found: RecipeFile, registry: Registry, name: str) -> PreparedJob:
-    return prepare_job(registry, name, found.job(name), folder=found.folder, fresh=True)
-
-
-def rests_after_all(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> bool:
-    """Whether a job that rebases has nothing to do now that everything beneath it is made: that came out the same."""
-    return found.recipe.train[prepared.name].rebase and _why_train(found, registry, prepared) is None
-
-
-def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> str | None:
-    name = prepared.name
-    adapter = registry.find_adapter(name)
-    if not adapter:
-        return "not trained yet"
-    newest, rebases = adapter.newest(), found.recipe.train[name].rebase
-    known = outcome(settings_of(name, newest), watched=newest.eval_data is not None)
-    settings = outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
-    changed = [key for key, value in settings.items() if key in known and known[key] != value]
-    if changed:
-        return f"other {', '.join(changed)}"
-    path = Path(prepared.data)
-    if not newest.data or (path.exists() and data_digest(path) != newest.data.sha256):
-        return "other data"
-    if _other_held_out(prepared, newest):
-        return "other held-out data"
-    if newest.fingerprint != prepared.base.fingerprint:
-        return "another base"
-    if newest.trained_on != prepared.trained_on and not (rebases and stands_on(registry, newest, prepared.stack)):
-        return (
-            f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
-        )
-    known_teacher = (newest.distilled.teacher, newest.distilled.system) if newest.distilled else None
-    teacher = prepared.teacher
-    if known_teacher != ((teacher.label, teacher.system_digest) if teacher else None):
-        return "another teacher"
-    begins = prepared.beginning.label if prepared.beginning else None
-    if newest.from_ != begins and not (rebases and (newest.from_ or "").startswith(f"{name}@")):
-        return f"begun at {newest.from_ or 'nothing'}, now at {begins or 'nothing'}"
-    if not has_files(registry, newest):
-        return "its weights are missing"
-    return None
-
-
-def _other_held_out(prepared: PreparedJob, newest: AdapterVersion) -> bool:
-    """Whether held-out records that have a say in which weights come out are others now.
-
-    Versions that did not record them yet were made when they had none.
-    """
-    known = newest.eval_data
-    if not prepared.job.held_out_decides:
-        return known is not None and prepared.eval_data is None
-    if known is None:
-        return newest.run is None or newest.run.eval_loss is None
-    path = Path(prepared.eval_data or "")
-    return path.exists() and data_digest(path) != known.sha256
-
-
-def resolve_recipe_stack(found: RecipeFile, registry: Registry, name: str) -> ResolvedStack:
-    """A stack of the recipe by the newest versions of what it names."""
-    expression = found.recipe.stacks[name]
-    return resolve_expression(registry, expression, base=found.recipe.base if expression == BASE else None, fresh=True)
-
-
-def _why_compose(found: RecipeFile, registry: Registry, name: str) -> str | None:
-    resolved = resolve_recipe_stack(found, registry, name)
-    read_plan(registry, resolved).check()
-    stack = registry.find_stack(name)
-    if not stack:
-        return "not composed yet"
-    same = [member.entry() for member in resolved.members] == stack.members
-    if stack.method != resolved.method:
-        return f"composed by {stack.method}"
-    return None if same and stack.fingerprint == resolved.base.fingerprint else "other members"

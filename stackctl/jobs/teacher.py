@@ -22,12 +22,6 @@ from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import missing_path, typed_path
 
-NOT_WHOLE = Usage(
-    "--objective distil runs a teacher beside the new adapter, and FSDP and DeepSpeed keep parts of both in each "
-    "process",
-    hint="use distributed_type: MULTI_GPU",
-)
-
 
 @dataclass(frozen=True)
 class Teacher:

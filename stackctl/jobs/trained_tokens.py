@@ -10,10 +10,6 @@ from stackctl.plan.model import StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 
 AUTO, NONE = "auto", "none"
-NOT_WHOLE = Usage(
-    "--train-tokens trains rows of a whole embedding, and FSDP and DeepSpeed keep parts of it in each process",
-    hint="use distributed_type: MULTI_GPU, or leave out --train-tokens",
-)
 
 
 def parse_tokens(value: list[str] | str) -> list[str] | str:

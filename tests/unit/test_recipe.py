@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.train_job import Recipe, TrainJob
-from stackctl.jobs.recipe import build_order, plan_recipe, read_recipe
+from stackctl.jobs.recipe import build_order, read_recipe
+from stackctl.jobs.recipe_plan import plan_recipe
 
 
 def chain(length: int) -> Recipe:

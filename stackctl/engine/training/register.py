@@ -15,11 +15,16 @@ from torch import Tensor
 from stackctl import __version__
 from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Distilled, Moved, Run
+from stackctl.engine import data as data_module
+from stackctl.engine.models import StackedModel
 from stackctl.engine.records import RecordStream
 from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.state import Counters
+from stackctl.engine.training.trainer import TrainerParts
+from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.outcome import problems_of_run
 from stackctl.jobs.teacher import Teacher
@@ -45,6 +50,39 @@ class FinishedRun:
     outcome: Run
     counters: Counters
     trained_tokens: list[str]
+
+
+def describe_run(prepared: PreparedJob, stacked: StackedModel, corpus: Corpus, parts: TrainerParts, how: str) -> Run:
+    """What the entry says of a run; ``how`` the stack was frozen."""
+    counters, held_out = parts.state.counters, parts.held_out
+    return Run(
+        steps=len(counters.curve),
+        epochs=round(counters.tokens / max(corpus.encoded.tokens, 1), 4),
+        loss=counters.loss,
+        tokens=counters.tokens,
+        supervised_tokens=counters.supervised_tokens,
+        seconds=round(counters.seconds, 3),
+        frozen=how,  # type: ignore[arg-type]
+        frozen_error=stacked.rounding_error if how == "fold" else None,
+        initial_seed=prepared.initial_seed,
+        dtype=("nf4, " if prepared.job.dtype == "nf4" else "")
+        + str(stacked.model.dtype).removeprefix("torch.")
+        + (", bfloat16 autocast" if parts.bfloat16 else ""),
+        device=stacked.device.type,
+        processes=ranks.world_size(),
+        eval_loss_before=held_out.evaluations[0]["eval_loss"] if held_out else None,
+        eval_loss=held_out.kept["eval_loss"] if held_out else None,
+        kept_step=int(held_out.kept["step"]) if held_out else None,
+        stopped_early=held_out is not None and held_out.is_over,
+        eval_accuracy=held_out.kept.get("eval_accuracy") if held_out else None,
+        eval_margin=held_out.kept.get("eval_margin") if held_out else None,
+        accuracy=counters.accuracy,
+        margin=counters.margin,
+        batch_size=parts.cut.records,
+        gradient_accumulation=parts.cut.count,
+        gradient_checkpointing=parts.cut.checkpointing or group.checkpoints_itself(),
+        template_date=data_module.shown_date(stacked.tokenizer),
+    )
 
 
 def register_version(

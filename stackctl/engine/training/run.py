@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from stackctl.core.errors import Interrupted, Terminated, Usage
-from stackctl.core.schema import AdapterVersion, Run
+from stackctl.core.schema import AdapterVersion
 from stackctl.engine import data as data_module
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.live_adapter import LIVE
@@ -35,15 +35,15 @@ from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.optimizers import check_kernels
 from stackctl.engine.training.orthogonal import OrthogonalRows
 from stackctl.engine.training.reference import ReferenceModel, fallen
-from stackctl.engine.training.register import FinishedRun, register_version
+from stackctl.engine.training.register import FinishedRun, describe_run, register_version
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.engine.training.teaching import attach_teacher
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
-from stackctl.jobs import optimizers, ranks, teacher, trained_tokens
+from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
-from stackctl.jobs.launch import NOT_WHOLE
+from stackctl.jobs.launch_plan import check_whole_parameters
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.jobs.trackers import log_folder, tracking
 from stackctl.registry.checkpoint_files import check_digests
@@ -83,14 +83,8 @@ def train_adapter(
         VerificationFailed: a proof failed; nothing is registered.
         Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
     """
-    if prepared.job.orthogonal and group.keeps_parts():
-        raise NOT_WHOLE
-    if group.keeps_parts() and prepared.teacher:
-        raise teacher.NOT_WHOLE
-    if group.keeps_parts() and prepared.trains_tokens:
-        raise trained_tokens.NOT_WHOLE
-    if group.keeps_parts() and prepared.job.optimizer in optimizers.EIGHT_BITS:
-        raise optimizers.NOT_WHOLE
+    if group.keeps_parts():
+        check_whole_parameters(prepared)
     check_kernels(prepared.job.optimizer)
     begins = (prepared.beginning.member,) if prepared.beginning else ()
     teachers = prepared.teacher.stack.members if prepared.teacher else ()
@@ -228,7 +222,7 @@ def _train(
     if ranks.rank() > 0:
         return None
     finished = FinishedRun(
-        model, factors, stacked.tokenizer, corpus, _outcome(prepared, loaded, parts, how), state.counters,
+        model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, how), state.counters,
         [token for _, token in sorted(loaded.targets.tokens.items())],
     )  # fmt: skip
     return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, trainable)
@@ -267,39 +261,6 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
         )
     if held_out:
         held_out.use_kept(trainer.peft_model)
-
-
-def _outcome(prepared: PreparedJob, loaded: _Loaded, parts: TrainerParts, how: str) -> Run:
-    """What the entry says of the run."""
-    stacked, counters, held_out = loaded.stacked, parts.state.counters, parts.held_out
-    return Run(
-        steps=len(counters.curve),
-        epochs=round(counters.tokens / max(loaded.corpus.encoded.tokens, 1), 4),
-        loss=counters.loss,
-        tokens=counters.tokens,
-        supervised_tokens=counters.supervised_tokens,
-        seconds=round(counters.seconds, 3),
-        frozen=how,  # type: ignore[arg-type]
-        frozen_error=stacked.rounding_error if how == "fold" else None,
-        initial_seed=prepared.initial_seed,
-        dtype=("nf4, " if prepared.job.dtype == "nf4" else "")
-        + str(stacked.model.dtype).removeprefix("torch.")
-        + (", bfloat16 autocast" if parts.bfloat16 else ""),
-        device=stacked.device.type,
-        processes=ranks.world_size(),
-        eval_loss_before=held_out.evaluations[0]["eval_loss"] if held_out else None,
-        eval_loss=held_out.kept["eval_loss"] if held_out else None,
-        kept_step=int(held_out.kept["step"]) if held_out else None,
-        stopped_early=held_out is not None and held_out.is_over,
-        eval_accuracy=held_out.kept.get("eval_accuracy") if held_out else None,
-        eval_margin=held_out.kept.get("eval_margin") if held_out else None,
-        accuracy=counters.accuracy,
-        margin=counters.margin,
-        batch_size=parts.cut.records,
-        gradient_accumulation=parts.cut.count,
-        gradient_checkpointing=parts.cut.checkpointing or group.checkpoints_itself(),
-        template_date=data_module.shown_date(stacked.tokenizer),
-    )
 
 
 def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool, date: str | None) -> None:
