@@ -33,13 +33,13 @@ def data(tmp_path: Path) -> Path:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many answers the reference was computed of, run by run of the model."""
     found: list[int] = []
-    own = reference.Reference._compute
+    own = reference.ReferenceModel._compute
 
     def compute(self: Any, examples: Any) -> Any:
         found.append(len(examples))
         return own(self, examples)
 
-    monkeypatch.setattr(reference.Reference, "_compute", compute)
+    monkeypatch.setattr(reference.ReferenceModel, "_compute", compute)
     return found
 
 

@@ -161,14 +161,14 @@ def test_the_reference_is_raw_peft_with_all_members_live(
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     seen: list[Any] = []
-    own = reference.Reference.know
+    own = reference.ReferenceModel.know
 
     @functools.wraps(own)
     def know(*args: Any, **kwargs: Any) -> Any:
         seen.append(own(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(reference.Reference, "know", know)
+    monkeypatch.setattr(reference.ReferenceModel, "know", know)
     args = ("--data", data, "--objective", "dpo", "--max-steps", 1, "--dtype", "float32")
     h.run("train", "taste", "--on", "one+two:0.7", *args)
 
