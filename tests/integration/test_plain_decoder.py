@@ -25,7 +25,7 @@ PROMPTS = [[5, 9, 14, 3, 8, 21, 30, 7, 2, 40], [11, 4], [17, 23, 6, 12], [33]]
 
 @pytest.fixture
 def changed(tiny_registry: Any, models: Any, tmp_path: Path) -> Any:
-    """A house whose base ``changed`` is a tiny model with another configuration, loaded."""
+    """A registry whose base ``changed`` is a tiny model with another configuration, loaded."""
 
     def load(name: str, settings: dict[str, Any]) -> StackedModel:
         folder = tmp_path / "changed"
@@ -41,7 +41,7 @@ def changed(tiny_registry: Any, models: Any, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def known(tiny_registry: Any, changed: Any) -> Any:
-    """One of ``KNOWN``, with a stack folded where it is the house's own base."""
+    """One of ``KNOWN``, with a stack folded where it is the registry's own base."""
 
     def load(name: str) -> StackedModel:
         if name == "mistral":
