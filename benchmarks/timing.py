@@ -45,18 +45,31 @@ class Whole:
         return document
 
 
+_LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+_, status, used = os.wait4(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)
+with open(sys.argv[1], "w") as told:
+    print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, file=told)
+sys.exit(os.waitstatus_to_exitcode(status) % 256)
+"""
+"""Linux counts what a process held before it became the command, which is what its parent held: so that is small."""
+
+
 def run_whole(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Whole:
     """One command, run to its end. One that fails ends the benchmark with what it said."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.NamedTemporaryFile("r") as told,
+    ):
+        launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, told.name, *command]
+        code = subprocess.call(launched, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
         out.seek(0), err.seek(0)
-        if status:
-            sys.exit(err.read()[-4000:] or f"exit {process.returncode}: {' '.join(command)}")
-        return Whole(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, out.read())
+        if code:
+            sys.exit(err.read()[-4000:] or f"exit {code}: {' '.join(command)}")
+        seconds, processor, peak = map(float, told.read().split())
+        return Whole(seconds, processor, peak, out.read())
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
