@@ -50,6 +50,11 @@ def test_a_row_is_split_between_records() -> None:
     ]
 
 
+def test_parts_are_of_like_length() -> None:
+    batch = collate([example_of(4, 100 * i) for i in range(9)])
+    assert [part["input_ids"].shape[1] for part in split_row(batch, 30)] == [20, 16]
+
+
 def test_collate_keeps_no_prediction_across_examples() -> None:
     batch = collate([Example([5, 6, 7], [IGNORED, 6, IGNORED]), Example([8, 9], [8, 9])])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from typing import overload
 
@@ -183,12 +184,15 @@ def starts_of(positions: Tensor) -> list[int]:
 def split_row(batch: dict[str, Tensor], most: int, *, together: int = 1) -> list[dict[str, Tensor]]:
     """A collated micro-batch in parts of at most ``most`` tokens, cut between records; a longer record is a part alone.
 
+    Parts are of like length: a short one takes nearly as long as one twice its size.
     ``together``: so many records that follow one another are never parted.
     """
     starts = starts_of(batch["position_ids"])
     count, cuts = len(starts) - 1, [0]
+    wanted = starts[count] / math.ceil(starts[count] / most)
     for first in range(together, count, together):
-        if starts[min(first + together, count)] - starts[cuts[-1]] > most:
+        now, then = (starts[at] - starts[cuts[-1]] for at in (first, min(first + together, count)))
+        if then > most or abs(now - wanted) < abs(then - wanted):
             cuts.append(first)
     parts = []
     for first, end in itertools.pairwise([*cuts, count]):

@@ -26,7 +26,7 @@ from stackctl.machine.memory_estimate import (
 from stackctl.machine.resources import main_memory, own_memory
 from stackctl.storage.files import human_bytes
 
-PART = 1024
+PART = 1536
 """Tokens that go forward and back at once on a CPU, where more of them take memory and save no time."""
 
 
