@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -89,6 +90,9 @@ def test_a_pool_is_made_where_a_core_is_taken_and_given_up_where_it_is_free(monk
     before = set(threading.enumerate())
     openmp.watch(2, lambda: made.append(threading.current_thread()))
     assert reached.wait(30)
+    until = time.monotonic() + 30
+    while len(made) < 2 and time.monotonic() < until:  # a thread tells of itself once it runs
+        time.sleep(0.01)
     for thread in made[:1]:
         thread.join(30)
     alive = [t for t in set(threading.enumerate()) - before if t.name == "stackctl-pool"]
