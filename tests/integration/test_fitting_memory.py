@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_registry import CHAT, interrupt
@@ -274,3 +275,11 @@ def test_what_is_no_batch_size_is_2(tiny_registry: Any, value: str) -> None:
     h = tiny_registry()
     error = train(h, "new", "--batch-size", value, code=2)["error"]
     assert "batch-size" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "records", "fullest"),
+    [([1024] * 4, 4, 1024), ([9, 1500, 30], 2, 1530), ([9, 1500, 30], 1, 1500), ([2000], 1, 0)],
+)
+def test_the_fullest_part_is_of_whole_records(lengths: list[int], records: int, fullest: int) -> None:
+    assert memory._largest_part(np.array(lengths), records, 1536) == fullest

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from stackctl.engine.devices import choose_device, choose_dtype, multiplies_in_bfloat16
@@ -125,6 +126,17 @@ def _available(group: ProcessGroup) -> tuple[int, bool]:
     return main_memory().available + (own_memory() * group.processes if group.is_here else 0), True
 
 
+def _largest_part(lengths: np.ndarray, records: int, most: int) -> int:
+    """Tokens of the fullest part of at most so many records and ``most`` tokens: the longest that fit, one by one."""
+    total, fitting = 0, np.sort(lengths)
+    for _ in range(records):
+        fitting = fitting[: np.searchsorted(fitting, most - total, side="right")]
+        if not len(fitting):
+            break
+        total, fitting = total + int(fitting[-1]), fitting[:-1]
+    return total
+
+
 def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGroup, cut: StepCut) -> MemoryEstimate:
     """The memory of one process, of the largest micro-batch that the data can make.
 
@@ -136,7 +148,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     tokens = int(lengths[largest].sum())
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
     if cut.tokens is not None:  # a part, or the longest record that is one alone
-        tokens = min(tokens, max(cut.tokens, int(lengths[largest[0]])))
+        tokens = min(tokens, max(_largest_part(lengths, cut.records, cut.tokens), int(lengths[largest[0]])))
         supervised = min(supervised, tokens)
     beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
