@@ -5,7 +5,7 @@ A row of a batch draws with a generator of its own, so that its neighbours chang
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import (
 
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.sampling import Sampling
+from stackctl.engine.generation.stopping import Answer
 
 _COLDEST = 1e-30
 """Logits divided by less overflow; with this the likeliest token is drawn, always."""
@@ -106,6 +107,37 @@ def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, fir
     return spell.likely(
         (token, float(logprobs[token])), list(zip(ids.tolist(), values.tolist(), strict=True)), first=first
     )
+
+
+class ChoosingRow(Protocol):
+    """An answer in the making: the prompt's ids, the most tokens that may follow and those chosen so far, what happens
+    to its logits, and how its tokens are spelt where somebody asks how likely they were."""
+
+    answer: Answer
+    ids: list[int]
+    limit: int
+    sampling: Sampling
+    processors: Any
+    chosen: list[int]
+    spell: TokenBytes | None
+
+
+def choose_token(row: ChoosingRow, logits: Tensor, likeliest: int) -> None:
+    """Take a row's next token by its logits (vocabulary) in float32, of which ``likeliest`` is the largest's place.
+
+    The answer is finished when the token ends it, or is the last that may follow.
+    """
+    token = likeliest
+    if len(row.processors):
+        seen = torch.tensor([[*row.ids, *row.chosen]], device=logits.device)
+        token = int(row.processors(seen, logits[None])[0].argmax())
+    row.chosen.append(token)
+    likely, count = None, row.sampling.top_logprobs
+    if count is not None and row.spell is not None:
+        likely = token_logprob(logits, token, count, row.spell, first=not row.answer.ids)
+    row.answer.add(token, likely)
+    if len(row.chosen) >= row.limit:
+        row.answer.finish()
 
 
 class RawLogits(LogitsProcessor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stackctl.engine.generation.logits_processors import check_numbers, processors, token_logprob
+from stackctl.engine.generation.logits_processors import check_numbers, choose_token, processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
 from stackctl.engine.generation.prefix_cache import Remembered
@@ -33,13 +33,14 @@ _ROWS = 32
 
 @dataclass(eq=False)
 class AnswerRow:
-    """An answer in the making: the prompt's ids, how many tokens may follow, the tokens chosen so far, the seconds
-    from reading the prompt to the end."""
+    """An answer in the making, see :class:`ChoosingRow`; ``seconds`` are those from reading the prompt to the end."""
 
     answer: Answer
     ids: list[int]
     limit: int
+    sampling: Sampling
     processors: Any
+    spell: TokenBytes | None
     chosen: list[int] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
@@ -68,14 +69,14 @@ class RunningAnswers:
         self._batch = decoder.rows(places)
         self._rows: list[AnswerRow] = []
         self._waiting: deque[AnswerRow] = deque()
-        self._logprobs = sampling.top_logprobs
-        self._spell = TokenBytes(stacked.tokenizer) if self._logprobs is not None else None
+        self._spell = TokenBytes(stacked.tokenizer) if sampling.top_logprobs is not None else None
 
     def add(self, answer: Answer, ids: list[int], seed: int) -> AnswerRow:
         """Queue a prompt."""
         context, most = self._stacked.base.context_length, self._sampling.max_new_tokens
         limit = min(most, context - len(ids)) if context else most
-        row = AnswerRow(answer, ids, limit, processors(self._sampling, [len(ids)], [seed]))
+        chooses = processors(self._sampling, [len(ids)], [seed])
+        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell)
         self._waiting.append(row)
         return row
 
@@ -125,16 +126,7 @@ class RunningAnswers:
         check_numbers(logits)
         likeliest = logits.argmax(-1).tolist()
         for row, own, token in zip(rows, logits, likeliest, strict=True):
-            if len(row.processors):
-                seen = torch.tensor([[*row.ids, *row.chosen]])
-                token = int(row.processors(seen, own[None])[0].argmax())
-            row.chosen.append(token)
-            likely = None
-            if self._spell is not None and self._logprobs is not None:
-                likely = token_logprob(own, token, self._logprobs, self._spell, first=not row.answer.ids)
-            row.answer.add(token, likely)
-            if len(row.chosen) >= row.limit:
-                row.answer.finish()
+            choose_token(row, own, token)
 
     def _keep(self) -> None:
         """Remember what went through the model of the single row."""

@@ -128,7 +128,7 @@ class BatchingEngine(Engine[BatchRow]):
         try:
             self._adapters.set_rows([row.weights or {} for row in self._rows])
             cache, mask, positions = self._cache.open(self._stacked.device)
-            ids = torch.tensor([[row.last] for row in self._rows], device=self._stacked.device)
+            ids = torch.tensor([[row.chosen[-1]] for row in self._rows], device=self._stacked.device)
             logits = self._forward(ids, mask, positions, cache)
             self._cache.close(cache)
             for row, own in zip(self._rows, logits, strict=True):

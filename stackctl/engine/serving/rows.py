@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stackctl.engine.generation.logits_processors import check_numbers, processors, token_logprob
-from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
+from stackctl.engine.generation.logits_processors import check_numbers, choose_token, processors
+from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
 
@@ -21,38 +20,24 @@ class BatchRow(Row):
     weights: RowWeights | None = None
     spell: TokenBytes | None = None
     failed: Exception | None = None
-    made: int = 0
-    last: int = 0
-    _chosen: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
+        self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
+
+    @property
+    def made(self) -> int:
+        return len(self.chosen)
 
     @property
     def is_finished(self) -> bool:
         return bool(self.answer.stop or self.failed or self.cancelled.is_set())
 
     def choose(self, logits: Tensor) -> None:
-        """Take the next token by the logits (vocabulary) in float32; the answer is finished when it ends it, or is the
-        last that may follow.
+        """Take the next token by the logits (vocabulary) in float32.
 
         Raises:
             Incompatible: they are no numbers.
         """
         check_numbers(logits)
-        scores = logits
-        if len(self._processors):
-            seen = torch.tensor([[*self.ids, *self._chosen]], device=logits.device)
-            scores = self._processors(seen, logits[None])[0]
-        self.last = int(scores.argmax())
-        self._chosen.append(self.last)
-        self.made += 1
-        self.answer.add(self.last, self._likely(logits))
-        if self.made >= self.limit:
-            self.answer.finish()
-
-    def _likely(self, logits: Tensor) -> TokenLogprob | None:
-        count = self.sampling.top_logprobs
-        if count is None or self.spell is None:
-            return None
-        return token_logprob(logits, self.last, count, self.spell, first=not self.answer.ids)
+        choose_token(self, logits, int(logits.argmax()))
