@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import TRAIN, Context, What, command
-from stackctl.cli.train import job_options, prepare
+from stackctl.cli.train import job_options, prepare, run_switches
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.registry.resolve import current_stack
 from stackctl.render.output import Result
@@ -51,12 +51,8 @@ def _options() -> list[inspect.Parameter]:
         "what": (What, None),
         "name": (Annotated[str, called], inspect.Parameter.empty),
         **job_options(without=_NOT_ASKED),
+        **run_switches("resume", "dry_run"),
     }
-    for key, about in (
-        ("resume", "Go on with the unfinished run of that name."),
-        ("dry_run", "Check everything and show the plan."),
-    ):
-        own[key] = (Annotated[bool, typer.Option("--" + key.replace("_", "-"), help=about)], False)
     kind = inspect.Parameter.KEYWORD_ONLY
     return [
         inspect.Parameter(

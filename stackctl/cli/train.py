@@ -56,6 +56,12 @@ _KINDS = {
     "batch_size": "NUMBER",
 }  # fmt: skip
 
+_SWITCHES = {
+    "resume": "Go on with the unfinished run of that name.",
+    "dry_run": "Check everything and show the plan.",
+    "force": "Without NAME: train what is up to date, too.",
+}
+
 
 def register(app: typer.Typer) -> None:
     def train(context: Context, name: str | None, config: Path | None, **flags: Any) -> Result:
@@ -101,15 +107,20 @@ def _parameters() -> list[inspect.Parameter]:
         rich_help_panel=_RUN,
     )
     own["config"] = (Annotated[Path | None, config], None)
-    for name, about in (
-        ("resume", "Go on with the unfinished run of that name."),
-        ("dry_run", "Check everything and show the plan."),
-        ("force", "Without NAME: train what is up to date, too."),
-    ):
-        switch = typer.Option("--" + name.replace("_", "-"), help=about, rich_help_panel=_RUN)
-        own[name] = (Annotated[bool, switch], False)
+    own |= run_switches(*_SWITCHES)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [inspect.Parameter(key, kind, default=default, annotation=kind_) for key, (kind_, default) in own.items()]
+
+
+def run_switches(*names: str) -> dict[str, tuple[Any, Any]]:
+    """Switches of how a training goes, off unless they are typed."""
+    return {
+        name: (
+            Annotated[bool, typer.Option("--" + name.replace("_", "-"), help=_SWITCHES[name], rich_help_panel=_RUN)],
+            False,
+        )
+        for name in names
+    }
 
 
 def job_options(without: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:

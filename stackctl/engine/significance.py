@@ -71,7 +71,7 @@ def ranking(gaps: Sequence[float], others: Sequence[float]) -> Ranking:
     return Ranking(means[0], ratio_error(right, ones), means[1], ratio_error(margins, ones), len(margins))
 
 
-def ratio_error(totals: Sequence[float], sizes: Sequence[int]) -> float | None:
+def ratio_error(totals: Sequence[float], sizes: Sequence[float]) -> float | None:
     """The standard error of Σ totals / Σ sizes over n records, each a cluster; None for fewer than two.
 
     With R = Σ y / Σ m:  SE = √( n/(n-1) · Σ (y_i - R·m_i)² ) / Σ m,  the ratio estimator's (Cochran 1977, "Sampling

@@ -25,6 +25,7 @@ from stackctl.engine.data import TEACHER, Example, collate
 from stackctl.engine.live_adapter import LIVE, attach_live
 from stackctl.engine.logits import split, supervised_hidden, supervised_token_losses
 from stackctl.engine.models import evaluating
+from stackctl.engine.significance import ratio_error
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_losses import TeacherHidden, token_losses
 from stackctl.engine.training.adapter import ADAPTER
@@ -78,8 +79,6 @@ class Teaching:
     def measure(self, wrapped: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
         """``eval_loss``, the mean divergence (nats a token) on held-out records, and of several ``eval_error``, its
         standard error; ``eval_cross_entropy`` is the student's own loss. Each process reads its share.
-
-        The error is that of :func:`stackctl.engine.significance.ratio_error`, by sums over all processes.
         """
         device = next(wrapped.parameters()).device
         rows: list[tuple[float, float, float]] = []
@@ -88,14 +87,13 @@ class Teaching:
                 batch = {key: value.to(device) for key, value in collate([examples[number]]).items()}
                 divergences, own = self.divergences(wrapped, batch), supervised_token_losses(wrapped, batch).losses
                 rows.append((float(divergences.double().sum()), float(len(own)), float(own.double().sum())))
-        terms = [(1.0, y, m, loss, y * y, y * m, m * m) for y, m, loss in rows] or [(0.0,) * 7]
-        sums = [math.fsum(column) for column in zip(*terms, strict=True)]
-        count, total, tokens, loss, squares, mixed, sizes = numbers_of_each(sums, device).sum(0).tolist()
-        ratio = total / tokens
-        found = {"eval_loss": ratio, "eval_cross_entropy": loss / tokens}
-        if count > 1:
-            spread = max(squares - 2 * ratio * mixed + ratio * ratio * sizes, 0.0)
-            found["eval_error"] = math.sqrt(count / (count - 1) * spread) / tokens
+        rows += [(0.0, 0.0, 0.0)] * (-(-len(examples) // ranks.world_size()) - len(rows))  # as many of each process
+        told = numbers_of_each([number for row in rows for number in row], device).view(-1, 3)
+        totals, sizes, losses = told[told[:, 1] > 0].T.tolist()
+        tokens = math.fsum(sizes)
+        found = {"eval_loss": math.fsum(totals) / tokens, "eval_cross_entropy": math.fsum(losses) / tokens}
+        if (error := ratio_error(totals, sizes)) is not None:
+            found["eval_error"] = error
         return found
 
 
