@@ -148,9 +148,7 @@ def _read_system(text: str, folder: Path | None) -> str:
     Raises:
         NotFound, Usage: it is not there, is no text, or is empty.
     """
-    path = typed_path(text)
-    if folder is not None and not path.is_absolute():
-        path = folder / path
+    path = typed_path(text, folder)
     if not path.exists():
         raise missing_path(path, "the system prompt")
     try:

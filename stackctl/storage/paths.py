@@ -13,12 +13,12 @@ _LOOKED_AT = 1000
 """Names in a folder that a mistyped one is compared with."""
 
 
-def typed_path(text: str) -> Path:
-    """A path as somebody typed it, with ``~`` for a home where there is one."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # nobody of that name
-        return Path(text)
+def typed_path(text: str, folder: Path | None = None) -> Path:
+    """A path as somebody typed it, with ``~`` for a home where there is one; in ``folder`` unless it is absolute."""
+    path = Path(text)
+    with contextlib.suppress(RuntimeError):  # nobody of that name
+        path = path.expanduser()
+    return path if folder is None else folder / path
 
 
 def existing_path(path: Path, what: str) -> Path:
