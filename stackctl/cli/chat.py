@@ -21,7 +21,7 @@ from stackctl.storage import atomic
 from stackctl.storage.paths import existing_path, typed_path
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Answers, Remembered, Sampling
+    from stackctl.engine.generation import Answers, PrefixCache, Sampling
 
 Message = dict[str, str]
 
@@ -37,7 +37,7 @@ class Chat:
     sampling: Sampling
     live: bool = False
     messages: list[Message] = field(default_factory=list)
-    _remembered: Remembered | None = None
+    _prefix_cache: PrefixCache | None = None
     _left_out: int = 0
     _answers: int = 0
 
@@ -92,7 +92,7 @@ class Chat:
         return text
 
     def _answer(self, line: str, heard: list[str]) -> None:
-        from stackctl.engine.generation import Remembered, fit_conversation, generate_reply
+        from stackctl.engine.generation import PrefixCache, fit_conversation, generate_reply
         from stackctl.engine.records import Prompt
 
         if self.sampling.raw:
@@ -105,14 +105,14 @@ class Chat:
         if sampling.seed is not None:  # each answer of a chat is another draw
             sampling = replace(sampling, seed=sampling.seed + self._answers)
         self._answers += 1
-        self._remembered = self._remembered or Remembered()
+        self._prefix_cache = self._prefix_cache or PrefixCache()
 
         def hear(piece: str) -> None:
             heard.append(piece)
             self.output.speech(piece)
 
         try:
-            answer = generate_reply(self.stacked, prompt, sampling, hear, self._remembered)
+            answer = generate_reply(self.stacked, prompt, sampling, hear, self._prefix_cache)
         finally:
             if heard:
                 self.output.text("\n")
@@ -143,7 +143,7 @@ class Chat:
     def reset(self, _: str) -> None:
         self.messages.clear()
         self._left_out = 0
-        self._remembered = None
+        self._prefix_cache = None
         self.output.status("the conversation was cleared")
 
     def system(self, text: str) -> None:

@@ -12,7 +12,7 @@ from tiny import SIZES, tiny_tokenizer
 from transformers import Gemma3TextConfig, Lfm2Config, LlamaConfig, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.engine.generation import Remembered, Sampling, generate_reply
+from stackctl.engine.generation import PrefixCache, Sampling, generate_reply
 from stackctl.engine.models import load_base
 from stackctl.engine.records import Prompt
 from stackctl.registry.base_entries import resolve_base
@@ -54,7 +54,7 @@ class Talk:
     """A conversation, and how many tokens went through the model for the last answer before its first token."""
 
     def __init__(self, stacked: Any) -> None:
-        self.stacked, self.remembered = stacked, Remembered()
+        self.stacked, self.prefix_cache = stacked, PrefixCache()
         self.widths: list[int] = []
         stacked.model.get_input_embeddings().register_forward_pre_hook(
             lambda _, given: self.widths.append(given[0].shape[-1])
@@ -62,7 +62,7 @@ class Talk:
 
     def answer(self, messages: list[dict[str, str]], hear: Any = lambda _: None) -> Any:
         self.widths.clear()
-        return generate_reply(self.stacked, prompt(messages), SAMPLING, hear, self.remembered)
+        return generate_reply(self.stacked, prompt(messages), SAMPLING, hear, self.prefix_cache)
 
     def from_nothing(self, messages: list[dict[str, str]]) -> Any:
         return generate_reply(self.stacked, prompt(messages), SAMPLING, lambda _: None)

@@ -16,7 +16,8 @@ from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.generation.logits_processors import Numbers, RawLogits, processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import plain_decoder
-from stackctl.engine.generation.prefix_cache import Remembered
+from stackctl.engine.generation.prefix_cache import PrefixCache
+from stackctl.engine.generation.prompts import EncodedPrompts
 from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.running import RunningAnswers, places_for
 from stackctl.engine.generation.sampling import Sampling
@@ -29,12 +30,7 @@ if TYPE_CHECKING:
 
 
 def answer_running(
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    seeds: Sequence[int],
-    stacked: StackedModel,
-    sampling: Sampling,
-    batch_size: int | None,
+    asked: EncodedPrompts, stacked: StackedModel, sampling: Sampling, batch_size: int | None
 ) -> Iterator[tuple[int, Generated]] | None:
     """The answers to prompts by number, as they are finished; None for a model that is answered batch by batch.
 
@@ -43,31 +39,30 @@ def answer_running(
     decoder = plain_decoder(stacked)
     if decoder is None:
         return None
-    places = batch_size or places_for(decoder, max(map(len, encoded)) + sampling.max_new_tokens)
-    running = RunningAnswers(stacked, decoder, sampling, min(places, len(encoded)))
-    answers = _new_answers(len(encoded), stacked, sampling, None)
-    numbers = {running.add(*one): number for number, one in enumerate(zip(answers, encoded, seeds, strict=True))}
+    places = batch_size or places_for(decoder, max(map(len, asked.ids)) + sampling.max_new_tokens)
+    running = RunningAnswers(stacked, decoder, sampling, min(places, len(asked.ids)))
+    answers = _new_answers(len(asked.ids), stacked, sampling, None)
+    rows = zip(answers, asked.ids, asked.seeds, strict=True)
+    numbers = {running.add(*one): number for number, one in enumerate(rows)}
     return (
-        (numbers[row], _generated(prompts[numbers[row]], row.ids, row.answer, row.seconds))
+        (numbers[row], _generated(asked.prompts[numbers[row]], row.ids, row.answer, row.seconds))
         for row in running.finished()
     )
 
 
 def answer_encoded(
-    prompts: Sequence[Prompt],
-    batch: Sequence[list[int]],
-    seeds: list[int],
+    asked: EncodedPrompts,
     stacked: StackedModel,
     sampling: Sampling,
     on_text: OnText | None,
-    remembered: Remembered | None,
+    prefix_cache: PrefixCache | None,
 ) -> list[Generated]:
     """The answers to one batch of token ids."""
-    answers = _new_answers(len(batch), stacked, sampling, on_text)
+    answers = _new_answers(len(asked.ids), stacked, sampling, on_text)
     started = time.perf_counter()
-    write_answers(answers, batch, seeds, stacked, sampling, remembered)
+    write_answers(answers, asked.ids, asked.seeds, stacked, sampling, prefix_cache)
     seconds = time.perf_counter() - started
-    return [_generated(*one, seconds) for one in zip(prompts, batch, answers, strict=True)]
+    return [_generated(*one, seconds) for one in zip(asked.prompts, asked.ids, answers, strict=True)]
 
 
 def _new_answers(count: int, stacked: StackedModel, sampling: Sampling, on_text: OnText | None) -> list[Answer]:
@@ -84,10 +79,10 @@ def _generated(prompt: Prompt, ids: list[int], answer: Answer, seconds: float) -
 def write_answers(
     answers: Sequence[Answer],
     batch: Sequence[list[int]],
-    seeds: list[int],
+    seeds: Sequence[int],
     stacked: StackedModel,
     sampling: Sampling,
-    remembered: Remembered | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> None:
     """Have answers written to the end, of prompts as token ids: by a plain decoder, or by transformers' ``generate``.
 
@@ -96,9 +91,9 @@ def write_answers(
     """
     decoder = plain_decoder(stacked)
     if decoder is None:
-        _write_padded(answers, batch, seeds, stacked, sampling, remembered)
+        _write_padded(answers, batch, seeds, stacked, sampling, prefix_cache)
         return
-    running = RunningAnswers(stacked, decoder, sampling, len(batch), remembered)
+    running = RunningAnswers(stacked, decoder, sampling, len(batch), prefix_cache)
     for one in zip(answers, batch, seeds, strict=True):
         running.add(*one)
     for _ in running.finished():
@@ -108,10 +103,10 @@ def write_answers(
 def _write_padded(
     answers: Sequence[Answer],
     batch: Sequence[list[int]],
-    seeds: list[int],
+    seeds: Sequence[int],
     stacked: StackedModel,
     sampling: Sampling,
-    remembered: Remembered | None,
+    prefix_cache: PrefixCache | None,
 ) -> None:
     """By transformers, prompts padded on the left; it counts positions from each row's first real token."""
     width = max(len(ids) for ids in batch)
@@ -125,14 +120,14 @@ def _write_padded(
         pad_token_id=pad,
         use_cache=True,
     )
-    chosen = processors(sampling, [len(ids) for ids in batch], seeds)
+    chosen = processors(sampling, [len(ids) for ids in batch], list(seeds))
     chosen.insert(0, Numbers())
     answering = Answering(answers, width)
     if sampling.top_logprobs is not None:
         raw = RawLogits(TokenBytes(stacked.tokenizer), sampling.top_logprobs)
         chosen.insert(0, raw)
         answering = Answering(answers, width, lambda row, token: raw.likely(row, token, first=not answers[row].ids))
-    cache = remembered.begin(stacked, batch[0]) if remembered else None
+    cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
     try:
         with evaluating(stacked.model), _without_defaults(stacked.model):
             cast("GenerativePreTrainedModel", stacked.model).generate(
@@ -152,8 +147,8 @@ def _write_padded(
             ) from error
         raise
     finally:
-        if remembered:
-            remembered.keep(answering.computed)
+        if prefix_cache:
+            prefix_cache.keep(answering.computed)
     for answer in answers:
         answer.finish()
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
-from stackctl.engine.generation.prompts import encode_prompts
+from stackctl.engine.generation.prompts import EncodedPrompts, encode_prompts
 from stackctl.engine.generation.reader import Answers, Generated
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.records import Prompt
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation.prefix_cache import Remembered
+    from stackctl.engine.generation.prefix_cache import PrefixCache
     from stackctl.engine.models import StackedModel
 
 _PADDED = 8
@@ -25,14 +24,7 @@ _WINDOW = 16
 class OtherEngine(Answers, Protocol):
     """An engine that is not transformers in this process, and takes token ids."""
 
-    def answer_encoded(
-        self,
-        prompts: Sequence[Prompt],
-        batch: Sequence[list[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        on_text: OnText | None,
-    ) -> list[Generated]:
+    def answer_encoded(self, asked: EncodedPrompts, sampling: Sampling, on_text: OnText | None) -> list[Generated]:
         """The answers to prompts, in order."""
 
 
@@ -43,12 +35,12 @@ def generate(
     *,
     batch_size: int | None = None,
     on_text: OnText | None = None,
-    remembered: Remembered | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[Generated]:
     """Answer prompts, in order; with ``on_text`` one by one, each streamed as it comes.
 
-    What is ``remembered`` of an earlier one is not computed again; that is for prompts one by one, and for
-    transformers: another engine remembers by itself.
+    What ``prefix_cache`` holds of an earlier one is not computed again; that is for prompts one by one, and for
+    transformers: another engine keeps a cache by itself.
 
     ``batch_size`` is how many are answered at once; left out, what suits the model.
 
@@ -58,40 +50,28 @@ def generate(
     encoded = encode_prompts(stacked, prompts, sampling)
     waiting: dict[int, Generated] = {}
     following = 0
-    asked = _Asked(prompts, encoded, row_seeds(sampling.seed, map(tuple, encoded)))
-    for rows, answers in _answered(stacked, asked, sampling, batch_size, on_text, remembered):
+    asked = EncodedPrompts(prompts, encoded, row_seeds(sampling.seed, map(tuple, encoded)))
+    for rows, answers in _answered(stacked, asked, sampling, batch_size, on_text, prefix_cache):
         waiting.update(zip(rows, answers, strict=True))
         while following in waiting:
             yield waiting.pop(following)
             following += 1
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Prompts, their tokens, and the seeds that they draw with."""
-
-    prompts: Sequence[Prompt]
-    encoded: Sequence[list[int]]
-    seeds: Sequence[int]
-
-    def of(self, rows: Sequence[int]) -> tuple[list[Prompt], list[list[int]], list[int]]:
-        return [self.prompts[i] for i in rows], [self.encoded[i] for i in rows], [self.seeds[i] for i in rows]
-
-
 def _answered(
     stacked: Answers,
-    asked: _Asked,
+    asked: EncodedPrompts,
     sampling: Sampling,
     batch_size: int | None,
     on_text: OnText | None,
-    remembered: Remembered | None,
+    prefix_cache: PrefixCache | None,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
     """Answers with their numbers, as they are there: of a batch that rows join and leave, or batch by batch."""
     if hasattr(stacked, "answer_encoded"):
         other = cast(OtherEngine, stacked)
 
         def answer(rows: list[int]) -> list[Generated]:
-            return other.answer_encoded(*asked.of(rows), sampling, on_text)
+            return other.answer_encoded(asked.of(rows), sampling, on_text)
     else:
         from stackctl.engine.generation.answering import (  # with torch, which others do without
             answer_encoded,
@@ -100,18 +80,18 @@ def _answered(
 
         own = cast("StackedModel", stacked)
         if not on_text and asked.prompts:
-            running = answer_running(asked.prompts, asked.encoded, asked.seeds, own, sampling, batch_size)
+            running = answer_running(asked, own, sampling, batch_size)
             if running is not None:
                 yield from (([row], [generated]) for row, generated in running)
                 return
 
         def answer(rows: list[int]) -> list[Generated]:
-            return answer_encoded(*asked.of(rows), own, sampling, on_text, remembered)
+            return answer_encoded(asked.of(rows), own, sampling, on_text, prefix_cache)
 
     limit = stacked.base.context_length
     longest = limit - sampling.max_new_tokens if limit else None
     size = 1 if on_text else batch_size or _PADDED
-    for rows in batches([len(ids) for ids in asked.encoded], size, longest):
+    for rows in batches([len(ids) for ids in asked.ids], size, longest):
         yield rows, answer(rows)
 
 
@@ -128,7 +108,7 @@ def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> It
 
 
 def generate_reply(
-    stacked: Answers, prompt: Prompt, sampling: Sampling, on_text: OnText, remembered: Remembered | None = None
+    stacked: Answers, prompt: Prompt, sampling: Sampling, on_text: OnText, prefix_cache: PrefixCache | None = None
 ) -> Generated:
     """The answer to one prompt, streamed."""
-    return next(generate(stacked, [prompt], sampling, on_text=on_text, remembered=remembered))
+    return next(generate(stacked, [prompt], sampling, on_text=on_text, prefix_cache=prefix_cache))

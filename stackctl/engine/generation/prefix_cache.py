@@ -21,7 +21,7 @@ _CHANGING = ("dynamic", "longrope")
 of a longer one."""
 
 
-class Remembered:
+class PrefixCache:
     """Keys and values of the tokens that went through a model last, under the stack that was used then.
 
     They are taken up again as far as the next prompt begins with the same tokens, if the stack is still the same. What

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage, raise_all
@@ -15,6 +16,21 @@ from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.records import Message, Prompt
 
 _SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts, the token ids of each, and the seed that each draws with."""
+
+    prompts: Sequence[Prompt]
+    ids: Sequence[list[int]]
+    seeds: Sequence[int]
+
+    def of(self, numbers: Sequence[int]) -> EncodedPrompts:
+        """Some of them, by number."""
+        return EncodedPrompts(
+            [self.prompts[i] for i in numbers], [self.ids[i] for i in numbers], [self.seeds[i] for i in numbers]
+        )
 
 
 def encode_prompts(reader: Reader, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:

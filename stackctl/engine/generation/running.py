@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from stackctl.engine.generation.logits_processors import check_numbers, choose_token, processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
-from stackctl.engine.generation.prefix_cache import Remembered
+from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer
 from stackctl.engine.models import StackedModel, evaluating
@@ -53,7 +53,7 @@ class AnswerRow:
 class RunningAnswers:
     """Answers rows with the stack that a model holds, as many at once as there are ``places``.
 
-    What is ``remembered`` of an earlier prompt is for a single row.
+    A ``prefix_cache``, with what was computed of an earlier prompt, is for a single row.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class RunningAnswers:
         decoder: PlainDecoder,
         sampling: Sampling,
         places: int,
-        remembered: Remembered | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        self._stacked, self._sampling, self._places, self._remembered = stacked, sampling, places, remembered
+        self._stacked, self._sampling, self._places, self._prefix_cache = stacked, sampling, places, prefix_cache
         self._cache: DynamicCache | None = None
         self._batch = decoder.rows(places)
         self._rows: list[AnswerRow] = []
@@ -111,8 +111,8 @@ class RunningAnswers:
             started = time.perf_counter()
             for row in group:
                 row.started = started
-            if self._remembered:
-                self._cache = self._remembered.begin(self._stacked, group[0].ids)
+            if self._prefix_cache:
+                self._cache = self._prefix_cache.begin(self._stacked, group[0].ids)
             logits = self._batch.join([row.ids for row in group], self._cache)
             self._rows += group
             self._choose(group, logits)
@@ -130,11 +130,11 @@ class RunningAnswers:
 
     def _keep(self) -> None:
         """Remember what went through the model of the single row."""
-        if self._remembered and self._rows and self._cache is not None:
+        if self._prefix_cache and self._rows and self._cache is not None:
             [row] = self._rows
-            self._remembered.keep([*row.ids, *row.chosen][: self._batch.hand_over(self._cache)])
-        elif self._remembered:
-            self._remembered.keep([])
+            self._prefix_cache.keep([*row.ids, *row.chosen][: self._batch.hand_over(self._cache)])
+        elif self._prefix_cache:
+            self._prefix_cache.keep([])
 
     def _leave(self, number: int) -> AnswerRow:
         row = self._rows[number]

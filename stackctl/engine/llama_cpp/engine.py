@@ -18,10 +18,10 @@ from typing import Any
 from stackctl.core import Say
 from stackctl.engine.generation import Generated, Sampling
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
+from stackctl.engine.generation.prompts import EncodedPrompts
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
-from stackctl.engine.records import Prompt
 from stackctl.engine.serving import Engine, Limits, Row
 from stackctl.engine.serving.requests import FieldRefused, PlainReader, endings_of
 from stackctl.plan.model import StackPlan
@@ -82,21 +82,13 @@ class LlamaCpp(Engine[LlamaRow]):
         self.warm([plan])
         self.plan = plan
 
-    def answer_encoded(
-        self,
-        prompts: Sequence[Prompt],
-        batch: Sequence[list[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        on_text: OnText | None,
-    ) -> list[Generated]:
+    def answer_encoded(self, asked: EncodedPrompts, sampling: Sampling, on_text: OnText | None) -> list[Generated]:
         """The answers to token ids, with the stack that is in use."""
         assert self.plan is not None, "use() comes first"
         endings = endings_of(self, sampling)
-        asked = [(self.plan, prompt, sampling) for prompt in prompts]
         rows = [
-            self._new_row(one, ids, seed, endings, on_text is not None)
-            for one, ids, seed in zip(asked, batch, seeds, strict=True)
+            self._new_row((self.plan, prompt, sampling), ids, seed, endings, on_text is not None)
+            for prompt, ids, seed in zip(asked.prompts, asked.ids, asked.seeds, strict=True)
         ]
         ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         for row in rows:
