@@ -41,7 +41,6 @@ _EXAMPLES = """\
 stackctl add instruct ./output/stage2/instruct --on style
 stackctl add style ./output/checkpoint-531 --base qwen3
 stackctl add style ./output/dora --convert --tolerance 0.05"""
-_CONVERT = "Another kind of adapter"
 
 
 def register(app: typer.Typer) -> None:
@@ -62,39 +61,14 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR"),
         ] = None,
-        link: Annotated[bool, typer.Option("--link", help="Refer to the folder instead of copying it.")] = False,
+        link: Annotated[bool, typer.Option(help="Refer to the folder instead of copying it.")] = False,
         description: DESCRIPTION = "",
-        convert: Annotated[
-            bool,
-            typer.Option(
-                "--convert",
-                help="Make a plain LoRA of it: of DoRA, LoHa, LoKr, MiSS, VeRA, PiSSA, IA3, OFT and more.",
-                rich_help_panel=_CONVERT,
-            ),
-        ] = False,
-        rank: Annotated[
-            int | None,
-            typer.Option(help="Rank of each layer's pair, at most.", rich_help_panel=_CONVERT, metavar="N"),
-        ] = None,
-        tolerance: Annotated[
-            float | None,
-            typer.Option(
-                help="The share of a layer's change that may be lost; without --rank and --tolerance none where the "
-                "change has a small rank, else 0.01.",
-                rich_help_panel=_CONVERT,
-            ),
-        ] = None,
-        initial: Annotated[
-            Path | None,
-            typer.Option(
-                help="The same adapter before its training, if it began with CorDA, LoRA-GA or PiSSA's fast form.",
-                rich_help_panel=_CONVERT,
-            ),
-        ] = None,
+        *,
+        wanted: Conversion,
     ) -> Result:
         """Register an existing PEFT checkpoint as the next version of an adapter."""
         registry = context.registry
-        wanted = Conversion.parse(convert, rank, tolerance, initial, link)
+        wanted.check(link=link)
         check_adapter_name(registry, name)
         request = _Request(name, base, on, link, description, wanted)
         if is_mlx(path):
@@ -113,7 +87,7 @@ class _Request:
     on: str | None
     link: bool
     description: str
-    wanted: Conversion | None
+    wanted: Conversion
     from_mlx: bool = False
 
     def new(self, stack: ResolvedStack) -> NewVersion:
@@ -124,7 +98,7 @@ def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
     """Register an adapter of mlx-lm."""
     _refuse_link(request, "mlx-lm")
     adapter = read_mlx(path)
-    if adapter.is_dora and not request.wanted:
+    if adapter.is_dora and not request.wanted.convert:
         then = shlex.join(["stackctl", "add", request.name, str(path), "--convert"])
         raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
     from stackctl.engine.foreign_adapters import write_mlx_as_peft
@@ -157,12 +131,12 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
     left_out = check_links(folder)
     checkpoint = read_checkpoint(folder)
     member = PlanMember(name, 1.0, checkpoint, name)
-    kind = wanted and wanted.kind(checkpoint)
+    kind = wanted.kind(checkpoint)
     if no_plain_lora(member) and not kind:
         plan_stack(None, [member]).check()
     own, unknown = (None, "") if on or request.base else choose_base(registry, checkpoint, read_info(folder))
     stack = resolve_expression(registry, on or "base", base=own.name if own else request.base)
-    if wanted and kind:
+    if kind:
         return add_converted(context, wanted, checkpoint, stack, request.new(stack))
     plan = plan_stack(stack.base, [member])
     if unknown and plan.errors:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+import typer
 
 from stackctl.cli.common import Context
 from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, raise_all
@@ -32,30 +34,38 @@ if TYPE_CHECKING:
 _PROVED = 1e-3
 """Where next to nothing of the weights is lost, this share at most of the effect on the logits may be."""
 
+_option = partial(typer.Option, rich_help_panel="Another kind of adapter")
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was asked for: a rank, a tolerance or neither, and the adapter as it was before its training."""
+    """What was asked for: each field is an option of add, with its help."""
 
-    rank: int | None
-    tolerance: float | None
-    initial: Path | None
+    convert: Annotated[
+        bool, _option(help="Make a plain LoRA of it: of DoRA, LoHa, LoKr, MiSS, VeRA, PiSSA, IA3, OFT and more.")
+    ] = False
+    rank: Annotated[int | None, _option(help="Rank of each layer's pair, at most.", metavar="N")] = None
+    tolerance: Annotated[
+        float | None,
+        _option(
+            help="The share of a layer's change that may be lost; without --rank and --tolerance none where the "
+            "change has a small rank, else 0.01."
+        ),
+    ] = None
+    initial: Annotated[
+        Path | None,
+        _option(help="The same adapter before its training, if it began with CorDA, LoRA-GA or PiSSA's fast form."),
+    ] = None
 
-    @staticmethod
-    def parse(
-        convert: bool, rank: int | None, tolerance: float | None, initial: Path | None, link: bool
-    ) -> Conversion | None:
-        """The options of a command line; None without ``--convert``.
-
-        Raises:
-            Usage: with everything that is wrong with them.
-        """
-        given = {"--rank": rank, "--tolerance": tolerance, "--initial": initial}
+    def check(self, *, link: bool) -> None:
+        """Raises: Usage: with everything that is wrong with them."""
+        rank, tolerance = self.rank, self.tolerance
+        given = {"--rank": rank, "--tolerance": tolerance, "--initial": self.initial}
         named = [name for name, value in given.items() if value is not None]
         problems: list[StackctlError] = []
-        if named and not convert:
+        if named and not self.convert:
             problems.append(Usage(f"{' and '.join(named)}: only with --convert", hint="add --convert"))
-        if convert and link:
+        if self.convert and link:
             linked = "--link refers to a folder, and --convert makes another one"
             problems.append(Usage(linked, hint="leave out --link"))
         if rank is not None and tolerance is not None:
@@ -67,15 +77,16 @@ class Conversion:
             outside = f"--tolerance {tolerance:g} is not between 0 and 1"
             problems.append(Usage(outside, hint="give a share, for example 0.01"))
         raise_all(problems)
-        return Conversion(rank, tolerance, initial) if convert else None
 
     def kind(self, checkpoint: Checkpoint) -> str | None:
-        """What an adapter is that is made a plain LoRA; None where it is one, and where it cannot be made one.
+        """What an adapter is that is made a plain LoRA; None where it is one, or cannot or need not be made one.
 
         Raises:
             Usage: the options are of no use for it.
             Incompatible: it can be made one, with what stands in the way.
         """
+        if not self.convert:
+            return None
         config, kind = checkpoint.config, kind_of(checkpoint.config)
         if kind is None:
             if checkpoint.is_lora and (self.rank, self.tolerance, self.initial) != (None, None, None):

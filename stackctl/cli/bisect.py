@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_j
 from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
-from stackctl.cli.prompt_options import OUTPUT_PANEL, RAW, SYSTEM
+from stackctl.cli.prompt_options import RAW, SYSTEM, of_output
 from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from stackctl.engine.models import StackedModel
     from stackctl.engine.probes import Probe
 
-_ANSWER = "A bad answer"
+_of_answer = partial(typer.Option, rich_help_panel="A bad answer")
 _LONGEST = 64
 _NO_CULPRIT = "no member of a stack on it is the culprit"
 _EXAMPLES = """\
@@ -39,105 +40,34 @@ stackctl bisect style+instruct+tone -p "Tell me about the sea." --bad "the the t
 stackctl bisect storyteller -p "Tell me about the sea." --bad "the the the\""""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "bisect", example=_EXAMPLES, panel=INSPECT)
-    def bisect(
-        context: Context,
-        what: What = None,
-        prompt: Annotated[
-            str | None,
-            typer.Option(
-                "--prompt", "-p", help="A prompt whose answer is bad.", rich_help_panel=_ANSWER, metavar="TEXT"
-            ),
-        ] = None,
-        bad: Annotated[
-            str | None,
-            typer.Option(help="With -p: a text in the greedy answer that makes it bad.", rich_help_panel=_ANSWER),
-        ] = None,
-        raw: RAW = False,
-        system: SYSTEM = None,
-        max_new_tokens: Annotated[
-            int | None,
-            typer.Option(
-                min=1, help="Longest answer in tokens.", show_default=str(_LONGEST), rich_help_panel=OUTPUT_PANEL
-            ),
-        ] = None,
-        chat_template_kwargs: TEMPLATE_KWARGS = None,
-        enable_thinking: ENABLE_THINKING = None,
-        data: DATA = None,
-        max_length: Annotated[
-            int | None,
-            typer.Option(
-                min=2, help="With --data: longest record in tokens; what is longer is cut.", show_default="1024"
-            ),
-        ] = None,
-        name: Annotated[
-            str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
-        ] = None,
-        base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
-    ) -> Result:
-        """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
-
-        Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
-        """
-        registry = context.registry
-        symptom = _Symptom(prompt, bad, raw, system, max_new_tokens, tuple(data or ()), max_length)
-        problems: list[StackctlError] = []
-        with gathering(problems):
-            symptom.check()
-        with gathering(problems):
-            symptom = replace(symptom, template=template_arguments(chat_template_kwargs, enable_thinking))
-        sets: list[DataSet] = []
-        with gathering(problems):
-            stack = resolve_expression(registry, what, base=base)
-            plan = read_plan(registry, stack).check()
-            _check_parts(stack, plan)
-            if name is not None:
-                check_stack_name(registry, name, stack)
-            if data:
-                sets = read_sets(context, stack, plan, data, max_length or 1024, symptom.template)
-        raise_all(problems)
-        stacked = load_common_base(context, [(stack, plan)], dtype, device)
-        probe = _probe(context, stacked, plan, symptom, sets)
-        found = _search(context, stack, plan, probe, symptom)
-        typed = name or _typed_without(stack, plan, found.parts, probe)
-        if name is not None:
-            save_stack(registry, name, stack_without(stack, plan, found.parts))
-        culprits = culprits_json(plan, found.parts)
-        document = {
-            "stack": stack.text,
-            "base": stack.base.name,
-            "culprit": culprits[0],
-            "culprits": culprits,
-            "evaluations": found.evaluations,
-            "without": typed,
-            "results": {
-                what: probe.look(frozenset(off))
-                for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
-            },
-        }
-        notes = (*stack.notes, *culprit_notes(document, name))
-        return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
-
-
 @dataclass(frozen=True)
 class _Symptom:
-    """What is bad: a text in the answer to a prompt, or losses."""
+    """What is bad: a text in the answer to a prompt, or losses. Each field is an option, with its help."""
 
-    prompt: str | None
-    bad: str | None
-    raw: bool
-    system: str | None
-    max_new_tokens: int | None
-    data: Sequence[str]
-    max_length: int | None
-    template: Arguments = field(default_factory=dict)
+    prompt: Annotated[
+        str | None, _of_answer("--prompt", "-p", help="A prompt whose answer is bad.", metavar="TEXT")
+    ] = None
+    bad: Annotated[str | None, _of_answer(help="With -p: a text in the greedy answer that makes it bad.")] = None
+    raw: RAW = False
+    system: SYSTEM = None
+    max_new_tokens: Annotated[
+        int | None, of_output(min=1, help="Longest answer in tokens.", show_default=str(_LONGEST))
+    ] = None
+    chat_template_kwargs: TEMPLATE_KWARGS = None
+    enable_thinking: ENABLE_THINKING = None
+    data: DATA = None
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="With --data: longest record in tokens; what is longer is cut.", show_default="1024"),
+    ] = None
 
     @property
     def longest(self) -> int:
         return self.max_new_tokens or _LONGEST
+
+    def template(self) -> Arguments:
+        """Raises: Usage: what is given to the chat template is no JSON object."""
+        return template_arguments(self.chat_template_kwargs, self.enable_thinking)
 
     def check(self) -> None:
         """Raises: Usage: everything that is missing or too much, at once."""
@@ -165,7 +95,65 @@ class _Symptom:
     def sampling(self) -> Sampling:
         from stackctl.engine.generation import Sampling
 
-        return Sampling(self.longest, raw=self.raw, system=self.system, template=self.template)
+        return Sampling(self.longest, raw=self.raw, system=self.system, template=self.template())
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "bisect", example=_EXAMPLES, panel=INSPECT)
+    def bisect(
+        context: Context,
+        what: What = None,
+        *,
+        symptom: _Symptom,
+        name: Annotated[
+            str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
+        ] = None,
+        base: BaseOption = None,
+        dtype: DTYPE = "auto",
+        device: DEVICE = "auto",
+    ) -> Result:
+        """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
+
+        Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
+        """
+        registry = context.registry
+        problems: list[StackctlError] = []
+        with gathering(problems):
+            symptom.check()
+        template: Arguments = {}
+        with gathering(problems):
+            template = symptom.template()
+        sets: list[DataSet] = []
+        with gathering(problems):
+            stack = resolve_expression(registry, what, base=base)
+            plan = read_plan(registry, stack).check()
+            _check_parts(stack, plan)
+            if name is not None:
+                check_stack_name(registry, name, stack)
+            if symptom.data:
+                sets = read_sets(context, stack, plan, symptom.data, symptom.max_length or 1024, template)
+        raise_all(problems)
+        stacked = load_common_base(context, [(stack, plan)], dtype, device)
+        probe = _probe(context, stacked, plan, symptom, sets)
+        found = _search(context, stack, plan, probe, symptom)
+        typed = name or _typed_without(stack, plan, found.parts, probe)
+        if name is not None:
+            save_stack(registry, name, stack_without(stack, plan, found.parts))
+        culprits = culprits_json(plan, found.parts)
+        document = {
+            "stack": stack.text,
+            "base": stack.base.name,
+            "culprit": culprits[0],
+            "culprits": culprits,
+            "evaluations": found.evaluations,
+            "without": typed,
+            "results": {
+                what: probe.look(frozenset(off))
+                for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
+            },
+        }
+        notes = (*stack.notes, *culprit_notes(document, name))
+        return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
 
 
 def _check_parts(stack: ResolvedStack, plan: StackPlan) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-from typer.models import ArgumentInfo, ParameterInfo
+from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import share_progress
@@ -30,29 +30,29 @@ REGISTRY = "Registry"
 """The panels of ``stackctl --help``, in the order of a user's work."""
 DEVICE_PANEL = "Device and precision"
 """The options that say where and how precisely to compute."""
+of_device = functools.partial(typer.Option, rich_help_panel=DEVICE_PANEL)
+_common_option = functools.partial(typer.Option, rich_help_panel=COMMON)
 
 _COMMON: dict[str, tuple[Any, Any]] = {
     "registry": (
         Annotated[
             Path | None,
-            typer.Option(
-                help="The registry to use; else STACKCTL_REGISTRY, else the nearest in a parent folder.",
-                rich_help_panel=COMMON,
-                metavar="DIR",
+            _common_option(
+                help="The registry to use; else STACKCTL_REGISTRY, else the nearest in a parent folder.", metavar="DIR"
             ),
         ],
         None,
     ),
     "json_mode": (
-        Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)],
+        Annotated[bool, _common_option("--json", help="One JSON document on stdout.")],
         False,
     ),
     "quiet": (
-        Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential name.", rich_help_panel=COMMON)],
+        Annotated[bool, _common_option("--quiet", "-q", help="Print only the essential name.")],
         False,
     ),
     "debug": (
-        Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)],
+        Annotated[bool, _common_option("--debug", help="Show the traceback of an error.")],
         False,
     ),
 }
@@ -174,6 +174,7 @@ def command(
         ]
         for parameter in [*own, *added]:
             _name_in_capitals(parameter)
+            _off_unless_typed(parameter)
             _leave_paths_to_the_shell(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
@@ -205,6 +206,13 @@ def _name_in_capitals(parameter: inspect.Parameter) -> None:
         if isinstance(info, ArgumentInfo) and info.metavar is None:
             name = parameter.name.upper()
             info.metavar = name if parameter.default is inspect.Parameter.empty else f"[{name}]"
+
+
+def _off_unless_typed(parameter: inspect.Parameter) -> None:
+    """A switch that is off has one name, where typer would add ``--no-name``."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if parameter.default is False and isinstance(info, OptionInfo) and info.default is ...:  # it was given no name
+            info.param_decls = ("--" + parameter.name.replace("_", "-"),)
 
 
 def _leave_paths_to_the_shell(parameter: inspect.Parameter) -> None:

@@ -61,8 +61,7 @@ def register(app: typer.Typer) -> None:
         data: DATA = None,
         max_length: MAX_LENGTH = 1024,
         to: Annotated[
-            Path | None,
-            typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE"),
+            Path | None, typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE")
         ] = None,
         max_new_tokens: MAX_NEW = 128,
         *,

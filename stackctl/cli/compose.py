@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -28,7 +29,7 @@ from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.render import html as pages
 from stackctl.render.output import Result
 
-_METHOD = "The method"
+_of_method = partial(typer.Option, rich_help_panel="The method")
 _EXAMPLES = """\
 stackctl compose style:0.7+instruct@2
 stackctl compose style+instruct+tone --method ties --density 0.3
@@ -60,47 +61,35 @@ def register(app: typer.Typer) -> None:
         ] = None,
         method: Annotated[
             str,
-            typer.Option(
+            _of_method(
                 help=f"{', '.join(METHODS)}; best tries all of them, with --data.",
-                rich_help_panel=_METHOD,
                 autocompletion=lambda: [*METHODS, BEST],
             ),
         ] = SUM,
         rank: Annotated[
-            str | None,
-            typer.Option(
-                help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance.", rich_help_panel=_METHOD
-            ),
+            str | None, _of_method(help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance.")
         ] = None,
         tolerance: Annotated[
-            float | None,
-            typer.Option(
-                help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.", rich_help_panel=_METHOD
-            ),
+            float | None, _of_method(help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.")
         ] = None,
         density: Annotated[
             float | None,
-            typer.Option(
-                help=f"{_of('density')}: the share of entries that are kept.",
-                show_default=str(DEFAULTS["density"]),
-                rich_help_panel=_METHOD,
+            _of_method(
+                help=f"{_of('density')}: the share of entries that are kept.", show_default=str(DEFAULTS["density"])
             ),
         ] = None,
         seed: Annotated[
             int | None,
-            typer.Option(
+            _of_method(
                 help=f"{_of('seed')}: the seed of what is dropped. With --fit or --method best: of which half is "
                 "learned from.",
                 show_default=str(DEFAULTS["seed"]),
-                rich_help_panel=_METHOD,
             ),
         ] = None,
         *,
         weights: WeightOptions,
         base: BaseOption = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Check and show the stack without writing it.")
-        ] = False,
+        dry_run: Annotated[bool, typer.Option(help="Check and show the stack without writing it.")] = False,
     ) -> Result:
         """Write a stack: a recipe of pinned adapters and weights, no tensors. It becomes the current stack."""
         registry = context.registry

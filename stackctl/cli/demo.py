@@ -46,12 +46,12 @@ def register(app: typer.Typer) -> None:
         from stackctl.cli.compare import compare_stacks
         from stackctl.cli.load_stacks import MeasuredData, read_data
         from stackctl.cli.push import prepare_push
-        from stackctl.cli.train import build_recipe
+        from stackctl.cli.train import Switches, build_recipe
         from stackctl.engine.generation import Sampling
         from stackctl.engine.records import Prompt
         from stackctl.registry.planning import plan_expressions
 
-        built = build_recipe(context, recipe, resume=True)
+        built = build_recipe(context, recipe, Switches(resume=True))
         say(built.screen if isinstance(built.screen, str) else "")
         stacks = plan_expressions(registry, STACKS)
         say("the same prompts with the base, the style and the stack, and their loss on held-out records")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackctl.cli.common import TRAIN, Context, What, command
-from stackctl.cli.train import job_options, prepare, run_switches
+from stackctl.cli.train import DRY_RUN, RESUME, job_options, prepare, typed_options
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.registry.resolve import current_stack
 from stackctl.render.output import Result
@@ -22,44 +21,30 @@ _NOT_ASKED = (
 )  # fmt: skip
 """Options of ``train`` that say nothing here."""
 
+if TYPE_CHECKING:
+    JobOptions = Any
+else:
+    JobOptions = job_options(without=_NOT_ASKED)
+
 
 def register(app: typer.Typer) -> None:
-    def distil(context: Context, what: str | None, name: str, **flags: Any) -> Result:
+    @command(app, "distil", example=_EXAMPLES, panel=TRAIN)
+    def distil(
+        context: Context,
+        what: What = None,
+        *,
+        name: Annotated[str, typer.Option(help="What the new adapter is called.", metavar="NAME", show_default=False)],
+        job: JobOptions,
+        resume: RESUME = False,
+        dry_run: DRY_RUN = False,
+    ) -> Result:
         """Train one new adapter on the bare base that says what a stack says, or what it says to a system prompt.
 
         It begins at the best pair of its rank for the stack, and learns the stack's probabilities on your records.
         """
-        resume, dry_run = flags.pop("resume"), flags.pop("dry_run")
-        given = {key.rstrip("_"): value for key, value in flags.items() if value is not None}
         teacher = what or current_stack(context.registry)
-        prepared = prepare(context, name, None, {**given, "objective": "distil", "teacher": teacher})
+        asked = {**typed_options(job), "objective": "distil", "teacher": teacher}
+        prepared = prepare(context, name, None, asked)
         if dry_run:
             return dry_run_result(context, prepared)
         return with_next(trained_result(context, prepared, resume=resume), prepared)
-
-    options = _options()
-    distil.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    distil.__annotations__ = {p.name: p.annotation for p in options}
-    command(app, "distil", example=_EXAMPLES, panel=TRAIN)(distil)
-
-
-def _options() -> list[inspect.Parameter]:
-    """Its own parameters, and the options of ``train`` that mean something here."""
-    called = typer.Option(help="What the new adapter is called.", metavar="NAME", show_default=False)
-    own: dict[str, tuple[Any, Any]] = {
-        "context": (Context, inspect.Parameter.empty),
-        "what": (What, None),
-        "name": (Annotated[str, called], inspect.Parameter.empty),
-        **job_options(without=_NOT_ASKED),
-        **run_switches("resume", "dry_run"),
-    }
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(
-            key,
-            kind if key != "context" else inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=default,
-            annotation=type_,
-        )
-        for key, (type_, default) in own.items()
-    ]

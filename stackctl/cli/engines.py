@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from stackctl.cli.common import DEVICE_PANEL
+from stackctl.cli.common import of_device
 from stackctl.core import Say
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.schema import Base
@@ -22,19 +20,13 @@ if TYPE_CHECKING:
 LLAMA_CPP = "llama.cpp"
 ENGINE = Annotated[
     Literal["auto", "transformers", "llama.cpp"],
-    typer.Option(
+    of_device(
         help="What computes. auto is transformers; llama.cpp runs a base that came from a GGUF file as it is, and its "
-        "quantised arithmetic may choose other words.",
-        rich_help_panel=DEVICE_PANEL,
+        "quantised arithmetic may choose other words."
     ),
 ]
-DTYPE = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision of the weights.", rich_help_panel=DEVICE_PANEL),
-]
-DEVICE = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Device to run on.", rich_help_panel=DEVICE_PANEL)
-]
+DTYPE = Annotated[Literal["auto", "float32", "bfloat16", "float16"], of_device(help="Precision of the weights.")]
+DEVICE = Annotated[Literal["auto", "cpu", "cuda", "mps"], of_device(help="Device to run on.")]
 
 
 @dataclass(frozen=True)

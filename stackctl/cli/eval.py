@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from stackctl.engine.harness import Harness, TaskScore
     from stackctl.engine.models import StackedModel
 
-_TASKS = "Tasks of lm-evaluation-harness"
+_of_tasks = partial(typer.Option, rich_help_panel="Tasks of lm-evaluation-harness")
 _BATCH = 8
 _EXAMPLES = """\
 stackctl eval style+instruct --against style --data heldout.jsonl
@@ -70,28 +71,17 @@ def register(app: typer.Typer) -> None:
         enable_thinking: ENABLE_THINKING = None,
         task: Annotated[
             list[str] | None,
-            typer.Option(
+            _of_tasks(
                 help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
                 "[eval].",
-                rich_help_panel=_TASKS,
                 metavar="TASK",
             ),
         ] = None,
-        limit: Annotated[
-            int | None, typer.Option(min=1, help="Only the first N records of each task.", rich_help_panel=_TASKS)
-        ] = None,
+        limit: Annotated[int | None, _of_tasks(min=1, help="Only the first N records of each task.")] = None,
         num_fewshot: Annotated[
-            int | None,
-            typer.Option(
-                min=0,
-                help="Solved examples (shots) before each record; a task that sets 0 keeps 0.",
-                rich_help_panel=_TASKS,
-            ),
+            int | None, _of_tasks(min=0, help="Solved examples (shots) before each record; a task that sets 0 keeps 0.")
         ] = None,
-        batch_size: Annotated[
-            int | None,
-            typer.Option(min=1, help="Requests in a batch; 8 if left out.", rich_help_panel=_TASKS),
-        ] = None,
+        batch_size: Annotated[int | None, _of_tasks(min=1, help="Requests in a batch; 8 if left out.")] = None,
         base: BaseOption = None,
         dtype: DTYPE = "auto",
         device: DEVICE = "auto",

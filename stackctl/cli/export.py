@@ -56,12 +56,11 @@ def register(app: typer.Typer) -> None:
             ),
         ] = "auto",
         modelfile: Annotated[
-            bool, typer.Option("--modelfile", help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
+            bool, typer.Option(help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
         ] = False,
         whole_class: Annotated[
             bool,
             typer.Option(
-                "--whole-class",
                 help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants.",
             ),
         ] = False,

@@ -27,17 +27,14 @@ def register(app: typer.Typer) -> None:
     @command(app, "gc", example="stackctl gc --runs --logs\nstackctl gc --dry-run", panel=REGISTRY)
     def gc(
         context: Context,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option(help="Show what would be deleted; delete nothing.")] = False,
         runs: Annotated[
-            bool, typer.Option("--runs", help="Also delete saves of unfinished training, which then cannot be resumed.")
+            bool, typer.Option(help="Also delete saves of unfinished training, which then cannot be resumed.")
         ] = False,
-        logs: Annotated[
-            bool, typer.Option("--logs", help="Also delete what --report-to logged for finished runs.")
-        ] = False,
+        logs: Annotated[bool, typer.Option(help="Also delete what --report-to logged for finished runs.")] = False,
         cache: Annotated[
             bool,
             typer.Option(
-                "--cache",
                 help="Also delete cached tokens, exported adapters and converted GGUF models, of every registry.",
             ),
         ] = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL, TRAIN, BaseOption, Context, What, command
+from stackctl.cli.common import TRAIN, BaseOption, Context, What, command, of_device
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.progress import counting
 from stackctl.cli.prompt_options import (
@@ -61,12 +61,7 @@ def register(app: typer.Typer) -> None:
         *,
         answering: GenerateOptions,
         live: Annotated[
-            bool,
-            typer.Option(
-                "--live",
-                help="Keep the stack as one live LoRA instead of folding it into the base; slower.",
-                rich_help_panel=DEVICE_PANEL,
-            ),
+            bool, of_device(help="Keep the stack as one live LoRA instead of folding it into the base; slower.")
         ] = False,
         base: BaseOption = None,
     ) -> Result | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,88 +50,69 @@ stackctl inspect storyteller --output storyteller.html
 stackctl inspect style+instruct"""
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """What is to be told beside the usual: each field is an option, with its help."""
+
+    verify: Annotated[bool, typer.Option(help="Hash the files again and compare.")] = False
+    modules: Annotated[bool, typer.Option(help="Show every module with ranks and scalings.")] = False
+    weights: Annotated[bool, typer.Option(help="Draw ‖ΔW‖ of every layer and module.")] = False
+    interference: Annotated[
+        bool, typer.Option(help="Show how much members of a stack overlap, and where they are opposed.")
+    ] = False
+    target: Annotated[
+        Literal["vllm", "gguf", "ollama"] | None,
+        typer.Option("--for", help="Check for what that program would reject."),
+    ] = None
+    curve: Annotated[bool, typer.Option(help="Show the loss curve of the training; with --json every point.")] = False
+    serve: Annotated[bool, typer.Option(help="Show the commands that serve it with vLLM, llama.cpp and Ollama.")] = (
+        False
+    )
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with all plots: norms, interference, loss curves, lineage.", metavar="FILE"),
+    ] = None
+
+    @property
+    def any(self) -> bool:
+        return any(astuple(self))
+
+
 def register(app: typer.Typer) -> None:
     @command(app, "inspect", example=_EXAMPLES, panel=INSPECT)
-    def inspect(
-        context: Context,
-        what: What = None,
-        base: BaseOption = None,
-        verify: Annotated[bool, typer.Option("--verify", help="Hash the files again and compare.")] = False,
-        modules: Annotated[bool, typer.Option("--modules", help="Show every module with ranks and scalings.")] = False,
-        weights: Annotated[bool, typer.Option("--weights", help="Draw ‖ΔW‖ of every layer and module.")] = False,
-        interference: Annotated[
-            bool,
-            typer.Option(
-                "--interference", help="Show how much members of a stack overlap, and where they are opposed."
-            ),
-        ] = False,
-        target: Annotated[
-            Literal["vllm", "gguf", "ollama"] | None,
-            typer.Option("--for", help="Check for what that program would reject."),
-        ] = None,
-        curve: Annotated[
-            bool, typer.Option("--curve", help="Show the loss curve of the training; with --json every point.")
-        ] = False,
-        serve: Annotated[
-            bool, typer.Option("--serve", help="Show the commands that serve it with vLLM, llama.cpp and Ollama.")
-        ] = False,
-        output: Annotated[
-            Path | None,
-            typer.Option(
-                help="Write a page with all plots: norms, interference, loss curves, lineage.", metavar="FILE"
-            ),
-        ] = None,
-    ) -> Result:
+    def inspect(context: Context, what: What = None, base: BaseOption = None, *, wishes: _Wishes) -> Result:
         """Describe an adapter, a stack, an expression, a base or any PEFT folder, with every problem found."""
-        if output is not None:
-            check_page_place(output)
-        wishes = _Wishes(verify, modules, weights, interference, target, curve, output)
+        if wishes.output is not None:
+            check_page_place(wishes.output)
         if what is not None and _means_folder(what, context):
-            if serve:
+            if wishes.serve:
                 raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
             return _inspect_path(Path(what), wishes, context, base)
         registry = context.registry
         stack = resolve_expression(registry, what, base=base)
         if not stack.members and stack.name is None:
-            if dataclasses.replace(wishes, verify=False).any or serve:
+            if replace(wishes, verify=False).any:
                 raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
-            if verify:
+            if wishes.verify:
                 check_linked_base(stack.base, registry.root)
                 info["verified"] = True
             return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
-        if interference and len(stack.members) < 2:
+        if wishes.interference and len(stack.members) < 2:
             raise Usage(
                 f"{stack.text} has one member; interference takes two",
                 hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
             )
         plan = read_plan(registry, stack)
-        if verify or weights or interference or output:
-            check_digests(registry, stack.members, fresh=verify)
+        if wishes.verify or wishes.weights or wishes.interference or wishes.output:
+            check_digests(registry, stack.members, fresh=wishes.verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
         extras = _add_wishes(info, plan, wishes, registry)
-        if serve:
+        if wishes.serve:
             recipes = serve_commands(stack, plan, registry.root, named=context.registry_option is not None)
             info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
         return _result(info, lambda: stack_screen(info, stack, plan, extras), stack.notes)
-
-
-@dataclass(frozen=True)
-class _Wishes:
-    """What is to be told beside the usual."""
-
-    verify: bool
-    modules: bool
-    weights: bool
-    interference: bool
-    target: str | None
-    curve: bool
-    output: Path | None
-
-    @property
-    def any(self) -> bool:
-        return any(astuple(self))
 
 
 def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry: Registry | None = None) -> Extras:

@@ -26,9 +26,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "ls", example="stackctl ls --tree\nstackctl ls --json", panel=INSPECT)
     def ls(
         context: Context,
-        tree: Annotated[
-            bool, typer.Option("--tree", help="Show which version was trained on which, removed ones too.")
-        ] = False,
+        tree: Annotated[bool, typer.Option(help="Show which version was trained on which, removed ones too.")] = False,
     ) -> Result:
         """List adapters, stacks, bases and unfinished training; long output goes through a pager.
 

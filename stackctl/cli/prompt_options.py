@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
     from stackctl.engine.generation import Answers, Generated, Sampling
     from stackctl.engine.records import Prompt
 
-OUTPUT_PANEL, _SAMPLING = "Output", "Sampling"
-"""Groups of options in the help."""
+of_output = partial(typer.Option, rich_help_panel="Output")
+_of_sampling = partial(typer.Option, rich_help_panel="Sampling")
 _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
 
 PROMPT = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT"),
+    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
 ]
 PROMPTS = Annotated[
     Path | None,
@@ -36,12 +36,9 @@ PROMPTS = Annotated[
         metavar="FILE",
     ),
 ]
-MAX_NEW = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=OUTPUT_PANEL)]
-RAW = Annotated[
-    bool,
-    typer.Option("--raw", help="Skip the chat template: the model continues the text.", rich_help_panel=OUTPUT_PANEL),
-]
-SYSTEM = Annotated[str | None, typer.Option(help="A system message before the prompt.", rich_help_panel=OUTPUT_PANEL)]
+MAX_NEW = Annotated[int, of_output(min=1, help="Longest answer in tokens.")]
+RAW = Annotated[bool, of_output(help="Skip the chat template: the model continues the text.")]
+SYSTEM = Annotated[str | None, of_output(help="A system message before the prompt.")]
 
 
 @dataclass(frozen=True)
@@ -51,48 +48,26 @@ class GenerateOptions:
     raw: RAW = False
     system: SYSTEM = None
     temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="Sampling temperature; greedy decoding without it.", rich_help_panel=_SAMPLING),
+        float | None, _of_sampling(min=0, help="Sampling temperature; greedy decoding without it.")
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Nucleus sampling: the most likely tokens that add up to this probability.",
-            rich_help_panel=_SAMPLING,
-        ),
+        _of_sampling(min=0, max=1, help="Nucleus sampling: the most likely tokens that add up to this probability."),
     ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sample from the N most likely tokens.", rich_help_panel=_SAMPLING),
-    ] = None
+    top_k: Annotated[int | None, _of_sampling(min=1, help="Sample from the N most likely tokens.")] = None
     min_p: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Drop tokens below this share of the most likely token's probability.",
-            rich_help_panel=_SAMPLING,
-        ),
+        _of_sampling(min=0, max=1, help="Drop tokens below this share of the most likely token's probability."),
     ] = None
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(min=0, help="Above 1, tokens that occurred before become less likely.", rich_help_panel=_SAMPLING),
+        float | None, _of_sampling(min=0, help="Above 1, tokens that occurred before become less likely.")
     ] = None
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling.", rich_help_panel=_SAMPLING)] = None
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be repeated.", rich_help_panel=OUTPUT_PANEL)
-    ] = None
+    seed: Annotated[int | None, _of_sampling(min=0, help="Seed for sampling.")] = None
+    stop: Annotated[list[str] | None, of_output(help="Stop before this text; may be repeated.")] = None
     chat_template_kwargs: TEMPLATE_KWARGS = None
     enable_thinking: ENABLE_THINKING = None
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Prompts answered at once; left out, as many as suit model and memory.",
-            rich_help_panel=OUTPUT_PANEL,
-        ),
+        int | None, of_output(min=1, help="Prompts answered at once; left out, as many as suit model and memory.")
     ] = None
     dtype: DTYPE = "auto"
     device: DEVICE = "auto"

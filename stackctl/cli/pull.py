@@ -33,9 +33,7 @@ def register(app: typer.Typer) -> None:
         ],
         name: Annotated[str | None, typer.Option(help="Name to register it under.")] = None,
         base: BaseOption = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Show what would be registered; fetch no weights.")
-        ] = False,
+        dry_run: Annotated[bool, typer.Option(help="Show what would be registered; fetch no weights.")] = False,
     ) -> Result:
         """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
         from stackctl.hub.pull import PullOptions

@@ -19,7 +19,8 @@ from stackctl.registry.resolve import current_stack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
-_REPO, _CARD = "The repo", "The model card"
+_of_repo = functools.partial(typer.Option, rich_help_panel="The repo")
+_of_card = functools.partial(typer.Option, rich_help_panel="The model card")
 _EXAMPLES = """\
 stackctl push storyteller me/storyteller --dry-run
 stackctl push storyteller me/storyteller --private
@@ -41,41 +42,27 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Argument(help="The repo on the Hub, owner/name; else the recipe's push:.", show_default=False),
         ] = None,
-        private: Annotated[
-            bool, typer.Option("--private", help="Make a new repo private.", rich_help_panel=_REPO)
-        ] = False,
-        revision: Annotated[
-            str | None, typer.Option(help="The branch to push to.", metavar="BRANCH", rich_help_panel=_REPO)
-        ] = None,
-        create_pr: Annotated[
-            bool, typer.Option("--create-pr", help="Open a pull request instead.", rich_help_panel=_REPO)
-        ] = False,
-        message: Annotated[
-            str | None, typer.Option("--message", "-m", help="Commit message.", rich_help_panel=_REPO)
-        ] = None,
-        tag: Annotated[str | None, typer.Option(help="Tag for the commit.", rich_help_panel=_REPO)] = None,
+        private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
+        revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
+        create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,
+        message: Annotated[str | None, _of_repo("--message", "-m", help="Commit message.")] = None,
+        tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None,
         members: Annotated[
-            bool,
-            typer.Option(
-                "--members", help="Also push each member in its own folder, so that pull restores them separately."
-            ),
+            bool, typer.Option(help="Also push each member in its own folder, so that pull restores them separately.")
         ] = False,
         base_id: Annotated[
             str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
         ] = None,
         license_: Annotated[
-            str | None,
-            typer.Option("--license", help="License, such as apache-2.0.", metavar="NAME", rich_help_panel=_CARD),
+            str | None, _of_card("--license", help="License, such as apache-2.0.", metavar="NAME")
         ] = None,
         language: Annotated[
-            list[str] | None,
-            typer.Option(help="Language code, such as en; may be repeated.", metavar="CODE", rich_help_panel=_CARD),
+            list[str] | None, _of_card(help="Language code, such as en; may be repeated.", metavar="CODE")
         ] = None,
         dataset: Annotated[
-            list[str] | None,
-            typer.Option(help="A data set on the Hub; may be repeated.", metavar="ID", rich_help_panel=_CARD),
+            list[str] | None, _of_card(help="A data set on the Hub; may be repeated.", metavar="ID")
         ] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option(help="Show what would be pushed; send nothing.")] = False,
     ) -> Result:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
         from stackctl.hub.bundle import BundleOptions

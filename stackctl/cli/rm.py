@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option(help="Show what would be removed; remove nothing.")] = False,
     ) -> Result:
         """Remove a stack, an adapter or one version of it; refused while something depends on it."""
         from stackctl.registry.remove import remove_entry

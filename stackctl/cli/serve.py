@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL, TRAIN, BaseOption, Context, Current, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, complete_what, of_device
 from stackctl.cli.engines import DEVICE, DTYPE, Computing, check_has_gguf
 from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
@@ -49,10 +49,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         engine: Annotated[
             Literal["auto", "transformers", "llama.cpp", "vllm"],
-            typer.Option(
+            of_device(
                 help="What computes. auto is transformers, in this process; llama.cpp runs a base that came from a "
-                "GGUF file as it is; vllm starts vLLM, for many GPUs.",
-                rich_help_panel=DEVICE_PANEL,
+                "GGUF file as it is; vllm starts vLLM, for many GPUs."
             ),
         ] = "auto",
         *,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import types
 import typing
 from collections.abc import Collection
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -56,24 +57,53 @@ _KINDS = {
     "batch_size": "NUMBER",
 }  # fmt: skip
 
-_SWITCHES = {
-    "resume": "Go on with the unfinished run of that name.",
-    "dry_run": "Check everything and show the plan.",
-    "force": "Without NAME: train what is up to date, too.",
-}
+_run_option = functools.partial(typer.Option, rich_help_panel=_RUN)
+RESUME = Annotated[bool, _run_option(help="Go on with the unfinished run of that name.")]
+DRY_RUN = Annotated[bool, _run_option(help="Check everything and show the plan.")]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How a training goes; each field is an option of train."""
+
+    resume: RESUME = False
+    dry_run: DRY_RUN = False
+    force: Annotated[bool, _run_option(help="Without NAME: train what is up to date, too.")] = False
+
+
+def job_options(without: Collection[str] = ()) -> Any:
+    """A group of options, one for each field of :class:`TrainJob`, in the order of the help; None if not typed."""
+    fields = sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name))
+    options = [(field.name, _option(field), None) for field in fields if field.encode_name not in without]
+    return make_dataclass("JobOptions", options, frozen=True)
+
+
+def typed_options(options: Any) -> dict[str, Any]:
+    """Those of :func:`job_options` that were typed, by the names of the fields."""
+    return {key.rstrip("_"): value for key, value in vars(options).items() if value is not None}
 
 
 def register(app: typer.Typer) -> None:
-    def train(context: Context, name: str | None, config: Path | None, **flags: Any) -> Result:
+    @command(app, "train", example=_EXAMPLES, panel=TRAIN)
+    def train(
+        context: Context,
+        name: Annotated[str | None, typer.Argument(help="What the new adapter is called.", show_default=False)] = None,
+        *,
+        job: JobOptions,
+        config: Annotated[
+            Path | None,
+            _run_option(help="Settings as YAML or JSON; a flag beats the file.", metavar="FILE", show_default=False),
+        ] = None,
+        switches: Switches,
+    ) -> Result:
         """Train one new adapter on a frozen, active stack; without NAME, build what stackctl.yaml says.
 
         Only the new adapter learns and only it is saved. That the stack under it was active and did not change is
         proved on every run, or nothing is registered.
         """
-        resume, dry_run, force = flags.pop("resume"), flags.pop("dry_run"), flags.pop("force")
-        given = {key.rstrip("_"): value for key, value in flags.items() if value is not None}
+        given = typed_options(job)
         if name is None and (config is None or is_recipe(config)):
-            return _build(context, config, given, dry_run=dry_run, force=force, resume=resume)
+            return _build(context, config, given, switches)
         found = read_job(config, context.registry) if config else None
         name = name or (found.name if found else None)
         if name is None:
@@ -81,61 +111,14 @@ def register(app: typer.Typer) -> None:
         if found and found.ignored:
             context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
         prepared = prepare(context, name, found, given)
-        if dry_run:
+        if switches.dry_run:
             return dry_run_result(context, prepared)
-        return with_next(trained_result(context, prepared, resume=resume), prepared)
-
-    train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
-    train.__annotations__ = {p.name: p.annotation for p in _parameters()}
-    command(app, "train", example=_EXAMPLES, panel=TRAIN)(train)
-
-
-def _parameters() -> list[inspect.Parameter]:
-    """The command's parameters: its own, and one option for each field of :class:`TrainJob`."""
-    own: dict[str, tuple[Any, Any]] = {
-        "context": (Context, inspect.Parameter.empty),
-        "name": (
-            Annotated[str | None, typer.Argument(help="What the new adapter is called.", show_default=False)],
-            None,
-        ),
-    }
-    own |= job_options()
-    config = typer.Option(
-        help="Settings as YAML or JSON; a flag beats the file.",
-        metavar="FILE",
-        show_default=False,
-        rich_help_panel=_RUN,
-    )
-    own["config"] = (Annotated[Path | None, config], None)
-    own |= run_switches(*_SWITCHES)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [inspect.Parameter(key, kind, default=default, annotation=kind_) for key, (kind_, default) in own.items()]
-
-
-def run_switches(*names: str) -> dict[str, tuple[Any, Any]]:
-    """Switches of how a training goes, off unless they are typed."""
-    return {
-        name: (
-            Annotated[bool, typer.Option("--" + name.replace("_", "-"), help=_SWITCHES[name], rich_help_panel=_RUN)],
-            False,
-        )
-        for name in names
-    }
-
-
-def job_options(without: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """An option with its default for each field of :class:`TrainJob`, in the order of the help."""
-    fields = sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name))
-    return {field.name: (_option(field), None) for field in fields if field.encode_name not in without}
-
-
-def _group(option: str) -> str:
-    return _GROUP_OF.get(option, _TRAINING)
+        return with_next(trained_result(context, prepared, resume=switches.resume), prepared)
 
 
 def _place(option: str) -> tuple[int, int]:
     """Where an option stands in the help: its group, and its place in there (that of its field, in a group of none)."""
-    group = _group(option)
+    group = _GROUP_OF.get(option, _TRAINING)
     named = _GROUPS[group]
     return list(_GROUPS).index(group), named.index(option) if option in named else 0
 
@@ -152,7 +135,7 @@ def _option(field: msgspec.structs.FieldInfo) -> Any:
         help=about,
         show_default=_shown(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
-        rich_help_panel=_group(name),
+        rich_help_panel=_GROUP_OF.get(name, _TRAINING),
         metavar=_KINDS.get(name),
     )
     return Annotated[type_ | None, option]
@@ -175,6 +158,12 @@ def _plain_type(annotation: Any) -> tuple[Any, str]:
             annotation = plain[0] if len(plain) == 1 or str in plain else str  # a number or a word is read as text
         else:
             return annotation, about
+
+
+if TYPE_CHECKING:
+    JobOptions = Any
+else:
+    JobOptions = job_options()
 
 
 def prepare(context: Context, name: str, config: JobFile | None, flags: dict[str, Any]) -> PreparedJob:
@@ -206,9 +195,7 @@ def prepare(context: Context, name: str, config: JobFile | None, flags: dict[str
 # -- a recipe ---------------------------------------------------------------------------------------------------------
 
 
-def _build(
-    context: Context, config: Path | None, flags: dict[str, Any], *, dry_run: bool, force: bool, resume: bool
-) -> Result:
+def _build(context: Context, config: Path | None, flags: dict[str, Any], switches: Switches) -> Result:
     if flags:
         given = ", ".join("--" + key.replace("_", "-") for key in flags)
         raise Usage(
@@ -219,22 +206,20 @@ def _build(
         raise Usage(
             f"no NAME was given and there is no {FILE} here or above", hint="stackctl train style --data style.jsonl"
         )
-    return build_recipe(context, read_recipe(path), dry_run=dry_run, force=force, resume=resume)
+    return build_recipe(context, read_recipe(path), switches)
 
 
-def build_recipe(
-    context: Context, found: RecipeFile, *, dry_run: bool = False, force: bool = False, resume: bool = False
-) -> Result:
+def build_recipe(context: Context, found: RecipeFile, switches: Switches) -> Result:
     """Bring everything of a recipe up to date, in order; what is up to date is left alone."""
     registry = context.registry
-    steps = plan_recipe(found, registry, force=force)
+    steps = plan_recipe(found, registry, force=switches.force)
     out_of_date = [step for step in steps if step.why]
     plan = [{"kind": s.kind, "name": s.name, "why": s.why, "from": s.begins} for s in steps]
     if not out_of_date:
         if context.output.json_mode:
             context.output.status("up to date")
         return Result({"plan": plan, "built": []}, "", "up to date")
-    if dry_run:
+    if switches.dry_run:
         return Result({"plan": plan, "built": [], "dry_run": True}, "", lambda: _plan_table(steps))
     built: list[dict[str, Any]] = []
     for step in out_of_date:
@@ -242,10 +227,10 @@ def build_recipe(
         try:
             if step.kind == "adapter":
                 prepared = prepare_recipe_job(found, registry, step.name)
-                if not force and rests_after_all(found, registry, prepared):
+                if not switches.force and rests_after_all(found, registry, prepared):
                     context.output.status(f"{step.name}: up to date; what was made anew beneath it is the same")
                     continue
-                trained = trained_result(context, prepared, resume=resume)
+                trained = trained_result(context, prepared, resume=switches.resume)
                 context.output.status(str(trained.screen))
                 built.append(trained.json)
             else:

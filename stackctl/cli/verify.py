@@ -41,12 +41,10 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         repair: Annotated[
-            bool,
-            typer.Option("--repair", help="Restore missing or changed files from any copy with the same digest."),
+            bool, typer.Option(help="Restore missing or changed files from any copy with the same digest.")
         ] = False,
         from_: Annotated[
-            Path | None,
-            typer.Option("--from", help="With --repair: a folder to search first.", metavar="FOLDER"),
+            Path | None, typer.Option("--from", help="With --repair: a folder to search first.", metavar="FOLDER")
         ] = None,
     ) -> Result:
         """Rehash all registered files, or only those of WHAT; exit code 5 when something is wrong.

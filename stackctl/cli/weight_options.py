@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,9 @@ from stackctl.cli.fit_weights import FitWishes, Per
 from stackctl.cli.sweep_weights import SweepWishes
 from stackctl.core.errors import StackctlError, Usage, raise_all
 
-_FIT, _SWEEP, _BOTH = "Weights learned from data", "Weights tried one by one", "Data for either"
+_of_fit = partial(typer.Option, rich_help_panel="Weights learned from data")
+_of_sweep = partial(typer.Option, rich_help_panel="Weights tried one by one")
+_of_both = partial(typer.Option, rich_help_panel="Data for either")
 
 
 @dataclass(frozen=True)
@@ -21,77 +24,50 @@ class WeightOptions:
 
     fit: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_fit(
             help="Learn the weights alone from these records, shaped as for train; may be repeated: then the mean "
             "of the losses counts. Kept only if better on records kept apart.",
-            rich_help_panel=_FIT,
             metavar="FILE",
         ),
     ] = None
     per: Annotated[
-        Per | None,
-        typer.Option(
-            help="With --fit or --method best: what has a weight of its own.",
-            show_default="member",
-            rich_help_panel=_FIT,
-        ),
+        Per | None, _of_fit(help="With --fit or --method best: what has a weight of its own.", show_default="member")
     ] = None
     holdout: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_fit(
             help="With --fit or --method best: records to judge by; half of the others if left out. May be repeated.",
-            rich_help_panel=_FIT,
             metavar="FILE",
         ),
     ] = None
     fit_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With --fit or --method best: steps of L-BFGS at most.",
-            show_default="30",
-            rich_help_panel=_FIT,
-        ),
+        int | None, _of_fit(min=1, help="With --fit or --method best: steps of L-BFGS at most.", show_default="30")
     ] = None
     sweep: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_sweep(
             help="Losses over a range of one member's weights, both ends in it: 'style=0:1.5:0.25'; given twice, over "
             "a grid. Writes nothing, or with --name the best.",
-            rich_help_panel=_SWEEP,
             metavar="RANGE",
         ),
     ] = None
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_sweep(
             help="With --sweep or --method best: records as for eval; may be repeated: then the mean of the losses "
             "says which is best.",
-            rich_help_panel=_SWEEP,
             metavar="FILE",
         ),
     ] = None
     to: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            help="With --sweep: write one self-contained page: sweep.html.",
-            rich_help_panel=_SWEEP,
-            metavar="FILE",
-        ),
+        _of_sweep("--output", help="With --sweep: write one self-contained page: sweep.html.", metavar="FILE"),
     ] = None
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Longest record in tokens; what is longer is cut.",
-            show_default="1024",
-            rich_help_panel=_BOTH,
-        ),
+        int | None, _of_both(min=2, help="Longest record in tokens; what is longer is cut.", show_default="1024")
     ] = None
     device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"] | None,
-        typer.Option(help="Device to run on.", show_default="auto", rich_help_panel=_BOTH),
+        Literal["auto", "cpu", "cuda", "mps"] | None, _of_both(help="Device to run on.", show_default="auto")
     ] = None
 
     def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | None:
