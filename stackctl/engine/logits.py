@@ -12,8 +12,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stackctl.engine.data import split_row, starts_of
+from stackctl.engine.output_head import OutputHead, find_head, passed_through
 from stackctl.engine.segment_attention import OWN
-from stackctl.engine.token_losses import OutputHead, TokenLosses, find_head, passed_through, token_losses
+from stackctl.engine.token_losses import TokenLosses, token_losses
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:

@@ -6,91 +6,21 @@ states is computed at once: for one token it is upstream · (softmax - one-hot) 
 known yet, a number for each token. Where the head itself has something to learn, the chunks are computed again in the
 backward pass. The idea is that of Cut Your Losses (https://arxiv.org/abs/2411.09009) and of Liger's fused kernel.
 
-Whether logits really are what a head makes of hidden states is looked at and not believed: see :func:`find_head`.
+The head itself is in :mod:`stackctl.engine.output_head`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from stackctl.engine.models import evaluating
+from stackctl.engine.output_head import OutputHead, Projection, autocast_state
 from stackctl.machine.memory_estimate import LOSS_CHUNK
-
-_PROOF_TOKENS = 4
-Projection = Callable[[Tensor], Tensor]
-"""Hidden states (c, d) to logits (c, vocabulary)."""
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """Hidden states (K, d) to logits (K, vocabulary): a module, a factor, and a cap: cap · tanh(logits / cap)."""
-
-    module: nn.Module
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What of it is trained: a LoRA on the head, or a saved copy."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def prepare(self) -> Projection:
-        """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
-        project: Projection = self.module
-        rows = getattr(self.module, "token_adapter", None)
-        if type(self.module) is nn.Linear and not self.parameters:
-            weight: Tensor = self.module.weight
-            bias: Tensor | None = self.module.bias
-            dtype = _autocast_dtype(weight)
-            if dtype is not None:
-                weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
-
-            def project(hidden: Tensor) -> Tensor:
-                return functional.linear(hidden.to(weight.dtype), weight, bias)
-        elif rows is not None:
-            project = _with_rows(rows)
-
-        def logits(hidden: Tensor) -> Tensor:
-            found = project(hidden)
-            found = found if self.scale == 1.0 else found * self.scale
-            return found if self.soft_cap is None else self.soft_cap * torch.tanh(found / self.soft_cap)
-
-        return logits
-
-
-def _with_rows(rows: Any) -> Projection:
-    """The head under PEFT's rows of single tokens: put into the weight once, not for each chunk.
-
-    The same logits, bit for bit; gradients of the rows come from their own logits alone, not by way of a gradient of
-    the whole weight.
-    """
-    layer = rows.get_base_layer()
-    active = [] if rows.disable_adapters else list(rows.active_adapters)
-    dtype = _autocast_dtype(layer.weight) or layer.weight.dtype
-    weight, bias = layer.weight.detach().to(dtype, copy=bool(active)), layer.bias if not active else None
-    learned = []
-    for name in active:
-        index = torch.tensor(rows.token_indices[name], device=weight.device)
-        values = rows.trainable_tokens_delta[name]
-        weight.index_copy_(0, index, values.detach().to(dtype))
-        learned.append((index, values))
-
-    def project(hidden: Tensor) -> Tensor:
-        logits = functional.linear(hidden.to(dtype), weight, bias)
-        for index, values in learned if torch.is_grad_enabled() else ():
-            own = functional.linear(hidden.to(dtype), (values - values.detach()).to(dtype))  # zero, with a gradient
-            logits = logits.index_add(-1, index, own)
-        return logits
-
-    return project
 
 
 @dataclass(frozen=True)
@@ -165,7 +95,7 @@ class _TokenLosses(torch.autograd.Function):
             if unit is not None:
                 (unit[part],) = torch.autograd.grad(logits, inner, values.to(logits.dtype))
             del logits, values
-        ctx.head, ctx.target, ctx.autocast = head, target, _autocast_state(hidden)
+        ctx.head, ctx.target, ctx.autocast = head, target, autocast_state(hidden)
         ctx.save_for_backward(*([unit] if unit is not None else [hidden, labels] if parameters else []))
         ctx.ahead = ahead
         ctx.mark_non_differentiable(correct)
@@ -230,101 +160,3 @@ def _chunks(tokens: int, head: OutputHead) -> Iterator[slice]:
 
 def _vocabulary(module: nn.Module) -> int:
     return int(getattr(module, "out_features", 0)) or max((p.shape[0] for p in module.parameters()), default=1)
-
-
-def _autocast_state(tensor: Tensor) -> tuple[str, bool, torch.dtype]:
-    kind = tensor.device.type
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    _, enabled, dtype = _autocast_state(tensor)
-    return dtype if enabled else None
-
-
-# -- finding the head ---------------------------------------------------------------------------------------------
-
-
-_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, OutputHead | None]] = weakref.WeakKeyDictionary()
-
-
-def find_head(model: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:
-    """The head of a transformers causal LM, if its logits are what that head makes of the hidden states that it reads.
-
-    Looked at once for each model and head: the model's logits for a few tokens of ``arguments`` against the head's.
-    None means that the logits have to be asked for whole: a head that is sharded, is no module of its own, or whose
-    logits something else is done to.
-    """
-    module = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(module, nn.Module):
-        return None
-    known = _FOUND.get(model)
-    if known is None or known[0] is not module:
-        known = _FOUND[model] = (module, _prove(model, module, arguments))
-    return known[1]
-
-
-def _prove(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:
-    if any(type(p.data) is not Tensor for p in module.parameters()):  # sharded, or kept in another form
-        return None
-    config: Any = model.config
-    config = config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-    scales = {1.0, *([1 / divisor] if divisor else []), *([float(factor)] if factor else [])}
-    heads = [OutputHead(module, scale, c) for scale in scales for c in dict.fromkeys((None, cap))]
-    short = {name: value for name, value in arguments.items() if name not in ("position_ids", "logits_to_keep")}
-    short["input_ids"] = arguments["input_ids"][:, :_PROOF_TOKENS]
-    if "segment_lengths" in short:
-        short["segment_lengths"] = [short["input_ids"].shape[1]]
-    try:
-        with evaluating(model):
-            with _reading(module) as read:
-                logits = model(**short).logits
-            if len(read) != 1 or read[0].shape[:-1] != logits.shape[:-1]:
-                return None
-            tolerance = 1e-5 if logits.dtype == torch.float32 and _autocast_dtype(logits) is None else 1e-2
-            fitting = [
-                head
-                for head in heads
-                if (found := head.prepare()(read[0])).shape == logits.shape
-                and float((found - logits).abs().max()) <= tolerance * float(logits.abs().max().clamp_min(1e-30))
-            ]
-            if not fitting:
-                return None
-            with passed_through(module) as seen:  # nothing after the head may mind what it gets
-                model(**short)
-            return fitting[0] if len(seen) == 1 and torch.equal(seen[0], read[0]) else None
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return None
-
-
-@contextlib.contextmanager
-def _reading(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module is given, while it works as ever."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def passed_through(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module is given, while it hands that on and computes nothing."""
-    seen: list[Tensor] = []
-
-    def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        seen.append(hidden)
-        return hidden
-
-    own = module.__dict__.get("forward")
-    module.forward = hand_on  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]

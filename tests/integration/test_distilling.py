@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stackctl.engine import token_losses as chunks
 from stackctl.engine.data import Example, TaughtExamples, collate
-from stackctl.engine.data.encoding import behind_system
+from stackctl.engine.data.layouts import behind_system
 from stackctl.engine.records import ChatRecord
 from stackctl.engine.training.teaching import Teaching
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from stackctl.engine import token_losses as module
 from stackctl.engine.data import Example, collate
 from stackctl.engine.logits import supervised_logits, supervised_token_losses
-from stackctl.engine.token_losses import OutputHead, find_head, token_losses
+from stackctl.engine.output_head import OutputHead, find_head
+from stackctl.engine.token_losses import token_losses
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
