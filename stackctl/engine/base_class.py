@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config, QuantizationConfigMixin
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.registry.base_models import read_json
 from stackctl.registry.base_quantization import FOUR_BITS, Quantization, plain_name, stored_scheme
+from stackctl.storage.files import read_json
 
 _WHOLE = ("emu3",)
 """Model types whose text class finds none of its weights in files of the whole class."""

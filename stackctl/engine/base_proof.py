@@ -25,7 +25,7 @@ from stackctl.engine.base_reader import load_tokenizer
 from stackctl.registry.base_models import weight_files
 from stackctl.registry.base_quantization import FOUR_BITS
 from stackctl.storage.atomic import write_atomic
-from stackctl.storage.files import read_own_json
+from stackctl.storage.files import read_json_if_any
 from stackctl.storage.paths import cache_root
 
 MOST_BYTES = 1 << 30
@@ -51,9 +51,9 @@ def prove_base(base: Base, folder: Path) -> Proof | None:
     """
     version = transformers.__version__
     place = cache_root() / "proofs" / f"{base.fingerprint.removeprefix('sha256:')[:32]}-{version}.json"
-    known = read_own_json(place)
-    if isinstance(known, dict) and isinstance(known.get("difference"), float):
-        return Proof(transformers=version, difference=known["difference"])
+    known = read_json_if_any(place).get("difference")
+    if isinstance(known, float):
+        return Proof(transformers=version, difference=known)
     difference = _difference(base, folder)
     if difference is None:
         return None

@@ -22,7 +22,7 @@ from stackctl.engine.data.template_rendering import render_template
 from stackctl.engine.records import Message
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic
-from stackctl.storage.files import read_own_json
+from stackctl.storage.files import read_json_if_any
 from stackctl.storage.hashes import DigestCache, sha256_file
 from stackctl.storage.paths import cache_root
 
@@ -165,9 +165,9 @@ def _cached_numbers(config: Any) -> int:
 
 def kept_reader(folder: Path) -> BaseReader | None:
     """What was kept of a base in the cache; None where nothing was, or it is of other files or another transformers."""
-    facts = read_own_json(folder / _FACTS)
+    facts = read_json_if_any(folder / _FACTS)
     backend = folder / _BACKEND
-    if not isinstance(facts, dict) or facts.get("transformers") != _made_by() or (folder / _FURTHER).exists():
+    if facts.get("transformers") != _made_by() or (folder / _FURTHER).exists():
         return None
     digests = DigestCache(cache_root())
     current = {name: digests.sha256(folder / name) for name in _files(folder)}

@@ -16,10 +16,11 @@ from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, D
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_config, read_info
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
-from stackctl.registry.base_models import TOKENIZER, read_json
+from stackctl.registry.base_models import TOKENIZER
 from stackctl.registry.checkpoint_files import check_links, stays_inside
 from stackctl.registry.store import Registry
 from stackctl.render.loss_curve import LOG
+from stackctl.storage.files import read_json
 from stackctl.storage.yaml_text import format_yaml
 
 ADAPTER = "adapter.yaml"

@@ -20,7 +20,7 @@ from stackctl.core.schema import AdapterInfo
 from stackctl.lora.lora_config import check_lora_config
 from stackctl.lora.recognition import recognise_folder, refuse_pointer
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
-from stackctl.storage.files import read_bounded
+from stackctl.storage.files import read_bounded, read_json
 from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 CONFIG = "adapter_config.json"
@@ -218,15 +218,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         NotFound, Incompatible: it is missing, or is no PEFT configuration.
     """
     path = folder / CONFIG
-    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
-        raise Incompatible(f"{path} is no regular file", hint="restore it from where it came")
-    try:
-        config = json.loads(read_bounded(path).decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist", hint="restore the checkpoint, or remove the version") from None
-    except (ValueError, RecursionError) as error:
-        raise Incompatible(f"{path} is not valid JSON ({error})", hint="restore it from where it came") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
+    missing, broken = "restore the checkpoint, or remove the version", "restore it from where it came"
+    config = read_json(path, missing=missing, broken=broken)
+    if "peft_type" not in config:
         if found := recognise_folder(folder, read_header):
             raise Incompatible(f"{folder} {found.what}", hint=found.hint)
         raise Incompatible(

@@ -8,7 +8,6 @@ but for the way to the decoder, which :mod:`stackctl.lora.naming` finds.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from stackctl.core.errors import Incompatible
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.lora.lora_config import factor_names, plain_lora_config
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
-from stackctl.storage.files import read_bounded
+from stackctl.storage.files import read_json_if_any
 
 MLX_WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
@@ -69,16 +68,8 @@ def is_mlx(path: Path) -> bool:
     """Whether a folder holds an adapter of mlx-lm, and none of PEFT."""
     if not (path / MLX_WEIGHTS).is_file() or not (path / CONFIG).is_file():
         return False
-    config = _config(path)
+    config = read_json_if_any(path / CONFIG)
     return "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_bounded(path / CONFIG).decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_mlx(path: Path) -> MlxAdapter:
@@ -88,7 +79,7 @@ def read_mlx(path: Path) -> MlxAdapter:
         Incompatible: it is none that can be read, with everything that stands in the way.
         VerificationFailed: its file is damaged.
     """
-    config = _config(path)
+    config = read_json_if_any(path / CONFIG)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise Incompatible(

@@ -8,15 +8,14 @@ git-lfs (docs/spec.md), PEFT 0.2 (tuners/lora.py: MergedLinear).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Incompatible, StackctlError, Usage
-from stackctl.storage.files import read_bounded
+from stackctl.core.errors import Incompatible, StackctlError
+from stackctl.storage.files import read_json_if_any
 
 CAUSAL = "only LoRA adapters of causal language models can be registered"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -73,7 +72,7 @@ def recognise_folder(folder: Path, names: Callable[[Path], Iterable[str]]) -> Re
     Args:
         names: gives the names of the tensors in a safetensors file.
     """
-    if found := _recognise_config(_read_json(folder / "adapter_config.json")):
+    if found := _recognise_config(read_json_if_any(folder / "adapter_config.json")):
         return found
     if (folder / "adapters.safetensors").is_file() or (folder / "adapters.npz").is_file():
         return MLX
@@ -163,11 +162,3 @@ def trains_parts_of_fused_layers(config: Mapping[str, Any]) -> bool:
     """Whether it was saved by a PEFT older than 0.3 as MergedLinear: ``enable_lora`` says which parts were adapted."""
     parts = config.get("enable_lora")
     return bool(parts) and (not isinstance(parts, list) or any(parts))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_bounded(path).decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError, Usage):
-        return {}
-    return found if isinstance(found, dict) else {}

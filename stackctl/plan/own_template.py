@@ -16,8 +16,7 @@ def own_template(folder: Path) -> str | None:
     if (file := folder / FILE).is_file():
         return files.read_bounded(file).decode("utf-8-sig", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        value = files.read_own_json(folder / name)
-        template = value.get("chat_template") if isinstance(value, dict) else None
+        template = files.read_json_if_any(folder / name).get("chat_template")
         if isinstance(template, str) and template:
             return template
     return None

@@ -19,7 +19,7 @@ from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import Base
 from stackctl.lora.safetensors_header import TensorInfo, read_header
 from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
-from stackctl.storage.files import read_bounded
+from stackctl.storage.files import read_bounded, read_json
 from stackctl.storage.hashes import DigestCache, sha256_bytes, sha256_file
 from stackctl.storage.locks import locked
 from stackctl.storage.paths import cache_root, existing_path
@@ -44,25 +44,6 @@ def converted_models() -> Iterator[Path]:
     folder = cache_root() / "bases"
     with locked(folder / ".lock", "the cache of converted models"):
         yield folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        NotFound, Incompatible: no such file, or not an object.
-    """
-    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
-        raise Incompatible(f"{path} is no regular file")
-    try:
-        value = json.loads(read_bounded(path).decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise Incompatible(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise Incompatible(f"{path} is not a JSON object")
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:

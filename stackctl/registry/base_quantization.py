@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.registry.base_models import read_json
+from stackctl.storage.files import read_json
 
 FOUR_BITS = "bitsandbytes_4bit"
 READ = {"fp8": "FP8", "mxfp8": "MXFP8", "mxfp4": "MXFP4", FOUR_BITS: "bitsandbytes in 4 bits"}

@@ -12,8 +12,8 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Verifica
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest
 from stackctl.registry.adapters import ResolvedMember
-from stackctl.registry.base_models import read_json
 from stackctl.registry.store import Registry
+from stackctl.storage.files import read_json
 from stackctl.storage.hashes import DigestCache, sha256_file
 
 # Trainer's own state (pickles, and as large as the optimizer) is of no use to an adapter; pickles are never copied.

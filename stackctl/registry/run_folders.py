@@ -54,8 +54,7 @@ class RunFolder:
 
     @property
     def signature(self) -> dict[str, Any]:
-        value = files.read_own_json(self.path / "run.json")
-        return value if isinstance(value, dict) else {}
+        return files.read_json_if_any(self.path / "run.json")
 
     @property
     def on(self) -> list[str]:
@@ -81,9 +80,9 @@ class RunFolder:
 
 
 def _is_whole(save: Path) -> bool:
-    sizes = files.read_own_json(save / _WHOLE)
+    sizes = files.read_json_if_any(save / _WHOLE)
     try:
-        return isinstance(sizes, dict) and all((save / name).stat().st_size == size for name, size in sizes.items())
+        return bool(sizes) and all((save / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
 

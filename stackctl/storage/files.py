@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 
 MAX_TEXT_BYTES = 32 << 20
 """More than any file that people write or that describes a model; parsed, each byte may take twenty of memory."""
@@ -33,12 +33,31 @@ def read_bounded(path: Path) -> bytes:
     return data
 
 
-def read_own_json(path: Path) -> Any:
-    """A JSON file of stackctl's own that only helps; None where there is none that can be read."""
+def read_json(path: Path, *, missing: str | None = None, broken: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file; ``missing`` and ``broken`` are hints for when it is not there, or is none.
+
+    Raises:
+        NotFound, Incompatible: no such file, or not an object.
+    """
+    if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
+        raise Incompatible(f"{path} is no regular file", hint=broken)
     try:
-        return json.loads(read_bounded(path)) if path.is_file() else None
-    except (OSError, ValueError, RecursionError, Usage):
-        return None
+        value = json.loads(read_bounded(path).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist", hint=missing) from None
+    except (ValueError, RecursionError) as error:
+        raise Incompatible(f"{path} is not valid JSON ({error})", hint=broken) from None
+    if not isinstance(value, dict):
+        raise Incompatible(f"{path} is not a JSON object", hint=broken)
+    return value
+
+
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that only helps; empty where there is none that can be read."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except (OSError, StackctlError):
+        return {}
 
 
 def children(folder: Path, beginning: str = "") -> list[Path]:

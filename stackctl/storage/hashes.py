@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stackctl.storage.atomic import write_atomic
-from stackctl.storage.files import read_own_json
+from stackctl.storage.files import read_json_if_any
 
 FILE = ".digests.json"
 _CHUNK = 1 << 20
@@ -61,8 +61,7 @@ class DigestCache:
     @functools.cached_property
     def _known(self) -> dict[str, list[object]]:
         """Read when it is first asked, for ``verify`` asks for none of it, a hundred thousand times."""
-        known = read_own_json(self._path)
-        return known if isinstance(known, dict) else {}
+        return read_json_if_any(self._path)
 
     def sha256(self, path: Path) -> str:
         """The hash of a file, from memory if the file is as it was."""

@@ -32,8 +32,8 @@ from stackctl.engine.tensors import MemberTensors, all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
-from stackctl.registry.base_models import read_json
 from stackctl.storage import atomic
+from stackctl.storage.files import read_json
 from stackctl.storage.paths import existing_path
 
 _DTYPES = {

@@ -19,9 +19,9 @@ from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
-from stackctl.registry.base_models import read_json
 from stackctl.registry.base_quantization import KEYS
 from stackctl.storage import atomic
+from stackctl.storage.files import read_json
 
 _INDEX = "model.safetensors.index.json"
 _ALONGSIDE = ("*.json", "*.jinja", "*.model", "*.txt")
