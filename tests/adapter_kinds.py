@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import save_adapter
 from transformers import AutoModelForCausalLM
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -72,7 +73,7 @@ def make_adapter(model: Any, config: Any, out: Path, seed: int = 1, scale: float
         for parameter in live.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * scale)
-    live.save_pretrained(out)
+    save_adapter(live, out)
     written = out / "adapter_config.json"
     settings = json.loads(written.read_text())
     if isinstance(settings.get("target_modules"), list):

@@ -28,6 +28,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage() -> None:
+    """The same of what earlier files imported: each training collects all garbage, whatever it is told."""
+    gc.collect()
+    gc.freeze()
+
+
 @dataclass(frozen=True)
 class Ran:
     """How a command ended."""

@@ -132,6 +132,13 @@ def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, 
     return out
 
 
+def save_adapter(model: Any, out: Path) -> None:
+    """PEFT's own ``save_pretrained`` into a folder with a card: where there is none, its template is compiled anew."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+    model.save_pretrained(out)
+
+
 def _write_random_adapter(base: Path, out: Path, settings: dict[str, Any], seed: int, scale: float) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -142,7 +149,7 @@ def _write_random_adapter(base: Path, out: Path, settings: dict[str, Any], seed:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, scale)
-    model.save_pretrained(out)
+    save_adapter(model, out)
     file = out / "adapter_config.json"
     written = json.loads(file.read_text())
     for key in ("target_modules", "target_parameters"):  # sets inside PEFT, in another order in each process; and so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -64,6 +65,12 @@ def make_app(command: str | None = None) -> typer.Typer:
     return app
 
 
+@functools.cache
+def _built(command: str | None) -> Any:
+    """The app with the command that was typed, built once for all that a process runs of it."""
+    return typer.main.get_command(make_app(command))
+
+
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
     from stackctl.render.output import prepare_streams
@@ -72,8 +79,7 @@ def main() -> None:
     Current.output, Current.debug = make_output(), False
     try:
         with completing(os.environ):
-            app = typer.main.get_command(make_app(_typed_command()))
-            code = app.main(prog_name="stackctl", standalone_mode=False)
+            code = _built(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt

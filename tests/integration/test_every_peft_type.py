@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
-from tiny import random_adapter
+from tiny import random_adapter, save_adapter
 from transformers import AutoModelForCausalLM
 
 from stackctl.lora.convertible import CONVERTIBLE_TYPES
@@ -57,7 +57,7 @@ def write(kind: str, base: Path, out: Path) -> Path:
         config = CONFIGS[kind](task_type="CAUSAL_LM", **OPTIONS.get(kind, PROJECTIONS))
     except TypeError:
         config = CONFIGS[kind](task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(out)
+    save_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), out)
     return out
 
 
@@ -75,7 +75,7 @@ def _write_xlora(base: Path, out: Path) -> Path:
     experts = {str(seed): str(random_adapter(base, out.parent / f"expert-{seed}", seed=seed)) for seed in range(2)}
     model = AutoModelForCausalLM.from_pretrained(base, use_cache=False)
     config = CONFIGS["XLORA"](task_type="CAUSAL_LM", hidden_size=32, adapters=experts)
-    get_peft_model(model, config).save_pretrained(out)
+    save_adapter(get_peft_model(model, config), out)
     return out
 
 

@@ -10,6 +10,7 @@ import transformers
 from checkpoints import FINGERPRINT
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from tiny import save_adapter
 from transformers.pytorch_utils import Conv1D
 
 from stackctl.core.schema import Base, ModuleShape
@@ -222,7 +223,7 @@ def test_targets_ranks_and_scalings_are_pefts(model, config, tmp_path):
     modules = expand_modules(base.modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model.save_pretrained(tmp_path)
+        save_adapter(peft_model, tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     for configuration in (wanted | {"r": 4, "lora_alpha": 6} | wanted, checkpoint.config):
         if "ensure_weight_tying" not in wanted:
@@ -241,7 +242,7 @@ def test_what_peft_saves_is_understood(model, config, tmp_path):
     layers = injected(peft_model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model.save_pretrained(tmp_path)
+        save_adapter(peft_model, tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     for name, pair in checkpoint.pairs.items():
         assert set(pair) == {"A", "B"}
@@ -277,7 +278,7 @@ def test_weight_tying_that_reaches_two_modules_is_refused(tmp_path):
         peft_model = inject("llama-tied", CONFIGS["llama-tied"][config])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_model.save_pretrained(tmp_path / config)
+            save_adapter(peft_model, tmp_path / config)
         checkpoint = read_checkpoint(tmp_path / config)
         plan = plan_stack(base_of("llama-tied"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
         assert "ensure_weight_tying" in {p.code for p in plan.errors}
@@ -297,7 +298,7 @@ def test_variants_are_refused_by_name_and_only_by_it(kind, tmp_path):
     peft_model = inject("llama", {"target_modules": ["q_proj"]} | config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model.save_pretrained(tmp_path)
+        save_adapter(peft_model, tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     plan = plan_stack(base_of("llama"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
     assert [p.code for p in plan.errors] == [code]
@@ -314,7 +315,7 @@ def test_factors_of_experts_are_placed_by_the_parameter_that_they_are_of(config,
     peft_model = inject("mixtral", config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model.save_pretrained(tmp_path)
+        save_adapter(peft_model, tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     plan = plan_stack(base_of("mixtral"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
     assert not plan.errors
@@ -336,7 +337,7 @@ def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):
     """A newer PEFT adds keys: what is off must stay silent, and every key of today must be known."""
     from stackctl.plan.refusals import _HARMLESS, _REFUSED
 
-    inject("llama", {"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
+    save_adapter(inject("llama", {"target_modules": ["q_proj"]}), tmp_path)
     assert set(read_checkpoint(tmp_path).config) <= _HARMLESS | set(_REFUSED)
 
 
