@@ -187,6 +187,7 @@ def score_examples(
             part = [examples[number] for number in row]
             batch = {key: value.to(device) for key, value in collate(part).items()}
             found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
+            assert found.correct is not None, "no gradients are wanted here"
             losses, right = found.losses.double().split(counts), found.correct.split(counts)
             for number, count, loss, correct in zip(row, counts, losses, right, strict=True):
                 scores[number] = RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))

@@ -27,14 +27,15 @@ def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: 
 
 
 def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> TokenLosses:
-    """Cross-entropy of each supervised token (K,), and whether it was the likeliest; arguments as above.
+    """Cross-entropy of each supervised token (K,), and in evaluation whether it was the likeliest; arguments as above.
 
     Logits exist a chunk at a time, see :mod:`stackctl.engine.token_losses`; whole ones where a model's head is not
     all that makes them.
     """
     if one_by_one and (parts := split(inputs)):
         each = [supervised_token_losses(model, part) for part in parts]
-        return TokenLosses(torch.cat([part.losses for part in each]), torch.cat([part.correct for part in each]))
+        counted = [part.correct for part in each if part.correct is not None]
+        return TokenLosses(torch.cat([part.losses for part in each]), torch.cat(counted) if counted else None)
     head, hidden = supervised_hidden(model, inputs)
     if head is None:
         logits, labels = hidden.float(), inputs["labels"]

@@ -35,16 +35,18 @@ class OutputHead:
         """What of it is trained: a LoRA on the head, or a saved copy."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
+    def alone(self) -> LinearHead | None:
+        """Where it is nothing but a linear layer that learns nothing: that, with room for a chunk's logits."""
+        if type(self.module) is not nn.Linear or self.parameters or self.soft_cap is not None:
+            return None
+        return LinearHead(*_cast(self.module), self.scale)
+
     def prepare(self) -> Projection:
         """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
         project: Projection = self.module
         rows = getattr(self.module, "token_adapter", None)
         if type(self.module) is nn.Linear and not self.parameters:
-            weight: Tensor = self.module.weight
-            bias: Tensor | None = self.module.bias
-            dtype = autocast_dtype(weight)
-            if dtype is not None:
-                weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
+            weight, bias = _cast(self.module)
 
             def project(hidden: Tensor) -> Tensor:
                 return functional.linear(hidden.to(weight.dtype), weight, bias)
@@ -57,6 +59,45 @@ class OutputHead:
             return found if self.soft_cap is None else self.soft_cap * torch.tanh(found / self.soft_cap)
 
         return logits
+
+
+def _cast(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the precision of autocast, if there is one."""
+    dtype = autocast_dtype(layer.weight) or layer.weight.dtype
+    return layer.weight.to(dtype), layer.bias.to(dtype) if layer.bias is not None else None
+
+
+class LinearHead:
+    """Logits of one chunk after another, each where the one before was: memory that is new is slow to write.
+
+    ``weight`` (vocabulary, d), ``bias`` (vocabulary,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        self._weight, self._bias, self._scale = weight.detach(), bias, scale
+        self._own, self._values = weight.new_empty(0), weight.new_empty(0, dtype=torch.float32)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (c, d) to float32 logits (c, vocabulary), which are overwritten by the next call."""
+        shape = (len(hidden), len(self._weight))
+        self._own.resize_(shape)
+        hidden = hidden.to(self._own.dtype)
+        if self._bias is None:
+            torch.mm(hidden, self._weight.T, out=self._own)
+        else:
+            torch.addmm(self._bias, hidden, self._weight.T, out=self._own)
+        if self._scale != 1.0:
+            self._own *= self._scale
+        if self._own.dtype == torch.float32:
+            return self._own
+        return self._values.resize_(shape).copy_(self._own)
+
+    def gradient(self, of_logits: Tensor) -> Tensor:
+        """The gradient of hidden states (c, d) from that of their logits, which are overwritten."""
+        if of_logits is not self._own:
+            self._own.copy_(of_logits)
+        found = torch.mm(self._own, self._weight)
+        return found if self._scale == 1.0 else found.mul_(self._scale)
 
 
 def _with_rows(rows: Any) -> Projection:

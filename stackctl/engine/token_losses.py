@@ -25,10 +25,13 @@ from stackctl.machine.memory_estimate import LOSS_CHUNK
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Of K supervised tokens: cross-entropy (K,) in float32, and whether each was the likeliest (K,)."""
+    """Of K supervised tokens: cross-entropy (K,) in float32, and whether each was the likeliest (K,).
+
+    The latter is looked for only where no gradients are wanted: training does not ask.
+    """
 
     losses: Tensor
-    correct: Tensor
+    correct: Tensor | None
 
 
 class Target(Protocol):
@@ -48,8 +51,9 @@ def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor, target: Targe
     With a ``target`` the losses are what that makes of the logits. Differentiable in ``hidden`` and in what of the head
     is trained. The extra memory is that of one chunk.
     """
-    losses, correct = _TokenLosses.apply(hidden, labels, target or _Labels(labels), head, *head.parameters)
-    return TokenLosses(losses, correct)
+    counted = None if torch.is_grad_enabled() else torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+    losses = _TokenLosses.apply(hidden, labels, target or _Labels(labels), head, counted, *head.parameters)
+    return TokenLosses(losses, counted)
 
 
 @dataclass(frozen=True)
@@ -78,34 +82,46 @@ class TeacherHidden:
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, target: Target, head: OutputHead, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits_of = head.prepare()
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        target: Target,
+        head: OutputHead,
+        correct: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        logits_of, alone = head.prepare(), head.alone()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
         ahead = ctx.needs_input_grad[0] and not parameters
         unit = torch.empty_like(hidden) if ahead else None
         for part in _chunks(labels.numel(), head):
-            with torch.set_grad_enabled(ahead):
-                inner = hidden[part].detach().requires_grad_(ahead)
-                logits = logits_of(inner)
-            values = logits.detach().float()  # overwritten: a graph that had kept them would say so
-            correct[part] = values.argmax(-1) == labels[part]
+            if alone:
+                values = alone.logits(hidden[part])
+            else:
+                with torch.set_grad_enabled(ahead):
+                    inner = hidden[part].detach().requires_grad_(ahead)
+                    logits = logits_of(inner)
+                values = logits.detach().float()  # overwritten: a graph that had kept them would say so
+            if correct is not None:
+                correct[part] = values.argmax(-1) == labels[part]
             losses[part] = target(values, part, logits_of)
-            if unit is not None:
+            if unit is None:
+                continue
+            if alone:
+                unit[part] = alone.gradient(values)
+            else:
                 (unit[part],) = torch.autograd.grad(logits, inner, values.to(logits.dtype))
-            del logits, values
+                del logits, values
         ctx.head, ctx.target, ctx.autocast = head, target, autocast_state(hidden)
         ctx.save_for_backward(*([unit] if unit is not None else [hidden, labels] if parameters else []))
         ctx.ahead = ahead
-        ctx.mark_non_differentiable(correct)
-        return losses, correct
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.ahead:
             (unit,) = ctx.saved_tensors
-            return unit * upstream[:, None].to(unit.dtype), None, None, None
+            return unit * upstream[:, None].to(unit.dtype), None, None, None, None
         hidden, labels = ctx.saved_tensors
         parameters = ctx.head.parameters
         sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -123,19 +139,20 @@ class _TokenLosses(torch.autograd.Function):
                 gradient[part] = found[0]
                 for total, one in zip(sums, found[1:], strict=True):
                     total += one
-        return gradient, None, None, None, *sums
+        return gradient, None, None, None, None, *sums
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (c,) of float32 logits (c, vocabulary), which become its gradient: softmax - one-hot."""
     place = labels[:, None]
-    largest = logits.amax(-1, keepdim=True)  # (c, 1)
-    own = logits.gather(-1, place) - largest
-    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    losses = total.log() - own
-    logits.div_(total)
-    logits.scatter_add_(-1, place, torch.full_like(losses, -1.0))
+    losses = -_log_softmax(logits).gather(-1, place)  # (c, 1)
+    logits.exp_().scatter_add_(-1, place, torch.full_like(losses, -1.0))
     return losses[:, 0]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Logits (c, vocabulary) become their own logarithms of probabilities."""
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
@@ -143,8 +160,8 @@ def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
 
     ``logits`` become the gradient of it, q - p.
     """
-    theirs.sub_(torch.logsumexp(theirs, -1, keepdim=True))  # log p
-    logits.sub_(torch.logsumexp(logits, -1, keepdim=True))  # log q
+    _log_softmax(theirs)
+    _log_softmax(logits)
     p = theirs.exp()
     losses = (p * theirs.sub_(logits)).sum(-1)
     logits.exp_().sub_(p)

@@ -73,7 +73,12 @@ def test_the_chunks_come_to_the_whole(name: str, targets: list[str]) -> None:
     assert find_head(model, {"input_ids": inputs["input_ids"]}) is not None, "not by the way of whole logits"
     wanted = whole(adapted, inputs)
     assert torch.allclose(found.losses, wanted, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found.correct, supervised_logits(adapted, inputs).argmax(-1) == inputs["labels"])
+    with torch.no_grad():
+        scored = supervised_token_losses(adapted, inputs)
+        likeliest = supervised_logits(adapted, inputs).argmax(-1)
+    assert torch.equal(scored.losses, found.losses)
+    assert scored.correct is not None
+    assert torch.equal(scored.correct, likeliest == inputs["labels"])
     for one, other in zip(gradients(adapted, found.losses), gradients(adapted, wanted), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
