@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -73,7 +74,7 @@ def _built(command: str | None) -> Any:
 
 def main() -> None:
     """Run a command and end with its exit code; the whole policy on errors is here."""
-    from stackctl.render.output import prepare_streams
+    from stackctl.render.output import prepare_streams, release_streams
 
     prepare_streams()
     Current.output, Current.debug = make_output(), False
@@ -85,14 +86,15 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (Exception, KeyboardInterrupt) as error:
-        if Current.debug:
-            traceback.print_exc()
         told = _as_ours(error)
-        Current.output.error(told)
+        with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
+            if Current.debug:
+                traceback.print_exc()
+            Current.output.error(told)
         code = told.exit_code
+    release_streams()
     sys.exit(code)
 
 

@@ -139,7 +139,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
     if file is not None:
         prompts += read_prompt_file(file)
     if given is None and file is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             return None
         prompts = [Prompt(sys.stdin.read().removesuffix("\n"))]
     empty = [prompt.place for prompt in prompts if not prompt.text.strip()]

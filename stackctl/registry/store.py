@@ -43,7 +43,9 @@ def find_registry(explicit: Path | None) -> Path:
         for folder in (asked, asked / "registry"):
             if (folder / _FILE).is_file():
                 return folder.resolve()
-        raise NotFound(f"there is no registry in {asked}", hint=f"stackctl init {asked}")
+        is_file = asked.is_file()
+        hint = f"name the folder that holds it: {asked.parent}" if is_file else f"stackctl init {asked}"
+        raise NotFound(f"there is no registry in {asked}", hint=hint)
     here = Path.cwd()
     for parent in (here, *here.parents):
         for folder in (parent / "registry", parent):

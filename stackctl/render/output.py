@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from stackctl.core.errors import StackctlError
+from stackctl.core.errors import Failed, StackctlError, explain_oserror
 from stackctl.render import pager as paging
 from stackctl.render.terminal import Painted, laid_out, printable
 
@@ -78,12 +78,27 @@ class _LineTracker:
 
 
 def prepare_streams() -> None:
-    """Make sure that ``error:`` can always start a line, and that a file name which is no Unicode can be written."""
+    """Make sure that ``error:`` can always start a line, and that a file name which is no Unicode can be written.
+
+    A stream that was closed by whoever started the command (``<&-``, ``>&-``) is empty, or takes what nobody reads.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     if not isinstance(sys.stderr, _LineTracker):
         sys.stderr = _LineTracker(sys.stderr)  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("stackctl", _written_all_the_same)
         sys.stdout.reconfigure(errors="stackctl")
+
+
+def release_streams() -> None:
+    """Drop what a stream cannot take any more: Python would fail with it, and an exit code of its own, at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _written_all_the_same(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -110,9 +125,26 @@ class Output:
     # -- stdout -------------------------------------------------------------------------------------------------
 
     def emit(self, result: Result) -> None:
-        """Print a command's result in the form that was asked for."""
+        """Print a command's result in the form that was asked for.
+
+        Raises:
+            Failed: stdout takes no more, as where it goes to a file on a full disk.
+        """
         for note in result.notes:
             self.note(note)
+        try:
+            self._emit(result)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.filename:
+                raise
+            raise Failed(
+                f"the command is done, but its result cannot be written: {explain_oserror(error).message}",
+                hint="free some space for the output; stackctl ls shows what is registered",
+            ) from error
+
+    def _emit(self, result: Result) -> None:
         if self.json_mode:
             self.line_json(result.json)
         elif self.quiet:

@@ -1,7 +1,10 @@
 """How every kind of error ends a command: its exit code, its two lines, and with --debug the traceback besides."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +74,37 @@ def test_a_value_that_looks_like_an_option_is_none(run, words):
     told = run(*words, code=3)
     assert told.out == ""
     assert "Traceback" not in told.err
+
+
+# -- the streams that it is given -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "code"),
+    [
+        ("ls --json", "<&- >&-", 0),
+        ("ls", "2>&-", 0),
+        ("ls --json", "<&- >&- 2>&-", 0),
+        ("use nope --json", ">&-", 3),
+        ("use nope --json", "2>&-", 3),
+        ("use nope", "2>/dev/full", 3),
+        ("use nope --json", ">/dev/full", 3),
+        ("generate", "<&-", 2),
+        ("ls --json", ">/dev/full", 1),
+        ("ls", ">/dev/full", 1),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_bug(run, tmp_path, words, streams, code):
+    """Each was an AttributeError told as a bug, a traceback, or Python's own exit code 120."""
+    run("init")
+    shell = f'exec "{sys.executable}" -m stackctl {words} {streams}'
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr
+    if code == 1:
+        assert "error: the command is done, but its result cannot be written: no space left on device" in done.stderr
+    if words == "use nope --json" and streams == "2>&-":
+        assert json.loads(done.stdout)["error"]["code"] == "not_found"
 
 
 # -- the command to type again ----------------------------------------------------------------------------------------
