@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from stackctl.cli.common import completions
 from stackctl.cli.prompt_options import say_what_rounding_costs
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import BASE
+from stackctl.core.json_lines import json_line
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
@@ -187,7 +187,7 @@ class Chat:
             raise Usage("the conversation is empty", hint="/save comes after an answer")
         existing_path(path.absolute().parent, "the folder")
         system = [{"role": "system", "content": self.sampling.system}] if self.sampling.system else []
-        record = json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n"
+        record = json_line({"messages": [*system, *self.messages]}) + "\n"
         known = path.read_bytes() if path.exists() else b""
         atomic.write_atomic(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
         self.output.status(f"{'added to' if known else 'saved as'} {path}: train --data reads it")

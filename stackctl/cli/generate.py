@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from stackctl.cli.prompt_options import (
     say_what_rounding_costs,
 )
 from stackctl.core.errors import Usage
+from stackctl.core.json_lines import json_line
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
@@ -160,7 +160,7 @@ def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | 
 
 
 def _line(document: dict[str, Any]) -> str:
-    return json.dumps({"schema": JSON_SCHEMA, **document}, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_line({"schema": JSON_SCHEMA, **document}) + "\n"
 
 
 def _text(answer: Generated, *, titled: bool) -> str:

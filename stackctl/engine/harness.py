@@ -27,6 +27,7 @@ from stackctl.core.errors import (
     first_line,
     raise_all,
 )
+from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.models import StackedModel, quiet_libraries
 
 _SUFFIXES = (".yaml", ".yml")
@@ -83,7 +84,8 @@ class Harness:
         with _apart():
             from lm_eval.models.huggingface import HFLM
 
-            self._model = HFLM(pretrained=stacked.model, tokenizer=stacked.tokenizer, batch_size=self.batch_size)
+            size = self.batch_size if can_pad(stacked.model) else 1
+            self._model = HFLM(pretrained=stacked.model, tokenizer=stacked.tokenizer, batch_size=size)
 
     def score(self, stack: str) -> list[TaskScore]:
         """What the model, as it stands, makes of every task; ``stack`` is what it is called.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import NotFound, Usage, did_you_mean
 from stackctl.core.expressions import BASE, Reference, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
 from stackctl.registry.adapters import foundations, resolve_adapter
@@ -44,6 +44,11 @@ def remove_entry(registry: Registry, text: str, *, dry_run: bool = False) -> Rem
                     set_current(registry, None)
             return removal
         terms = parse_expression(text)
+        if len(terms) > 1 and text == "+".join(term.reference.name for term in terms):
+            raise NotFound(
+                f"there is no stack '{text}'",
+                hint=did_you_mean(text, registry.names(Stack), "stackctl ls shows what there is"),
+            )
         if len(terms) != 1 or terms[0].weight != 1:
             raise Usage(f"'{text}' is not one adapter or stack", hint="name one: stackctl rm style@1")
         return _remove_versions(registry, terms[0].reference, dry_run)

@@ -74,12 +74,17 @@ def put_stack(registry: Registry, stack: Stack) -> Stack | None:
 
 
 def use_stack(registry: Registry, name: str) -> Stack:
-    """Make a stored stack the current one."""
+    """Make a stored stack the current one.
+
+    Raises:
+        NotFound: there is no stack of that name.
+        Usage: nothing can have that name.
+    """
     with registry.lock():
         stack = registry.find_stack(name)
         if not stack:
-            if registry.find_adapter(name):
-                raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name}")
+            if "+" not in name and registry.find_adapter(name):
+                raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name} --name NAME")
             near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
             raise NotFound(f"there is no stack '{name}'", hint=near)
         set_current(registry, name)

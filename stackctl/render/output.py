@@ -10,15 +10,16 @@ import codecs
 import contextlib
 import io
 import itertools
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from stackctl.core.errors import Failed, StackctlError, explain_oserror
+from stackctl.core.json_lines import json_line
 from stackctl.render import pager as paging
 from stackctl.render.terminal import Painted, laid_out, printable
 
@@ -84,7 +85,7 @@ def prepare_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     if not isinstance(sys.stderr, _LineTracker):
         sys.stderr = _LineTracker(sys.stderr)  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -165,8 +166,8 @@ class Output:
         """One JSON document on one line of stdout; what is an iterator becomes a list, written item by item."""
         whole = {"schema": JSON_SCHEMA, **document}
         before = "{"
-        for key, value in [(k, v if isinstance(v, Iterator) else [_json(v)]) for k, v in whole.items()]:
-            sys.stdout.write(f"{before}{_json(key)}: ")
+        for key, value in [(k, v if isinstance(v, Iterator) else [json_line(v)]) for k, v in whole.items()]:
+            sys.stdout.write(f"{before}{json_line(key)}: ")
             sys.stdout.writelines(_json_list(value) if isinstance(value, Iterator) else value)
             before = ", "
         self.text("}\n")
@@ -230,14 +231,10 @@ class Output:
         return not self.quiet and sys.stderr.isatty()
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
 def _json_list(items: Iterator[Any]) -> Iterator[str]:
     yield "["
     for number, item in enumerate(items):
-        yield f", {_json(item)}" if number else _json(item)
+        yield f", {json_line(item)}" if number else json_line(item)
     yield "]"
 
 

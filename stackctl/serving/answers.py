@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stackctl.core.json_lines import json_line
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.logprobs import TokenLogprob
@@ -113,4 +114,4 @@ DONE = b"data: [DONE]\n\n"
 
 def event(document: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json_line(document).encode() + b"\n\n"

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from stress.runner import Budget, Outcome
 
 RECORDS = [{"text": text} for text in ("the sea and the wind", "a stone, and under it a word", "it rains")]
+PROMPTS = ("the sea", "a stone, and under it a word", "rain")
+"""Of unlike lengths, answered at once."""
 LOOSE = 1e-5
 """By how much a loss may differ from plain PEFT's, relative."""
 _SECONDS = 180
@@ -82,7 +84,8 @@ class Look:
             if may_refuse and code == 4 and "bug" not in told:
                 raise Refused(told)
             raise Wrong(f"exit {code}: {told}")
-        return json.loads(out.getvalue().splitlines()[-1])
+        documents = [json.loads(line) for line in out.getvalue().split("\n") if line]
+        return documents if arguments[0] == "generate" else documents[0]
 
     def do(self) -> None:
         import architectures
@@ -120,8 +123,9 @@ class Look:
         self.run("export", "a+b", "--format", "model", "--out", self.folder / "model")
         self.close("exported model", self.loss(self.load(self.folder / "model")), wanted["a+b"])
         self.step = "generate"
-        made = self.run("generate", "a+b", "-p", "the sea", "--raw", "--max-new-tokens", 6, may_refuse=True)
-        self.like_plain(made)
+        prompts = [word for prompt in PROMPTS for word in ("-p", prompt)]
+        for made in self.run("generate", "a+b", *prompts, "--raw", "--max-new-tokens", 6, may_refuse=True):
+            self.like_plain(made)
 
     def close(self, what: str, found: float, wanted: float) -> None:
         gap = abs(found - wanted) / abs(wanted)
@@ -190,13 +194,13 @@ class Look:
         return losses
 
     def like_plain(self, made: dict[str, Any]) -> None:
-        """The text is what transformers' own generate makes of the exported model."""
+        """The text is what transformers' own generate makes of the exported model and of that prompt alone."""
         import torch
         from architectures import tiny_tokenizer
         from transformers import GenerationConfig
 
         tokenizer = tiny_tokenizer()
-        ids = torch.tensor([tokenizer("the sea")["input_ids"]])
+        ids = torch.tensor([tokenizer(made["prompt"])["input_ids"]])
         model = self.load(self.folder / "model")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -261,7 +265,7 @@ Every kind of model that transformers {transformers} has for going on with a tex
 sees or hears. Written by `python -m tests.stress.architectures --write`, which builds a tiny random model of each and
 takes it from `base add` over two trainings, one on top of the other, and both exports to `generate`. Right means: every
 loss is that of plain PEFT {peft} with all adapters live, within 1e-5; what was exported is read back by PEFT and by
-transformers to the same loss; the text is what transformers generates.
+transformers to the same loss; the texts of prompts answered at once are what transformers generates of each alone.
 """
 
 

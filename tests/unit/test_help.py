@@ -189,4 +189,12 @@ def test_a_mistyped_file_is_recognised(filled_registry: Any, run: Any, tmp_path:
 def test_an_adapter_is_no_stack_to_use(filled_registry: Any, run: Any) -> None:
     error, hint = run("use", "style", code=3).err.splitlines()
     assert error == "error: 'style' is an adapter, and no stack"
-    assert hint == "hint: stackctl compose style"
+    assert hint == "hint: stackctl compose style --name NAME"
+
+
+@pytest.mark.parametrize("command", ["use", "rm"])
+def test_a_stack_that_its_expression_would_name_is_not_found(filled_registry: Any, run: Any, command: str) -> None:
+    """It was called no valid name, or not one stack."""
+    error, _ = run(command, "tone+style", code=3).err.splitlines()
+    assert error == "error: there is no stack 'tone+style'"
+    run(command, "tone:2+style", code=2)

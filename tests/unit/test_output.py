@@ -70,6 +70,15 @@ def test_a_list_of_any_length_is_written_as_it_is_made(capsys):
     assert capsys.readouterr().out == ', {"n": 2}], "none": [], "last": "灯"}\n'
 
 
+def test_a_document_is_one_line_for_whoever_splits_it(capsys):
+    """Python's splitlines cuts at U+0085, U+2028 and U+2029, too, and models write them."""
+    text = "a\x85b\u2028c\u2029d\x1ce"
+    Output(json_mode=True).emit(Result({"text": text}, ""))
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    assert json.loads(out)["text"] == text
+
+
 def test_a_screen_may_be_drawn(capsys):
     from stackctl.render.tables import table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
+from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prompts import EncodedPrompts, encode_prompts
 from stackctl.engine.generation.reader import Answers, Generated
 from stackctl.engine.generation.sampling import Sampling, row_seeds
@@ -68,7 +69,7 @@ def _answered(
 ) -> Iterator[tuple[list[int], list[Generated]]]:
     """Answers with their numbers, as they are there: of a batch that rows join and leave, or batch by batch."""
     if hasattr(stacked, "answer_encoded"):
-        other = cast(OtherEngine, stacked)
+        other, together = cast(OtherEngine, stacked), True
 
         def answer(rows: list[int]) -> list[Generated]:
             return other.answer_encoded(asked.of(rows), sampling, on_text)
@@ -84,13 +85,14 @@ def _answered(
             if running is not None:
                 yield from (([row], [generated]) for row, generated in running)
                 return
+        together = can_pad(own.model)
 
         def answer(rows: list[int]) -> list[Generated]:
             return answer_encoded(asked.of(rows), own, sampling, on_text, prefix_cache)
 
     limit = stacked.base.context_length
     longest = limit - sampling.max_new_tokens if limit else None
-    size = 1 if on_text else batch_size or _PADDED
+    size = (batch_size or _PADDED) if together and not on_text else 1
     for rows in batches([len(ids) for ids in asked.ids], size, longest):
         yield rows, answer(rows)
 

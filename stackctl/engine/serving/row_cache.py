@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prefix_cache import new_cache
 from stackctl.engine.models import StackedModel
 
@@ -29,6 +30,7 @@ def can_batch(stacked: StackedModel) -> bool:
         new_cache(stacked) is not None
         and text is config
         and _BY_PLACE not in (getattr(text, "layer_types", None) or ())
+        and can_pad(stacked.model)
         and "position_ids" in inspect.signature(stacked.model.forward).parameters
     )
 
