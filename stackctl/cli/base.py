@@ -137,7 +137,7 @@ def register(app: typer.Typer) -> None:
     @command(group, "rm", example="stackctl base rm qwen3")
     def rm(
         context: Context,
-        name: Annotated[str, typer.Argument(autocompletion=complete_bases, show_default=False)],
+        name: Annotated[str, typer.Argument(help="A base.", autocompletion=complete_bases, show_default=False)],
     ) -> Result:
         """Remove a base's entry, never its files; refused while adapters depend on it."""
         from stackctl.registry.base_entries import remove_base

@@ -81,8 +81,8 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[
             int | None,
             _of_method(
-                help=f"{_of('seed')}: the seed of what is dropped. With --fit or --method best: of which half is "
-                "learned from.",
+                help=f"{_of('seed')}: the seed of the random drop. With --fit or --method best: of the split into "
+                "learned and held-out records.",
                 show_default=str(DEFAULTS["seed"]),
             ),
         ] = None,

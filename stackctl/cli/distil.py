@@ -38,9 +38,10 @@ def register(app: typer.Typer) -> None:
         resume: RESUME = False,
         dry_run: DRY_RUN = False,
     ) -> Result:
-        """Train one new adapter on the bare base that says what a stack says, or what it says to a system prompt.
+        """Distil a stack, or a stack behind a system prompt, into one new adapter on the bare base.
 
-        It begins at the best pair of its rank for the stack, and learns the stack's probabilities on your records.
+        It begins at the best pair of its rank for the stack (SVD), and learns the stack's token probabilities on your
+        records.
         """
         teacher = what or current_stack(context.registry)
         asked = {**typed_options(job), "objective": "distil", "teacher": teacher}

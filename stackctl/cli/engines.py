@@ -21,8 +21,8 @@ LLAMA_CPP = "llama.cpp"
 ENGINE = Annotated[
     Literal["auto", "transformers", "llama.cpp"],
     of_device(
-        help="What computes. auto is transformers; llama.cpp runs a base that came from a GGUF file as it is, and its "
-        "quantised arithmetic may choose other words."
+        help="The inference engine. auto is transformers; llama.cpp runs a base that came from a GGUF file as it is, "
+        "and its quantised arithmetic may choose other words."
     ),
 ]
 DTYPE = Annotated[Literal["auto", "float32", "bfloat16", "float16"], of_device(help="Precision of the weights.")]

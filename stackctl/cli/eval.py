@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         what: Annotated[
             list[str] | None,
             typer.Argument(
-                metavar="[WHAT]...",
+                metavar="[WHAT...]",
                 help="Expressions; the current stack when left out.",
                 autocompletion=complete_what,
                 show_default=False,
@@ -88,7 +88,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks.
 
-        Of pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
+        For pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
         """
         data = data or []
         template = template_arguments(chat_template_kwargs, enable_thinking)

@@ -41,8 +41,8 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Delete the weights of removed versions and what killed commands left; what an entry needs stays.
 
-        Logs of versions that are gone go along, and cached tokens and exports that were not used for 30 days. What is
-        in the cache is made again when it is needed.
+        So are logs of versions that are gone, and cached tokens and exports that were not used for 30 days. What was
+        cached is made again when it is needed.
         """
         registry = context.registry
         freed = drop_runs(registry, dry_run=dry_run) if runs else []

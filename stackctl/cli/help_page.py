@@ -66,7 +66,7 @@ def _groups(command: Any, context: Any) -> dict[str, list[Row]]:
         if parameter.hidden:
             continue
         if parameter.param_type_name == "argument":
-            groups["Arguments"].append((parameter.metavar.strip("[]"), parameter.help or ""))
+            groups["Arguments"].append((argument_label(parameter.metavar), parameter.help or ""))
         elif parameter.name == "help" or parameter.rich_help_panel == COMMON:
             common.append((option_label(parameter), option_text(parameter)))
         else:
@@ -79,6 +79,11 @@ def _groups(command: Any, context: Any) -> dict[str, list[Row]]:
 def first_paragraph(text: str | None) -> str:
     """What a command does, in a line."""
     return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
+
+
+def argument_label(metavar: str) -> str:
+    """``[WHAT...]`` as ``WHAT...``: the brackets of what may be left out stand in the usage line."""
+    return metavar.replace("[", "", 1).replace("]", "", 1) if metavar.startswith("[") else metavar
 
 
 def option_label(option: Any) -> str:

@@ -30,7 +30,7 @@ class Address:
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000
     api_key: Annotated[
         str | None,
-        typer.Option(help="Key that requests to /v1 have to bring.", envvar="STACKCTL_API_KEY", metavar="KEY"),
+        typer.Option(help="Key that requests to /v1 must send.", envvar="STACKCTL_API_KEY", metavar="KEY"),
     ] = None
 
 
@@ -50,8 +50,8 @@ def register(app: typer.Typer) -> None:
         engine: Annotated[
             Literal["auto", "transformers", "llama.cpp", "vllm"],
             of_device(
-                help="What computes. auto is transformers, in this process; llama.cpp runs a base that came from a "
-                "GGUF file as it is; vllm starts vLLM, for many GPUs."
+                help="The inference engine. auto is transformers, in this process; llama.cpp runs a base that came "
+                "from a GGUF file as it is; vllm starts vLLM, for many GPUs."
             ),
         ] = "auto",
         *,

@@ -49,6 +49,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     _RUN: ("save_steps", "report_to"),
 }
 """The options of the help by their group, in this order; those that stand in none say how it is trained."""
+_DISTIL = "With --objective distil: "
+"""How the description of what only that objective has begins; a command that has no other leaves it out."""
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _KINDS = {
     "on": "EXPR", "from": "REF", "teacher": "EXPR", "system": "FILE",
@@ -74,7 +76,7 @@ class Switches:
 def job_options(without: Collection[str] = ()) -> Any:
     """A group of options, one for each field of :class:`TrainJob`, in the order of the help; None if not typed."""
     fields = sorted(msgspec.structs.fields(TrainJob), key=lambda field: _place(field.encode_name))
-    options = [(field.name, _option(field), None) for field in fields if field.encode_name not in without]
+    options = [(field.name, _option(field, without), None) for field in fields if field.encode_name not in without]
     return make_dataclass("JobOptions", options, frozen=True)
 
 
@@ -123,9 +125,11 @@ def _place(option: str) -> tuple[int, int]:
     return list(_GROUPS).index(group), named.index(option) if option in named else 0
 
 
-def _option(field: msgspec.structs.FieldInfo) -> Any:
+def _option(field: msgspec.structs.FieldInfo, without: Collection[str]) -> Any:
     """An option for a field: its type, its description and, in the help, its default."""
     type_, about = _plain_type(field.type)
+    if "objective" in without and about.startswith(_DISTIL):
+        about = about[len(_DISTIL) :].capitalize()
     name = field.encode_name
     default = field.default if field.default not in (None, "", msgspec.NODEFAULT) else None
     flag = "--" + name.replace("_", "-")

@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         """Rehash all registered files, or only those of WHAT; exit code 5 when something is wrong.
 
         What is missing or changed, and where it can be had from, is listed. --repair brings it back: from a copy in the
-        registry, or from the repository on the Hub that the entry records. Nothing that is whole is touched.
+        registry, or from the repository on the Hub that the entry records. Intact files are left alone.
         """
         if from_ is not None and not repair:
             raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {from_}")

@@ -25,18 +25,18 @@ class WeightOptions:
     fit: Annotated[
         list[str] | None,
         _of_fit(
-            help="Learn the weights alone from these records, shaped as for train; may be repeated: then the mean "
-            "of the losses counts. Kept only if better on records kept apart.",
+            help="Learn the weights of the members, and nothing else, from these records, as for train; may be "
+            "repeated: the mean of the losses counts then. Kept only if better on held-out records.",
             metavar="FILE",
         ),
     ] = None
     per: Annotated[
-        Per | None, _of_fit(help="With --fit or --method best: what has a weight of its own.", show_default="member")
+        Per | None, _of_fit(help="With --fit or --method best: what gets a weight of its own.", show_default="member")
     ] = None
     holdout: Annotated[
         list[str] | None,
         _of_fit(
-            help="With --fit or --method best: records to judge by; half of the others if left out. May be repeated.",
+            help="With --fit or --method best: held-out records; half of the others if left out. May be repeated.",
             metavar="FILE",
         ),
     ] = None
@@ -47,7 +47,7 @@ class WeightOptions:
         list[str] | None,
         _of_sweep(
             help="Losses over a range of one member's weights, both ends in it: 'style=0:1.5:0.25'; given twice, over "
-            "a grid. Writes nothing, or with --name the best.",
+            "a grid. Writes nothing, or with --name the best stack.",
             metavar="RANGE",
         ),
     ] = None

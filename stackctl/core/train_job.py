@@ -29,17 +29,20 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "all-linear"
     use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
     orthogonal: Annotated[
-        bool, Meta(description="Keep what the new adapter reads orthogonal to what the frozen stack reads.")
+        bool, Meta(description="Keep the input directions of the new adapter orthogonal to those of the frozen stack.")
     ] = False
     train_tokens: Annotated[
         list[str] | str,
-        Meta(description="Single tokens to train the rows of, joined by ','; auto: those the base never learned."),
+        Meta(
+            description="Tokens whose rows of the embedding are trained, joined by ','; auto: those that the base "
+            "never learned."
+        ),
     ] = "none"
     objective: Annotated[
         Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "distil"],
         Meta(
-            description="What is made small: sft on any records; kto on answers with a label; distil, how far it is "
-            "from --teacher; the others on pairs of a chosen and a rejected answer."
+            description="The loss: sft on any records; kto on answers with a label; distil, the divergence from "
+            "--teacher; the others on pairs of a chosen and a rejected answer."
         ),
     ] = "sft"
     beta: (
@@ -47,7 +50,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         | None
     ) = None
     label_smoothing: Annotated[
-        float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be the wrong way round.")
+        float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be mislabelled.")
     ] = 0.0
     sft_weight: Annotated[
         float,
@@ -71,7 +74,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     learning_rate: Annotated[float, Meta(gt=0, le=HUGE, description="Peak learning rate.")] = 2e-4
     scheduler: Annotated[
         Literal["linear", "cosine", "constant", "constant_with_warmup"],
-        Meta(description="How the learning rate goes."),
+        Meta(description="Schedule of the learning rate."),
     ] = "cosine"
     warmup: Annotated[
         float, Meta(ge=0, le=HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
@@ -79,8 +82,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     optimizer: Annotated[
         Literal["adamw", "adamw-8bit", "paged-adamw-8bit"],
         Meta(
-            description="AdamW with its state in float32; in 8 bits; or in 8 bits and in main memory where a GPU's is "
-            "full. The last two need the extra [quant]."
+            description="AdamW with its state in float32; in 8 bits; or in 8 bits, paged to main memory where a GPU's "
+            "is full. The last two need the extra [quant]."
         ),
     ] = "adamw"
     weight_decay: Annotated[float, Meta(ge=0, le=HUGE, description="Weight decay of AdamW.")] = 0.0
@@ -141,8 +144,8 @@ _RankOrOwn = (
 _BatchSizeOrAuto = Annotated[
     Annotated[int, Meta(ge=1)] | Literal["auto"],
     Meta(
-        description="Records in a micro-batch, per process; auto: as many as fit into memory, with a step of as many "
-        "records as ever."
+        description="Records in a micro-batch, per process; auto: as many as fit into memory, in steps of as many "
+        "records as without it."
     ),
 ]
 
@@ -168,7 +171,7 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = msgspec.field(name="from", default=None)
     rebase: Annotated[
         bool,
-        Meta(description="Begin at its own newest version where what lies beneath it is another since."),
+        Meta(description="Begin at its own newest version if the stack beneath it has changed since."),
     ] = False
     teacher: Annotated[
         str | None,
@@ -197,7 +200,7 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     ) = None
     report_to: Annotated[
         list[str] | str | None,
-        Meta(description="Where to report to besides, several joined by ',': tensorboard, trackio, wandb."),
+        Meta(description="Trackers to report to, joined by ',': tensorboard, trackio, wandb."),
     ] = None
     num_processes: (
         Annotated[
@@ -209,17 +212,17 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         | None
     ) = None
     accelerate_config: Annotated[
-        str | None, Meta(description="A configuration of accelerate's: DDP, FSDP, DeepSpeed.")
+        str | None, Meta(description="A configuration file of accelerate: DDP, FSDP, DeepSpeed.")
     ] = None
     cache: Annotated[
-        bool, Meta(description="Keep the tokens of the data on disk, for runs to come and for data larger than memory.")
+        bool, Meta(description="Cache the tokens of the data on disk, for later runs and for data larger than memory.")
     ] = True
     gradient_checkpointing: (
         Annotated[
             bool,
             Meta(
                 description="Compute activations twice instead of keeping them: less memory, about a third slower. "
-                "Left out: where memory is enough only so."
+                "Left out: only where memory is too small without."
             ),
         ]
         | None

@@ -227,6 +227,13 @@ def test_every_file_that_a_map_names_is_there(page: str) -> None:
     assert len(named) > 10
 
 
+@pytest.mark.parametrize("page", ["AGENTS.md", "docs/contributing.md", "docs/explanation/one-run.md"])
+def test_every_class_and_constant_that_a_map_names_is_there(page: str) -> None:
+    code = "\n".join(read(file) for file in (ROOT / "stackctl").rglob("*.py"))
+    named = set(re.findall(r"`(_*[A-Z][A-Z_]{3,}|[A-Z][a-z]+[A-Z]\w+)`", without_code(read(ROOT / page))))
+    assert not {name for name in named if not re.search(rf"^ *(class )?{name}\b", code, re.MULTILINE)}
+
+
 def test_the_page_on_security_names_functions_that_are_there() -> None:
     named = set(re.findall(r"^\| .*? \| (`.*?`) \|", read(ROOT / "docs" / "explanation" / "security.md"), re.MULTILINE))
     names = [name for cell in named for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", cell)]
