@@ -17,7 +17,7 @@ from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoin
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
 from stackctl.lora.recognition import recognise_task
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.model import PlanMember, Problem, StackPlan, refuse
 from stackctl.plan.refusals import refusals
 from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
@@ -165,19 +165,15 @@ def _check(checkpoint: Checkpoint, name: str) -> None:
         Incompatible: with all of it.
     """
     member = PlanMember(name, 1.0, checkpoint, name)
-    problems = [
-        (p.message, p.hint) for p in refusals(member) if p.severity == "error" and p.code not in CONVERTED_CODES
-    ]
+    problems = [p for p in refusals(member) if p.severity == "error" and p.code not in CONVERTED_CODES]
     if not checkpoint.is_lora:
         problems = []  # those are the options of a LoRA; PEFT's class for the type knows its own
     if found := recognise_task(checkpoint.config, checkpoint.tensors):
-        problems.append((f"{name} {found.what}", found.hint))
+        problems.append(Problem(found.kind, f"{name} {found.what}", found.hint))
     if empty := [tensor for tensor, info in checkpoint.tensors.items() if 0 in info.shape]:
-        problems.append((f"{len(empty)} of its tensors are empty, {empty[0]} among them", "save it again"))
-    if problems:
-        raise Incompatible(
-            "; ".join(what for what, _ in problems), hint="; ".join(dict.fromkeys(hint for _, hint in problems))
-        )
+        what = f"{len(empty)} of its tensors are empty, {empty[0]} among them"
+        problems.append(Problem("empty_tensors", what, "save it again"))
+    refuse(problems)
 
 
 def _differences(
@@ -194,9 +190,7 @@ def _differences(
         plan_stack(stack.base, [PlanMember(label, 1.0, _as_plain(found), label)])
         for label, found in ((name, checkpoint), (f"{name} before its training", before))
     ]
-    errors = [problem for plan in plans for problem in plan.errors]
-    if errors:
-        raise Incompatible("; ".join(p.message for p in errors), hint="; ".join(dict.fromkeys(p.hint for p in errors)))
+    refuse([problem for plan in plans for problem in plan.errors])
     now, begun = plans
     shapes = [{key: (m.shape, m.experts) for key, m in plan.modules.items()} for plan in plans]
     if shapes[0] != shapes[1] or now.replacements or begun.replacements:

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _MESSAGE_WORD, _HINT_WORD = 300, 2000
@@ -21,6 +21,11 @@ def shorten_words(text: str, most: int) -> str:
     if len(text) <= most:
         return text
     return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 5]}…{word[0][-(most // 10) :]}", text)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names in a message: the first few, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class StackctlError(Exception):

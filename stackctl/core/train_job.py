@@ -125,6 +125,11 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.objective not in ("sft", "distil")
 
     @property
+    def eight_bits(self) -> bool:
+        """Whether the optimizer's state is kept in 8 bits, which bitsandbytes does."""
+        return self.optimizer != "adamw"
+
+    @property
     def effective_beta(self) -> float | None:
         """``beta`` as it is used; none where nothing is preferred."""
         if not self.prefers:

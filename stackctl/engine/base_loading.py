@@ -13,7 +13,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from stackctl.core.errors import Incompatible, first_line
+from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.engine.base_class import check_scheme, model_class, reading, whole_model
 from stackctl.engine.base_layout import BaseLayout
 from stackctl.engine.base_modules import text_modules
@@ -95,9 +95,7 @@ def check_keys(found: dict[str, Any], folder: Path, model: PreTrainedModel) -> N
         ({str(message) for message in found.get("error_msgs") or ()}, "cannot be converted:"),
     ):
         if names:
-            shown = sorted(names, key=natural_order)
-            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-            problems.append(f"{what} {', '.join(shown[:3])}{more}")
+            problems.append(f"{what} {listed(sorted(names, key=natural_order))}")
     if problems:
         hint = "config.json and the weights are not of one model: get both again from where they came"
         raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stackctl.core import Say
-from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.core.errors import Incompatible, VerificationFailed, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.engine.base_class import empty_model
 from stackctl.engine.base_files import make_base
@@ -112,9 +112,8 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Wanted) 
             values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
             _keep(found, base, head, modules, values, wanted)
     if found.broken:
-        more = f" and {len(found.broken) - _SHOWN} more" if len(found.broken) > _SHOWN else ""
         raise VerificationFailed(
-            f"values that are not finite numbers in {', '.join(found.broken[:_SHOWN])}{more}",
+            f"values that are not finite numbers in {listed(found.broken, _SHOWN)}",
             hint="get that model again from where it was made",
         )
     _place_biases(found)

@@ -14,7 +14,7 @@ from stackctl.jobs.trained_tokens import parse_tokens
 from stackctl.lora.target_modules import parse_targets
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember, StackPlan
-from stackctl.registry.adapters import ResolvedMember, find_removed_version, foundations, resolve_adapter
+from stackctl.registry.adapters import ResolvedMember, foundations, resolve_kept
 from stackctl.registry.planning import plan_member, read_plan
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
@@ -39,17 +39,7 @@ def members_beneath(registry: Registry, version: AdapterVersion) -> list[Resolve
     Raises:
         NotFound: one of them is gone.
     """
-    found = []
-    for term in foundations(version):
-        try:
-            member = resolve_adapter(registry, term.reference)
-        except NotFound:
-            removed = find_removed_version(registry, term.reference)
-            if removed is None:
-                raise
-            member = removed
-        found.append(replace(member, weight=term.weight))
-    return found
+    return [replace(resolve_kept(registry, term.reference), weight=term.weight) for term in foundations(version)]
 
 
 def stands_on(registry: Registry, version: AdapterVersion, stack: ResolvedStack) -> bool:

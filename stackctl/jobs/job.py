@@ -28,13 +28,13 @@ from stackctl.jobs.job_checks import (
     check_is_sum,
     check_not_on_itself,
     check_objective,
+    check_optimizer,
     check_orthogonal,
     check_precision,
     check_targets,
     data_path,
 )
 from stackctl.jobs.micro_batches import AUTO
-from stackctl.jobs.optimizers import check_package
 from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.teacher import Teacher, find_teacher
 from stackctl.jobs.trackers import check_trackers
@@ -171,7 +171,7 @@ def prepare_job(
         attempt(check_tokens, job, plan, stack.base, beginning.plan if beginning else None)
     attempt(check_evaluation, job)
     attempt(check_precision, job)
-    attempt(check_package, job)
+    attempt(check_optimizer, job)
     attempt(check_objective, job)
     attempt(check_trackers, job)
     raise_all(problems)

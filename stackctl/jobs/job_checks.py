@@ -108,6 +108,11 @@ def check_precision(job: TrainJob) -> None:
     check_installed("bitsandbytes")
 
 
+def check_optimizer(job: TrainJob) -> None:
+    if job.eight_bits:
+        check_installed("bitsandbytes", f"--optimizer {job.optimizer}")
+
+
 def check_targets(job: TrainJob, base: Base) -> None:
     modules = expand_modules(base.modules)
     targets = parse_targets(job.target_modules)

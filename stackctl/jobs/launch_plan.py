@@ -12,7 +12,6 @@ from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
-from stackctl.jobs.optimizers import EIGHT_BITS
 from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
@@ -79,7 +78,7 @@ def check_whole_parameters(prepared: PreparedJob) -> None:
     needs = [
         (job.orthogonal, "--orthogonal projects whole factors", "--orthogonal"),
         (prepared.trains_tokens, "--train-tokens trains rows of a whole embedding", "--train-tokens"),
-        (job.optimizer in EIGHT_BITS, "--optimizer of 8 bits needs whole factors", "--optimizer"),
+        (job.eight_bits, "--optimizer of 8 bits needs whole factors", "--optimizer"),
         (
             prepared.teacher is not None,
             "--objective distil runs a teacher beside the new adapter, both of them whole",

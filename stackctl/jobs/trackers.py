@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stackctl.core import Say
-from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core.errors import StackctlError, Usage, attempt, did_you_mean, raise_all
 from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
 from stackctl.registry.store import Registry
@@ -50,10 +50,7 @@ def check_trackers(job: TrainJob) -> None:
     """
     problems: list[StackctlError] = []
     for name in parse_trackers(job.report_to):
-        try:
-            check_installed(name)
-        except StackctlError as error:
-            problems.append(error)
+        attempt(problems, check_installed, name)
     raise_all(problems)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackctl.core.errors import Incompatible, Usage, did_you_mean
+from stackctl.core.errors import Incompatible, Usage, did_you_mean, listed
 from stackctl.plan.methods import METHODS
 from stackctl.plan.model import Problem, StackPlan
 from stackctl.plan.whole_class import is_named_for
@@ -132,12 +132,8 @@ def _gguf_experts(plan: StackPlan, target: str) -> list[Problem]:
     found = sorted(m.name for m in plan.modules.values() if m.is_experts or m.type == "Matrix")
     if not found:
         return []
-    what = f"{_named(found)} are parameters of a mixture, and GGUF adapters are written of linear layers only"
+    what = f"{listed(found, 2)} are parameters of a mixture, and GGUF adapters are written of linear layers only"
     return [Problem(f"{target}_experts", what, _FULL_MODEL)]
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _gguf_embeddings(plan: StackPlan, target: str) -> list[Problem]:
@@ -196,7 +192,7 @@ def _lint_vllm(plan: StackPlan, dtype: str | None) -> list[Problem]:
         problems.append(Problem("vllm_names", what, f"stackctl export {plan.expression} --whole-class --out DIR"))
     experts = sorted(m.name for m in plan.modules.values() if m.is_experts)
     if experts:
-        what = f"vLLM takes LoRA on the experts of some mixtures only, and this stack stands on {_named(experts)}"
+        what = f"vLLM takes LoRA on the experts of some mixtures only, and this stack stands on {listed(experts, 2)}"
         problems.append(Problem("vllm_experts", what, _FULL_MODEL, severity="warning"))
     touched = [m for m in plan.modules.values() if m.type == "Embedding" or m.name == base.output_embedding]
     if touched and base.architecture not in _VLLM_EMBEDDINGS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from stackctl.core.errors import Incompatible, VerificationFailed
+from stackctl.core.errors import Incompatible
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, EntryProblem, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint
@@ -38,6 +38,17 @@ class Problem:
             "code": self.code, "severity": self.severity, "member": self.member,
             "message": self.message, "hint": self.hint,
         }  # fmt: skip
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise what stands in the way, all of it in one message; nothing when nothing does.
+
+    Raises:
+        Incompatible: there is something.
+    """
+    if problems:
+        hints = dict.fromkeys(p.hint for p in problems if p.hint)
+        raise Incompatible("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
 
 
 @dataclass(frozen=True)
@@ -206,13 +217,7 @@ class StackPlan:
         """This plan, if nothing stands in its way.
 
         Raises:
-            Incompatible, VerificationFailed: with every problem in one message.
+            Incompatible: with every problem in one message.
         """
-        if not self.errors:
-            return self
-        damaged = all(p.code == "damaged" for p in self.errors)
-        kind = VerificationFailed if damaged else Incompatible
-        raise kind(
-            "; ".join(p.message for p in self.errors),
-            hint="; ".join(dict.fromkeys(p.hint for p in self.errors if p.hint)) or None,
-        )
+        refuse(self.errors)
+        return self

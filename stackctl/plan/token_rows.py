@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import Naming
@@ -204,6 +204,4 @@ def all_tokens(rows: Iterable[TokenRows]) -> list[int]:
 
 
 def _listed(tokens: Iterable[int]) -> str:
-    ordered = sorted(tokens)
-    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    return ", ".join(map(str, ordered[:_NAMED])) + more
+    return listed(list(map(str, sorted(tokens))), _NAMED)

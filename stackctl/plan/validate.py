@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from stackctl.core.errors import did_you_mean
+from stackctl.core.errors import did_you_mean, listed
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, EntryProblem, ModuleShape
 from stackctl.lora.naming import Naming
@@ -68,8 +68,7 @@ def unfitting_tensors(
 
     def add(code: str, names: list[str], what: str, hint: str) -> None:
         if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            problems.append(Problem(code, f"{label}: {what}: {shown}", hint, label))
+            problems.append(Problem(code, f"{label}: {what}: {listed(names)}", hint, label))
 
     again = "register the checkpoint again from where it was made"
     if not pairs:

@@ -100,6 +100,20 @@ def find_removed_version(registry: Registry, reference: Reference) -> ResolvedMe
     return None
 
 
+def resolve_kept(registry: Registry, reference: Reference) -> ResolvedMember:
+    """An adapter version, one that was removed too as long as its weights are there.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    try:
+        return resolve_adapter(registry, reference)
+    except NotFound:
+        if removed := find_removed_version(registry, reference):
+            return removed
+        raise
+
+
 def foundations(version: AdapterVersion) -> tuple[Term, ...]:
     """The terms that a version was trained on."""
     return parse_expression("+".join(version.trained_on)) if version.trained_on else ()

@@ -170,16 +170,24 @@ def tokens_folder() -> Path:
 
 def free_tokens(*, every: bool, dry_run: bool) -> list[Freed]:
     """Remove tokenised data that was not used for long, or with ``every`` all of it, and what killed runs left."""
-    freed = list(_left_over(tokens_folder(), dry_run))
-    for folder in sorted(tokens_folder().glob("[0-9a-f]*")):
+    return [
+        *_left_over(tokens_folder(), dry_run),
+        *_unused(tokens_folder().glob("[0-9a-f]*"), "cached tokens", every=every, dry_run=dry_run),
+    ]
+
+
+def _unused(folders: Iterable[Path], what: str, *, every: bool, dry_run: bool) -> Iterator[Freed]:
+    """Remove what was not used for long, or with ``every`` all of it."""
+    for folder in sorted(folders):
         with contextlib.suppress(OSError):  # somebody else cleans up, too, or it is somebody else's
             used = folder.stat().st_mtime
             if every or time.time() - used > _UNUSED_SECONDS:
                 size, when = files.tree_bytes(folder), datetime.fromtimestamp(used, UTC).date()
                 if not dry_run:
                     atomic.discard_folder(folder)
-                freed.append(Freed(f"tokens/{folder.name[:8]}", f"cached tokens, last used {when}", str(folder), size))
-    return freed
+                kind, dash, digest = folder.name.rpartition("-")
+                name = f"{folder.parent.name}/{kind}{dash}{digest[:8]}"
+                yield Freed(name, f"{what}, last used {when}", str(folder), size)
 
 
 def free_conversions(*, dry_run: bool) -> list[Freed]:
@@ -199,14 +207,7 @@ def free_exports(*, every: bool, dry_run: bool) -> list[Freed]:
     lock = contextlib.nullcontext(place) if dry_run or not place.is_dir() else exported_adapters()
     with lock as folder:
         freed = list(_left_over(folder, dry_run))
-        for export in sorted(folder.glob("[a-z]*-*")):
-            used = export.stat().st_mtime
-            if every or time.time() - used > _UNUSED_SECONDS:
-                when = datetime.fromtimestamp(used, UTC).date()
-                why = f"exported for an engine, last used {when}"
-                freed.append(Freed(f"adapters/{export.name[:13]}", why, str(export), files.tree_bytes(export)))
-                if not dry_run:
-                    atomic.discard_folder(export)
+        freed += _unused(folder.glob("[a-z]*-*"), "exported for an engine", every=every, dry_run=dry_run)
     return freed
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from stackctl.core.errors import (
     Incompatible,
-    NotFound,
     StackctlError,
     Usage,
     VerificationFailed,
@@ -18,7 +17,7 @@ from stackctl.core.errors import (
 from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
 from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
 from stackctl.plan.methods import SUM
-from stackctl.registry.adapters import DIGEST, ResolvedMember, find_removed_version, resolve_adapter, resolve_digest
+from stackctl.registry.adapters import DIGEST, ResolvedMember, resolve_adapter, resolve_digest, resolve_kept
 from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.store import Registry
 
@@ -111,13 +110,7 @@ def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]
         NotFound, VerificationFailed: one of them is gone, or is not what the stack was composed of.
     """
     for member in stack.members:
-        reference = Reference(member.adapter, member.version)
-        try:
-            found = resolve_adapter(registry, reference)
-        except NotFound:
-            if not (removed := find_removed_version(registry, reference)):
-                raise
-            found = removed
+        found = resolve_kept(registry, Reference(member.adapter, member.version))
         if found.version.digest != member.digest:
             raise VerificationFailed(
                 f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",

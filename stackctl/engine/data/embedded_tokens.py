@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, listed
 from stackctl.engine.data.examples import Encoded
 
 _NAMED = 5
@@ -21,9 +21,8 @@ def unembedded_tokens(tokenizer: Any, rows: int) -> dict[int, str]:
 def name_tokens(tokens: dict[int, str]) -> str:
     """``<a>, <b> (260 to 261)``"""
     numbers = sorted(tokens)
-    shown = ", ".join(tokens[number] for number in numbers[:_NAMED])
-    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"{shown}{more} ({numbers[0]} to {numbers[-1]})" if len(numbers) > 1 else f"{shown} ({numbers[0]})"
+    shown = listed([tokens[number] for number in numbers], _NAMED)
+    return f"{shown} ({numbers[0]} to {numbers[-1]})" if len(numbers) > 1 else f"{shown} ({numbers[0]})"
 
 
 def check_embedded(encoded: Encoded, beyond: dict[int, str], where: str, unit: str, base: str) -> None:

@@ -31,7 +31,7 @@ from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors, all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.model import StackPlan, refuse
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json
 from stackctl.storage.paths import existing_path
@@ -77,7 +77,7 @@ def export_gguf(
     plan.check()
     if not plan.modules:
         raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
-    _refuse(plan, dtype)
+    refuse([problem for problem in lint_for("gguf", plan, dtype=dtype) if problem.severity == "error"])
     assert plan.base is not None, "a stack that is exported stands on a base"
     architecture = GGUF_ARCHITECTURES[plan.base.architecture]
     config = read_json(base / "config.json")
@@ -93,15 +93,6 @@ def export_gguf(
             atomic.write_atomic(staged / MODELFILE, _modelfile(plan, base_gguf or base, path.name))
         atomic.publish_directory(staged, out)
     return {"rank": rank, "max_relative_error": error, "exact": dtype == "float32" and plan.method == SUM}
-
-
-def _refuse(plan: StackPlan, dtype: str) -> None:
-    problems = [problem for problem in lint_for("gguf", plan, dtype=dtype) if problem.severity == "error"]
-    if problems:
-        raise Incompatible(
-            "; ".join(problem.message for problem in problems),
-            hint="; ".join(dict.fromkeys(problem.hint for problem in problems if problem.hint)) or None,
-        )
 
 
 def _check_base(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, listed
 from stackctl.plan.lint import GgufArchitecture
 from stackctl.plan.model import ModulePlan, StackPlan
 
@@ -52,8 +52,7 @@ def gguf_targets(plan: StackPlan, architecture: GgufArchitecture, config: Mappin
             continue
         targets.append(GgufTarget(module, name, _heads(module, config) if architecture.permuted else 0))
     if unknown:
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise Incompatible(f"llama.cpp has no tensor for {shown} of {plan.expression}", hint="--format model")
+        raise Incompatible(f"llama.cpp has no tensor for {listed(unknown)} of {plan.expression}", hint="--format model")
     return targets
 
 

@@ -14,7 +14,6 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.targets import Targets
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut, first_that_fits, possible_cuts
-from stackctl.jobs.optimizers import EIGHT_BITS
 from stackctl.lora.target_modules import expand_modules, named_targets
 from stackctl.machine.memory_estimate import (
     LargestBatch,
@@ -155,7 +154,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     return estimate_memory(
         base,
-        NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.optimizer in EIGHT_BITS),
+        NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.eight_bits),
         LargestBatch(tokens, supervised, cut.checkpointing or group.checkpoints, taught=prepared.teacher is not None),
         Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
     )

@@ -8,7 +8,6 @@ import torch
 
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.devices import choose_device
-from stackctl.jobs.optimizers import EIGHT_BITS
 from stackctl.machine.memory_estimate import QUANTISED_FROM
 
 
@@ -18,7 +17,7 @@ def check_kernels(optimizer: str) -> None:
     Raises:
         Incompatible: it cannot be used here, and why.
     """
-    if optimizer not in EIGHT_BITS:
+    if optimizer == "adamw":
         return
     device = choose_device()
     paged = optimizer.startswith("paged")

@@ -49,13 +49,14 @@ from stackctl.engine.training.teaching import Teaching
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, optimizer_steps
 from stackctl.jobs.micro_batches import StepCut
-from stackctl.jobs.optimizers import TRAINERS
 from stackctl.jobs.trackers import parse_trackers
 from stackctl.lora.checkpoint import WEIGHTS
 from stackctl.storage import atomic
 
 CHECKPOINTING = {"use_reentrant": False}
 """How activations are computed again; the other kind wants inputs that have a gradient."""
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
+"""What Trainer calls each."""
 _COUNTERS = "stackctl_counters.json"
 
 
@@ -249,7 +250,7 @@ def training_arguments(
         lr_scheduler_type=job.scheduler,
         warmup_steps=_warmup_steps(job, steps),
         weight_decay=job.weight_decay,
-        optim=TRAINERS[job.optimizer],
+        optim=_OPTIMIZERS[job.optimizer],
         seed=job.seed,
         data_seed=job.seed,
         logging_strategy="steps",
