@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
 from stackctl.core.schema import Base, EntryProblem, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint
@@ -44,11 +44,12 @@ def refuse(problems: Sequence[Problem]) -> None:
     """Raise what stands in the way, all of it in one message; nothing when nothing does.
 
     Raises:
-        Incompatible: there is something.
+        Incompatible, VerificationFailed: there is something; the latter where all of it is damage.
     """
     if problems:
+        kind = VerificationFailed if all(p.code == "damaged" for p in problems) else Incompatible
         hints = dict.fromkeys(p.hint for p in problems if p.hint)
-        raise Incompatible("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
+        raise kind("; ".join(p.message for p in problems), hint="; ".join(hints) or None)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class StackPlan:
         """This plan, if nothing stands in its way.
 
         Raises:
-            Incompatible: with every problem in one message.
+            Incompatible, VerificationFailed: with every problem in one message.
         """
         refuse(self.errors)
         return self
