@@ -207,10 +207,7 @@ def _as_plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _convert(
-    stacked: StackedModel,
-    checkpoint: Checkpoint,
-    differences: tuple[StackPlan, StackPlan] | None,
-    wanted: Conversion,
+    stacked: StackedModel, checkpoint: Checkpoint, differences: tuple[StackPlan, StackPlan] | None, wanted: Conversion
 ) -> tuple[Pairs, Original]:
     from stackctl.engine import conversion
     from stackctl.engine.low_rank import Wanted

@@ -120,10 +120,7 @@ def _scaled(weight: float, layers: Any, candidate: Candidate) -> dict[str, Any]:
 
 
 def _judged(
-    tried: Sequence[_Tried],
-    data: Sequence[str],
-    learned: Sequence[Sequence[Score]],
-    scores: Sequence[Sequence[Score]],
+    tried: Sequence[_Tried], data: Sequence[str], learned: Sequence[Sequence[Score]], scores: Sequence[Sequence[Score]]
 ) -> Best:
     """The rows, and which of them is the best: the lowest loss of those that beat the typed sum by more than chance.
 

@@ -43,18 +43,9 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         ],
         None,
     ),
-    "json_mode": (
-        Annotated[bool, _common_option("--json", help="One JSON document on stdout.")],
-        False,
-    ),
-    "quiet": (
-        Annotated[bool, _common_option("--quiet", "-q", help="Print only the essential name.")],
-        False,
-    ),
-    "debug": (
-        Annotated[bool, _common_option("--debug", help="Show the traceback of an error.")],
-        False,
-    ),
+    "json_mode": (Annotated[bool, _common_option("--json", help="One JSON document on stdout.")], False),
+    "quiet": (Annotated[bool, _common_option("--quiet", "-q", help="Print only the essential name.")], False),
+    "debug": (Annotated[bool, _common_option("--debug", help="Show the traceback of an error.")], False),
 }
 
 

@@ -101,11 +101,7 @@ def _hub() -> dict[str, Any]:
     """The Hub as huggingface_hub is set up here. The token itself is never shown."""
     from huggingface_hub import constants, get_token
 
-    return {
-        "endpoint": constants.ENDPOINT,
-        "token": get_token() is not None,
-        "offline": constants.HF_HUB_OFFLINE,
-    }
+    return {"endpoint": constants.ENDPOINT, "token": get_token() is not None, "offline": constants.HF_HUB_OFFLINE}
 
 
 def _screen(data: dict[str, Any]) -> Any:

@@ -54,11 +54,7 @@ def training_progress(output: Output, name: str) -> Iterator[Callable[[int, int,
         state: dict[str, Any] = {}
 
         def update(step: int, steps: int, counters: Any) -> None:
-            fields = {
-                "loss": counters.curve[-1]["loss"],
-                "seen": _seen(counters),
-                "speed": counters.tokens_per_second,
-            }
+            fields = {"loss": counters.curve[-1]["loss"], "seen": _seen(counters), "speed": counters.tokens_per_second}
             if not state:  # begun at the first step, so that notes before it do not tear the bar
                 progress = stack.enter_context(output.progress(*columns, stays=True))
                 state.update(bar=progress, task=progress.add_task(f"training {name}", total=steps, **fields))

@@ -41,13 +41,7 @@ def register(app: typer.Typer) -> None:
         from stackctl.hub.repo_place import parse_place
 
         registry, output = context.registry, context.output
-        options = PullOptions(
-            again=typed(),
-            name=name,
-            base=base,
-            dry_run=dry_run,
-            progress=output.shows_progress,
-        )
+        options = PullOptions(again=typed(), name=name, base=base, dry_run=dry_run, progress=output.shows_progress)
         return _result(pull_repo(registry, parse_place(repo), options, output.status))
 
 

@@ -29,8 +29,7 @@ class Address:
     host: Annotated[str, typer.Option(help="Address to listen on.", metavar="ADDRESS")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000
     api_key: Annotated[
-        str | None,
-        typer.Option(help="Key that requests to /v1 must send.", envvar="STACKCTL_API_KEY", metavar="KEY"),
+        str | None, typer.Option(help="Key that requests to /v1 must send.", envvar="STACKCTL_API_KEY", metavar="KEY")
     ] = None
 
 

@@ -22,13 +22,7 @@ from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.recipe import FILE, RecipeFile, find_recipe, read_recipe
-from stackctl.jobs.recipe_plan import (
-    Step,
-    plan_recipe,
-    prepare_recipe_job,
-    resolve_recipe_stack,
-    rests_after_all,
-)
+from stackctl.jobs.recipe_plan import Step, plan_recipe, prepare_recipe_job, resolve_recipe_stack, rests_after_all
 from stackctl.registry.planning import read_plan
 from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry

@@ -28,6 +28,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def listed_problems(problems: Sequence[str], most: int = 5) -> str:
+    """What is wrong, in one message: the first few, and how many more there are."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
 class StackctlError(Exception):
     """An expected failure. ``message`` says what is wrong, ``hint`` what to type or do next."""
 

@@ -175,8 +175,7 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = msgspec.field(name="from", default=None)
     rebase: Annotated[
-        bool,
-        Meta(description="Begin at its own newest version if the stack beneath it has changed since."),
+        bool, Meta(description="Begin at its own newest version if the stack beneath it has changed since.")
     ] = False
     teacher: Annotated[
         str | None,
@@ -204,8 +203,7 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, Meta(ge=1, description="Save the run every so many optimizer steps, for --resume.")] | None
     ) = None
     report_to: Annotated[
-        list[str] | str | None,
-        Meta(description="Trackers to report to, joined by ',': tensorboard, trackio, wandb."),
+        list[str] | str | None, Meta(description="Trackers to report to, joined by ',': tensorboard, trackio, wandb.")
     ] = None
     num_processes: (
         Annotated[

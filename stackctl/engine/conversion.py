@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stackctl.core.errors import Incompatible, VerificationFailed, first_line
+from stackctl.core.errors import Incompatible, VerificationFailed, first_line, listed
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base_class import empty_model
@@ -113,8 +113,7 @@ def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
         ),
     ):
         if names:
-            names.sort(key=natural_order)
-            problems.append(f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+            problems.append(f"{what}: {listed(sorted(names, key=natural_order))}")
     if problems:
         raise Incompatible(
             f"{checkpoint.path}: {'; '.join(problems)}",
@@ -208,10 +207,8 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     tensors = load_file(checkpoint.weights_path)
     if odd := sorted(name for name, tensor in tensors.items() if not all_finite(tensor)):
-        more = f" and {len(odd) - 3} more" if odd[3:] else ""
         raise VerificationFailed(
-            f"{checkpoint.path} holds NaN or infinity in {', '.join(odd[:3])}{more}",
-            hint="get it again from where it was made",
+            f"{checkpoint.path} holds NaN or infinity in {listed(odd)}", hint="get it again from where it was made"
         )
     return tensors
 

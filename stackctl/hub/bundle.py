@@ -126,10 +126,7 @@ def bundle_stack(
     Args:
         exported: the folder with the stack as one PEFT adapter; it must last until the push is over.
     """
-    content: dict[str, Content] = {
-        WEIGHTS: exported / WEIGHTS,
-        CONFIG: published_config(exported, to.base_id),
-    }
+    content: dict[str, Content] = {WEIGHTS: exported / WEIGHTS, CONFIG: published_config(exported, to.base_id)}
     newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
     content |= {file: path for file in TOKENIZER_FILES if (path := source / file).is_file() and stays_inside(path)}

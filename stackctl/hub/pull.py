@@ -12,11 +12,7 @@ from dataclasses import dataclass, replace
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage
-from stackctl.core.expressions import (
-    format_term,
-    parse_name,
-    parse_stack_name,
-)
+from stackctl.core.expressions import format_term, parse_name, parse_stack_name
 from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
 from stackctl.hub.client import open_hub
@@ -224,9 +220,5 @@ class _Pull:
 
     def _done(self, added: list[str]) -> Pulled:
         return Pulled(
-            self.hub.repo,
-            self.repo.commit,
-            self.asked.folder,
-            added=tuple(added),
-            planned=self.options.dry_run,
+            self.hub.repo, self.repo.commit, self.asked.folder, added=tuple(added), planned=self.options.dry_run
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.command_line import CommandLine
-from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest
+from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest, listed
 from stackctl.core.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.bundle import MEMBERS
 from stackctl.hub.client import Hub
@@ -46,14 +46,9 @@ class RepoAdapter:
         return f"{self.name}@{self.number}"
 
 
-_MOST_NAMED = 20
-
-
 def _some(folders: list[str]) -> str:
     """Folders by name, the first of many."""
-    more = len(folders) - _MOST_NAMED
-    named = ", ".join(folder or "its root" for folder in folders[:_MOST_NAMED])
-    return f"{named} and {more} more" if more > 0 else named
+    return listed([folder or "its root" for folder in folders], most=20)
 
 
 def _name_of(path: str) -> str:

@@ -119,13 +119,7 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
             hint="begin at another adapter" if alpha else "give it one with --alpha, or begin at another adapter",
         )
     rslora = bool(config.get("use_rslora")) or job.use_rslora
-    return msgspec.structs.replace(
-        job,
-        rank=rank,
-        alpha=alpha,
-        use_rslora=rslora,
-        target_modules=targets,
-    )
+    return msgspec.structs.replace(job, rank=rank, alpha=alpha, use_rslora=rslora, target_modules=targets)
 
 
 def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:

@@ -42,12 +42,7 @@ def read_cut(told: Any) -> StepCut | None:
 
 
 def possible_cuts(
-    records: int,
-    count: int,
-    *,
-    smaller: bool = False,
-    checkpointing: bool | None = None,
-    tokens: int | None = None,
+    records: int, count: int, *, smaller: bool = False, checkpointing: bool | None = None, tokens: int | None = None
 ) -> list[StepCut]:
     """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Incompatible, StackctlError
+from stackctl.core.errors import Incompatible, StackctlError, listed_problems
 from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.lora.lora_config import factor_names, plain_lora_config
@@ -30,7 +30,6 @@ _IMAGE = re.compile(r"lora_unet_|lora_te[0-9]?_(text_model_|encoder_block_)")
 """Of an image model itself, and of the CLIP and the T5 that read its prompts."""
 _PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 _OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "oft_": "OFT", "on_input": "IA3"}
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ def read_kohya(path: Path, base: Base) -> KohyaAdapter:
         if absent := sorted({"A": "lora_down", "B": "lora_up"}[part] for part in {"A", "B"} - set(parts)):
             problems.append(f"{module} has no {' and no '.join(absent)}")
     if problems or not tensors:
-        more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
         raise Incompatible(
-            f"{path} is no LoRA for {base.name}: {'; '.join(problems[:_SHOWN]) or 'it holds no tensors'}{more}",
+            f"{path} is no LoRA for {base.name}: {listed_problems(problems) or 'it holds no tensors'}",
             hint="name the model that it was trained on: --base B",
         )
     return KohyaAdapter(path, base, tensors)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, listed_problems
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.lora.lora_config import factor_names, plain_lora_config
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
@@ -114,9 +114,8 @@ def read_mlx(path: Path) -> MlxAdapter:
     if not tensors and not problems:
         problems.append("it holds no tensors")
     if problems:
-        more = f"; and {len(problems) - 5} more" if problems[5:] else ""
         raise Incompatible(
-            f"{path} is no adapter of mlx-lm that can be read: {'; '.join(problems[:5])}{more}",
+            f"{path} is no adapter of mlx-lm that can be read: {listed_problems(problems)}",
             hint="save it again with mlx_lm.lora where it was made",
         )
     model = config.get("model")

@@ -85,8 +85,7 @@ def lint_for(target: str, plan: StackPlan, *, dtype: str | None = None) -> list[
     lint = TARGETS.get(target)
     if lint is None:
         raise Usage(
-            f"there is no target '{target}'",
-            hint=did_you_mean(target, list(TARGETS), f"one of {', '.join(TARGETS)}"),
+            f"there is no target '{target}'", hint=did_you_mean(target, list(TARGETS), f"one of {', '.join(TARGETS)}")
         )
     return lint(plan, dtype)
 

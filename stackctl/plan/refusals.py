@@ -65,10 +65,7 @@ def refusals(member: PlanMember) -> list[Problem]:
     config, label = member.checkpoint.config, member.label
     problems = [
         Problem(
-            key,
-            f"{label} {why}",
-            _converted(member, f"train {member.adapter or label} again as a plain LoRA"),
-            label,
+            key, f"{label} {why}", _converted(member, f"train {member.adapter or label} again as a plain LoRA"), label
         )
         for key, why in _REFUSED.items()
         if config.get(key)

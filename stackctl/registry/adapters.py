@@ -8,12 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from stackctl.core.errors import (
-    NotFound,
-    StackctlError,
-    Usage,
-    did_you_mean,
-)
+from stackctl.core.errors import NotFound, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import Reference, Term, format_term, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, Base, Member, Removed, Stack
 from stackctl.registry.store import Registry

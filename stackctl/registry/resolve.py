@@ -6,14 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from stackctl.core.errors import (
-    Incompatible,
-    StackctlError,
-    Usage,
-    VerificationFailed,
-    gathering,
-    raise_all,
-)
+from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, gathering, raise_all
 from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
 from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
 from stackctl.plan.methods import SUM
@@ -85,8 +78,7 @@ def resolve_expression(
     resolved = _resolve(registry, text, base, fresh)
     if base is not None and base != BASE and resolved.base.name != resolve_base(registry, base).name:
         raise Incompatible(
-            f"'{text}' has the base '{resolved.base.name}', not '{base}'",
-            hint=f"leave out --base, or train on {base}",
+            f"'{text}' has the base '{resolved.base.name}', not '{base}'", hint=f"leave out --base, or train on {base}"
         )
     return resolved
 

@@ -40,8 +40,7 @@ def check_embedded(encoded: Encoded, beyond: dict[int, str], where: str, unit: s
     lines: dict[int, None] = {}
     used: dict[int, str] = {}
     for owner, example in zip(owners, encoded.examples, strict=True):
-        found = _beyond(example.input_ids, beyond)
-        if found:
+        if found := {number: beyond[number] for number in example.input_ids if number in beyond}:
             lines[owner] = None
             used |= found
     if not lines:
@@ -71,7 +70,3 @@ def check_prompt(ids: Iterable[int], rows: int, place: str, tokenizer: Any, base
             f"{place} uses {name_tokens(tokens)}, for which the embeddings of '{base}' have no row",
             hint="write it otherwise, or resize the base's embeddings first (transformers: resize_token_embeddings)",
         )
-
-
-def _beyond(ids: Sequence[int], beyond: dict[int, str]) -> dict[int, str]:
-    return {number: beyond[number] for number in ids if number in beyond}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Usage, listed_problems
 from stackctl.engine.records.messages import template_arguments, text_of, tools_of, turns_of
 from stackctl.engine.records.raw_lines import lines_of
 from stackctl.engine.records.shapes import asked_text, before_turns
@@ -16,7 +16,6 @@ from stackctl.engine.records.types import BadRecord, Message
 from stackctl.storage.paths import existing_path
 
 _HINT = 'a record is {"prompt"}, {"messages": [{"role", "content"}]}, {"instruction", "input"} or a string'
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +62,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         except BadRecord as error:
             problems.append(f"{unit} {number}: {error}")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise Usage(f"{path}: {'; '.join(problems[:_SHOWN])}{more}", hint=_HINT)
+        raise Usage(f"{path}: {listed_problems(problems)}", hint=_HINT)
     return prompts
 
 

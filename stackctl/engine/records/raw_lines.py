@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import itertools
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[byt
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
         lines = _lines(raw, name)
-        for number in _count():
+        for number in itertools.count(1):
             try:
                 line = next(lines, None)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
@@ -46,13 +47,6 @@ def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[byt
             seen(min(raw.tell() / size, 1.0))
             line = line.removesuffix(b"\n")
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _count() -> Iterator[int]:
-    number = 0
-    while True:
-        number += 1
-        yield number
 
 
 def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
