@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stackctl.core.errors import StackctlError
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic, files
 from stackctl.storage.locks import locked
@@ -80,10 +81,10 @@ class RunFolder:
 
 
 def _is_whole(save: Path) -> bool:
-    sizes = files.read_json_if_any(save / _WHOLE)
     try:
-        return bool(sizes) and all((save / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        sizes = files.read_json(save / _WHOLE)
+        return all((save / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, StackctlError):
         return False
 
 

@@ -11,7 +11,7 @@ import typer
 from checkpoints import make_registry, register
 
 from stackctl.cli import make_app
-from stackctl.cli.help_page import COMMON, WIDTH, option_choices, option_default
+from stackctl.cli.help_page import COMMON, WIDTH, argument_label, option_choices, option_default
 
 APP: Any = typer.main.get_command(make_app())
 
@@ -71,6 +71,19 @@ def test_every_option_stands_once_in_a_group_with_its_default(run: Any, monkeypa
     if words:
         assert COMMON in lines
         assert lines.index(COMMON) > max((i for i, line in enumerate(lines) if line == "Arguments"), default=0)
+
+
+@commands
+def test_an_argument_is_called_in_its_group_as_in_the_usage_line(run: Any, monkeypatch: Any, words: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = page(run, words)
+    usage = next(line for line in lines if "stackctl" in line)
+    wanted = [option.metavar for option in COMMANDS[words].params if option.param_type_name == "argument"]
+    labels = [argument_label(metavar) for metavar in wanted]
+    for metavar, label in zip(wanted, labels, strict=True):
+        assert metavar in usage
+        assert label.count("[") == label.count("]")
+        assert sum(line.startswith(f"  {label}  ") for line in lines) == 1
 
 
 @commands
