@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hu
 
 def pytest_collection_finish() -> None:
     """What was imported and collected is no garbage: every full collection would walk through a million objects."""
+    if warm := sys.modules.get("warm"):  # the tests that were collected have commands in processes of their own
+        warm.start()
     gc.freeze()
 
 

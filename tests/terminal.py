@@ -1,4 +1,4 @@
-"""A command on a terminal of its own, as a person has it: a real process behind a pseudo-terminal."""
+"""A command on a terminal of its own, as a person has it: a process behind a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -12,24 +12,45 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import warm
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>()][0-9AB]?|\x1b\][^\x07]*\x07")
 
 
 class Terminal:
-    """``stackctl`` with some arguments; what it shows is kept without the terminal's own escape sequences."""
+    """``stackctl`` with some arguments; what it shows is kept without the terminal's own escape sequences.
 
-    def __init__(self, arguments: Sequence[object], folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    With ``forked`` it is no process from its first line, but one that has torch already.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        forked: bool = False,
+    ) -> None:
         command = [sys.executable, "-m", "stackctl", *map(str, arguments)]
         settings = {
             **os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40", "PROMPT_TOOLKIT_NO_CPR": "1",
             **(environment or {}),
         }  # fmt: skip
+        self._raw = ""
+        self._read = 0
+        self._command: warm.Command | None = None
+        if forked:
+            self._master, other = os.openpty()
+            name = Path(os.ttyname(other))
+            self._command = warm.Command(command[3:], folder, name, name, settings)
+            self._pid = self._command.pid
+            select.select([self._master], [], [], 120)  # until it shows something, and so has the other end itself
+            os.close(other)
+            return
         self._pid, self._master = pty.fork()
         if not self._pid:  # the child: nothing but exec, for other threads are not there
             os.chdir(folder)
             os.execve(command[0], command, settings)
-        self._raw = ""
-        self._read = 0
 
     def wait_for(self, text: str, seconds: float = 120) -> str:
         """Everything shown since the last call, up to ``text``."""
@@ -68,12 +89,13 @@ class Terminal:
                     break
             except OSError:
                 break
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = 0
-        return os.waitstatus_to_exitcode(status)
+        pid, self._pid = self._pid, 0
+        if self._command:
+            return self._command.wait(60)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def close(self) -> None:
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            self.wait()
         os.close(self._master)

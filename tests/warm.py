@@ -5,6 +5,7 @@ What such a process is not: ``python -m stackctl`` from its first line, which th
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -12,11 +13,42 @@ import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["stackctl.engine.training", "stackctl.engine.serving", "stackctl.serving.app"])
+LOADED = ("stackctl.engine.training", "stackctl.engine.serving", "stackctl.serving.app")
+SERVER.set_forkserver_preload(list(LOADED))
+
+
+def start() -> None:
+    """Fork the server off this process, in which torch has not worked yet: by itself it would load all of it again."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        return
+    for name in LOADED:
+        importlib.import_module(name)
+    said, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)  # at the end it complains of what killed commands did not give back
+    resource_tracker.ensure_running()
+    os.dup2(said, 2)
+    os.close(said)
+    os.close(nothing)
+    address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+    alive, kept = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        pid = os.fork()
+        if not pid:
+            os.close(kept)
+            try:
+                forkserver.main(os.dup(listener.fileno()), alive, None)  # type: ignore[arg-type]
+            finally:
+                os._exit(0)
+    os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, kept, pid
 
 
 class Command:
@@ -93,8 +125,8 @@ class Launcher:
 
 
 def redirect(out: int, errors: int) -> None:
-    """Make two open files this process's streams, and nothing its input."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    """Make two open files this process's streams, and nothing its input, unless the first is a terminal."""
+    os.dup2(out if os.isatty(out) else os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(errors, 2)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
@@ -121,8 +153,8 @@ def run_and_exit(arguments: list[str]) -> NoReturn:
 
 
 def _be_the_command(arguments: list[str], folder: Path, out: Path, errors: Path, environment: dict[str, Any]) -> None:
-    redirect(*(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in (out, errors)))
-    os.setsid()
+    os.setsid()  # before it opens a terminal, which is then its own
+    redirect(*(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for path in (out, errors)))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -67,7 +67,7 @@ def make_app(command: str | None = None) -> typer.Typer:
 
 
 @functools.cache
-def _built(command: str | None) -> Any:
+def built_app(command: str | None) -> Any:
     """The app with the command that was typed, built once for all that a process runs of it."""
     return typer.main.get_command(make_app(command))
 
@@ -80,7 +80,7 @@ def main() -> None:
     Current.output, Current.debug = make_output(), False
     try:
         with completing(os.environ):
-            code = _built(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
+            code = built_app(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
             raise KeyboardInterrupt

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     """
     hf_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+        with _read_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
                 trust_remote_code=False,
@@ -42,3 +44,18 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     keep_reader(out, load_reader(out))
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """While the body runs, a header is parsed once: transformers (5.23) has it parsed for the configuration, the
+    weights and the tokenizer, and each word of the vocabulary costs gguf four views of an array.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader
+    setattr(gguf, "GGUFReader", functools.cache(reader))  # noqa: B010  # a function in place of a class
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010

@@ -46,9 +46,9 @@ from stackctl.registry.store import Registry
 def quiet_libraries() -> None:
     """Keep other people's bars and advice off stderr; ours says what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    hf_logging.set_verbosity_error()
+    if hf_logging.get_verbosity() != logging.ERROR:  # setting it makes every logger forget what it knows
+        hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")

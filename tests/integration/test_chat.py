@@ -30,8 +30,8 @@ def h(tiny_registry: Any) -> Any:
 def chat(h: Any, tmp_path: Path) -> Iterator[Any]:
     opened: list[Terminal] = []
 
-    def start(*arguments: object) -> Terminal:
-        terminal = Terminal(["generate", *arguments], tmp_path)
+    def start(*arguments: object, forked: bool = True) -> Terminal:
+        terminal = Terminal(["generate", *arguments], tmp_path, forked=forked)
         opened.append(terminal)
         return terminal
 
@@ -61,7 +61,7 @@ def said(text: str) -> dict[str, str]:
 
 def test_a_conversation(h: Any, chat: Any, tmp_path: Path) -> None:
     """Several turns, another stack in between, back again, and the record is one that train reads."""
-    t = chat("style", *OPTIONS)
+    t = chat("style", *OPTIONS, forked=False)
     t.wait_for_prompt()
 
     def type_line(text: str) -> str:

@@ -14,7 +14,7 @@ from stackctl.engine.weight_fit import fit_weights, member_weights
 from stackctl.engine.weighted_members import read_factors
 from stackctl.plan.build import plan_stack
 
-RECORDS, LENGTH = 60, 60
+RECORDS, LENGTH = 15, 240
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import warm
 
+from stackctl.cli import built_app
+
 _STEPS = ("open", "os.", "shutil.", "fcntl.")
 
 
@@ -47,6 +49,7 @@ def run_command(
 
     ``prepare`` is called with the folder in the process that will be the command.
     """
+    built_app(arguments[0])  # here, instead of in each process
     child = os.fork()
     if not child:
         _be_the_command(arguments, folder, kill, prepare)

@@ -7,6 +7,7 @@ full names, tried on the model without its weights, and compared, before anythin
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Collection, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
@@ -82,18 +84,9 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
         Usage: a token to train is none.
     """
     tokens = tokens_of(prepared, tokenizer, say)
-    model = empty_model(folder)
-    if why := _untrainable(model.config):
-        raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
-    checkpoints = bool(model.supports_gradient_checkpointing)
-    if prepared.job.gradient_checkpointing and not checkpoints:
-        raise Incompatible(
-            f"--gradient-checkpointing: transformers has none for a {type(model).__name__}",
-            hint="leave it out; a smaller --batch-size needs less memory, too",
-        )
-    rows = token_settings(prepared, tokens, model)
-    targets = choose_targets(model, prepared.base, prepared.job, text_modules(model), rows)
-    targets = replace(targets, tokens=tokens, checkpoints=checkpoints)
+    job, model = prepared.job, (msgspec.json.encode(prepared.base), (folder / "config.json").read_bytes())
+    known = (*model, str(job.target_modules), job.effective_rank(), job.dropout, job.gradient_checkpointing, *tokens)
+    targets = replace(_found(_Question(known, (prepared, folder, tuple(tokens)))), tokens=tokens)
     begins = prepared.beginning
     if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
         raise Incompatible(
@@ -101,6 +94,30 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
             hint="train it from nothing: leave out --from",
         )
     return targets
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What an adapter would stand on; ``known`` is all that the answer depends on, by which it is remembered."""
+
+    known: tuple[Any, ...]
+    job: tuple[PreparedJob, Path, tuple[int, ...]] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=16)  # a recipe trains several adapters, mostly on the same layers of the same base
+def _found(question: _Question) -> Targets:
+    prepared, folder, tokens = question.job
+    model = empty_model(folder)
+    if why := _untrainable(model.config):
+        raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
+    if prepared.job.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise Incompatible(
+            f"--gradient-checkpointing: transformers has none for a {type(model).__name__}",
+            hint="leave it out; a smaller --batch-size needs less memory, too",
+        )
+    rows = token_settings(prepared, tokens, model)
+    found = choose_targets(model, prepared.base, prepared.job, text_modules(model), rows)
+    return replace(found, checkpoints=bool(model.supports_gradient_checkpointing))
 
 
 def _untrainable(config: PretrainedConfig) -> str:
