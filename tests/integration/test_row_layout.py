@@ -194,18 +194,16 @@ def test_padding_and_a_cache_still_work_under_it(models: Any) -> None:
 
 def test_gradient_checkpointing_changes_memory_alone(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights; layers run again on the way back."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
     h = tiny_registry()
     h.add("style", seed=1)
     calls: list[bool] = []
-    forward = LlamaMLP.forward
+    right = attention.segment_attention
 
-    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(self.training)
-        return forward(self, *arguments, **options)
+    def counted(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        calls.append(module.training)
+        return right(module, *arguments, **options)
 
-    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.SEGMENTS, counted)
     h.train("plain", "--max-steps", 2, on="style")
     once = sum(calls)
     calls.clear()

@@ -31,6 +31,19 @@ def add_in_place(model: PeftModel) -> None:
             layer.lora_variant[ADAPTER] = _InPlace()
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer computes what :func:`add_in_place` let it, and that alone: no dropout, hooks, other adapters."""
+    if not isinstance(getattr(layer, "lora_variant", {}).get(ADAPTER), _InPlace):
+        return False
+    base = layer.get_base_layer()
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or base._forward_hooks or base._forward_pre_hooks
+    return (
+        list(layer.active_adapters) == [ADAPTER]
+        and not (layer.disable_adapters or layer.merged or hooked or base.weight.requires_grad)
+        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+    )
+
+
 class _InPlace(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:

@@ -27,6 +27,7 @@ from stackctl.engine.training.attach import attach_new, freeze_stack
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut
+from stackctl.engine.training.fused_modules import fuse
 from stackctl.engine.training.lora_sum import add_in_place
 from stackctl.engine.training.memory import ProcessGroup, plan_step
 from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
@@ -156,6 +157,7 @@ def _train(
     model = attach_new(stacked, prepared, loaded.targets, live=how == "live")
     if not group.keeps_parts():
         add_in_place(model)
+        fuse(model)
     live = LIVE if how == "live" else None
     teaching = attach_teacher(model, prepared.teacher.plan) if prepared.teacher else None
     trainable = proofs.check_trainable(model)

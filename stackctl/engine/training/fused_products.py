@@ -1,0 +1,143 @@
+"""Linear layers with the adapter in training on them as one function of autograd each: fewer passes over memory.
+
+Layers that read the same input add to one gradient of it instead of making one each, their narrow sides A are one
+product, and a gated MLP keeps of its wide tensors the two that its backward pass needs, which it then writes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_BLOCK = 2**17
+"""Values of a tensor that are worked at in turn by several operators: the cores' own caches hold some of that size."""
+
+
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """Rows of a tensor, so many at a time that a few tensors of them stay in cache between operators."""
+    step = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, len(tensor), step):
+        yield slice(start, start + step)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``x`` (T, in) to ``x`` Wᵀ + bias + scale · ``x`` Aᵀ Bᵀ (T, out): W (out, in) frozen, A (r, in), B (out, r)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def factors(products: Sequence[Product]) -> list[Tensor]:
+    """A and B of each in turn, as the functions below take them."""
+    return [factor for product in products for factor in (product.a, product.b)]
+
+
+def apply_products(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
+    """What each of them makes of the same ``x`` (…, in): (…, out)."""
+    outputs: tuple[Tensor, ...] = _Products.apply(x, products, *factors(products))
+    return outputs
+
+
+def apply_gated_mlp(x: Tensor, gate: Product, up: Product, down: Product) -> Tensor:
+    """``down(silu(gate(x)) · up(x))`` of ``x`` (…, d)."""
+    output: Tensor = _GatedMlp.apply(x, (gate, up), down, *factors((gate, up, down)))
+    return output
+
+
+class _Products(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, products: Sequence[Product], *_: Tensor) -> tuple[Tensor, ...]:
+        flat = x.flatten(0, -2)
+        outputs, low = _forward(flat, products)
+        ctx.save_for_backward(flat, low)
+        ctx.products, ctx.shape = products, x.shape
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low = ctx.saved_tensors
+        gradients = [gradient.reshape(len(x), -1) for gradient in upstream]
+        of_x, of_factors = _backward(gradients, x, low, ctx.products, wanted=ctx.needs_input_grad[0])
+        return None if of_x is None else of_x.view(ctx.shape), None, *of_factors
+
+
+class _GatedMlp(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inner: tuple[Product, Product], down: Product, *_: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        (gate, up), low = _forward(flat, inner)
+        hidden = torch.empty_like(gate)
+        for part in blocks(gate):
+            torch.ops.aten.silu.out(gate[part], out=hidden[part]).mul_(up[part])
+        (output,), low_hidden = _forward(hidden, (down,))
+        ctx.save_for_backward(flat, gate, up, low, low_hidden)
+        ctx.inner, ctx.down, ctx.shape = inner, down, x.shape
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gate, up, low, low_hidden = ctx.saved_tensors
+        down: Product = ctx.down
+        gradient = upstream.reshape(len(x), -1)
+        of_low = torch.mm(gradient, down.b).mul_(down.scale)
+        of_hidden = torch.mm(gradient, down.weight).addmm_(of_low, down.a)
+        hidden = torch.empty_like(gate)
+        for part in blocks(gate):  # of_hidden becomes the gradient of up, gate that of gate
+            g, u, h, d = gate[part], up[part], hidden[part], of_hidden[part]
+            torch.ops.aten.silu.out(g, out=h)
+            of_activation = d * u
+            d.mul_(h)
+            h.mul_(u)
+            torch.ops.aten.silu_backward.grad_input(of_activation, g, grad_input=g)
+        of_down = [of_low.T @ hidden, (gradient.T @ low_hidden).mul_(down.scale)]
+        del hidden
+        of_x, of_inner = _backward([gate, of_hidden], x, low, ctx.inner, wanted=ctx.needs_input_grad[0])
+        return None if of_x is None else of_x.view(ctx.shape), None, None, *of_inner, *of_down
+
+
+def _forward(x: Tensor, products: Sequence[Product]) -> tuple[list[Tensor], Tensor]:
+    """Outputs (T, out), and ``x`` Aᵀ of all side by side (T, n · r)."""
+    low = torch.mm(x, _side_by_side(products).T)
+    outputs, place = [], 0
+    for product in products:
+        rank = len(product.a)
+        weight, own = product.weight.T, low[:, place : place + rank]
+        output = torch.mm(x, weight) if product.bias is None else torch.addmm(product.bias, x, weight)
+        outputs.append(output.addmm_(own, product.b.T, alpha=product.scale))
+        place += rank
+    return outputs, low
+
+
+def _backward(
+    gradients: Sequence[Tensor], x: Tensor, low: Tensor, products: Sequence[Product], *, wanted: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of ``x``, if it is ``wanted``, and those of A and B of each product."""
+    of_low, of_b, place = torch.empty_like(low), [], 0
+    of_x: Tensor | None = None
+    for gradient, product in zip(gradients, products, strict=True):
+        own = slice(place, place + len(product.a))
+        torch.mm(gradient, product.b, out=of_low[:, own])
+        of_low[:, own].mul_(product.scale)
+        of_b.append((gradient.T @ low[:, own]).mul_(product.scale))
+        if wanted:
+            of_x = torch.mm(gradient, product.weight) if of_x is None else of_x.addmm_(gradient, product.weight)
+        place = own.stop
+    a = _side_by_side(products)
+    if of_x is not None:
+        of_x.addmm_(of_low, a)
+    of_a = (of_low.T @ x).split([len(product.a) for product in products])
+    return of_x, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
+
+
+def _side_by_side(products: Sequence[Product]) -> Tensor:
+    """A of all of them (n · r, in)."""
+    return products[0].a if len(products) == 1 else torch.cat([product.a for product in products])

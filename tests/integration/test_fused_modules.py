@@ -1,0 +1,160 @@
+"""What is computed by fused functions has the loss and the gradients of PEFT's and transformers' own forwards."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Olmo2Config, SmolLM3Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.logits import supervised_loss
+from stackctl.engine.row_layout import choose_layout
+from stackctl.engine.training.fused_modules import fuse
+from stackctl.engine.training.lora_sum import add_in_place
+from tests.tiny import SIZES
+
+CONFIGS: dict[str, Any] = {
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "granite": GraniteConfig(**SIZES),
+    "smollm3, a layer without positions": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
+    "olmo2": Olmo2Config(**SIZES),
+}
+FUSED = {
+    "llama": 9, "mistral": 9, "qwen2": 9, "qwen3": 13, "llama with biases": 9, "granite": 9,
+    "smollm3, a layer without positions": 8, "olmo2": 11, "gemma": 2, "gpt2": 0, "phi3": 5, "neox": 0,
+}  # fmt: skip
+"""Of two layers: attention, MLP, and norms, with those of q and k. OLMo 2 norms queries before they are parted in
+heads, Gemma's weights of norms begin at zero and its MLP has another activation, Phi 3 has joined projections."""
+
+
+def examples() -> list[Example]:
+    draw = random.Random(0)
+    made = []
+    for length in (70, 3, 41, 18):
+        ids = [draw.randrange(256) for _ in range(length)]
+        made.append(
+            Example(ids, [IGNORED, *(token if draw.random() < 0.6 else IGNORED for token in ids[1:-1]), ids[-1]])
+        )
+    return made
+
+
+def made(config: Any) -> Any:
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind(config)
+
+
+def adapted(name: str, models: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    if name in CONFIGS:
+        model = made(copy.deepcopy(CONFIGS[name]))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.15)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    found: Any = get_peft_model(model, LoraConfig(**settings))
+    for parameter in found.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return found.train()
+
+
+def computed(model: Any) -> tuple[float, torch.Tensor]:
+    loss = supervised_loss(model, collate(examples()))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return float(loss.detach()), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+
+
+def same(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> bool:
+    apart = (found[1].double() - expected[1].double()).norm() / expected[1].double().norm()
+    return abs(found[0] - expected[0]) <= 1e-6 * abs(expected[0]) and float(apart) < 1e-5
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None:
+    model = adapted(name, models)
+    choose_layout(model, examples(), longest=70)
+    exact = copy.deepcopy(model).double()
+    add_in_place(model)
+    before = torch.get_rng_state()
+    assert fuse(model) == FUSED[name]
+    assert torch.equal(torch.get_rng_state(), before), "what is drawn later stays what it was"
+    assert model.training
+    assert same(computed(model), computed(exact))
+    assert same(computed(model), computed(exact)), "a second step finds nothing written over"
+
+
+def test_activations_can_be_computed_again(models: Any) -> None:
+    model = adapted("llama", models)
+    add_in_place(model)
+    assert fuse(model)
+    expected = computed(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    assert same(computed(model), expected)
+
+
+def switched_off(model: Any) -> tuple[float, torch.Tensor]:
+    with model.disable_adapter(), torch.no_grad():
+        return float(supervised_loss(model, collate(examples()))), torch.ones(1)
+
+
+def under_autocast(model: Any) -> tuple[float, torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return float(supervised_loss(model, collate(examples())).detach()), torch.ones(1)
+
+
+def without_gradients(model: Any) -> tuple[float, torch.Tensor]:
+    with torch.no_grad():
+        return float(supervised_loss(model, collate(examples()))), torch.ones(1)
+
+
+def two_adapters(model: Any) -> tuple[float, torch.Tensor]:
+    if "frozen" not in model.peft_config:
+        torch.manual_seed(5)
+        model.add_adapter("frozen", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["frozen", "default"])
+    return computed(model)
+
+
+@pytest.mark.parametrize("how", [switched_off, under_autocast, without_gradients, two_adapters])
+def test_what_is_no_plain_step_is_computed_as_before(how: Callable[..., Any], models: Any) -> None:
+    model, plain = adapted("llama", models), adapted("llama", models)
+    add_in_place(model)
+    assert fuse(model)
+    add_in_place(plain)
+    found, expected = how(model), how(plain)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6 if how is not under_autocast else 1e-3)
+    assert float((found[1] - expected[1]).norm()) <= 1e-5 * float(expected[1].norm())
+
+
+def test_dropout_keeps_a_layers_own_forward(models: Any) -> None:
+    model = adapted("llama", models, lora_dropout=0.5)
+    add_in_place(model)
+    assert fuse(model) == 5, "the norms alone"
+    config = LlamaConfig(**SIZES, attention_dropout=0.5)
+    model = get_peft_model(made(config), LoraConfig(target_modules="all-linear"))
+    add_in_place(model)
+    assert fuse(model) == 7, "in attention it is training alone that shows it"
+
+
+def test_a_module_that_only_looks_alike_is_left(models: Any) -> None:
+    model = adapted("llama", models)
+    mlp = type(model.get_base_model().model.layers[0].mlp)
+
+    class Clamped(mlp):  # type: ignore[misc,valid-type]
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x).clamp(-0.05, 0.05)
+
+    model.get_base_model().model.layers[1].mlp.__class__ = Clamped
+    model.get_base_model().model.norm.forward = lambda x: x
+    add_in_place(model)
+    assert fuse(model) == 7
