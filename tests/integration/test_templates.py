@@ -57,6 +57,21 @@ def test_qwen3_turns_that_do_not_change_share_an_example(smollm2: Any) -> None:
     assert found.notes == []
 
 
+@pytest.mark.parametrize("template", [data.CHATML, PHI3, QWEN3], ids=["chatml", "phi3", "qwen3"])
+@pytest.mark.parametrize("more", [(), ("Hi.", "Yes?")], ids=["alone", "goes on"])
+def test_a_conversation_that_the_assistant_begins(smollm2: Any, template: str, more: tuple[str, ...]) -> None:
+    """Of a greeting alone it was said that the template refuses an empty conversation."""
+    tokenizer = with_template(smollm2, template)
+    roles = ("assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, ("Welcome!", *more), strict=False)]
+    found = encoded(tokenizer, ChatRecord(1, messages))
+    learned = [text for example in found.examples for text in turns(tokenizer, example)]
+    assert [text.partition("<|")[0].removeprefix("<think>\n\n</think>\n\n") for text in learned] == [
+        "Welcome!", *more[1:]
+    ]  # fmt: skip
+    assert all(text.endswith(("<|im_end|>", "<|end|>")) for text in learned)
+
+
 def test_gemma_strips_contents(smollm2: Any) -> None:
     tokenizer = with_template(smollm2, GEMMA)
     (example,) = encoded(tokenizer, chat("Hi ", "  yes \n", "?", "no")).examples

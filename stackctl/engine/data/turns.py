@@ -229,6 +229,8 @@ class Turns:
 
     def unseen(self, talk: Conversation, end: int) -> list[str]:
         """The roles of turns before ``end`` of which the template shows nothing, though it shows others of theirs."""
+        if not end:
+            return []
         prompt = self._render(talk.messages[:end], talk, prompt=True)
         roles = []
         for position, message in enumerate(talk.messages[:end]):

@@ -23,11 +23,31 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Strict JSON: no NaN, no Infinity, no lone surrogates."""
+    """Strict JSON: no NaN, no Infinity, no lone surrogates, and no key twice, of which one value would be dropped."""
     try:
-        return msgspec.json.decode(data)
+        value = msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         _explain_json(data, error)
+    if not _is_whole(data, value):
+        json.loads(data, object_pairs_hook=_each_once)
+    return value
+
+
+def _is_whole(data: bytes, value: Any) -> bool:
+    """Whether nothing was dropped, as far as its quotation marks tell: written otherwise, all of them may be there."""
+    try:
+        return data.count(b'"') == msgspec.json.encode(value).count(b'"')
+    except (OverflowError, RecursionError):  # a number of more than 64 bits
+        return False
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRecord(f"the key '{twice[:80]}' is there twice")
+    return found
 
 
 def _explain_json(data: bytes, error: Exception) -> NoReturn:
@@ -45,7 +65,7 @@ def _explain_json(data: bytes, error: Exception) -> NoReturn:
     except RecursionError:
         message = "nested too deeply"
     except ValueError as standard:
-        message = str(standard)
+        message = "a number of thousands of digits" if "digits" in str(standard) else str(standard)
     if position := re.search(r" \(byte (\d+)\)", str(error)):
         before = data[: int(position[1])]
         line, column = before.count(b"\n") + 1, len(before.rpartition(b"\n")[2].decode(errors="ignore")) + 1
