@@ -142,7 +142,7 @@ def test_what_was_stopped_is_taken_up_where_it_was_whole(tiny_registry: Any) -> 
         if len(passes) == 4:
             raise KeyboardInterrupt
 
-    layer = talk.stacked.model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    layer = talk.stacked.model.model.layers[1].mlp.up_proj.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         talk.answer(asked)
     layer.remove()

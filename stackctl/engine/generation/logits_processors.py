@@ -27,13 +27,18 @@ _COLDEST = 1e-30
 """Logits divided by less overflow; with this the likeliest token is drawn, always."""
 
 
+def are_numbers(logits: Tensor) -> Tensor:
+    """Whether logits (…, vocabulary) are numbers (…): the largest of those among which one is none is none."""
+    return logits.amax(-1).isfinite()
+
+
 def check_numbers(logits: Tensor) -> None:
-    """Refuse logits (…, vocabulary) that are no numbers: the largest of a row among which one is none is none.
+    """Refuse logits (…, vocabulary) that are no numbers.
 
     Raises:
         Incompatible: they are none.
     """
-    if not bool(logits.amax(-1).isfinite().all()):
+    if not bool(are_numbers(logits).all()):
         raise not_finite()
 
 

@@ -9,7 +9,7 @@ they are, so that whatever is attached to them counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stackctl.engine.generation.few_rows import linear
 from stackctl.engine.generation.prefix_cache import new_cache
+from stackctl.engine.generation.running_rows import RunningRows
 from stackctl.engine.models import StackedModel
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Types of model that are read below; their own classes in transformers, and nothing derived from them."""
-_MORE_COLUMNS = 128
 
 
 class PlainDecoder:
@@ -33,6 +34,9 @@ class PlainDecoder:
         self._embed, self._head, self._rotary = inner.embed_tokens, model.lm_head, inner.rotary_emb
         self._layers = [_Layer(layer) for layer in inner.layers]
         self._norm = _norm(inner.norm)
+        self.checks_drafts: bool = model.dtype == torch.float32
+        """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
+        self.groups: int = inner.layers[0].self_attn.num_key_value_groups
         heads, width = model.config.num_key_value_heads, inner.layers[0].self_attn.head_dim
         self.bytes_of_token: int = 2 * len(inner.layers) * heads * width * model.dtype.itemsize
 
@@ -50,13 +54,12 @@ class PlainDecoder:
         return logits.float()
 
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
-        """The logits (rows, vocabulary) behind one more token of each row, whose keys and values are written."""
-        hidden = self._embed(tokens)  # (rows, width)
+        """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
+        hidden = self._embed(tokens)  # (rows · tokens, width)
         turn = self._turn(rows.positions, hidden)
         for number, layer in enumerate(self._layers):
             hidden = layer(hidden, turn, rows, number)
-        logits: Tensor = self._head(self._norm(hidden))
-        return logits.float()
+        return linear(self._head, self._norm(hidden)).float()
 
     def _turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (rows, 1, head width) of positions; the first half of the sine is negative, as
@@ -79,110 +82,25 @@ class _Layer:
     def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], rows: RunningRows, number: int) -> Tensor:
         own, count, width = self._own, len(hidden), self._width
         normed = self._before(hidden)
-        query = own.q_proj(normed).view(count, -1, width)  # (rows, heads, head width)
-        key = own.k_proj(normed).view(count, -1, width)
-        value = own.v_proj(normed).view(count, -1, width)
+        query = linear(own.q_proj, normed).view(count, -1, width)  # (rows · tokens, heads, head width)
+        key = linear(own.k_proj, normed).view(count, -1, width)
+        value = linear(own.v_proj, normed).view(count, -1, width)
         if self._query_norm and self._key_norm:
             query, key = self._query_norm(query), self._key_norm(key)
         heads = query.shape[1]
         both = torch.cat((query, key), 1)
         both = torch.addcmul(both * turn[0], both.roll(self._half, -1), turn[1])
         keys, values = rows.write(number, both[:, heads:], value)
-        seen = functional.scaled_dot_product_attention(
-            both[:, :heads].view(count, -1, self._groups, width), keys, values, rows.mask, scale=self._scale
-        )  # the heads of a group are the queries of their one key
-        hidden = hidden + own.o_proj(seen.reshape(count, heads * width))
-        made: Tensor = self._mlp(self._behind(hidden))
-        return hidden + made
-
-
-class RunningRows:
-    """Keys and values of rows that join and leave, each from column 0 on, in memory that is made once.
-
-    ``positions`` are the rows' next columns, ``mask`` (rows, 1, 1, columns) what they see; None where it is everything.
-    """
-
-    def __init__(self, decoder: PlainDecoder, places: int) -> None:
-        self._decoder, self._places = decoder, places
-        self._lengths: list[int] = []
-        self._memory: list[tuple[Tensor, Tensor]] = []  # by layer: (places, heads, columns, head width)
-        self.positions = self._at = torch.empty(0, dtype=torch.long)
-        self.mask: Tensor | None = None
-
-    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
-        """Add rows; returns the logits (rows, vocabulary) behind them. ``cache`` has the beginning of a single one."""
-        cache = DynamicCache() if cache is None else cache
-        known, first, width = cache.get_seq_length(), len(self._lengths), max(map(len, prompts))
-        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))][known:] for prompt in prompts])
-        logits = self._decoder.read(ids, cache, [len(prompt) - known - 1 for prompt in prompts])
-        held = _held(cache)
-        self._make_room(width, held)
-        for memory, own in zip(self._memory, held, strict=True):
-            for to, new in zip(memory, own, strict=True):
-                to[first : first + len(prompts), :, :width] = new
-        self._lengths += map(len, prompts)
-        return logits
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """One more token of every row; returns the logits (rows, vocabulary) behind it."""
-        longest, count = max(self._lengths), len(self._lengths)
-        self._make_room(longest + 1, self._memory)
-        self.positions = torch.tensor(self._lengths)
-        if longest == min(self._lengths):
-            self.mask = None
-        else:
-            self.mask = (torch.arange(longest + 1) <= self.positions[:, None])[:, None, None]
-            heads, columns = self._memory[0][0].shape[1:3]
-            self._at = (torch.arange(count * heads).view(count, heads) * columns + self.positions[:, None]).flatten()
-        logits = self._decoder.step(torch.tensor(tokens), self)
-        self._lengths = [length + 1 for length in self._lengths]
-        return logits
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a token's key and value (rows, heads, head width) behind each row; returns all of the layer's."""
-        count, columns = len(self._lengths), max(self._lengths) + 1
-        keys, values = self._memory[layer]
-        if self.mask is None:
-            keys[:count, :, columns - 1], values[:count, :, columns - 1] = key, value
-        else:
-            for memory, new in ((keys, key), (values, value)):
-                memory.view(-1, memory.shape[-1]).index_copy_(0, self._at, new.reshape(-1, new.shape[-1]))
-        return keys[:count, :, :columns], values[:count, :, :columns]
-
-    def leave(self, row: int) -> None:
-        """A row leaves, and the last one takes its place."""
-        last = self._lengths.pop()
-        if row == len(self._lengths):
-            return
-        self._lengths[row] = last
-        for both in self._memory:
-            for memory in both:
-                memory[row, :, :last] = memory[len(self._lengths), :, :last]
-
-    def hand_over(self, cache: DynamicCache) -> int:
-        """Let a cache hold what the only row has by now; returns how many tokens that are."""
-        [length] = self._lengths
-        for layer, (keys, values) in zip(cast("list[DynamicLayer]", cache.layers), self._memory, strict=True):
-            layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
-        return length
-
-    def _make_room(self, columns: int, like: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """For so many columns, of heads as in ``like``. What the mask hides has to be a number, too: zeros."""
-        if self._memory and self._memory[0][0].shape[2] >= columns:
-            return
-        columns += max(_MORE_COLUMNS, columns // 2)
-        made = []
-        for keys, values in like:
-            made.append(
-                (
-                    keys.new_zeros(self._places, keys.shape[1], columns, keys.shape[3]),
-                    values.new_zeros(self._places, values.shape[1], columns, values.shape[3]),
-                )
-            )
-        for both, held in zip(made, self._memory, strict=False):
-            for new, old in zip(both, held, strict=True):
-                new[:, :, : old.shape[2]] = old
-        self._memory = made
+        # The heads of a group are the queries of their one key, those of all new tokens one after another.
+        query = both[:, :heads].view(count, -1, self._groups, width)
+        if rows.tokens > 1:
+            query = query.unflatten(0, (-1, rows.tokens)).transpose(1, 2).flatten(2, 3)
+        seen = functional.scaled_dot_product_attention(query, keys, values, rows.mask, scale=self._scale)
+        if rows.tokens > 1:
+            seen = seen.unflatten(2, (rows.tokens, -1)).transpose(1, 2)
+        hidden = hidden + linear(own.o_proj, seen.reshape(count, heads * width))
+        normed, mlp = self._behind(hidden), self._mlp
+        return hidden + linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, normed)) * linear(mlp.up_proj, normed))
 
 
 def plain_decoder(stacked: StackedModel) -> PlainDecoder | None:
@@ -223,6 +141,3 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
 
     return normed
 
-
-def _held(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]

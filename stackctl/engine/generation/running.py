@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stackctl.engine.generation.logits_processors import check_numbers, choose_token, processors
-from stackctl.engine.generation.logprobs import TokenBytes
+from stackctl.engine.generation.drafts import Drafts
+from stackctl.engine.generation.logits_processors import are_numbers, choose_token, processors
+from stackctl.engine.generation.logprobs import TokenBytes, not_finite
 from stackctl.engine.generation.plain_decoder import PlainDecoder
 from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.sampling import Sampling
@@ -41,6 +42,7 @@ class AnswerRow:
     sampling: Sampling
     processors: Any
     spell: TokenBytes | None
+    drafts: Drafts
     chosen: list[int] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
@@ -66,7 +68,7 @@ class RunningAnswers:
     ) -> None:
         self._stacked, self._sampling, self._places, self._prefix_cache = stacked, sampling, places, prefix_cache
         self._cache: DynamicCache | None = None
-        self._batch = decoder.rows(places)
+        self._batch, self._checks_drafts = decoder.rows(places), decoder.checks_drafts
         self._rows: list[AnswerRow] = []
         self._waiting: deque[AnswerRow] = deque()
         self._spell = TokenBytes(stacked.tokenizer) if sampling.top_logprobs is not None else None
@@ -76,7 +78,7 @@ class RunningAnswers:
         context, most = self._stacked.base.context_length, self._sampling.max_new_tokens
         limit = min(most, context - len(ids)) if context else most
         chooses = processors(self._sampling, [len(ids)], [seed])
-        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell)
+        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell, Drafts(ids))
         self._waiting.append(row)
         return row
 
@@ -94,7 +96,7 @@ class RunningAnswers:
                 if self._waiting and self._places - len(self._rows) >= max(1, self._places // 4):
                     self._admit()
                 else:
-                    self._choose(self._rows, self._batch.step([row.chosen[-1] for row in self._rows]))
+                    self._step()
         finally:
             self._keep()
         done = []
@@ -115,18 +117,35 @@ class RunningAnswers:
                 self._cache = self._prefix_cache.begin(self._stacked, group[0].ids)
             logits = self._batch.join([row.ids for row in group], self._cache)
             self._rows += group
-            self._choose(group, logits)
+            self._choose(group, logits[:, None], [[] for _ in group])
 
-    def _choose(self, rows: Sequence[AnswerRow], logits: Tensor) -> None:
-        """The next token of each row by its logits (rows, vocabulary).
+    def _step(self) -> None:
+        """The next token of every row; of a single one as many as its drafts have right."""
+        guesses: list[list[int]] = [[] for _ in self._rows]
+        if len(self._rows) == 1 and self._checks_drafts:
+            [row] = self._rows
+            guesses = [row.drafts.guess(row.limit - len(row.chosen) - 1)]
+        tokens = [[row.chosen[-1], *own] for row, own in zip(self._rows, guesses, strict=True)]
+        self._choose(self._rows, self._batch.step(tokens), guesses)
+
+    def _choose(self, rows: Sequence[AnswerRow], logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
+        """The next token of each row by its logits (rows, tokens, vocabulary), and those behind it for as long as each
+        is what was guessed: then the logits behind the guess are those behind the text.
 
         Raises:
-            Incompatible: they are no numbers.
+            Incompatible: the logits that a token is chosen by are no numbers.
         """
-        check_numbers(logits)
-        likeliest = logits.argmax(-1).tolist()
-        for row, own, token in zip(rows, logits, likeliest, strict=True):
-            choose_token(row, own, token)
+        finite, likeliest = are_numbers(logits).tolist(), logits.argmax(-1).tolist()
+        for number, (row, drafted) in enumerate(zip(rows, guesses, strict=True)):
+            begun = len(row.chosen)
+            for place, guess in enumerate([*drafted, None]):
+                if not finite[number][place]:
+                    raise not_finite()
+                choose_token(row, logits[number, place], likeliest[number][place])
+                if row.is_finished or row.chosen[-1] != guess:
+                    break
+                self._batch.keep(number)
+            row.drafts.checked(len(drafted), row.chosen[begun:])
 
     def _keep(self) -> None:
         """Remember what went through the model of the single row."""

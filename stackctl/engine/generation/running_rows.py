@@ -1,0 +1,127 @@
+"""The keys and values of a batch whose rows join and leave, in memory that is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation.plain_decoder import PlainDecoder
+
+_MORE_COLUMNS = 128
+
+
+class RunningRows:
+    """Keys and values of rows that join and leave, each from column 0 on.
+
+    In a step every row has the same number of new ``tokens``. ``positions`` (rows · tokens) are their columns, ``mask``
+    (rows, 1, tokens · heads of a group, columns) is added to what they see: 0, or -inf; None where it is everything.
+    """
+
+    def __init__(self, decoder: PlainDecoder, places: int) -> None:
+        self._decoder, self._places = decoder, places
+        self._lengths: list[int] = []
+        self._memory: list[tuple[Tensor, Tensor]] = []  # by layer: (places, heads, columns, head width)
+        self._columns = 0
+        self._at: Tensor | None = None
+        self.tokens = 1
+        self.positions = torch.empty(0, dtype=torch.long)
+        self.mask: Tensor | None = None
+
+    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
+        """Add rows; returns the logits (rows, vocabulary) behind them. ``cache`` has the beginning of a single one."""
+        cache = DynamicCache() if cache is None else cache
+        known, first, width = cache.get_seq_length(), len(self._lengths), max(map(len, prompts))
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))][known:] for prompt in prompts])
+        logits = self._decoder.read(ids, cache, [len(prompt) - known - 1 for prompt in prompts])
+        held = _held(cache)
+        self._make_room(width, held)
+        for memory, own in zip(self._memory, held, strict=True):
+            for to, new in zip(memory, own, strict=True):
+                to[first : first + len(prompts), :, :width] = new
+        self._lengths += map(len, prompts)
+        return logits
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """One more token of every row, and guesses of those behind it, as many in each row; returns the logits
+        (rows, tokens, vocabulary) behind them. Only the first is kept, and with :meth:`keep` those that were right."""
+        count, self.tokens = len(tokens), len(tokens[0])
+        longest, shortest = max(self._lengths), min(self._lengths)
+        self._columns = longest + self.tokens
+        self._make_room(self._columns, self._memory)
+        positions = torch.tensor(self._lengths)[:, None] + torch.arange(self.tokens)  # (rows, tokens)
+        self.positions = positions.flatten()
+        self.mask = self._at = None
+        if self._columns > shortest + 1:
+            seen = torch.arange(self._columns) <= positions[..., None]  # (rows, tokens, columns)
+            mask = torch.zeros(seen.shape, dtype=self._memory[0][0].dtype).masked_fill_(~seen, float("-inf"))
+            self.mask = mask.repeat_interleave(self._decoder.groups, 1)[:, None]
+        if longest > shortest:
+            heads, columns = self._memory[0][0].shape[1:3]
+            begin = torch.arange(count * heads).view(count, 1, heads) * columns
+            self._at = (begin + positions[..., None]).flatten()  # (rows · tokens · heads)
+        logits = self._decoder.step(torch.tensor(tokens).flatten(), self)
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits.view(count, self.tokens, -1)
+
+    def keep(self, row: int) -> None:
+        """One more of the guesses of the last step belongs to a row's text."""
+        self._lengths[row] += 1
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put tokens' keys and values (rows · tokens, heads, head width) behind each row; returns all of the layer's."""
+        count, columns = len(self._lengths), self._columns
+        keys, values = self._memory[layer]
+        for memory, new in ((keys, key), (values, value)):
+            if self._at is not None:
+                memory.view(-1, memory.shape[-1]).index_copy_(0, self._at, new.reshape(-1, new.shape[-1]))
+            elif self.tokens == 1:
+                memory[:count, :, columns - 1] = new
+            else:
+                into = memory[:count, :, columns - self.tokens : columns]
+                into.copy_(new.unflatten(0, (count, self.tokens)).transpose(1, 2))
+        return keys[:count, :, :columns], values[:count, :, :columns]
+
+    def leave(self, row: int) -> None:
+        """A row leaves, and the last one takes its place."""
+        last = self._lengths.pop()
+        if row == len(self._lengths):
+            return
+        self._lengths[row] = last
+        for both in self._memory:
+            for memory in both:
+                memory[row, :, :last] = memory[len(self._lengths), :, :last]
+
+    def hand_over(self, cache: DynamicCache) -> int:
+        """Let a cache hold what the only row has by now; returns how many tokens that are."""
+        [length] = self._lengths
+        for layer, (keys, values) in zip(cast("list[DynamicLayer]", cache.layers), self._memory, strict=True):
+            layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
+        return length
+
+    def _make_room(self, columns: int, like: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """For so many columns, of heads as in ``like``. What the mask hides has to be a number, too: zeros."""
+        if self._memory and self._memory[0][0].shape[2] >= columns:
+            return
+        columns += max(_MORE_COLUMNS, columns // 2)
+        made = []
+        for keys, values in like:
+            made.append(
+                (
+                    keys.new_zeros(self._places, keys.shape[1], columns, keys.shape[3]),
+                    values.new_zeros(self._places, values.shape[1], columns, values.shape[3]),
+                )
+            )
+        for both, held in zip(made, self._memory, strict=False):
+            for new, old in zip(both, held, strict=True):
+                new[:, :, : old.shape[2]] = old
+        self._memory = made
+
+
+def _held(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
