@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from stackctl.core.errors import Incompatible
 from stackctl.engine.generation import Remembered, Sampling, generate, generate_reply
@@ -106,7 +105,7 @@ def test_guesses_that_are_never_right_cost_little(length: int) -> None:
         guesses = drafts.guess(length - token)
         spent += _COSTS[len(guesses)] if guesses else 0
         drafts.checked(len(guesses), [1000 + token if token % 2 else 1])  # after 1 always something new
-    assert 0 < spent <= 0.5 + 0.02 * length
+    assert 0 < spent <= 0.3 + 0.02 * length
 
 
 def test_half_precision_takes_one_token_at_a_time(tiny_registry: Any, passes: Passes) -> None:
@@ -137,21 +136,6 @@ def test_logits_behind_guesses_are_those_of_a_whole_pass_in_float64(stacked: Sta
                 for _ in range(kept):
                     rows.keep(number)
                 text += tokens[: 1 + kept]
-
-
-def test_an_answer_that_repeats_itself_takes_few_passes(stacked: StackedModel, passes: Passes) -> None:
-    with torch.no_grad():
-        for layer in stacked.model.model.layers:
-            layer.self_attn.o_proj.weight *= 0.1  # nearly by the last token alone, so that it soon goes round
-    answer = alone(stacked, Sampling(max_new_tokens=LENGTH, raw=True))
-    assert answer.new_tokens == LENGTH
-    assert len(passes) < LENGTH / 2
-    ids = torch.tensor([answer.asked])
-    stacked.model.generation_config = GenerationConfig()
-    out = stacked.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False
-    )
-    assert list(answer.ids) == out[0, ids.shape[1] :].tolist()
 
 
 SAMPLINGS = [
@@ -241,7 +225,10 @@ def test_logits_that_are_no_numbers_are_refused_where_they_are_needed(
 
         return spoil
 
-    monkeypatch.setattr(Drafts, "guess", lambda drafts, most: [*wanted.ids[1:2], 7, 7] if len(drafts._ids) == len(wanted.asked) + 1 else [])
+    def guess(drafts: Any, most: int) -> list[int]:
+        return [*wanted.ids[1:2], 7, 7] if len(drafts._ids) == len(wanted.asked) + 1 else []
+
+    monkeypatch.setattr(Drafts, "guess", guess)
     monkeypatch.setattr(PlainDecoder, "step", broken(needed=False))
     assert alone(stacked, sampling).ids == wanted.ids
     monkeypatch.setattr(PlainDecoder, "step", broken(needed=True))

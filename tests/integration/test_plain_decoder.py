@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def by_transformers(stacked: StackedModel, ids: list[int]) -> Tensor:
     return logits
 
 
+def own_answer(stacked: StackedModel, asked: Sequence[int], count: int) -> list[int]:
+    """What transformers' ``generate`` writes, with nothing that would end it."""
+    model: Any = stacked.model
+    model.generation_config = GenerationConfig()
+    ids = torch.tensor([asked])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", KNOWN)
 def test_logits_of_rows_that_join_and_leave_are_those_of_a_whole_pass(known: Any, name: str) -> None:
@@ -99,14 +110,30 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
     ]
     answers = list(generate(stacked, prompts, Sampling(max_new_tokens=12, raw=True), batch_size=batch_size))
     assert [answer.prompt for answer in answers] == prompts
-    stacked.model.generation_config = GenerationConfig()
     for answer in answers:
-        ids = torch.tensor([answer.asked])
-        out = stacked.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
-        assert list(answer.ids) == out[: len(answer.ids)]
+        assert list(answer.ids) == own_answer(stacked, answer.asked, 12)[: len(answer.ids)]
         assert answer.stop == ("length" if len(answer.ids) == 12 else "end")
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_answer_that_repeats_itself_takes_few_passes(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = known(name)
+    passes = []
+    step = PlainDecoder.step
+
+    def counted(decoder: Any, tokens: Tensor, rows: Any) -> Tensor:
+        passes.append(len(tokens))
+        return step(decoder, tokens, rows)
+
+    monkeypatch.setattr(PlainDecoder, "step", counted)
+    with torch.no_grad():
+        for layer in stacked.model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.1  # nearly by the last token alone, so that it soon goes round
+    [answer] = generate(stacked, [Prompt("one two three")], Sampling(max_new_tokens=150, raw=True))
+    assert list(answer.ids) == own_answer(stacked, answer.asked, 150)
+    assert answer.new_tokens == 150
+    assert len(passes) < 100
+    assert max(passes) == 16
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "phi3", "neox", "mixtral"])

@@ -16,7 +16,7 @@ _SIZES = (2, 1)
 _COSTS = {1: 0.10, 2: 0.16, 7: 0.62, 15: 1.07}
 """How many tokens are guessed at once, and how much longer a pass is that checks them, in passes over one token:
 measured, see decision 46. From one to the next when all were right, and back when fewer than half were."""
-_AT_FIRST, _FOR_EACH, _SAVED = 0.5, 0.02, 1.1
+_AT_FIRST, _FOR_EACH, _SAVED = 0.3, 0.02, 1.1
 """Passes over one token that may be spent in vain: at first, more for each token, and how many can be saved up."""
 
 

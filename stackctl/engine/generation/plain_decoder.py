@@ -140,4 +140,3 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
         return (hidden / lengths).mul_(scaled)
 
     return normed
-

@@ -74,7 +74,7 @@ class RunningRows:
         self._lengths[row] += 1
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put tokens' keys and values (rows · tokens, heads, head width) behind each row; returns all of the layer's."""
+        """Put keys and values (rows · tokens, heads, head width) behind each row; returns all that the layer has."""
         count, columns = len(self._lengths), self._columns
         keys, values = self._memory[layer]
         for memory, new in ((keys, key), (values, value)):
