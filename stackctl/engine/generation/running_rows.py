@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-if TYPE_CHECKING:
-    from stackctl.engine.generation.plain_decoder import PlainDecoder
-
 _MORE_COLUMNS = 128
+
+
+class Decoder(Protocol):
+    """What computes the rows; ``groups`` is how many heads see one key."""
+
+    @property
+    def groups(self) -> int: ...
+    def read(self, ids: Tensor, cache: DynamicCache, last: Sequence[int]) -> Tensor: ...
+    def step(self, tokens: Tensor, rows: RunningRows) -> Tensor: ...
 
 
 class RunningRows:
@@ -23,7 +29,7 @@ class RunningRows:
     (rows, 1, tokens · heads of a group, columns) is added to what they see: 0, or -inf; None where it is everything.
     """
 
-    def __init__(self, decoder: PlainDecoder, places: int) -> None:
+    def __init__(self, decoder: Decoder, places: int) -> None:
         self._decoder, self._places = decoder, places
         self._lengths: list[int] = []
         self._memory: list[tuple[Tensor, Tensor]] = []  # by layer: (places, heads, columns, head width)
