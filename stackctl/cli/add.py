@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.add_converted import Conversion, add_converted
-from stackctl.cli.common import DESCRIPTION, REGISTRY, BaseOption, Context, command, complete_what
+from stackctl.cli.common import (
+    DESCRIPTION,
+    NEW_ADAPTER,
+    REGISTRY,
+    BaseOption,
+    Context,
+    argument,
+    command,
+    complete_what,
+)
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
@@ -47,13 +56,12 @@ def register(app: typer.Typer) -> None:
     @command(app, "add", example=_EXAMPLES, panel=REGISTRY)
     def add(
         context: Context,
-        name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],
+        name: NEW_ADAPTER,
         path: Annotated[
             Path,
-            typer.Argument(
+            argument(
                 help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; mlx-lm's folder; or "
-                "the .safetensors file of sd-scripts or LyCORIS.",
-                show_default=False,
+                "the .safetensors file of sd-scripts or LyCORIS."
             ),
         ],
         base: BaseOption = None,

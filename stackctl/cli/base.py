@@ -14,6 +14,7 @@ from stackctl.cli.common import (
     Context,
     Current,
     Group,
+    argument,
     command,
     complete_bases,
 )
@@ -52,12 +53,9 @@ def register(app: typer.Typer) -> None:
     @command(group, "add", example=_EXAMPLES)
     def add(
         context: Context,
-        name: Annotated[str, typer.Argument(help="What the base is called here.", show_default=False)],
+        name: Annotated[str, argument(help="What the base is called here.")],
         source: Annotated[
-            str | None,
-            typer.Argument(
-                help="A Hub id, a folder, or a .gguf file; smollm2 needs none.", metavar="[SOURCE]", show_default=False
-            ),
+            str | None, argument(help="A Hub id, a folder, or a .gguf file; smollm2 needs none.", metavar="[SOURCE]")
         ] = None,
         revision: Annotated[
             str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
@@ -135,10 +133,7 @@ def register(app: typer.Typer) -> None:
         return Result({"bases": rows}, "\n".join(r["name"] for r in rows), screen if rows else empty)
 
     @command(group, "rm", example="stackctl base rm qwen3")
-    def rm(
-        context: Context,
-        name: Annotated[str, typer.Argument(help="A base.", autocompletion=complete_bases, show_default=False)],
-    ) -> Result:
+    def rm(context: Context, name: Annotated[str, argument(help="A base.", autocompletion=complete_bases)]) -> Result:
         """Remove a base's entry, never its files; refused while adapters depend on it."""
         from stackctl.registry.base_entries import remove_base
 

@@ -254,19 +254,20 @@ complete_what = _complete("adapters", "stacks", "bases")
 complete_stacks = _complete("stacks")
 complete_bases = _complete("bases")
 complete_adapters = _complete("adapters", "stacks")
+argument = functools.partial(typer.Argument, show_default=False)
+expression = functools.partial(argument, autocompletion=complete_what)
 
 What = Annotated[
     str | None,
-    typer.Argument(
-        help="An expression such as style:0.7+instruct@2, a stack, a base, or 'base'; the current stack when left out.",
-        autocompletion=complete_what,
-        show_default=False,
+    expression(
+        help="An expression such as style:0.7+instruct@2, a stack, a base, or 'base'; the current stack when left out."
     ),
 ]
 BaseOption = Annotated[
     str | None,
     typer.Option(help="The base model, when it cannot be inferred.", autocompletion=complete_bases, metavar="NAME"),
 ]
+NEW_ADAPTER = Annotated[str, argument(help="What the adapter is called here.")]
 DESCRIPTION = Annotated[str, typer.Option(help="A line about the adapter.")]
 TEMPLATE_KWARGS = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.eval_table import scores_json
@@ -47,15 +47,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "compare", example=_EXAMPLES, panel=TRAIN)
     def compare(
         context: Context,
-        what: Annotated[
-            list[str],
-            typer.Argument(
-                metavar="WHAT WHAT...",
-                help="Two or more expressions.",
-                autocompletion=complete_what,
-                show_default=False,
-            ),
-        ],
+        what: Annotated[list[str], expression(metavar="WHAT WHAT...", help="Two or more expressions.")],
         prompt: PROMPT = None,
         prompts: PROMPTS = None,
         data: DATA = None,

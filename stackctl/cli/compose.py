@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from stackctl.cli.best_method import best_stack, best_table, check_no_settings
-from stackctl.cli.common import TRAIN, BaseOption, Context, command, complete_what
+from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
 from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
@@ -49,12 +49,7 @@ def register(app: typer.Typer) -> None:
         context: Context,
         expression: Annotated[
             str,
-            typer.Argument(
-                metavar="EXPR",
-                help="Adapters joined by '+', with versions and weights: style:0.7+instruct@2.",
-                autocompletion=complete_what,
-                show_default=False,
-            ),
+            expression(metavar="EXPR", help="Adapters joined by '+', with versions and weights: style:0.7+instruct@2."),
         ],
         name: Annotated[
             str | None, typer.Option(help="Name of the stack; by default its members' names joined by '+'.")

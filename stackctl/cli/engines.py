@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from stackctl.cli.common import of_device
 from stackctl.core import Say
@@ -85,14 +85,12 @@ class Computing:
         Raises:
             NotFound, VerificationFailed, Incompatible: it cannot be loaded.
         """
+        loaded: Any = self.load(base, registry, say)
         if self.is_llama_cpp:
-            from stackctl.engine.llama_cpp import load_llama_cpp
-
-            return load_llama_cpp(base, registry, device=self.device, say=say)
-        from stackctl.engine.models import load_base
+            return cast("Engine[Any]", loaded)
         from stackctl.engine.serving import BatchingEngine
 
-        return BatchingEngine(load_base(base, registry, dtype=self.dtype, device=self.device, say=say))
+        return BatchingEngine(loaded)
 
 
 def check_llama_cpp() -> None:

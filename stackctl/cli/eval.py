@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS, TRAIN, BaseOption, Context, command, complete_what
+from stackctl.cli.common import (
+    ENABLE_THINKING,
+    TEMPLATE_KWARGS,
+    TRAIN,
+    BaseOption,
+    Context,
+    command,
+    complete_what,
+    expression,
+)
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import (
@@ -49,13 +58,7 @@ def register(app: typer.Typer) -> None:
     def evaluate(
         context: Context,
         what: Annotated[
-            list[str] | None,
-            typer.Argument(
-                metavar="[WHAT...]",
-                help="Expressions; the current stack when left out.",
-                autocompletion=complete_what,
-                show_default=False,
-            ),
+            list[str] | None, expression(metavar="[WHAT...]", help="Expressions; the current stack when left out.")
         ] = None,
         data: DATA = None,
         against: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import DESCRIPTION, REGISTRY, BaseOption, Context, command
+from stackctl.cli.common import DESCRIPTION, NEW_ADAPTER, REGISTRY, BaseOption, Context, command
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.schema import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "extract", example=_EXAMPLES, panel=REGISTRY)
     def extract(
         context: Context,
-        name: Annotated[str, typer.Argument(help="What the adapter is called here.", show_default=False)],
+        name: NEW_ADAPTER,
         tuned: Annotated[
             str, typer.Option(help="The fine-tuned model: a folder or a Hub id.", metavar="SOURCE", show_default=False)
         ],

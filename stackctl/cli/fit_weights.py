@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stackctl.cli.common import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
@@ -12,6 +12,7 @@ from stackctl.cli.progress import share_progress
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
+from stackctl.plan.layer_weights import Per
 from stackctl.plan.model import StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from stackctl.engine.weight_fit import Judged
     from stackctl.engine.weighted_members import WeightedFactors
 
-Per = Literal["member", "layer", "module"]
 _NEXT_TO_NOTHING = 0.02
 """A member whose weights are all smaller than this can be left out."""
 FEWEST = 6

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import SHARE, BaseOption, Context, command
+from stackctl.cli.common import SHARE, BaseOption, Context, argument, command
 from stackctl.core.command_line import typed
 from stackctl.render.output import Result
 from stackctl.storage.hashes import sha256_bytes
@@ -25,10 +25,9 @@ def register(app: typer.Typer) -> None:
         context: Context,
         repo: Annotated[
             str,
-            typer.Argument(
+            argument(
                 metavar="REPO[/FOLDER][@REV]",
                 help="A repo on the Hub with an adapter or a stack, or a folder of it; a branch, tag or commit.",
-                show_default=False,
             ),
         ],
         name: Annotated[str | None, typer.Option(help="Name to register it under.")] = None,

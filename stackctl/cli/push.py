@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import SHARE, Context, command, complete_what
+from stackctl.cli.common import SHARE, Context, argument, command, expression
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
@@ -31,17 +31,9 @@ def register(app: typer.Typer) -> None:
     def push(
         context: Context,
         what: Annotated[
-            str | None,
-            typer.Argument(
-                help="An adapter, a stack or an expression; the current stack when left out.",
-                autocompletion=complete_what,
-                show_default=False,
-            ),
+            str | None, expression(help="An adapter, a stack or an expression; the current stack when left out.")
         ] = None,
-        repo: Annotated[
-            str | None,
-            typer.Argument(help="The repo on the Hub, owner/name; else the recipe's push:.", show_default=False),
-        ] = None,
+        repo: Annotated[str | None, argument(help="The repo on the Hub, owner/name; else the recipe's push:.")] = None,
         private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
         revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
         create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import REGISTRY, Context, command, complete_adapters
+from stackctl.cli.common import REGISTRY, Context, argument, command, complete_adapters
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
 
@@ -17,11 +17,10 @@ def register(app: typer.Typer) -> None:
         context: Context,
         reference: Annotated[
             str,
-            typer.Argument(
+            argument(
                 metavar="REF",
                 help="A stack, an adapter with all its versions, or one version.",
                 autocompletion=complete_adapters,
-                show_default=False,
             ),
         ],
         dry_run: Annotated[bool, typer.Option(help="Show what would be removed; remove nothing.")] = False,

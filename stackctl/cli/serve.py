@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, complete_what, of_device
+from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, expression, of_device
 from stackctl.cli.engines import DEVICE, DTYPE, Computing, check_has_gguf
 from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
@@ -39,11 +39,8 @@ def register(app: typer.Typer) -> None:
         context: Context,
         what: Annotated[
             list[str] | None,
-            typer.Argument(
-                metavar="[WHAT...]",
-                help="Expressions to have ready; any other on the same base is answered as well.",
-                autocompletion=complete_what,
-                show_default=False,
+            expression(
+                metavar="[WHAT...]", help="Expressions to have ready; any other on the same base is answered as well."
             ),
         ] = None,
         engine: Annotated[

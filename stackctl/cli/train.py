@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, command, complete_bases, complete_what
+from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, argument, command, complete_bases, complete_what
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.core.errors import StackctlError, Usage
 from stackctl.core.library_messages import explain_option
@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "train", example=_EXAMPLES, panel=TRAIN)
     def train(
         context: Context,
-        name: Annotated[str | None, typer.Argument(help="What the new adapter is called.", show_default=False)] = None,
+        name: Annotated[str | None, argument(help="What the new adapter is called.")] = None,
         *,
         job: JobOptions,
         config: Annotated[

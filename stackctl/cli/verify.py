@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import INSPECT, Context, command, complete_what
+from stackctl.cli.common import INSPECT, Context, command, expression
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
 from stackctl.hub.repair import RepairSource, find_sources
@@ -34,11 +34,7 @@ def register(app: typer.Typer) -> None:
         context: Context,
         what: Annotated[
             str | None,
-            typer.Argument(
-                help="An adapter, a stack or an expression; everything that is registered when left out.",
-                autocompletion=complete_what,
-                show_default=False,
-            ),
+            expression(help="An adapter, a stack or an expression; everything that is registered when left out."),
         ] = None,
         repair: Annotated[
             bool, typer.Option(help="Restore missing or changed files from any copy with the same digest.")

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.fit_weights import FitWishes, Per
+from stackctl.cli.fit_weights import FitWishes
 from stackctl.cli.sweep_weights import SweepWishes
 from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.plan.layer_weights import Per
 
 _of_fit = partial(typer.Option, rich_help_panel="Weights learned from data")
 _of_sweep = partial(typer.Option, rich_help_panel="Weights tried one by one")

@@ -27,7 +27,7 @@ from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.engine.untrained_tokens import find_untrained
 from stackctl.engine.weight_conversion import former_names
-from stackctl.lora.safetensors_header import TensorInfo
+from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
 from stackctl.registry.base_models import (
@@ -95,6 +95,7 @@ def _describe(
     tensors = read_base_tensors(folder)
     _check_weights(folder, model, {name: info for name, (_, info) in tensors.items()})
     dtypes = [info.dtype for _, info in tensors.values()]
+    usual = max(set(dtypes), key=dtypes.count)
     modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
@@ -108,7 +109,7 @@ def _describe(
         hub_id=source if kind == "hub" else EMBEDDED_HUB_ID if kind == "wheel" else None,
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=_dtype_name(max(set(dtypes), key=dtypes.count)) if scheme is None else _computing(config),
+        dtype=DTYPE_NAMES.get(usual, usual.lower()) if scheme is None else _computing(config),
         quantization=scheme.method if scheme else None,
         vocabulary_size=int(getattr(inputs, "num_embeddings", None) or text_config.vocab_size),
         context_length=_context_length(text_config),
@@ -145,12 +146,6 @@ def _context_length(config: PretrainedConfig) -> int | None:
 def _computing(config: PretrainedConfig) -> str:
     """The dtype that a quantised model is computed in, and that of its weights once they are plain."""
     return str(config.get_text_config().dtype or config.dtype or torch.bfloat16).removeprefix("torch.")
-
-
-def _dtype_name(safetensors_dtype: str) -> str:
-    from stackctl.lora.safetensors_header import DTYPE_NAMES
-
-    return DTYPE_NAMES.get(safetensors_dtype, safetensors_dtype.lower())
 
 
 def _check_weights(folder: Path, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:

@@ -149,25 +149,28 @@ def best_pair(delta: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
 def whole_pair(delta: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
     """The pair that holds all of a change (out, in) but rounding; None where it has more than ``most`` directions."""
     most = min(most, *delta.shape)
-    size = min(16, most)
-    while True:
-        decomposed = _decompose(delta, size)
-        enough = _enough(delta, decomposed[1], _WHOLE)
-        if enough is not None or size >= most:
-            return _cut(decomposed, enough) if enough is not None and enough <= most else None
-        size = min(4 * size, most)
+    decomposed, enough = _decompose_within(delta, _WHOLE, most)
+    return _cut(decomposed, enough) if enough is not None and enough <= most else None
 
 
 def _within(delta: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """The pair of the smallest rank that loses at most ``tolerance`` of a change."""
-    smaller = min(delta.shape)
-    size = min(16, smaller)
+    decomposed, enough = _decompose_within(delta, tolerance, min(delta.shape))
+    return _cut(decomposed, enough or len(decomposed[1]))
+
+
+def _decompose_within(delta: Tensor, tolerance: float, most: int) -> tuple[tuple[Tensor, Tensor, Tensor], int | None]:
+    """Singular values with their vectors, more and more up to ``most`` until they hold a change within a tolerance.
+
+    Beside them how many of them do; None where not even these do.
+    """
+    size = min(16, most)
     while True:
         decomposed = _decompose(delta, size)
         enough = _enough(delta, decomposed[1], tolerance)
-        if enough is not None or size >= smaller:
-            return _cut(decomposed, enough or len(decomposed[1]))
-        size = min(4 * size, smaller)
+        if enough is not None or size >= most:
+            return decomposed, enough
+        size = min(4 * size, most)
 
 
 def _enough(delta: Tensor, sigma: Tensor, tolerance: float) -> int | None:

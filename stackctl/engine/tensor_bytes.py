@@ -5,9 +5,9 @@ Not mapped: a mapped file counts as memory once it was touched, and an export sh
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.lora.naming import ExpertFactors
@@ -15,21 +15,12 @@ from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import StackPlan
 
 
-class OpenFiles:
-    """Open files to read from; each is opened once."""
+class OpenFiles(contextlib.ExitStack):
+    """Open files to read from; each is opened once, and closed at the end of the block."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._files: dict[Path, BinaryIO] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for stream in self._files.values():
-            stream.close()
-        self._files.clear()
 
     def read_into(self, path: Path, info: TensorInfo, buffer: memoryview, offset: int = 0) -> None:
         """Fill ``buffer`` with a tensor's bytes, from its byte ``offset`` on.
@@ -39,7 +30,7 @@ class OpenFiles:
         """
         stream = self._files.get(path)
         if stream is None:
-            stream = self._files[path] = path.open("rb")
+            stream = self._files[path] = self.enter_context(path.open("rb"))
         stream.seek(info.start + offset)
         if stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
             raise VerificationFailed(f"{path} ends within {info.name}", hint="restore the file from where it came")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,9 @@ from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.module_grid import place
 from stackctl.lora.target_modules import natural_order
-from stackctl.plan.layer_weights import Weights
+from stackctl.plan.layer_weights import Per, Weights
 from stackctl.plan.model import ModulePlan, StackPlan
 
-Per = Literal["member", "layer", "module"]
 Group = tuple[int, str]
 """A member's number, and the name of a layer or module; empty for all of the member."""
 

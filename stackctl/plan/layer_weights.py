@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stackctl.lora.target_modules import expand_names
+
+Per = Literal["member", "layer", "module"]
+"""What gets a weight of its own where weights are learned."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(step * index, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Numbers from ``low`` to ``high`` to places of a picture."""
+    factor = (end - start) / (high - low)
+    return lambda value: round(start + (value - low) * factor, 1)
+
+
 # -- as SVG ------------------------------------------------------------------------------------------------------------
 
 PICTURE = "training_loss.svg"
@@ -108,9 +114,9 @@ def render_curve_svg(curves: Mapping[str, Curve]) -> str | None:
         return None
     steps = [step for _, points, _, _ in lines for step, _ in points]
     losses = [loss for _, points, _, _ in lines for _, loss in points]
-    x = _scale(0.0, max(*steps, 1.0), _LEFT, _WIDTH - _RIGHT)
+    x = scale(0.0, max(*steps, 1.0), _LEFT, _WIDTH - _RIGHT)
     low, high = min(*losses, 0.0), max(*losses, 1e-9)
-    y = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
+    y = scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_STYLE}>',
         f'<rect class="ground" width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
@@ -132,17 +138,6 @@ def render_curve_svg(curves: Mapping[str, Curve]) -> str | None:
         label = f"{name} held-out" if dashed else name
         parts.append(f'<text {place} fill="{colour}">{escape(label, quote=False)}: {points[-1][1]:.3g}</text>')
     return "\n".join([*parts, "</svg>", ""])
-
-
-class _scale:  # noqa: N801 (it is used as a function)
-    """Numbers from ``low`` to ``high`` to places on the picture."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self._low, self._start = low, start
-        self._factor = (end - start) / (high - low)
-
-    def __call__(self, value: float) -> str:
-        return f"{self._start + (value - self._low) * self._factor:.1f}"
 
 
 # -- on a terminal -----------------------------------------------------------------------------------------------------

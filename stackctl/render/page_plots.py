@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stackctl.render.heat_map import HeatMap
-from stackctl.render.loss_curve import ticks
-from stackctl.render.terminal import signed
+from stackctl.render.loss_curve import scale, ticks
+from stackctl.render.terminal import shortened, signed
 
 _LETTER = 7.0
 """Width of a letter as drawn, about."""
@@ -65,7 +65,7 @@ class Plot:
 def heat_plot(name: str, heat: HeatMap) -> Plot:
     """Layers across, kinds of module down, and beside each what stands there."""
     axes = heat.axes
-    kinds = {kind: _cut(name, 40) for kind, name in axes.rows.items()}
+    kinds = {kind: shortened(name, 40) for kind, name in axes.rows.items()}
     left = max(map(len, [*kinds.values(), axes.across])) * _LETTER + 10
     layers = heat.grid.layers
     cell = min(max(760 / len(layers), 7.0), 44.0)
@@ -124,7 +124,7 @@ def _scale(heat: HeatMap, x: float, y: float) -> tuple[list[Box], list[Label]]:
 def matrix_plot(name: str, members: Sequence[str], values: Mapping[tuple[int, int], float | None], top: float) -> Plot:
     """Every two members and their number, which is signed; members are numbered, since their names may be long."""
     size = 62.0
-    names = [_cut(f"{n} {member}", 40) for n, member in enumerate(members, 1)]
+    names = [shortened(f"{n} {member}", 40) for n, member in enumerate(members, 1)]
     left, over = max(map(len, names)) * _LETTER + 10, 20.0
     boxes, labels = [], []
     for (row, column), value in values.items():
@@ -151,13 +151,9 @@ def line_plot(name: str, series: Mapping[str, Sequence[tuple[int, float | None]]
     low, high = min([0.0, *values]), max([least, *values])
     height = over + 150 + bottom
 
-    def x(layer: int) -> float:
-        spread = layers[-1] - layers[0]
-        return round(left + 8 + (width - left - right - 16) * ((layer - layers[0]) / spread if spread else 0.5), 1)
-
-    def y(value: float) -> float:
-        return round(over + 150 * (high - value) / (high - low), 1)
-
+    alone = layers[0] == layers[-1]  # in the middle
+    x = scale(layers[0] - alone, layers[-1] + alone, left + 8, width - right - 8)
+    y = scale(low, high, over + 150, over)
     lines, boxes = list[Line](), list[Box]()
     labels = [Label(left - 8, over + 150 + 16, "layer", "end")]
     for tick in ticks(low, high):
@@ -167,7 +163,7 @@ def line_plot(name: str, series: Mapping[str, Sequence[tuple[int, float | None]]
     labels += [Label(x(layer), over + 150 + 16, str(layer), "middle") for layer in layers[::step]]
     for index, (who, points) in enumerate(series.items()):
         look = f"s{index % SERIES}"
-        labels.append(Label(left, 12.0 + 17 * index, _cut(who, 100), look=look))
+        labels.append(Label(left, 12.0 + 17 * index, shortened(who, 100), look=look))
         for run in _runs(points):
             lines.append(Line(" ".join(f"{x(layer)},{y(value)}" for layer, value in run), look))
             boxes += [
@@ -195,20 +191,15 @@ def tree_plot(name: str, nodes: Sequence[tuple[int, str, str, str]]) -> Plot:
         x, y, size = 26.0 * depth, 32.0 * row + 2, len(title) * (_LETTER + 0.6) + 20
         boxes.append(Box(x, y, size, 26, f"node {look}"))
         labels.append(Label(x + 10, y + 17.5, title, look="node"))
-        labels.append(Label(x + size + 10, y + 17.5, _cut(remark, 110)))
+        labels.append(Label(x + size + 10, y + 17.5, shortened(remark, 110)))
         if depth and depth - 1 in at:
             lines.append(Line(f"{x - 13},{at[depth - 1]} {x - 13},{y + 13} {x},{y + 13}", "branch"))
         at[depth] = y + 26
-        width = max(width, x + size + 20 + len(_cut(remark, 110)) * _LETTER)
+        width = max(width, x + size + 20 + len(shortened(remark, 110)) * _LETTER)
     return Plot(name, width, 32.0 * len(nodes), boxes, labels, lines)
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 820.0, 240.0, 72.0, 24.0, 26.0
-_MOST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +224,9 @@ def curve_plot(
     y_low, y_high = _spread([p.y + sign * p.error for p in every for sign in (-1, 1)])
     over = 30.0 + 17 * len(series)
 
-    def x(value: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - x_low) / (x_high - x_low), 1)
-
-    def y(value: float) -> float:
-        return round(over + _HEIGHT * (y_high - value) / (y_high - y_low), 1)
-
     bottom = over + _HEIGHT
+    x = scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
+    y = scale(y_low, y_high, bottom, over)
     lines, boxes = list[Line](), list[Box]()
     labels = [Label(_WIDTH - _RIGHT, bottom + _BOTTOM + 10, across, "end"), Label(8, over - 12, up)]
     for tick in ticks(y_low, y_high):
@@ -248,7 +235,7 @@ def curve_plot(
     labels += [Label(x(tick), bottom + 18, f"{tick:g}", "middle") for tick in ticks(x_low, x_high)]
     for index, (who, points) in enumerate(series.items()):
         look = f"s{index % SERIES}"
-        labels.append(Label(_LEFT, 12.0 + 17 * index, who if len(who) <= _MOST else who[: _MOST - 1] + "…", look=look))
+        labels.append(Label(_LEFT, 12.0 + 17 * index, shortened(who, 100), look=look))
         lines.append(Line(" ".join(f"{x(p.x)},{y(p.y)}" for p in points), look))
         for p in points:
             if p.error:

@@ -16,6 +16,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from stackctl.render.terminal import shortened
+
 if TYPE_CHECKING:
     from stackctl.render.heat_map import HeatMap
 
@@ -123,12 +125,8 @@ class TreeLines:
         for guide, name, remark in self._lines():
             yield Segment(guide + name, None if guide else bold)
             if remark:
-                yield Segment("  " + _cut(remark, options.max_width - len(guide) - len(name) - 2), dim)
+                yield Segment("  " + shortened(remark, options.max_width - len(guide) - len(name) - 2), dim)
             yield Segment.line()
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
 class HeatMapDrawing:

@@ -73,6 +73,11 @@ def styled(text: str, code: str, stream: TextIO) -> str:
     return f"\033[{code}m{text}\033[0m" if colours_on(stream) else text
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= most else text[: max(most - 1, 0)] + "…"
+
+
 def signed(value: float, digits: int) -> str:
     """A number with its sign, which nothing that rounds to zero has."""
     text = f"{value:+.{digits}f}"

@@ -24,9 +24,10 @@ from stackctl.engine.records import (
     RecordStream,
     TextRecord,
 )
+from stackctl.render.terminal import shortened
 
 _SHOWN = 5
-_QUOTED = 50
+_QUOTED = 51
 """Characters of a template's own words that a note repeats."""
 
 
@@ -112,7 +113,7 @@ class Layouts:
         talk = converse(template, record.messages, record.tools, {**self._options.template, **record.template})
         said = set(talk.said)
         if turns.preamble and not any(message["role"] in ("system", "developer") for message in talk.messages):
-            said.add(f"puts {_cut_text(turns.preamble)!r} before a conversation without a system message")
+            said.add(f"puts {shortened(turns.preamble, _QUOTED)!r} before a conversation without a system message")
         layouts: list[Layout] = []
         ends = not turns.end.strip()
         for position in reversed(learned):
@@ -168,7 +169,3 @@ def behind_system(record: ChatRecord, system: str) -> ChatRecord:
         context=record.context + 1,
         muted=frozenset(place + 1 for place in record.muted),
     )
-
-
-def _cut_text(text: str) -> str:
-    return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"
