@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -18,9 +18,9 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.core.schema import Base
-    from stackctl.engine.evaluation import DataSet, ReadsText, Score
+    from stackctl.engine.evaluation import DataSet, Score
     from stackctl.engine.generation import Answers
+    from stackctl.engine.generation.reader import Reader
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records import RecordSet
 
@@ -91,24 +91,16 @@ class MeasuredData:
     answers: bool = False
 
 
-def tokenise_data(context: Context, stacked: ReadsText, data: MeasuredData) -> list[DataSet]:
+def tokenise_data(context: Context, reader: Reader, data: MeasuredData) -> list[DataSet]:
     """Data sets in the base's tokens; notes say what was cut or left out."""
     from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation import tokenise_for
 
     options = EncodeOptions(data.max_length, answers=data.answers, template=data.template)
     return [
-        tokenise_for(stacked, found, source, options, context.output.note)
+        tokenise_for(reader, found, source, options, context.output.note)
         for source, found in zip(data.sources, data.records, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A base's tokenizer, before there is a base."""
-
-    base: Base
-    tokenizer: Any
 
 
 def read_sets(
@@ -127,13 +119,14 @@ def read_sets(
     from stackctl.engine.base_folders import base_folder
     from stackctl.engine.base_reader import load_tokenizer
     from stackctl.engine.data import adopt_chat_template
+    from stackctl.engine.generation.reader import PlainReader
     from stackctl.engine.models import quiet_libraries
 
     records = read_data(sources)
     quiet_libraries()
     tokenizer = load_tokenizer(base_folder(stack.base, context.registry, context.output.status))
     adopt_chat_template(tokenizer, stack.base.name, [plan])
-    reader = _Reader(stack.base, tokenizer)
+    reader = PlainReader(stack.base, tokenizer)
     found: list[DataSet] = []
     problems: list[StackctlError] = []
     for source, read in zip(sources, records, strict=True):

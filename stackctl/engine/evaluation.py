@@ -10,16 +10,15 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
 from stackctl.core import Say
 from stackctl.core.errors import Failed
-from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate, encode, ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.data.examples import EncodeOptions
+from stackctl.engine.generation.reader import Reader
 from stackctl.engine.logits import causal_lm, supervised_token_losses
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records import RecordSet
@@ -80,22 +79,13 @@ class Score:
         return ratio_error([r.loss for r in self.records], [r.tokens for r in self.records])
 
 
-class ReadsText(Protocol):
-    """What a data set is tokenised for: a loaded base, or its tokenizer alone."""
-
-    @property
-    def base(self) -> Base: ...
-    @property
-    def tokenizer(self) -> Any: ...
-
-
-def tokenise_for(stacked: ReadsText, records: RecordSet, source: str, options: EncodeOptions, note: Say) -> DataSet:
+def tokenise_for(reader: Reader, records: RecordSet, source: str, options: EncodeOptions, note: Say) -> DataSet:
     """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
     pairs = options.answers and records.format == "preference"
-    ensure_chat_template(stacked.tokenizer)
-    length = min(options.max_length, stacked.base.context_length or options.max_length)
-    arguments = {**(stacked.base.chat_template_kwargs or {}), **options.template}
-    encoded = encode(records, stacked.tokenizer, EncodeOptions(length, answers=pairs, template=arguments))
+    ensure_chat_template(reader.tokenizer)
+    length = min(options.max_length, reader.base.context_length or options.max_length)
+    arguments = {**(reader.base.chat_template_kwargs or {}), **options.template}
+    encoded = encode(records, reader.tokenizer, EncodeOptions(length, answers=pairs, template=arguments))
     for text in encoded.notes:
         note(text)
     if encoded.truncated:
@@ -104,8 +94,8 @@ def tokenise_for(stacked: ReadsText, records: RecordSet, source: str, options: E
         note(
             f"{len(encoded.unsupervised)} of {records.count} records of {source} have nothing to learn and do not count"
         )
-    if beyond := unembedded_tokens(stacked.tokenizer, stacked.base.vocabulary_size):
-        check_embedded(encoded, beyond, source, records.unit, stacked.base.name)
+    if beyond := unembedded_tokens(reader.tokenizer, reader.base.vocabulary_size):
+        check_embedded(encoded, beyond, source, records.unit, reader.base.name)
     assert encoded.owners is not None, "encode keeps them"
     return DataSet(source, encoded.examples, encoded.owners, pairs)
 

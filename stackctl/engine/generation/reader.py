@@ -21,6 +21,15 @@ class Reader(Protocol):
     def generation_config(self) -> Any: ...
 
 
+@dataclass
+class PlainReader:
+    """A base's tokenizer without its weights."""
+
+    base: Base
+    tokenizer: Any
+    generation_config: Any = None
+
+
 class Answers(Reader, Protocol):
     """A base that answers with one stack at a time: :class:`stackctl.engine.models.StackedModel` by transformers, or
     another engine.

@@ -19,11 +19,12 @@ from stackctl.core import Say
 from stackctl.engine.generation import Generated, Sampling
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.prompts import EncodedPrompts
+from stackctl.engine.generation.reader import PlainReader
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
 from stackctl.engine.serving import Engine, Limits, Row
-from stackctl.engine.serving.requests import FieldRefused, PlainReader, endings_of
+from stackctl.engine.serving.requests import FieldRefused, endings_of
 from stackctl.plan.model import StackPlan
 
 _ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p"]

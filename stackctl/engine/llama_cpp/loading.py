@@ -11,9 +11,9 @@ from stackctl.core.schema import Base
 from stackctl.engine import imports_are_done
 from stackctl.engine.base_folders import base_folder
 from stackctl.engine.base_reader import BaseReader, keep_reader, kept_reader, load_reader
+from stackctl.engine.generation.reader import PlainReader
 from stackctl.engine.llama_cpp.engine import LlamaCpp
 from stackctl.engine.llama_cpp.server import Settings
-from stackctl.engine.serving.requests import PlainReader
 from stackctl.machine.resources import main_memory
 from stackctl.registry.base_models import base_gguf, no_gguf
 from stackctl.registry.store import Registry

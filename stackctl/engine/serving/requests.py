@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage
-from stackctl.core.schema import Base
 from stackctl.engine.data import adopt_chat_template, ensure_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
-from stackctl.engine.generation.reader import Reader
+from stackctl.engine.generation.reader import PlainReader, Reader
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
 from stackctl.engine.records import Prompt
@@ -94,15 +93,6 @@ class Row:
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-@dataclass
-class PlainReader:
-    """A base's tokenizer without its weights."""
-
-    base: Base
-    tokenizer: Any
-    generation_config: Any
 
 
 @dataclass(frozen=True)
