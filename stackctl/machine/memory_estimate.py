@@ -142,13 +142,15 @@ class Surroundings:
     """How and where it is computed.
 
     ``sharded``: FSDP, which gives each process a part of everything that is stored. ``heap``: tensors are in main
-    memory, whose heap is fragmented after some steps.
+    memory, whose heap is fragmented after some steps. ``fused``: gated MLPs are one function where they can be, which
+    keeps what gate and up give and nothing behind that.
     """
 
     precision: Precision
     processes: int = 1
     sharded: bool = False
     heap: bool = False
+    fused: bool = False
 
 
 def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where: Surroundings) -> MemoryEstimate:
@@ -180,6 +182,8 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in in_layers}
     kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
     wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
+    if where.fused and _gated(targets) and not base.architecture.startswith("Gemma"):  # whose activation is another
+        wide = 0
     kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
     casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
     low = (rank + live_rank) * len(targets) * 4
@@ -209,6 +213,11 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         sharded=sharded,
         checkpointing=checkpointing,
     )
+
+
+def _gated(targets: Collection[str]) -> bool:
+    """Whether an adapter stands on all of a gated MLP."""
+    return {name.rpartition(".")[2] for name in targets} >= {"gate_proj", "up_proj", "down_proj"}
 
 
 def _layer(name: str) -> str | None:

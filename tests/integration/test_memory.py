@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.core.schema import Base
 from stackctl.engine.data import Example, collate
 from stackctl.engine.logits import supervised_loss
+from stackctl.engine.training.fused_modules import fuse
+from stackctl.engine.training.lora_sum import add_in_place
 from stackctl.lora.target_modules import expand_modules, expected_targets
 from stackctl.machine import resources as machine
 from stackctl.machine.memory_estimate import LargestBatch, MemoryEstimate, NewAdapter, Surroundings, estimate_memory
@@ -101,6 +103,19 @@ def test_the_estimate_is_near_what_a_model_keeps(base_of: Any, name: str, precis
     kept = kept_for_backward(adapted, autocast=precision == "autocast")
     assert found.activations == pytest.approx(kept - cast, rel=TOLERANCE)  # logits are not kept
     assert found.logits >= SUPERVISED * base.vocabulary_size * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_what_fused_functions_keep_is_less_and_estimated_so(base_of: Any, name: str) -> None:
+    base, folder = base_of(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted: Any = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    add_in_place(adapted)
+    before = kept_for_backward(adapted, autocast=False)
+    assert fuse(adapted)
+    kept = kept_for_backward(adapted, autocast=False)
+    assert kept < 0.75 * before
+    assert estimate(base, fused=True).activations == pytest.approx(kept, rel=TOLERANCE)
 
 
 def test_more_of_everything_costs_more(base_of: Any) -> None:

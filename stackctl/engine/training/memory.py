@@ -152,11 +152,14 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
+    precision = _precision(prepared, device)
+    plain = precision == "float32" and not beside and not prepared.job.dropout
+    fused = plain and device.type == "cpu" and not group.sharded
     return estimate_memory(
         base,
         NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.eight_bits),
         LargestBatch(tokens, supervised, cut.checkpointing or group.checkpoints, taught=prepared.teacher is not None),
-        Surroundings(_precision(prepared, device), group.processes, group.sharded, heap=device.type == "cpu"),
+        Surroundings(precision, group.processes, group.sharded, heap=device.type == "cpu", fused=fused),
     )
 
 
