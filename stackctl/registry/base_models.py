@@ -33,6 +33,7 @@ TOKENIZER = (
 )  # fmt: skip
 """The files that say how text becomes tokens; a folder has some of them, and its chat template besides."""
 
+_INDEX = "model.safetensors.index.json"
 _SAMPLE = 256
 # What loading and saving a model changes in its configuration without changing the model.
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -47,25 +48,20 @@ def converted_models() -> Iterator[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, by its index or all there are.
+    """The safetensors files of a model folder, those that transformers would read: what its configuration names, else
+    ``model.safetensors``, else what the index names.
 
     Raises:
         Incompatible: none, or only pickles.
-        NotFound: a shard that the index names is missing.
+        NotFound: a file that the configuration or the index names is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    config, single, index = (folder / name for name in ("config.json", "model.safetensors", _INDEX))
+    if config.is_file() and (named := read_json(config).get("transformers_weights")) is not None:
+        single = index = _named_weights(folder, named)
+    if single.suffix == ".safetensors" and single.is_file():
+        return [single]
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise Incompatible(f"{index} has no valid weight_map", hint="download the model again")
-        shards = [folder / Path(name).name for name in sorted(set(names))]
-        for shard in shards:
-            if not shard.is_file():
-                raise NotFound(f"{shard} is missing, though {index.name} names it", hint="download the model again")
-        return shards
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+        return _shards(index)
     pickles = [*folder.glob("pytorch_model*.bin")]
     if pickles:
         raise Incompatible(
@@ -75,6 +71,31 @@ def weight_files(folder: Path) -> list[Path]:
     raise Incompatible(
         f"{folder} holds no model.safetensors", hint="give a folder with config.json, tokenizer and weights"
     )
+
+
+def _named_weights(folder: Path, name: Any) -> Path:
+    """The file, or the index of several, that ``transformers_weights`` of a configuration names."""
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise Incompatible(
+            f"config.json names {name!r} as its weights (transformers_weights), which are no safetensors",
+            hint="save the model again with safe_serialization=True, where it came from",
+        )
+    path = folder / Path(name).name
+    if not path.is_file():
+        raise NotFound(f"{path} is missing, though config.json names it", hint="download the model again")
+    return path
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise Incompatible(f"{index} has no valid weight_map", hint="download the model again")
+    shards = [index.parent / Path(name).name for name in sorted(set(names))]
+    for shard in shards:
+        if not shard.is_file():
+            raise NotFound(f"{shard} is missing, though {index.name} names it", hint="download the model again")
+    return shards
 
 
 def read_base_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from stackctl.engine.models import load_base
 from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.planning import read_plan
+from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.store import Registry
 
 
@@ -48,6 +52,38 @@ def test_it_knows_every_token_that_ends_an_answer(run: Any, models: Any, tmp_pat
         257,
         10,
     ]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["beside one file", "named by the configuration"])
+def test_weights_are_read_where_transformers_reads_them(run: Any, models: Any, tmp_path: Path, named: bool) -> None:
+    """Of two sets of weights in a folder one was computed with, and the other put back, converted, or exported."""
+    folder, other = tmp_path / "model", AutoModelForCausalLM.from_pretrained(models("llama", seed=7))
+    other.save_pretrained(folder, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(folder)
+    shutil.copy(models("llama") / "model.safetensors", folder / "model.safetensors")
+    if named:
+        config = json.loads((folder / "config.json").read_text())
+        config["transformers_weights"] = "model.safetensors.index.json"
+        (folder / "config.json").write_text(json.dumps(config))
+    wanted = other if named else AutoModelForCausalLM.from_pretrained(models("llama"))
+    run("init")
+    run("base", "add", "other", folder)
+    run("add", "x", random_adapter(models("llama"), tmp_path / "x"), "--base", "other")
+    registry = Registry(tmp_path / "registry")
+    stacked = load_base(resolve_base(registry, "other"), registry)
+    stacked.use(read_plan(registry, resolve_expression(registry, "x")))
+    stacked.restore()
+    for dtype, found in (("float32", stacked.model), ("bfloat16", _load(registry, "bfloat16"))):
+        state = wanted.to(getattr(torch, dtype)).state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items()), dtype
+    run("export", "x:0", "--format", "model", "--out", "whole")
+    whole = AutoModelForCausalLM.from_pretrained("whole")
+    kept = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.state_dict().items())
+
+
+def _load(registry: Registry, dtype: str) -> Any:
+    return load_base(resolve_base(registry, "other"), registry, dtype=dtype).model
 
 
 WORK = """

@@ -95,9 +95,32 @@ def test_shards_change_nothing(tmp_path):
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     write_base(tmp_path / "secret")
     folder = write_base(tmp_path / "a")
-    index = {"weight_map": {"x": "../secret/model.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    index = {"weight_map": {"x": "../secret/shard.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert bases.weight_files(folder) == [folder / "model.safetensors"]
+    assert bases.weight_files(folder) == [folder / "shard.safetensors"]
+
+
+def test_of_two_sets_of_weights_those_are_meant_that_transformers_reads(tmp_path):
+    """One file goes before an index that an earlier save left behind, and what the configuration names before both."""
+    folder = write_shards(tmp_path / "a", [(TENSORS, safetensors_bytes(TENSORS, seed=1))])
+    [shard] = bases.weight_files(folder)
+    assert shard.name == "model-00000-of-00001.safetensors"
+    single = folder / "model.safetensors"
+    single.write_bytes(safetensors_bytes(TENSORS))
+    assert bases.weight_files(folder) == [single]
+
+    def name(value):
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "transformers_weights": value}))
+
+    name("model.safetensors.index.json")
+    assert bases.weight_files(folder) == [shard]
+    name(shard.name)
+    assert bases.weight_files(folder) == [shard]
+    for value, kind in (("weights.bin", Incompatible), (5, Incompatible), ("gone.safetensors", NotFound)):
+        name(value)
+        with pytest.raises(kind):
+            bases.weight_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +131,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
 )  # fmt: skip
 def test_an_index_that_is_none(tmp_path, index):
     folder = write_base(tmp_path / "a")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_bytes(index.encode("latin-1"))
     with pytest.raises(StackctlError) as caught:
         bases.weight_files(folder)
