@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import random_adapter, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -76,10 +77,36 @@ def test_weights_are_read_where_transformers_reads_them(run: Any, models: Any, t
     for dtype, found in (("float32", stacked.model), ("bfloat16", _load(registry, "bfloat16"))):
         state = wanted.to(getattr(torch, dtype)).state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items()), dtype
-    run("export", "x:0", "--format", "model", "--out", "whole")
-    whole = AutoModelForCausalLM.from_pretrained("whole")
+    _check_export(run, folder)
+
+
+def _check_export(run: Any, folder: Path) -> None:
+    """What is written without any change is the model that transformers reads in the base's folder."""
+    run("export", "x:0", "--format", "model", "--out", folder.parent / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(folder.parent / "whole")
     kept = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+def test_a_base_of_one_file_of_another_name_is_exported_so_that_it_is_found(
+    run: Any, models: Any, tmp_path: Path, by_index: bool
+) -> None:
+    """``model-00001-of-00001.safetensors`` was written without its index, and transformers found no weights."""
+    folder, name = tmp_path / "model", "model-00001-of-00001.safetensors"
+    shutil.copytree(models("llama"), folder)
+    (folder / "model.safetensors").rename(folder / name)
+    if by_index:
+        with safe_open(folder / name, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    run("init")
+    run("base", "add", "other", folder)
+    run("add", "x", random_adapter(models("llama"), tmp_path / "x"), "--base", "other")
+    _check_export(run, folder)
 
 
 def _load(registry: Registry, dtype: str) -> Any:

@@ -23,6 +23,7 @@ from stackctl.registry.base_quantization import KEYS
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json
 
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ALONGSIDE = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_COPIED = {_INDEX, "adapter_config.json", "adapter_info.json", "trainer_state.json"}
@@ -76,8 +77,9 @@ def _write_side_files(source: ModelTensors, base: Path, staged: Path, shards: di
                     shutil.copyfile(path, staged / path.name)
     config = read_json(base / "config.json")
     _describe_weights(config, source)
+    config.pop("transformers_weights", None)  # the base's own file, of which this is none
     atomic.write_atomic(staged / "config.json", json.dumps(config, indent=2) + "\n")
-    if len(shards) > 1:
+    if set(shards) != {_SINGLE}:  # a single shard, too, is found by its index alone
         sizes = [path.stat().st_size for path in staged.glob("*.safetensors")]
         weight_map = {tensor.name: shard for shard, wanted in shards.items() for tensor in wanted}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
