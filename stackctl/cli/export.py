@@ -74,6 +74,8 @@ def register(app: typer.Typer) -> None:
             raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise Usage(f"{out} already exists", hint="choose another folder, or remove it first")
+        if files := [above for above in out.absolute().parents if above.is_file()]:
+            raise Usage(f"{files[0]} is a file, so that {out} cannot be a folder", hint="choose another folder")
         if modelfile and format_ != "gguf":
             raise Usage(
                 "--modelfile belongs to --format gguf",

@@ -240,5 +240,6 @@ def test_export_tells_its_keys_and_leaves_nothing_when_it_fails(style, run, fail
         assert (file["bytes"], file["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
     assert run("inspect", "out dir/", "--json").json["problems"] == []
     fails("export", "style", "--out", "out dir", code=2)
+    fails("export", "style", "--out", "out dir/adapter_config.json/x", code=2)  # was told as a failure, 1
     fails("export", "nosuch", "--out", "other", code=3)
     assert not (tmp_path / "other").exists()
