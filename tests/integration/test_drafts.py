@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.generation import Remembered, Sampling, generate, generate_reply
+from stackctl.engine.generation import PrefixCache, Sampling, generate, generate_reply
 from stackctl.engine.generation.drafts import _COSTS, Drafts
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel
@@ -192,7 +192,7 @@ def test_what_is_remembered_has_no_wrong_guess(
     sampling = Sampling(max_new_tokens=24, raw=True)
     wanted = without(stacked, sampling)
     for heard in range(1, 12):
-        remembered = Remembered()
+        remembered = PrefixCache()
         pieces = iter(range(heard))
 
         def listen(_: str, pieces: Iterator[int] = pieces) -> None:

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from stackctl.engine.generation.few_rows import linear
 from stackctl.engine.generation.prefix_cache import new_cache
+from stackctl.engine.generation.products import product
 from stackctl.engine.generation.running_rows import RunningRows
 from stackctl.engine.models import StackedModel
 
@@ -31,7 +31,7 @@ class PlainDecoder:
 
     def __init__(self, model: Any) -> None:
         self._model, inner = model, model.model
-        self._embed, self._head, self._rotary = inner.embed_tokens, model.lm_head, inner.rotary_emb
+        self._embed, self._head, self._rotary = inner.embed_tokens, product(model.lm_head), inner.rotary_emb
         self._layers = [_Layer(layer) for layer in inner.layers]
         self._norm = _norm(inner.norm)
         self.checks_drafts: bool = model.dtype == torch.float32
@@ -50,8 +50,7 @@ class PlainDecoder:
         What follows that token is padding, which nothing before it sees. The cache takes up keys and values.
         """
         hidden = self._model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        logits: Tensor = self._head(hidden[torch.arange(len(last)), list(last)])
-        return logits.float()
+        return self._head(hidden[torch.arange(len(last)), list(last)]).float()
 
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
         """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
@@ -59,7 +58,7 @@ class PlainDecoder:
         turn = self._turn(rows.positions, hidden)
         for number, layer in enumerate(self._layers):
             hidden = layer(hidden, turn, rows, number)
-        return linear(self._head, self._norm(hidden)).float()
+        return self._head(self._norm(hidden)).float()
 
     def _turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (rows, 1, head width) of positions; the first half of the sine is negative, as
@@ -71,8 +70,12 @@ class PlainDecoder:
 
 class _Layer:
     def __init__(self, layer: Any) -> None:
-        own = layer.self_attn
-        self._own, self._mlp, self._half = own, layer.mlp, own.head_dim // 2
+        own, mlp = layer.self_attn, layer.mlp
+        self._to_query, self._to_key, self._to_value, self._out = map(
+            product, (own.q_proj, own.k_proj, own.v_proj, own.o_proj)
+        )
+        self._gate, self._up, self._down = map(product, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self._act = mlp.act_fn
         self._before, self._behind = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self._query_norm, self._key_norm = (
             _norm(getattr(own, name)) if hasattr(own, name) else None for name in ("q_norm", "k_norm")
@@ -80,16 +83,16 @@ class _Layer:
         self._groups, self._width, self._scale = own.num_key_value_groups, own.head_dim, own.scaling
 
     def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], rows: RunningRows, number: int) -> Tensor:
-        own, count, width = self._own, len(hidden), self._width
+        count, width = len(hidden), self._width
         normed = self._before(hidden)
-        query = linear(own.q_proj, normed).view(count, -1, width)  # (rows · tokens, heads, head width)
-        key = linear(own.k_proj, normed).view(count, -1, width)
-        value = linear(own.v_proj, normed).view(count, -1, width)
+        query = self._to_query(normed).view(count, -1, width)  # (rows · tokens, heads, head width)
+        key = self._to_key(normed).view(count, -1, width)
+        value = self._to_value(normed).view(count, -1, width)
         if self._query_norm and self._key_norm:
             query, key = self._query_norm(query), self._key_norm(key)
         heads = query.shape[1]
         both = torch.cat((query, key), 1)
-        both = torch.addcmul(both * turn[0], both.roll(self._half, -1), turn[1])
+        both = torch.addcmul(both * turn[0], both.roll(width // 2, -1), turn[1])
         keys, values = rows.write(number, both[:, heads:], value)
         # The heads of a group are the queries of their one key, those of all new tokens one after another.
         query = both[:, :heads].view(count, -1, self._groups, width)
@@ -98,9 +101,9 @@ class _Layer:
         seen = functional.scaled_dot_product_attention(query, keys, values, rows.mask, scale=self._scale)
         if rows.tokens > 1:
             seen = seen.unflatten(2, (rows.tokens, -1)).transpose(1, 2)
-        hidden = hidden + linear(own.o_proj, seen.reshape(count, heads * width))
-        normed, mlp = self._behind(hidden), self._mlp
-        return hidden + linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, normed)) * linear(mlp.up_proj, normed))
+        hidden = hidden + self._out(seen.reshape(count, heads * width))
+        normed = self._behind(hidden)
+        return hidden + self._down(self._act(self._gate(normed)) * self._up(normed))
 
 
 def plain_decoder(stacked: StackedModel) -> PlainDecoder | None:

@@ -32,9 +32,10 @@ class RunningRows:
     def __init__(self, decoder: Decoder, places: int) -> None:
         self._decoder, self._places = decoder, places
         self._lengths: list[int] = []
-        self._memory: list[tuple[Tensor, Tensor]] = []  # by layer: (places, heads, columns, head width)
-        self._columns = 0
+        self._memory = torch.empty(0, 2, places, 0, 0, 0)  # (layers, 2, places, heads, columns, head width)
         self._at: Tensor | None = None
+        self._seen: Sequence[Tensor] = ()
+        self._into: Sequence[Tensor] = ()
         self.tokens = 1
         self.positions = torch.empty(0, dtype=torch.long)
         self.mask: Tensor | None = None
@@ -45,10 +46,10 @@ class RunningRows:
         known, first, width = cache.get_seq_length(), len(self._lengths), max(map(len, prompts))
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))][known:] for prompt in prompts])
         logits = self._decoder.read(ids, cache, [len(prompt) - known - 1 for prompt in prompts])
-        held = _held(cache)
-        self._make_room(width, held)
-        for memory, own in zip(self._memory, held, strict=True):
-            for to, new in zip(memory, own, strict=True):
+        held = [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
+        self._make_room(width, len(held), held[0][0])
+        for memory, both in zip(self._memory, held, strict=True):
+            for to, new in zip(memory, both, strict=True):
                 to[first : first + len(prompts), :, :width] = new
         self._lengths += map(len, prompts)
         return logits
@@ -58,19 +59,16 @@ class RunningRows:
         (rows, tokens, vocabulary) behind them. Only the first is kept, and with :meth:`keep` those that were right."""
         count, self.tokens = len(tokens), len(tokens[0])
         longest, shortest = max(self._lengths), min(self._lengths)
-        self._columns = longest + self.tokens
-        self._make_room(self._columns, self._memory)
+        columns = longest + self.tokens
+        self._make_room(columns, len(self._memory), self._memory)
         positions = torch.tensor(self._lengths)[:, None] + torch.arange(self.tokens)  # (rows, tokens)
         self.positions = positions.flatten()
-        self.mask = self._at = None
-        if self._columns > shortest + 1:
-            seen = torch.arange(self._columns) <= positions[..., None]  # (rows, tokens, columns)
-            mask = torch.zeros(seen.shape, dtype=self._memory[0][0].dtype).masked_fill_(~seen, float("-inf"))
+        self.mask = None
+        if columns > shortest + 1:
+            seen = torch.arange(columns) <= positions[..., None]  # (rows, tokens, columns)
+            mask = torch.zeros(seen.shape, dtype=self._memory.dtype).masked_fill_(~seen, float("-inf"))
             self.mask = mask.repeat_interleave(self._decoder.groups, 1)[:, None]
-        if longest > shortest:
-            heads, columns = self._memory[0][0].shape[1:3]
-            begin = torch.arange(count * heads).view(count, 1, heads) * columns
-            self._at = (begin + positions[..., None]).flatten()  # (rows · tokens · heads)
+        self._cut(positions, longest, longest > shortest)
         logits = self._decoder.step(torch.tensor(tokens).flatten(), self)
         self._lengths = [length + 1 for length in self._lengths]
         return logits.view(count, self.tokens, -1)
@@ -81,27 +79,22 @@ class RunningRows:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (rows · tokens, heads, head width) behind each row; returns all that the layer has."""
-        count, columns = len(self._lengths), self._columns
-        keys, values = self._memory[layer]
-        for memory, new in ((keys, key), (values, value)):
+        keys, values = 2 * layer, 2 * layer + 1
+        for number, new in ((keys, key), (values, value)):
             if self._at is not None:
-                memory.view(-1, memory.shape[-1]).index_copy_(0, self._at, new.reshape(-1, new.shape[-1]))
+                self._into[number].index_copy_(0, self._at, new.reshape(-1, new.shape[-1]))
             elif self.tokens == 1:
-                memory[:count, :, columns - 1] = new
+                self._into[number].copy_(new)
             else:
-                into = memory[:count, :, columns - self.tokens : columns]
-                into.copy_(new.unflatten(0, (count, self.tokens)).transpose(1, 2))
-        return keys[:count, :, :columns], values[:count, :, :columns]
+                self._into[number].copy_(new.unflatten(0, (-1, self.tokens)).transpose(1, 2))
+        return self._seen[keys], self._seen[values]
 
     def leave(self, row: int) -> None:
         """A row leaves, and the last one takes its place."""
         last = self._lengths.pop()
-        if row == len(self._lengths):
-            return
-        self._lengths[row] = last
-        for both in self._memory:
-            for memory in both:
-                memory[row, :, :last] = memory[len(self._lengths), :, :last]
+        if row < len(self._lengths):
+            self._lengths[row] = last
+            self._memory[:, :, row, :, :last] = self._memory[:, :, len(self._lengths), :, :last]
 
     def hand_over(self, cache: DynamicCache) -> int:
         """Let a cache hold what the only row has by now; returns how many tokens that are."""
@@ -110,24 +103,32 @@ class RunningRows:
             layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
         return length
 
-    def _make_room(self, columns: int, like: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """For so many columns, of heads as in ``like``. What the mask hides has to be a number, too: zeros."""
-        if self._memory and self._memory[0][0].shape[2] >= columns:
+    def _cut(self, positions: Tensor, longest: int, uneven: bool) -> None:
+        """Views of the memory for a step, made at once for all layers, keys and values of each: what is seen (rows,
+        heads, columns, head width), and where the new ones go: (rows, heads, tokens, head width), without the tokens
+        where there is one. Rows of unlike length go to places (rows · tokens · heads) of (all columns, head width).
+        """
+        count, heads, columns = len(positions), *self._memory.shape[3:5]
+        both = self._memory.flatten(0, 1)
+        seen = both[:, :count, :, : longest + self.tokens]
+        self._seen = seen.unbind()
+        if uneven:
+            begin = torch.arange(count * heads).view(count, 1, heads) * columns
+            self._at = (begin + positions[..., None]).flatten()
+            self._into = both.flatten(1, 3).unbind()
+        else:
+            new = seen[:, :, :, longest:]
+            self._at, self._into = None, (new.squeeze(3) if self.tokens == 1 else new).unbind()
+
+    def _make_room(self, columns: int, layers: int, like: Tensor) -> None:
+        """For so many columns, of heads as in ``like`` (…, heads, columns, head width). What the mask hides has to be
+        a number, too: zeros."""
+        held = self._memory.shape[4]
+        if held >= columns:
             return
+        heads, width = like.shape[-3], like.shape[-1]
         columns += max(_MORE_COLUMNS, columns // 2)
-        made = []
-        for keys, values in like:
-            made.append(
-                (
-                    keys.new_zeros(self._places, keys.shape[1], columns, keys.shape[3]),
-                    values.new_zeros(self._places, values.shape[1], columns, values.shape[3]),
-                )
-            )
-        for both, held in zip(made, self._memory, strict=False):
-            for new, old in zip(both, held, strict=True):
-                new[:, :, : old.shape[2]] = old
+        made = like.new_zeros(layers, 2, self._places, heads, columns, width)
+        if held:
+            made[..., :held, :] = self._memory
         self._memory = made
-
-
-def _held(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
