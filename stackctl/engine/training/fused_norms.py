@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from stackctl.engine.training.fused_products import blocks
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` (…, d) / sqrt(mean(x²) + eps) · ``weight`` (d,), which is frozen."""
@@ -27,26 +25,20 @@ class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        normed, inverse = torch.empty_like(flat), flat.new_empty(len(flat), 1)
-        for part in blocks(flat):
-            rows, out = flat[part], normed[part]
-            mean = torch.mul(rows, rows, out=out).mean(-1, keepdim=True)
-            inverse[part] = mean.add_(eps).rsqrt_()
-            torch.mul(rows, inverse[part], out=out).mul_(weight)
+        normed = flat * flat
+        inverse = normed.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(flat, inverse, out=normed).mul_(weight)
         ctx.save_for_backward(flat, inverse, weight)
         return normed.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, inverse, weight = ctx.saved_tensors
-        flat = upstream.reshape(x.shape)
-        gradient = torch.empty_like(x)
-        for part in blocks(x):  # (g - x · mean(g · x) · inverse²) · inverse, g = upstream · weight
-            rows, out, scale = x[part], gradient[part], inverse[part]
-            weighted = flat[part] * weight
-            share = torch.mul(weighted, rows, out=out).mean(-1, keepdim=True).mul_(scale).mul_(scale)
-            torch.mul(rows, share, out=out)
-            torch.sub(weighted, out, out=out).mul_(scale)
+        weighted = upstream.reshape(x.shape) * weight
+        gradient = weighted * x  # (g - x · mean(g · x) · inverse²) · inverse, g = upstream · weight
+        share = gradient.mean(-1, keepdim=True).mul_(inverse).mul_(inverse)
+        torch.mul(x, share, out=gradient)
+        torch.sub(weighted, gradient, out=gradient).mul_(inverse)
         return gradient.view(upstream.shape), None, None
 
 
@@ -66,11 +58,8 @@ class _Rotation(Function):
 
 def _turned(x: Tensor, cosine: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``x`` · cosine + (x₂ · first, x₁ · second), contiguous."""
-    turned = x.new_empty(x.shape)
     half = x.shape[-1] // 2
-    for part in blocks(x):
-        rows, out = x[part], turned[part]
-        torch.mul(rows, cosine[part], out=out)
-        out[..., :half].addcmul_(rows[..., half:], first[part])
-        out[..., half:].addcmul_(rows[..., :half], second[part])
+    turned = torch.mul(x, cosine, out=x.new_empty(x.shape))
+    turned[..., :half].addcmul_(x[..., half:], first)
+    turned[..., half:].addcmul_(x[..., :half], second)
     return turned

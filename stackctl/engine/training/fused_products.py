@@ -6,23 +6,14 @@ product, and a gated MLP keeps of its wide tensors the two that its backward pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-
-_BLOCK = 2**17
-"""Values of a tensor that are worked at in turn by several operators: the cores' own caches hold some of that size."""
-
-
-def blocks(tensor: Tensor) -> Iterator[slice]:
-    """Rows of a tensor, so many at a time that a few tensors of them stay in cache between operators."""
-    step = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
-    for start in range(0, len(tensor), step):
-        yield slice(start, start + step)
+from torch.nn.functional import silu
 
 
 @dataclass(frozen=True)
@@ -75,9 +66,7 @@ class _GatedMlp(Function):
     def forward(ctx: Any, x: Tensor, inner: tuple[Product, Product], down: Product, *_: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
         (gate, up), low = _forward(flat, inner)
-        hidden = torch.empty_like(gate)
-        for part in blocks(gate):
-            torch.ops.aten.silu.out(gate[part], out=hidden[part]).mul_(up[part])
+        hidden = silu(gate).mul_(up)
         (output,), low_hidden = _forward(hidden, (down,))
         ctx.save_for_backward(flat, gate, up, low, low_hidden)
         ctx.inner, ctx.down, ctx.shape = inner, down, x.shape
@@ -90,16 +79,12 @@ class _GatedMlp(Function):
         gradient = upstream.reshape(len(x), -1)
         of_low = torch.mm(gradient, down.b).mul_(down.scale)
         of_hidden = torch.mm(gradient, down.weight).addmm_(of_low, down.a)
-        hidden = torch.empty_like(gate)
-        for part in blocks(gate):  # of_hidden becomes the gradient of up, gate that of gate
-            g, u, h, d = gate[part], up[part], hidden[part], of_hidden[part]
-            torch.ops.aten.silu.out(g, out=h)
-            of_activation = d * u
-            d.mul_(h)
-            h.mul_(u)
-            torch.ops.aten.silu_backward.grad_input(of_activation, g, grad_input=g)
+        hidden, of_activation = silu(gate), of_hidden * up
+        of_hidden.mul_(hidden)  # the gradient of up, as gate becomes that of gate
+        hidden.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(of_activation, gate, grad_input=gate)
         of_down = [of_low.T @ hidden, (gradient.T @ low_hidden).mul_(down.scale)]
-        del hidden
+        del hidden, of_activation
         of_x, of_inner = _backward([gate, of_hidden], x, low, ctx.inner, wanted=ctx.needs_input_grad[0])
         return None if of_x is None else of_x.view(ctx.shape), None, None, *of_inner, *of_down
 
