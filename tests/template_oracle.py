@@ -65,12 +65,18 @@ class Oracle:
     def __init__(self, name: str) -> None:
         self.tokenizer = tokenizer_of(name)
         self.source = (FOLDER / f"{name}.jinja").read_text()
+        self._rendered: dict[str, str | None] = {}
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str | None:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except _REFUSALS:
-            return None
+        if "enable_thinking" not in self.source:  # what a template does not name, it does not read
+            options.pop("enable_thinking", None)
+        key = repr((messages, options))
+        if key not in self._rendered:
+            try:
+                self._rendered[key] = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            except _REFUSALS:
+                self._rendered[key] = None
+        return self._rendered[key]
 
     def variants(self, case: Case) -> Iterator[tuple[list[dict[str, Any]], list[Any] | None]]:
         """The conversation in every spelling that a template may want: thoughts, calls, contents and roles."""

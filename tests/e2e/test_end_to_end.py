@@ -37,7 +37,7 @@ def test_training_registered_what_it_says(trained):
     assert listed["runs"] == []
     instruct = trained.json("inspect", "instruct")
     assert instruct["needs"] == ["style@1"]
-    assert instruct["run"]["steps"] == 6
+    assert instruct["run"]["steps"] == 3
     assert instruct["problems"] == []
     assert trained.json("verify")["problems"] == []
 
@@ -186,8 +186,8 @@ def test_a_recipe_in_chinese_is_built_and_then_up_to_date(trained):
         f"""\
 base: smollm2
 train:
-  instruct-zh: {{on: style-zh, data: {EXAMPLES / "instruct-zh.jsonl"}, max_steps: 2, batch_size: 2, max_length: 128}}
-  style-zh: {{data: {EXAMPLES / "style-zh.jsonl"}, max_steps: 2, batch_size: 2, max_length: 128}}
+  instruct-zh: {{on: style-zh, data: {EXAMPLES / "instruct-zh.jsonl"}, max_steps: 1, batch_size: 2, max_length: 128}}
+  style-zh: {{data: {EXAMPLES / "style-zh.jsonl"}, max_steps: 1, batch_size: 2, max_length: 128}}
 stacks: {{storyteller-zh: style-zh+instruct-zh}}
 """
     )

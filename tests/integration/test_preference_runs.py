@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from oracle import distance, factors_of, write_jsonl
-from tiny_registry import interrupt
+from tiny_registry import interrupt, made_once
 
 from stackctl.engine.training import reference
 from stackctl.engine.training.reference import fallen
@@ -61,13 +61,16 @@ def test_the_reference_is_kept_for_a_run_that_is_the_same(tiny_registry: Any, da
 @pytest.mark.parametrize("change", ["data", "stack", "weight", "base alone", "precision"])
 def test_another_run_has_another_reference(tiny_registry: Any, data: Path, computed: list[int], change: str) -> None:
     h = tiny_registry()
-    h.train("one", "--max-steps", 1, "--dtype", "float32")
     common = {"--on": "one", "--data": data, "--objective": "dpo", "--max-steps": 1, "--dtype": "float32"}
 
     def train(name: str, **_: Any) -> None:
         h.run("train", name, *(word for pair in common.items() for word in pair if pair[1]))
 
-    train("a")
+    def make() -> None:
+        h.train("one", "--max-steps", 1, "--dtype", "float32")
+        train("a")
+
+    made_once(h.folder, h.base.with_name("reference-registry"), make)
     computed.clear()
     if change == "data":
         write_jsonl(data, [*PAIRS[:-1], {**PAIRS[-1], "chosen": "z" * 12}])
@@ -84,7 +87,7 @@ def test_a_damaged_reference_is_computed_again(
     tiny_registry: Any, data: Path, computed: list[int], empty_token_cache: Path
 ) -> None:
     h = tiny_registry()
-    args = ("--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
+    args = ("--data", data, "--objective", "dpo", "--max-steps", 2, *RUN, "--json")
     first = h.run("train", "a", *args).json
     (file,) = empty_token_cache.rglob("log_probabilities.npy")
     for damage in (b"", file.read_bytes()[:-8], bytes(len(file.read_bytes()))):

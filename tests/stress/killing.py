@@ -6,6 +6,7 @@ could leave half done lies between two of them. Nothing in the product knows of 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -89,6 +90,7 @@ def _journals(folder: Path) -> tuple[Path, Path]:
 
 
 def _be_the_command(arguments: list[str], folder: Path, kill: Kill | None, prepare: Callable[[Path], None]) -> NoReturn:
+    gc.disable()  # it would write on every page that it shares with its parent
     try:
         said, steps = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in _journals(folder))
         warm.redirect(said, said)
