@@ -136,6 +136,22 @@ def test_what_is_no_plain_step_is_computed_as_before(how: Callable[..., Any], mo
     assert float((found[1] - expected[1]).norm()) <= 1e-5 * float(expected[1].norm())
 
 
+def test_what_comes_out_may_be_written_over(models: Any) -> None:
+    """Llama 4 adds its experts to what a gated MLP gives, in place."""
+
+    def written(model: Any) -> tuple[float, torch.Tensor]:
+        for module in model.modules():
+            if type(module).__name__ in ("LlamaMLP", "LlamaRMSNorm"):
+                module.register_forward_hook(lambda _, __, output: output.add_(0.5))
+        return computed(model)
+
+    model = adapted("llama", models)
+    plain = copy.deepcopy(model)
+    add_in_place(model)
+    assert fuse(model) == FUSED["llama"]
+    assert same(written(model), written(plain))
+
+
 def test_dropout_keeps_a_layers_own_forward(models: Any) -> None:
     model = adapted("llama", models, lora_dropout=0.5)
     add_in_place(model)

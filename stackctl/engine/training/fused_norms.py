@@ -11,8 +11,8 @@ from torch.autograd import Function
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` (…, d) / sqrt(mean(x²) + eps) · ``weight`` (d,), which is frozen."""
-    normed: Tensor = _RmsNorm.apply(x, weight, eps)
-    return normed
+    normed: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)
+    return normed.view(x.shape)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -24,22 +24,21 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        normed = flat * flat
+        normed = x * x
         inverse = normed.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        torch.mul(flat, inverse, out=normed).mul_(weight)
-        ctx.save_for_backward(flat, inverse, weight)
-        return normed.view(x.shape)
+        torch.mul(x, inverse, out=normed).mul_(weight)
+        ctx.save_for_backward(x, inverse, weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, inverse, weight = ctx.saved_tensors
-        weighted = upstream.reshape(x.shape) * weight
+        weighted = upstream * weight
         gradient = weighted * x  # (g - x · mean(g · x) · inverse²) · inverse, g = upstream · weight
         share = gradient.mean(-1, keepdim=True).mul_(inverse).mul_(inverse)
         torch.mul(x, share, out=gradient)
         torch.sub(weighted, gradient, out=gradient).mul_(inverse)
-        return gradient.view(upstream.shape), None, None
+        return gradient, None, None
 
 
 class _Rotation(Function):

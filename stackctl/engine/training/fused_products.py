@@ -34,49 +34,45 @@ def factors(products: Sequence[Product]) -> list[Tensor]:
 
 def apply_products(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
     """What each of them makes of the same ``x`` (…, in): (…, out)."""
-    outputs: tuple[Tensor, ...] = _Products.apply(x, products, *factors(products))
-    return outputs
+    outputs = _Products.apply(x.flatten(0, -2), products, *factors(products))
+    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
 
 def apply_gated_mlp(x: Tensor, gate: Product, up: Product, down: Product) -> Tensor:
     """``down(silu(gate(x)) · up(x))`` of ``x`` (…, d)."""
-    output: Tensor = _GatedMlp.apply(x, (gate, up), down, *factors((gate, up, down)))
-    return output
+    output: Tensor = _GatedMlp.apply(x.flatten(0, -2), (gate, up), down, *factors((gate, up, down)))
+    return output.view(*x.shape[:-1], -1)
 
 
 class _Products(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Sequence[Product], *_: Tensor) -> tuple[Tensor, ...]:
-        flat = x.flatten(0, -2)
-        outputs, low = _forward(flat, products)
-        ctx.save_for_backward(flat, low)
-        ctx.products, ctx.shape = products, x.shape
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        outputs, low = _forward(x, products)
+        ctx.save_for_backward(x, low)
+        ctx.products = products
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, low = ctx.saved_tensors
-        gradients = [gradient.reshape(len(x), -1) for gradient in upstream]
-        of_x, of_factors = _backward(gradients, x, low, ctx.products, wanted=ctx.needs_input_grad[0])
-        return None if of_x is None else of_x.view(ctx.shape), None, *of_factors
+        of_x, of_factors = _backward(upstream, x, low, ctx.products, wanted=ctx.needs_input_grad[0])
+        return of_x, None, *of_factors
 
 
 class _GatedMlp(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inner: tuple[Product, Product], down: Product, *_: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        (gate, up), low = _forward(flat, inner)
+        (gate, up), low = _forward(x, inner)
         hidden = silu(gate).mul_(up)
         (output,), low_hidden = _forward(hidden, (down,))
-        ctx.save_for_backward(flat, gate, up, low, low_hidden)
-        ctx.inner, ctx.down, ctx.shape = inner, down, x.shape
-        return output.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, gate, up, low, low_hidden)
+        ctx.inner, ctx.down = inner, down
+        return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, gate, up, low, low_hidden = ctx.saved_tensors
         down: Product = ctx.down
-        gradient = upstream.reshape(len(x), -1)
         of_low = torch.mm(gradient, down.b).mul_(down.scale)
         of_hidden = torch.mm(gradient, down.weight).addmm_(of_low, down.a)
         hidden, of_activation = silu(gate), of_hidden * up
@@ -86,7 +82,7 @@ class _GatedMlp(Function):
         of_down = [of_low.T @ hidden, (gradient.T @ low_hidden).mul_(down.scale)]
         del hidden, of_activation
         of_x, of_inner = _backward([gate, of_hidden], x, low, ctx.inner, wanted=ctx.needs_input_grad[0])
-        return None if of_x is None else of_x.view(ctx.shape), None, None, *of_inner, *of_down
+        return of_x, None, None, *of_inner, *of_down
 
 
 def _forward(x: Tensor, products: Sequence[Product]) -> tuple[list[Tensor], Tensor]:
