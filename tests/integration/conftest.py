@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,18 @@ import pytest
 from hub_server import HubServer, connect, running_hub
 from registry_fixtures import fails, filled_registry  # noqa: F401
 from short_texts import texts
+
+
+@pytest.fixture(autouse=True)
+def forget_targets() -> Callable[[], None]:
+    """No test has what another's adapters stand on: it may have changed the libraries; one that does calls this."""
+
+    def forget() -> None:
+        if targets := sys.modules.get("stackctl.engine.training.targets"):
+            targets._found.cache_clear()
+
+    forget()
+    return forget
 
 
 @pytest.fixture

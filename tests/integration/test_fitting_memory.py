@@ -81,13 +81,14 @@ def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(tiny_regi
 
 
 def test_a_model_that_cannot_is_left_alone_or_refused(
-    tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Any, roomy: Any, forget_targets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import LlamaPreTrainedModel
 
     h = tiny_registry()
     roomy(needed(h, AGAIN))
     monkeypatch.setattr(LlamaPreTrainedModel, "supports_gradient_checkpointing", False)
+    forget_targets()
     assert dry(h).json["gradient_checkpointing"] is False
     error = train(h, "new", AGAIN, code=4)["error"]
     assert "LlamaForCausalLM" in error["message"]
