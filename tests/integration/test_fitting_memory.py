@@ -219,7 +219,7 @@ def test_a_resumed_run_keeps_how_it_was_cut(tiny_registry: Any, roomy: Any) -> N
     h = tiny_registry()
     options = ("--batch-size", "auto", "--epochs", 2, "--save-steps", 1, "--dropout", 0.2)
     enough = needed(h, *options)
-    roomy(needed(h, "--batch-size", 2))
+    roomy(needed(h, "--batch-size", 2, "--dropout", 0.2))
     whole = train(h, "whole", *options)
     h.at_step(3, interrupt)
     train(h, "new", *options, code=130)
