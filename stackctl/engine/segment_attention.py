@@ -11,6 +11,7 @@ uneven lengths (``torch.nn.attention.varlen``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any
@@ -33,6 +34,9 @@ ONE_CALL = "stackctl_one_call"
 """What the one call for all records is called there."""
 OWN = (SEGMENTS, ONE_CALL)
 _HALVES = (torch.float16, torch.bfloat16)
+_SHORT = 256
+"""Tokens up to which attention and its way back take less time in float32 than in two bytes a value on a CPU: measured
+for nine heads of 64 with 32, 64, 150 and 300 tokens, 0.3, 0.3, 0.5 and 1.0 of it."""
 _WIDEST_HEAD = 256
 """Values of a head that PyTorch's flash attention takes at most."""
 
@@ -62,16 +66,20 @@ def segment_attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = segment_lengths or [query.shape[2]]
     outputs = []
+    trains = query.device.type == "cpu" and torch.is_grad_enabled()
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         length = q.shape[2]
         windowed = sliding_window is not None and length > sliding_window
-        outputs.append(
-            functional.scaled_dot_product_attention(
+        with contextlib.ExitStack() as precision:
+            if trains and length <= _SHORT:
+                precision.enter_context(torch.autocast("cpu", enabled=False))
+                q, k, v = q.float(), k.float(), v.float()
+            output = functional.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=_band(length, sliding_window, q.device) if windowed else None,
                 dropout_p=dropout, is_causal=not windowed, scale=scaling,
-            ).transpose(1, 2)
-        )  # fmt: skip
+            )  # fmt: skip
+        outputs.append(output.transpose(1, 2).to(value.dtype))
     return torch.cat(outputs, 1), None
 
 

@@ -23,8 +23,8 @@ _WEIGHT = {"float32": 4.0, "autocast": 4.0, "half": 2.0, "nf4": 0.516}  # nf4: i
 _VALUE = {"float32": 4.0, "autocast": 3.0, "half": 2.0, "nf4": 2.0}
 LOSS_CHUNK = 64 * 2**20
 """Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.token_losses`)."""
-_LOGIT = 16
-"""A logit of such a chunk as the head makes it, in float32, exponentiated, and as the gradient of the loss."""
+_LOGIT = 12
+"""A logit of such a chunk in float32, exponentiated, and in two bytes as the head makes it and as its gradient."""
 _LIBRARIES = 600_000_000
 """Python with torch and its family."""
 _FRAGMENTATION = 0.5

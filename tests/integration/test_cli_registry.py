@@ -331,7 +331,7 @@ def test_rm_refuses_while_something_stands_on_it(filled_registry, run, fails):
     run("rm", "style@2")
     assert run("inspect", "style", "--json").json["version"] == 1
     fails("rm", "tiny", code=2)
-    fails("rm", "style+tone", code=2)
+    fails("rm", "style+tone", code=3)  # what `compose style+tone` without a name would be called
     fails("rm", "base", code=2)
 
 

@@ -73,14 +73,15 @@ def h(tiny_registry: Any) -> Any:
 
 def test_a_folded_stack_costs_no_operator_at_any_depth(h: Any) -> None:
     alone = of_a_step(h, 0, "auto")
-    assert len(products(alone)) > 7 * LINEAR, "of each module three forward, five or so backward"
+    assert len(products(alone)) > 6 * LINEAR, "of each module two or three forward, five or so backward"
     for depth, frozen in ((1, "auto"), (2, "auto"), (4, "auto"), (4, "fold")):
         assert of_a_step(h, depth, frozen) == alone
     assert of_a_step(h, 1, "live") != alone, "an adapter more would show"
 
 
-def test_a_live_stack_costs_one_adapter_without_dropout_however_deep(h: Any) -> None:
+def test_a_live_stack_costs_one_adapter_without_dropout_however_deep(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: PEFT runs every live adapter by itself, with the dropout that it was trained with."""
+    monkeypatch.setattr("stackctl.engine.training.run.fuse", lambda model: 0)  # what stands on a live one is not fused
     alone, one, four = (of_a_step(h, depth, "live") for depth in (0, 1, 4))
     assert [name for name, _, _ in four] == [name for name, _, _ in one]
     assert not [name for name, _, _ in four if "dropout" in name or "bernoulli" in name]

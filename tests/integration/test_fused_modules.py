@@ -92,6 +92,24 @@ def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None
     assert same(computed(model), computed(exact)), "a second step finds nothing written over"
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_under_autocast_nothing_is_less_exact(name: str, models: Any) -> None:
+    """Products are rounded to bfloat16 where autocast does so: both ways are as far from float64."""
+    model = adapted(name, models)
+    choose_layout(model, examples(), longest=70)
+    exact = computed(copy.deepcopy(model).double())[1]
+    add_in_place(model)
+
+    def error() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = computed(model)[1]
+        return float((gradients.double() - exact).norm() / exact.norm())
+
+    own = error()
+    assert fuse(model) == FUSED[name]
+    assert error() <= 1.25 * own < 0.3
+
+
 def test_activations_can_be_computed_again(models: Any) -> None:
     model = adapted("llama", models)
     add_in_place(model)
@@ -107,11 +125,6 @@ def switched_off(model: Any) -> tuple[float, torch.Tensor]:
         return float(supervised_loss(model, collate(examples()))), torch.ones(1)
 
 
-def under_autocast(model: Any) -> tuple[float, torch.Tensor]:
-    with torch.autocast("cpu", torch.bfloat16):
-        return float(supervised_loss(model, collate(examples())).detach()), torch.ones(1)
-
-
 def without_gradients(model: Any) -> tuple[float, torch.Tensor]:
     with torch.no_grad():
         return float(supervised_loss(model, collate(examples()))), torch.ones(1)
@@ -125,14 +138,14 @@ def two_adapters(model: Any) -> tuple[float, torch.Tensor]:
     return computed(model)
 
 
-@pytest.mark.parametrize("how", [switched_off, under_autocast, without_gradients, two_adapters])
+@pytest.mark.parametrize("how", [switched_off, without_gradients, two_adapters])
 def test_what_is_no_plain_step_is_computed_as_before(how: Callable[..., Any], models: Any) -> None:
     model, plain = adapted("llama", models), adapted("llama", models)
     add_in_place(model)
     assert fuse(model)
     add_in_place(plain)
     found, expected = how(model), how(plain)
-    assert found[0] == pytest.approx(expected[0], rel=1e-6 if how is not under_autocast else 1e-3)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert float((found[1] - expected[1]).norm()) <= 1e-5 * float(expected[1].norm())
 
 

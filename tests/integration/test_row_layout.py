@@ -211,3 +211,19 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_registry: Any, monkeyp
     assert sum(calls) == 2 * once
     weights = "adapter_model.safetensors"
     assert h.bytes_of("again")[weights] == h.bytes_of("plain")[weights]
+
+
+def test_short_records_attend_in_float32_in_training_under_autocast() -> None:
+    """In two bytes a value a CPU takes several times as long for them, on the way back."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 16, requires_grad=True) for heads in (4, 2, 2))
+
+    def attended(lengths: list[int], **autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            return attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=lengths)[0]
+
+    short, long = [100, 200], [300]
+    assert torch.equal(attended(short), attended(short, enabled=False))
+    assert attended(long).dtype == torch.bfloat16 or not torch.equal(attended(long), attended(long, enabled=False))
+    with torch.no_grad():
+        assert not torch.equal(attended(short), attended(short, enabled=False))

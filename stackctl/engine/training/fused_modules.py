@@ -79,7 +79,7 @@ def _rms_norm(module: Any) -> Forward:
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
     def forward(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if rest or options or not _trains(x) or module.weight.requires_grad:
+        if rest or options or not _trains(x, torch.float32) or module.weight.requires_grad:
             found: Tensor = own(x, *rest, **options)
             return found
         return rms_norm(x, module.weight, eps)
@@ -159,22 +159,24 @@ def _plain_layers(module: nn.Module, *names: str) -> list[nn.Module]:
     return layers
 
 
-def _trains(x: Tensor) -> bool:
-    """Whether this is a step of training in float32 on a CPU."""
-    plain = x.dtype == torch.float32 and x.device.type == "cpu" and torch.is_grad_enabled()
-    return plain and not torch.is_autocast_enabled("cpu")
+def _trains(x: Tensor, *types: torch.dtype) -> bool:
+    """Whether this is a step of training on a CPU, on values of one of these types."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype in types
 
 
 def _products(x: Tensor, layers: Sequence[Any]) -> list[Product] | None:
-    """Layers as products, if the adapter in training is all that is on each of them."""
-    if not _trains(x) or not all(is_plain(layer) for layer in layers):
+    """Layers as products in the precision of the step, if the adapter in training is all that is on each of them."""
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else torch.float32
+    if not _trains(x, torch.float32, dtype) or not all(is_plain(layer) for layer in layers):
         return None
     found = []
     for layer in layers:
         base = layer.get_base_layer()
         weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        found.append(Product(weight, base.bias, a, b, layer.scaling[ADAPTER]))
+        bias = None if base.bias is None else base.bias.to(dtype)
+        a, b = layer.lora_A[ADAPTER].weight.to(dtype), layer.lora_B[ADAPTER].weight.to(dtype)
+        found.append(Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER]))
     return found
 
 

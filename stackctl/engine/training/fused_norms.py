@@ -58,7 +58,7 @@ class _Rotation(Function):
 def _turned(x: Tensor, cosine: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``x`` · cosine + (x₂ · first, x₁ · second), contiguous."""
     half = x.shape[-1] // 2
-    turned = torch.mul(x, cosine, out=x.new_empty(x.shape))
+    turned = torch.mul(x, cosine, out=cosine.new_empty(x.shape))
     turned[..., :half].addcmul_(x[..., half:], first)
     turned[..., half:].addcmul_(x[..., :half], second)
     return turned

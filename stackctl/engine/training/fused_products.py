@@ -34,13 +34,15 @@ def factors(products: Sequence[Product]) -> list[Tensor]:
 
 def apply_products(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
     """What each of them makes of the same ``x`` (…, in): (…, out)."""
-    outputs = _Products.apply(x.flatten(0, -2), products, *factors(products))
+    rows = x.flatten(0, -2).to(products[0].weight.dtype)
+    outputs = _Products.apply(rows, products, *factors(products))
     return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
 
 def apply_gated_mlp(x: Tensor, gate: Product, up: Product, down: Product) -> Tensor:
     """``down(silu(gate(x)) · up(x))`` of ``x`` (…, d)."""
-    output: Tensor = _GatedMlp.apply(x.flatten(0, -2), (gate, up), down, *factors((gate, up, down)))
+    rows = x.flatten(0, -2).to(gate.weight.dtype)
+    output: Tensor = _GatedMlp.apply(rows, (gate, up), down, *factors((gate, up, down)))
     return output.view(*x.shape[:-1], -1)
 
 
