@@ -37,19 +37,19 @@ class OutputHead:
 
     def alone(self) -> LinearHead | None:
         """Where it is nothing but a linear layer that learns nothing: that, with room for a chunk's logits."""
-        if type(self.module) is not nn.Linear or self.parameters or self.soft_cap is not None:
+        if not self._is_frozen_linear() or self.soft_cap is not None:
             return None
-        return LinearHead(*_cast(self.module), self.scale)
+        return LinearHead(self.module, self.scale)
+
+    def _is_frozen_linear(self) -> bool:
+        return type(self.module) is nn.Linear and not self.parameters
 
     def prepare(self) -> Projection:
         """A function that makes logits of a chunk; what autocast would cast for each chunk is cast once."""
         project: Projection = self.module
         rows = getattr(self.module, "token_adapter", None)
-        if type(self.module) is nn.Linear and not self.parameters:
-            weight, bias = _cast(self.module)
-
-            def project(hidden: Tensor) -> Tensor:
-                return functional.linear(hidden.to(weight.dtype), weight, bias)
+        if self._is_frozen_linear():
+            project = LinearHead(self.module, 1.0).project
         elif rows is not None:
             project = _with_rows(rows)
 
@@ -61,24 +61,25 @@ class OutputHead:
         return logits
 
 
-def _cast(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in the precision of autocast, if there is one."""
-    dtype = autocast_dtype(layer.weight) or layer.weight.dtype
-    return layer.weight.to(dtype), layer.bias.to(dtype) if layer.bias is not None else None
-
-
 class LinearHead:
-    """Logits of one chunk after another, each where the one before was: memory that is new is slow to write.
+    """A linear head that learns nothing: weight (vocabulary, d), bias (vocabulary,), in the precision of autocast if
+    there is one, to which they are cast once."""
 
-    ``weight`` (vocabulary, d), ``bias`` (vocabulary,).
-    """
+    def __init__(self, layer: Any, scale: float) -> None:
+        weight: Tensor = layer.weight.detach()
+        dtype = autocast_dtype(weight) or weight.dtype
+        self._weight, self._scale = weight.to(dtype), scale
+        self._bias: Tensor | None = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self._own, self._values = weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=torch.float32)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
-        self._weight, self._bias, self._scale = weight.detach(), bias, scale
-        self._own, self._values = weight.new_empty(0), weight.new_empty(0, dtype=torch.float32)
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states (c, d) to logits (c, vocabulary) in memory of their own, differentiable in the former."""
+        found = functional.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
+        return found if self._scale == 1.0 else found * self._scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (c, d) to float32 logits (c, vocabulary), which are overwritten by the next call."""
+        """Hidden states (c, d) to float32 logits (c, vocabulary), which are overwritten by the next call: memory that
+        is new is slow to write."""
         shape = (len(hidden), len(self._weight))
         self._own.resize_(shape)
         hidden = hidden.to(self._own.dtype)

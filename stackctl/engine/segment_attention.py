@@ -66,12 +66,13 @@ def segment_attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = segment_lengths or [query.shape[2]]
     outputs = []
-    trains = query.device.type == "cpu" and torch.is_grad_enabled()
+    in_halves = query.dtype in _HALVES or torch.is_autocast_enabled("cpu")
+    widens = in_halves and query.device.type == "cpu" and torch.is_grad_enabled()
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         length = q.shape[2]
         windowed = sliding_window is not None and length > sliding_window
         with contextlib.ExitStack() as precision:
-            if trains and length <= _SHORT:
+            if widens and length <= _SHORT:
                 precision.enter_context(torch.autocast("cpu", enabled=False))
                 q, k, v = q.float(), k.float(), v.float()
             output = functional.scaled_dot_product_attention(

@@ -90,7 +90,8 @@ class _TokenLosses(torch.autograd.Function):
         correct: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        logits_of, alone = head.prepare(), head.alone()
+        alone = head.alone()
+        logits_of = alone.project if alone else head.prepare()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         ahead = ctx.needs_input_grad[0] and not parameters
         unit = torch.empty_like(hidden) if ahead else None

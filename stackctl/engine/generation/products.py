@@ -26,19 +26,17 @@ def product(module: Any) -> Callable[[Tensor], Tensor]:
         return called
     weight: Tensor = module.weight.detach()  # (out, in)
     bias = None if module.bias is None else module.bias.detach()
-    blocks = _blocks(weight)
+    turned, blocks = weight.t(), _blocks(weight)
 
     def multiply(rows: Tensor) -> Tensor:
         if module._forward_hooks or module._forward_pre_hooks:
-            made: Tensor = module(rows)
-        elif blocks is not None and _FEWEST <= len(rows) <= _MOST:
+            hooked: Tensor = module(rows)
+            return hooked
+        if blocks is not None and _FEWEST <= len(rows) <= _MOST:
             made = torch.bmm(rows.expand(len(blocks), -1, -1), blocks).transpose(0, 1).reshape(len(rows), -1)
             return made if bias is None else made.add_(bias)
-        else:
-            made = torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
-        return made
+        return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
 
-    turned = weight.t()
     return multiply
 
 

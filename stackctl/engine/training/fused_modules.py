@@ -3,7 +3,8 @@
 transformers writes norms, rotary positions and gated MLPs as chains of small operators, each of which is a pass over a
 tensor of the row. :func:`fuse` gives a module of Llama's kind a forward of our own, after both have been run on a few
 random tokens and have agreed in outputs and gradients. Whatever differs keeps its own, and so does every call that is
-not a plain step of training in float32: no gradients, autocast, a cache, dropout, another adapter, one switched off.
+not a plain step of training, in float32 or under autocast: no gradients, a cache, dropout, another adapter, one that is
+switched off.
 """
 
 from __future__ import annotations

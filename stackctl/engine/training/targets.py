@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stackctl.core import Say
-from stackctl.core.errors import Incompatible, first_line
+from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base_class import empty_model
@@ -54,9 +54,8 @@ class Targets:
     def __str__(self) -> str:
         text = f"adapts {_listed(self.modules)}"
         if self.tokens:
-            told = ", ".join(f"{token} ({number})" for number, token in sorted(self.tokens.items())[:_SHOWN])
-            more = f" and {len(self.tokens) - _SHOWN} more" if len(self.tokens) > _SHOWN else ""
-            text += f"; trains the rows of {told}{more} in {_listed(self.settings[KEY])}"
+            told = listed([f"{token} ({number})" for number, token in sorted(self.tokens.items())], _SHOWN)
+            text += f"; trains the rows of {told} in {_listed(self.settings[KEY])}"
         reasons: dict[str, list[str]] = {}
         for name, why in self.left_out.items():
             reasons.setdefault(why, []).append(name)
@@ -67,8 +66,7 @@ class Targets:
 
 def _listed(names: Collection[str]) -> str:
     """The last parts of names, of a number in a list with its parent."""
-    short = sorted({_short(name) for name in names})
-    return ", ".join(short[:_SHOWN]) + (f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else "")
+    return listed(sorted({_short(name) for name in names}), _SHOWN)
 
 
 def _short(name: str) -> str:
