@@ -77,7 +77,12 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="Schedule of the learning rate."),
     ] = "cosine"
     warmup: Annotated[
-        float, Meta(ge=0, le=HUGE, description="Warm-up: a share of all steps when below 1, else a number of steps.")
+        float,
+        Meta(
+            ge=0,
+            le=HUGE,
+            description="Warm-up: a share of all steps when below 1, rounded down, else a number of steps; not all.",
+        ),
     ] = 0.03
     optimizer: Annotated[
         Literal["adamw", "adamw-8bit", "paged-adamw-8bit"],

@@ -164,8 +164,9 @@ def _prove(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> Ou
     config = config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-    scales = {1.0, *([1 / divisor] if divisor else []), *([float(factor)] if factor else [])}
-    heads = [OutputHead(module, scale, c) for scale in scales for c in dict.fromkeys((None, cap))]
+    scales = [*([1 / divisor] if divisor else []), *([float(factor)] if factor else []), 1.0]
+    # What the configuration names comes first: small logits would fit without a cap as well, and larger ones not.
+    heads = [OutputHead(module, scale, c) for scale in dict.fromkeys(scales) for c in dict.fromkeys((cap, None))]
     short = {name: value for name, value in arguments.items() if name not in ("position_ids", "logits_to_keep")}
     short["input_ids"] = arguments["input_ids"][:, :_PROOF_TOKENS]
     if "segment_lengths" in short:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Olmo2Config, SmolLM3Config
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Olmo2Config, OlmoConfig, SmolLM3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.data import IGNORED, Example, collate
@@ -26,13 +26,16 @@ CONFIGS: dict[str, Any] = {
     "granite": GraniteConfig(**SIZES),
     "smollm3, a layer without positions": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
     "olmo2": Olmo2Config(**SIZES),
+    "olmo, limited": OlmoConfig(**SIZES, clip_qkv=6.0),
 }
 FUSED = {
     "llama": 9, "mistral": 9, "qwen2": 9, "qwen3": 13, "llama with biases": 9, "granite": 9,
-    "smollm3, a layer without positions": 8, "olmo2": 11, "gemma": 2, "gpt2": 0, "phi3": 5, "neox": 0,
+    "smollm3, a layer without positions": 8, "olmo2": 11, "olmo, limited": 2, "gemma": 2, "gpt2": 0, "phi3": 5,
+    "neox": 0,
 }  # fmt: skip
 """Of two layers: attention, MLP, and norms, with those of q and k. OLMo 2 norms queries before they are parted in
-heads, Gemma's weights of norms begin at zero and its MLP has another activation, Phi 3 has joined projections."""
+heads, OLMo limits queries, keys and values,
+Gemma's weights of norms begin at zero and its MLP has another activation, Phi 3 has joined projections."""
 
 
 def examples() -> list[Example]:
@@ -90,6 +93,21 @@ def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None
     assert model.training
     assert same(computed(model), computed(exact))
     assert same(computed(model), computed(exact)), "a second step finds nothing written over"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_training_makes_larger_is_computed_as_before(name: str, models: Any) -> None:
+    model = adapted(name, models)
+    choose_layout(model, examples(), longest=70)
+    exact = copy.deepcopy(model).double()
+    add_in_place(model)
+    assert fuse(model) == FUSED[name]
+    with torch.no_grad():
+        for grown in (model, exact):
+            for parameter in grown.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(3)
+    assert abs(computed(model)[0] - (loss := computed(exact)[0])) <= 1e-4 * loss, "no limit is left out"
 
 
 @pytest.mark.parametrize("name", FUSED)

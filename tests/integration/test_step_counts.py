@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from stackctl.core.train_job import TrainJob
+from stackctl.engine.training.trainer import _warmup_steps
 from stackctl.jobs.job import optimizer_steps
 
 
@@ -28,3 +29,8 @@ def test_it_is_trainers(tmp_path: object) -> None:
         wanted = trainer.set_initial_training_values(arguments, loader)[-1]
         job = TrainJob(data="x", batch_size=batch, gradient_accumulation=accumulation, epochs=epochs)
         assert optimizer_steps(job, rows, 1) == wanted, (rows, batch, accumulation, epochs)
+
+
+def test_a_share_of_steps_is_rounded_down_and_some_are_left() -> None:
+    wanted = {(0.03, 18): 0, (0.03, 100): 3, (0.29, 100): 29, (0.57, 100): 57, (0.9, 1): 0, (5, 40): 5, (40, 40): 39}
+    assert {(share, n): _warmup_steps(TrainJob(data="x", warmup=share), n) for share, n in wanted} == wanted

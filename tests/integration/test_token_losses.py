@@ -83,6 +83,16 @@ def test_the_chunks_come_to_the_whole(name: str, targets: list[str]) -> None:
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
+def test_a_cap_counts_however_small_the_logits_are_that_it_is_looked_at_with() -> None:
+    model, inputs = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8)).eval(), batch()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn(model.lm_head.weight.shape) * 1e-3)
+        supervised_token_losses(model, inputs)
+        model.lm_head.weight.mul_(1e5)  # a stack with a LoRA on the head, folded into the same model
+        found = supervised_token_losses(model, inputs).losses
+        assert torch.allclose(found, whole(model, inputs), rtol=1e-5)
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_under_autocast_too(targets: list[str]) -> None:
     adapted = get_peft_model(make("plain"), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))

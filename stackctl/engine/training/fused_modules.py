@@ -2,9 +2,9 @@
 
 transformers writes norms, rotary positions and gated MLPs as chains of small operators, each of which is a pass over a
 tensor of the row. :func:`fuse` gives a module of Llama's kind a forward of our own, after both have been run on a few
-random tokens and have agreed in outputs and gradients. Whatever differs keeps its own, and so does every call that is
-not a plain step of training, in float32 or under autocast: no gradients, a cache, dropout, another adapter, one that is
-switched off.
+random tokens, small and large ones, and have agreed in outputs and gradients. Whatever differs keeps its own, and so
+does every call that is not a plain step of training, in float32 or under autocast: no gradients, a cache, dropout,
+another adapter, one that is switched off.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from stackctl.engine.training.fused_products import Product, apply_gated_mlp, ap
 from stackctl.engine.training.lora_sum import is_plain
 
 _TOKENS = 6
+_SIZES = (1e-3, 1.0, 1e3)
+"""Of the random values: a limit that OLMo puts on queries, keys and values shows with large ones, an epsilon elsewhere
+in a norm with small ones."""
 _TOLERANCE = 1e-4
 _PROBE = "stackctl_probe"
 Forward = Callable[..., Any]
@@ -45,7 +48,7 @@ def fuse(model: PeftModel) -> int:
     return count
 
 
-def _try(module: Any, make: Callable[[Any], Forward], probe: Callable[[Any], list[Tensor]]) -> bool:
+def _try(module: Any, make: Callable[[Any], Forward], probe: Callable[[Any, float], list[Tensor]]) -> bool:
     """Give a module the forward that ``make`` makes for it, if it agrees with its own."""
     if "forward" in module.__dict__:  # somebody's already
         return False
@@ -53,10 +56,10 @@ def _try(module: Any, make: Callable[[Any], Forward], probe: Callable[[Any], lis
     try:
         module.train()
         with torch.random.fork_rng(devices=[]):
-            expected = probe(module)
+            expected = [probe(module, size) for size in _SIZES]
             module.forward = make(module)
-            found = probe(module)
-        if all(_agree(*pair) for pair in zip(found, expected, strict=True)):
+            found = [probe(module, size) for size in _SIZES]
+        if all(_agree(*pair) for both in zip(found, expected, strict=True) for pair in zip(*both, strict=True)):
             return True
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         pass
@@ -142,7 +145,7 @@ def _handed(module: Any) -> dict[str, Any]:
         ValueError: there is dropout in it.
     """
     seen: list[dict[str, Any]] = []
-    _probe_attention(module, seen)
+    _probe_attention(module, 1.0, seen)
     if seen[0].get("dropout"):
         raise ValueError("attention with dropout")
     return seen[0]
@@ -188,17 +191,17 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _probe_rows(module: Any) -> list[Tensor]:
-    """Output and gradients of a module of rows (1, T, d)."""
+def _probe_rows(module: Any, size: float) -> list[Tensor]:
+    """Output and gradients of a module of rows (1, T, d) whose values have that size."""
     norm = getattr(module, "weight", None)
     width = len(norm) if norm is not None else module.gate_proj.in_features
-    x = _random(1, _TOKENS, width).requires_grad_()
+    x = (_random(1, _TOKENS, width) * size).requires_grad_()
     with torch.enable_grad():
         return _with_gradients(module, module(x), x)
 
 
-def _probe_attention(module: Any, seen: list[dict[str, Any]] | None = None) -> list[Tensor]:
-    """Output and gradients of an attention module in which every token sees itself alone."""
+def _probe_attention(module: Any, size: float, seen: list[dict[str, Any]] | None = None) -> list[Tensor]:
+    """The same of an attention module in which every token sees itself alone."""
 
     def itself(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
@@ -208,7 +211,7 @@ def _probe_attention(module: Any, seen: list[dict[str, Any]] | None = None) -> l
         groups = query.shape[1] // key.shape[1]
         return (query * repeat_kv(key, groups) + repeat_kv(value, groups)).transpose(1, 2), None
 
-    x = _random(1, _TOKENS, module.q_proj.in_features).requires_grad_()
+    x = (_random(1, _TOKENS, module.q_proj.in_features) * size).requires_grad_()
     angles = _random(1, _TOKENS, module.head_dim // 2, seed=1).repeat(1, 1, 2)
     name = module.config._attn_implementation
     AttentionInterface.register(_PROBE, itself)

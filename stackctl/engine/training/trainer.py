@@ -276,5 +276,5 @@ def training_arguments(
 
 def _warmup_steps(job: TrainJob, steps: int) -> int:
     """Steps of rising rate, always fewer than there are: a run of one step that only warmed up would learn nothing."""
-    wanted = int(job.warmup) if job.warmup >= 1 else math.floor(job.warmup * steps)
+    wanted = int(job.warmup) if job.warmup >= 1 else math.floor(job.warmup * steps + 1e-9)  # 0.29 of 100 is 29
     return min(wanted, steps - 1)
