@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.generation.prefix_cache import new_cache
-from stackctl.engine.generation.products import product
+from stackctl.engine.generation.products import pack, product
 from stackctl.engine.generation.running_rows import RunningRows
 from stackctl.engine.models import StackedModel
 
@@ -60,6 +59,10 @@ class PlainDecoder:
             hidden = layer(hidden, turn, rows, number)
         return self._head(self._norm(hidden)).float()
 
+    def pack(self) -> None:
+        """Have many rows computed more quickly from now on, for more memory; see :func:`products.pack`."""
+        pack([self._head, *(one for layer in self._layers for one in layer.products)])
+
     def _turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (rows, 1, head width) of positions; the first half of the sine is negative, as
         ``rotate_half`` has it."""
@@ -71,16 +74,15 @@ class PlainDecoder:
 class _Layer:
     def __init__(self, layer: Any) -> None:
         own, mlp = layer.self_attn, layer.mlp
-        self._to_query, self._to_key, self._to_value, self._out = map(
-            product, (own.q_proj, own.k_proj, own.v_proj, own.o_proj)
-        )
-        self._gate, self._up, self._down = map(product, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        linear = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.products = [product(module) for module in linear]
+        self._to_query, self._to_key, self._to_value, self._out, self._gate, self._up, self._down = self.products
         self._act = mlp.act_fn
         self._before, self._behind = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self._query_norm, self._key_norm = (
             _norm(getattr(own, name)) if hasattr(own, name) else None for name in ("q_norm", "k_norm")
         )
-        self._groups, self._width, self._scale = own.num_key_value_groups, own.head_dim, own.scaling
+        self._width, self._scale = own.head_dim, own.scaling
 
     def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], rows: RunningRows, number: int) -> Tensor:
         count, width = len(hidden), self._width
@@ -93,14 +95,7 @@ class _Layer:
         heads = query.shape[1]
         both = torch.cat((query, key), 1)
         both = torch.addcmul(both * turn[0], both.roll(width // 2, -1), turn[1])
-        keys, values = rows.write(number, both[:, heads:], value)
-        # The heads of a group are the queries of their one key, those of all new tokens one after another.
-        query = both[:, :heads].view(count, -1, self._groups, width)
-        if rows.tokens > 1:
-            query = query.unflatten(0, (-1, rows.tokens)).transpose(1, 2).flatten(2, 3)
-        seen = functional.scaled_dot_product_attention(query, keys, values, rows.mask, scale=self._scale)
-        if rows.tokens > 1:
-            seen = seen.unflatten(2, (rows.tokens, -1)).transpose(1, 2)
+        seen = rows.attend(number, both[:, :heads], both[:, heads:], value, self._scale)
         hidden = hidden + self._out(seen.reshape(count, heads * width))
         normed = self._behind(hidden)
         return hidden + self._down(self._act(self._gate(normed)) * self._up(normed))

@@ -1,43 +1,113 @@
-"""Products of a few rows with a weight, at hardly more than the time in which the weight is read."""
+"""Products of rows with a weight, at hardly more than the time in which the weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stackctl.machine.resources import main_memory
+
 _FEWEST, _MOST = 4, 12
 """Rows from and up to which blocks are the quicker way: below it BLAS reads the weight once as well, above it packs it
 for more rows than that costs."""
 _BLOCK = 32
+_PACKED_FOR = 32
+"""Rows that a weight is packed for; it is right for any number, and measured for 13 to 64."""
+
+
+class Product:
+    """What a plain linear module makes of rows (rows, in): (rows, out), by the weight that it had when this was made.
+
+    BLAS copies a weight into its own order before it multiplies, which takes longer than a product with a few rows;
+    small matrices it leaves as they are, so a few rows are multiplied with the weight block by block, in one batched
+    call. For more rows the weight may be packed once and for all, see :func:`pack`. Hooks on the module count.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = module
+        self.weight: Tensor = module.weight.detach()  # (out, in)
+        self._bias = None if module.bias is None else module.bias.detach()
+        self._turned, self._blocks = self.weight.t(), _blocks(self.weight)
+        self.packed: Tensor | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        module = self._module
+        if module._forward_pre_hooks or module._forward_hooks_with_kwargs:
+            called: Tensor = module(rows)
+            return called
+        made = self._multiply(rows)
+        for hook in module._forward_hooks.values():
+            changed = hook(module, (rows,), made)
+            made = made if changed is None else changed
+        return made
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        count, bias = len(rows), self._bias
+        if self._blocks is not None and _FEWEST <= count <= _MOST:
+            made = torch.bmm(rows.expand(len(self._blocks), -1, -1), self._blocks).transpose(0, 1).reshape(count, -1)
+        elif self.packed is not None and count > _MOST:
+            made = _by_packed(rows, self.packed, self.weight)
+        elif bias is None:
+            return torch.mm(rows, self._turned)
+        else:
+            return torch.addmm(bias, rows, self._turned)
+        return made if bias is None else made.add_(bias)
 
 
 def product(module: Any) -> Callable[[Tensor], Tensor]:
-    """What a linear module makes of rows (rows, in): (rows, out), by the weight that it has now.
+    """The quickest way to what a linear module makes of rows; one that is not plain is called as it is."""
+    if type(module) is nn.Linear and "forward" not in vars(module):
+        return Product(module)
+    called: Callable[[Tensor], Tensor] = module
+    return called
 
-    A plain linear module is one operator. BLAS copies a weight into its own order before it multiplies, which takes
-    longer than a product with a few rows; small matrices it leaves as they are, so a few rows are multiplied with the
-    weight block by block, in one batched call. Whatever else the module is, or has attached to it, is called as it is.
+
+def pays_packed(rows: int) -> bool:
+    """Whether products of so many rows are quicker with a packed weight."""
+    return rows > _MOST
+
+
+def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
+    """Keep the weights in MKL's own order, too, as :func:`pays_packed` says for how many rows: as much memory again.
+
+    Nothing is done where this is not to be had (another BLAS, half precision), or would take more than a quarter of the
+    free memory.
     """
-    if type(module) is not nn.Linear or "forward" in vars(module):
-        called: Callable[[Tensor], Tensor] = module
-        return called
-    weight: Tensor = module.weight.detach()  # (out, in)
-    bias = None if module.bias is None else module.bias.detach()
-    turned, blocks = weight.t(), _blocks(weight)
+    plain = [one for one in products if isinstance(one, Product) and one.packed is None and _can_pack(one.weight)]
+    if sum(one.weight.nbytes for one in plain) > main_memory().available // 4:
+        return
+    for one in plain:
+        one.packed = torch.ops.mkl._mkl_reorder_linear_weight(one.weight, _PACKED_FOR)
 
-    def multiply(rows: Tensor) -> Tensor:
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooked: Tensor = module(rows)
-            return hooked
-        if blocks is not None and _FEWEST <= len(rows) <= _MOST:
-            made = torch.bmm(rows.expand(len(blocks), -1, -1), blocks).transpose(0, 1).reshape(len(rows), -1)
-            return made if bias is None else made.add_(bias)
-        return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
 
-    return multiply
+def _can_pack(weight: Tensor) -> bool:
+    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    return known and torch.backends.mkl.is_available() and _is_right(*weight.shape)
+
+
+@functools.cache
+def _is_right(out: int, width: int) -> bool:
+    """Whether packed weights of this shape give right products: these are PyTorch's operators for its own compiler,
+    which packs for one number of rows; MKL's manual does not say that others are right, or wrong."""
+    try:
+        weight = torch.linspace(-1, 1, out * width).sin().view(out, width)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, _PACKED_FOR)
+        for count in (_MOST + 1, _PACKED_FOR - 1, _PACKED_FOR, 2 * _PACKED_FOR + 1):
+            rows = torch.linspace(-1, 1, count * width).cos().view(count, width)
+            if not torch.allclose(_by_packed(rows, packed, weight), rows @ weight.t(), rtol=1e-4, atol=1e-3):
+                return False
+    except (AttributeError, RuntimeError):  # this PyTorch has no such operators
+        return False
+    return True
+
+
+def _by_packed(rows: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = torch.ops.mkl._mkl_linear(rows, packed, weight, None, len(rows))
+    return made
 
 
 def _blocks(weight: Tensor) -> Tensor | None:

@@ -3,42 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stackctl.engine.generation.neighbours import neighbours
+
 _MORE_COLUMNS = 128
+_TOO_MANY = 4
+"""Times as many columns as are needed, from which on memory is given back."""
+_MOVED = 4
+"""Columns that are attended to in the time in which one is moved."""
 
 
 class Decoder(Protocol):
-    """What computes the rows; ``groups`` is how many heads see one key."""
+    """What computes the rows; ``groups`` is how many heads see one key, ``checks_drafts`` whether several tokens of a
+    row may be computed in one step."""
+
+    checks_drafts: bool
 
     @property
     def groups(self) -> int: ...
     def read(self, ids: Tensor, cache: DynamicCache, last: Sequence[int]) -> Tensor: ...
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor: ...
+    def pack(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Rows that attend in one call. ``seen``: keys and values of each layer (rows, heads, columns, head width);
+    ``mask`` (rows, 1, heads of a group · tokens, columns) is added: 0, or -inf; None where all of it is theirs."""
+
+    seen: Sequence[Tensor]
+    mask: Tensor | None
 
 
 class RunningRows:
-    """Keys and values of rows that join and leave, each from column 0 on.
+    """Keys and values of rows that join and leave, up to so many ``places``, each from column 0 on.
 
-    In a step every row has the same number of new ``tokens``. ``positions`` (rows · tokens) are their columns, ``mask``
-    (rows, 1, tokens · heads of a group, columns) is added to what they see: 0, or -inf; None where it is everything.
+    In a step every row has the same number of new ``tokens``; ``positions`` (rows · tokens) are their columns.
     """
+
+    mode = torch.inference_mode
 
     def __init__(self, decoder: Decoder, places: int) -> None:
         self._decoder, self._places = decoder, places
+        self.checks_drafts = decoder.checks_drafts
         self._lengths: list[int] = []
-        self._memory = torch.empty(0, 2, places, 0, 0, 0)  # (layers, 2, places, heads, columns, head width)
+        self._memory = torch.empty(0, 2, 0, 0, 0, 0)  # (layers, 2, rows, heads, columns, head width)
         self._at: Tensor | None = None
-        self._seen: Sequence[Tensor] = ()
         self._into: Sequence[Tensor] = ()
-        self.tokens = 1
+        self._counts: list[int] = []
+        self._calls: list[_Together] = []
+        self._loss, self._lost = 0, 0
         self.positions = torch.empty(0, dtype=torch.long)
-        self.mask: Tensor | None = None
+        self.tokens = 1
 
     def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
         """Add rows; returns the logits (rows, vocabulary) behind them. ``cache`` has the beginning of a single one."""
@@ -47,38 +71,48 @@ class RunningRows:
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))][known:] for prompt in prompts])
         logits = self._decoder.read(ids, cache, [len(prompt) - known - 1 for prompt in prompts])
         held = [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
-        self._make_room(width, len(held), held[0][0])
+        self._make_room(first + len(prompts), width, held[0][0].expand(len(held), 2, -1, -1, -1, -1))
         for memory, both in zip(self._memory, held, strict=True):
             for to, new in zip(memory, both, strict=True):
                 to[first : first + len(prompts), :, :width] = new
         self._lengths += map(len, prompts)
+        self._counts = []
         return logits
 
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """One more token of every row, and guesses of those behind it, as many in each row; returns the logits
         (rows, tokens, vocabulary) behind them. Only the first is kept, and with :meth:`keep` those that were right."""
-        count, self.tokens = len(tokens), len(tokens[0])
-        longest, shortest = max(self._lengths), min(self._lengths)
-        columns = longest + self.tokens
-        self._make_room(columns, len(self._memory), self._memory)
+        self.tokens = len(tokens[0])
+        self._make_room(len(tokens), max(self._lengths) + self.tokens, self._memory)
         positions = torch.tensor(self._lengths)[:, None] + torch.arange(self.tokens)  # (rows, tokens)
         self.positions = positions.flatten()
-        self.mask = None
-        if columns > shortest + 1:
-            seen = torch.arange(columns) <= positions[..., None]  # (rows, tokens, columns)
-            mask = torch.zeros(seen.shape, dtype=self._memory.dtype).masked_fill_(~seen, float("-inf"))
-            self.mask = mask.repeat_interleave(self._decoder.groups, 1)[:, None]
-        self._cut(positions, longest, longest > shortest)
+        self._cut(positions)
         logits = self._decoder.step(torch.tensor(tokens).flatten(), self)
         self._lengths = [length + 1 for length in self._lengths]
-        return logits.view(count, self.tokens, -1)
+        return logits.view(len(tokens), self.tokens, -1)
 
     def keep(self, row: int) -> None:
         """One more of the guesses of the last step belongs to a row's text."""
         self._lengths[row] += 1
+        self._counts = []
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (rows · tokens, heads, head width) behind each row; returns all that the layer has."""
+    def order(self) -> Sequence[int]:
+        """Before a step: put the rows in the order of their lengths, when what was attended to in vain since the last
+        time costs as much as that; returns which row is now at each place."""
+        self._group()
+        self._lost += self._loss
+        if self._lost <= _MOVED * sum(self._lengths):
+            return range(len(self._lengths))
+        order = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
+        self._lengths = [self._lengths[row] for row in order]
+        for layer in self._memory:
+            layer[:, : len(order), :, : self._lengths[-1]] = layer[:, order, :, : self._lengths[-1]]
+        self._counts, self._lost = [], 0
+        return order
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Put keys and values (rows · tokens, heads, head width) behind each row; returns what the queries, of more
+        heads, take from all that the layer has."""
         keys, values = 2 * layer, 2 * layer + 1
         for number, new in ((keys, key), (values, value)):
             if self._at is not None:
@@ -87,7 +121,19 @@ class RunningRows:
                 self._into[number].copy_(new)
             else:
                 self._into[number].copy_(new.unflatten(0, (-1, self.tokens)).transpose(1, 2))
-        return self._seen[keys], self._seen[values]
+        # The heads of a group are the queries of their one key, those of all new tokens one after another.
+        query = query.view(len(query), -1, self._decoder.groups, query.shape[-1])
+        if self.tokens > 1:
+            query = query.unflatten(0, (-1, self.tokens)).transpose(1, 2).flatten(2, 3)
+        queries = query.split(self._counts) if len(self._calls) > 1 else [query]
+        found = [
+            functional.scaled_dot_product_attention(own, one.seen[keys], one.seen[values], one.mask, scale=scale)
+            for own, one in zip(queries, self._calls, strict=True)
+        ]
+        seen = torch.cat(found) if len(found) > 1 else found[0]
+        if self.tokens > 1:
+            seen = seen.unflatten(2, (self.tokens, -1)).transpose(1, 2)
+        return seen
 
     def leave(self, row: int) -> None:
         """A row leaves, and the last one takes its place."""
@@ -95,6 +141,11 @@ class RunningRows:
         if row < len(self._lengths):
             self._lengths[row] = last
             self._memory[:, :, row, :, :last] = self._memory[:, :, len(self._lengths), :, :last]
+        self._counts = []
+
+    def pack(self) -> None:
+        """Many rows, and many steps, are to come."""
+        self._decoder.pack()
 
     def hand_over(self, cache: DynamicCache) -> int:
         """Let a cache hold what the only row has by now; returns how many tokens that are."""
@@ -103,32 +154,60 @@ class RunningRows:
             layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
         return length
 
-    def _cut(self, positions: Tensor, longest: int, uneven: bool) -> None:
-        """Views of the memory for a step, made at once for all layers, keys and values of each: what is seen (rows,
-        heads, columns, head width), and where the new ones go: (rows, heads, tokens, head width), without the tokens
-        where there is one. Rows of unlike length go to places (rows · tokens · heads) of (all columns, head width).
+    def release(self) -> None:
+        """No row is left, and none is about to come: give the memory back."""
+        self._memory = self._memory.new_empty(0, 2, 0, 0, 0, 0)
+
+    def _group(self) -> None:
+        """Decide which rows attend together, if they are others than in the last step."""
+        if not self._counts:
+            width = self._memory.shape[3] * self._memory.shape[5]
+            self._counts, cost = neighbours(self._lengths, width)
+            self._loss = cost - neighbours(sorted(self._lengths), width)[1]
+
+    def _cut(self, positions: Tensor) -> None:
+        """Views of the memory for a step, made at once for all layers, keys and values of each: what is seen, and where
+        the new ones go: (rows, heads, tokens, head width), without the tokens where there is one. Rows of unlike length
+        go to places (rows · tokens · heads) of (all columns, head width).
         """
+        self._group()
         count, heads, columns = len(positions), *self._memory.shape[3:5]
-        both = self._memory.flatten(0, 1)
-        seen = both[:, :count, :, : longest + self.tokens]
-        self._seen = seen.unbind()
-        if uneven:
+        both, first = self._memory.flatten(0, 1), 0
+        self._calls = []
+        for size in self._counts:
+            rows = slice(first, first := first + size)
+            longest = max(self._lengths[rows]) + self.tokens
+            hides = longest > min(self._lengths[rows]) + 1
+            mask = self._mask(positions[rows], longest) if hides else None
+            self._calls.append(_Together(both[:, rows, :, :longest].unbind(), mask))
+        longest = max(self._lengths)
+        if longest > min(self._lengths):
             begin = torch.arange(count * heads).view(count, 1, heads) * columns
             self._at = (begin + positions[..., None]).flatten()
             self._into = both.flatten(1, 3).unbind()
         else:
-            new = seen[:, :, :, longest:]
+            new = both[:, :count, :, longest : longest + self.tokens]
             self._at, self._into = None, (new.squeeze(3) if self.tokens == 1 else new).unbind()
 
-    def _make_room(self, columns: int, layers: int, like: Tensor) -> None:
-        """For so many columns, of heads as in ``like`` (…, heads, columns, head width). What the mask hides has to be
-        a number, too: zeros."""
-        held = self._memory.shape[4]
-        if held >= columns:
+    def _mask(self, positions: Tensor, columns: int) -> Tensor:
+        """What hides the columns behind each of new tokens (rows, tokens)."""
+        seen = torch.arange(columns) <= positions[..., None]  # (rows, tokens, columns)
+        mask = torch.zeros(seen.shape, dtype=self._memory.dtype).masked_fill_(~seen, float("-inf"))
+        return mask.repeat_interleave(self._decoder.groups, 1)[:, None]
+
+    def _make_room(self, rows: int, columns: int, like: Tensor) -> None:
+        """For so many rows and columns, of layers, heads and head width as in ``like``, at least. What the mask hides
+        has to be a number, too: zeros."""
+        own, held = self._memory.shape[2], self._memory.shape[4]
+        if own >= rows and columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
             return
-        heads, width = like.shape[-3], like.shape[-1]
-        columns += max(_MORE_COLUMNS, columns // 2)
-        made = like.new_zeros(layers, 2, self._places, heads, columns, width)
-        if held:
-            made[..., :held, :] = self._memory
+        if own < rows:
+            own = min(self._places, max(rows, 2 * own))
+        if not columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
+            held = columns + max(_MORE_COLUMNS, columns // 2)
+        layers, _, _, heads, _, width = like.shape
+        made = like.new_zeros(layers, 2, own, heads, held, width)
+        kept, longest = len(self._lengths), max(self._lengths, default=0)
+        if kept:
+            made[:, :, :kept, :, :longest] = self._memory[:, :, :kept, :, :longest]
         self._memory = made

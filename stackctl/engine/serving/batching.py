@@ -1,27 +1,27 @@
 """A batch that runs on while answers begin and end in it: one thread, one base, any stacks.
 
 transformers' continuous batching keeps its own paged cache and its own attention, and takes no adapter a row; here the
-rows of a left-padded batch are told apart by :mod:`stackctl.engine.serving.row_adapters`. A stack that is no plain sum
-waits until the batch is empty, is folded, and answers alone.
+rows of a batch are told apart by :mod:`stackctl.engine.serving.row_adapters`. A stack that is no plain sum waits until
+the batch is empty, is folded, and answers alone.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from transformers import DynamicCache
-
 from stackctl.engine.generation.answering import write_answers
+from stackctl.engine.generation.batch import Batch, alike
 from stackctl.engine.generation.logprobs import TokenBytes
+from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
+from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.serving.requests import Engine, Limits
-from stackctl.engine.serving.row_adapters import RowAdapters, row_weights
-from stackctl.engine.serving.row_cache import RowCache, can_batch
+from stackctl.engine.serving.row_adapters import RowAdapters, RowWeights, row_weights
 from stackctl.engine.serving.rows import BatchRow
 from stackctl.plan.model import StackPlan
+
+_BASE: RowWeights = {}
 
 
 class BatchingEngine(Engine[BatchRow]):
@@ -35,9 +35,7 @@ class BatchingEngine(Engine[BatchRow]):
         self._adapters = RowAdapters(stacked.model, self.limits.adapters)
         self._spell = TokenBytes(stacked.tokenizer)
         self._batches = can_batch(stacked)
-        self._keeps_one = "logits_to_keep" in inspect.signature(stacked.model.forward).parameters
-        self._rows: list[BatchRow] = []
-        self._cache = RowCache()
+        self._batch: Batch[BatchRow] | None = None
         self._thread.start()
 
     @property
@@ -68,35 +66,54 @@ class BatchingEngine(Engine[BatchRow]):
                     self._step()
         self._stopped(self._rows)
 
+    @property
+    def _rows(self) -> list[BatchRow]:
+        return self._batch.rows if self._batch else []
+
     def _wait(self) -> bool:
         with self._changed:
+            if self._batch and not (self._waiting or self._rows):
+                self._batch.release()
             self._changed.wait_for(lambda: self._closed or self._waiting or self._rows)
             return not self._closed
 
-    def _next(self) -> BatchRow | None:
-        """The row at the head of the queue, if it may begin now; one that has to be folded waits for an empty batch."""
+    def _next(self, joining: int) -> BatchRow | None:
+        """The row at the head of the queue, if it may begin now, beside so many that are about to; one that has to be
+        folded waits for an empty batch."""
         with self._changed:
             while self._waiting:
-                head = self._waiting[0]
+                head, running = self._waiting[0], len(self._rows) + joining
                 if head.cancelled.is_set():
                     self._waiting.popleft().end(None)
-                elif len(self._rows) >= self.limits.rows or (head.weights is None and self._rows):
+                elif running >= self.limits.rows or (head.weights is None and running):
                     return None
                 else:
                     return self._waiting.popleft()
         return None
 
     def _admit(self) -> None:
-        while (row := self._next()) is not None:
+        """Let rows begin, those whose prompts are of like length together."""
+        joining: list[BatchRow] = []
+        while (row := self._next(len(joining))) is not None:
             try:
                 if row.weights is None:
                     self._answer_folded(row)
                 else:
-                    self._join(row)
+                    in_use = {digest for other in (*self._rows, *joining) for digest in other.weights or ()}
+                    self._adapters.load(row.plan, in_use)
+                    joining.append(row)
             except Exception as error:
                 row.end(error)
+        for group in alike(joining):
+            try:
+                self._running().join(group)
+            except Exception as error:
+                for row in group:
+                    row.end(error)
+        self._drop()
 
     def _answer_folded(self, row: BatchRow) -> None:
+        self._batch = None  # it computes with the weights that the model has now
         self._adapters.set_rows([])
         if self._stacked.plan is not row.plan:
             self._stacked.use(row.plan)
@@ -105,61 +122,27 @@ class BatchingEngine(Engine[BatchRow]):
         write_answers([row.answer], [row.ids], [row.seed], self._stacked, sampling)
         row.end(None)
 
-    def _join(self, row: BatchRow) -> None:
-        if self._stacked.plan is not None:
-            self._stacked.restore()
-        assert row.weights is not None
-        in_use = {digest for other in self._rows for digest in other.weights or ()}
-        self._adapters.load(row.plan, in_use)
-        self._adapters.set_rows([row.weights])
-        cache = DynamicCache()
-        ids = torch.tensor([row.ids], device=self._stacked.device)
-        positions = torch.arange(len(row.ids), device=self._stacked.device)[None]
-        logits = self._forward(ids, torch.ones_like(ids), positions, cache, first=True)
-        row.choose(logits[0])
-        if row.answer.stop:
-            row.end(None)
-            return
-        self._cache.join(cache, len(row.ids))
-        self._rows.append(row)
+    def _running(self) -> Batch[BatchRow]:
+        """The batch, on the base alone."""
+        if self._batch is None:
+            if self._stacked.plan is not None:
+                self._stacked.restore()
+            decoder = plain_decoder(self._stacked)
+            kept = decoder.rows(self.limits.rows) if decoder else PaddedRows(self._stacked.model)
+            self._batch = Batch(kept, lambda rows: self._adapters.set_rows([row.weights or _BASE for row in rows]))
+        return self._batch
 
     def _step(self) -> None:
         """One more token for every row."""
         try:
-            self._adapters.set_rows([row.weights or {} for row in self._rows])
-            cache, mask, positions = self._cache.open(self._stacked.device)
-            ids = torch.tensor([[row.chosen[-1]] for row in self._rows], device=self._stacked.device)
-            logits = self._forward(ids, mask, positions, cache)
-            self._cache.close(cache)
-            for row, own in zip(self._rows, logits, strict=True):
-                try:
-                    row.choose(own)
-                except Exception as error:  # of this row, and no other
-                    row.failed = error
+            self._running().step()
         except Exception as error:
             for row in self._rows:
                 row.end(error)
-            self._rows, self._cache = [], RowCache()
-            return
+            self._batch = None
         self._drop()
-
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, first: bool = False
-    ) -> torch.Tensor:
-        keep = {"logits_to_keep": 1} if first and self._keeps_one else {}
-        made = self._stacked.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
-        )
-        logits: torch.Tensor = made.logits[:, -1].float()
-        return logits
 
     def _drop(self) -> None:
         """Rows that are finished, or that nobody waits for, leave."""
-        staying = [n for n, row in enumerate(self._rows) if not row.is_finished]
-        if len(staying) == len(self._rows):
-            return
-        for number, row in enumerate(self._rows):
-            if number not in staying:
-                row.end(row.failed)
-        self._cache.keep(staying)
-        self._rows = [self._rows[n] for n in staying]
+        for row in self._batch.leave() if self._batch else ():
+            row.end(row.failed)

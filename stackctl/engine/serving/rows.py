@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from stackctl.engine.generation.logits_processors import check_numbers, choose_token, processors
+from stackctl.engine.generation.drafts import Drafts
+from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.serving.requests import Row
 from stackctl.engine.serving.row_adapters import RowWeights
@@ -24,6 +23,7 @@ class BatchRow(Row):
 
     def __post_init__(self) -> None:
         self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
+        self.drafts = Drafts(self.ids)
 
     @property
     def made(self) -> int:
@@ -32,12 +32,3 @@ class BatchRow(Row):
     @property
     def is_finished(self) -> bool:
         return bool(self.answer.stop or self.failed or self.cancelled.is_set())
-
-    def choose(self, logits: Tensor) -> None:
-        """Take the next token by the logits (vocabulary) in float32.
-
-        Raises:
-            Incompatible: they are no numbers.
-        """
-        check_numbers(logits)
-        choose_token(self, logits, int(logits.argmax()))

@@ -1,0 +1,137 @@
+"""Answers that are written together, one more token of each in a step: rows join, and leave when they are finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from stackctl.engine.generation.drafts import Drafts
+from stackctl.engine.generation.logits_processors import ChoosingRow, are_numbers, choose_token
+from stackctl.engine.generation.logprobs import not_finite
+from stackctl.engine.generation.products import pays_packed
+
+_READ_AT_ONCE = 4096
+"""Tokens of prompts that go through the model in one call, a longer prompt apart."""
+_BEFORE_PACKING, _BEHIND_PACKING = 4, 16
+"""Steps of many rows that were made, and that are asked for, when weights are packed for them."""
+
+
+class KeptRows(Protocol):
+    """Keys and values of a batch, and the model that reads and goes on from them: :class:`RunningRows` of a decoder of
+    ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in."""
+
+    checks_drafts: bool
+
+    @property
+    def mode(self) -> Callable[[], contextlib.AbstractContextManager[object]]: ...
+    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor: ...
+    def order(self) -> Sequence[int]: ...
+    def step(self, tokens: Sequence[Sequence[int]]) -> Tensor: ...
+    def keep(self, row: int) -> None: ...
+    def leave(self, row: int) -> None: ...
+    def pack(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class WrittenRow(ChoosingRow, Protocol):
+    """An answer in the making, with guesses of what follows, and the error that ended it."""
+
+    drafts: Drafts
+    failed: Exception | None
+
+    @property
+    def is_finished(self) -> bool: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=WrittenRow)
+
+
+class Batch(Generic[AnyRow]):
+    """``before`` is told the rows of each pass of the model before it is made."""
+
+    def __init__(self, kept: KeptRows, before: Callable[[Sequence[AnyRow]], object] = lambda rows: None) -> None:
+        self._kept, self._before = kept, before
+        self._full_steps = 0
+        self.rows: list[AnyRow] = []
+
+    def join(self, rows: Sequence[AnyRow], cache: DynamicCache | None = None) -> None:
+        """Read prompts together, which should be of like length, and choose the first token of each answer. ``cache``
+        has the beginning of a single one."""
+        with self._kept.mode():
+            self._before(rows)
+            logits = self._kept.join([row.ids for row in rows], cache)
+            self.rows += rows
+            self._choose(rows, logits[:, None], [[] for _ in rows])
+
+    def step(self) -> None:
+        """The next token of every row; of a single one as many as its drafts have right."""
+        with self._kept.mode():
+            self._pack()
+            self.rows = [self.rows[number] for number in self._kept.order()]
+            self._before(self.rows)
+            guesses: list[list[int]] = [[] for _ in self.rows]
+            if len(self.rows) == 1 and self._kept.checks_drafts:
+                [row] = self.rows
+                guesses = [row.drafts.guess(row.limit - len(row.chosen) - 1)]
+            tokens = [[row.chosen[-1], *own] for row, own in zip(self.rows, guesses, strict=True)]
+            self._choose(self.rows, self._kept.step(tokens), guesses)
+
+    def leave(self) -> list[AnyRow]:
+        """Rows that are finished leave; in their order."""
+        done = []
+        with self._kept.mode():
+            for number in reversed(range(len(self.rows))):
+                row = self.rows[number]
+                if row.is_finished:
+                    done.append(row)
+                    self._kept.leave(number)
+                    last = self.rows.pop()
+                    if last is not row:
+                        self.rows[number] = last
+        return done[::-1]
+
+    def release(self) -> None:
+        """Nothing is about to join the empty batch: give its memory back."""
+        self._kept.release()
+
+    def _choose(self, rows: Sequence[AnyRow], logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
+        """The next token of each row by its logits (rows, tokens, vocabulary), and those behind it for as long as each
+        is what was guessed: then the logits behind the guess are those behind the text. What goes wrong ends its row.
+        """
+        finite, likeliest = are_numbers(logits).tolist(), logits.argmax(-1).tolist()
+        for number, (row, drafted) in enumerate(zip(rows, guesses, strict=True)):
+            begun = len(row.chosen)
+            try:
+                for place, guess in enumerate([*drafted, None]):
+                    if not finite[number][place]:
+                        raise not_finite()
+                    choose_token(row, logits[number, place], likeliest[number][place])
+                    if row.is_finished or row.chosen[-1] != guess:
+                        break
+                    self._kept.keep(number)
+                row.drafts.checked(len(drafted), row.chosen[begun:])
+            except Exception as error:
+                row.failed = error
+
+    def _pack(self) -> None:
+        self._full_steps += pays_packed(len(self.rows))
+        to_come = max(row.limit - len(row.chosen) for row in self.rows)
+        if self._full_steps >= _BEFORE_PACKING and pays_packed(len(self.rows)) and to_come >= _BEHIND_PACKING:
+            self._kept.pack()
+
+
+def alike(rows: Sequence[AnyRow]) -> Iterator[list[AnyRow]]:
+    """Rows in groups that are read at once, the shortest prompts first: none has much to be padded."""
+    group: list[AnyRow] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        length = len(row.ids)
+        if group and (length > len(group[0].ids) * 5 // 4 + 8 or length * (len(group) + 1) > _READ_AT_ONCE):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
