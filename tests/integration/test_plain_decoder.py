@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.generation import Sampling, generate, neighbours, running_rows
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records import Prompt
@@ -99,6 +99,52 @@ def test_logits_of_rows_that_join_and_leave_are_those_of_a_whole_pass(known: Any
         if step < 8 or step > 147:
             wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = known("qwen3")
+    config = stacked.model.config
+    monkeypatch.setattr(neighbours, "_CALL", 10 * config.num_key_value_heads * config.head_dim)
+    monkeypatch.setattr(running_rows, "_MOVED", 1)
+    rows = decoder_of(stacked).rows(8)
+    texts = [[(7 * row + at) % 50 for at in range(length)] for row, length in enumerate((40, 3, 90, 5, 41, 4, 88))]
+    rows.join(texts)
+    moved = 0
+    for step in range(1, 70):
+        order = list(rows.order())
+        assert sorted(order) == list(range(len(texts)))
+        moved += order != sorted(order)
+        texts = [texts[row] for row in order]
+        new = [step % 50 + row for row in range(len(texts))]
+        texts = [[*ids, token] for ids, token in zip(texts, new, strict=True)]
+        found = rows.step([[token] for token in new])[:, 0]
+        wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert len(rows._calls) > 1
+        if step == 20:
+            rows.leave(0)
+            texts[0] = texts.pop()
+    assert [len(ids) for ids in texts] == sorted(map(len, texts))
+    assert moved == 2, "when it has paid, and no more often"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = known(name)
+    prompts = [Prompt("word " * (number % 7 + 1) + str(number)) for number in range(20)]
+    packed, pack = [], PlainDecoder.pack
+
+    def counted(decoder: PlainDecoder) -> None:
+        pack(decoder)
+        packed.append(sum(getattr(one, "packed", None) is not None for one in decoder._layers[0].products))
+
+    monkeypatch.setattr(PlainDecoder, "pack", counted)
+    answers = list(generate(stacked, prompts, Sampling(max_new_tokens=40, raw=True)))
+    assert packed
+    assert set(packed) == {7 if torch.backends.mkl.is_available() else 0}
+    for answer in answers:
+        assert list(answer.ids) == own_answer(stacked, answer.asked, 40)[: len(answer.ids)]
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -10,6 +10,8 @@ import pytest
 
 from stackctl.core.errors import Usage
 from stackctl.engine.generation import Sampling, generate
+from stackctl.engine.generation.padded_rows import PaddedRows
+from stackctl.engine.generation.running_rows import RunningRows
 from stackctl.engine.records import Prompt
 from stackctl.engine.serving import BatchingEngine, Limits, QueueFull
 from stackctl.registry.planning import read_plan
@@ -74,6 +76,50 @@ def test_twenty_rows_of_five_stacks_at_once(filled, kind):
         for name, text, (rows, ended, errors) in asked:
             assert ended.wait(60) and not errors
             assert (rows[0].text, rows[0].stop, rows[0].new_tokens) == known[name, text], (name, text)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("llama", RunningRows), ("qwen3", RunningRows), ("gpt2", PaddedRows)])
+def test_prompts_of_like_length_are_read_together_and_plain_decoders_step_by_few_operators(
+    filled, kind, rows, monkeypatch
+):
+    filled_registry, read, steps = filled(kind), [], []
+    sampling = Sampling(max_new_tokens=24)
+    known = expected(filled_registry, sampling)
+    join, step = rows.join, rows.step
+    monkeypatch.setattr(
+        rows, "join", lambda self, prompts, *rest: read.append(len(prompts)) or join(self, prompts, *rest)
+    )
+    monkeypatch.setattr(rows, "step", lambda self, tokens: steps.append(len(tokens)) or step(self, tokens))
+    engine = BatchingEngine(filled_registry.load())
+    plans = {name: filled_registry.plan(name) for name in STACKS}
+    try:
+        with engine._changed:  # all of them wait before any begins
+            asked = [(name, answered(engine, plans[name], "Hi.", sampling)) for name in STACKS]
+        for name, (made, ended, errors) in asked:
+            assert ended.wait(60) and not errors
+            assert (made[0].text, made[0].stop, made[0].new_tokens) == known[name, "Hi."]
+    finally:
+        engine.close()
+    assert read == [5]
+    assert steps[0] == 5 and len(steps) < 24
+
+
+def test_a_single_answer_is_guessed_ahead(filled, monkeypatch):
+    filled_registry = filled("llama")
+    sampling = Sampling(max_new_tokens=200, raw=True)
+    stacked = filled_registry.load()
+    stacked.use(filled_registry.plan("style+tone:-1.5"))
+    prompt = Prompt("one two three, one two three, one two")
+    known = next(generate(stacked, [prompt], sampling))
+    engine, tokens, step = BatchingEngine(filled_registry.load()), [], RunningRows.step
+    monkeypatch.setattr(RunningRows, "step", lambda self, new: tokens.append(len(new[0])) or step(self, new))
+    try:
+        rows, ended, errors = answered(engine, filled_registry.plan("style+tone:-1.5"), prompt.text, sampling)
+        assert ended.wait(60) and not errors
+        assert (rows[0].text, rows[0].stop) == (known.text, known.stop)
+        assert max(tokens) > 1
     finally:
         engine.close()
 
