@@ -123,8 +123,8 @@ def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypat
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         assert len(rows._calls) > 1
         if step == 20:
-            rows.leave(0)
-            texts[0] = texts.pop()
+            rows.leave(1)
+            texts[1] = texts.pop()
     assert [len(ids) for ids in texts] == sorted(map(len, texts))
     assert moved == 2, "when it has paid, and no more often"
 
