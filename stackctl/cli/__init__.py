@@ -77,7 +77,7 @@ def main() -> None:
     from stackctl.render.output import prepare_streams, release_streams
 
     prepare_streams()
-    Current.output, Current.debug = make_output(), False
+    Current.output, Current.debug, Current.path = make_output(), False, "stackctl"
     try:
         with completing(os.environ):
             code = built_app(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
@@ -122,9 +122,7 @@ def _usage_error(error: Any) -> Usage:
     """What typer says of a command line, in the voice of all other errors."""
     message = reword_message(error.format_message())
     context: Any = getattr(error, "ctx", None)
-    typed = _typed_command()
-    named = f"stackctl {typed}" if typed in _COMMANDS else "stackctl"
-    hint = f"{context.command_path if context else named} --help"
+    hint = f"{context.command_path if context else Current.path} --help"
     if hasattr(error, "possibilities"):  # an option that there is not
         names = [name for p in context.command.get_params(context) for name in (*p.opts, *p.secondary_opts)]
         message, hint = f"there is no option {error.option_name}", did_you_mean(error.option_name, names, hint)

@@ -18,6 +18,7 @@ from stackctl.cli.common import (
     command,
     complete_bases,
 )
+from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.registry.store import Registry
@@ -78,7 +79,9 @@ def register(app: typer.Typer) -> None:
         from stackctl.registry.base_quantization import stored_scheme
 
         parse_name(name, "base name")
-        parse_source(name, source)  # what is wrong is said before anything heavy is loaded
+        kind, _ = parse_source(name, source)  # what is wrong is said before anything heavy is loaded
+        if revision is not None and kind != "hub":
+            raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
         registry = context.registry
         from stackctl.engine.base_files import make_base, tokenizer_note
         from stackctl.engine.base_folders import base_folder

@@ -19,6 +19,7 @@ from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
+from stackctl.storage.paths import typed_path
 
 if TYPE_CHECKING:
     from stackctl.registry.store import Registry
@@ -78,6 +79,8 @@ class Current:
 
     output = Output()
     debug = False
+    path = "stackctl"
+    """The command as it is typed, without its arguments."""
 
     @classmethod
     def parse(cls, command: Any, context: Any, words: list[str]) -> None:
@@ -86,6 +89,11 @@ class Current:
         What is wrong with it is told as they say, so they are known first. Each level of a command line is parsed by
         its own rules, the innermost last: only there is it known that in ``-m --json`` a message was meant.
         """
+        cls.path = context.command_path
+        switches = {
+            name for parameter in command.get_params(context) if getattr(parameter, "is_flag", False)
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }  # fmt: skip
         parser = command.make_parser(context)
         parser.ignore_unknown_options = parser.allow_interspersed_args = True
         if hasattr(command, "commands"):
@@ -93,7 +101,10 @@ class Current:
                 parser.add_option(None, names, dest=key, action="store_const", const=True)
         strict, context.resilient_parsing = context.resilient_parsing, True
         try:
-            found, _, _ = parser.parse_args(list(words))
+            heads = [word.partition("=")[0] for word in words]  # at --tree=x the parser would stop
+            found, _, _ = parser.parse_args(
+                [head if head in switches else word for head, word in zip(heads, words, strict=True)]
+            )
         finally:
             context.resilient_parsing = strict
         json_mode, quiet, cls.debug = (bool(found.get(key)) for key in _SPEAKING)
@@ -166,7 +177,7 @@ def command(
         for parameter in [*own, *added]:
             _name_in_capitals(parameter)
             _off_unless_typed(parameter)
-            _leave_paths_to_the_shell(parameter)
+            _read_paths(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
@@ -206,13 +217,27 @@ def _off_unless_typed(parameter: inspect.Parameter) -> None:
             info.param_decls = ("--" + parameter.name.replace("_", "-"),)
 
 
-def _leave_paths_to_the_shell(parameter: inspect.Parameter) -> None:
-    """typer answers a path that is being typed with itself; shells that get no answer complete files."""
+def _read_paths(parameter: inspect.Parameter) -> None:
+    """A path is read as everywhere, with its ``~``, which no shell replaces within ``--out=~/x`` or quotes.
+
+    Its completion is left to the shell: typer would answer with what was typed already.
+    """
     type_, *infos = get_args(parameter.annotation)
     if Path in (type_, *get_args(type_)):
         for info in infos:
             if isinstance(info, ParameterInfo):
                 info.autocompletion = _nothing
+                label = (info.metavar or parameter.name.upper()).strip("[]")
+                if isinstance(info, OptionInfo):
+                    label = "--" + parameter.name.strip("_").replace("_", "-")
+                info.parser = _path_parser(label)
+
+
+def _path_parser(label: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:  # typer calls the type by its name
+        return typed_path(text, what=label)
+
+    return path
 
 
 def _nothing() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,7 +80,7 @@ def register(app: typer.Typer) -> None:
         if modelfile and format_ != "gguf":
             raise Usage(
                 "--modelfile belongs to --format gguf",
-                hint=f"stackctl export {stack.text} --format gguf --modelfile --out {out}",
+                hint=f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}",
             )
         if whole_class and format_ != "peft":
             raise Usage("--whole-class belongs to --format peft", hint="leave it out")

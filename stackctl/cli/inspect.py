@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +41,7 @@ from stackctl.render.html import check_page_place, write_page
 from stackctl.render.loss_curve import read_curve
 from stackctl.render.output import Result
 from stackctl.serving.commands import serve_commands
+from stackctl.storage.paths import typed_path
 
 _EXAMPLES = """\
 stackctl inspect ./output/checkpoint-531
@@ -86,8 +88,11 @@ def register(app: typer.Typer) -> None:
             check_page_place(wishes.output)
         if what is not None and _means_folder(what, context):
             if wishes.serve:
-                raise Usage("--serve is for what is registered", hint=f"register it first: stackctl add NAME {what}")
-            return _inspect_path(Path(what), wishes, context, base)
+                raise Usage(
+                    "--serve is for what is registered",
+                    hint=f"register it first: stackctl add NAME {shlex.quote(what)}",
+                )
+            return _inspect_path(typed_path(what), wishes, context, base)
         registry = context.registry
         stack = resolve_expression(registry, what, base=base)
         if not stack.members and stack.name is None:
@@ -189,7 +194,10 @@ def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Ba
 def _inspect_path(path: Path, wishes: _Wishes, context: Context, base: str | None) -> Result:
     """A PEFT folder by itself, registered or not: there is no digest to compare with."""
     if wishes.verify:
-        raise Usage("--verify compares with what was registered", hint=f"register it first: stackctl add NAME {path}")
+        raise Usage(
+            "--verify compares with what was registered",
+            hint=f"register it first: stackctl add NAME {shlex.quote(str(path))}",
+        )
     if wishes.interference:
         raise Usage("--interference is between the members of a stack", hint="stackctl inspect STACK --interference")
     checkpoint = read_checkpoint(find_checkpoint_folder(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import types
 import typing
 from collections.abc import Collection
@@ -103,7 +104,9 @@ def register(app: typer.Typer) -> None:
         found = read_job(config, context.registry) if config else None
         name = name or (found.name if found else None)
         if name is None:
-            raise Usage(f"{config} does not name the adapter", hint=f"stackctl train NAME --config {config}")
+            raise Usage(
+                f"{config} does not name the adapter", hint=f"stackctl train NAME --config {shlex.quote(str(config))}"
+            )
         if found and found.ignored:
             context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
         prepared = prepare(context, name, found, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ def register(app: typer.Typer) -> None:
         registry, or from the repository on the Hub that the entry records. Intact files are left alone.
         """
         if from_ is not None and not repair:
-            raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {from_}")
+            raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {shlex.quote(str(from_))}")
         if from_ is not None:
             existing_path(from_, "the folder")
         registry = context.registry

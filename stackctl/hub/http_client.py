@@ -5,14 +5,14 @@ By itself it waits for ever for a silent server, and sleeps as long as a 429 ask
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from stackctl.core import Say
+from stackctl.core.environment import seconds_setting
 from stackctl.core.errors import HubFailure
 from stackctl.hub.errors import Attempt, explain_status, retry_after
 
-TIMEOUT_SECONDS = float(os.environ.get("STACKCTL_HUB_TIMEOUT", "60"))
+TIMEOUT_SECONDS = seconds_setting("STACKCTL_HUB_TIMEOUT", 60)
 """How long a server may be silent."""
 _PATIENCE_SECONDS = 30
 _MOST_FAILURES = 10

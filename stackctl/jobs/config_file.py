@@ -6,6 +6,7 @@ the registry here, so that such a file works as it is once the two are registere
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     if not isinstance(value, dict):
         raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
     if "train" in value:
-        raise Usage(f"{path} is a recipe of several adapters", hint=f"build it: stackctl train --config {path}")
+        raise Usage(
+            f"{path} is a recipe of several adapters",
+            hint=f"build it: stackctl train --config {shlex.quote(str(path))}",
+        )
     problems: list[StackctlError] = []
     values = _rename(value, marks, path, problems)
     ignored = tuple(key for key in _OLDER_IGNORED if values.pop(key, None) is not None)
@@ -137,7 +141,7 @@ def _base_of(registry: Registry, text: str) -> str:
     name = folder.name.lower()
     raise NotFound(
         f"the base {text} is not registered",
-        hint=did_you_mean(text, registry.names(Base), f"stackctl base add {name} {text}"),
+        hint=did_you_mean(text, registry.names(Base), f"stackctl base add {name} {shlex.quote(text)}"),
     )
 
 
@@ -155,7 +159,7 @@ def _stack_of(registry: Registry, text: str) -> str:
     if not folder.exists():
         if "/" not in text:
             return text  # a name that is not there: resolving it names the nearest one
-        raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {text}")
+        raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {shlex.quote(text)}")
     checkpoint = read_checkpoint(find_checkpoint_folder(folder))
     place, digest = checkpoint.path.resolve(), checkpoint.digest()
     rows = [(f"{row.name}@{version.version}", version) for row in registry.adapters() for version in row.versions]
@@ -165,7 +169,7 @@ def _stack_of(registry: Registry, text: str) -> str:
             return label
     if known:
         return known[0][0]
-    raise NotFound(f"stage1_adapter_path: {text} is not registered", hint=f"stackctl add style {text}")
+    raise NotFound(f"stage1_adapter_path: {text} is not registered", hint=f"stackctl add style {shlex.quote(text)}")
 
 
 def _is_known_expression(registry: Registry, text: str) -> bool:

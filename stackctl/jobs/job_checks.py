@@ -23,7 +23,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     """A file of data as a path, or the name of a Hub data set as it stands."""
     if not data:
         raise Usage(f"no data to train '{name}' on", hint=f"stackctl train {name} --data FILE.jsonl")
-    path = typed_path(data, folder)
+    path = typed_path(data, folder, "--data")
     if path.exists():
         is_folder = path.is_dir()
         if not (texts_in(path) if is_folder else path.is_file()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,10 +55,13 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         return None
     if not job.accelerate_config:
         return Launch(job.num_processes or 1, None)
-    path = typed_path(job.accelerate_config)
+    path = typed_path(job.accelerate_config, what="--accelerate-config")
     parsed = parse_yaml(read_text(path), str(path))
     if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
-        raise Usage(f"{path} is no configuration of accelerate's", hint=f"accelerate config --config_file {path}")
+        raise Usage(
+            f"{path} is no configuration of accelerate's",
+            hint=f"accelerate config --config_file {shlex.quote(str(path))}",
+        )
     config = convert(parsed, _Config, str(path))
     _check_config(path, config)
     if config.distributed_type in ("FSDP", "DEEPSPEED"):
@@ -119,7 +123,7 @@ def _check_config(path: Path, config: _Config) -> None:
     if (config.num_machines or 1) > 1:
         raise Usage(
             f"{path} is for several machines, and this command launches on one",
-            hint=f"on each machine: accelerate launch --config_file {path} -m stackctl train …",
+            hint=f"on each machine: accelerate launch --config_file {shlex.quote(str(path))} -m stackctl train …",
         )
     fsdp, deepspeed = config.fsdp_config or _Fsdp(), config.deepspeed_config or _DeepSpeed()
     if config.distributed_type == "FSDP" and (fsdp.fsdp_version or 1) != 2:

@@ -148,7 +148,7 @@ def _read_system(text: str, folder: Path | None) -> str:
     Raises:
         NotFound, Usage: it is not there, is no text, or is empty.
     """
-    path = typed_path(text, folder)
+    path = typed_path(text, folder, "--system")
     if not path.exists():
         raise missing_path(path, "the system prompt")
     try:

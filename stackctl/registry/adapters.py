@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -64,9 +65,10 @@ def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
             if version.version == reference.version:
                 return ResolvedMember(adapter, version, 1.0)
     if removed := find_removed_version(registry, reference):
+        kept = shlex.quote(str(registry.weights_path(removed.version)))
         raise NotFound(
             f"{reference} was removed; its weights are kept until: stackctl gc",
-            hint=f"to have it again: stackctl add {reference.name} {registry.weights_path(removed.version)}",
+            hint=f"to have it again: stackctl add {reference.name} {kept}",
         )
     if not adapter:
         raise _not_found(registry, reference.name)

@@ -22,7 +22,7 @@ from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
 from stackctl.storage.files import read_bounded, read_json
 from stackctl.storage.hashes import DigestCache, sha256_bytes, sha256_file
 from stackctl.storage.locks import locked
-from stackctl.storage.paths import cache_root, existing_path
+from stackctl.storage.paths import cache_root, existing_path, typed_path
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -211,7 +211,7 @@ def check_model_folder(folder: Path) -> Path:
         raise Usage(f"{folder} is a file", hint="give a Hub id (org/name), a folder or a .gguf file")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise Usage(f"{folder} is an adapter, not a base", hint=f"stackctl add NAME {folder}")
+            raise Usage(f"{folder} is an adapter, not a base", hint=f"stackctl add NAME {shlex.quote(str(folder))}")
         raise Incompatible(f"{folder} has no config.json", hint="give a folder with config.json, tokenizer and weights")
     read_json(folder / "config.json")
     weight_files(folder)
@@ -228,12 +228,12 @@ def parse_source(name: str, source: str | None) -> tuple[str, str]:
         if name != EMBEDDED_NAME:
             raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
         return "embedded", EMBEDDED
-    path = Path(source)
+    path = typed_path(source, what="the source")
     if path.suffix.lower() == ".gguf":
         existing_path(path, "the file")
-        return "gguf", source
+        return "gguf", str(path)
     if path.exists():
-        return "folder", source
+        return "folder", str(path)
     if is_hub_id(source):
         return "hub", source
     raise NotFound(f"{source} does not exist", hint="give a Hub id (org/name), a folder or a .gguf file")

@@ -23,6 +23,7 @@ from stackctl.core.schema import SCHEMA, Adapter, AdapterVersion, Base, Registry
 from stackctl.plan.methods import check_method
 from stackctl.storage import atomic, files
 from stackctl.storage.locks import locked
+from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import read_yaml
 
 E = TypeVar("E", Base, Adapter, Stack, Removed)
@@ -38,13 +39,15 @@ def find_registry(explicit: Path | None) -> Path:
     Raises:
         NotFound: there is none.
     """
-    asked = explicit or (Path(value) if (value := os.environ.get("STACKCTL_REGISTRY")) else None)
+    asked = explicit or (typed_path(value) if (value := os.environ.get("STACKCTL_REGISTRY")) else None)
     if asked is not None:
         for folder in (asked, asked / "registry"):
             if (folder / _FILE).is_file():
                 return folder.resolve()
         is_file = asked.is_file()
-        hint = f"name the folder that holds it: {asked.parent}" if is_file else f"stackctl init {asked}"
+        hint = (
+            f"name the folder that holds it: {asked.parent}" if is_file else f"stackctl init {shlex.quote(str(asked))}"
+        )
         raise NotFound(f"there is no registry in {asked}", hint=hint)
     here = Path.cwd()
     for parent in (here, *here.parents):

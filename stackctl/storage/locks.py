@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from stackctl.core.errors import Failed, Usage
+from stackctl.core.environment import seconds_setting
+from stackctl.core.errors import Failed
 from stackctl.storage.atomic import make_directory
 
 _TIMEOUT = "STACKCTL_LOCK_TIMEOUT"
@@ -46,7 +47,7 @@ def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None
     import filelock
 
     make_directory(path.parent)
-    lock = filelock.UnixFileLock(path, timeout=_timeout() if timeout is None else timeout)
+    lock = filelock.UnixFileLock(path, timeout=seconds_setting(_TIMEOUT, 60) if timeout is None else timeout)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -84,11 +85,3 @@ def _read_holder(path: Path) -> Holder | None:
     with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
         return msgspec.json.decode(path.read_bytes(), type=Holder)
     return None
-
-
-def _timeout() -> float:
-    text = os.environ.get(_TIMEOUT) or "60"
-    try:
-        return float(text)
-    except ValueError:
-        raise Usage(f"{_TIMEOUT} is '{text}', which is no number of seconds", hint="unset it") from None

@@ -13,8 +13,14 @@ _LOOKED_AT = 1000
 """Names in a folder that a mistyped one is compared with."""
 
 
-def typed_path(text: str, folder: Path | None = None) -> Path:
-    """A path as somebody typed it, with ``~`` for a home where there is one; in ``folder`` unless it is absolute."""
+def typed_path(text: str, folder: Path | None = None, what: str = "the path") -> Path:
+    """A path as somebody typed it, with ``~`` for a home where there is one; in ``folder`` unless it is absolute.
+
+    Raises:
+        Usage: it is empty, as ``"$NAME"`` is where nothing was set, and would mean the working directory.
+    """
+    if not text:
+        raise Usage(f"{what} is empty", hint="give a path; the working directory is called '.'")
     path = Path(text)
     with contextlib.suppress(RuntimeError):  # nobody of that name
         path = path.expanduser()
@@ -66,5 +72,5 @@ def check_place(path: Path, option: str) -> None:
 def cache_root() -> Path:
     """The folder of caches, which serve every registry of a user and can be made again: models, tokens."""
     if value := os.environ.get("STACKCTL_CACHE"):
-        return Path(value)
+        return typed_path(value)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stackctl"

@@ -59,8 +59,11 @@ def test_every_documented_exit_code_is_one_of_a_kind():
 
 @pytest.mark.parametrize(
     "words",
-    [("ls", "--jsn"), ("nosuch",), ("--nope",), ("base", "nosuch"), ("base", "--nope"), ("train", "--alpha"), ("rm",)],
-)
+    [
+        ("ls", "--jsn"), ("nosuch",), ("--nope",), ("base", "nosuch"), ("base", "--nope"), ("train", "--alpha"), ("rm",),
+        ("ls", "--tree=yes"), ("base", "add", "--prove=1"), ("rm", "--json=1"),
+    ],
+)  # fmt: skip
 def test_a_command_line_that_cannot_be_read_is_told_as_it_asks(run, words):
     end = 1 if words[-1] == "--alpha" else len(words)
     told = run(*words[:end], "--json", *words[end:], code=2)
@@ -74,6 +77,58 @@ def test_a_value_that_looks_like_an_option_is_none(run, words):
     told = run(*words, code=3)
     assert told.out == ""
     assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("base", "add", "--prove=1"), "stackctl base add --help"),
+        (("base", "ls", "--json=1"), "stackctl base ls --help"),
+        (("ls", "--tree=1"), "stackctl ls --help"),
+        (("--json", "ls"), "options come after the command: stackctl COMMAND --json"),
+    ],
+)
+def test_the_hint_of_wrong_usage_is_of_the_command_that_was_typed(run, words, hint):
+    assert f"hint: {hint}" in run(*words, code=2).err
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("init", ""), "DIR"),
+        (("ls", "--registry", ""), "--registry"),
+        (("export", "--out", ""), "--out"),
+        (("verify", "--repair", "--from", ""), "--from"),
+        (("add", "style", ""), "PATH"),
+        (("base", "add", "tiny", ""), "the source"),
+        (("train", "--config="), "--config"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(run, tmp_path, words, what):
+    before = sorted(tmp_path.iterdir())
+    assert f"error: {what} is empty" in run(*words, code=2).err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tilde_that_the_shell_left_is_the_home(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run("init", "--registry=~/kept", "--json").json["registry"] == str(tmp_path / "home" / "kept")
+    assert run("ls", "--registry=~/kept", "--json").json["registry"] == str(tmp_path / "home" / "kept")
+    monkeypatch.setenv("STACKCTL_REGISTRY", "~/kept")
+    assert run("ls", "--json").json["registry"] == str(tmp_path / "home" / "kept")
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_command_of_a_hint_is_quoted(run):
+    assert "hint: stackctl init 'a b'" in run("ls", "--registry", "a b", code=3).err
+
+
+def test_only_the_hub_has_revisions(run, tmp_path):
+    run("init")
+    assert "--revision" in run("base", "add", "tiny", tmp_path, "--revision", "v1", code=2).err
 
 
 # -- the streams that it is given -------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def test_a_lock_is_given_back_after_an_error(tmp_path, monkeypatch):
             raise RuntimeError
 
 
-def test_a_senseless_lock_timeout_is_wrong_usage(tmp_path, monkeypatch):
-    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", "soon")
+@pytest.mark.parametrize("seconds", ["soon", "nan", "inf", "-1"])
+def test_a_senseless_lock_timeout_is_wrong_usage(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("STACKCTL_LOCK_TIMEOUT", seconds)
     with pytest.raises(Usage), locked(tmp_path / ".lock", "x"):
         pass
 

@@ -19,7 +19,7 @@ from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
 from stackctl.render.terminal import counted
-from stackctl.storage.paths import missing_path
+from stackctl.storage.paths import missing_path, typed_path
 
 _SHOWN = 5
 _ELSEWHERE = {
@@ -146,7 +146,7 @@ def open_records(source: str | Path) -> RecordStream:
         Usage: the wrong kind of file.
         HubFailure: the Hub could not be asked.
     """
-    name, path = str(source), Path(source)
+    name, path = str(source), typed_path(str(source), what="--data")
     if not path.exists():
         if found := parse_dataset_id(name):
             return RecordStream(sources.open_hub_dataset(*found))

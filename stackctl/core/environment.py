@@ -1,0 +1,22 @@
+"""What environment variables say."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+
+from stackctl.core.errors import Usage
+
+
+def seconds_setting(name: str, default: float) -> float:
+    """The seconds that an environment variable says, 0 or more; the default where it is not set, or empty.
+
+    Raises:
+        Usage: it says no number of seconds.
+    """
+    text = os.environ.get(name) or str(default)
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise Usage(f"{name} is '{text}', which is no number of seconds", hint=f"unset {name}")
