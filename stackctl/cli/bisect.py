@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
-from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
+from stackctl.cli.common import (
+    ENABLE_THINKING,
+    INSPECT,
+    TEMPLATE_KWARGS,
+    BaseOption,
+    Context,
+    What,
+    command,
+)
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, of_output
+from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
@@ -45,9 +54,12 @@ class _Symptom:
     """What is bad: a text in the answer to a prompt, or losses. Each field is an option, with its help."""
 
     prompt: Annotated[
-        str | None, _of_answer("--prompt", "-p", help="A prompt whose answer is bad.", metavar="TEXT")
+        str | None,
+        _of_answer("--prompt", "-p", parser=typed_text, help="A prompt whose answer is bad.", metavar="TEXT"),
     ] = None
-    bad: Annotated[str | None, _of_answer(help="With -p: a text in the greedy answer that makes it bad.")] = None
+    bad: Annotated[
+        str | None, _of_answer(parser=typed_text, help="With -p: a text in the greedy answer that makes it bad.")
+    ] = None
     raw: RAW = False
     system: SYSTEM = None
     max_new_tokens: Annotated[

@@ -15,11 +15,11 @@ from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import share_progress
+from stackctl.cli.typed_values import path_parser, typed_text
 from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
-from stackctl.storage.paths import typed_path
 
 if TYPE_CHECKING:
     from stackctl.registry.store import Registry
@@ -218,10 +218,7 @@ def _off_unless_typed(parameter: inspect.Parameter) -> None:
 
 
 def _read_paths(parameter: inspect.Parameter) -> None:
-    """A path is read as everywhere, with its ``~``, which no shell replaces within ``--out=~/x`` or quotes.
-
-    Its completion is left to the shell: typer would answer with what was typed already.
-    """
+    """Paths are read by our own parser, and completed by the shell: typer answers with what was typed already."""
     type_, *infos = get_args(parameter.annotation)
     if Path in (type_, *get_args(type_)):
         for info in infos:
@@ -230,14 +227,7 @@ def _read_paths(parameter: inspect.Parameter) -> None:
                 label = (info.metavar or parameter.name.upper()).strip("[]")
                 if isinstance(info, OptionInfo):
                     label = "--" + parameter.name.strip("_").replace("_", "-")
-                info.parser = _path_parser(label)
-
-
-def _path_parser(label: str) -> Callable[[str], Path]:
-    def path(text: str) -> Path:  # typer calls the type by its name
-        return typed_path(text, what=label)
-
-    return path
+                info.parser = path_parser(label)
 
 
 def _nothing() -> list[str]:
@@ -293,7 +283,7 @@ BaseOption = Annotated[
     typer.Option(help="The base model, when it cannot be inferred.", autocompletion=complete_bases, metavar="NAME"),
 ]
 NEW_ADAPTER = Annotated[str, argument(help="What the adapter is called here.")]
-DESCRIPTION = Annotated[str, typer.Option(help="A line about the adapter.")]
+DESCRIPTION = Annotated[str, typer.Option(parser=typed_text, metavar="TEXT", help="A line about the adapter.")]
 TEMPLATE_KWARGS = Annotated[
     str | None,
     typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),

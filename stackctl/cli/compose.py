@@ -15,6 +15,7 @@ from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
 from stackctl.cli.sweep_weights import SweepWishes, Swept, sweep_stack
+from stackctl.cli.typed_values import typed_text
 from stackctl.cli.weight_options import WeightOptions
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name
@@ -62,7 +63,10 @@ def register(app: typer.Typer) -> None:
             ),
         ] = SUM,
         rank: Annotated[
-            str | None, _of_method(help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance.")
+            str | None,
+            _of_method(
+                parser=typed_text, help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance."
+            ),
         ] = None,
         tolerance: Annotated[
             float | None, _of_method(help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.")

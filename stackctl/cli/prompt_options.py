@@ -13,6 +13,7 @@ import typer
 
 from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
+from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output
@@ -27,7 +28,8 @@ _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
 
 PROMPT = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.", metavar="TEXT")
+    list[str] | None,
+    typer.Option("--prompt", "-p", parser=typed_text, help="A prompt; may be given several times.", metavar="TEXT"),
 ]
 PROMPTS = Annotated[
     Path | None,
@@ -38,7 +40,7 @@ PROMPTS = Annotated[
 ]
 MAX_NEW = Annotated[int, of_output(min=1, help="Longest answer in tokens.")]
 RAW = Annotated[bool, of_output(help="Skip the chat template: the model continues the text.")]
-SYSTEM = Annotated[str | None, of_output(help="A system message before the prompt.")]
+SYSTEM = Annotated[str | None, of_output(parser=typed_text, help="A system message before the prompt.")]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class GenerateOptions:
         float | None, _of_sampling(min=0, help="Above 1, tokens that occurred before become less likely.")
     ] = None
     seed: Annotated[int | None, _of_sampling(min=0, help="Seed for sampling.")] = None
-    stop: Annotated[list[str] | None, of_output(help="Stop before this text; may be repeated.")] = None
+    stop: Annotated[list[str] | None, of_output(parser=typed_text, help="Stop before this text; may be repeated.")] = (
+        None
+    )
     chat_template_kwargs: TEMPLATE_KWARGS = None
     enable_thinking: ENABLE_THINKING = None
     batch_size: Annotated[
@@ -141,12 +145,21 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
     if given is None and file is None:
         if sys.stdin.isatty():
             return None
-        prompts = [Prompt(sys.stdin.read().removesuffix("\n"))]
+        prompts = [Prompt(_read_stdin().removesuffix("\n"))]
     empty = [prompt.place for prompt in prompts if not prompt.text.strip()]
     if empty or not prompts:
         what = "; ".join(f"{place} is empty" for place in empty) or f"{file} holds no prompts"
         raise Usage(what, hint='give one with -p "…", --prompts FILE or on standard input')
     return prompts
+
+
+def _read_stdin() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in the C locale, Python takes other bytes for halves of characters
+    except UnicodeError:
+        raise Usage("standard input is not UTF-8", hint="convert it first, with iconv for example") from None
+    return text
 
 
 def say_what_rounding_costs(

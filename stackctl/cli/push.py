@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import SHARE, Context, argument, command, expression
+from stackctl.cli.typed_values import typed_text
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
         private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
         revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
         create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,
-        message: Annotated[str | None, _of_repo("--message", "-m", help="Commit message.")] = None,
+        message: Annotated[str | None, _of_repo("--message", "-m", parser=typed_text, help="Commit message.")] = None,
         tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None,
         members: Annotated[
             bool, typer.Option(help="Also push each member in its own folder, so that pull restores them separately.")

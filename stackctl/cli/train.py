@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, argument, command, complete_bases, complete_what
+from stackctl.cli.common import (
+    DEVICE_PANEL,
+    TRAIN,
+    Context,
+    argument,
+    command,
+    complete_bases,
+    complete_what,
+)
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
+from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage
 from stackctl.core.library_messages import explain_option
 from stackctl.core.train_job import TrainJob
@@ -53,6 +62,8 @@ _KINDS = {
     "target_modules": "NAMES", "report_to": "NAMES", "train_tokens": "TOKENS",
     "batch_size": "NUMBER",
 }  # fmt: skip
+_TEXTS = ("description", "target_modules", "train_tokens")
+"""Options that are read as text; what others name may be a file."""
 
 _run_option = functools.partial(typer.Option, rich_help_panel=_RUN)
 RESUME = Annotated[bool, _run_option(help="Go on with the unfinished run of that name.")]
@@ -137,6 +148,7 @@ def _option(field: msgspec.structs.FieldInfo, without: Collection[str]) -> Any:
         show_default=_shown(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
         rich_help_panel=_GROUP_OF.get(name, _TRAINING),
+        parser=typed_text if name in _TEXTS else None,
         metavar=_KINDS.get(name),
     )
     return Annotated[type_ | None, option]

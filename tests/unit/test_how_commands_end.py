@@ -60,8 +60,8 @@ def test_every_documented_exit_code_is_one_of_a_kind():
 @pytest.mark.parametrize(
     "words",
     [
-        ("ls", "--jsn"), ("nosuch",), ("--nope",), ("base", "nosuch"), ("base", "--nope"), ("train", "--alpha"), ("rm",),
-        ("ls", "--tree=yes"), ("base", "add", "--prove=1"), ("rm", "--json=1"),
+        ("ls", "--jsn"), ("nosuch",), ("--nope",), ("base", "nosuch"), ("base", "--nope"), ("train", "--alpha"),
+        ("rm",), ("ls", "--tree=yes"), ("base", "add", "--prove=1"), ("rm", "--json=1"),
     ],
 )  # fmt: skip
 def test_a_command_line_that_cannot_be_read_is_told_as_it_asks(run, words):
@@ -129,6 +129,27 @@ def test_the_command_of_a_hint_is_quoted(run):
 def test_only_the_hub_has_revisions(run, tmp_path):
     run("init")
     assert "--revision" in run("base", "add", "tiny", tmp_path, "--revision", "v1", code=2).err
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("generate", "base", "-p", "caf\udce9"), "-p"),
+        (("generate", "base", "-p", "sea", "--system", "caf\udce9"), "--system"),
+        (("compare", "base", "base", "-p", "sea", "--stop", "\udce9"), "--stop"),
+        (("bisect", "style", "-p", "sea", "--bad", "\udce9"), "--bad"),
+        (("add", "style", ".", "--description", "\udce9"), "--description"),
+        (("train", "style", "--data", "x.jsonl", "--train-tokens", "\udce9"), "--train-tokens"),
+        (("compose", "style", "--rank", "\udce9"), "--rank"),
+    ],
+)
+def test_a_text_that_is_not_utf8_is_refused_by_its_option(run, words, option):
+    """It was a bug to the tokenizer, and in an entry it became another text."""
+    told = run(*words, code=2).err
+    assert "not UTF-8" in told and option in told.splitlines()[0]
 
 
 # -- the streams that it is given -------------------------------------------------------------------------------------
