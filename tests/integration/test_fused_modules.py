@@ -11,7 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Olmo2Config, OlmoConfig, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OlmoConfig,
+    SmolLM3Config,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.data import IGNORED, Example, collate
@@ -26,16 +34,17 @@ CONFIGS: dict[str, Any] = {
     "granite": GraniteConfig(**SIZES),
     "smollm3, a layer without positions": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
     "olmo2": Olmo2Config(**SIZES),
+    "nemotron": NemotronConfig(**SIZES),
     "olmo, limited": OlmoConfig(**SIZES, clip_qkv=6.0),
 }
 FUSED = {
     "llama": 9, "mistral": 9, "qwen2": 9, "qwen3": 13, "llama with biases": 9, "granite": 9,
-    "smollm3, a layer without positions": 8, "olmo2": 11, "olmo, limited": 2, "gemma": 2, "gpt2": 0, "phi3": 5,
-    "neox": 0,
+    "smollm3, a layer without positions": 8, "olmo2": 11, "olmo, limited": 2, "nemotron": 2,
+    "gemma": 2, "gpt2": 0, "phi3": 5, "neox": 0,
 }  # fmt: skip
 """Of two layers: attention, MLP, and norms, with those of q and k. OLMo 2 norms queries before they are parted in
-heads, OLMo limits queries, keys and values,
-Gemma's weights of norms begin at zero and its MLP has another activation, Phi 3 has joined projections."""
+heads, OLMo limits queries, keys and values, Nemotron turns a half of each head, which is seen at the step. Gemma's
+weights of norms begin at zero and its MLP has another activation, Phi 3 has joined projections."""
 
 
 def examples() -> list[Example]:

@@ -117,8 +117,9 @@ def _attention(module: Any) -> Forward:
         **more: Any,
     ) -> Any:
         products = _products(hidden_states, layers)
-        name = module.config._attn_implementation
-        if products is None or past_key_values is not None or len(hidden_states) > 1 or name == "eager":
+        name, turned = module.config._attn_implementation, position_embeddings[0].shape[-1]  # Nemotron turns a half
+        plain = past_key_values is None and len(hidden_states) == 1 and turned == module.head_dim and name != "eager"
+        if products is None or not plain:
             return own(
                 hidden_states=hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **more,
