@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -135,6 +136,17 @@ def test_under_autocast_nothing_is_less_exact(name: str, models: Any) -> None:
     own = error()
     assert fuse(model) == FUSED[name]
     assert error() <= 1.25 * own < 0.3
+
+
+@pytest.mark.parametrize(("name", "count"), [("bamba", 8), ("granitemoehybrid", 6), ("cohere_compass_text", 4)])
+def test_positions_of_a_part_of_each_head_or_none_are_left_to_the_layer(name: str, count: int) -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(tiny_model(name), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    choose_layout(model.train(), examples(), longest=70)
+    add_in_place(model)
+    before = computed(model)
+    assert fuse(model) == count
+    assert same(computed(model), before)
 
 
 def test_activations_can_be_computed_again(models: Any) -> None:
