@@ -15,7 +15,7 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 
 if TYPE_CHECKING:
-    from stackctl.engine.data import Example
+    from stackctl.engine.data.examples import Example
 
 _KINDS = {"short chats": (32, 15), "uneven chats": (10, 85)}
 """How many, and the median of their answers in words."""
@@ -25,11 +25,11 @@ _ALONE = "one by one"
 
 def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "evaluation", 3)
-    from stackctl.engine.data import encode
+    from stackctl.engine.data.encoding import encode
     from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation import DataSet, Scoring, score_examples
     from stackctl.engine.models import load_base, quiet_libraries
-    from stackctl.engine.records import read_records
+    from stackctl.engine.records.read import read_records
     from stackctl.registry.store import Registry
 
     quiet_libraries()

@@ -19,9 +19,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stackctl.engine.data import IGNORED, Example, encode
-from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import read_records
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import IGNORED, EncodeOptions, Example
+from stackctl.engine.records.read import read_records
 
 
 def main() -> None:

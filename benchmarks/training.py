@@ -261,9 +261,9 @@ def write_tokens(path: Path, base: Path) -> None:
     """The same records as tokens and labels, for a program that would tokenise and mask them by itself."""
     from transformers import AutoTokenizer
 
-    from stackctl.engine.data import encode
+    from stackctl.engine.data.encoding import encode
     from stackctl.engine.data.examples import EncodeOptions
-    from stackctl.engine.records import read_records
+    from stackctl.engine.records.read import read_records
 
     examples = encode(read_records(path), AutoTokenizer.from_pretrained(base), EncodeOptions(1024)).examples
     lines = [json.dumps({"input_ids": e.input_ids, "labels": e.labels}) + "\n" for e in examples]

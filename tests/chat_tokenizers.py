@@ -7,9 +7,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from stackctl.engine.data import IGNORED, Encoded, Example, encode
-from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import ChatRecord, RecordSet
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example
+from stackctl.engine.records.types import ChatRecord, RecordSet
 
 QWEN3 = """{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = \
 loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}\

@@ -22,9 +22,9 @@ from conversation_shapes import SHAPES  # noqa: E402
 from template_oracle import NAMES, Case, Oracle  # noqa: E402
 
 from stackctl.core.errors import Usage  # noqa: E402
-from stackctl.engine.data import IGNORED, Example, encode  # noqa: E402
-from stackctl.engine.data.examples import EncodeOptions  # noqa: E402
-from stackctl.engine.records import read_records  # noqa: E402
+from stackctl.engine.data.encoding import encode  # noqa: E402
+from stackctl.engine.data.examples import IGNORED, EncodeOptions, Example  # noqa: E402
+from stackctl.engine.records.read import read_records  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "chat-templates.md"
 VERDICTS = ("right", "said", "refused")

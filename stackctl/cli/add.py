@@ -37,8 +37,8 @@ from stackctl.registry.versions import (
     NewVersion,
     add_version,
     check_adapter_name,
+    entry_of,
     find_same_version,
-    made_elsewhere,
     register_checkpoint,
     version_facts,
 )
@@ -186,7 +186,7 @@ def _add(registry: Registry, new: NewVersion, checkpoint: Checkpoint, *, link: b
         path = _linked_path(checkpoint.path.resolve(), registry.root)
 
         def build(number: int) -> AdapterVersion:
-            return made_elsewhere(number, path, checkpoint, new.base, new.on)
+            return entry_of(number, path, checkpoint, new.base, new.on)
 
         return add_version(registry, new.name, build, None, new.description or None)
     with atomic.staging_directory(registry.root / "weights") as staged:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stackctl.cli.common import Context
-from stackctl.cli.eval_table import NOISE
 from stackctl.cli.fit_weights import FEWEST, FitWishes, learn_weights, read_halves, read_weighted
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import weights_of
+from stackctl.core import NOISE
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack

@@ -177,7 +177,7 @@ def _probe(
     context: Context, stacked: StackedModel, plan: StackPlan, symptom: _Symptom, sets: Sequence[DataSet]
 ) -> Probe:
     from stackctl.engine.probes import LossProbe, TextProbe
-    from stackctl.engine.records import Prompt
+    from stackctl.engine.records.prompt_files import Prompt
 
     context.output.status("looking at the stack as it is and at the base alone")
     if symptom.prompt is None:

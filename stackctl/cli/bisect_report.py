@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stackctl.cli.eval_table import NOISE
+from stackctl.core import NOISE
 from stackctl.plan.model import StackPlan
 from stackctl.plan.parts import StackPart
 

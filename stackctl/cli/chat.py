@@ -93,7 +93,7 @@ class Chat:
 
     def _answer(self, line: str, heard: list[str]) -> None:
         from stackctl.engine.generation import PrefixCache, fit_conversation, generate_reply
-        from stackctl.engine.records import Prompt
+        from stackctl.engine.records.prompt_files import Prompt
 
         if self.sampling.raw:
             prompt = Prompt(line)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stackctl.engine.evaluation import DataSet
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.records import Prompt
+    from stackctl.engine.records.prompt_files import Prompt
 
 _EXAMPLES = """\
 stackctl compare base style --prompts prompts.txt --data heldout.jsonl --output report.html

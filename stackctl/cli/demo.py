@@ -48,7 +48,7 @@ def register(app: typer.Typer) -> None:
         from stackctl.cli.push import prepare_push
         from stackctl.cli.train import Switches, build_recipe
         from stackctl.engine.generation import Sampling
-        from stackctl.engine.records import Prompt
+        from stackctl.engine.records.prompt_files import Prompt
         from stackctl.registry.planning import plan_expressions
 
         built = build_recipe(context, recipe, Switches(resume=True))

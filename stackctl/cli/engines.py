@@ -15,7 +15,7 @@ from stackctl.registry.store import Registry
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Answers
-    from stackctl.engine.serving import Engine
+    from stackctl.engine.serving.requests import Engine
 
 LLAMA_CPP = "llama.cpp"
 ENGINE = Annotated[
@@ -88,7 +88,7 @@ class Computing:
         loaded: Any = self.load(base, registry, say)
         if self.is_llama_cpp:
             return cast("Engine[Any]", loaded)
-        from stackctl.engine.serving import BatchingEngine
+        from stackctl.engine.serving.batching import BatchingEngine
 
         return BatchingEngine(loaded)
 

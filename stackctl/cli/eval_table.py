@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from stackctl.core import NOISE
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from stackctl.engine.harness import TaskScore
     from stackctl.engine.significance import PairedTest
 
-NOISE = 0.05
-"""A difference that chance alone shows more often than this is called none."""
 _BEST = {"loss": min, "perplexity": min, "accuracy": max}
 _TASK_COLUMNS = ("task", "metric", "stack", "value", "±", "records")
 _PAIR_COLUMNS = ("stack", "ranked rightly", "±", "margin", "±", "loss of the chosen", "pairs")

@@ -35,7 +35,7 @@ from stackctl.storage.paths import check_place
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Answers, Generated, Sampling
-    from stackctl.engine.records import Prompt
+    from stackctl.engine.records.prompt_files import Prompt
 
 _EXAMPLES = """\
 stackctl generate storyteller
@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
         check_digests(registry, stack.members)
         for note in stack.notes:
             output.note(note)
-        from stackctl.engine.data import adopt_chat_template, ensure_chat_template
+        from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
 
         stacked = computing.load(stack.base, registry, output.status)
         if adopted := adopt_chat_template(stacked.tokenizer, stack.base.name, [plan]):

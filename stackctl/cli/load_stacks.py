@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stackctl.engine.generation import Answers
     from stackctl.engine.generation.reader import Reader
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.records import RecordSet
+    from stackctl.engine.records.types import RecordSet
 
 DATA = Annotated[
     list[str] | None,
@@ -41,7 +41,7 @@ def read_data(sources: Sequence[str]) -> list[RecordSet]:
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
-    from stackctl.engine.records import read_records
+    from stackctl.engine.records.read import read_records
 
     found, problems = [], list[StackctlError]()
     for source in sources:
@@ -66,7 +66,7 @@ def load_to_answer(
     Raises:
         VerificationFailed, NotFound, Incompatible: they are not, or the base cannot be loaded.
     """
-    from stackctl.engine.data import adopt_chat_template
+    from stackctl.engine.data.chat_template import adopt_chat_template
 
     for stack, _ in stacks:
         check_digests(context.registry, stack.members)
@@ -118,7 +118,7 @@ def read_sets(
     """
     from stackctl.engine.base_folders import base_folder
     from stackctl.engine.base_reader import load_tokenizer
-    from stackctl.engine.data import adopt_chat_template
+    from stackctl.engine.data.chat_template import adopt_chat_template
     from stackctl.engine.generation.reader import PlainReader
     from stackctl.engine.models import quiet_libraries
 

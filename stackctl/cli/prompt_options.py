@@ -20,7 +20,7 @@ from stackctl.render.output import Output
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Answers, Generated, Sampling
-    from stackctl.engine.records import Prompt
+    from stackctl.engine.records.prompt_files import Prompt
 
 of_output = partial(typer.Option, rich_help_panel="Output")
 _of_sampling = partial(typer.Option, rich_help_panel="Sampling")
@@ -133,7 +133,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
     Raises:
         NotFound, Usage: none were given, one is empty, or the file cannot be read.
     """
-    from stackctl.engine.records import Prompt, read_prompt_file
+    from stackctl.engine.records.prompt_files import Prompt, read_prompt_file
 
     several = len(given or ()) > 1
     prompts = [

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackctl.cli.common import Context
-from stackctl.cli.eval_table import NOISE
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
+from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes

@@ -19,7 +19,7 @@ from typing import Any
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json_if_any

@@ -15,13 +15,15 @@ import torch
 
 from stackctl.core import Say
 from stackctl.core.errors import Failed
-from stackctl.engine.data import Example, collate, encode, ensure_chat_template
+from stackctl.engine.data.chat_template import ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
-from stackctl.engine.data.examples import EncodeOptions
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import EncodeOptions, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.generation.reader import Reader
 from stackctl.engine.logits import causal_lm, supervised_token_losses
 from stackctl.engine.models import StackedModel, evaluating
-from stackctl.engine.records import RecordSet
+from stackctl.engine.records.types import RecordSet
 from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.significance import RecordScore, ratio_error
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from stackctl.engine.data import split_row, starts_of
+from stackctl.engine.data.rows import split_row, starts_of
 from stackctl.engine.output_head import OutputHead, find_head, passed_through
 from stackctl.engine.segment_attention import OWN
 from stackctl.engine.token_losses import TokenLosses, token_losses
@@ -20,7 +20,7 @@ from stackctl.engine.token_losses import TokenLosses, token_losses
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
     """Summed cross-entropy of a collated micro-batch; logits are computed only where a label is.
 
-    ``inputs``: input_ids and position_ids (1, T), keep (K,), labels (K,), as :func:`stackctl.engine.data.collate`
+    ``inputs``: input_ids and position_ids (1, T), keep (K,), labels (K,), as :func:`stackctl.engine.data.rows.collate`
     makes them. ``one_by_one`` runs the examples one by one, for models that cannot keep documents in one row apart.
     """
     return supervised_token_losses(model, inputs, one_by_one=one_by_one).losses.sum()
@@ -36,12 +36,16 @@ def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor], *, one_
         each = [supervised_token_losses(model, part) for part in parts]
         counted = [part.correct for part in each if part.correct is not None]
         return TokenLosses(torch.cat([part.losses for part in each]), torch.cat(counted) if counted else None)
-    head, hidden = supervised_hidden(model, inputs)
-    if head is None:
-        logits, labels = hidden.float(), inputs["labels"]
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return TokenLosses(losses, logits.detach().argmax(-1) == labels)
-    return token_losses(head, hidden, inputs["labels"])
+    return losses_of_hidden(*supervised_hidden(model, inputs), inputs["labels"])
+
+
+def losses_of_hidden(head: OutputHead | None, hidden: Tensor, labels: Tensor) -> TokenLosses:
+    """The same of what :func:`supervised_hidden` found."""
+    if head is not None:
+        return token_losses(head, hidden, labels)
+    logits = hidden.float()
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    return TokenLosses(losses, logits.detach().argmax(-1) == labels)
 
 
 def supervised_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[OutputHead | None, Tensor]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.models import evaluating
 from stackctl.engine.segment_attention import ONE_CALL, SEGMENTS, has_one_call

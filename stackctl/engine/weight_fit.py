@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Usage
-from stackctl.engine.data import Example, collate
+from stackctl.engine.data.examples import Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation import DataSet, Score, Scoring, rows_of
 from stackctl.engine.logits import supervised_token_losses
 from stackctl.engine.models import StackedModel
@@ -41,8 +43,6 @@ _SAME = 2e-8
 """Losses that differ by less are the same: float32 tells no finer ones apart."""
 _DIGITS = 4
 """Of a weight behind the point: what is judged is what is written."""
-NOISE = 0.05
-"""A difference that chance shows as often as this, or more often, is none."""
 
 
 @dataclass(frozen=True)

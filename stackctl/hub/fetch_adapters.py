@@ -21,13 +21,12 @@ from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNu
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of
-from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.adapters import ResolvedMember, find_digest, foundations, resolve_adapter
 from stackctl.registry.restore import own_folder, restore_files
-from stackctl.registry.store import Registry, now
-from stackctl.registry.versions import add_version
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import add_version, entry_of
 from stackctl.storage import atomic, files
 
 
@@ -142,20 +141,15 @@ class AdapterFetcher:
         )
 
     def _register(self, part: RepoAdapter, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
-        peft = part.config.get("peft_version")
-        entry = part.entry or AdapterVersion(
-            version=1, digest="", path="", base="", fingerprint="", created=now(), lora=describe_lora(part.config),
-            parameters=checkpoint.parameters, dtype=checkpoint.dtype, versions={"peft": str(peft)} if peft else {},
-        )  # fmt: skip
-
         digest = part.digest or checkpoint.digest()
         place = HubSource(repo=self.repo.hub.repo, commit=self.repo.commit, folder=self.folder or None)
 
         def build(number: int) -> AdapterVersion:
+            path = self.registry.relative_weights_path(part.name, number)
             return msgspec.structs.replace(
-                entry, version=number, digest=digest,
-                path=self.registry.relative_weights_path(part.name, number), base=base.name,
-                fingerprint=base.fingerprint, trained_on=on, bytes=checkpoint.bytes, hub=place, pushed=None,
+                part.entry or entry_of(number, path, checkpoint, base, on), version=number, digest=digest, path=path,
+                base=base.name, fingerprint=base.fingerprint, trained_on=on, bytes=checkpoint.bytes, hub=place,
+                pushed=None,
             )  # fmt: skip
 
         staged, described = checkpoint.path, part.description or None

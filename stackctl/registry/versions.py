@@ -112,7 +112,7 @@ def register_checkpoint(registry: Registry, new: NewVersion, staged: Path, **fac
 
     def build(number: int) -> AdapterVersion:
         path = registry.relative_weights_path(new.name, number)
-        return msgspec.structs.replace(made_elsewhere(number, path, checkpoint, new.base, new.on), **facts)
+        return msgspec.structs.replace(entry_of(number, path, checkpoint, new.base, new.on), **facts)
 
     return add_version(registry, new.name, build, staged, new.description or None)
 
@@ -171,8 +171,8 @@ def record_push(registry: Registry, member: ResolvedMember, place: HubSource) ->
             registry.write(msgspec.structs.replace(adapter, versions=versions))
 
 
-def made_elsewhere(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
-    """The registry entry of a checkpoint that was made elsewhere."""
+def entry_of(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:
+    """The registry entry of a checkpoint: what its own files tell."""
     return AdapterVersion(
         version=number,
         digest=checkpoint.digest(),

@@ -28,7 +28,7 @@ from stackctl.serving.request_body import Asked, parse_body
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.logprobs import TokenLogprob
-    from stackctl.engine.serving import Engine, Row
+    from stackctl.engine.serving.requests import Engine, Row
 
 _LOOK = 0.5
 """Seconds between looks whether who asked is still there."""
@@ -52,7 +52,7 @@ class Service:
             StackctlError: the model or a prompt cannot be had.
         """
         from stackctl.engine.generation import Sampling
-        from stackctl.engine.records import Prompt
+        from stackctl.engine.records.prompt_files import Prompt
 
         _, plan = self.models.find(asked.model)
         sampling = Sampling(

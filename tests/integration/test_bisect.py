@@ -54,7 +54,8 @@ def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, 
     from stackctl.engine.evaluation import tokenise_for
     from stackctl.engine.generation import Sampling, generate
     from stackctl.engine.probes import LossProbe, TextProbe
-    from stackctl.engine.records import Prompt, read_records
+    from stackctl.engine.records.prompt_files import Prompt
+    from stackctl.engine.records.read import read_records
 
     stacked, whole = three.load(), three.plan(expression)
     data = tokenise_for(stacked, read_records(str(three.data())), "data", EncodeOptions(512), lambda _: None)

@@ -17,9 +17,10 @@ from tiny_registry import CHAT, TEXTS, interrupt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stackctl.engine import token_losses as chunks
-from stackctl.engine.data import Example, TaughtExamples, collate
+from stackctl.engine.data.examples import Example
 from stackctl.engine.data.layouts import behind_system
-from stackctl.engine.records import ChatRecord
+from stackctl.engine.data.rows import TaughtExamples, collate
+from stackctl.engine.records.types import ChatRecord
 from stackctl.engine.training.teaching import Teaching
 
 SYSTEM = "Answer like a pirate."

@@ -14,7 +14,7 @@ from stackctl.engine.generation import PrefixCache, Sampling, generate, generate
 from stackctl.engine.generation.drafts import _COSTS, Drafts
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 
 PROMPT = Prompt("one two three, one two three, one two")
 LENGTH = 100

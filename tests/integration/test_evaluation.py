@@ -12,10 +12,10 @@ import torch
 from tiny_registry import CHAT, TEXTS
 from transformers import AutoTokenizer
 
-from stackctl.engine.data import Example, encode
-from stackctl.engine.data.examples import EncodeOptions
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import EncodeOptions, Example
 from stackctl.engine.evaluation import DataSet, Scoring, rows_of
-from stackctl.engine.records import read_records
+from stackctl.engine.records.read import read_records
 
 ROWS = {
     "base": [],

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.training.fused_modules import fuse

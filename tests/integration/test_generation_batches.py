@@ -17,7 +17,7 @@ from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.answers import batches
 from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.registry.base_entries import resolve_base
 
 TEXTS = [

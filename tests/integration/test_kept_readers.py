@@ -26,8 +26,7 @@ from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stackctl.engine import base_reader
 from stackctl.engine.base_reader import BaseReader, Ends, keep_reader, kept_reader, load_tokenizer
-from stackctl.engine.data import CHATML
-from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
+from stackctl.engine.data.chat_template import CHATML, TEMPLATE_ERRORS, ChatTemplate
 
 OWN = {"qwen3": QWEN3, "gemma": GEMMA, "llama2": LLAMA2, "mistral": MISTRAL, "phi3": PHI3, "plain": PLAIN, "tiny": TINY}
 OWN |= REASONING | {"chatml": CHATML, "chatml with bos": "{{ bos_token }}" + CHATML}

@@ -119,7 +119,7 @@ import sys
 from pathlib import Path
 from stackctl.engine.generation import Sampling, generate_reply
 from stackctl.engine.models import load_base
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.machine.resources import return_freed_memory
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_base, resolve_expression

@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine import row_layout
 from stackctl.engine import segment_attention as attention
-from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.logits import supervised_loss
 
 REAL = inspect.signature(varlen.varlen_attn)

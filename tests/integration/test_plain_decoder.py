@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from stackctl.engine.generation import Sampling, generate, neighbours, running_rows
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.registry.base_entries import resolve_base
 
 KNOWN = ["llama", "tied", "mistral", "qwen2", "qwen3"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stackctl.engine.data import Example
+from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation import DataSet
 from stackctl.engine.weight_fit import fit_weights, member_weights
 from stackctl.engine.weighted_members import read_factors

@@ -10,9 +10,10 @@ import pytest
 from tiny import tiny_tokenizer
 
 from stackctl.core.errors import Usage
-from stackctl.engine.data import IGNORED, encode
-from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import CompletionRecord, PreferenceRecord, read_records
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import IGNORED, EncodeOptions
+from stackctl.engine.records.read import read_records
+from stackctl.engine.records.types import CompletionRecord, PreferenceRecord
 
 USER = {"role": "user", "content": "Hi"}
 GOOD, BAD = {"role": "assistant", "content": "Hello."}, {"role": "assistant", "content": "What?"}

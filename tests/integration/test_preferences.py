@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
-from stackctl.engine.data import IGNORED, Example
+from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 from stackctl.engine.training.reference import MismatchedAnswers
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.generation import PrefixCache, Sampling, generate_reply
 from stackctl.engine.models import load_base
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.store import Registry
 

@@ -15,9 +15,10 @@ import pytest
 from chat_tokenizers import USER, chat, turns
 
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, Usage
-from stackctl.engine.data import encode
+from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord, read_records
+from stackctl.engine.records.read import read_records
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, TextRecord
 from stackctl.storage.hashes import sha256_file
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine import segment_attention as attention
-from stackctl.engine.data import IGNORED, Example, collate
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.logits import supervised_loss
 from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.training.lora_sum import add_in_place

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from stackctl.engine.data import IGNORED, Example, collate, pack, split_row
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate, pack, split_row
 
 
 def example_of(length: int, first: int = 0) -> Example:

@@ -12,8 +12,9 @@ from stackctl.core.errors import Usage
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.padded_rows import PaddedRows
 from stackctl.engine.generation.running_rows import RunningRows
-from stackctl.engine.records import Prompt
-from stackctl.engine.serving import BatchingEngine, Limits, QueueFull
+from stackctl.engine.records.prompt_files import Prompt
+from stackctl.engine.serving.batching import BatchingEngine
+from stackctl.engine.serving.requests import Limits, QueueFull
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 

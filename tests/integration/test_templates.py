@@ -26,10 +26,11 @@ from chat_tokenizers import (
 from tokenizers import AddedToken
 
 from stackctl.core.errors import Usage
-from stackctl.engine import data
-from stackctl.engine.data import CHATML, encode, ensure_chat_template
+from stackctl.engine.data.chat_template import CHATML, ensure_chat_template
+from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import ChatRecord
+from stackctl.engine.data.turns import end_of_turn
+from stackctl.engine.records.types import ChatRecord
 
 
 def test_qwen3_changes_earlier_turns_so_each_turn_is_an_example(smollm2: Any) -> None:
@@ -57,7 +58,7 @@ def test_qwen3_turns_that_do_not_change_share_an_example(smollm2: Any) -> None:
     assert found.notes == []
 
 
-@pytest.mark.parametrize("template", [data.CHATML, PHI3, QWEN3], ids=["chatml", "phi3", "qwen3"])
+@pytest.mark.parametrize("template", [CHATML, PHI3, QWEN3], ids=["chatml", "phi3", "qwen3"])
 @pytest.mark.parametrize("more", [(), ("Hi.", "Yes?")], ids=["alone", "goes on"])
 def test_a_conversation_that_the_assistant_begins(smollm2: Any, template: str, more: tuple[str, ...]) -> None:
     """Of a greeting alone it was said that the template refuses an empty conversation."""
@@ -116,7 +117,7 @@ def test_mistral_puts_the_system_message_where_inference_sees_it(smollm2: Any) -
 
 def test_a_template_without_an_end_of_turn_ends_with_eos(smollm2: Any) -> None:
     tokenizer = with_template(smollm2, PLAIN)
-    assert data.end_of_turn(tokenizer) == ""
+    assert end_of_turn(tokenizer) == ""
     first, second = encoded(tokenizer, chat("Hi", "one", "Hi", "two")).examples
     assert text_of(tokenizer, first) == "user: Hi\nassistant: one<|im_end|>"
     assert text_of(tokenizer, second) == "user: Hi\nassistant: one\nuser: Hi\nassistant: two<|im_end|>"
@@ -137,7 +138,7 @@ def test_what_closes_a_whole_conversation_belongs_to_no_turn(smollm2: Any) -> No
     tokenizer = copy.deepcopy(smollm2)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)], special_tokens=True)
     with_template(tokenizer, PHI3)
-    assert data.end_of_turn(tokenizer) == "<|end|>", "where generation stops"
+    assert end_of_turn(tokenizer) == "<|end|>", "where generation stops"
     found = encoded(tokenizer, chat("a", "b", "c", "d"))
     (example,) = found.examples
     assert (
@@ -151,7 +152,7 @@ def test_what_closes_a_whole_conversation_belongs_to_no_turn(smollm2: Any) -> No
 def test_a_template_that_wants_a_system_message(smollm2: Any) -> None:
     refuses = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message is wanted') }}{% endif %}"
     tokenizer = with_template(smollm2, refuses + CHATML)
-    assert data.end_of_turn(tokenizer) == "<|im_end|>"
+    assert end_of_turn(tokenizer) == "<|im_end|>"
     (example,) = encoded(tokenizer, chat("a", "b", system="S")).examples
     assert turns(tokenizer, example) == ["b<|im_end|>"]
     with pytest.raises(Usage, match="line 1: a system message is wanted"):
@@ -163,7 +164,7 @@ def test_a_base_without_template_gets_chatml_whose_end_is_ordinary_text() -> Non
     assert ensure_chat_template(tokenizer) is True
     assert tokenizer.chat_template == CHATML
     assert ensure_chat_template(tokenizer) is False
-    assert data.end_of_turn(tokenizer) == "<|im_end|>"
+    assert end_of_turn(tokenizer) == "<|im_end|>"
     (example,) = encoded(tokenizer, chat("Hi", "one", "Hi", "two", system="S")).examples
     assert turns(tokenizer, example) == ["one<|im_end|>", "two<|im_end|>"]
     assert text_of(tokenizer, example).endswith("<|im_start|>assistant\ntwo<|im_end|>")  # and no EOS

@@ -9,7 +9,7 @@ import pytest
 from chat_tokenizers import REASONING, USER, encoded, text_of, turns, with_template
 
 from stackctl.core.errors import Usage
-from stackctl.engine.records import ChatRecord
+from stackctl.engine.records.types import ChatRecord
 
 THOUGHT = {"role": "assistant", "content": "<think>R</think>yes"}
 WANTED = {

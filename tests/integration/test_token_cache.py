@@ -13,11 +13,12 @@ from oracle import write_jsonl
 from tiny import CHATML, tiny_tokenizer
 
 from stackctl.core.errors import Usage
-from stackctl.engine.data import Encoded, encode, one_by_one, pack
 from stackctl.engine.data import token_cache as cache
-from stackctl.engine.data.examples import EncodeOptions
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import Encoded, EncodeOptions
+from stackctl.engine.data.rows import one_by_one, pack
 from stackctl.engine.data.token_cache import encode_cached
-from stackctl.engine.records import open_records, read_records
+from stackctl.engine.records.read import open_records, read_records
 
 pytestmark = pytest.mark.usefixtures("empty_token_cache")
 

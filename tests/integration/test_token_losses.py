@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig
 
 from stackctl.engine import token_losses as module
-from stackctl.engine.data import Example, collate
+from stackctl.engine.data.examples import Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.logits import supervised_logits, supervised_token_losses
 from stackctl.engine.output_head import OutputHead, find_head
 from stackctl.engine.token_losses import token_losses

@@ -20,8 +20,9 @@ from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.records import Prompt
-from stackctl.engine.serving import BatchingEngine, Limits
+from stackctl.engine.records.prompt_files import Prompt
+from stackctl.engine.serving.batching import BatchingEngine
+from stackctl.engine.serving.requests import Limits
 
 TOKENS = torch.cat([oracle.TOKENS, torch.tensor([[3, 4, 5, 10, 11, 200]])], dim=1)
 """What logits are looked at with: the tokens whose rows are trained are among them."""

@@ -11,8 +11,9 @@ from chat_tokenizers import PLAIN, USER, byte_level, chat, encoded, sentencepiec
 from tokenizers import processors
 
 from stackctl.core.errors import Usage
-from stackctl.engine.data import CHATML, IGNORED
-from stackctl.engine.records import ChatRecord, CompletionRecord, TextRecord
+from stackctl.engine.data.chat_template import CHATML
+from stackctl.engine.data.examples import IGNORED
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, TextRecord
 
 
 def test_a_text_is_supervised_whole_and_ends_with_eos(smollm2: Any) -> None:

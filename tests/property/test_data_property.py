@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from stackctl.engine.data import IGNORED, Example, collate, encode, pack
-from stackctl.engine.data.examples import EncodeOptions
-from stackctl.engine.records import ChatRecord, CompletionRecord, RecordSet, TextRecord
+from stackctl.engine.data.encoding import encode
+from stackctl.engine.data.examples import IGNORED, EncodeOptions, Example
+from stackctl.engine.data.rows import collate, pack
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, RecordSet, TextRecord
 from stackctl.registry.base_models import embedded_gguf
 
 EXPENSIVE = settings(max_examples=150, deadline=None)

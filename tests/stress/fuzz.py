@@ -185,7 +185,7 @@ def try_data(whole: dict[str, bytes], folder: Path, budget: Budget) -> tuple[int
 
 
 def _read_data(path: Path, said: Path) -> int:
-    from stackctl.engine.records import read_records
+    from stackctl.engine.records.read import read_records
 
     said.unlink(missing_ok=True)
     try:

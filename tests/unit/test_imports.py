@@ -67,8 +67,9 @@ def test_what_answers_by_llama_cpp_is_imported_without_tensor_libraries():
     names = [
         "stackctl.engine.llama_cpp",
         "stackctl.engine.generation",
-        "stackctl.engine.serving",
-        "stackctl.engine.data",
+        "stackctl.engine.serving.requests",
+        "stackctl.engine.data.chat_template",
+        "stackctl.engine.data.turns",
     ]
     program = f"import importlib, sys\nfor name in {names!r}:\n  importlib.import_module(name)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.reasoning import Tag, tags_in
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 from stackctl.plan.model import StackPlan
 from stackctl.plan.own_template import templates_of
 

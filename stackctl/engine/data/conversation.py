@@ -10,7 +10,7 @@ from typing import Any
 from stackctl.core.template_arguments import check_template_arguments
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.reasoning import ReasonedAnswer, take_apart
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 
 NOTHING = "shows nothing"
 

@@ -12,15 +12,8 @@ from stackctl.core.errors import Usage
 from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, Layout
 from stackctl.engine.data.layouts import Layouts
 from stackctl.engine.data.tokenize import Tokenise
-from stackctl.engine.records import (
-    ChatRecord,
-    CompletionRecord,
-    PreferenceRecord,
-    Record,
-    RecordSet,
-    RecordStream,
-    TextRecord,
-)
+from stackctl.engine.records.read import RecordStream
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, RecordSet, TextRecord
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""

@@ -15,15 +15,8 @@ from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import converse
 from stackctl.engine.data.examples import EncodeOptions, Layout
 from stackctl.engine.data.turns import Turns
-from stackctl.engine.records import (
-    ChatRecord,
-    CompletionRecord,
-    PreferenceRecord,
-    Record,
-    RecordSet,
-    RecordStream,
-    TextRecord,
-)
+from stackctl.engine.records.read import RecordStream
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, RecordSet, TextRecord
 from stackctl.render.terminal import shortened
 
 _SHOWN = 5

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 
 
 @dataclass(frozen=True)

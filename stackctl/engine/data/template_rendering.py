@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stackctl.engine.data.chat_template import run_date
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """The keys of a turn's thought, the one that most templates read first."""

@@ -26,7 +26,7 @@ from stackctl.engine.data.chat_template import is_dated, run_date
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
 from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
 from stackctl.engine.data.examples import Encoded, EncodeOptions
-from stackctl.engine.records import RecordStream
+from stackctl.engine.records.read import RecordStream
 from stackctl.registry.garbage_collection import free_tokens, tokens_folder
 from stackctl.storage import atomic
 from stackctl.storage.hashes import sha256_file
@@ -42,7 +42,7 @@ def encode_cached(
     *,
     cache: bool = True,
 ) -> Encoded:
-    """What :func:`stackctl.engine.data.encode` makes, from the cache if it is there, else made and kept.
+    """What :func:`stackctl.engine.data.encoding.encode` makes, from the cache if it is there, else made and kept.
 
     With the cache, examples lie on disk and are read one by one, so that data may be larger than memory; without it, or
     where its folder cannot be written, they are in memory. The numbers are the same. ``records`` knows its format and

@@ -8,7 +8,7 @@ from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL
 from stackctl.engine.data.reasoning import ReasonedAnswer, tag_of
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 
 
 def common(one: str, other: str) -> int:

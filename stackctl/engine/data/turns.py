@@ -12,7 +12,7 @@ from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTe
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
 from stackctl.engine.data.reasoning import ReasonedAnswer, closes, tag_of, without_empty
 from stackctl.engine.data.turn_text import common, missing, saying_otherwise, whole_tags
-from stackctl.engine.records import Message
+from stackctl.engine.records.types import Message
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _THINKING = ("enable_thinking", "thinking")

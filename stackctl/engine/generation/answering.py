@@ -23,7 +23,7 @@ from stackctl.engine.generation.running import RunningAnswers, places_for
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel

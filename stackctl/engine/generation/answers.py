@@ -10,7 +10,7 @@ from stackctl.engine.generation.prompts import EncodedPrompts, encode_prompts
 from stackctl.engine.generation.reader import Answers, Generated
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import OnText
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.prefix_cache import PrefixCache

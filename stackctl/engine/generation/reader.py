@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from stackctl.core.schema import Base
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.plan.model import StackPlan
 
 

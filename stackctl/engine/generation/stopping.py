@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stackctl.engine.data import end_of_turn
+from stackctl.engine.data.turns import end_of_turn
 from stackctl.engine.generation.logprobs import TokenLogprob, laid_out
 from stackctl.engine.generation.reader import Reader
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage
-from stackctl.engine.data import adopt_chat_template, ensure_chat_template
+from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
 from stackctl.engine.generation.reader import PlainReader, Reader
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
-from stackctl.engine.records import Prompt
+from stackctl.engine.records.prompt_files import Prompt
 from stackctl.plan.model import StackPlan
 
 _UNKNOWN_CONTEXT = 1 << 20

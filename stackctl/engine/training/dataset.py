@@ -12,13 +12,13 @@ from stackctl.core import Say
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
-from stackctl.engine import data as data_module
-from stackctl.engine.data import IGNORED, Encoded, Example, Reading, Rows, TaughtExamples, longest_of
 from stackctl.engine.data.chat_template import ChatTemplate
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
-from stackctl.engine.data.examples import EncodeOptions
+from stackctl.engine.data.encoding import Reading
+from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example
+from stackctl.engine.data.rows import Rows, TaughtExamples, longest_of, one_by_one, pack, pairs_of
 from stackctl.engine.data.token_cache import encode_cached
-from stackctl.engine.records import RecordStream, open_records
+from stackctl.engine.records.read import RecordStream, open_records
 from stackctl.engine.training.trained_tokens import frozen_tokens
 from stackctl.jobs.job import PreparedJob
 from stackctl.render.record_preview import Span, render_preview
@@ -127,9 +127,9 @@ def read_corpus(
             say("and what is rejected, behind the same beginning:")
         say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
     if pairs:
-        rows = data_module.pairs_of(encoded.examples)
+        rows = pairs_of(encoded.examples)
     else:
-        rows = data_module.pack(encoded.examples, length) if job.pack else data_module.one_by_one(encoded.examples)
+        rows = pack(encoded.examples, length) if job.pack else one_by_one(encoded.examples)
     return Corpus(records, encoded, rows, held_out, evaluation, length)
 
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
-from stackctl.engine.data import Example
+from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each

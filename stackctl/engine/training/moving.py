@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Moved
-from stackctl.engine.data import Encoded, Example, collate
+from stackctl.engine.data.examples import Encoded, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation import record_losses, supervised_count
 from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.logits import supervised_logits

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.core.train_job import TrainJob
-from stackctl.engine.data import IGNORED, Example, Rows, collate
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import Rows, collate
 from stackctl.engine.evaluation import record_losses
 from stackctl.engine.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each

@@ -15,9 +15,9 @@ from torch import Tensor
 from stackctl import __version__
 from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Distilled, Moved, Run
-from stackctl.engine import data as data_module
+from stackctl.engine.data.chat_template import shown_date
 from stackctl.engine.models import StackedModel
-from stackctl.engine.records import RecordStream
+from stackctl.engine.records.read import RecordStream
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
@@ -29,12 +29,11 @@ from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.outcome import problems_of_run
 from stackctl.jobs.teacher import Teacher
 from stackctl.lora.checkpoint import INFO, read_checkpoint
-from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
-from stackctl.registry.store import Registry, now
-from stackctl.registry.versions import add_version, find_same_version
+from stackctl.registry.store import Registry
+from stackctl.registry.versions import add_version, entry_of, find_same_version
 from stackctl.render.loss_curve import LOG, PICTURE, read_curve, render_curve_svg
 from stackctl.storage import atomic
 
@@ -81,7 +80,7 @@ def describe_run(prepared: PreparedJob, stacked: StackedModel, corpus: Corpus, p
         batch_size=parts.cut.records,
         gradient_accumulation=parts.cut.count,
         gradient_checkpointing=parts.cut.checkpointing or group.checkpoints_itself(),
-        template_date=data_module.shown_date(stacked.tokenizer),
+        template_date=shown_date(stacked.tokenizer),
     )
 
 
@@ -153,21 +152,12 @@ def _entry(
     if picture := render_curve_svg({f"{prepared.name}@{number}": read_curve(staged)}):
         atomic.write_atomic(staged / PICTURE, picture)
     atomic.write_atomic(staged / INFO, json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n")
-    return AdapterVersion(
-        version=number,
-        digest=checkpoint.digest(),
-        path=registry.relative_weights_path(prepared.name, number),
-        base=base.name,
-        fingerprint=base.fingerprint,
-        trained_on=prepared.trained_on,
+    path = registry.relative_weights_path(prepared.name, number)
+    return msgspec.structs.replace(
+        entry_of(number, path, checkpoint, base, prepared.trained_on),
         from_=prepared.beginning.label if prepared.beginning else None,
         moved=Moved(**finished.counters.moved) if finished.counters.moved else None,
         distilled=_distilled(prepared.teacher, finished) if prepared.teacher else None,
-        created=now(),
-        lora=describe_lora(checkpoint.config),
-        parameters=checkpoint.parameters,
-        dtype=checkpoint.dtype,
-        bytes=checkpoint.bytes,
         data=_source(prepared.data, corpus.records),
         eval_data=_source(prepared.eval_data, corpus.held_out) if prepared.eval_data and corpus.held_out else None,
         settings=msgspec.to_builtins(prepared.job.settings()),

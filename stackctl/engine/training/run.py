@@ -15,7 +15,8 @@ from transformers import set_seed
 
 from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion
-from stackctl.engine import data as data_module
+from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template, fix_date, shown_date
+from stackctl.engine.data.rows import longest_of
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.live_adapter import LIVE
 from stackctl.engine.models import StackedModel, load_base
@@ -91,7 +92,7 @@ def train_adapter(
     teachers = prepared.teacher.stack.members if prepared.teacher else ()
     check_digests(registry, (*prepared.stack.members, *begins, *teachers))
     if resume:
-        data_module.fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
+        fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())
     with group.first_rank_first():
         loaded = _load(prepared, registry, output)
@@ -100,7 +101,7 @@ def train_adapter(
     with folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
-                date = data_module.shown_date(loaded.stacked.tokenizer)
+                date = shown_date(loaded.stacked.tokenizer)
                 _open_run(folder, prepared, loaded.corpus, resume, date)
         done = _train(prepared, registry, loaded, folder, output, resume=resume)
         if ranks.rank() == 0:
@@ -113,9 +114,9 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
     """Load the base and read the data, and say what a person should know about both."""
     say = output.say
     stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
-    if note := data_module.adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
+    if note := adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
         say(f"note: {note}")
-    if data_module.ensure_chat_template(stacked.tokenizer):
+    if ensure_chat_template(stacked.tokenizer):
         say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
     told = ranks.is_worker()  # the command that launched this read the data as well, to check it
     quiet = (lambda _: None) if told else say
@@ -173,7 +174,7 @@ def _train(
 
     state = RunState(stacked.device)
     examples = corpus.encoded.examples
-    longest = data_module.longest_of(examples)
+    longest = longest_of(examples)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
     reference = answers = held_out = measure = None
     if job.objective in OBJECTIVES:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stackctl.core import Say
-from stackctl.engine.data import Reading
+from stackctl.engine.data.encoding import Reading
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
 from stackctl.engine.training.objectives import ranked
 from stackctl.engine.training.preferences import Scores

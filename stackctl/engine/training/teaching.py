@@ -21,10 +21,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from stackctl.engine.algebra import truncate
-from stackctl.engine.data import TEACHER, Example, collate
+from stackctl.engine.data.examples import Example
+from stackctl.engine.data.rows import TEACHER, collate
 from stackctl.engine.live_adapter import LIVE, attach_live
-from stackctl.engine.logits import split, supervised_hidden, supervised_token_losses
+from stackctl.engine.logits import losses_of_hidden, split, supervised_hidden
 from stackctl.engine.models import evaluating
+from stackctl.engine.output_head import OutputHead
 from stackctl.engine.significance import ratio_error
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_losses import TeacherHidden, token_losses
@@ -60,21 +62,27 @@ class Teaching:
         ``inputs`` are a collated micro-batch, ``model`` the student as it is wrapped. ``one_by_one`` as in
         :func:`stackctl.engine.logits.supervised_token_losses`.
         """
-        theirs = {key: inputs.get(TEACHER + key, value) for key, value in inputs.items()}
+        theirs = _of_teacher(inputs)
         if one_by_one and (parts := split(inputs)):
             pairs = zip(parts, split(theirs), strict=True)
             return torch.cat([self._of_row(model, part, behind) for part, behind in pairs])
         return self._of_row(model, inputs, theirs)
 
     def _of_row(self, model: nn.Module, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+        taught = self._taught(theirs)
+        return self._of_hidden(*supervised_hidden(model, inputs), inputs["labels"], taught)
+
+    def _taught(self, theirs: dict[str, Tensor]) -> Tensor:
+        """The teacher's hidden states (K, d), or its logits where a model has no such head."""
         with self.speaking():
-            _, taught = supervised_hidden(self.model, theirs)
-        head, hidden = supervised_hidden(model, inputs)
+            return supervised_hidden(self.model, theirs)[1]
+
+    def _of_hidden(self, head: OutputHead | None, hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
         if head is None:
             return _whole(hidden, taught)
         own_head = isinstance(head.module, LoraLayer)
         target = TeacherHidden(taught, self.speaking if own_head else contextlib.nullcontext)
-        return token_losses(head, hidden, inputs["labels"], target).losses
+        return token_losses(head, hidden, labels, target).losses
 
     def measure(self, wrapped: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
         """``eval_loss``, the mean divergence (nats a token) on held-out records, and of several ``eval_error``, its
@@ -85,7 +93,10 @@ class Teaching:
         with evaluating(wrapped):
             for number in range(ranks.rank(), len(examples), ranks.world_size()):
                 batch = {key: value.to(device) for key, value in collate([examples[number]]).items()}
-                divergences, own = self.divergences(wrapped, batch), supervised_token_losses(wrapped, batch).losses
+                taught, labels = self._taught(_of_teacher(batch)), batch["labels"]
+                head, hidden = supervised_hidden(wrapped, batch)
+                divergences = self._of_hidden(head, hidden, labels, taught)
+                own = losses_of_hidden(head, hidden, labels).losses
                 rows.append((float(divergences.double().sum()), float(len(own)), float(own.double().sum())))
         rows += [(0.0, 0.0, 0.0)] * (-(-len(examples) // ranks.world_size()) - len(rows))  # as many of each process
         told = numbers_of_each([number for row in rows for number in row], device).view(-1, 3)
@@ -95,6 +106,11 @@ class Teaching:
         if (error := ratio_error(totals, sizes)) is not None:
             found["eval_error"] = error
         return found
+
+
+def _of_teacher(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the teacher reads: the same, but what is kept for it alone."""
+    return {key: inputs.get(TEACHER + key, value) for key, value in inputs.items()}
 
 
 def _whole(logits: Tensor, theirs: Tensor) -> Tensor:
