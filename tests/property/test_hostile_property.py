@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from checkpoints import lora_config, make_base, make_registry, write_checkpoint
-from hostile import BOMBS, bound, mutate_json, mutate_safetensors
+from hostile import BOMBS, contain, mutate_json, mutate_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stress.fuzz import make_data, make_template, try_data, try_one
-from stress.killing import run_command
+from stress.killing import run_light
 from stress.runner import Budget
 
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
@@ -59,7 +59,7 @@ def test_few_kinds_of_bytes_and_many_of_them(template: Path, tmp_path: Path, bom
     place = shutil.copytree(template, tmp_path / "place")
     (place / name).write_bytes(BOMBS[bomb](100_000))
     arguments = ["inspect", "style"] if name.endswith("yaml") else ["inspect", "./new"]
-    ended = run_command(arguments, place, prepare=lambda _: bound())
+    ended = run_light(arguments, place, prepare=contain)
     assert ended.code in (2, 4), ended.said
     assert len(ended.said) < 2000
 

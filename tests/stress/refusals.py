@@ -20,7 +20,6 @@ from stackctl.registry.store import Registry
 from stackctl.registry.verify import verify_registry
 from stackctl.storage.atomic import STAGING_PREFIX
 
-from .killing import run_command
 from .kills import LIGHT, Scenario, count_steps, make_template
 from .runner import Budget, Outcome
 
@@ -75,7 +74,7 @@ def refuse_and_look(template: Path, place: Path, scenario: Scenario, code: int, 
     scenario.damage(place)
     before = tree(place)
     arguments = list(scenario.arguments)
-    ended = run_command(arguments, place, prepare=functools.partial(refuse, code, after))
+    ended = scenario.run(arguments, place, prepare=functools.partial(refuse, code, after))
     if ended.code == 0:
         for folder in place.glob("registry/weights/*"):
             with contextlib.suppress(OSError):  # an empty folder that could not be removed does no harm
@@ -86,7 +85,7 @@ def refuse_and_look(template: Path, place: Path, scenario: Scenario, code: int, 
         wrong.append(f"ended with {ended.code}")
     wrong += [problem] if (problem := ill_mannered(ended.code, ended.said)) else []
     was_done = scenario.done(place)
-    again = run_command(arguments, place)
+    again = scenario.run(arguments, place)
     if again.code not in (0, scenario.code_again if was_done else 0) or not scenario.done(place):
         wrong.append(f"the same command again, on a disk that works, ended with {again.code}: {again.said}")
     wrong += [f"verify afterwards: {problem}" for problem in verify_registry(Registry(place / "registry"))[1]]
