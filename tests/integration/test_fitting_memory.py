@@ -142,10 +142,10 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
         {"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)
     ], 1),
 ])  # fmt: skip
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
     tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], processes: int
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     h = tiny_registry()
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2, "--num-processes", processes)
     found = gradients(monkeypatch)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from tiny import random_adapter, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from stackctl.engine.models import load_base
 from stackctl.registry.base_entries import resolve_base
@@ -190,7 +191,12 @@ def test_the_peak_is_hardly_more_than_the_weights(run: Any, tmp_path: Path) -> N
     for name, (sizes, dtype, shard) in made.items():
         config = LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=256, eos_token_id=257)
         config.tie_word_embeddings = name == "tied"
-        LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path / name, max_shard_size=shard)
+        with no_init_weights():  # they would be drawn twice
+            model = LlamaForCausalLM(config)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.data.uniform_(-0.03, 0.03)
+        model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=shard)
         tiny_tokenizer().save_pretrained(tmp_path / name)
         run("base", "add", name, tmp_path / name)
     for number, (base, name) in enumerate(itertools.product(("tied", "little"), ("one", "two"))):
