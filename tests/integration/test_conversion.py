@@ -26,9 +26,9 @@ def fresh(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def deltas(live: Any, base: Path) -> dict[str, torch.Tensor]:
-    """What a live adapter adds to each weight, in float64, by PEFT's own merging of the whole model."""
-    before = {name: weight.double() for name, weight in fresh(base).state_dict().items()}
+def deltas(live: Any, base: Any) -> dict[str, torch.Tensor]:
+    """What a live adapter adds to each weight, in float64, by PEFT merging all of the model, which stays so."""
+    before = {name: weight.double() for name, weight in base.state_dict().items()}
     merged = live.double()
     names = [name for name, layer in merged.base_model.model.named_modules() if isinstance(layer, BaseTunerLayer)]
     merged.merge_adapter()
@@ -68,8 +68,9 @@ def test_the_error_that_is_recorded_is_the_one_against_peft(tiny_registry: Any, 
     name = kind.partition(" ")[0]
     refused = h.run("add", "x", path, code=4)
     assert f"stackctl add x {path} --convert" in refused.err
-    wanted = deltas(load_live(h.base, path), h.base)
-    live = oracle.logits(load_live(h.base, path))
+    bare, model, stacked = fresh(h.base), load_live(h.base, path), h.load()
+    plain, live = oracle.logits(bare), oracle.logits(model)
+    wanted = deltas(model, bare)
     for options in ([], ["--rank", 2], ["--tolerance", 0.3]):
         made = h.run("add", "x", path, "--convert", *options, "--json").json
         version = made["version"]  # the same again where the rank is the same
@@ -93,8 +94,7 @@ def test_the_error_that_is_recorded_is_the_one_against_peft(tiny_registry: Any, 
             assert entry["rank"] <= 2
         elif not options:
             assert error < (1e-5 if kind in LOW else 0.0101)
-        stacked = h.load()
-        now = oracle.relative(h.logits(stacked, f"x@{version}"), live, oracle.logits(fresh(h.base)))
+        now = oracle.relative(h.logits(stacked, f"x@{version}"), live, plain)
         assert now < max(1e-4, 5 * error), "and so is its effect"
     assert h.run("verify", "--json").json["problems"] == []
     h.adapters()
