@@ -125,6 +125,27 @@ def test_a_single_answer_is_guessed_ahead(filled, monkeypatch):
         engine.close()
 
 
+def test_guesses_begin_anew_when_an_answer_is_alone_again(filled):
+    filled_registry = filled("llama")
+    sampling = Sampling(max_new_tokens=300, raw=True)
+    stacked = filled_registry.load()
+    prompt = Prompt("one two three, one two three, one two")
+    stacked.use(filled_registry.plan("style"))
+    long = next(generate(stacked, [prompt], sampling))
+    stacked.use(filled_registry.plan("tone"))
+    short = next(generate(stacked, [Prompt("Hi.")], replace(sampling, max_new_tokens=5)))
+    engine = BatchingEngine(filled_registry.load())
+    try:
+        rows, ended, errors = answered(engine, filled_registry.plan("style"), prompt.text, sampling)
+        for _ in range(6):
+            others, left, _ = answered(engine, filled_registry.plan("tone"), "Hi.", replace(sampling, max_new_tokens=5))
+            assert left.wait(60) and others[0].text == short.text
+        assert ended.wait(60) and not errors
+        assert (rows[0].text, rows[0].stop) == (long.text, long.stop)
+    finally:
+        engine.close()
+
+
 def test_a_stack_that_is_no_sum_is_folded_in_its_turn(filled, run):
     filled_registry = filled("llama")
     run("compose", "style+tone", "--method", "ties", "--name", "mixed")

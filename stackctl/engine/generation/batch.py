@@ -38,9 +38,8 @@ class KeptRows(Protocol):
 
 
 class WrittenRow(ChoosingRow, Protocol):
-    """An answer in the making, with guesses of what follows, and the error that ended it."""
+    """An answer in the making, and the error that ended it."""
 
-    drafts: Drafts
     failed: Exception | None
 
     @property
@@ -56,6 +55,8 @@ class Batch(Generic[AnyRow]):
     def __init__(self, kept: KeptRows, before: Callable[[Sequence[AnyRow]], object] = lambda rows: None) -> None:
         self._kept, self._before = kept, before
         self._full_steps = 0
+        self._guessed: AnyRow | None = None
+        self._drafts = Drafts(())
         self.rows: list[AnyRow] = []
 
     def join(self, rows: Sequence[AnyRow], cache: DynamicCache | None = None) -> None:
@@ -73,12 +74,22 @@ class Batch(Generic[AnyRow]):
             self._pack()
             self.rows = [self.rows[number] for number in self._kept.order()]
             self._before(self.rows)
-            guesses: list[list[int]] = [[] for _ in self.rows]
             if len(self.rows) == 1 and self._kept.checks_drafts:
-                [row] = self.rows
-                guesses = [row.drafts.guess(row.limit - len(row.chosen) - 1)]
-            tokens = [[row.chosen[-1], *own] for row, own in zip(self.rows, guesses, strict=True)]
-            self._choose(self.rows, self._kept.step(tokens), guesses)
+                self._step_ahead(self.rows[0])
+            else:
+                self._guessed = None
+                logits = self._kept.step([[row.chosen[-1]] for row in self.rows])
+                self._choose(self.rows, logits, [[] for _ in self.rows])
+
+    def _step_ahead(self, row: AnyRow) -> None:
+        """The next tokens of the only row. What is guessed from is made when a row has become the only one."""
+        if self._guessed is not row:
+            self._guessed, self._drafts = row, Drafts(row.ids)
+            for token in row.chosen:
+                self._drafts.checked(0, [token])
+        begun, guesses = len(row.chosen), self._drafts.guess(row.limit - len(row.chosen) - 1)
+        self._choose([row], self._kept.step([[row.chosen[-1], *guesses]]), [guesses])
+        self._drafts.checked(len(guesses), row.chosen[begun:])
 
     def leave(self) -> list[AnyRow]:
         """Rows that are finished leave; in their order."""
@@ -97,6 +108,7 @@ class Batch(Generic[AnyRow]):
     def release(self) -> None:
         """Nothing is about to join the empty batch: give its memory back."""
         self._kept.release()
+        self._guessed, self._drafts = None, Drafts(())
 
     def _choose(self, rows: Sequence[AnyRow], logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
         """The next token of each row by its logits (rows, tokens, vocabulary), and those behind it for as long as each
@@ -104,7 +116,6 @@ class Batch(Generic[AnyRow]):
         """
         finite, likeliest = are_numbers(logits).tolist(), logits.argmax(-1).tolist()
         for number, (row, drafted) in enumerate(zip(rows, guesses, strict=True)):
-            begun = len(row.chosen)
             try:
                 for place, guess in enumerate([*drafted, None]):
                     if not finite[number][place]:
@@ -113,7 +124,6 @@ class Batch(Generic[AnyRow]):
                     if row.is_finished or row.chosen[-1] != guess:
                         break
                     self._kept.keep(number)
-                row.drafts.checked(len(drafted), row.chosen[begun:])
             except Exception as error:
                 row.failed = error
 

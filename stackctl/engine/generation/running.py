@@ -15,7 +15,6 @@ from typing import Any
 from transformers import DynamicCache
 
 from stackctl.engine.generation.batch import Batch, alike
-from stackctl.engine.generation.drafts import Drafts
 from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
@@ -39,7 +38,6 @@ class AnswerRow:
     sampling: Sampling
     processors: Any
     spell: TokenBytes | None
-    drafts: Drafts
     chosen: list[int] = field(default_factory=list)
     failed: Exception | None = None
     started: float = 0.0
@@ -76,7 +74,7 @@ class RunningAnswers:
         context, most = self._stacked.base.context_length, self._sampling.max_new_tokens
         limit = min(most, context - len(ids)) if context else most
         chooses = processors(self._sampling, [len(ids)], [seed])
-        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell, Drafts(ids))
+        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell)
         self._waiting.append(row)
         return row
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -206,8 +208,15 @@ class RunningRows:
         if not columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
             held = columns + max(_MORE_COLUMNS, columns // 2)
         layers, _, _, heads, _, width = like.shape
-        made = like.new_zeros(layers, 2, own, heads, held, width)
+        made = _zeros((layers, 2, own, heads, held, width), like.dtype)
         kept, longest = len(self._lengths), max(self._lengths, default=0)
         if kept:
             made[:, :, :kept, :, :longest] = self._memory[:, :, :kept, :, :longest]
         self._memory = made
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in main memory of which the system takes a page when something is written there, and no sooner."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)

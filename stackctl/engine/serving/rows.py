@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from stackctl.engine.generation.drafts import Drafts
 from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.serving.requests import Row
@@ -23,7 +22,6 @@ class BatchRow(Row):
 
     def __post_init__(self) -> None:
         self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
-        self.drafts = Drafts(self.ids)
 
     @property
     def made(self) -> int:
