@@ -22,9 +22,11 @@ _BEFORE_PACKING, _BEHIND_PACKING = 4, 16
 
 class KeptRows(Protocol):
     """Keys and values of a batch, and the model that reads and goes on from them: :class:`RunningRows` of a decoder of
-    ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in."""
+    ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in; ``pads``: prompts that are
+    read together are padded."""
 
     checks_drafts: bool
+    pads: bool
 
     @property
     def mode(self) -> Callable[[], contextlib.AbstractContextManager[object]]: ...
@@ -50,9 +52,14 @@ AnyRow = TypeVar("AnyRow", bound=WrittenRow)
 
 
 class Batch(Generic[AnyRow]):
-    """``before`` is told the rows of each pass of the model before it is made."""
+    """``before`` is told the rows of each pass of the model before it is made, and how many tokens of each it sees one
+    behind another; none are told where it is as many of each."""
 
-    def __init__(self, kept: KeptRows, before: Callable[[Sequence[AnyRow]], object] = lambda rows: None) -> None:
+    def __init__(
+        self,
+        kept: KeptRows,
+        before: Callable[[Sequence[AnyRow], Sequence[int]], object] = lambda rows, tokens: None,
+    ) -> None:
         self._kept, self._before = kept, before
         self._full_steps = 0
         self._guessed: AnyRow | None = None
@@ -60,20 +67,36 @@ class Batch(Generic[AnyRow]):
         self.rows: list[AnyRow] = []
 
     def join(self, rows: Sequence[AnyRow], cache: DynamicCache | None = None) -> None:
-        """Read prompts together, which should be of like length, and choose the first token of each answer. ``cache``
-        has the beginning of a single one."""
+        """Read prompts together, see :meth:`together`, and choose the first token of each answer. ``cache`` has the
+        beginning of a single one."""
         with self._kept.mode():
-            self._before(rows)
+            uneven = len(rows) > 1 and not self._kept.pads
+            self._before(rows, [len(row.ids) for row in rows] if uneven else ())
             logits = self._kept.join([row.ids for row in rows], cache)
             self.rows += rows
             self._choose(rows, logits[:, None], [[] for _ in rows])
+
+    def together(self, rows: Sequence[AnyRow]) -> Iterator[list[AnyRow]]:
+        """Rows in groups that are read at once, the shortest prompts first; where they are padded, none has much."""
+        group: list[AnyRow] = []
+        tokens = 0
+        for row in sorted(rows, key=lambda row: len(row.ids)):
+            length = len(row.ids)
+            tokens = length * (len(group) + 1) if self._kept.pads else tokens + length
+            far = self._kept.pads and group and length > len(group[0].ids) * 5 // 4 + 8
+            if group and (far or tokens > _READ_AT_ONCE):
+                yield group
+                group, tokens = [], length
+            group.append(row)
+        if group:
+            yield group
 
     def step(self) -> None:
         """The next token of every row; of a single one as many as its drafts have right."""
         with self._kept.mode():
             self._pack()
             self.rows = [self.rows[number] for number in self._kept.order()]
-            self._before(self.rows)
+            self._before(self.rows, ())
             if len(self.rows) == 1 and self._kept.checks_drafts:
                 self._step_ahead(self.rows[0])
             else:
@@ -132,16 +155,3 @@ class Batch(Generic[AnyRow]):
         to_come = max(row.limit - len(row.chosen) for row in self.rows)
         if self._full_steps >= _BEFORE_PACKING and pays_packed(len(self.rows)) and to_come >= _BEHIND_PACKING:
             self._kept.pack()
-
-
-def alike(rows: Sequence[AnyRow]) -> Iterator[list[AnyRow]]:
-    """Rows in groups that are read at once, the shortest prompts first: none has much to be padded."""
-    group: list[AnyRow] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        length = len(row.ids)
-        if group and (length > len(group[0].ids) * 5 // 4 + 8 or length * (len(group) + 1) > _READ_AT_ONCE):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group

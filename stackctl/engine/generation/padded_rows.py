@@ -48,6 +48,7 @@ class PaddedRows:
 
     mode = torch.no_grad
     checks_drafts = False
+    pads = True
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -8,17 +8,17 @@ they are, so that whatever is attached to them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.generation.prefix_cache import new_cache
 from stackctl.engine.generation.products import pack, product
-from stackctl.engine.generation.running_rows import RunningRows
+from stackctl.engine.generation.reading import Reading
+from stackctl.engine.generation.running_rows import Attending, KeptShape, RunningRows
 from stackctl.engine.models import StackedModel
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -29,7 +29,7 @@ class PlainDecoder:
     """A causal LM of attention, rotary positions, RMS norms and residuals; see :func:`plain_decoder`."""
 
     def __init__(self, model: Any) -> None:
-        self._model, inner = model, model.model
+        inner = model.model
         self._embed, self._head, self._rotary = inner.embed_tokens, product(model.lm_head), inner.rotary_emb
         self._layers = [_Layer(layer) for layer in inner.layers]
         self._norm = _norm(inner.norm)
@@ -37,26 +37,30 @@ class PlainDecoder:
         """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
         self.groups: int = inner.layers[0].self_attn.num_key_value_groups
         heads, width = model.config.num_key_value_heads, inner.layers[0].self_attn.head_dim
+        self.kept = KeptShape(len(inner.layers), heads, width, model.dtype)
         self.bytes_of_token: int = 2 * len(inner.layers) * heads * width * model.dtype.itemsize
 
     def rows(self, places: int) -> RunningRows:
         """An empty batch of up to so many rows."""
         return RunningRows(self, places)
 
-    def read(self, ids: Tensor, cache: DynamicCache, last: Sequence[int]) -> Tensor:
-        """The logits (rows, vocabulary) behind the ``last`` token of each row of prompts (rows, tokens).
-
-        What follows that token is padding, which nothing before it sees. The cache takes up keys and values.
-        """
-        hidden = self._model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return self._head(hidden[torch.arange(len(last)), list(last)]).float()
+    def read(self, tokens: Tensor, prompts: Reading) -> Tensor:
+        """The logits (prompts, vocabulary) behind prompts, of all their tokens; keys and values are written."""
+        return self._logits(self._through(tokens, prompts)[prompts.last])
 
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
         """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
-        hidden = self._embed(tokens)  # (rows · tokens, width)
+        return self._logits(self._through(tokens, rows))
+
+    def _through(self, tokens: Tensor, rows: Attending) -> Tensor:
+        """What the layers make of tokens: (tokens, width)."""
+        hidden: Tensor = self._embed(tokens)
         turn = self._turn(rows.positions, hidden)
         for number, layer in enumerate(self._layers):
             hidden = layer(hidden, turn, rows, number)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._norm(hidden)).float()
 
     def pack(self) -> None:
@@ -84,7 +88,7 @@ class _Layer:
         )
         self._width, self._scale = own.head_dim, own.scaling
 
-    def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], rows: RunningRows, number: int) -> Tensor:
+    def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], rows: Attending, number: int) -> Tensor:
         count, width = len(hidden), self._width
         normed = self._before(hidden)
         query = self._to_query(normed).view(count, -1, width)  # (rows · tokens, heads, head width)

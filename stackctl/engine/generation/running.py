@@ -1,7 +1,6 @@
 """Answers to many prompts by a plain decoder: rows that are finished leave, and the next prompts take their places.
 
-Prompts of like length are read together, each beginning in the first column: what pads a shorter one comes behind it,
-where attention from left to right does not see it.
+Prompts are read together, one behind another.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from stackctl.engine.generation.batch import Batch, alike
+from stackctl.engine.generation.batch import Batch
 from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
@@ -109,7 +108,7 @@ class RunningAnswers:
     def _admit(self) -> None:
         """Read prompts into the free places, those of like length together."""
         free = self._places - len(self._batch.rows)
-        for group in alike([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]):
+        for group in self._batch.together([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]):
             started = time.perf_counter()
             for row in group:
                 row.started = started

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.generation.neighbours import neighbours
+from stackctl.engine.generation.reading import Reading
 
 _MORE_COLUMNS = 128
 _TOO_MANY = 4
@@ -23,15 +24,34 @@ _MOVED = 4
 """Columns that are attended to in the time in which one is moved."""
 
 
+@dataclass(frozen=True)
+class KeptShape:
+    """What is kept of a token: keys and values of so many layers and heads, of a width, in a type."""
+
+    layers: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+
+class Attending(Protocol):
+    """What a decoder's layers put keys and values into, and attend to; ``positions`` are those of the new tokens."""
+
+    positions: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor: ...
+
+
 class Decoder(Protocol):
     """What computes the rows; ``groups`` is how many heads see one key, ``checks_drafts`` whether several tokens of a
     row may be computed in one step."""
 
     checks_drafts: bool
+    kept: KeptShape
 
     @property
     def groups(self) -> int: ...
-    def read(self, ids: Tensor, cache: DynamicCache, last: Sequence[int]) -> Tensor: ...
+    def read(self, tokens: Tensor, prompts: Reading) -> Tensor: ...
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor: ...
     def pack(self) -> None: ...
 
@@ -52,6 +72,7 @@ class RunningRows:
     """
 
     mode = torch.inference_mode
+    pads = False
 
     def __init__(self, decoder: Decoder, places: int) -> None:
         self._decoder, self._places = decoder, places
@@ -68,16 +89,16 @@ class RunningRows:
 
     def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
         """Add rows; returns the logits (rows, vocabulary) behind them. ``cache`` has the beginning of a single one."""
-        cache = DynamicCache() if cache is None else cache
-        known, first, width = cache.get_seq_length(), len(self._lengths), max(map(len, prompts))
-        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))][known:] for prompt in prompts])
-        logits = self._decoder.read(ids, cache, [len(prompt) - known - 1 for prompt in prompts])
-        held = [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
-        self._make_room(first + len(prompts), width, held[0][0].expand(len(held), 2, -1, -1, -1, -1))
-        for memory, both in zip(self._memory, held, strict=True):
-            for to, new in zip(memory, both, strict=True):
-                to[first : first + len(prompts), :, :width] = new
-        self._lengths += map(len, prompts)
+        known, first = 0 if cache is None else cache.get_seq_length(), len(self._lengths)
+        self._make_room(first + len(prompts), max(map(len, prompts)))
+        if cache is not None and known:
+            for memory, layer in zip(self._memory, cast("list[Any]", cache.layers), strict=True):
+                memory[0, first, :, :known], memory[1, first, :, :known] = layer.keys[0], layer.values[0]
+        lengths = list(map(len, prompts))
+        reading = Reading(self._memory, first, lengths, known)
+        ids = torch.tensor([token for prompt in prompts for token in prompt[known:]])
+        logits = self._decoder.read(ids, reading)
+        self._lengths += lengths
         self._counts = []
         return logits
 
@@ -85,7 +106,7 @@ class RunningRows:
         """One more token of every row, and guesses of those behind it, as many in each row; returns the logits
         (rows, tokens, vocabulary) behind them. Only the first is kept, and with :meth:`keep` those that were right."""
         self.tokens = len(tokens[0])
-        self._make_room(len(tokens), max(self._lengths) + self.tokens, self._memory)
+        self._make_room(len(tokens), max(self._lengths) + self.tokens)
         positions = torch.tensor(self._lengths)[:, None] + torch.arange(self.tokens)  # (rows, tokens)
         self.positions = positions.flatten()
         self._cut(positions)
@@ -153,6 +174,8 @@ class RunningRows:
         """Let a cache hold what the only row has by now; returns how many tokens that are."""
         [length] = self._lengths
         for layer, (keys, values) in zip(cast("list[DynamicLayer]", cache.layers), self._memory, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
         return length
 
@@ -197,9 +220,8 @@ class RunningRows:
         mask = torch.zeros(seen.shape, dtype=self._memory.dtype).masked_fill_(~seen, float("-inf"))
         return mask.repeat_interleave(self._decoder.groups, 1)[:, None]
 
-    def _make_room(self, rows: int, columns: int, like: Tensor) -> None:
-        """For so many rows and columns, of layers, heads and head width as in ``like``, at least. What the mask hides
-        has to be a number, too: zeros."""
+    def _make_room(self, rows: int, columns: int) -> None:
+        """For so many rows and columns, at least. What the mask hides has to be a number, too: zeros."""
         own, held = self._memory.shape[2], self._memory.shape[4]
         if own >= rows and columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
             return
@@ -207,8 +229,8 @@ class RunningRows:
             own = min(self._places, max(rows, 2 * own))
         if not columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
             held = columns + max(_MORE_COLUMNS, columns // 2)
-        layers, _, _, heads, _, width = like.shape
-        made = _zeros((layers, 2, own, heads, held, width), like.dtype)
+        kind = self._decoder.kept
+        made = _zeros((kind.layers, 2, own, kind.heads, held, kind.width), kind.dtype)
         kept, longest = len(self._lengths), max(self._lengths, default=0)
         if kept:
             made[:, :, :kept, :, :longest] = self._memory[:, :, :kept, :, :longest]

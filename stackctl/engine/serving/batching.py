@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stackctl.engine.generation.answering import write_answers
-from stackctl.engine.generation.batch import Batch, alike
+from stackctl.engine.generation.batch import Batch
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder
@@ -92,7 +92,7 @@ class BatchingEngine(Engine[BatchRow]):
         return None
 
     def _admit(self) -> None:
-        """Let rows begin, those whose prompts are of like length together."""
+        """Let rows begin, their prompts read together."""
         joining: list[BatchRow] = []
         while (row := self._next(len(joining))) is not None:
             try:
@@ -104,7 +104,7 @@ class BatchingEngine(Engine[BatchRow]):
                     joining.append(row)
             except Exception as error:
                 row.end(error)
-        for group in alike(joining):
+        for group in self._running().together(joining) if joining else ():
             try:
                 self._running().join(group)
             except Exception as error:
@@ -129,8 +129,11 @@ class BatchingEngine(Engine[BatchRow]):
                 self._stacked.restore()
             decoder = plain_decoder(self._stacked)
             kept = decoder.rows(self.limits.rows) if decoder else PaddedRows(self._stacked.model)
-            self._batch = Batch(kept, lambda rows: self._adapters.set_rows([row.weights or _BASE for row in rows]))
+            self._batch = Batch(kept, self._weigh)
         return self._batch
+
+    def _weigh(self, rows: Sequence[BatchRow], tokens: Sequence[int]) -> None:
+        self._adapters.set_rows([row.weights or _BASE for row in rows], tokens)
 
     def _step(self) -> None:
         """One more token for every row."""

@@ -65,6 +65,7 @@ class RowAdapters:
         self._blocks: dict[str, _Block] = {}
         self._weights: dict[str, Tensor] = {}
         self._rows: tuple[RowWeights, ...] = ()
+        self._row_of: Tensor | None = None  # of each token
         self._hooked: set[str] = set()
 
     @property
@@ -112,8 +113,10 @@ class RowAdapters:
                 factors[module.name] = (a.to(weight.device, dtype), (b * scaling).to(weight.device, dtype))
         return factors
 
-    def set_rows(self, rows: Sequence[RowWeights]) -> None:
-        """The weights of each row of the next forward pass; no rows: the base alone."""
+    def set_rows(self, rows: Sequence[RowWeights], tokens: Sequence[int] = ()) -> None:
+        """The weights of each row of the next forward pass; no rows: the base alone. ``tokens`` are how many it sees of
+        each, if those of all stand one behind another and are not as many of each."""
+        self._row_of = torch.arange(len(tokens)).repeat_interleave(torch.tensor(tokens)) if tokens else None
         if len(rows) == len(self._rows) and all(one is other for one, other in zip(rows, self._rows, strict=True)):
             return
         self._rows = tuple(rows)
@@ -154,7 +157,9 @@ class RowAdapters:
                 return None
             x = inputs[0]
             inner = functional.embedding(x, block.a.T) if block.embeds else functional.linear(x, block.a)
-            # Some modules see (rows · tokens, width): the rows' tokens one after another.
+            # Some modules see (rows · tokens, width): the rows' tokens one after another; a head only the last of each.
+            if self._row_of is not None and x.shape[0] == len(self._row_of):
+                weights = weights[self._row_of]
             inner = inner.view(len(weights), -1, inner.shape[-1]) * weights[:, None]
             return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), block.b.T).view(output.shape)
 
