@@ -82,10 +82,9 @@ def test_twenty_rows_of_five_stacks_at_once(filled, kind):
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("llama", RunningRows), ("qwen3", RunningRows), ("gpt2", PaddedRows)])
-def test_prompts_of_like_length_are_read_together_and_plain_decoders_step_by_few_operators(
-    filled, kind, rows, monkeypatch
-):
+def test_prompts_are_read_together_and_plain_decoders_step_by_few_operators(filled, kind, rows, monkeypatch):
     filled_registry, read, steps = filled(kind), [], []
+    filled_registry.add("heads", seed=4, target_modules=["lm_head"])
     sampling = Sampling(max_new_tokens=24)
     known = expected(filled_registry, sampling)
     join, step = rows.join, rows.step
@@ -93,18 +92,30 @@ def test_prompts_of_like_length_are_read_together_and_plain_decoders_step_by_few
         rows, "join", lambda self, prompts, *rest: read.append(len(prompts)) or join(self, prompts, *rest)
     )
     monkeypatch.setattr(rows, "step", lambda self, tokens: steps.append(len(tokens)) or step(self, tokens))
-    engine = BatchingEngine(filled_registry.load())
+    engine = BatchingEngine(filled_registry.load(), Limits(rows=24))
     plans = {name: filled_registry.plan(name) for name in STACKS}
+    plans["heads"] = filled_registry.plan("heads+style")
+    stacked = filled_registry.load()
+    stacked.use(plans["heads"])
+    for answer in generate(stacked, [Prompt(text) for text in TEXTS], sampling, batch_size=1):
+        known["heads", answer.prompt.text] = (answer.text, answer.stop, answer.new_tokens)
+    read.clear()
+    steps.clear()
     try:
         with engine._changed:  # all of them wait before any begins
-            asked = [(name, answered(engine, plans[name], "Hi.", sampling)) for name in STACKS]
-        for name, (made, ended, errors) in asked:
+            asked = [
+                (name, text, answered(engine, plan, text, sampling)) for name, plan in plans.items() for text in TEXTS
+            ]
+        for name, text, (made, ended, errors) in asked:
             assert ended.wait(60) and not errors
-            assert (made[0].text, made[0].stop, made[0].new_tokens) == known[name, "Hi."]
+            assert (made[0].text, made[0].stop, made[0].new_tokens) == known[name, text], (name, text)
     finally:
         engine.close()
-    assert read == [5]
-    assert steps[0] == 5 and len(steps) < 24
+    if rows is RunningRows:
+        assert read == [24]
+    else:
+        assert 1 < len(read) < 8 and sum(read) == 24
+    assert steps[0] == 24 and len(steps) < 24
 
 
 def test_a_single_answer_is_guessed_ahead(filled, monkeypatch):
