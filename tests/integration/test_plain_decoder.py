@@ -129,6 +129,25 @@ def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypat
     assert moved == 2, "when it has paid, and no more often"
 
 
+@torch.no_grad()
+def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
+    stacked = known("llama")
+    rows = decoder_of(stacked).rows(3)
+    texts = [list(range(3, 43)), list(PROMPTS[0]), list(range(5, 55))]
+    rows.join(texts)
+    rows._memory[:, :, 0, :, :40] = float("nan")
+    broken = rows.step([[7], [8], [9]])
+    assert broken[0].isnan().all() and broken[1:].isfinite().all(), "the others do not see it"
+    rows.leave(2)
+    rows.leave(0, failed=True)
+    texts = [[*texts[1], 8], list(PROMPTS[2]), list(range(5, 55))]
+    rows.join(texts[1:])
+    for token in (11, 12, 13):
+        texts = [[*ids, token] for ids in texts]
+        wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
+        torch.testing.assert_close(rows.step([[token]] * 3)[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = known(name)

@@ -87,7 +87,7 @@ class PaddedRows:
         self._layers, self._lengths = _held(cache), lengths
         return logits[:, None]
 
-    def leave(self, row: int) -> None:
+    def leave(self, row: int, failed: bool = False) -> None:
         """A row leaves, and the last one takes its place; columns that none is left to need leave with it."""
         rows = list(range(len(self._lengths)))
         rows[row] = rows[-1]

@@ -106,7 +106,7 @@ class RunningAnswers:
         return self._batch.leave()
 
     def _admit(self) -> None:
-        """Read prompts into the free places, those of like length together."""
+        """Read prompts into the free places."""
         free = self._places - len(self._batch.rows)
         for group in self._batch.together([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]):
             started = time.perf_counter()

@@ -158,8 +158,11 @@ class RunningRows:
             seen = seen.unflatten(2, (self.tokens, -1)).transpose(1, 2)
         return seen
 
-    def leave(self, row: int) -> None:
-        """A row leaves, and the last one takes its place."""
+    def leave(self, row: int, failed: bool = False) -> None:
+        """A row leaves, and the last one takes its place. Of one that ``failed`` nothing may be left: where it is no
+        number, no mask would hide it."""
+        if failed:
+            self._memory[:, :, row, :, : self._lengths[row] + self.tokens] = 0
         last = self._lengths.pop()
         if row < len(self._lengths):
             self._lengths[row] = last
