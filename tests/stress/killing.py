@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -24,6 +26,7 @@ import warm
 
 from stackctl.cli import built_app
 
+_LIGHT = ("core", "storage", "lora", "plan", "registry", "render", "machine", "jobs", "cli")
 _STEPS = ("open", "os.", "shutil.", "fcntl.")
 
 
@@ -85,7 +88,10 @@ def _light_server() -> Connection:
 
 
 def _fork_each(asked: Connection) -> None:
-    """Fork off each command that is asked for, and answer with how it ended."""
+    """Fork off each command that is asked for, and answer with how it ended. What is light is imported once, here."""
+    for room in _LIGHT:
+        for module in pkgutil.iter_modules(importlib.import_module(f"stackctl.{room}").__path__):
+            importlib.import_module(f"stackctl.{room}.{module.name}")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             arguments, folder, kill, prepare, environment = asked.recv()
