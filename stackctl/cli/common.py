@@ -7,15 +7,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import share_progress
-from stackctl.cli.typed_values import path_parser, typed_text
+from stackctl.cli.typed_values import read_words, typed_text
 from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output
@@ -177,7 +177,7 @@ def command(
         for parameter in [*own, *added]:
             _name_in_capitals(parameter)
             _off_unless_typed(parameter)
-            _read_paths(parameter)
+            read_words(parameter)
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
@@ -215,23 +215,6 @@ def _off_unless_typed(parameter: inspect.Parameter) -> None:
     for info in getattr(parameter.annotation, "__metadata__", ()):
         if parameter.default is False and isinstance(info, OptionInfo) and info.default is ...:  # it was given no name
             info.param_decls = ("--" + parameter.name.replace("_", "-"),)
-
-
-def _read_paths(parameter: inspect.Parameter) -> None:
-    """Paths are read by our own parser, and completed by the shell: typer answers with what was typed already."""
-    type_, *infos = get_args(parameter.annotation)
-    if Path in (type_, *get_args(type_)):
-        for info in infos:
-            if isinstance(info, ParameterInfo):
-                info.autocompletion = _nothing
-                label = (info.metavar or parameter.name.upper()).strip("[]")
-                if isinstance(info, OptionInfo):
-                    label = "--" + parameter.name.strip("_").replace("_", "-")
-                info.parser = path_parser(label)
-
-
-def _nothing() -> list[str]:
-    return []
 
 
 # -- arguments that several commands have, with their completion ----------------------------------------------------

@@ -113,6 +113,24 @@ def test_an_empty_path_is_not_the_working_directory(run, tmp_path, words, what):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("serve", "--api-key", ""), ("serve", "--host="), ("train", "style", "--data", "x.jsonl", "--on", ""),
+        ("train", "style", "--data", ""), ("add", "style", ".", "--base="), ("add", "style", ".", "--on="),
+        ("push", "style", "me/style", "--tag="), ("eval", "base", "--data="), ("extract", "style", "--tuned="),
+    ],
+)  # fmt: skip
+def test_an_empty_word_is_not_the_option_left_out(run, words):
+    """With ``--api-key "$KEY"`` and no such variable, the server would be open to everybody."""
+    option = next(word for word in words if word.startswith("--")) if "--on" not in words else "--on"
+    assert f"error: {option.rstrip('=')} is empty" in run(*words, code=2).err
+
+
+def test_a_description_may_be_empty(run):
+    assert "is empty" not in run("add", "style", "nowhere", "--description", "", code=3).err
+
+
 def test_a_tilde_that_the_shell_left_is_the_home(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert run("init", "--registry=~/kept", "--json").json["registry"] == str(tmp_path / "home" / "kept")
