@@ -11,6 +11,7 @@ given up where they are idle again. The number of threads that work never change
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from stackctl.machine.resources import allowed_cores, cores, physical_cores
 _SPINS = "30001"
 """Some 0.3 ms: longer than a barrier waits for a thread that has a core. A number that nobody types."""
 _BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_SOFT = 1
+"""``omp_pause_soft``: what threads hold of their own stays."""
 _EVERY = 1.0
 """Seconds between two looks."""
 _TAKEN, _IDLE = 0.3, 0.15
@@ -99,6 +102,15 @@ def _watch(threads: int, make_pool: Callable[[], None], computes: Callable[[], b
 def _sleep(make_pool: Callable[[], None], given_up: threading.Event) -> None:
     make_pool()
     given_up.wait()  # the pool ends with the thread
+
+
+def give_up_pool() -> None:
+    """End the pool of the thread that calls, which is about to leave the computing to another: threads of two pools are
+    more than there are processors, and would never spin. It has a new one as soon as it computes again."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another OpenMP, or one that is too old
+            loaded = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            loaded.omp_pause_resource_all(_SOFT)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.serving.requests import Engine, Limits
 from stackctl.engine.serving.row_adapters import RowAdapters, RowWeights, row_weights
 from stackctl.engine.serving.rows import BatchRow
+from stackctl.machine import openmp
 from stackctl.plan.model import StackPlan
 
 _BASE: RowWeights = {}
@@ -36,6 +37,7 @@ class BatchingEngine(Engine[BatchRow]):
         self._spell = TokenBytes(stacked.tokenizer)
         self._batches = can_batch(stacked)
         self._batch: Batch[BatchRow] | None = None
+        openmp.give_up_pool()  # loading is done; from here on one thread computes
         self._thread.start()
 
     @property
@@ -54,6 +56,7 @@ class BatchingEngine(Engine[BatchRow]):
         for plan in plans if self._batches else ():
             if self._adapters.carries(plan):
                 self._adapters.load(plan, ())
+        openmp.give_up_pool()
 
     # -- the engine's own thread --------------------------------------------------------------------------------
 
