@@ -69,6 +69,13 @@ def _config(name: str) -> Any:
     return kinds[name](**sizes, tie_word_embeddings=name == "tied")
 
 
+def long_rope(original: int) -> Phi3Config:
+    """A tiny Phi 3 whose positions are turned by other angles in texts of more than ``original`` tokens."""
+    angles = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "rope_theta": 10_000.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": original, **angles}
+    return Phi3Config(**SIZES, original_max_position_embeddings=original, rope_parameters=rope)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes are tokens 0..255, then <|im_start|> 256, <|im_end|> 257 (end of text, of turn, and padding)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
+from stackctl.engine.generation.padding import lengths_of_angles
 from stackctl.engine.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.models import evaluating
 from stackctl.engine.segment_attention import ONE_CALL, SEGMENTS, has_one_call
@@ -69,16 +70,20 @@ def _faster(inner: PreTrainedModel, own: str | None) -> Iterator[RowLayout]:
 
 
 def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) -> list[Example]:
-    """Two records made of the data's tokens, the first longer than any window that a record of the data exceeds."""
-    config = inner.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    exceeded = [window + _BEYOND for window in windows if isinstance(window, int) and window < longest]
+    """Two records made of the data's tokens, the first longer than any bound that a record of the data exceeds."""
+    exceeded = [bound + _BEYOND for bound in _bounds(inner.config.get_text_config()) if bound < longest]
     tokens = itertools.cycle([token for example in examples[:2] for token in example.input_ids])
     pair = []
     for length in (max([_TOKENS, *exceeded]), _TOKENS // 2):
         ids = list(itertools.islice(tokens, min(length, longest)))
         pair.append(Example(ids, [IGNORED, *ids[1:]]))
     return pair
+
+
+def _bounds(config: Any) -> list[int]:
+    """Lengths in tokens beyond which a model computes otherwise."""
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return [*(window for window in windows if isinstance(window, int)), *lengths_of_angles(config)]
 
 
 def _logits(model: nn.Module, rows: list[Example]) -> Tensor:

@@ -121,6 +121,27 @@ def test_what_training_makes_larger_is_computed_as_before(name: str, models: Any
     assert abs(computed(model)[0] - (loss := computed(exact)[0])) <= 1e-4 * loss, "no limit is left out"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [("cohere_compass_text", ["q_proj", "k_proj", "v_proj", "o_proj"]), ("falcon_mamba", ["in_proj"])],
+)
+def test_calls_unlike_those_that_were_looked_at_are_computed_as_before(model_type: str, targets: list[str]) -> None:
+    """A layer that turns no positions beside one that does, and a norm of rows shorter than its weight."""
+    settings: Any = {"r": 4, "target_modules": targets, "init_lora_weights": False}
+    model: Any = get_peft_model(tiny_model(model_type), LoraConfig(**settings)).train()
+    add_in_place(model)
+    inputs = collate(examples()[:1])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def one() -> tuple[float, torch.Tensor]:
+        loss = supervised_loss(model, inputs)
+        return float(loss.detach()), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+
+    expected = one()
+    assert fuse(model)
+    assert same(one(), expected)
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_under_autocast_nothing_is_less_exact(name: str, models: Any) -> None:
     """Products are rounded to bfloat16 where autocast does so: both ways are as far from float64."""

@@ -12,6 +12,8 @@ import oracle
 import pytest
 import torch
 from architectures import tiny_folder
+from tiny import long_rope, tiny_tokenizer
+from transformers import Phi3ForCausalLM
 
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.answers import batches
@@ -59,6 +61,24 @@ def test_a_model_that_takes_padding_for_text_is_never_padded(
     alone = [texts(stacked, [prompt], 1)[0] for prompt in prompts]
     assert texts(stacked, prompts, 7) == alone
     assert texts(stacked, prompts[::-1], 2) == alone[::-1]
+
+
+def test_angles_of_positions_are_those_of_the_text_alone(tiny_registry: Any, tmp_path: Path) -> None:
+    """LongRoPE turns all rows of a batch by the length of the longest."""
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(long_rope(40))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "long")
+    tiny_tokenizer().save_pretrained(tmp_path / "long")
+    h = tiny_registry()
+    h.run("base", "add", "long", tmp_path / "long")
+    stacked = load_base(resolve_base(h.registry, "long"), h.registry)
+    assert can_pad(stacked.model, 40) and not can_pad(stacked.model, 41) and not can_pad(stacked.model)
+    alone = [texts(stacked, [prompt], 1)[0] for prompt in PROMPTS]
+    assert texts(stacked, PROMPTS, 5) == alone
 
 
 def test_a_sliding_window_slides_over_real_tokens_only(tiny_registry: Any, models: Any, tmp_path: Path) -> None:

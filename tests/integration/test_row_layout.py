@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import SIZES
+from tiny import SIZES, long_rope
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -27,8 +27,13 @@ CONFIGS: dict[str, Any] = {
     "mistral, window 16": MistralConfig(**_SMALL, sliding_window=16),
     "gemma2": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
     "gemma3, window 16": Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=16),
+    "phi3, other angles beyond 50": long_rope(50),
+    "phi3, other angles beyond 100": long_rope(100),
 }
-EXPECTED = {"gemma2": "mask"}  # its attention caps the logits, which PyTorch's cannot
+EXPECTED = {
+    "gemma2": "mask",  # its attention caps the logits, which PyTorch's cannot
+    "phi3, other angles beyond 50": "one_by_one",  # all positions of a row are turned as those of its longest record
+}
 
 
 def examples(count: int = 5, *, longest: int = 70) -> list[Example]:

@@ -85,7 +85,7 @@ def _answered(
             if running is not None:
                 yield from (([row], [generated]) for row, generated in running)
                 return
-        together = can_pad(own.model)
+        together = can_pad(own.model, max(map(len, asked.ids), default=0) + sampling.max_new_tokens)
 
         def answer(rows: list[int]) -> list[Generated]:
             return answer_encoded(asked.of(rows), own, sampling, on_text, prefix_cache)

@@ -19,7 +19,21 @@ _COUNT_PADDING = frozenset(
 one of every type that transformers has, alone and in a batch (``python -m tests.stress.architectures``)."""
 
 
-def can_pad(model: Any) -> bool:
+def can_pad(model: Any, longest: int | None = None) -> bool:
     """Whether a row padded on its left is answered as it is alone. Of a class that is not transformers' own, whose
-    files came with the model, nothing is known: no."""
+    files came with the model, nothing is known: no.
+
+    ``longest``: tokens of the longest text with its answer, None where that is not known.
+    """
+    turned = min(lengths_of_angles(model.config), default=None)
+    if turned is not None and (longest is None or longest > turned):
+        return False
     return model.config.model_type not in _COUNT_PADDING and type(model).__module__.startswith("transformers.")
+
+
+def lengths_of_angles(config: Any) -> list[int]:
+    """Lengths in tokens beyond which a model turns all positions by other angles, those of every row by the longest
+    one's: LongRoPE (https://arxiv.org/abs/2402.13753), as Phi 3 has it."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one for each type of layer
+    return [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]

@@ -85,7 +85,8 @@ def _rms_norm(module: Any) -> Forward:
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
     def forward(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if rest or options or not _trains(x, torch.float32) or module.weight.requires_grad:
+        plain = not rest and not options and _trains(x, torch.float32) and not module.weight.requires_grad
+        if not plain or x.shape[-1] != len(module.weight):  # Falcon Mamba's is of another length, and not used
             found: Tensor = own(x, *rest, **options)
             return found
         return rms_norm(x, module.weight, eps)
