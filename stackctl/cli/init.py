@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, command
+from stackctl.core.errors import Usage
 from stackctl.registry.store import init_registry
 from stackctl.render.output import Result
 
@@ -21,7 +22,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Make a registry: a folder of small YAML files that says which adapters and stacks there are."""
-        folder = (directory or context.registry_option or Path("registry")).absolute()
+        asked = context.registry_option
+        if directory is not None and asked is not None and directory.resolve() != asked.resolve():
+            raise Usage(f"two folders: {directory} and --registry {asked}", hint="leave out one of them")
+        folder = (directory or asked or Path("registry")).absolute()
         made = init_registry(folder)
         said = f"made an empty registry in {folder}" if made else f"there is a registry in {folder} already"
         return Result(

@@ -14,6 +14,7 @@ from stackctl.cli.typed_values import typed_text
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import Usage
+from stackctl.core.hub_ids import is_dataset_id
 from stackctl.core.train_job import PushTarget
 from stackctl.plan.model import StackPlan
 from stackctl.registry.resolve import current_stack, resolve_expression
@@ -68,6 +69,11 @@ def register(app: typer.Typer) -> None:
         target = _target(registry, what, repo)
         stack = resolve_expression(registry, target.stack)
         repo_id = parse_repo(target.repo)
+        if wrong := [one for one in dataset or () if not is_dataset_id(one)]:
+            raise Usage(
+                f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub",
+                hint="write owner/name, as on the data set's page",
+            )
         options = PushOptions(
             again=typed(),
             export=functools.partial(_export, registry, output.status),

@@ -22,6 +22,11 @@ def is_hub_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
+def is_dataset_id(text: str) -> bool:
+    """Whether a text is a data set's id on the Hub: ``owner/name``, or ``squad`` as the oldest are called."""
+    return is_hub_id(text if "/" in text else f"datasets/{text}")
+
+
 def parse_dataset_id(text: str) -> tuple[str, str | None] | None:
     """A data set on the Hub and its split (None: not given), of ``owner/name`` or ``owner/name:split``.
 

@@ -64,10 +64,11 @@ def save_base(registry: Registry, base: Base) -> None:
                 f"the base '{base.name}' is another model ({known.source})",
                 hint=f"choose another name, or: stackctl base rm {base.name}",
             )
-        registry.write(base)
         settings = registry.settings()
         if settings.defaults.base is None:
-            registry.write_settings(msgspec.structs.replace(settings, defaults=Defaults(base=base.name)))
+            settings = msgspec.structs.replace(settings, defaults=Defaults(base=base.name))
+        with registry.settings_after(settings):
+            registry.write(base)
 
 
 def remove_base(registry: Registry, name: str) -> None:
@@ -87,7 +88,8 @@ def remove_base(registry: Registry, name: str) -> None:
                 f"the base '{name}' cannot be removed, for what depends on it: {', '.join(users)}",
                 hint=f"remove them first: stackctl rm {users[0].partition('@')[0]}",
             )
-        registry.delete(Base, name)
         settings = registry.settings()
         if settings.defaults.base == name:
-            registry.write_settings(msgspec.structs.replace(settings, defaults=Defaults()))
+            settings = msgspec.structs.replace(settings, defaults=Defaults())
+        with registry.settings_after(settings):
+            registry.delete(Base, name)

@@ -15,7 +15,7 @@ from stackctl.core.errors import NotFound, Usage, did_you_mean
 from stackctl.core.expressions import BASE, Reference, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
 from stackctl.registry.adapters import foundations, resolve_adapter
-from stackctl.registry.stacks import set_current
+from stackctl.registry.stacks import current_after
 from stackctl.registry.store import Registry
 from stackctl.storage import files
 
@@ -39,9 +39,9 @@ def remove_entry(registry: Registry, text: str, *, dry_run: bool = False) -> Rem
         if "@" not in text and text != BASE and (stack := registry.find_stack(text)):
             removal = Removal((stack.name,), 0)
             if not dry_run:
-                registry.delete(Stack, stack.name)
-                if registry.settings().current == stack.name:
-                    set_current(registry, None)
+                current = registry.settings().current
+                with current_after(registry, None if current == stack.name else current):
+                    registry.delete(Stack, stack.name)
             return removal
         terms = parse_expression(text)
         if len(terms) > 1 and text == "+".join(term.reference.name for term in terms):

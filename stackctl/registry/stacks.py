@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 
 from stackctl.core.errors import NotFound, Usage, did_you_mean
@@ -51,9 +53,9 @@ def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
         known = registry.find_stack(name)
         if known and msgspec.structs.replace(known, created=entry.created) == entry:
             entry = known
-        else:
-            registry.write(entry)
-        set_current(registry, name)
+        with current_after(registry, name):
+            if entry is not known:
+                registry.write(entry)
     return entry
 
 
@@ -87,11 +89,11 @@ def use_stack(registry: Registry, name: str) -> Stack:
                 raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name} --name NAME")
             near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
             raise NotFound(f"there is no stack '{name}'", hint=near)
-        set_current(registry, name)
+        with current_after(registry, name):
+            pass
     return stack
 
 
-def set_current(registry: Registry, name: str | None) -> None:
-    settings = registry.settings()
-    if settings.current != name:
-        registry.write_settings(msgspec.structs.replace(settings, current=name))
+def current_after(registry: Registry, name: str | None) -> contextlib.AbstractContextManager[None]:
+    """Around what writes or removes a stack: afterwards the current one is this."""
+    return registry.settings_after(msgspec.structs.replace(registry.settings(), current=name))

@@ -216,8 +216,11 @@ class Registry:
     def settings(self) -> RegistryFile:
         return read_yaml(self.root / _FILE, RegistryFile, schema=SCHEMA)
 
-    def write_settings(self, settings: RegistryFile) -> None:
-        atomic.write_atomic(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
+    def settings_after(self, settings: RegistryFile) -> contextlib.AbstractContextManager[None]:
+        """Around a change that these settings follow: on a full disk neither happens (:func:`atomic.written_after`)."""
+        if settings == self.settings():
+            return contextlib.nullcontext()
+        return atomic.written_after(self.root / _FILE, _text(msgspec.to_builtins(settings) | {"schema": SCHEMA}))
 
     def weights_path(self, version: AdapterVersion) -> Path:
         """Where a version's checkpoint lies, absolute: for a link, in somebody else's folder."""

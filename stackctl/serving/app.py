@@ -162,12 +162,7 @@ def make_app(service: Service) -> Any:
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        stack, _ = await run_in_threadpool(service.models.find, name)
-        members = [{"adapter": member.label, "weight": member.weight} for member in stack.members]
-        return JSONResponse(
-            {"id": name, "object": "model", "created": 0, "owned_by": "stackctl", "base": stack.base.name,
-             "expression": stack.pinned, "members": members}
-        )  # fmt: skip
+        return JSONResponse(await run_in_threadpool(service.models.described, name))
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "base": service.models.base.name})

@@ -10,7 +10,7 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import BASE, format_term
-from stackctl.core.schema import Base
+from stackctl.core.schema import Base, Run
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import check_digests
@@ -101,14 +101,27 @@ class Models:
                     resolved, _ = self.find(text)
                     members = [(member.label, member.weight) for member in resolved.members]
                     found.append(self._row(text, "expression", members))
-        for row in found:
-            for member in row["members"]:
-                run = runs.get(member["adapter"])
-                member["loss"], member["held_out_loss"] = (run.loss, run.eval_loss) if run else (None, None)
-            row["current"] = row["id"] == current
+        found = [_complete(row, runs, current) for row in found]
         return sorted(
             found, key=lambda row: self.first.index(row["id"]) if row["id"] in self.first else len(self.first)
         )
+
+    def described(self, text: str) -> dict[str, Any]:
+        """One model, as it is listed; every other expression is one too.
+
+        Raises:
+            NotFound, Usage, Incompatible, VerificationFailed: as :meth:`find`.
+        """
+        stack, _ = self.find(text)
+        if text == BASE:
+            kind = "base"
+        elif stack.name == text:
+            kind = "stack"
+        else:
+            kind = "adapter" if [m.adapter.name for m in stack.members] == [text] else "expression"
+        row = self._row(text, kind, [(member.label, member.weight) for member in stack.members])
+        runs = {member.label: member.version.run for member in stack.members}
+        return _complete(row, runs, self.registry.settings().current)
 
     def _row(self, name: str, kind: str, members: list[tuple[str, float]]) -> dict[str, Any]:
         return {
@@ -116,6 +129,14 @@ class Models:
             "base": self.base.name, "expression": "+".join(format_term(*member) for member in members) or BASE,
             "members": [{"adapter": label, "weight": weight} for label, weight in members],
         }  # fmt: skip
+
+
+def _complete(row: dict[str, Any], runs: dict[str, Run | None], current: str | None) -> dict[str, Any]:
+    """A row with the losses of its members' training, by their labels, and whether it is the current stack."""
+    for member in row["members"]:
+        run = runs.get(member["adapter"])
+        member["loss"], member["held_out_loss"] = (run.loss, run.eval_loss) if run else (None, None)
+    return row | {"current": row["id"] == current}
 
 
 def common_base(registry: Registry, what: list[str], base: str | None) -> tuple[Base, tuple[str, ...]]:

@@ -46,6 +46,16 @@ def make_directory(path: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: a temporary sibling, flushed, then renamed over ``path``."""
+    with written_after(path, content):
+        pass
+
+
+@contextlib.contextmanager
+def written_after(path: Path, content: str | bytes) -> Iterator[None]:
+    """:func:`write_atomic` around a change that belongs to it: on the disk before the body, in place after it.
+
+    So a full disk is told before the body changes anything, and where the body fails ``path`` stays as it was.
+    """
     data = content.encode() if isinstance(content, str) else content
     make_directory(path.parent)
     temporary, descriptor = _claim(lambda: tempfile.mkstemp(prefix=_own_prefix(), dir=path.parent)[::-1])
@@ -55,6 +65,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~_umask())
+            yield
             temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

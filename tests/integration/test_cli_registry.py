@@ -23,6 +23,16 @@ def adapter(models, tmp_path_factory):
     return random_adapter(models("llama"), tmp_path_factory.mktemp("adapter") / "style")
 
 
+# -- init -------------------------------------------------------------------------------------------------------------
+
+
+def test_init_takes_one_folder(run, fails, tmp_path):
+    fails("init", "one", "--registry", "two", code=2)
+    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
+    assert run("init", "one", "--registry", tmp_path / "one", "--json").json["registry"] == str(tmp_path / "one")
+    assert run("init", "--registry", "two", "--json").json["registry"] == str(tmp_path / "two")
+
+
 # -- base -------------------------------------------------------------------------------------------------------------
 
 

@@ -516,6 +516,16 @@ def test_plain_peft_loads_the_whole_stack(
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
+def test_what_is_no_data_set_on_the_hub_is_refused_before_anything_is_asked(
+    run: Callable[..., Any], here: Registry, hub: HubServer
+) -> None:
+    wrong = ["a b", "a/b/c", "me/data:train", "../x"]
+    words = [word for one in [*wrong, "squad", "me/data-v1.5"] for word in ("--dataset", one)]
+    said = run("push", "style", "me/style", *ID, *words, code=2).err
+    assert all(repr(one) in said for one in wrong) and "squad" not in said and "v1.5" not in said
+    assert not hub.requests("") and not hub.repos
+
+
 def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
     words = ["push", "style", "me/style", *ID, "--license", "mit", "--language", "en", "--language", "de"]
     words += ["--dataset", "me/data-v1.5", "-m", "it's new", "--tag", "v 1", "--private"]

@@ -99,6 +99,13 @@ def test_completions_models_and_health(server, run):
     assert {p.choices[0].index for p in pieces} == {0, 1}
     assert "style+tone" in [model.id for model in client.models.list()]
     assert client.models.retrieve("style:0.5+tone").id == "style:0.5+tone"
+    listed = {row["id"]: row for row in json.loads(raw(server, "GET", "/v1/models")[1])["data"]}
+    assert {row["kind"] for row in listed.values()} == {"base", "adapter", "stack"}
+    assert [name for name, row in listed.items() if row["current"]] == ["style+tone"]
+    for name, row in listed.items():
+        assert json.loads(raw(server, "GET", f"/v1/models/{name}")[1]) == row
+    typed = json.loads(raw(server, "GET", "/v1/models/style:0.5+tone")[1])
+    assert (typed["kind"], typed["current"], typed["expression"]) == ("expression", False, "style@1:0.5+tone@1")
     assert json.loads(raw(server, "GET", "/health")[1])["status"] == "ok"
 
 

@@ -10,10 +10,10 @@ from checkpoints import full_version, lora_config, make_base, make_registry, reg
 
 from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import Reference
-from stackctl.core.schema import Adapter, RegistryFile, Stack
+from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.registry.adapters import resolve_adapter
-from stackctl.registry.base_entries import remove_base
+from stackctl.registry.base_entries import remove_base, save_base
 from stackctl.registry.planning import read_plan
 from stackctl.registry.remove import remove_entry
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
@@ -246,3 +246,46 @@ def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch
     assert [version.version for version in registry.find_adapter("style").versions] == [1]
     assert register(registry, "style", seed=1).version == 2
     assert verify_registry(registry)[1] == []
+
+
+@pytest.mark.parametrize("what", ["compose", "rm", "base add", "base rm"])
+def test_a_full_disk_leaves_an_entry_and_what_the_settings_say_of_it_as_they_were(registry, monkeypatch, what):
+    """The settings are the second file of one change; when there is no space for them, the first stays too."""
+    register(registry, "style")
+    stack = resolve_expression(registry, "style")
+    save_stack(registry, "s", stack)
+    if what.startswith("base"):
+        with registry.settings_after(RegistryFile(current="s")):
+            save_base(registry, make_base("other"))
+        if what == "base rm":
+            with registry.settings_after(RegistryFile(current="s", defaults=Defaults(base="other"))):
+                pass
+        else:
+            registry.delete(Base, "other")
+            with registry.settings_after(RegistryFile(current="s")):
+                pass
+    changes = {
+        "compose": lambda: save_stack(registry, "t", stack),
+        "rm": lambda: remove_entry(registry, "s"),
+        "base add": lambda: save_base(registry, make_base("other")),
+        "base rm": lambda: remove_base(registry, "other"),
+    }
+
+    def tree():
+        return {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
+
+    before, claim = tree(), atomic.tempfile.mkstemp
+
+    def full(prefix, dir):
+        if dir == registry.root:
+            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+        return claim(prefix=prefix, dir=dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.tempfile, "mkstemp", full)
+        with pytest.raises(OSError, match="No space"):
+            changes[what]()
+    assert tree() == before
+    changes[what]()
+    assert tree() != before
+    assert not [*registry.root.rglob(".tmp-*")]

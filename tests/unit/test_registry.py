@@ -91,7 +91,8 @@ def test_every_entry_survives_its_round_trip(registry):
     stack = save_stack(registry, "s", resolve_expression(registry, "keys:-0.25"))
     assert registry.find_stack("s") == stack
     settings = RegistryFile(current="s", defaults=Defaults(base="on"))
-    registry.write_settings(settings)
+    with registry.settings_after(settings):
+        pass
     assert registry.settings() == settings
 
 

@@ -226,7 +226,8 @@ def test_which_base_is_meant(tmp_path):
     remove_base(two, "one")
     assert resolve_expression(two, "base").base.name == "two"
     save_base(two, make_base("three"))
-    two.write_settings(RegistryFile())
+    with two.settings_after(RegistryFile()):
+        pass
     with pytest.raises(Usage) as caught:
         resolve_expression(two, "base")
     assert "three, two" in caught.value.message
