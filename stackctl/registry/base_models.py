@@ -91,7 +91,12 @@ def _shards(index: Path) -> list[Path]:
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise Incompatible(f"{index} has no valid weight_map", hint="download the model again")
-    shards = [index.parent / Path(name).name for name in sorted(set(names))]
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise Incompatible(
+            f"{index} names {outside[0]!r}, which is outside its folder",
+            hint="put all files of the model in one folder",
+        )
+    shards = [index.parent / name for name in sorted(set(names))]  # transformers reads sub-folders too
     for shard in shards:
         if not shard.is_file():
             raise NotFound(f"{shard} is missing, though {index.name} names it", hint="download the model again")

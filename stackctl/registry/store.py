@@ -61,8 +61,9 @@ def init_registry(folder: Path) -> bool:
     """Make an empty registry; False when one is there already (which is left as it is)."""
     if (folder / _FILE).is_file():
         return False
-    if folder.exists() and not folder.is_dir():
-        raise Usage(f"{folder} is a file", hint="choose another folder")
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        what = "a file" if folder.exists() else "a link to nothing"
+        raise Usage(f"{folder} is {what}", hint="choose another folder")
     for name in _FOLDERS.values():
         atomic.make_directory(folder / name)
     atomic.sweep_staging(folder)

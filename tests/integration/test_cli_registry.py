@@ -28,6 +28,8 @@ def adapter(models, tmp_path_factory):
 
 def test_init_takes_one_folder(run, fails, tmp_path):
     fails("init", "one", "--registry", "two", code=2)
+    (tmp_path / "link").symlink_to("nowhere")
+    fails("init", "link", code=2)
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     assert run("init", "one", "--registry", tmp_path / "one", "--json").json["registry"] == str(tmp_path / "one")
     assert run("init", "--registry", "two", "--json").json["registry"] == str(tmp_path / "two")

@@ -96,9 +96,27 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     write_base(tmp_path / "secret")
     folder = write_base(tmp_path / "a")
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
-    index = {"weight_map": {"x": "../secret/shard.safetensors"}}
+    for name in (
+        "../secret/model.safetensors",
+        "x/../../secret/model.safetensors",
+        str(tmp_path / "a/shard.safetensors"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(Incompatible, match="outside its folder"):
+            bases.weight_files(folder)
+
+
+def test_shards_may_lie_in_folders_below_as_transformers_reads_them(tmp_path):
+    """Of two files of one name the one that is named counts, not the one beside the index."""
+    folder = write_base(tmp_path / "a")
+    whole = bases.fingerprint(folder)
+    (folder / "sub").mkdir()
+    (folder / "model.safetensors").rename(folder / "sub" / "shard.safetensors")
+    (folder / "shard.safetensors").write_bytes(safetensors_bytes(TENSORS, seed=9))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(TENSORS, "sub/shard.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert bases.weight_files(folder) == [folder / "shard.safetensors"]
+    assert bases.weight_files(folder) == [folder / "sub" / "shard.safetensors"]
+    assert bases.fingerprint(folder) == whole
 
 
 def test_of_two_sets_of_weights_those_are_meant_that_transformers_reads(tmp_path):
