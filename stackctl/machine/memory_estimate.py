@@ -27,8 +27,9 @@ _LOGIT = 12
 """A logit of such a chunk in float32, exponentiated, and in two bytes as the head makes it and as its gradient."""
 _LIBRARIES = 600_000_000
 """Python with torch and its family."""
-_FRAGMENTATION = 0.5
-"""By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc."""
+_FRAGMENTATION, _FRAGMENTATION_FUSED = 0.5, 0.25
+"""By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc. Fused
+functions write over what they no longer need, and leave fewer holes."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
 QUANTISED_FROM = 4096
@@ -182,7 +183,8 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in in_layers}
     kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
     wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
-    if where.fused and _gated(targets) and not base.architecture.startswith("Gemma"):  # whose activation is another
+    fused = where.fused and _gated(targets) and not base.architecture.startswith("Gemma")  # whose activation is another
+    if fused:
         wide = 0
     kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
     casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
@@ -195,6 +197,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     logits *= 2 if batch.taught else 1
     if token_rows:
         logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
+    holes = (_FRAGMENTATION_FUSED if fused else _FRAGMENTATION) if heap else 0.0
     return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
@@ -205,9 +208,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         backward=backward,
         logits=logits,
         libraries=_LIBRARIES,
-        fragmentation=int(_FRAGMENTATION * ((checkpointed if checkpointing else activations) + backward + logits))
-        if heap
-        else 0,
+        fragmentation=int(holes * ((checkpointed if checkpointing else activations) + backward + logits)),
         loading=weights if sharded else 0,
         processes=processes,
         sharded=sharded,
