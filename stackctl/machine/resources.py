@@ -159,3 +159,17 @@ def return_freed_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_blocks() -> None:
+    """From now on blocks of 4 MB and more are given back to the system as soon as they are free, by glibc.
+
+    It otherwise learns to keep blocks of up to 32 MB in its heap, where those that stay for long cut up what is free.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+
+
+_M_MMAP_THRESHOLD = -3  # in glibc's malloc.h

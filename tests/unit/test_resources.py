@@ -1,5 +1,8 @@
 """What the machine has: never more than the operating system or a container's limit says."""
 
+import subprocess
+import sys
+
 import pytest
 
 from stackctl.machine import resources as machine
@@ -82,3 +85,26 @@ def test_what_is_missing_or_too_old_is_said(monkeypatch):
     _, wrong = machine.packages()
     assert any(text.startswith("torch") and text.endswith("is missing") for text in wrong)
     assert any(text.startswith("peft") and "0.1 is installed" in text for text in wrong)
+
+
+BLOCKS = """
+import sys
+from stackctl.machine.resources import map_large_blocks, own_memory
+if sys.argv[1] == "mapped":
+    map_large_blocks()
+large = b"x" * (30 << 20)
+del large  # glibc learns to keep as much in its heap
+free, stays = [b"x" * (20 << 20)], b"y" * (20 << 20)
+before = own_memory()
+free.clear()
+print(before - own_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_a_large_block_before_one_that_stays_is_given_back():
+    kept, given = (
+        int(subprocess.run([sys.executable, "-c", BLOCKS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("as it is", "mapped")
+    )
+    assert kept < 1 << 20 < 19 << 20 < given
