@@ -164,6 +164,10 @@ def explain_status(error: Any, attempt: Attempt) -> StackctlError:
         return NotFound(f"a file of {repo} is not there any more{because}", hint=f"try again: {again}")
     if isinstance(error, GatedRepoError):
         return HubFailure(f"{repo} is gated", hint=f"ask for access at {host}/{repo}, then: {again}")
+    if error.response.request.method == "PUT" and status in (401, 403, 404):  # to an address that the Hub signed
+        return HubFailure(
+            f"the storage of {host} refused a file of {repo} with HTTP {status}{because}", hint=f"try again: {again}"
+        )
     missing = isinstance(error, RepositoryNotFoundError) and not (attempt.writes and status in (401, 403))
     if missing or status == 404:
         return NotFound(

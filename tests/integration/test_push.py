@@ -441,6 +441,15 @@ def test_the_hub_has_other_bytes_afterwards(run: Callable[..., Any], here: Regis
     assert "adapter_config.json" in error["message"]
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_the_storage_says_nothing_of_the_repo_or_the_token(
+    run: Callable[..., Any], here: Registry, hub: HubServer, status: int
+) -> None:
+    hub.fail("PUT /lfs/", status)
+    told = check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["message"]
+    assert f"the storage of {hub.url} refused a file of me/style with HTTP {status}" in told
+
+
 def test_the_token_is_nowhere(
     run: Callable[..., Any], here: Registry, hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
