@@ -162,6 +162,7 @@ def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, mo
     answers = list(generate(stacked, prompts, Sampling(max_new_tokens=40, raw=True)))
     assert packed
     assert set(packed) == {7 if torch.backends.mkl.is_available() else 0}
+    assert len(packed) <= 10, "memory is not looked at before each step"
     for answer in answers:
         assert list(answer.ids) == own_answer(stacked, answer.asked, 40)[: len(answer.ids)]
 

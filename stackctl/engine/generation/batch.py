@@ -151,7 +151,9 @@ class Batch(Generic[AnyRow]):
                 row.failed = error
 
     def _pack(self) -> None:
-        self._full_steps += pays_packed(len(self.rows))
+        many = pays_packed(len(self.rows))
+        self._full_steps += many
         to_come = max(row.limit - len(row.chosen) for row in self.rows)
-        if self._full_steps >= _BEFORE_PACKING and pays_packed(len(self.rows)) and to_come >= _BEHIND_PACKING:
+        if many and self._full_steps >= _BEFORE_PACKING and to_come >= _BEHIND_PACKING:
             self._kept.pack()
+            self._full_steps = 0  # looked at again after as many steps: there may be memory by then

@@ -77,16 +77,17 @@ def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
     Nothing is done where this is not to be had (another BLAS, half precision), or would take more than a quarter of the
     free memory.
     """
-    plain = [one for one in products if isinstance(one, Product) and one.packed is None and _can_pack(one.weight)]
-    if sum(one.weight.nbytes for one in plain) > main_memory().available // 4:
+    plain = [one for one in products if isinstance(one, Product) and one.packed is None and _is_known(one.weight)]
+    if not plain or sum(one.weight.nbytes for one in plain) > main_memory().available // 4:
         return
     for one in plain:
-        one.packed = torch.ops.mkl._mkl_reorder_linear_weight(one.weight, _PACKED_FOR)
+        if _is_right(*one.weight.shape):
+            one.packed = torch.ops.mkl._mkl_reorder_linear_weight(one.weight, _PACKED_FOR)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
-    return known and torch.backends.mkl.is_available() and _is_right(*weight.shape)
+def _is_known(weight: Tensor) -> bool:
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    return plain and torch.backends.mkl.is_available()
 
 
 @functools.cache
@@ -94,7 +95,7 @@ def _is_right(out: int, width: int) -> bool:
     """Whether packed weights of this shape give right products: these are PyTorch's operators for its own compiler,
     which packs for one number of rows; MKL's manual does not say that others are right, or wrong."""
     try:
-        weight = torch.linspace(-1, 1, out * width).sin().view(out, width)
+        weight = torch.linspace(-1, 1, out * width).sin_().view(out, width)
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, _PACKED_FOR)
         for count in (_MOST + 1, _PACKED_FOR - 1, _PACKED_FOR, 2 * _PACKED_FOR + 1):
             rows = torch.linspace(-1, 1, count * width).cos().view(count, width)

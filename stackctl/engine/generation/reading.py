@@ -38,6 +38,9 @@ class Reading:
             row, token = row + count, tokens.stop
         self.positions = torch.cat([torch.arange(known, length) for length in lengths])
         self.last = torch.tensor([length - known for length in lengths]).cumsum(0) - 1
+        self._mask = (  # of the single one, whose known tokens all of its new ones see
+            torch.ones(lengths[0] - known, lengths[0], dtype=torch.bool).tril(known) if known else None
+        )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Put keys and values (tokens, heads, head width) into the memory; returns what the queries, of more heads,
@@ -47,12 +50,10 @@ class Reading:
             own, new_keys, new_values = (
                 tensor[one.tokens].unflatten(0, (one.count, -1)).transpose(1, 2) for tensor in (query, key, value)
             )
-            columns = self._known + own.shape[2]
-            keys, values = self._memory[layer, :, one.rows, :, :columns]
+            keys, values = self._memory[layer, :, one.rows, :, : self._known + own.shape[2]]
             keys[:, :, self._known :], values[:, :, self._known :] = new_keys, new_values
-            mask = torch.ones(own.shape[2], columns, dtype=torch.bool).tril(self._known) if self._known else None
             seen = functional.scaled_dot_product_attention(
-                own, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                own, keys, values, self._mask, is_causal=self._mask is None, scale=scale, enable_gqa=True
             )
             found.append(seen.transpose(1, 2).flatten(0, 1))
         return torch.cat(found)
