@@ -79,6 +79,7 @@ _CGROUP = (
 """The limit and the use of the outermost control group that is seen, in version 2 and in version 1."""
 _OWN_GROUPS = Path("/proc/self/cgroup")
 """This process's groups below those: a line ``number:controllers:/path`` for each hierarchy."""
+_M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
 
 def _limits() -> Iterator[tuple[Path, Path]]:
@@ -170,6 +171,3 @@ def map_large_blocks() -> None:
 
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
-
-
-_M_MMAP_THRESHOLD = -3  # in glibc's malloc.h

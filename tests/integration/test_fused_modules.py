@@ -92,12 +92,18 @@ def same(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]
     return abs(found[0] - expected[0]) <= 1e-6 * abs(expected[0]) and float(apart) < 1e-5
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None:
+def beside_float64(name: str, models: Any) -> tuple[Any, Any]:
+    """A model as training has it before it is fused, and the same in float64."""
     model = adapted(name, models)
     choose_layout(model, examples(), longest=70)
     exact = copy.deepcopy(model).double()
     add_in_place(model)
+    return model, exact
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None:
+    model, exact = beside_float64(name, models)
     before = torch.get_rng_state()
     assert fuse(model) == FUSED[name]
     assert torch.equal(torch.get_rng_state(), before), "what is drawn later stays what it was"
@@ -108,10 +114,7 @@ def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None
 
 @pytest.mark.parametrize("name", FUSED)
 def test_what_training_makes_larger_is_computed_as_before(name: str, models: Any) -> None:
-    model = adapted(name, models)
-    choose_layout(model, examples(), longest=70)
-    exact = copy.deepcopy(model).double()
-    add_in_place(model)
+    model, exact = beside_float64(name, models)
     assert fuse(model) == FUSED[name]
     with torch.no_grad():
         for grown in (model, exact):
@@ -145,10 +148,8 @@ def test_calls_unlike_those_that_were_looked_at_are_computed_as_before(model_typ
 @pytest.mark.parametrize("name", FUSED)
 def test_under_autocast_nothing_is_less_exact(name: str, models: Any) -> None:
     """Products are rounded to bfloat16 where autocast does so: both ways are as far from float64."""
-    model = adapted(name, models)
-    choose_layout(model, examples(), longest=70)
-    exact = computed(copy.deepcopy(model).double())[1]
-    add_in_place(model)
+    model, double = beside_float64(name, models)
+    exact = computed(double)[1]
 
     def error() -> float:
         with torch.autocast("cpu", torch.bfloat16):
