@@ -6,12 +6,14 @@ READY := $(VENV)/.ready
 RUNTIME := $(VENV)/.runtime
 # Without bytecode: Python writes that of a module when it is first imported, which most never are.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Some images tell Python to keep no bytecode: each process of the tests and of the demo would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 2
 MINUTES ?= 30
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: setup demo test test-page chromium check bench stress docs outdated clean
+.PHONY: setup demo test test-page chromium lint check bench stress docs outdated clean
 
 setup: $(READY)
 
@@ -38,12 +40,12 @@ test: $(READY)
 
 # The page of `stackctl serve` in a real browser, which no package registry of Python has.
 test-page: $(READY) chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$(grep -rl --include='*.py' mark.browser tests) -m browser
 
 chromium:
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -51,6 +53,8 @@ check: $(READY)
 	$(BIN)/deptry .
 	$(BIN)/python -m tools.reference --check
 	$(BIN)/zensical build --strict
+
+check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property -n $(WORKERS)
 
 stress: $(READY)
