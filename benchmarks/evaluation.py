@@ -27,7 +27,7 @@ def main(options: Sequence[str] = ()) -> None:
     runs = parse_runs(options, "evaluation", 3)
     from stackctl.engine.data.encoding import encode
     from stackctl.engine.data.examples import EncodeOptions
-    from stackctl.engine.evaluation import DataSet, Scoring, score_examples
+    from stackctl.engine.evaluation.scoring import DataSet, Scoring, score_examples
     from stackctl.engine.models import load_base, quiet_libraries
     from stackctl.engine.records.read import read_records
     from stackctl.registry.store import Registry

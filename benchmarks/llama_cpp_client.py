@@ -27,8 +27,8 @@ from unittest import mock
 import gguf as gguf_format
 import torch
 
-from stackctl.engine.base_files import make_base
-from stackctl.engine.base_folders import base_folder
+from stackctl.engine.base.entry import make_base
+from stackctl.engine.base.folder import base_folder
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.lora.checkpoint import read_checkpoint

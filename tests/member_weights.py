@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from stackctl.engine.logits import supervised_loss
-from stackctl.engine.weighted_members import attached, read_factors
+from stackctl.engine.evaluation.weighted_members import attached, read_factors
+from stackctl.engine.loss.logits import supervised_loss
 
 
 class Weights:

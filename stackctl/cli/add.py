@@ -109,7 +109,7 @@ def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
     if adapter.is_dora and not request.wanted.convert:
         then = shlex.join(["stackctl", "add", request.name, str(path), "--convert"])
         raise Incompatible(f"{path} is a DoRA of mlx-lm, no sum of deltas", hint=f"make a plain LoRA of it: {then}")
-    from stackctl.engine.foreign_adapters import write_mlx_as_peft
+    from stackctl.engine.to_lora.foreign_adapters import write_mlx_as_peft
 
     with atomic.staging_directory(context.registry.root / "weights") as staged:
         write_mlx_as_peft(adapter, staged)
@@ -121,7 +121,7 @@ def _add_kohya(context: Context, file: Path, request: _Request) -> Result:
     _refuse_link(request, "sd-scripts and LyCORIS")
     base = resolve_expression(context.registry, request.on or "base", base=request.base).base
     adapter = read_kohya(file, base)
-    from stackctl.engine.foreign_adapters import write_kohya_as_peft
+    from stackctl.engine.to_lora.foreign_adapters import write_kohya_as_peft
 
     with atomic.staging_directory(context.registry.root / "weights") as staged:
         write_kohya_as_peft(adapter, staged)
@@ -159,8 +159,8 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
             hint="fuse it (mlx_lm.fuse), then: stackctl extract NAME --base B --tuned FOLDER",
         )
     if checkpoint.copies:
-        from stackctl.engine.base_copies import check_copies
-        from stackctl.engine.base_folders import base_folder
+        from stackctl.engine.base.folder import base_folder
+        from stackctl.engine.base.weight_copies import check_copies
 
         check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
     known = find_same_version(registry, name, checkpoint.digest(), stack)

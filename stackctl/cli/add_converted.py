@@ -27,9 +27,9 @@ from stackctl.render.output import Result
 from stackctl.storage import atomic
 
 if TYPE_CHECKING:
-    from stackctl.engine.conversion import Original
-    from stackctl.engine.low_rank import Pairs
     from stackctl.engine.models import StackedModel
+    from stackctl.engine.to_lora.conversion import Original
+    from stackctl.engine.to_lora.low_rank import Pairs
 
 _PROVED = 1e-3
 """Where next to nothing of the weights is lost, this share at most of the effect on the logits may be."""
@@ -119,9 +119,9 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
-    from stackctl.engine.base_folders import base_folder
-    from stackctl.engine.conversion import check_header, device
+    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.models import load_base, quiet_libraries
+    from stackctl.engine.to_lora.conversion import check_header, device
 
     quiet_libraries()
     differences = _differences(name, checkpoint, wanted, plan) if wanted.initial else None
@@ -209,8 +209,8 @@ def _as_plain(checkpoint: Checkpoint) -> Checkpoint:
 def _convert(
     stacked: StackedModel, checkpoint: Checkpoint, differences: tuple[StackPlan, StackPlan] | None, wanted: Conversion
 ) -> tuple[Pairs, Original]:
-    from stackctl.engine import conversion
-    from stackctl.engine.low_rank import Wanted
+    from stackctl.engine.to_lora import conversion
+    from stackctl.engine.to_lora.low_rank import Wanted
 
     kept = Wanted(wanted.rank, wanted.tolerance)
     if differences is None:
@@ -236,7 +236,7 @@ def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: O
     Raises:
         VerificationFailed: nothing is lost in the weights, and still something in the logits.
     """
-    from stackctl.engine.conversion import logits
+    from stackctl.engine.to_lora.conversion import logits
 
     stacked.use(stack)
     stacked.fold(new)

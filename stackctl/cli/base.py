@@ -83,9 +83,9 @@ def register(app: typer.Typer) -> None:
         if revision is not None and kind != "hub":
             raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
         registry = context.registry
-        from stackctl.engine.base_files import make_base, tokenizer_note
-        from stackctl.engine.base_folders import base_folder
-        from stackctl.engine.base_proof import is_small, prove_base
+        from stackctl.engine.base.entry import make_base, tokenizer_note
+        from stackctl.engine.base.folder import base_folder
+        from stackctl.engine.base.proof import is_small, prove_base
         from stackctl.engine.models import quiet_libraries
         from stackctl.registry.base_entries import save_base
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stackctl.cli.fit_weights import FitData
-    from stackctl.engine.evaluation import Score
-    from stackctl.engine.weighted_members import WeightedFactors
+    from stackctl.engine.evaluation.scoring import Score
+    from stackctl.engine.evaluation.weighted_members import WeightedFactors
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def _judged(
     What is no better than the typed sum on the records that are learned from is not in the running, so that it is no
     chance to be lucky on the others.
     """
-    from stackctl.engine.significance import best_of_many_p
-    from stackctl.engine.weight_fit import judge, mean_error, mean_loss, record_gaps
+    from stackctl.engine.evaluation.significance import best_of_many_p
+    from stackctl.engine.evaluation.weight_fit import judge, mean_error, mean_loss, record_gaps
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
     others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []

@@ -27,10 +27,10 @@ from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.evaluation.probes import Probe
+    from stackctl.engine.evaluation.scoring import DataSet
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.probes import Probe
 
 _of_answer = partial(typer.Option, rich_help_panel="A bad answer")
 _LONGEST = 64
@@ -168,7 +168,7 @@ def _check_parts(stack: ResolvedStack, plan: StackPlan) -> None:
 def _probe(
     context: Context, stacked: StackedModel, plan: StackPlan, symptom: _Symptom, sets: Sequence[DataSet]
 ) -> Probe:
-    from stackctl.engine.probes import LossProbe, TextProbe
+    from stackctl.engine.evaluation.probes import LossProbe, TextProbe
     from stackctl.engine.records.prompt_files import Prompt
 
     context.output.status("looking at the stack as it is and at the base alone")

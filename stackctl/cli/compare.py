@@ -32,7 +32,7 @@ from stackctl.render import html as pages
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.evaluation.scoring import DataSet
     from stackctl.engine.generation import Sampling
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records.prompt_files import Prompt
@@ -140,7 +140,7 @@ def compare_stacks(
     sets: list[DataSet] = []
     scoring = None
     if measured.sources:
-        from stackctl.engine.evaluation import Scoring  # with torch, which answers may do without
+        from stackctl.engine.evaluation.scoring import Scoring  # with torch, which answers may do without
 
         sets = tokenise_data(context, stacked, replace(measured, template=dict(sampling.template)))
         scoring = Scoring(cast("StackedModel", stacked), sets)

@@ -41,8 +41,8 @@ from stackctl.render.output import Result
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stackctl.engine.evaluation import Score
-    from stackctl.engine.harness import Harness, TaskScore
+    from stackctl.engine.evaluation.harness import Harness, TaskScore
+    from stackctl.engine.evaluation.scoring import Score
     from stackctl.engine.models import StackedModel
 
 _of_tasks = partial(typer.Option, rich_help_panel="Tasks of lm-evaluation-harness")
@@ -142,7 +142,7 @@ def _check_asked(
 
 def _open_tasks(names: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int | None) -> Harness:
     check_installed("lm_eval")
-    from stackctl.engine.harness import open_tasks
+    from stackctl.engine.evaluation.harness import open_tasks
 
     return open_tasks(names, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size or _BATCH)
 
@@ -171,7 +171,7 @@ def comparisons_json(
     names: Sequence[str], data: Sequence[str], scores: Sequence[Sequence[Score]], against: int, *, tested: int
 ) -> list[dict[str, Any]]:
     """Paired tests of the first ``tested`` stacks against one of all, in the order of the rows."""
-    from stackctl.engine.significance import paired_test
+    from stackctl.engine.evaluation.significance import paired_test
 
     return [
         comparison_json(name, names[against], source, paired_test(mine.records, other.records))

@@ -12,9 +12,9 @@ from stackctl.core import NOISE
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stackctl.engine.evaluation import Score
-    from stackctl.engine.harness import TaskScore
-    from stackctl.engine.significance import PairedTest
+    from stackctl.engine.evaluation.harness import TaskScore
+    from stackctl.engine.evaluation.scoring import Score
+    from stackctl.engine.evaluation.significance import PairedTest
 
 _BEST = {"loss": min, "perplexity": min, "accuracy": max}
 _TASK_COLUMNS = ("task", "metric", "stack", "value", "±", "records")
@@ -39,7 +39,7 @@ def score_json(stack: str, source: str, score: Score, reference: tuple[str, Scor
 
 def _ranking_json(score: Score, against: str, other: Score) -> dict[str, Any]:
     """What a row of pairs has besides: ``accuracy`` is then that of the ranking."""
-    from stackctl.engine.significance import ranking
+    from stackctl.engine.evaluation.significance import ranking
 
     if score.gaps is None or other.gaps is None:
         return {}

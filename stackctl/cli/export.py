@@ -111,7 +111,7 @@ def register(app: typer.Typer) -> None:
 
 def _base_folder(context: Context, plan: StackPlan) -> Path:
     """The folder of a stack's base."""
-    from stackctl.engine.base_folders import base_folder
+    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.models import quiet_libraries
 
     quiet_libraries()

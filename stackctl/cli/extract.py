@@ -53,10 +53,10 @@ def register(app: typer.Typer) -> None:
         attempt(problems, _check_tolerance, rank, tolerance)
         number = attempt(problems, _rank, rank)
         raise_all(problems)
-        from stackctl.engine import extraction
-        from stackctl.engine.base_folders import base_folder
-        from stackctl.engine.low_rank import Wanted
+        from stackctl.engine.base.folder import base_folder
         from stackctl.engine.models import quiet_libraries
+        from stackctl.engine.to_lora import extraction
+        from stackctl.engine.to_lora.low_rank import Wanted
 
         quiet_libraries()
         say = context.output.status

@@ -18,10 +18,10 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet
+    from stackctl.engine.evaluation.scoring import DataSet
+    from stackctl.engine.evaluation.weight_fit import Judged
+    from stackctl.engine.evaluation.weighted_members import WeightedFactors
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.weight_fit import Judged
-    from stackctl.engine.weighted_members import WeightedFactors
 
 _NEXT_TO_NOTHING = 0.02
 """A member whose weights are all smaller than this can be left out."""
@@ -70,7 +70,7 @@ def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFa
         Usage, Incompatible, VerificationFailed: there is nothing to learn, or a tensor holds NaN or infinity.
     """
     _check_fits(stack, plan)
-    from stackctl.engine.weighted_members import read_factors
+    from stackctl.engine.evaluation.weighted_members import read_factors
 
     return replace(read_factors(_with_all_factors(plan), per), plan=plan)
 
@@ -98,7 +98,7 @@ def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes:
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
-    from stackctl.engine.weight_fit import halve, shorten
+    from stackctl.engine.evaluation.weight_fit import halve, shorten
 
     problems: list[StackctlError] = []
     sets: list[DataSet] = []
@@ -137,7 +137,7 @@ def learn_weights(
     steps: int,
 ) -> Learned:
     """Learn them, with a bar; nothing is judged."""
-    from stackctl.engine.weight_fit import fit_weights, member_weights
+    from stackctl.engine.evaluation.weight_fit import fit_weights, member_weights
 
     with share_progress(context.output, "learning weights") as progress:
         found = fit_weights(stacked, weighted, sets, steps, lambda step: progress(step / steps))
@@ -162,7 +162,7 @@ def _fit(
     sets: FitData,
     wishes: FitWishes,
 ) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
-    from stackctl.engine.weight_fit import judge, mean_loss
+    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
 
     learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.steps)
     tried, weights = learned.stack, learned.weights

@@ -162,7 +162,7 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
 
 def _own_rows(plan: StackPlan, registry: Registry) -> Any:
     """A reader of the base's own rows, for how far a member's are from them."""
-    from stackctl.engine.base_folders import base_folder
+    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.token_rows import base_rows
 
     assert plan.base is not None, "a resolved stack stands on a base"

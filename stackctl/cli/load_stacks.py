@@ -18,7 +18,7 @@ from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet, Score
+    from stackctl.engine.evaluation.scoring import DataSet, Score
     from stackctl.engine.generation import Answers
     from stackctl.engine.generation.reader import Reader
     from stackctl.engine.models import StackedModel
@@ -94,7 +94,7 @@ class MeasuredData:
 def tokenise_data(context: Context, reader: Reader, data: MeasuredData) -> list[DataSet]:
     """Data sets in the base's tokens; notes say what was cut or left out."""
     from stackctl.engine.data.examples import EncodeOptions
-    from stackctl.engine.evaluation import tokenise_for
+    from stackctl.engine.evaluation.scoring import tokenise_for
 
     options = EncodeOptions(data.max_length, answers=data.answers, template=data.template)
     return [
@@ -116,8 +116,8 @@ def read_sets(
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
-    from stackctl.engine.base_folders import base_folder
-    from stackctl.engine.base_reader import load_tokenizer
+    from stackctl.engine.base.folder import base_folder
+    from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template
     from stackctl.engine.generation.reader import PlainReader
     from stackctl.engine.models import quiet_libraries
@@ -150,7 +150,7 @@ def score_stacks(
     Raises:
         Failed: a loss is no number, unless they need not be ``finite``.
     """
-    from stackctl.engine.evaluation import Scoring
+    from stackctl.engine.evaluation.scoring import Scoring
 
     scoring = Scoring(stacked, sets)
     scores = []

@@ -112,7 +112,7 @@ def _export(registry: Registry, say: Say, plan: StackPlan, out: Path) -> None:
     from stackctl.engine.export.peft import export_peft
 
     def base() -> Path:
-        from stackctl.engine.base_folders import base_folder
+        from stackctl.engine.base.folder import base_folder
 
         assert plan.base is not None, "a stack that is pushed stands on a base"
         return base_folder(plan.base, registry, say)

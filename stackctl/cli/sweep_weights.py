@@ -21,7 +21,7 @@ from stackctl.registry.resolve import ResolvedStack
 from stackctl.render import html as pages
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation import DataSet, Score
+    from stackctl.engine.evaluation.scoring import DataSet, Score
 
 MEAN = "mean"
 """What the mean of several data sets is called in their place."""
@@ -110,7 +110,7 @@ def _weighted(stack: ResolvedStack, plan: StackPlan, weights: dict[int, float]) 
 
 
 def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], scores: list[list[Score]]) -> Swept:
-    from stackctl.engine.weight_fit import judge, mean_loss
+    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
 
     losses = [mean_loss(own) for own in scores]
     finite = [number for number, loss in enumerate(losses) if math.isfinite(loss)]
@@ -141,7 +141,7 @@ def weights_of(stack: ResolvedStack) -> dict[str, Any]:
 
 
 def _row(stack: ResolvedStack, source: str, scores: Sequence[Score], p_value: float) -> dict[str, Any]:
-    from stackctl.engine.weight_fit import mean_error, mean_loss
+    from stackctl.engine.evaluation.weight_fit import mean_error, mean_loss
 
     loss = mean_loss(scores)
     finite = math.isfinite(loss)

@@ -40,8 +40,8 @@ _TOLD_OF_A_RUN = (
 def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
     """A job's corpus, the tokenizer that it was read with, and what it would adapt; the base itself is not loaded."""
     from stackctl.cli.progress import share_progress
-    from stackctl.engine.base_folders import base_folder
-    from stackctl.engine.base_reader import load_tokenizer
+    from stackctl.engine.base.folder import base_folder
+    from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
     from stackctl.engine.models import quiet_libraries
     from stackctl.engine.training import check_kernels, read_corpus, targets_of

@@ -25,15 +25,15 @@ from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
 from stackctl.engine import imports_are_done
 from stackctl.engine.algebra import Factors
-from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_folders import base_folder
-from stackctl.engine.base_layout import BaseLayout
-from stackctl.engine.base_loading import load_weights
-from stackctl.engine.base_reader import load_tokenizer
+from stackctl.engine.base.folder import base_folder
+from stackctl.engine.base.layout import BaseLayout
+from stackctl.engine.base.loading import load_weights
+from stackctl.engine.base.model_class import quantised_skeleton
+from stackctl.engine.base.own_weights import OwnWeights, forget_pages
+from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
 from stackctl.engine.module_pool import each_module
-from stackctl.engine.own_weights import OwnWeights, forget_pages
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine import algebra
-from stackctl.engine.tensor_bytes import OpenFiles, not_finite
+from stackctl.engine.open_files import OpenFiles, not_finite
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import ModulePlan, StackPlan

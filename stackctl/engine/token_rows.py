@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from stackctl.core.errors import Incompatible
 from stackctl.engine.folding import Rounding
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, TensorFiles, tensor_bytes
-from stackctl.lora.safetensors_header import TensorInfo
+from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
 from stackctl.plan.model import StackPlan, TokenRows
 from stackctl.plan.token_rows import all_tokens, peft_rows
-
-if TYPE_CHECKING:
-    from stackctl.engine.base_layout import BaseLayout  # transformers takes seconds to import
 
 OwnRows = Callable[[str, Sequence[int]], Tensor]
 """The base's own rows (tokens, width) of a module, by its name and the tokens' numbers."""
@@ -79,44 +74,25 @@ def refuse_biased(plan: StackPlan, model: nn.Module) -> None:
             )
 
 
-def stored_rows(layout: BaseLayout, parameter: str, twin: str | None = None) -> Callable[[Sequence[int]], Tensor]:
-    """A function that reads some rows of a parameter out of a base's files, without reading the others.
-
-    ``twin`` is the parameter whose values it has where the files have none of its own.
-    """
-
-    def read(tokens: Sequence[int]) -> Tensor:
-        group = layout.group(parameter) or (layout.group(twin) if twin else None)
-        if group is None:
-            raise Incompatible(f"the base's files have no {parameter}", hint="export with --format model")
-        if not group.is_plain:
-            ((_, whole),) = [(n, v) for n, v in layout.read({group.first}) if n == group.first]
-            return whole[list(tokens)]
-        return rows_of_file(layout, next(iter(group.sources)), tokens)
-
-    return read
-
-
-def rows_of_file(layout: BaseLayout, name: str, rows: Collection[int]) -> Tensor:
-    """Some rows of a stored matrix."""
-    path, info = layout.tensors[name]
-    assert all(0 <= row < info.shape[0] for row in rows), "what lies behind a matrix is another tensor's"
-    size = (info.end - info.start) // info.shape[0]
-    with TensorFiles() as files:
-        parts = [
-            TensorInfo(name, info.dtype, (1, *info.shape[1:]), info.start + row * size, info.start + (row + 1) * size)
-            for row in rows
-        ]
-        return torch.cat([files.read(path, part) for part in parts])
-
-
 def base_rows(plan: StackPlan, folder: Path) -> OwnRows:
-    """The base's own rows, out of the files in ``folder``."""
-    from stackctl.engine.base_class import quantised_skeleton
-    from stackctl.engine.base_layout import BaseLayout
+    """The base's own rows, out of the files in ``folder``: of a plain matrix no others are read.
+
+    A head that the files have no weight of is the embedding.
+    """
+    from stackctl.engine.base.layout import BaseLayout
+    from stackctl.engine.base.model_class import quantised_skeleton
 
     base = plan.base
     assert base is not None, "rows are told from a base's own"
     layout = BaseLayout(folder, *quantised_skeleton(folder, torch.float32))
-    twin = f"{base.input_embedding}.weight" if base.tied_embeddings else None
-    return lambda module, tokens: stored_rows(layout, f"{module}.weight", twin)(tokens)
+    twin = layout.group(f"{base.input_embedding}.weight") if base.tied_embeddings else None
+
+    def read(module: str, tokens: Sequence[int]) -> Tensor:
+        group = layout.group(f"{module}.weight") or twin
+        if group is None:
+            raise Incompatible(f"the base's files have no {module}.weight", hint="export with --format model")
+        if group.is_plain:
+            return layout.read_rows(next(iter(group.sources)), tokens)
+        return dict(layout.read({group.first}))[group.first][list(tokens)]
+
+    return read

@@ -22,7 +22,7 @@ Precision = Literal["float32", "autocast", "half", "nf4"]
 _WEIGHT = {"float32": 4.0, "autocast": 4.0, "half": 2.0, "nf4": 0.516}  # nf4: its scales are 8 bits a 64 weights
 _VALUE = {"float32": 4.0, "autocast": 3.0, "half": 2.0, "nf4": 2.0}
 LOSS_CHUNK = 64 * 2**20
-"""Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.token_losses`)."""
+"""Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.loss.token_losses`)."""
 _LOGIT = 12
 """A logit of such a chunk in float32, exponentiated, and in two bytes as the head makes it and as its gradient."""
 _LIBRARIES = 600_000_000

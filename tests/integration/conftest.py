@@ -83,7 +83,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from filelock import FileLock
     from transformers import AutoTokenizer
 
-    from stackctl.engine.gguf_conversion import reading_once
+    from stackctl.engine.base.gguf_conversion import reading_once
     from stackctl.registry.base_models import embedded_gguf
 
     gguf = embedded_gguf()

@@ -77,7 +77,7 @@ def test_what_chance_could_show_is_not_taken(style_and_noise: Any) -> None:
 
 def test_many_candidates_are_many_chances() -> None:
     """Every flip of every record's sign, in plain Python."""
-    from stackctl.engine.significance import best_of_many_p, sign_flip_p
+    from stackctl.engine.evaluation.significance import best_of_many_p, sign_flip_p
 
     gaps = [[0.3, 0.1, 0.2, 0.4, -0.1, 0.25], [0.1, -0.2, 0.3, 0.05, 0.0, 0.1], [-0.3, -0.2, -0.1, -0.4, -0.2, -0.1]]
 
@@ -98,7 +98,7 @@ def test_chance_alone_is_found_better_no_more_often_than_it_is_said() -> None:
     """Twenty candidates that are all noise, a thousand times over: the best of them passes in one of twenty."""
     import numpy as np
 
-    from stackctl.engine.significance import best_of_many_p
+    from stackctl.engine.evaluation.significance import best_of_many_p
 
     random = np.random.default_rng(0)
     passed = sum(min(best_of_many_p(random.standard_normal((20, 10)))) <= 0.05 for _ in range(1000))

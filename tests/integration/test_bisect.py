@@ -51,9 +51,9 @@ def three(tiny_registry: Any) -> Any:
 def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, by: str) -> None:
     """Wherever it shows: on a random model a large change may do nothing, and another one undo it."""
     from stackctl.engine.data.examples import EncodeOptions
-    from stackctl.engine.evaluation import tokenise_for
+    from stackctl.engine.evaluation.probes import LossProbe, TextProbe
+    from stackctl.engine.evaluation.scoring import tokenise_for
     from stackctl.engine.generation import Sampling, generate
-    from stackctl.engine.probes import LossProbe, TextProbe
     from stackctl.engine.records.prompt_files import Prompt
     from stackctl.engine.records.read import read_records
 

@@ -16,10 +16,10 @@ from tiny import CHATML, tiny_tokenizer
 from tiny_registry import CHAT, TEXTS, interrupt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from stackctl.engine import token_losses as chunks
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.layouts import behind_system
 from stackctl.engine.data.rows import TaughtExamples, collate
+from stackctl.engine.loss import token_losses as chunks
 from stackctl.engine.records.types import ChatRecord
 from stackctl.engine.training.teaching import Teaching
 
@@ -205,7 +205,7 @@ def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(tiny_registry: 
 
 
 def test_the_error_is_that_of_ratios_over_records(tiny_registry: Any) -> None:
-    from stackctl.engine.significance import ratio_error
+    from stackctl.engine.evaluation.significance import ratio_error
 
     h = tiny_registry()
     members = two(h)

@@ -105,7 +105,7 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture
 def hub(models: Any, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that has the models and the adapter of other people that the pages name."""
-    monkeypatch.setattr("stackctl.engine.base_files.embedded_gguf", lambda: None)  # smollm2 is then taken from the Hub
+    monkeypatch.setattr("stackctl.engine.base.entry.embedded_gguf", lambda: None)  # smollm2 is then taken from the Hub
     with running_hub() as server:
         connect(server, tmp_path / "hf", monkeypatch)
         server.repo(SMOLLM2).commit(files_of(models("llama")))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions, Example
-from stackctl.engine.evaluation import DataSet, Scoring, rows_of
+from stackctl.engine.evaluation.scoring import DataSet, Scoring, rows_of
 from stackctl.engine.records.read import read_records
 
 ROWS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import random_adapter
 from tiny_registry import CHAT
 
-from stackctl.engine.base_modules import converted_names
+from stackctl.engine.base.module_shapes import converted_names
 from stackctl.lora.target_parameters import CONVERTED_NAMES
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import MethodOptions
-from stackctl.engine.base_files import make_base
+from stackctl.engine.base.entry import make_base
 from stackctl.engine.export import gguf_layout
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.lora.checkpoint import read_checkpoint

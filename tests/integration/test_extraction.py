@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from tuned_models import planted, tuned_model
 
-from stackctl.engine.low_rank import Pairs, Wanted
+from stackctl.engine.to_lora.low_rank import Pairs, Wanted
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])

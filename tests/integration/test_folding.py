@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stackctl.engine import own_weights
+from stackctl.engine.base import own_weights
 from stackctl.engine.folding import Adder
 from stackctl.engine.models import StackedModel
 

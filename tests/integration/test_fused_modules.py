@@ -25,8 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.logits import supervised_loss
-from stackctl.engine.row_layout import choose_layout
+from stackctl.engine.loss.logits import supervised_loss
+from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.training.fused_modules import fuse
 from stackctl.engine.training.lora_sum import add_in_place
 from tests.tiny import SIZES

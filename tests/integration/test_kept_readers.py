@@ -24,8 +24,8 @@ from tiny import CHATML as TINY
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from stackctl.engine import base_reader
-from stackctl.engine.base_reader import BaseReader, Ends, keep_reader, kept_reader, load_tokenizer
+from stackctl.engine.base import tokenizer as base_reader
+from stackctl.engine.base.tokenizer import BaseReader, Ends, keep_reader, kept_reader, load_tokenizer
 from stackctl.engine.data.chat_template import CHATML, TEMPLATE_ERRORS, ChatTemplate
 
 OWN = {"qwen3": QWEN3, "gemma": GEMMA, "llama2": LLAMA2, "mistral": MISTRAL, "phi3": PHI3, "plain": PLAIN, "tiny": TINY}

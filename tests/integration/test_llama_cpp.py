@@ -18,7 +18,7 @@ from serving import installed, serving
 from tiny_gguf import write_tiny_gguf
 from tiny_registry import TinyRegistry
 
-from stackctl.engine.base_reader import kept_reader
+from stackctl.engine.base.tokenizer import kept_reader
 from stackctl.registry.base_models import converted_folder
 
 pytest.importorskip("xllamacpp")

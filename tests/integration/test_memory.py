@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.core.schema import Base
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.logits import supervised_loss
+from stackctl.engine.loss.logits import supervised_loss
 from stackctl.engine.training.fused_modules import fuse
 from stackctl.engine.training.lora_sum import add_in_place
 from stackctl.lora.target_modules import expand_modules, expected_targets

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from stackctl.engine.base_loading import load_weights
+from stackctl.engine.base.loading import load_weights
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["AVX512-BF16", "another CPU"])

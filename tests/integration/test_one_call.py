@@ -19,11 +19,11 @@ from torch.nn.attention import varlen
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.engine import row_layout
-from stackctl.engine import segment_attention as attention
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.logits import supervised_loss
+from stackctl.engine.loss import row_layout
+from stackctl.engine.loss import segment_attention as attention
+from stackctl.engine.loss.logits import supervised_loss
 
 REAL = inspect.signature(varlen.varlen_attn)
 LENGTHS = [5, 1, 17, 30]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stackctl.engine.data.examples import Example
-from stackctl.engine.evaluation import DataSet
-from stackctl.engine.weight_fit import fit_weights, member_weights
-from stackctl.engine.weighted_members import read_factors
+from stackctl.engine.evaluation.scoring import DataSet
+from stackctl.engine.evaluation.weight_fit import fit_weights, member_weights
+from stackctl.engine.evaluation.weighted_members import read_factors
 from stackctl.plan.build import plan_stack
 
 RECORDS, LENGTH = 15, 240

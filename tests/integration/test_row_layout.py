@@ -14,11 +14,11 @@ from tiny import SIZES, long_rope
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from stackctl.engine import segment_attention as attention
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.logits import supervised_loss
-from stackctl.engine.row_layout import choose_layout
+from stackctl.engine.loss import segment_attention as attention
+from stackctl.engine.loss.logits import supervised_loss
+from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.training.lora_sum import add_in_place
 
 _SMALL = SIZES | {"max_position_embeddings": 256}

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from stackctl.engine.significance import RecordScore, paired_test, ratio_error, sign_flip_p
+from stackctl.engine.evaluation.significance import RecordScore, paired_test, ratio_error, sign_flip_p
 
 
 def scores(*losses: float, tokens: int = 1) -> list[RecordScore]:

@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig
 
-from stackctl.engine import token_losses as module
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.logits import supervised_logits, supervised_token_losses
-from stackctl.engine.output_head import OutputHead, find_head
-from stackctl.engine.token_losses import token_losses
+from stackctl.engine.loss import token_losses as module
+from stackctl.engine.loss.logits import supervised_logits, supervised_token_losses
+from stackctl.engine.loss.output_head import OutputHead, find_head
+from stackctl.engine.loss.token_losses import token_losses
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

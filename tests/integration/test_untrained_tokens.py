@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer, untrained_base
 
-from stackctl.engine.untrained_tokens import reference_tokens, untrained_tokens
+from stackctl.engine.base.untrained_tokens import reference_tokens, untrained_tokens
 
 USED, UNUSED = list(range(200)), list(range(300, 340))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.engine.tensor_bytes import OpenFiles, not_finite
+from stackctl.engine.open_files import OpenFiles, not_finite
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.model import ModulePlan, StackPlan

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base.layout import BaseLayout
+from stackctl.engine.base.model_class import quantised_skeleton
 from stackctl.engine.export.model_tensors import ModelTensors, Written
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import MemberTensors, tensor_bytes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.base_layout import BaseLayout, TensorGroup
+from stackctl.engine.base.layout import BaseLayout, TensorGroup
 from stackctl.engine.merging import exact_delta, module_delta
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stackctl.engine.base.config_numbers import longrope_lengths
+
 _COUNT_PADDING = frozenset(
     {
         # positions are counted from the first column, padding or not
@@ -25,15 +27,7 @@ def can_pad(model: Any, longest: int | None = None) -> bool:
 
     ``longest``: tokens of the longest text with its answer, None where that is not known.
     """
-    turned = min(lengths_of_angles(model.config), default=None)
+    turned = min(longrope_lengths(model.config), default=None)
     if turned is not None and (longest is None or longest > turned):
         return False
     return model.config.model_type not in _COUNT_PADDING and type(model).__module__.startswith("transformers.")
-
-
-def lengths_of_angles(config: Any) -> list[int]:
-    """Lengths in tokens beyond which a model turns all positions by other angles, those of every row by the longest
-    one's: LongRoPE (https://arxiv.org/abs/2402.13753), as Phi 3 has it."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one for each type of layer
-    return [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]

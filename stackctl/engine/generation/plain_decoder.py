@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from stackctl.engine.generation.padding import lengths_of_angles
+from stackctl.engine.base.config_numbers import longrope_lengths
 from stackctl.engine.generation.prefix_cache import new_cache
 from stackctl.engine.generation.products import pack, product
 from stackctl.engine.generation.reading import Reading
@@ -112,7 +112,7 @@ def plain_decoder(stacked: StackedModel) -> PlainDecoder | None:
     kind = model.config.model_type
     if stacked.device.type != "cpu" or kind not in _PLAIN or type(model).__module__ != _module(kind):
         return None
-    if lengths_of_angles(model.config):
+    if longrope_lengths(model.config):
         return None
     cache = new_cache(stacked)
     if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):

@@ -9,8 +9,8 @@ import msgspec
 from stackctl.core import Say
 from stackctl.core.schema import Base
 from stackctl.engine import imports_are_done
-from stackctl.engine.base_folders import base_folder
-from stackctl.engine.base_reader import BaseReader, keep_reader, kept_reader, load_reader
+from stackctl.engine.base.folder import base_folder
+from stackctl.engine.base.tokenizer import BaseReader, keep_reader, kept_reader, load_reader
 from stackctl.engine.generation.reader import PlainReader
 from stackctl.engine.llama_cpp.engine import LlamaCpp
 from stackctl.engine.llama_cpp.server import Settings

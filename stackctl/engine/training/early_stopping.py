@@ -20,7 +20,7 @@ from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import Example
-from stackctl.engine.evaluation import record_losses, supervised_count
+from stackctl.engine.evaluation.scoring import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each
 from stackctl.engine.training.state import Counters

@@ -22,11 +22,11 @@ from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Moved
 from stackctl.engine.data.examples import Encoded, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.evaluation import record_losses, supervised_count
+from stackctl.engine.evaluation.scoring import record_losses, supervised_count
+from stackctl.engine.evaluation.significance import RecordScore, paired_test, ratio_error
 from stackctl.engine.live_adapter import layer_factors
-from stackctl.engine.logits import supervised_logits
+from stackctl.engine.loss.logits import supervised_logits
 from stackctl.engine.models import StackedModel, evaluating, load_base
-from stackctl.engine.significance import RecordScore, paired_test, ratio_error
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.engine.training.correction import InputMoments, corrected

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import Rows, collate
-from stackctl.engine.evaluation import record_losses
-from stackctl.engine.logits import supervised_token_losses
+from stackctl.engine.evaluation.scoring import record_losses
+from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each
 from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 from stackctl.jobs import ranks

@@ -16,7 +16,7 @@ from peft.utils import TrainableTokensWrapper
 from torch import Tensor
 
 from stackctl.core.errors import VerificationFailed
-from stackctl.engine.logits import difference
+from stackctl.engine.loss.logits import difference
 from stackctl.engine.models import evaluating
 from stackctl.engine.training.adapter import ADAPTER
 

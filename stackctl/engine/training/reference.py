@@ -18,7 +18,7 @@ from peft import PeftModel
 from stackctl.core.errors import Usage, VerificationFailed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazyExamples
-from stackctl.engine.evaluation import record_losses
+from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import KnownAnswers
 from stackctl.engine.training.proofs import new_adapter_off

@@ -19,8 +19,8 @@ from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_
 from stackctl.engine.data.rows import longest_of
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.live_adapter import LIVE
+from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.engine.row_layout import choose_layout
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import preferences, proofs
 from stackctl.engine.training.adapter import adapter_state

@@ -27,8 +27,8 @@ from stackctl.core import Say
 from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
-from stackctl.engine.base_class import empty_model
-from stackctl.engine.base_modules import text_modules
+from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.base.module_shapes import text_modules
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import TEACHER, collate
+from stackctl.engine.evaluation.significance import ratio_error
 from stackctl.engine.live_adapter import LIVE, attach_live
-from stackctl.engine.logits import losses_of_hidden, split, supervised_hidden
+from stackctl.engine.loss.logits import losses_of_hidden, split, supervised_hidden
+from stackctl.engine.loss.output_head import OutputHead
+from stackctl.engine.loss.token_losses import TeacherHidden, token_losses
 from stackctl.engine.models import evaluating
-from stackctl.engine.output_head import OutputHead
-from stackctl.engine.significance import ratio_error
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.token_losses import TeacherHidden, token_losses
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.engine.training.attach import freeze_live, put_factors
 from stackctl.engine.training.distributed import numbers_of_each
@@ -60,7 +60,7 @@ class Teaching:
         """KL(teacher || ``model``) at each supervised token (K,), nats, float32; its gradient is the model's alone.
 
         ``inputs`` are a collated micro-batch, ``model`` the student as it is wrapped. ``one_by_one`` as in
-        :func:`stackctl.engine.logits.supervised_token_losses`.
+        :func:`stackctl.engine.loss.logits.supervised_token_losses`.
         """
         theirs = _of_teacher(inputs)
         if one_by_one and (parts := split(inputs)):

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.rows import split_row
-from stackctl.engine.logits import supervised_loss
+from stackctl.engine.loss.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus

@@ -24,12 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from stackctl.core.errors import Incompatible, VerificationFailed, first_line, listed
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
-from stackctl.engine.base_class import empty_model
-from stackctl.engine.logits import difference
-from stackctl.engine.low_rank import Pairs, Wanted
-from stackctl.engine.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
+from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.loss.logits import difference
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.tensors import MemberTensors, all_finite
+from stackctl.engine.to_lora.low_rank import Pairs, Wanted
+from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
 from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order

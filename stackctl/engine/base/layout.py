@@ -135,6 +135,17 @@ class BaseLayout:
         """Every parameter of a group."""
         return self._convert(group, files.read)
 
+    def read_rows(self, name: str, rows: Collection[int]) -> Tensor:
+        """Some rows of a matrix as it is stored, by its name in the files."""
+        path, info = self.tensors[name]
+        assert all(0 <= row < info.shape[0] for row in rows), "what lies behind a matrix is another tensor's"
+        size = (info.end - info.start) // info.shape[0]
+        with TensorFiles() as files:
+            places = [(info.start + row * size, info.start + (row + 1) * size) for row in rows]
+            return torch.cat(
+                [files.read(path, TensorInfo(name, info.dtype, (1, *info.shape[1:]), *place)) for place in places]
+            )
+
     def written(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group by the names and in the layout of plain files of this base."""
         if self._quantizer is not None:

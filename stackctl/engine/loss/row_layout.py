@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from stackctl.engine.base.config_numbers import longrope_lengths
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.generation.padding import lengths_of_angles
-from stackctl.engine.logits import causal_lm, difference, supervised_logits
+from stackctl.engine.loss.logits import causal_lm, difference, supervised_logits
+from stackctl.engine.loss.segment_attention import ONE_CALL, SEGMENTS, has_one_call
 from stackctl.engine.models import evaluating
-from stackctl.engine.segment_attention import ONE_CALL, SEGMENTS, has_one_call
 
 RowLayout = Literal["per_record", "one_call", "flash", "mask", "one_by_one"]
 """Attention record by record; of all records in one call, PyTorch's or the package flash-attn's; a mask of all pairs in
@@ -83,7 +83,7 @@ def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) ->
 def _bounds(config: Any) -> list[int]:
     """Lengths in tokens beyond which a model computes otherwise."""
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return [*(window for window in windows if isinstance(window, int)), *lengths_of_angles(config)]
+    return [*(window for window in windows if isinstance(window, int)), *longrope_lengths(config)]
 
 
 def _logits(model: nn.Module, rows: list[Example]) -> Tensor:

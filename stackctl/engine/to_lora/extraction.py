@@ -14,12 +14,12 @@ from torch import Tensor
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, VerificationFailed, listed
 from stackctl.core.schema import Base, ModuleShape
-from stackctl.engine.base_class import empty_model
-from stackctl.engine.base_files import make_base
-from stackctl.engine.base_folders import base_folder
-from stackctl.engine.base_layout import BaseLayout
-from stackctl.engine.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
+from stackctl.engine.base.entry import make_base
+from stackctl.engine.base.folder import base_folder
+from stackctl.engine.base.layout import BaseLayout
+from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.tensors import TensorFiles, all_finite
+from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
 

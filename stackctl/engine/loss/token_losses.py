@@ -6,7 +6,7 @@ states is computed at once: for one token it is upstream · (softmax - one-hot) 
 known yet, a number for each token. Where the head itself has something to learn, the chunks are computed again in the
 backward pass. The idea is that of Cut Your Losses (https://arxiv.org/abs/2411.09009) and of Liger's fused kernel.
 
-The head itself is in :mod:`stackctl.engine.output_head`.
+The head itself is in :mod:`stackctl.engine.loss.output_head`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stackctl.engine.output_head import OutputHead, Projection, autocast_state
+from stackctl.engine.loss.output_head import OutputHead, Projection, autocast_state
 from stackctl.machine.memory_estimate import LOSS_CHUNK
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base_reader import keep_reader, load_reader
+from stackctl.engine.base.tokenizer import keep_reader, load_reader
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:

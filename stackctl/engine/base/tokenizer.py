@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.base.config_numbers import cached_numbers
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
 from stackctl.engine.records.types import Message
@@ -48,7 +49,7 @@ class Ends:
 
 @dataclass(frozen=True)
 class BaseReader:
-    """``cached_numbers``: how many numbers the keys and values of one token are, in all layers."""
+    """What prompts and answers need of a base; ``cached_numbers`` as of :mod:`stackctl.engine.base.config_numbers`."""
 
     tokenizer: Any
     generation_config: Any
@@ -152,15 +153,7 @@ def load_reader(folder: Path) -> BaseReader:
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:  # as transformers does where a model brings none
         generation = GenerationConfig.from_model_config(config)
-    return BaseReader(load_tokenizer(folder), generation, _cached_numbers(config.get_text_config(decoder=True)))
-
-
-def _cached_numbers(config: Any) -> int:
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:  # it keeps a state instead, which does not grow
-        return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width)
+    return BaseReader(load_tokenizer(folder), generation, cached_numbers(config.get_text_config(decoder=True)))
 
 
 def kept_reader(folder: Path) -> BaseReader | None:

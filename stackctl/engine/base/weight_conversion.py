@@ -30,8 +30,8 @@ from transformers.core_model_loading import (
 )
 
 from stackctl.core.schema import ModuleShape
-from stackctl.engine.base_class import empty_model
-from stackctl.engine.tensor_bytes import OpenFiles
+from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_parameters import parameter_of

@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stackctl.engine.data.rows import split_row, starts_of
-from stackctl.engine.output_head import OutputHead, find_head, passed_through
-from stackctl.engine.segment_attention import OWN
-from stackctl.engine.token_losses import TokenLosses, token_losses
+from stackctl.engine.loss.output_head import OutputHead, find_head, passed_through
+from stackctl.engine.loss.segment_attention import OWN
+from stackctl.engine.loss.token_losses import TokenLosses, token_losses
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
@@ -29,7 +29,7 @@ def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: 
 def supervised_token_losses(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> TokenLosses:
     """Cross-entropy of each supervised token (K,), and in evaluation whether it was the likeliest; arguments as above.
 
-    Logits exist a chunk at a time, see :mod:`stackctl.engine.token_losses`; whole ones where a model's head is not
+    Logits exist a chunk at a time, see :mod:`stackctl.engine.loss.token_losses`; whole ones where a model's head is not
     all that makes them.
     """
     if one_by_one and (parts := split(inputs)):

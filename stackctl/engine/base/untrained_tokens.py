@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from stackctl.core.schema import Base
-from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.data.chat_template import CHATML
-from stackctl.engine.token_rows import rows_of_file
 
 _RESERVED = re.compile(r"reserved|unused|extra_?\d|placeholder|dummy|\bpad\d", re.IGNORECASE)
 _ORDINARY = (
@@ -65,7 +64,7 @@ def find_untrained(tokenizer: Any, base: Base, layout: BaseLayout) -> list[str]:
     wanted = [*used, *unused, *tokens]
     if min(len(used), len(unused)) < _FEWEST or not tokens or not groups:
         return []
-    matrices = [rows_of_file(layout, name, wanted) for name in stored]
+    matrices = [layout.read_rows(name, wanted) for name in stored]
     place = {number: index for index, number in enumerate(wanted)}
     found = untrained_tokens(
         matrices, [place[n] for n in tokens], [place[n] for n in used], [place[n] for n in unused]

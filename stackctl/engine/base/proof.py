@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import Base, Proof
-from stackctl.engine.base_loading import load_weights
-from stackctl.engine.base_reader import load_tokenizer
+from stackctl.engine.base.loading import load_weights
+from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.registry.base_models import weight_files
 from stackctl.registry.base_quantization import FOUR_BITS
 from stackctl.storage.atomic import write_atomic

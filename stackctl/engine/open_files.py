@@ -1,4 +1,4 @@
-"""Bytes of tensors, read from safetensors files by their place in the file. No torch.
+"""Files that stay open to read tensors from, as bytes by their place in the file. No torch.
 
 Not mapped: a mapped file counts as memory once it was touched, and an export shall need no more than one module.
 """

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
-from stackctl.engine.base_class import quantised_skeleton
-from stackctl.engine.base_layout import BaseLayout
+from stackctl.engine.base.layout import BaseLayout
+from stackctl.engine.base.model_class import quantised_skeleton
 from stackctl.engine.tensors import TensorFiles
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import naming_of

@@ -17,16 +17,17 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from stackctl.core import Say
 from stackctl.core.errors import HubFailure, NotFound
 from stackctl.core.schema import Base, WholeClass
-from stackctl.engine.base_class import check_scheme, empty_model, quantised_skeleton, whole_model
-from stackctl.engine.base_folders import converted
-from stackctl.engine.base_layout import BaseLayout
-from stackctl.engine.base_loading import check_keys
-from stackctl.engine.base_modules import converted_names, module_shapes
-from stackctl.engine.base_reader import load_tokenizer
+from stackctl.engine.base.config_numbers import context_length
+from stackctl.engine.base.folder import converted
+from stackctl.engine.base.layout import BaseLayout
+from stackctl.engine.base.loading import check_keys
+from stackctl.engine.base.model_class import check_scheme, empty_model, quantised_skeleton, whole_model
+from stackctl.engine.base.module_shapes import converted_names, module_shapes
+from stackctl.engine.base.tokenizer import load_tokenizer
+from stackctl.engine.base.untrained_tokens import find_untrained
+from stackctl.engine.base.weight_conversion import former_names
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
-from stackctl.engine.untrained_tokens import find_untrained
-from stackctl.engine.weight_conversion import former_names
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo
 from stackctl.lora.target_modules import compact_modules
 from stackctl.machine.optional_packages import EMBEDDED
@@ -112,7 +113,7 @@ def _describe(
         dtype=DTYPE_NAMES.get(usual, usual.lower()) if scheme is None else _computing(config),
         quantization=scheme.method if scheme else None,
         vocabulary_size=int(getattr(inputs, "num_embeddings", None) or text_config.vocab_size),
-        context_length=_context_length(text_config),
+        context_length=context_length(text_config),
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -135,12 +136,6 @@ def _whole_class(folder: Path) -> WholeClass | None:
     decoder = names.get(id(model.get_input_embeddings()), "").rpartition(".")[0]
     head = names.get(id(model.get_output_embeddings()))
     return WholeClass(architecture=type(model).__name__, decoder=decoder, head=head)
-
-
-def _context_length(config: PretrainedConfig) -> int | None:
-    """How many tokens a model takes; None where it says none, or -1 as XLNet does for any number."""
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def _computing(config: PretrainedConfig) -> str:

@@ -3,7 +3,7 @@
 transformers keeps records that share a row apart by a mask of all pairs of tokens, which costs the square of the row.
 Here every record is a causal attention of its own, so that a row costs what its records cost one by one. It takes the
 place of PyTorch's scaled dot product attention only; whether a model's numbers stay what they were is looked at before
-training (:func:`stackctl.engine.row_layout.choose_layout`).
+training (:func:`stackctl.engine.loss.row_layout.choose_layout`).
 
 There are two: a loop over the records, and on a GPU one call for all of them, PyTorch's own flash attention for rows of
 uneven lengths (``torch.nn.attention.varlen``).

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from stackctl.core import NOISE
 from stackctl.engine.data.examples import IGNORED, Example
-from stackctl.engine.evaluation import DataSet, Score, Scoring, score_examples
+from stackctl.engine.evaluation.scoring import DataSet, Score, Scoring, score_examples
+from stackctl.engine.evaluation.weight_fit import judge, mean_loss
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.logprobs import NotFinite
 from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.stopping import decode
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.prompt_files import Prompt
-from stackctl.engine.weight_fit import judge, mean_loss
 from stackctl.plan.bisection import Badness, Off
 from stackctl.plan.model import StackPlan
 from stackctl.plan.parts import switch_off

@@ -22,11 +22,11 @@ from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Usage
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.evaluation import DataSet, Score, Scoring, rows_of
-from stackctl.engine.logits import supervised_token_losses
+from stackctl.engine.evaluation.scoring import DataSet, Score, Scoring, rows_of
+from stackctl.engine.evaluation.significance import ratio_error, sign_flip_p
+from stackctl.engine.evaluation.weighted_members import Group, WeightedFactors, attached
+from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.models import StackedModel
-from stackctl.engine.significance import ratio_error, sign_flip_p
-from stackctl.engine.weighted_members import Group, WeightedFactors, attached
 
 _FEW_TOKENS, _MANY_TOKENS, _WORK = 8_192, 262_144, 1e12
 """Tokens of a data set that are learned from: the weights are few, and more data only makes each step longer. As many
@@ -255,7 +255,7 @@ class Judged:
 
 
 def judge(before: Sequence[Score], after: Sequence[Score]) -> Judged:
-    """Compare two stacks on the same records by the sign-flip test of :mod:`stackctl.engine.significance`."""
+    """Compare two stacks on the same records by the sign-flip test (:func:`sign_flip_p`)."""
     errors = []
     for old, new in zip(before, after, strict=True):
         own = [a.loss - b.loss for a, b in zip(new.records, old.records, strict=True)]

@@ -20,12 +20,12 @@ from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_toke
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions, Example
 from stackctl.engine.data.rows import collate
+from stackctl.engine.evaluation.significance import RecordScore, ratio_error
 from stackctl.engine.generation.reader import Reader
-from stackctl.engine.logits import causal_lm, supervised_token_losses
+from stackctl.engine.loss.logits import causal_lm, supervised_token_losses
+from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.types import RecordSet
-from stackctl.engine.row_layout import choose_layout
-from stackctl.engine.significance import RecordScore, ratio_error
 
 Progress = Callable[[int], None]
 _LOOKS = 3
@@ -77,7 +77,7 @@ class Score:
 
     @property
     def standard_error(self) -> float | None:
-        """Of ``loss``, with each record a cluster: see :func:`stackctl.engine.significance.ratio_error`."""
+        """Of ``loss``, with each record a cluster: see :func:`stackctl.engine.evaluation.significance.ratio_error`."""
         return ratio_error([r.loss for r in self.records], [r.tokens for r in self.records])
 
 

@@ -34,7 +34,7 @@ def converted(gguf: Path, say: Say) -> Path:
         final = converted_folder(gguf)
         if (final / "config.json").is_file():
             return final
-        from stackctl.engine.gguf_conversion import convert_gguf
+        from stackctl.engine.base.gguf_conversion import convert_gguf
 
         say(f"converting {gguf.name} once into the cache, in float32")
         with atomic.staging_directory(bases) as staged:

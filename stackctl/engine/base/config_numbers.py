@@ -1,0 +1,28 @@
+"""Numbers that a configuration of transformers' says of its model, by whatever name it has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model takes; None where it says none, or -1 as XLNet does for any number."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def cached_numbers(config: Any) -> int:
+    """How many numbers the keys and values of one token are, in all layers."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # it keeps a state instead, which does not grow
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width)
+
+
+def longrope_lengths(config: Any) -> list[int]:
+    """Lengths in tokens beyond which a model turns all positions by other angles, those of every row by the longest
+    one's: LongRoPE (https://arxiv.org/abs/2402.13753), as Phi 3 has it."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one for each type of layer
+    return [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
