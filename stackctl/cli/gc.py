@@ -45,14 +45,17 @@ def register(app: typer.Typer) -> None:
         cached is made again when it is needed.
         """
         registry = context.registry
+        cached = [  # first: on a full disk there is no space for the entries that the weights take
+            *free_tokens(every=cache, dry_run=dry_run),
+            *free_exports(every=cache, dry_run=dry_run),
+            *(free_conversions(dry_run=dry_run) if cache else ()),
+        ]
         freed = drop_runs(registry, dry_run=dry_run) if runs else []
         going = {found.what for found in freed}
         needed = {label for run in unfinished_runs(registry) if run["name"] not in going for label in run["on"]}
         freed += free_weights(registry, needed, dry_run=dry_run)
         freed += free_logs(registry, {found.what for found in freed}, every=logs, dry_run=dry_run)
-        freed += free_tokens(every=cache, dry_run=dry_run)
-        freed += free_exports(every=cache, dry_run=dry_run)
-        freed += free_conversions(dry_run=dry_run) if cache else []
+        freed += cached
         total = sum(found.bytes for found in freed)
         kept = _kept(registry, {found.path for found in freed})
         data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}

@@ -13,8 +13,8 @@ from stackctl.cli.common import SHARE, Context, argument, command, expression
 from stackctl.cli.typed_values import typed_text
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
-from stackctl.core.errors import Usage
-from stackctl.core.hub_ids import is_dataset_id
+from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
+from stackctl.core.hub_ids import is_dataset_id, is_ref_name
 from stackctl.core.train_job import PushTarget
 from stackctl.plan.model import StackPlan
 from stackctl.registry.resolve import current_stack, resolve_expression
@@ -66,14 +66,13 @@ def register(app: typer.Typer) -> None:
         from stackctl.hub.repo_place import parse_repo
 
         registry, output = context.registry, context.output
-        target = _target(registry, what, repo)
-        stack = resolve_expression(registry, target.stack)
-        repo_id = parse_repo(target.repo)
-        if wrong := [one for one in dataset or () if not is_dataset_id(one)]:
-            raise Usage(
-                f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub",
-                hint="write owner/name, as on the data set's page",
-            )
+        problems: list[StackctlError] = []
+        target = attempt(problems, _target, registry, what, repo)
+        stack = attempt(problems, resolve_expression, registry, target.stack) if target else None
+        repo_id = attempt(problems, parse_repo, target.repo) if target else None
+        for check in (_check_datasets(dataset or []), _check_ref("--revision", revision), _check_ref("--tag", tag)):
+            problems += check
+        raise_all(problems)
         options = PushOptions(
             again=typed(),
             export=functools.partial(_export, registry, output.status),
@@ -96,6 +95,18 @@ def register(app: typer.Typer) -> None:
     command(app, "push-to-hub", example="stackctl push-to-hub storyteller me/storyteller", panel=SHARE, hidden=True)(
         push
     )
+
+
+def _check_datasets(ids: list[str]) -> list[StackctlError]:
+    wrong = [one for one in ids if not is_dataset_id(one)]
+    said = f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub"
+    return [Usage(said, hint="write owner/name, as on the data set's page")] if wrong else []
+
+
+def _check_ref(option: str, name: str | None) -> list[StackctlError]:
+    if name is None or is_ref_name(name):
+        return []
+    return [Usage(f"{option} '{name}': git has no branch or tag of such a name", hint="write one such as v1.0")]
 
 
 def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:

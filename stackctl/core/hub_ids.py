@@ -16,10 +16,23 @@ _FILE = re.compile(
 )
 """``data/chat.jsonl`` could be both; what ends like this means a file."""
 
+_NO_REF = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|@\{")
+
 
 def is_hub_id(text: str) -> bool:
     """Whether a text is ``owner/name`` as the Hub allows it."""
     return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+def is_ref_name(text: str) -> bool:
+    """Whether git, and so the Hub, lets a branch or a tag have a name (``git check-ref-format --branch``)."""
+    parts = text.split("/")
+    return (
+        not _NO_REF.search(text)
+        and text != "@"
+        and not text.startswith("-")
+        and all(part and not part.startswith(".") and not part.endswith((".", ".lock")) for part in parts)
+    )
 
 
 def is_dataset_id(text: str) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
-from stackctl.core.errors import HubFailure, NotFound, VerificationFailed
+from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed, raise_all
 from stackctl.hub import http_client
-from stackctl.hub.errors import Attempt, explained, scrub
+from stackctl.hub.errors import Attempt, explained, offline, scrub
 from stackctl.hub.http_client import impatient_client, plain_client
 from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
 from stackctl.hub.repo_place import parse_repo
@@ -46,18 +46,23 @@ class Hub:
         self.url = f"{attempt.host}/{attempt.repo}"
 
     def require_login(self) -> None:
-        """Make sure that there is a token to write with.
+        """Make sure that there is a token to write with, and that huggingface_hub may go out.
 
         Raises:
-            HubFailure: there is none.
+            HubFailure: one or both are missing.
         """
+        from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
         with explained(self._attempt):
             known = "authorization" in build_hf_headers()
+        problems: list[StackctlError] = []
+        if constants.HF_HUB_OFFLINE:
+            problems.append(offline(self._attempt))
         if not known:
             hint = f"hf auth login (or set HF_TOKEN), then: {self._attempt.again}"
-            raise HubFailure(f"no token to write to {self.repo} with", hint=hint)
+            problems.append(HubFailure(f"no token to write to {self.repo} with", hint=hint))
+        raise_all(problems)
 
     def find(self, revision: str | None = None) -> Snapshot | None:
         """The repo at a revision (default: its main branch), or None when the repo does not exist."""
@@ -117,26 +122,38 @@ class Hub:
         return Commit(done.oid, scrub(done.commit_url), done.pr_url)
 
     def tag(self, name: str, commit: str) -> None:
-        """Give a commit a tag; nothing happens when it has that one already.
+        """Give a commit that is there a tag; nothing happens when it has that one already.
 
         Raises:
-            HubFailure: the tag is on another commit.
+            HubFailure: the tag is on another commit, or cannot be made.
         """
-        from huggingface_hub.errors import HfHubHTTPError
-
-        with explained(self._attempt):
-            try:
-                self._api.create_tag(self.repo, tag=name, revision=commit)
-                return
-            except HfHubHTTPError as error:
-                if error.response.status_code != 409:
-                    raise
-            elsewhere = self._api.model_info(self.repo, revision=name).sha
+        try:
+            elsewhere = self._tagged(name, commit)
+        except (HubFailure, NotFound) as error:
+            raise HubFailure(
+                f"the files are pushed, but without the tag '{name}': {error.message}", hint=error.hint
+            ) from error
         if elsewhere != commit:
             raise HubFailure(
                 f"{self.repo} has the tag '{name}' already, on commit {str(elsewhere)[:12]}; the files are pushed",
                 hint=f"choose another tag, or remove it: hf repo tag delete {self.repo} {name}",
             )
+
+    def _tagged(self, name: str, commit: str) -> str | None:
+        """Make a tag unless there is one of that name; returns the commit that it is on."""
+        from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+        with explained(self._attempt):
+            try:
+                self._api.create_tag(self.repo, tag=name, revision=commit)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 409:
+                    raise
+                try:
+                    return str(self._api.model_info(self.repo, revision=name).sha)
+                except RevisionNotFoundError:  # the conflict was another one
+                    raise error from None
+            return commit
 
     def download(self, file: RemoteFile, commit: str) -> Path:
         """A file at a commit, in huggingface_hub's cache, with the bytes that the repo says it has.

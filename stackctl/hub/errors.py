@@ -104,10 +104,7 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
         if isinstance(link, StackctlError):
             return link
         if isinstance(link, OfflineModeIsEnabled):
-            return HubFailure(
-                f"huggingface_hub is in offline mode, so {attempt.repo} cannot be reached",
-                hint=f"HF_HUB_OFFLINE=0 {attempt.again}",
-            )
+            return offline(attempt)
     for link in links:
         if isinstance(link, HfHubHTTPError):
             return explain_status(link, attempt)
@@ -122,6 +119,14 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
     return HubFailure(
         f"{attempt.host} gave an answer that huggingface_hub cannot use: {said}",
         hint=f"try again: {attempt.again}; if HF_ENDPOINT is set, check that it speaks the Hub's protocol",
+    )
+
+
+def offline(attempt: Attempt) -> HubFailure:
+    """huggingface_hub was told not to go out."""
+    return HubFailure(
+        f"huggingface_hub is in offline mode, so {attempt.repo} cannot be reached",
+        hint=f"HF_HUB_OFFLINE=0 {attempt.again}",
     )
 
 

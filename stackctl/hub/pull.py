@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
-from stackctl.core.errors import Incompatible, NotFound, Usage
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, attempt, raise_all
 from stackctl.core.expressions import format_term, parse_name, parse_stack_name
 from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import MEMBERS, STACK
@@ -20,6 +20,7 @@ from stackctl.hub.fetch_adapters import AdapterFetcher
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG
+from stackctl.plan.methods import check_method
 from stackctl.registry.adapters import ResolvedMember, find_digest
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, find_stated_base
@@ -66,8 +67,12 @@ def pull(registry: Registry, place: RepoPlace, options: PullOptions, say: Say) -
         VerificationFailed: bytes are not what their digest says.
         HubFailure: the Hub or the network said no.
     """
+    problems: list[StackctlError] = []
     if options.name is not None:
-        parse_stack_name(options.name)
+        attempt(problems, parse_stack_name, options.name)
+    if options.base is not None:
+        attempt(problems, resolve_base, registry, options.base)
+    raise_all(problems)
     with open_hub(place.repo, again=options.again, writes=False, say=say, progress=options.progress) as hub:
         seen = hub.find(place.revision)
         if seen is None:
@@ -150,8 +155,11 @@ class _Pull:
         try:
             parse_stack_name(recipe.name)
             names = [parse_name(member.adapter) for member in recipe.members]
+            check_method(recipe.method, recipe.options)
         except Usage as error:
             raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise Incompatible(f"{STACK} of {self.hub.repo} has {', '.join(twice)} twice", hint="ask for a new push")
         missing = [m for m in recipe.members if find_digest(self.registry, m.digest) is None]
         if not all(self._holds(member) for member in missing):
             return None

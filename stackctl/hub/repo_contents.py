@@ -104,7 +104,7 @@ class RepoReader:
         prefix = f"{folder}/" if folder else ""
         if f"{prefix}{WEIGHTS}" not in self.seen.files:
             raise self._no_weights(prefix)
-        config = read_config(self._fetch(f"{prefix}{CONFIG}").parent)
+        config = self._config(f"{prefix}{CONFIG}")
         adapter = self.read(f"{prefix}{ADAPTER}", Adapter)
         entry = adapter.versions[-1] if adapter and adapter.versions else None
         if entry and not 1 <= entry.version < 10**9:
@@ -119,6 +119,20 @@ class RepoReader:
             description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
             files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
         )  # fmt: skip
+
+    def _config(self, path: str) -> dict[str, Any]:
+        """The configuration of an adapter of the repo.
+
+        Raises:
+            Incompatible: it is none that can be used.
+        """
+        fetched = self._fetch(path)
+        try:
+            return read_config(fetched.parent)
+        except Incompatible as error:
+            said = error.message.replace(str(fetched), path).replace(str(fetched.parent), path)
+            hint = error.hint if path not in said else "ask its author to push it again"
+            raise Incompatible(f"{self.hub.repo}: {said}", hint=hint) from None
 
     def find(self, digest: str, name: str) -> RepoAdapter | None:
         """The adapter of the repo with a digest, looked for under its own name first; None when it holds none.

@@ -79,17 +79,16 @@ def _move_out(registry: Registry, adapter: Adapter, going: list[AdapterVersion])
     given = {g.version: g for g in before.given}
     given |= {v.version: GivenNumber(version=v.version, digest=v.digest) for v in adapter.versions}
     gone = {v.version: v for v in before.versions} | {v.version: v for v in going}
-    registry.write(
-        Removed(
-            name=adapter.name,
-            given=[given[number] for number in sorted(given)],
-            versions=[gone[number] for number in sorted(gone)],
-        )
+    removed = Removed(
+        name=adapter.name,
+        given=[given[number] for number in sorted(given)],
+        versions=[gone[number] for number in sorted(gone)],
     )
     staying = [v for v in adapter.versions if v not in going]
     if staying:
-        registry.write(msgspec.structs.replace(adapter, versions=staying))
+        registry.write(removed, msgspec.structs.replace(adapter, versions=staying))
     else:
+        registry.write(removed)
         registry.delete(Adapter, adapter.name)
 
 

@@ -161,10 +161,15 @@ class Registry:
         """What an adapter had once: empty when nothing of that name was ever removed."""
         return self.read(Removed, parse_name(name)) or Removed(name=name, given=[])
 
-    def write(self, entry: Base | Adapter | Stack | Removed) -> None:
-        """Replace an entry's file whole; the lock is held by who changes something."""
-        value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
-        atomic.write_atomic(self.entry_path(type(entry), entry.name), _text(value))
+    def write(self, *entries: Base | Adapter | Stack | Removed) -> None:
+        """Replace the files of entries whole, in this order; the lock is held by who changes something.
+
+        All are on the disk before the first is in place, so that a full disk lets none of them happen.
+        """
+        with contextlib.ExitStack() as placing:  # which puts the last that was entered in place first
+            for entry in reversed(entries):
+                value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
+                placing.enter_context(atomic.written_after(self.entry_path(type(entry), entry.name), _text(value)))
 
     def delete(self, kind: type, name: str) -> None:
         """Remove the entry of a name, for good."""

@@ -63,8 +63,7 @@ def add_version(
     with registry.lock():
         check_adapter_name(registry, name)
         adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
-        removed = registry.find_removed(name)
-        version = build(_choose_number(adapter, removed, given))
+        version = build(_choose_number(adapter, registry.find_removed(name), given))
         if given is not None:
             for known in adapter.versions:
                 if known.digest == version.digest:
@@ -75,20 +74,14 @@ def add_version(
                 files.remove_tree(final)
             atomic.publish_directory(staged, final)
         try:
-            _bring_back(registry, version)
-            adapter = registry.find_adapter(name) or adapter
-            adapter = msgspec.structs.replace(
-                adapter,
-                versions=sorted([*adapter.versions, version], key=lambda v: v.version),
-                description=adapter.description if description is None else description,
-            )
-            registry.write(adapter)
+            if description is not None:
+                adapter = msgspec.structs.replace(adapter, description=description)
+            registry.write(*_with_foundations(registry, adapter, version))
         except OSError:  # the entry is not there, so its weights shall not fill the disk
             if staged is not None:
                 with contextlib.suppress(OSError):
                     files.remove_tree(registry.root / version.path)
             raise
-        _forget(registry, removed, {version.version})
     return version
 
 
@@ -140,23 +133,35 @@ def _choose_number(adapter: Adapter, removed: Removed, wished: GivenNumber | Non
     return wished.version if wished and wished.version and free else max(given, default=0) + 1
 
 
-def _bring_back(registry: Registry, version: AdapterVersion) -> None:
-    """Un-remove what a new version stands on: while it was trained, somebody may have removed that."""
-    for name, number in {(t.reference.name, t.reference.version) for t in foundations(version)}:
-        removed = registry.find_removed(name)
-        adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
-        back = [v for v in removed.versions if v.version == number]
-        if back and all(v.version != number for v in adapter.versions):
-            versions = sorted([*adapter.versions, *back], key=lambda v: v.version)
-            registry.write(msgspec.structs.replace(adapter, versions=versions))
-            _forget(registry, removed, {number})
+def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion) -> list[Adapter | Removed]:
+    """The entries that a new version of an adapter changes, in the order in which they are put in place.
+
+    What it stands on is un-removed: while it was trained, somebody may have removed that. What is registered again is
+    not removed any more; its number stays given.
+    """
+    adapters = {adapter.name: adapter}
+    removed = {adapter.name: registry.find_removed(adapter.name)}
+    for reference in {term.reference for term in foundations(new)}:
+        name = reference.name
+        known = adapters.get(name) or registry.find_adapter(name) or Adapter(name=name, versions=[])
+        gone = removed.get(name) or registry.find_removed(name)
+        if all(v.version != reference.version for v in known.versions):
+            for version in gone.versions:
+                if version.version == reference.version:
+                    adapters[name], removed[name] = _with_version(known, version), gone
+    own = adapters.pop(adapter.name)
+    adapters[own.name] = _with_version(own, new)  # after what it stands on
+    forgotten = []
+    for name, gone in removed.items():
+        registered = {v.version for v in adapters[name].versions}
+        staying = [v for v in gone.versions if v.version not in registered]
+        if staying != gone.versions:
+            forgotten.append(msgspec.structs.replace(gone, versions=staying))
+    return [*adapters.values(), *forgotten]
 
 
-def _forget(registry: Registry, removed: Removed, numbers: set[int | None]) -> None:
-    """What is registered again is not removed any more; its number stays given."""
-    staying = [v for v in removed.versions if v.version not in numbers]
-    if staying != removed.versions:
-        registry.write(msgspec.structs.replace(removed, versions=staying))
+def _with_version(adapter: Adapter, version: AdapterVersion) -> Adapter:
+    return msgspec.structs.replace(adapter, versions=sorted([*adapter.versions, version], key=lambda v: v.version))
 
 
 def record_push(registry: Registry, member: ResolvedMember, place: HubSource) -> None:

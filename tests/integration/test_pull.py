@@ -141,6 +141,40 @@ def test_a_method_goes_up_as_what_it_makes_and_comes_back_as_itself(
     assert again["outcome"] == "unchanged"
 
 
+@pytest.mark.parametrize(
+    ("there", "wrong"),
+    [("method: sum", "method: of_tomorrow"), ("method: sum", "method: svd"), ("adapter: instruct", "adapter: style")],
+)
+def test_a_recipe_that_no_registry_could_read_is_not_written_into_one(
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, there: str, wrong: str
+) -> None:
+    run("push", "style+instruct", "me/teller", "--members", *ID)
+    repo = hub.repos["me/teller"]
+    assert there.encode() in repo.files["stack.yaml"]
+    repo.commit({**repo.files, "stack.yaml": repo.files["stack.yaml"].replace(there.encode(), wrong.encode())})
+    before = tree(other_registry)
+    said = run("pull", "me/teller", "--registry", other_registry.root, code=4).err
+    assert "stack.yaml of me/teller" in said
+    assert tree(other_registry) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"peft_type": "LORA", "r": "many"}'])
+def test_a_configuration_that_cannot_be_read_is_told_as_the_repos(
+    run: Callable[..., Any], other_registry: Registry, hub: HubServer, tmp_path: Path, content: bytes
+) -> None:
+    hub.repo("me/odd", {**plain_repo(tmp_path), "adapter_config.json": content})
+    ran = run("pull", "me/odd", "--registry", other_registry.root, "--json", code=4)
+    assert ran.json["error"]["message"].startswith("me/odd: adapter_config.json") and "snapshots" not in ran.err
+
+
+def test_a_pull_says_all_that_is_wrong_before_it_asks(
+    run: Callable[..., Any], other_registry: Registry, hub: HubServer
+) -> None:
+    words = ["pull", "me/odd", "--name", "../x", "--base", "nobody", "--registry", other_registry.root]
+    said = run(*words, code=2).err
+    assert "'../x'" in said and "'nobody'" in said and not hub.requests("")
+
+
 @pytest.mark.parametrize("what", ["style@1", "instruct", "style+instruct", "style@1:-2"])
 def test_push_pull_push_makes_no_commit(
     run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, what: str
@@ -574,6 +608,6 @@ def test_a_base_is_fetched_once_and_then_asks_nobody(hub: HubServer) -> None:
 
 
 def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], hub: HubServer, other_registry: Any) -> None:
-    words = ["pull", "me/style@v1", "--name", "mine", "--base", "tiny", "--registry", str(other_registry.root)]
+    words = ["pull", "me/style@v1", "--name", "mine", "--base", "llama", "--registry", str(other_registry.root)]
     hub.fail("GET /api/models/me/style", 503, times=99)
     assert shlex.join(["stackctl", *words]) in run(*words, code=6).err.splitlines()[-1]

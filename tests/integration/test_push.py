@@ -424,6 +424,10 @@ def test_no_token_offline_and_nobody_there(
         "HF_HUB_OFFLINE=0 stackctl push"
         in check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["hint"]
     )
+    monkeypatch.delenv("HF_TOKEN")
+    both = check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)
+    assert "offline mode" in both["message"] and "no token" in both["message"] and "hf auth login" in both["hint"]
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["message"]
@@ -448,6 +452,19 @@ def test_a_refusal_of_the_storage_says_nothing_of_the_repo_or_the_token(
     hub.fail("PUT /lfs/", status)
     told = check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)["message"]
     assert f"the storage of {hub.url} refused a file of me/style with HTTP {status}" in told
+
+
+@pytest.mark.parametrize("status", [403, 409, 412, 422])
+def test_a_tag_that_cannot_be_made_is_told_as_that(
+    run: Callable[..., Any], here: Registry, hub: HubServer, status: int
+) -> None:
+    """The commit is there by then, and a conflict need not be one with a tag of that name."""
+    hub.fail("/tag/", status)
+    told = check_told(run("push", "style", "me/style", *ID, "--tag", "v1", "--json", code=6), hub)["message"]
+    assert told.startswith("the files are pushed, but without the tag 'v1'") and "revision" not in told
+    hub.heal()
+    assert run("push", "style", "me/style", *ID, "--tag", "v1", "--json").json["outcome"] == "unchanged"
+    assert hub.repos["me/style"].refs["v1"] == hub.repos["me/style"].head
 
 
 def test_the_token_is_nowhere(
@@ -532,12 +549,14 @@ def test_what_is_no_data_set_on_the_hub_is_refused_before_anything_is_asked(
     words = [word for one in [*wrong, "squad", "me/data-v1.5"] for word in ("--dataset", one)]
     said = run("push", "style", "me/style", *ID, *words, code=2).err
     assert all(repr(one) in said for one in wrong) and "squad" not in said and "v1.5" not in said
+    said = run("push", "style", "me/sty le", "--tag", "v 1", "--revision", "a..b", *words, code=2).err
+    assert all(f"'{one}'" in said for one in [*wrong, "me/sty le", "v 1", "a..b"])
     assert not hub.requests("") and not hub.repos
 
 
 def test_the_hint_repeats_all_that_was_typed(run: Callable[..., Any], here: Registry, hub: HubServer) -> None:
     words = ["push", "style", "me/style", *ID, "--license", "mit", "--language", "en", "--language", "de"]
-    words += ["--dataset", "me/data-v1.5", "-m", "it's new", "--tag", "v 1", "--private"]
+    words += ["--dataset", "me/data-v1.5", "-m", "it's new", "--tag", "v1", "--private"]
     hub.fail(COMMIT, 503, times=99)
     hint = run(*words, code=6).err.splitlines()[-1]
     assert shlex.join(["stackctl", *words]) in hint

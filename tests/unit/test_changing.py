@@ -10,7 +10,7 @@ from checkpoints import full_version, lora_config, make_base, make_registry, reg
 
 from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import Reference
-from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
+from stackctl.core.schema import Adapter, Base, Defaults, GivenNumber, RegistryFile, Stack
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import remove_base, save_base
@@ -48,7 +48,7 @@ def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, m
         if moment == "publish":
             patch.setattr(atomic, "publish_directory", die)
         if moment == "entry":
-            patch.setattr(atomic, "write_atomic", die)
+            patch.setattr(atomic, "written_after", die)
         with pytest.raises(Kill):
             register(registry, "style", seed=2, before_entry=die if moment == "build" else lambda _: None)
     assert registry.entry_path(Adapter, "style").read_bytes() == before
@@ -65,7 +65,7 @@ def test_a_first_version_that_was_killed_does_not_exist(registry, monkeypatch):
         raise Kill
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "write_atomic", die)
+        patch.setattr(atomic, "written_after", die)
         with pytest.raises(Kill):
             register(registry, "style")
     assert registry.names(Adapter) == []
@@ -231,15 +231,15 @@ def test_nothing_is_changed_when_the_settings_cannot_be_read(run, tmp_path):
 
 def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch):
     register(registry, "style")
-    write = atomic.write_atomic
+    write = atomic.written_after
 
     def full(path, content):
         if path.parent.name == "adapters":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, content)
+        return write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "write_atomic", full)
+        patch.setattr(atomic, "written_after", full)
         with pytest.raises(OSError, match="No space"):
             register(registry, "style", seed=1)
     assert [path.name for path in (registry.root / "weights" / "style").iterdir()] == ["1"]
@@ -289,3 +289,40 @@ def test_a_full_disk_leaves_an_entry_and_what_the_settings_say_of_it_as_they_wer
     changes[what]()
     assert tree() != before
     assert not [*registry.root.rglob(".tmp-*")]
+
+
+@pytest.mark.parametrize("full_folder", ["adapters", "removed"])
+@pytest.mark.parametrize("what", ["rm", "again", "on"])
+def test_a_full_disk_leaves_a_version_in_the_one_place_where_it_was(registry, monkeypatch, what, full_folder):
+    """It is registered, or removed; the files of both are changed together or not at all."""
+    register(registry, "style")
+    second = register(registry, "style", seed=1)
+    given = GivenNumber(version=2, digest=second.digest)
+    if what != "rm":
+        remove_entry(registry, "style@2")
+    changes = {
+        "rm": lambda: remove_entry(registry, "style@2"),
+        "again": lambda: add_version(registry, "style", lambda number: second, None, given=given),
+        "on": lambda: register(registry, "poem", ["style@2"], seed=2),
+    }
+
+    def tree():
+        return {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
+
+    before, claim = tree(), atomic.tempfile.mkstemp
+
+    def full(prefix, dir):
+        if dir.name == full_folder:
+            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+        return claim(prefix=prefix, dir=dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.tempfile, "mkstemp", full)
+        with pytest.raises(OSError, match="No space"):
+            changes[what]()
+    assert tree() == before
+    changes[what]()
+    here = {version.version for version in registry.find_adapter("style").versions}
+    gone = {version.version for version in registry.find_removed("style").versions}
+    assert (here, gone) == (({1}, {2}) if what == "rm" else ({1, 2}, set()))
+    assert verify_registry(registry)[1] == [] and not [*registry.root.rglob(".tmp-*")]

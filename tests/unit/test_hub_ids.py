@@ -1,5 +1,7 @@
 """What the id of a repository on the Hub is: everywhere the same, and as huggingface_hub has it."""
 
+import subprocess
+
 import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -7,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stackctl.core.errors import StackctlError
-from stackctl.core.hub_ids import is_hub_id, parse_dataset_id
+from stackctl.core.hub_ids import is_hub_id, is_ref_name, parse_dataset_id
 from stackctl.hub.repo_place import parse_repo
 from stackctl.jobs.job import data_path
 from stackctl.registry.base_models import parse_source
@@ -71,3 +73,14 @@ def test_no_id_is_refused_wherever_one_is_read(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["data/chat.jsonl", "data/chat.PARQUET", "data/chat.yaml", "data/chat.jsonl:train"])
 def test_what_ends_as_a_file_is_no_data_set(text):
     assert parse_dataset_id(text) is None
+
+
+REFS = ("main", "v1.0", "dev/branch", "refs/pr/3", "é", "a@b", "a-", "a.b", "@a", "a{b", "x.lockx")
+NO_REFS = ("", "@", "a b", "a..b", "a.", "a.lock", "a.lock/b", ".a", "a/.b", "a//b", "/a", "a/", "a~1", "a^", "a:b")
+NO_REFS += ("a?", "a*", "a[", "a\\b", "a@{1}", "a\tb", "a\x7f")
+
+
+@pytest.mark.parametrize("text", REFS + NO_REFS)
+def test_a_branch_or_a_tag_is_called_what_git_lets_it_be(text):
+    git = subprocess.run(["git", "check-ref-format", f"refs/tags/{text}"], check=False).returncode == 0
+    assert is_ref_name(text) == (text in REFS) == (git and text != "@")
