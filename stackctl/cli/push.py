@@ -68,8 +68,8 @@ def register(app: typer.Typer) -> None:
         registry, output = context.registry, context.output
         problems: list[StackctlError] = []
         target = attempt(problems, _target, registry, what, repo)
-        stack = attempt(problems, resolve_expression, registry, target.stack) if target else None
-        repo_id = attempt(problems, parse_repo, target.repo) if target else None
+        stack: Any = attempt(problems, resolve_expression, registry, target.stack) if target else None
+        repo_id: Any = attempt(problems, parse_repo, target.repo) if target else None
         for check in (_check_datasets(dataset or []), _check_ref("--revision", revision), _check_ref("--tag", tag)):
             problems += check
         raise_all(problems)
