@@ -283,9 +283,14 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise KeyError(type(config).__name__)
 
 
-def tiny_model(model_type: str, *, seed: int = 0, deviation: float = 0.15) -> PreTrainedModel:
-    """A model of that type in float32, with weights livelier than the usual ones, so that differences show."""
+def tiny_model(model_type: str, *, seed: int = 0, deviation: float = 0.15, **besides: Any) -> PreTrainedModel:
+    """A model of that type in float32, with weights livelier than the usual ones, so that differences show.
+
+    ``besides`` are settings of its configuration.
+    """
     config = tiny_config(model_type)
+    for key, value in besides.items():
+        setattr(config, key, value)
     torch.manual_seed(seed)
     model = model_class(config)(config)
     with torch.no_grad():
@@ -295,9 +300,9 @@ def tiny_model(model_type: str, *, seed: int = 0, deviation: float = 0.15) -> Pr
     return model
 
 
-def tiny_folder(model_type: str, folder: Path) -> Path:
+def tiny_folder(model_type: str, folder: Path, **besides: Any) -> Path:
     """Write such a model and the tiny tokenizer to a folder."""
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **besides)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -81,6 +81,25 @@ def test_angles_of_positions_are_those_of_the_text_alone(tiny_registry: Any, tmp
     assert texts(stacked, PROMPTS, 5) == alone
 
 
+@pytest.mark.parametrize(
+    ("model_type", "chooses"),
+    [
+        ("glm_moe_dsa", {"index_topk": 8}),
+        ("minimax_m3_vl_text", {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_block_size": 8}),
+    ],
+)
+def test_what_an_indexer_chooses_is_that_of_the_text_alone(
+    tiny_registry: Any, tmp_path: Path, model_type: str, chooses: dict[str, Any]
+) -> None:
+    """Padding moves the columns that it chooses among."""
+    h = tiny_registry()
+    h.run("base", "add", "other", tiny_folder(model_type, tmp_path / "other", **chooses), "--no-prove")
+    stacked = load_base(resolve_base(h.registry, "other"), h.registry)
+    assert can_pad(stacked.model, 8) == (model_type == "glm_moe_dsa") and not can_pad(stacked.model, 9)
+    alone = [texts(stacked, [prompt], 1)[0] for prompt in PROMPTS]
+    assert texts(stacked, PROMPTS, 5) == alone
+
+
 def test_a_sliding_window_slides_over_real_tokens_only(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
     folder = tmp_path / "sliding"
     shutil.copytree(models("mistral"), folder)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -151,6 +152,30 @@ def test_a_window_that_is_lost_is_seen(models: Any, monkeypatch: pytest.MonkeyPa
         assert choose_layout(model, examples(longest=16), longest=16) == "per_record"  # no record feels it
     finally:
         attention.AttentionInterface.register(attention.SEGMENTS, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("doge", {"keep_window_size": 60}),
+        ("glm_moe_dsa", {"index_topk": 60}),
+        (
+            "minimax_m3_vl_text",
+            {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_block_size": 32, "index_topk_blocks": 2},
+        ),
+    ],
+)
+def test_a_bound_on_what_a_token_sees_is_felt_whatever_its_name(name: str, bounds: dict[str, Any]) -> None:
+    """An indexer chooses among all columns of a row, and none of it shows on records within its bound."""
+    for longest in (50, 150):
+        model = architectures.tiny_model(name, **bounds).eval()
+        rows = examples(longest=longest)
+        one_by_one = choose_layout(model, rows, longest=longest) == "one_by_one"
+        with torch.no_grad():
+            loss = float(supervised_loss(model, collate(rows), one_by_one=one_by_one))
+            expected = sum(float(supervised_loss(model, collate([row]))) for row in rows)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert one_by_one == (longest == 150)
 
 
 def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(models: Any) -> None:

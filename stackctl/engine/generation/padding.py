@@ -27,7 +27,18 @@ def can_pad(model: Any, longest: int | None = None) -> bool:
 
     ``longest``: tokens of the longest text with its answer, None where that is not known.
     """
-    turned = min(longrope_lengths(model.config), default=None)
-    if turned is not None and (longest is None or longest > turned):
+    text = model.config.get_text_config()
+    bound = min([*longrope_lengths(model.config), *_lengths_of_choice(text)], default=None)
+    if bound is not None and (longest is None or longest > bound):
         return False
     return model.config.model_type not in _COUNT_PADDING and type(model).__module__.startswith("transformers.")
+
+
+def _lengths_of_choice(text: Any) -> list[int]:
+    """Lengths in tokens beyond which an indexer chooses what each token sees, as in DeepSeek V3.2.
+
+    Among tokens that it scores alike, and it scores many zero, the choice falls by their columns, which padding moves.
+    MiniMax M3 counts blocks of columns, at any length.
+    """
+    found = [text.index_topk] if isinstance(getattr(text, "index_topk", None), int) else []
+    return [*found, *([0] if "minimax_m3_sparse" in (getattr(text, "layer_types", None) or ()) else [])]

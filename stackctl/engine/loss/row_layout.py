@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ the row; or records run one by one."""
 _IMPLEMENTATIONS: dict[RowLayout, str] = {
     "flash": "flash_attention_2", "one_call": ONE_CALL, "per_record": SEGMENTS
 }  # fmt: skip
+_COUNTS_TOKENS = re.compile("window|chunk|block|budget|topk|top_k")
+"""In the names of windows, of chunks, and of how many tokens or blocks an indexer chooses for each to see."""
 _TOKENS = 48
 _BEYOND = 32
 """By how much a probe is longer than what a model attends to at once, so that a window that was lost shows."""
@@ -81,9 +84,10 @@ def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) ->
 
 
 def _bounds(config: Any) -> list[int]:
-    """Lengths in tokens beyond which a model computes otherwise."""
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return [*(window for window in windows if isinstance(window, int)), *longrope_lengths(config)]
+    """Lengths in tokens beyond which a model may compute otherwise: whatever its configuration counts tokens by."""
+    counts = {name: value for name, value in vars(config).items() if type(value) is int and _COUNTS_TOKENS.search(name)}
+    blocks = counts.get("index_block_size", 0) * counts.get("index_topk_blocks", 0)
+    return [*counts.values(), blocks, *longrope_lengths(config)]
 
 
 def _logits(model: nn.Module, rows: list[Example]) -> Tensor:
