@@ -184,8 +184,8 @@ def explain_oserror(error: OSError) -> Failed:
         name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 :]}"
     where = f" ({name})" if name else ""
     hints = {
-        errno.ENOSPC: "free some space and run the command again; nothing was registered",
-        errno.EDQUOT: "free some of your quota and run the command again; nothing was registered",
+        errno.ENOSPC: "free some space and run the command again",
+        errno.EDQUOT: "free some of your quota and run the command again",
         errno.EACCES: "check who owns the folder and its permissions",
         errno.EPERM: "check who owns the folder and its permissions",
         errno.EROFS: "the file system is read-only: choose another place with --registry or --out",

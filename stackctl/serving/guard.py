@@ -100,6 +100,8 @@ async def read_body(request: Any) -> bytes:
         except StopAsyncIteration:
             break
         except TimeoutError:
+            if read > LARGEST_BODY:
+                break
             raise ApiError(408, "the body stopped coming", code="timeout") from None
         read += len(piece)
         if read <= LARGEST_BODY:

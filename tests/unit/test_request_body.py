@@ -1,0 +1,42 @@
+"""Requests to the server: what of OpenAI's API is done, what asks for nothing, and what is refused by its name."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from stackctl.serving import guard
+from stackctl.serving.api_errors import ApiError
+from stackctl.serving.request_body import parse_body
+
+CHAT = {"model": "style", "messages": [{"role": "user", "content": "Hi."}]}
+REST_OF_OPENAI = {
+    "audio": {"voice": "alloy", "format": "mp3"}, "frequency_penalty": 0.5, "function_call": {"name": "f"},
+    "functions": [{"name": "f"}], "logit_bias": {"5": 1}, "modalities": ["audio"], "presence_penalty": 1,
+    "prediction": {"type": "content", "content": "x"}, "reasoning_effort": "low",
+    "response_format": {"type": "json_object"}, "tool_choice": "required", "tools": [{"type": "function"}],
+    "verbosity": "low", "web_search_options": {},
+}  # fmt: skip
+"""Every field of a chat completion in OpenAI's API that the server does nothing about, asking for something."""
+
+
+@pytest.mark.parametrize("name", REST_OF_OPENAI)
+def test_a_field_that_asks_for_nothing_is_taken_and_any_other_is_refused_by_its_name(name):
+    assert parse_body(json.dumps({**CHAT, name: None}).encode(), chat=True).model == "style"
+    with pytest.raises(ApiError) as caught:
+        parse_body(json.dumps({**CHAT, name: REST_OF_OPENAI[name]}).encode(), chat=True)
+    assert caught.value.status == 400 and caught.value.message == f"'{name}' is not supported by this server"
+
+
+@pytest.mark.parametrize(("size", "status"), [(guard.LARGEST_BODY + 1, 413), (10, 408)])
+def test_a_body_that_stops_coming_is_told_as_too_large_when_it_is(monkeypatch, size, status):
+    monkeypatch.setattr(guard, "_STALLED", 0.01)
+
+    async def stream():
+        yield b" " * size
+        await asyncio.sleep(60)
+
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(guard.read_body(SimpleNamespace(headers={}, stream=stream)))
+    assert caught.value.status == status
