@@ -76,17 +76,27 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
             freed.append(Freed(label, why, str(folder), files.tree_bytes(folder)))
         if dry_run:
             return freed
-        for removed, staying in going:  # before their weights: what is half gone is nobody's
-            registry.write(msgspec.structs.replace(removed, versions=staying))
-        names = set() if (registry.root / "weights").is_symlink() else {*files.children(registry.root / "weights")}
-        for folder in unreferenced_weights(registry, places):
-            files.remove_tree(folder)
-            names.add(folder.parent)
-        for name in names:
-            if name.name[0] != ".":
-                with contextlib.suppress(OSError):  # it is not empty
-                    name.rmdir()
+        entries = [msgspec.structs.replace(removed, versions=staying) for removed, staying in going]
+        try:  # before their weights: what is half gone is nobody's
+            registry.write(*entries)
+        except OSError as error:
+            if not files.disk_is_full(error, registry.root):
+                raise
+            _remove_weights(registry, places)  # who looks for space has none for an entry
+            registry.write(*entries)
+        _remove_weights(registry, places)
     return freed
+
+
+def _remove_weights(registry: Registry, places: set[Path]) -> None:
+    names = set() if (registry.root / "weights").is_symlink() else {*files.children(registry.root / "weights")}
+    for folder in unreferenced_weights(registry, places):
+        files.remove_tree(folder)
+        names.add(folder.parent)
+    for name in names:
+        if name.name[0] != ".":
+            with contextlib.suppress(OSError):  # it is not empty
+                name.rmdir()
 
 
 def unreferenced_weights(registry: Registry, places: set[Path]) -> list[Path]:

@@ -1,5 +1,6 @@
 """rm takes things out, gc frees what nobody needs: numbers are never given twice, and nothing that is needed goes."""
 
+import errno
 import os
 import shutil
 
@@ -234,6 +235,22 @@ def test_gc_frees_nothing_while_an_entry_cannot_be_read(registry):
     with pytest.raises(Usage):
         free_weights(registry)
     assert weights(registry) == ["instruct/1", "style/1", "style/2"]
+
+
+def test_gc_frees_space_where_there_is_none_for_an_entry(registry, monkeypatch):
+    remove_entry(registry, "style@2")
+    claim = atomic.tempfile.mkstemp
+
+    def full(prefix, dir):
+        if (registry.root / "weights" / "style" / "2").exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+        return claim(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(atomic.tempfile, "mkstemp", full)
+    assert freed(registry) == {"style@2": "removed"}
+    assert weights(registry) == ["instruct/1", "style/1"]
+    assert registry.find_removed("style").versions == [] and verify_registry(registry)[1] == []
+    assert freed(registry) == {}
 
 
 def test_a_version_that_a_kill_left_in_both_places_is_registered(registry):
