@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from stackctl.engine.generation import Sampling, generate, neighbours, running_rows
+from stackctl.engine.generation import Sampling, generate, neighbours, running_rows, shared_prefixes
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.records.prompt_files import Prompt
@@ -99,6 +99,43 @@ def test_logits_of_rows_that_join_and_leave_are_those_of_a_whole_pass(known: Any
         if step < 8 or step > 147:
             wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_what_prompts_share_is_computed_once(known: Any, name: str) -> None:
+    """With a row that is written, with a text that is finished, with one another, and that again with another."""
+    stacked, beginning = known(name), list(range(3, 40))
+    decoder = decoder_of(stacked)
+    rows, read = decoder.rows(8), []
+    decoder.read = lambda tokens, prompts: read.append(len(tokens)) or PlainDecoder.read(decoder, tokens, prompts)  # type: ignore[method-assign, func-returns-value]
+    finished = decoder.rows(1)
+    finished.join([[9, 8, *beginning, 1]])
+    texts = [[*beginning, 7]]
+    rows.join(texts)
+    joining = [
+        [*beginning, 41, 42],
+        [9, 8, *beginning, 2, 3],
+        [9, 8, *beginning, 2, 4, 5],
+        [*beginning, 41, 43],
+        [33, 34],
+    ]
+    plain = [shared_prefixes.Text(ids, None) for ids in [*texts, [9, 8, *beginning, 1], *joining]]
+    prefixes = shared_prefixes.shared_prefixes(plain[2:], plain[:2])
+    assert {(one.prompt, one.source, one.tokens) for one in prefixes} == {
+        (0, 0, 37),
+        (3, 2, 38),
+        (1, 1, 39),
+        (2, 3, 40),
+    }
+    found = rows.join(joining, prefixes, [finished.text(0)])
+    assert read[1:] == [38, 2 + 2 + 2 + 1 + 2]
+    texts += joining
+    torch.testing.assert_close(found, torch.stack([by_transformers(stacked, ids) for ids in joining]))
+    texts = [[*ids, 11] for ids in texts]
+    torch.testing.assert_close(
+        rows.step([[11]] * 6)[:, 0], torch.stack([by_transformers(stacked, ids) for ids in texts])
+    )
 
 
 @torch.no_grad()

@@ -118,6 +118,35 @@ def test_prompts_are_read_together_and_plain_decoders_step_by_few_operators(fill
     assert steps[0] == 24 and len(steps) < 24
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_conversation_goes_on_from_what_is_computed_of_its_stack(filled, kind, monkeypatch):
+    filled_registry, sampling = filled(kind), Sampling(max_new_tokens=8, raw=True)
+    stacked, beginning = filled_registry.load(), "Tell me of the sea, and of the rain that falls on it. "
+    engine, read = BatchingEngine(filled_registry.load()), []
+    embeddings = engine._stacked.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    text = beginning
+    try:
+        for turn, name in enumerate(["style", "style", "tone", "style+tone", "style"]):
+            stacked.use(filled_registry.plan(name))
+            known = next(generate(stacked, [Prompt(text)], sampling))
+            read.clear()
+            rows, ended, errors = answered(engine, filled_registry.plan(name), text, sampling, copies=3)
+            assert ended.wait(60) and not errors
+            assert {row.text for row in rows} == {known.text}
+            length = len(rows[0].ids)
+            if kind == "gpt2":
+                assert read[0] == 3 * length, "transformers' forward computes all of it"
+            elif turn in (0, 2, 3):
+                assert read[0] == length + 2, "another stack's keys are no help"
+            else:
+                assert read[0] < length // 2
+            if name == "style":
+                text = text + known.text + " And then? "
+    finally:
+        engine.close()
+
+
 def test_a_single_answer_is_guessed_ahead(filled, monkeypatch):
     filled_registry = filled("llama")
     sampling = Sampling(max_new_tokens=200, raw=True)

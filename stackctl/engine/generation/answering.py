@@ -93,7 +93,7 @@ def write_answers(
     if decoder is None:
         _write_padded(answers, batch, seeds, stacked, sampling, prefix_cache)
         return
-    running = RunningAnswers(stacked, decoder, sampling, len(batch), prefix_cache)
+    running = RunningAnswers(stacked, decoder, sampling, len(batch), prefix_cache.finished if prefix_cache else None)
     for one in zip(answers, batch, seeds, strict=True):
         running.add(*one)
     for _ in running.finished():

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
-from transformers import DynamicCache
 
 from stackctl.engine.generation.drafts import Drafts
+from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logits_processors import ChoosingRow, are_numbers, choose_token
 from stackctl.engine.generation.logprobs import not_finite
 from stackctl.engine.generation.products import pays_packed
+from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
 
 _READ_AT_ONCE = 4096
 """Tokens of prompts that go through the model in one call, a longer prompt apart."""
@@ -30,7 +31,10 @@ class KeptRows(Protocol):
 
     @property
     def mode(self) -> Callable[[], contextlib.AbstractContextManager[object]]: ...
-    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor: ...
+    def join(
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] = (), finished: Sequence[Tensor] = ()
+    ) -> Tensor: ...
+    def text(self, row: int) -> Tensor: ...
     def order(self) -> Sequence[int]: ...
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor: ...
     def keep(self, row: int) -> None: ...
@@ -40,10 +44,12 @@ class KeptRows(Protocol):
 
 
 class WrittenRow(ChoosingRow, Protocol):
-    """An answer in the making, and the error that ended it."""
+    """An answer in the making, and the error that ended it. Rows of equal ``weights`` are computed alike."""
 
     failed: Exception | None
 
+    @property
+    def weights(self) -> object: ...
     @property
     def is_finished(self) -> bool: ...
 
@@ -53,26 +59,32 @@ AnyRow = TypeVar("AnyRow", bound=WrittenRow)
 
 class Batch(Generic[AnyRow]):
     """``before`` is told the rows of each pass of the model before it is made, and how many tokens of each it sees one
-    behind another; none are told where it is as many of each."""
+    behind another; none are told where it is as many of each. ``finished`` keeps what may be gone on from."""
 
     def __init__(
         self,
         kept: KeptRows,
         before: Callable[[Sequence[AnyRow], Sequence[int]], object] = lambda rows, tokens: None,
+        finished: FinishedTexts | None = None,
     ) -> None:
         self._kept, self._before = kept, before
+        self._finished = finished or FinishedTexts(0)
         self._full_steps = 0
         self._guessed: AnyRow | None = None
         self._drafts = Drafts(())
         self.rows: list[AnyRow] = []
 
-    def join(self, rows: Sequence[AnyRow], cache: DynamicCache | None = None) -> None:
-        """Read prompts together, see :meth:`together`, and choose the first token of each answer. ``cache`` has the
-        beginning of a single one."""
+    def join(self, rows: Sequence[AnyRow]) -> None:
+        """Read prompts together, see :meth:`together`, and choose the first token of each answer. What they share with
+        one another, with rows that are written, and with finished texts is computed once."""
+        prompts = [row.ids for row in rows]
         with self._kept.mode():
-            uneven = len(rows) > 1 and not self._kept.pads
-            self._before(rows, [len(row.ids) for row in rows] if uneven else ())
-            logits = self._kept.join([row.ids for row in rows], cache)
+            prefixes = [] if self._kept.pads else self._prefixes(rows)
+            known = {one.prompt: one.tokens for one in prefixes}
+            new = [len(ids) - known.get(number, 0) for number, ids in enumerate(prompts)]
+            self._before(rows, () if self._kept.pads or len(rows) == 1 else new)
+            logits = self._kept.join(prompts, prefixes, self._finished.seen)
+            self._finished.use({one.source - len(self.rows) for one in prefixes})
             self.rows += rows
             self._choose(rows, logits[:, None], [[] for _ in rows])
 
@@ -122,16 +134,31 @@ class Batch(Generic[AnyRow]):
                 row = self.rows[number]
                 if row.is_finished:
                     done.append(row)
+                    self._keep(number)
                     self._kept.leave(number, row.failed is not None)
                     last = self.rows.pop()
                     if last is not row:
                         self.rows[number] = last
         return done[::-1]
 
+    def keep_alone(self) -> None:
+        """The only row is given up: what is computed of it by now may be gone on from."""
+        if len(self.rows) == 1:
+            self._keep(0)
+
+    def _keep(self, number: int) -> None:
+        row = self.rows[number]
+        if self._finished.most and not row.failed and not self._kept.pads:
+            self._finished.add(_written(row), self._kept.text(number))
+
     def release(self) -> None:
         """Nothing is about to join the empty batch: give its memory back."""
         self._kept.release()
         self._guessed, self._drafts = None, Drafts(())
+
+    def _prefixes(self, rows: Sequence[AnyRow]) -> list[Prefix]:
+        prompts = [Text(row.ids, row.weights) for row in rows]
+        return shared_prefixes(prompts, [*map(_written, self.rows), *self._finished.texts])
 
     def _choose(self, rows: Sequence[AnyRow], logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
         """The next token of each row by its logits (rows, tokens, vocabulary), and those behind it for as long as each
@@ -157,3 +184,8 @@ class Batch(Generic[AnyRow]):
         if many and self._full_steps >= _BEFORE_PACKING and to_come >= _BEHIND_PACKING:
             self._kept.pack()
             self._full_steps = 0  # looked at again after as many steps: there may be memory by then
+
+
+def _written(row: AnyRow) -> Text:
+    """What went through the model of a row: not the token that was chosen last."""
+    return Text([*row.ids, *row.chosen[:-1]], row.weights)

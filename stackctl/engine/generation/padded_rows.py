@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prefix_cache import new_cache
+from stackctl.engine.generation.shared_prefixes import Prefix
 from stackctl.engine.models import StackedModel
 
 _BY_PLACE = "chunked_attention"
@@ -56,9 +57,11 @@ class PaddedRows:
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._lengths: list[int] = []
 
-    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
-        """Add rows; returns the logits (rows, vocabulary) behind them."""
-        cache = DynamicCache() if cache is None else cache
+    def join(
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] = (), finished: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Add rows; returns the logits (rows, vocabulary) behind them. Padded prompts share nothing."""
+        cache = DynamicCache()
         lengths = list(map(len, prompts))
         width = max(lengths)
         ids = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -97,6 +100,10 @@ class PaddedRows:
             (k[rows[:-1], :, k.shape[2] - width :].contiguous(), v[rows[:-1], :, v.shape[2] - width :].contiguous())
             for k, v in self._layers
         ] if width else []  # fmt: skip
+
+    def text(self, row: int) -> Tensor:
+        """Nothing is gone on from here."""
+        raise NotImplementedError
 
     def order(self) -> Sequence[int]:
         """Which row is at each place: where it was."""

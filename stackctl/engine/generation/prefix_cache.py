@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.plan.model import StackPlan
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ class PrefixCache:
     """Keys and values of the tokens that went through a model last, under the stack that was used then.
 
     They are taken up again as far as the next prompt begins with the same tokens, if the stack is still the same. What
-    cannot be cut to that length (a window that has moved on, a recurrent state) is computed again.
+    cannot be cut to that length (a window that has moved on, a recurrent state) is computed again. That is for
+    transformers' ``generate``; a plain decoder goes on from the text that is ``finished``.
     """
 
     def __init__(self) -> None:
+        self.finished = FinishedTexts(1)
         self._ids: list[int] = []
         self._cache: DynamicCache | None = None
         self._plan: StackPlan | None = None

@@ -12,48 +12,70 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
+class Copy:
+    """The first ``tokens`` of a row are those of another row of the memory."""
+
+    row: int
+    source: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class _Alike:
-    """Prompts of one length: their rows, and where their ``tokens`` stand among those of all prompts."""
+    """Prompts of one length whose new tokens begin in one column: their rows, and where their new tokens stand among
+    those of all prompts. ``mask`` (new tokens, columns) says what each of several sees behind a known beginning."""
 
     rows: slice
     tokens: slice
-    count: int
+    begin: int
+    length: int
+    mask: Tensor | None
 
 
 class Reading:
-    """Reads prompts of ``lengths`` into the rows of a memory (layers, 2, rows, heads, columns, head width) from
-    ``first`` on. The memory has the ``known`` first tokens of a single one.
+    """Reads prompts into the rows of a memory (layers, 2, rows, heads, columns, head width) from ``first`` on.
 
-    ``positions`` (tokens) are the columns of all tokens, ``last`` (rows) which of them are their prompts' last.
+    ``spans`` are the columns of each prompt's new tokens: from the first that is computed up to its length. What comes
+    before them is there, or is a copy of a row that is read in the same pass: layer by layer, in this order.
+    ``positions`` (new tokens) are the columns of all, ``last`` (rows) which of them are their prompts' last.
     """
 
-    def __init__(self, memory: Tensor, first: int, lengths: Sequence[int], known: int) -> None:
-        self._memory, self._known = memory, known
+    def __init__(
+        self, memory: Tensor, first: int, spans: Sequence[tuple[int, int]], copies: Sequence[Copy] = ()
+    ) -> None:
+        self._memory, self._copies = memory, copies
         self._alike: list[_Alike] = []
-        row = token = 0
-        for length, same in itertools.groupby(lengths):
-            count = len(list(same))
-            rows, tokens = slice(first + row, first + row + count), slice(token, token + count * (length - known))
-            self._alike.append(_Alike(rows, tokens, count))
-            row, token = row + count, tokens.stop
-        self.positions = torch.cat([torch.arange(known, length) for length in lengths])
-        self.last = torch.tensor([length - known for length in lengths]).cumsum(0) - 1
-        self._mask = (  # of the single one, whose known tokens all of its new ones see
-            torch.ones(lengths[0] - known, lengths[0], dtype=torch.bool).tril(known) if known else None
-        )
+        row, token = first, 0
+        for (begin, length), same in itertools.groupby(spans):
+            count, new = len(list(same)), length - begin
+            rows, tokens = slice(row, row + count), slice(token, token + count * new)
+            mask = torch.ones(new, length, dtype=torch.bool).tril(begin) if begin and new > 1 else None
+            self._alike.append(_Alike(rows, tokens, begin, length, mask))
+            row, token = rows.stop, tokens.stop
+        self.positions = torch.cat([torch.arange(*span) for span in spans])
+        self.last = torch.tensor([length - begin for begin, length in spans]).cumsum(0) - 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Put keys and values (tokens, heads, head width) into the memory; returns what the queries, of more heads,
         take from what stands before them."""
+        memory = self._memory[layer]  # (2, rows, heads, columns, head width)
+        for one in self._alike:
+            for kept, new in zip(memory, (key, value), strict=True):
+                kept[one.rows, :, one.begin : one.length] = _by_row(new, one)
+        for copy in self._copies:
+            memory[:, copy.row, :, : copy.tokens] = memory[:, copy.source, :, : copy.tokens]
         found = []
         for one in self._alike:
-            own, new_keys, new_values = (
-                tensor[one.tokens].unflatten(0, (one.count, -1)).transpose(1, 2) for tensor in (query, key, value)
-            )
-            keys, values = self._memory[layer, :, one.rows, :, : self._known + own.shape[2]]
-            keys[:, :, self._known :], values[:, :, self._known :] = new_keys, new_values
+            keys, values = memory[:, one.rows, :, : one.length]
+            causal = not one.begin
             seen = functional.scaled_dot_product_attention(
-                own, keys, values, self._mask, is_causal=self._mask is None, scale=scale, enable_gqa=True
+                _by_row(query, one), keys, values, one.mask, is_causal=causal, scale=scale, enable_gqa=True
             )
             found.append(seen.transpose(1, 2).flatten(0, 1))
         return torch.cat(found)
+
+
+def _by_row(tensor: Tensor, one: _Alike) -> Tensor:
+    """Of a tensor (tokens, heads, head width) the part of some prompts: (rows, heads, new tokens, head width)."""
+    by_row: Tensor = tensor[one.tokens].unflatten(0, (-1, one.length - one.begin)).transpose(1, 2)
+    return by_row

@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import DynamicCache
-
 from stackctl.engine.generation.batch import Batch
+from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
-from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer
 from stackctl.engine.models import StackedModel, evaluating
@@ -37,6 +35,7 @@ class AnswerRow:
     sampling: Sampling
     processors: Any
     spell: TokenBytes | None
+    weights: object
     chosen: list[int] = field(default_factory=list)
     failed: Exception | None = None
     started: float = 0.0
@@ -50,7 +49,7 @@ class AnswerRow:
 class RunningAnswers:
     """Answers rows with the stack that a model holds, as many at once as there are ``places``.
 
-    A ``prefix_cache``, with what was computed of an earlier prompt, is for a single row.
+    ``finished`` has what was computed of earlier prompts, and keeps what is computed of these.
     """
 
     def __init__(
@@ -59,12 +58,10 @@ class RunningAnswers:
         decoder: PlainDecoder,
         sampling: Sampling,
         places: int,
-        prefix_cache: PrefixCache | None = None,
+        finished: FinishedTexts | None = None,
     ) -> None:
-        self._stacked, self._sampling, self._places, self._prefix_cache = stacked, sampling, places, prefix_cache
-        self._cache: DynamicCache | None = None
-        self._kept = decoder.rows(places)
-        self._batch: Batch[AnswerRow] = Batch(self._kept)
+        self._stacked, self._sampling, self._places = stacked, sampling, places
+        self._batch: Batch[AnswerRow] = Batch(decoder.rows(places), finished=finished)
         self._waiting: deque[AnswerRow] = deque()
         self._spell = TokenBytes(stacked.tokenizer) if sampling.top_logprobs is not None else None
 
@@ -73,7 +70,7 @@ class RunningAnswers:
         context, most = self._stacked.base.context_length, self._sampling.max_new_tokens
         limit = min(most, context - len(ids)) if context else most
         chooses = processors(self._sampling, [len(ids)], [seed])
-        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell)
+        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell, self._stacked.plan)
         self._waiting.append(row)
         return row
 
@@ -101,8 +98,9 @@ class RunningAnswers:
                     self._admit()
                 else:
                     self._batch.step()
-        finally:
-            self._keep()
+        except KeyboardInterrupt:  # what is computed by now is gone on from, too
+            self._batch.keep_alone()
+            raise
         return self._batch.leave()
 
     def _admit(self) -> None:
@@ -112,17 +110,7 @@ class RunningAnswers:
             started = time.perf_counter()
             for row in group:
                 row.started = started
-            if self._prefix_cache:
-                self._cache = self._prefix_cache.begin(self._stacked, group[0].ids)
-            self._batch.join(group, self._cache)
-
-    def _keep(self) -> None:
-        """Remember what went through the model of the single row."""
-        if self._prefix_cache and self._batch.rows and self._cache is not None:
-            [row] = self._batch.rows
-            self._prefix_cache.keep([*row.ids, *row.chosen][: self._kept.hand_over(self._cache)])
-        elif self._prefix_cache:
-            self._prefix_cache.keep([])
+            self._batch.join(group)
 
 
 def places_for(decoder: PlainDecoder, tokens: int) -> int:

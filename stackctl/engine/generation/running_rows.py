@@ -6,16 +6,15 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.generation.neighbours import neighbours
-from stackctl.engine.generation.reading import Reading
+from stackctl.engine.generation.reading import Copy, Reading
+from stackctl.engine.generation.shared_prefixes import Prefix
 
 _MORE_COLUMNS = 128
 _TOO_MANY = 4
@@ -87,17 +86,26 @@ class RunningRows:
         self.positions = torch.empty(0, dtype=torch.long)
         self.tokens = 1
 
-    def join(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None = None) -> Tensor:
-        """Add rows; returns the logits (rows, vocabulary) behind them. ``cache`` has the beginning of a single one."""
-        known, first = 0 if cache is None else cache.get_seq_length(), len(self._lengths)
+    def join(
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] = (), finished: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Add rows; returns the logits (rows, vocabulary) behind them. ``prefixes`` are shared with the rows that are
+        here, with ``finished`` texts (layers, 2, heads, tokens, head width), or with one another."""
+        first = len(self._lengths)
         self._make_room(first + len(prompts), max(map(len, prompts)))
-        if cache is not None and known:
-            for memory, layer in zip(self._memory, cast("list[Any]", cache.layers), strict=True):
-                memory[0, first, :, :known], memory[1, first, :, :known] = layer.keys[0], layer.values[0]
+        known, copies = [0] * len(prompts), []
+        for one in prefixes:
+            known[one.prompt] = one.tokens
+            row, among_prompts = first + one.prompt, one.source - first - len(finished)
+            if among_prompts >= 0:
+                copies.append(Copy(row, first + among_prompts, one.tokens))
+                continue
+            seen = self._memory[:, :, one.source] if one.source < first else finished[one.source - first]
+            self._memory[:, :, row, :, : one.tokens] = seen[:, :, :, : one.tokens]
         lengths = list(map(len, prompts))
-        reading = Reading(self._memory, first, lengths, known)
-        ids = torch.tensor([token for prompt in prompts for token in prompt[known:]])
-        logits = self._decoder.read(ids, reading)
+        reading = Reading(self._memory, first, list(zip(known, lengths, strict=True)), copies)
+        ids = [token for prompt, begin in zip(prompts, known, strict=True) for token in prompt[begin:]]
+        logits = self._decoder.read(torch.tensor(ids), reading)
         self._lengths += lengths
         self._counts = []
         return logits
@@ -173,14 +181,9 @@ class RunningRows:
         """Many rows, and many steps, are to come."""
         self._decoder.pack()
 
-    def hand_over(self, cache: DynamicCache) -> int:
-        """Let a cache hold what the only row has by now; returns how many tokens that are."""
-        [length] = self._lengths
-        for layer, (keys, values) in zip(cast("list[DynamicLayer]", cache.layers), self._memory, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys[:1, :, :length], values[:1, :, :length]
-        return length
+    def text(self, row: int) -> Tensor:
+        """A copy of a row's keys and values: (layers, 2, heads, tokens, head width)."""
+        return self._memory[:, :, row, :, : self._lengths[row]].clone()
 
     def release(self) -> None:
         """No row is left, and none is about to come: give the memory back."""

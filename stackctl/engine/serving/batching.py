@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from stackctl.engine.generation.answering import write_answers
 from stackctl.engine.generation.batch import Batch
+from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder
@@ -37,6 +38,7 @@ class BatchingEngine(Engine[BatchRow]):
         self._spell = TokenBytes(stacked.tokenizer)
         self._batches = can_batch(stacked)
         self._batch: Batch[BatchRow] | None = None
+        self._finished = FinishedTexts(self.limits.rows)
         openmp.give_up_pool()  # loading is done; from here on one thread computes
         self._thread.start()
 
@@ -132,7 +134,7 @@ class BatchingEngine(Engine[BatchRow]):
                 self._stacked.restore()
             decoder = plain_decoder(self._stacked)
             kept = decoder.rows(self.limits.rows) if decoder else PaddedRows(self._stacked.model)
-            self._batch = Batch(kept, self._weigh)
+            self._batch = Batch(kept, self._weigh, self._finished)
         return self._batch
 
     def _weigh(self, rows: Sequence[BatchRow], tokens: Sequence[int]) -> None:

@@ -1,0 +1,65 @@
+"""Which beginnings of prompts are computed by now, or are computed once for several of them."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_FEWEST = 4
+"""Shared tokens from which on copying their keys and values is worth its calls."""
+
+
+class Text(NamedTuple):
+    """Token ids and what computes them besides the base: rows of equal ``weights`` are computed alike."""
+
+    ids: Sequence[int]
+    weights: object
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first ``tokens`` of prompt number ``prompt`` are those of text number ``source``."""
+
+    prompt: int
+    source: int
+    tokens: int
+
+
+def shared_prefixes(prompts: Sequence[Text], known: Sequence[Text]) -> list[Prefix]:
+    """What each prompt shares with a known text, or with another prompt that is computed in the same pass.
+
+    Sources are numbered through: the known texts, and behind them the prompts. A prompt stands in the list behind its
+    source; of each at least one token is left to compute, and what is not worth copying is left out. Each shares as
+    much as it can: among texts in the order of their tokens, the longest common beginning is that of a neighbour.
+    """
+    kinds: list[object] = []
+    texts = [*known, *prompts]
+    of_kind = [_number(kinds, text.weights) for text in texts]
+    prefixes = []
+    for kind in range(len(kinds)):
+        numbers = [number for number, own in enumerate(of_kind) if own == kind]
+        pool = sorted((list(texts[number].ids), number) for number in numbers if number < len(known))
+        for one in sorted((list(texts[number].ids), number) for number in numbers if number >= len(known)):
+            ids, number = one
+            place = bisect.bisect(pool, one)
+            beside = pool[max(0, place - 1) : place + 1]
+            tokens, source = max(((common(ids, other), source) for other, source in beside), default=(0, 0))
+            tokens = min(tokens, len(ids) - 1)
+            if tokens >= _FEWEST:
+                prefixes.append(Prefix(number - len(known), source, tokens))
+            pool.insert(place, one)
+    return prefixes
+
+
+def _number(kinds: list[object], weights: object) -> int:
+    if weights not in kinds:
+        kinds.append(weights)
+    return kinds.index(weights)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two texts share."""
+    length = min(len(one), len(other))
+    return bisect.bisect_left(range(1, length + 1), True, key=lambda count: one[:count] != other[:count])
