@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from stackctl.engine.generation import Sampling, generate, neighbours, running_rows, shared_prefixes
+from stackctl.engine.generation import (
+    Sampling,
+    copied_weights,
+    generate,
+    neighbours,
+    products,
+    running_rows,
+    shared_prefixes,
+)
+from stackctl.engine.generation.copied_weights import CopiedWeights
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel, load_base
+from stackctl.engine.own_weights import MappedWeights
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.registry.base_entries import resolve_base
 
@@ -166,6 +176,28 @@ def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypat
     assert moved == 2, "when it has paid, and no more often"
 
 
+def test_copied_weights_are_the_bases_and_stacks_are_folded_into_them(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = tiny_registry("llama")
+    h.add("style", seed=1)
+    stacked, plain = h.load(), h.load()
+    base = {name: weight.clone() for name, weight in stacked.model.named_parameters()}
+    monkeypatch.setattr(copied_weights, "_LEAST", 1)
+    monkeypatch.setattr(CopiedWeights, "_gain", lambda self: 1.0)
+    mapped = MappedWeights(stacked.folder, list(stacked.model.model.layers))
+    sampling = Sampling(max_new_tokens=24, raw=True)
+    for name in ("base", "style", "base", "style"):
+        for one in (stacked, plain):
+            one.use(h.plan(name))
+        if name == "base":
+            assert all(torch.equal(weight, base[key]) for key, weight in stacked.model.named_parameters())
+        wanted = own_answer(plain, plain.tokenizer("one two three").input_ids, 24)
+        [found] = generate(stacked, [Prompt("one two three")], sampling)
+        assert list(found.ids) == wanted[: len(found.ids)] and len(found.ids) > 12
+        assert not any(mapped.sizes), "nothing is mapped any more"
+
+
 @torch.no_grad()
 def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
     stacked = known("llama")
@@ -189,13 +221,13 @@ def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
 def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = known(name)
     prompts = [Prompt("word " * (number % 7 + 1) + str(number)) for number in range(20)]
-    packed, pack = [], PlainDecoder.pack
+    packed, pack = [], products.pack
 
-    def counted(decoder: PlainDecoder) -> None:
-        pack(decoder)
-        packed.append(sum(getattr(one, "packed", None) is not None for one in decoder._layers[0].products))
+    def counted(asked: Sequence[Any]) -> None:
+        pack(asked)
+        packed.append(sum(getattr(one, "packed", None) is not None for one in asked[:7]))
 
-    monkeypatch.setattr(PlainDecoder, "pack", counted)
+    monkeypatch.setattr(products, "pack", counted)
     answers = list(generate(stacked, prompts, Sampling(max_new_tokens=40, raw=True)))
     assert packed
     assert set(packed) == {7 if torch.backends.mkl.is_available() else 0}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stackctl.engine.generation import products
-from stackctl.engine.generation.products import Product, pack, pays_packed, product
+from stackctl.engine.generation.products import Packing, Product, pack, product
 from stackctl.machine.resources import Memory
 
 COUNTS = [1, 2, 3, 4, 8, 12, 13, 16, 31, 32, 33, 64, 70]
@@ -91,5 +91,12 @@ def test_modules_that_are_not_plain_are_called() -> None:
     pack([module])
 
 
-def test_a_few_rows_need_no_packed_weight() -> None:
-    assert [count for count in COUNTS if pays_packed(count)] == [13, 16, 31, 32, 33, 64, 70]
+@pytest.mark.parametrize(("steps", "packings"), [(16, 3), (15, 0)])
+def test_a_few_rows_or_steps_need_no_packed_weight(steps: int, packings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    monkeypatch.setattr(products, "pack", lambda _: packed.append(count))
+    for count in COUNTS:
+        packing = Packing([])
+        for _ in range(12):
+            packing.prepare(count, steps)
+    assert packed == [count for count in (13, 16, 31, 32, 33, 64, 70) for _ in range(packings)], "every four steps"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +60,34 @@ class OwnWeights:
         for name, weight in weights.items():
             self._places[name] = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
             start += sizes[name]
+
+
+class MappedWeights:
+    """The matrices of modules, as far as they are mapped to a folder's files."""
+
+    def __init__(self, folder: Path, modules: Sequence[nn.Module]) -> None:
+        self._folder, self._modules = folder, modules
+
+    @property
+    def sizes(self) -> list[int]:
+        """Mapped bytes of each module."""
+        return [sum(weight.nbytes for weight in self._mapped(number)) for number in range(len(self._modules))]
+
+    def copy(self, number: int) -> None:
+        """Give a module copies of its mapped weights, in memory of the process."""
+        with torch.inference_mode(False):  # stacks are folded into these
+            for weight in self._mapped(number):
+                mapped = weight.data
+                weight.data = mapped.clone()
+                forget_pages(mapped)
+
+    @cached_property
+    def _ranges(self) -> list[tuple[int, int]]:
+        return _mapped_ranges(self._folder)
+
+    def _mapped(self, number: int) -> list[nn.Parameter]:
+        weights = self._modules[number].parameters()
+        return [weight for weight in weights if weight.dim() > 1 and _lies_in(weight, self._ranges)]
 
 
 def forget_pages(mapped: Tensor) -> None:

@@ -12,13 +12,10 @@ from stackctl.engine.generation.drafts import Drafts
 from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logits_processors import ChoosingRow, are_numbers, choose_token
 from stackctl.engine.generation.logprobs import not_finite
-from stackctl.engine.generation.products import pays_packed
 from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
 
 _READ_AT_ONCE = 4096
 """Tokens of prompts that go through the model in one call, a longer prompt apart."""
-_BEFORE_PACKING, _BEHIND_PACKING = 4, 16
-"""Steps of many rows that were made, and that are asked for, when weights are packed for them."""
 
 
 class KeptRows(Protocol):
@@ -39,7 +36,7 @@ class KeptRows(Protocol):
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor: ...
     def keep(self, row: int) -> None: ...
     def leave(self, row: int, failed: bool = False) -> None: ...
-    def pack(self) -> None: ...
+    def prepare(self, steps: int) -> None: ...
     def release(self) -> None: ...
 
 
@@ -69,7 +66,6 @@ class Batch(Generic[AnyRow]):
     ) -> None:
         self._kept, self._before = kept, before
         self._finished = finished or FinishedTexts(0)
-        self._full_steps = 0
         self._guessed: AnyRow | None = None
         self._drafts = Drafts(())
         self.rows: list[AnyRow] = []
@@ -106,7 +102,7 @@ class Batch(Generic[AnyRow]):
     def step(self) -> None:
         """The next token of every row; of a single one as many as its drafts have right."""
         with self._kept.mode():
-            self._pack()
+            self._kept.prepare(max(row.limit - len(row.chosen) for row in self.rows))
             self.rows = [self.rows[number] for number in self._kept.order()]
             self._before(self.rows, ())
             if len(self.rows) == 1 and self._kept.checks_drafts:
@@ -176,14 +172,6 @@ class Batch(Generic[AnyRow]):
                     self._kept.keep(number)
             except Exception as error:
                 row.failed = error
-
-    def _pack(self) -> None:
-        many = pays_packed(len(self.rows))
-        self._full_steps += many
-        to_come = max(row.limit - len(row.chosen) for row in self.rows)
-        if many and self._full_steps >= _BEFORE_PACKING and to_come >= _BEHIND_PACKING:
-            self._kept.pack()
-            self._full_steps = 0  # looked at again after as many steps: there may be memory by then
 
 
 def _written(row: AnyRow) -> Text:

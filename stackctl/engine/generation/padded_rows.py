@@ -113,8 +113,8 @@ class PaddedRows:
         """Nothing is guessed here."""
         raise NotImplementedError
 
-    def pack(self) -> None:
-        """Nothing is packed: transformers' modules are called."""
+    def prepare(self, steps: int) -> None:
+        """Nothing is prepared: transformers' modules are called."""
 
     def release(self) -> None:
         """Nothing is held that no row needs."""

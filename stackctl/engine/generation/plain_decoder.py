@@ -9,6 +9,7 @@ they are, so that whatever is attached to them counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.base.config_numbers import longrope_lengths
+from stackctl.engine.generation.copied_weights import CopiedWeights
 from stackctl.engine.generation.prefix_cache import new_cache
-from stackctl.engine.generation.products import pack, product
+from stackctl.engine.generation.products import Packing, Product, product
 from stackctl.engine.generation.reading import Reading
 from stackctl.engine.generation.running_rows import Attending, KeptShape, RunningRows
 from stackctl.engine.models import StackedModel
+from stackctl.engine.base.own_weights import MappedWeights
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Types of model that are read below; their own classes in transformers, and nothing derived from them."""
@@ -29,11 +32,14 @@ _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 class PlainDecoder:
     """A causal LM of attention, rotary positions, RMS norms and residuals; see :func:`plain_decoder`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, folder: Path) -> None:
         inner = model.model
         self._embed, self._head, self._rotary = inner.embed_tokens, product(model.lm_head), inner.rotary_emb
         self._layers = [_Layer(layer) for layer in inner.layers]
         self._norm = _norm(inner.norm)
+        self._products = [*(one for layer in self._layers for one in layer.products), self._head]
+        self._packing = Packing(self._products)
+        self._copied = CopiedWeights(MappedWeights(folder, [*inner.layers, model.lm_head]))
         self.checks_drafts: bool = model.dtype == torch.float32
         """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
         self.groups: int = inner.layers[0].self_attn.num_key_value_groups
@@ -51,22 +57,30 @@ class PlainDecoder:
 
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
         """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
-        return self._logits(self._through(tokens, rows))
+        self._copied.begin()
+        logits = self._logits(self._through(tokens, rows, self._copied.passed))
+        self._copied.passed()
+        return logits
 
-    def _through(self, tokens: Tensor, rows: Attending) -> Tensor:
-        """What the layers make of tokens: (tokens, width)."""
+    def _through(self, tokens: Tensor, rows: Attending, passed: Callable[[], object] = lambda: None) -> Tensor:
+        """What the layers make of tokens: (tokens, width). ``passed`` is called behind each of them."""
         hidden: Tensor = self._embed(tokens)
         turn = self._turn(rows.positions, hidden)
         for number, layer in enumerate(self._layers):
             hidden = layer(hidden, turn, rows, number)
+            passed()
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._norm(hidden)).float()
 
-    def pack(self) -> None:
-        """Have many rows computed more quickly from now on, for more memory; see :func:`products.pack`."""
-        pack([self._head, *(one for layer in self._layers for one in layer.products)])
+    def prepare(self, rows: int, steps: int) -> None:
+        """Before a step of so many rows, with so many that may still come: lay out the weights as it is quickest."""
+        self._packing.prepare(rows, steps)
+        if self._copied.prepare(steps):
+            for one in self._products:
+                if isinstance(one, Product):
+                    one.renew()
 
     def _turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (rows, 1, head width) of positions; the first half of the sine is negative, as
@@ -121,7 +135,7 @@ def plain_decoder(stacked: StackedModel) -> PlainDecoder | None:
     layers = model.model.layers
     if any(type(layer).__module__ != _module(kind) or layer.self_attn.head_dim != width for layer in layers):
         return None
-    return PlainDecoder(model)
+    return PlainDecoder(model, stacked.folder)
 
 
 def _module(kind: str) -> str:

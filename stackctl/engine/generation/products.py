@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from stackctl.machine.resources import main_memory
 _FEWEST, _MOST = 4, 12
 """Rows from and up to which blocks are the quicker way: below it BLAS reads the weight once as well, above it packs it
 for more rows than that costs."""
+_BEFORE, _BEHIND = 4, 16
+"""Steps of many rows, the next one among them, and those that may still come, when weights are packed for them."""
 _BLOCK = 32
 _PACKED_FOR = 32
 """Rows that a weight is packed for; it is right for any number, and measured for 13 to 64."""
@@ -24,15 +26,19 @@ class Product:
 
     BLAS copies a weight into its own order before it multiplies, which takes longer than a product with a few rows;
     small matrices it leaves as they are, so a few rows are multiplied with the weight block by block, in one batched
-    call. For more rows the weight may be packed once and for all, see :func:`pack`. Hooks on the module count.
+    call. For more rows the weight may be packed once and for all, see :class:`Packing`. Hooks on the module count.
     """
 
     def __init__(self, module: nn.Linear) -> None:
         self._module = module
-        self.weight: Tensor = module.weight.detach()  # (out, in)
-        self._bias = None if module.bias is None else module.bias.detach()
-        self._turned, self._blocks = self.weight.t(), _blocks(self.weight)
         self.packed: Tensor | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the weight from where it lies now; its values are what they were."""
+        self.weight: Tensor = self._module.weight.detach()  # (out, in)
+        self._bias = None if self._module.bias is None else self._module.bias.detach()
+        self._turned, self._blocks = self.weight.t(), _blocks(self.weight)
 
     def __call__(self, rows: Tensor) -> Tensor:
         module = self._module
@@ -66,13 +72,23 @@ def product(module: Any) -> Callable[[Tensor], Tensor]:
     return called
 
 
-def pays_packed(rows: int) -> bool:
-    """Whether products of so many rows are quicker with a packed weight."""
-    return rows > _MOST
+class Packing:
+    """Packs weights when that pays: after some steps of many rows, while more may come."""
+
+    def __init__(self, products: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        self._products, self._full_steps = products, 0
+
+    def prepare(self, rows: int, steps: int) -> None:
+        """Before a step of so many rows, with so many that may still come."""
+        many = rows > _MOST
+        self._full_steps += many
+        if many and self._full_steps >= _BEFORE and steps >= _BEHIND:
+            pack(self._products)
+            self._full_steps = 0  # looked at again after as many steps: there may be memory by then
 
 
 def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
-    """Keep the weights in MKL's own order, too, as :func:`pays_packed` says for how many rows: as much memory again.
+    """Keep the weights in MKL's own order, too, for more than ``_MOST`` rows: as much memory again.
 
     Nothing is done where this is not to be had (another BLAS, half precision), or would take more than a quarter of the
     free memory.

@@ -52,7 +52,7 @@ class Decoder(Protocol):
     def groups(self) -> int: ...
     def read(self, tokens: Tensor, prompts: Reading) -> Tensor: ...
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor: ...
-    def pack(self) -> None: ...
+    def prepare(self, rows: int, steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ class RunningRows:
             self._memory[:, :, row, :, :last] = self._memory[:, :, len(self._lengths), :, :last]
         self._counts = []
 
-    def pack(self) -> None:
-        """Many rows, and many steps, are to come."""
-        self._decoder.pack()
+    def prepare(self, steps: int) -> None:
+        """A step is made, and so many may still come."""
+        self._decoder.prepare(len(self._lengths), steps)
 
     def text(self, row: int) -> Tensor:
         """A copy of a row's keys and values: (layers, 2, heads, tokens, head width)."""
