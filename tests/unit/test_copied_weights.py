@@ -26,12 +26,12 @@ class Machine:
         self.sizes[number] = 0
         self.made.append(number)
 
-    def step(self, weights: CopiedWeights, to_come: int) -> bool:
-        changed = weights.prepare(to_come)
+    def step(self, weights: CopiedWeights, to_come: int, rows: int = 1) -> bool:
+        changed = weights.prepare(rows, to_come)
         weights.begin()
         for number, size in enumerate(self.first):
             per_byte = self.mapped if self.sizes[number] else self.copied
-            self.time += per_byte * size / (8 << 20)
+            self.time += rows * per_byte * size / (8 << 20)
             weights.passed()
         return changed
 
@@ -68,6 +68,14 @@ def test_a_head_alone_is_tried_by_itself() -> None:
     machine = Machine(mapped=0.002, copied=0.001, sizes=[0, 0, 0, 40 << 20])
     assert steps(machine, 80) == [5]
     assert machine.made == [3]
+
+
+def test_steps_of_unlike_rows_are_not_compared() -> None:
+    machine = Machine(mapped=0.001, copied=0.001)
+    weights = CopiedWeights(machine, lambda: machine.time)
+    counts = [9, 9, 9, 9, 9, 9, 8, 8, 8, 8, 8, 8, *[7] * 20]
+    assert [number for number, rows in enumerate(counts) if machine.step(weights, 1000, rows)] == [5, 11]
+    assert machine.made == [0, 2, 3, 4, 5], "others are tried each time, and nothing was won"
 
 
 def test_no_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,14 +37,19 @@ class CopiedWeights:
 
     def __init__(self, parts: Parts, clock: Callable[[], float] = time.perf_counter) -> None:
         self._parts, self._clock = parts, clock
+        self._rows = 0
         self._tried: list[int] = []
         self._seconds = 0.0
         self._marks: list[list[float]] = []
-        self._is_over = False
+        self._is_timed = self._is_over = False
 
-    def prepare(self, steps: int) -> bool:
-        """Before a step, with so many that may still come; whether anything was copied."""
-        if self._is_over or len(self._marks) not in (_TIMED, 2 * _TIMED):
+    def prepare(self, rows: int, steps: int) -> bool:
+        """Before a step of so many rows, with so many that may still come; whether anything was copied."""
+        if self._is_over:
+            return False
+        if rows != self._rows:  # steps of other rows take another time
+            self._rows, self._tried, self._marks = rows, [], []
+        if len(self._marks) < self._wanted:
             return False
         sizes = self._parts.sizes
         if not self._tried:
@@ -62,13 +67,18 @@ class CopiedWeights:
 
     def begin(self) -> None:
         """A step begins."""
-        if not self._is_over:
+        self._is_timed = not self._is_over and len(self._marks) < self._wanted
+        if self._is_timed:
             self._marks.append([self._clock()])
 
     def passed(self) -> None:
         """The next part was computed."""
-        if not self._is_over:
+        if self._is_timed:
             self._marks[-1].append(self._clock())
+
+    @property
+    def _wanted(self) -> int:
+        return 2 * _TIMED if self._tried else _TIMED
 
     def _copy(self, numbers: Sequence[int]) -> float:
         started = self._clock()

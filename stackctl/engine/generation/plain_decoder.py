@@ -76,8 +76,7 @@ class PlainDecoder:
 
     def prepare(self, rows: int, steps: int) -> None:
         """Before a step of so many rows, with so many that may still come: lay out the weights as it is quickest."""
-        self._packing.prepare(rows, steps)
-        if self._copied.prepare(steps):
+        if not self._packing.prepare(rows, steps) and self._copied.prepare(rows, steps):
             for one in self._products:
                 if isinstance(one, Product):
                     one.renew()

@@ -78,13 +78,14 @@ class Packing:
     def __init__(self, products: Sequence[Callable[[Tensor], Tensor]]) -> None:
         self._products, self._full_steps = products, 0
 
-    def prepare(self, rows: int, steps: int) -> None:
-        """Before a step of so many rows, with so many that may still come."""
+    def prepare(self, rows: int, steps: int) -> bool:
+        """Before a step of so many rows, with so many that may still come; whether it takes packed weights."""
         many = rows > _MOST
         self._full_steps += many
         if many and self._full_steps >= _BEFORE and steps >= _BEHIND:
             pack(self._products)
             self._full_steps = 0  # looked at again after as many steps: there may be memory by then
+        return many and any(isinstance(one, Product) and one.packed is not None for one in self._products)
 
 
 def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
