@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+from stackctl.engine.base.own_weights import MappedModules
 from stackctl.engine.generation import (
     Sampling,
-    copied_weights,
     generate,
+    mapped_weights,
     neighbours,
     products,
     running_rows,
     shared_prefixes,
 )
-from stackctl.engine.generation.copied_weights import CopiedWeights
+from stackctl.engine.generation.mapped_weights import MappedWeights
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.engine.own_weights import MappedWeights
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.registry.base_entries import resolve_base
 
@@ -183,9 +183,9 @@ def test_copied_weights_are_the_bases_and_stacks_are_folded_into_them(
     h.add("style", seed=1)
     stacked, plain = h.load(), h.load()
     base = {name: weight.clone() for name, weight in stacked.model.named_parameters()}
-    monkeypatch.setattr(copied_weights, "_LEAST", 1)
-    monkeypatch.setattr(CopiedWeights, "_gain", lambda self: 1.0)
-    mapped = MappedWeights(stacked.folder, list(stacked.model.model.layers))
+    monkeypatch.setattr(mapped_weights, "_LEAST", 1)
+    monkeypatch.setattr(MappedWeights, "_gain", lambda self: 1.0)
+    mapped = MappedModules(stacked.folder, list(stacked.model.model.layers))
     sampling = Sampling(max_new_tokens=24, raw=True)
     for name in ("base", "style", "base", "style"):
         for one in (stacked, plain):

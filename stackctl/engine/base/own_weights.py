@@ -62,7 +62,7 @@ class OwnWeights:
             start += sizes[name]
 
 
-class MappedWeights:
+class MappedModules:
     """The matrices of modules, as far as they are mapped to a folder's files."""
 
     def __init__(self, folder: Path, modules: Sequence[nn.Module]) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.base.config_numbers import longrope_lengths
-from stackctl.engine.generation.copied_weights import CopiedWeights
+from stackctl.engine.base.own_weights import MappedModules
+from stackctl.engine.generation.mapped_weights import MappedWeights
 from stackctl.engine.generation.prefix_cache import new_cache
 from stackctl.engine.generation.products import Packing, Product, product
 from stackctl.engine.generation.reading import Reading
 from stackctl.engine.generation.running_rows import Attending, KeptShape, RunningRows
 from stackctl.engine.models import StackedModel
-from stackctl.engine.base.own_weights import MappedWeights
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Types of model that are read below; their own classes in transformers, and nothing derived from them."""
@@ -39,7 +39,7 @@ class PlainDecoder:
         self._norm = _norm(inner.norm)
         self._products = [*(one for layer in self._layers for one in layer.products), self._head]
         self._packing = Packing(self._products)
-        self._copied = CopiedWeights(MappedWeights(folder, [*inner.layers, model.lm_head]))
+        self._mapped = MappedWeights(MappedModules(folder, [*inner.layers, model.lm_head]))
         self.checks_drafts: bool = model.dtype == torch.float32
         """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
         self.groups: int = inner.layers[0].self_attn.num_key_value_groups
@@ -57,9 +57,9 @@ class PlainDecoder:
 
     def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
         """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
-        self._copied.begin()
-        logits = self._logits(self._through(tokens, rows, self._copied.passed))
-        self._copied.passed()
+        self._mapped.begin()
+        logits = self._logits(self._through(tokens, rows, self._mapped.passed))
+        self._mapped.passed()
         return logits
 
     def _through(self, tokens: Tensor, rows: Attending, passed: Callable[[], object] = lambda: None) -> Tensor:
@@ -76,7 +76,7 @@ class PlainDecoder:
 
     def prepare(self, rows: int, steps: int) -> None:
         """Before a step of so many rows, with so many that may still come: lay out the weights as it is quickest."""
-        if not self._packing.prepare(rows, steps) and self._copied.prepare(rows, steps):
+        if not self._packing.prepare(rows, steps) and self._mapped.prepare(rows, steps):
             for one in self._products:
                 if isinstance(one, Product):
                     one.renew()

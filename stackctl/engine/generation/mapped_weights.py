@@ -32,7 +32,7 @@ class Parts(Protocol):
     def copy(self, number: int) -> None: ...
 
 
-class CopiedWeights:
+class MappedWeights:
     """Copies the mapped weights of ``parts`` once it is known to pay: called before each step, and within it."""
 
     def __init__(self, parts: Parts, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stackctl.engine.generation import copied_weights
-from stackctl.engine.generation.copied_weights import CopiedWeights
+from stackctl.engine.generation import mapped_weights
+from stackctl.engine.generation.mapped_weights import MappedWeights
 from stackctl.machine.resources import Memory
 
 SIZES = [8 << 20, 0, 8 << 20, 8 << 20, 8 << 20, 40 << 20]
@@ -26,7 +26,7 @@ class Machine:
         self.sizes[number] = 0
         self.made.append(number)
 
-    def step(self, weights: CopiedWeights, to_come: int, rows: int = 1) -> bool:
+    def step(self, weights: MappedWeights, to_come: int, rows: int = 1) -> bool:
         changed = weights.prepare(rows, to_come)
         weights.begin()
         for number, size in enumerate(self.first):
@@ -38,7 +38,7 @@ class Machine:
 
 def steps(machine: Machine, to_come: int) -> list[int]:
     """Before which steps something was copied."""
-    weights = CopiedWeights(machine, lambda: machine.time)
+    weights = MappedWeights(machine, lambda: machine.time)
     return [number for number in range(30) if machine.step(weights, to_come - number)]
 
 
@@ -72,13 +72,13 @@ def test_a_head_alone_is_tried_by_itself() -> None:
 
 def test_steps_of_unlike_rows_are_not_compared() -> None:
     machine = Machine(mapped=0.001, copied=0.001)
-    weights = CopiedWeights(machine, lambda: machine.time)
+    weights = MappedWeights(machine, lambda: machine.time)
     counts = [9, 9, 9, 9, 9, 9, 8, 8, 8, 8, 8, 8, *[7] * 20]
     assert [number for number, rows in enumerate(counts) if machine.step(weights, 1000, rows)] == [5, 11]
     assert machine.made == [0, 2, 3, 4, 5], "others are tried each time, and nothing was won"
 
 
 def test_no_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copied_weights, "main_memory", lambda: Memory(1 << 30, 4 * sum(SIZES) - 1))
+    monkeypatch.setattr(mapped_weights, "main_memory", lambda: Memory(1 << 30, 4 * sum(SIZES) - 1))
     machine = Machine(mapped=0.002, copied=0.001)
     assert steps(machine, 10_000) == [] and machine.made == []
