@@ -8,7 +8,8 @@ import os
 import struct
 from pathlib import Path
 
-from stackctl.core.schema import Adapter, AdapterVersion, Base, DataSource, ModuleShape, Run
+from stackctl.core.provenance import DataSource, Run
+from stackctl.core.schema import Adapter, AdapterVersion, Base, ModuleShape
 from stackctl.core.train_job import TrainSettings
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.lora_config import describe_lora

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.many_adapters import adapter_name, registry_of_many, write_checkpoint
 from benchmarks.timing import Timing, compare, run_command, timed
-from stackctl.core.schema import HubSource
+from stackctl.core.provenance import HubSource
 from stackctl.registry.adapters import find_digest
 from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.store import Registry

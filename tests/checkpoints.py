@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from stackctl.core.schema import AdapterVersion, Base, DataSource, HubSource, Lora, ModuleShape, Run
+from stackctl.core.provenance import DataSource, HubSource, Run
+from stackctl.core.schema import AdapterVersion, Base, Lora, ModuleShape
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.safetensors_header import DTYPE_BYTES, TensorInfo
 from stackctl.plan.model import PlanMember

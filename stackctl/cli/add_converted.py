@@ -12,7 +12,7 @@ import typer
 
 from stackctl.cli.common import Context
 from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, raise_all
-from stackctl.core.schema import Converted
+from stackctl.core.provenance import Converted
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
 from stackctl.lora.recognition import recognise_task
@@ -210,9 +210,9 @@ def _convert(
     stacked: StackedModel, checkpoint: Checkpoint, differences: tuple[StackPlan, StackPlan] | None, wanted: Conversion
 ) -> tuple[Pairs, Original]:
     from stackctl.engine.to_lora import conversion
-    from stackctl.engine.to_lora.low_rank import Wanted
+    from stackctl.engine.to_lora.low_rank import Truncation
 
-    kept = Wanted(wanted.rank, wanted.tolerance)
+    kept = Truncation(wanted.rank, wanted.tolerance)
     if differences is None:
         return conversion.convert(stacked, checkpoint, kept)
     now, begun = differences

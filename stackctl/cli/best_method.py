@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stackctl.cli.common import Context
-from stackctl.cli.fit_weights import FEWEST, FitWishes, learn_weights, read_halves, read_weighted
+from stackctl.cli.fit_weights import FEWEST, FitRequest, learn_weights, read_halves, read_weighted
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import weights_of
 from stackctl.core import NOISE
@@ -54,7 +54,7 @@ class Best:
     notes: list[str]
 
 
-def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> Best:
+def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Best:
     """Try everything, and choose what is best on the held-out records if that is more than chance.
 
     What ``--fit`` would learn is among what is tried. Everything that can be wrong is found, and said at once, before
@@ -66,21 +66,21 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     with gathering(problems):
         _check_has_methods(plan)
     with gathering(problems):
-        weighted = read_weighted(stack, plan, wishes.per)
+        weighted = read_weighted(stack, plan, request.per)
     with gathering(problems):
-        sets = read_halves(context, stack, plan, wishes)
+        sets = read_halves(context, stack, plan, request)
     raise_all(problems)
     assert weighted is not None and sets is not None, "else there was a problem"
-    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
-    others = list(_other_methods(stack, plan, wishes.seed))
+    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
+    others = list(_other_methods(stack, plan, request.seed))
     records = sum(len(set(data.owners)) for data in sets.held_out)
     context.output.status(
         f"learning the weights of the sum, then trying it and {len(others)} other ways on {records} held-out records"
     )
-    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.steps).stack
+    learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps).stack
     tried = [
         _Tried(stack, plan),
-        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {wishes.per}", fitted=True),
+        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {request.per}", fitted=True),
         *others,
     ]
     named = [(one.name, one.plan) for one in tried]
@@ -88,7 +88,7 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: 
     scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)
     count = len(sets.learned)
     return _judged(
-        tried, wishes.holdout or wishes.data, [own[:count] for own in scores], [own[count:] for own in scores]
+        tried, request.holdout or request.data, [own[:count] for own in scores], [own[count:] for own in scores]
     )
 
 

@@ -11,10 +11,10 @@ import typer
 
 from stackctl.cli.best_method import best_stack, best_table, check_no_settings
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
-from stackctl.cli.fit_weights import FitWishes, fit_lines, fit_stack
+from stackctl.cli.fit_weights import FitRequest, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
-from stackctl.cli.sweep_weights import SweepWishes, Swept, sweep_stack
+from stackctl.cli.sweep_weights import SweepRequest, Swept, sweep_stack
 from stackctl.cli.typed_values import typed_text
 from stackctl.cli.weight_options import WeightOptions
 from stackctl.core.errors import Usage
@@ -95,33 +95,33 @@ def register(app: typer.Typer) -> None:
         if name is not None:
             parse_stack_name(name)
         tries_all = method == BEST
-        wishes = weights.wishes(seed, best=tries_all)
+        request = weights.request(seed, best=tries_all)
         if tries_all:
             check_no_settings({"rank": rank, "tolerance": tolerance, "density": density})
             method = SUM  # where it begins
-        elif isinstance(wishes, FitWishes) and method != SUM:
+        elif isinstance(request, FitRequest) and method != SUM:
             raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
-        own_seed = seed if wishes is None or isinstance(wishes, SweepWishes) else None
+        own_seed = seed if request is None or isinstance(request, SweepRequest) else None
         options = _method_options(method, rank, tolerance, density, own_seed)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
         plan = read_plan(registry, stack).check()
         check_digests(registry, stack.members)
-        if isinstance(wishes, SweepWishes):
+        if isinstance(request, SweepRequest):
             if name is not None:
                 check_stack_name(registry, name, stack)
-            return _swept(context, sweep_stack(context, stack, plan, wishes), wishes, None if dry_run else name)
+            return _swept(context, sweep_stack(context, stack, plan, request), request, None if dry_run else name)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
         found: dict[str, Any] = {}
         said: list[str] = []
-        if wishes is not None:
+        if request is not None:
             check_stack_name(registry, label, stack)  # before minutes of work
             if tries_all:
-                best = best_stack(context, stack, plan, wishes)
+                best = best_stack(context, stack, plan, request)
                 stack, found, said = best.stack, best.json, best.notes
             else:
-                stack, fit, said = fit_stack(context, stack, plan, wishes)
+                stack, fit, said = fit_stack(context, stack, plan, request)
                 found = {"fit": fit}
             plan = read_plan(registry, stack).check()
         if not dry_run:
@@ -139,13 +139,13 @@ def register(app: typer.Typer) -> None:
         return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
 
 
-def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None) -> Result:
+def _swept(context: Context, swept: Swept, request: SweepRequest, name: str | None) -> Result:
     """The losses over a grid; the best of it becomes a stack where a name was given for it."""
     registry, stack = context.registry, swept.stack
     plan = read_plan(registry, stack).check()
-    if wishes.page is not None:
+    if request.page is not None:
         title = f"{stack.default_name}: {' and '.join(axis.name for axis in swept.axes)}"
-        pages.write_page(wishes.page, sweep_page(swept, title, stack.base.name, stack.method))
+        pages.write_page(request.page, sweep_page(swept, title, stack.base.name, stack.method))
     if name is not None:
         save_stack(registry, name, stack)
     data = {
@@ -154,10 +154,10 @@ def _swept(context: Context, swept: Swept, wishes: SweepWishes, name: str | None
         "sweep": swept.rows,
         "best": swept.best,
         "trade_off": swept.trade_off,
-        "path": str(wishes.page.absolute()) if wishes.page else None,
+        "path": str(request.page.absolute()) if request.page else None,
     }
     after = f"{name} has these weights and is the current stack" if name else "nothing was written; --name N writes it"
-    said = [after, *([f"wrote the page to {wishes.page}"] if wishes.page else [])]
+    said = [after, *([f"wrote the page to {request.page}"] if request.page else [])]
     return Result(
         data,
         name or stack.typed or stack.pinned,

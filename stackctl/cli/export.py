@@ -11,6 +11,7 @@ import typer
 
 from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.core.errors import Usage
+from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
 from stackctl.plan.whole_class import on_whole_class
 from stackctl.registry.checkpoint_files import check_digests
@@ -90,7 +91,7 @@ def register(app: typer.Typer) -> None:
         if wanted not in _DTYPES[format_]:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
         check_digests(registry, stack.members)
-        report = _carry_out(context, plan, format_, out.absolute(), wanted, modelfile)
+        report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
         digests = report.pop("digests", {})
         written: list[dict[str, Any]] = [
             {
@@ -109,35 +110,32 @@ def register(app: typer.Typer) -> None:
         return Result(data, str(out), text, notes=stack.notes)
 
 
-def _base_folder(context: Context, plan: StackPlan) -> Path:
-    """The folder of a stack's base."""
-    from stackctl.engine.base.folder import base_folder
-    from stackctl.engine.models import quiet_libraries
-
-    quiet_libraries()
-    assert plan.base is not None, "a resolved stack stands on a base"
-    return base_folder(plan.base, context.registry, context.output.status)
-
-
-def _carry_out(
-    context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool
-) -> dict[str, Any]:
+def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool) -> dict[str, Any]:
     """Write the files; returns rank, max_relative_error, exact, and digests of files where they are known already."""
-    if format_ == "peft":
-        from stackctl.engine.export.peft import export_peft
-
-        return export_peft(plan, out, dtype=dtype, base=functools.partial(_base_folder, context, plan))
     if format_ == "mlx":
         from stackctl.engine.export.mlx import export_mlx
 
         return export_mlx(plan, out, dtype=dtype)
-    from stackctl.engine.export.gguf import export_gguf
-    from stackctl.engine.export.model import export_model
+    find_folder = functools.partial(_base_folder, context, plan.known_base)
+    if format_ == "peft":
+        from stackctl.engine.export.peft import export_peft
+
+        return export_peft(plan, out, dtype=dtype, base=find_folder)
+    from stackctl.engine.models import quiet_libraries
     from stackctl.registry.base_models import base_gguf
 
-    assert plan.base is not None, "a resolved stack stands on a base"
-    folder = _base_folder(context, plan)
+    quiet_libraries()
     if format_ == "gguf":
-        gguf = base_gguf(plan.base, context.registry.root)
-        return export_gguf(plan, folder, out, dtype=dtype, modelfile=modelfile, base_gguf=gguf)
-    return export_model(plan, folder, out, dtype=dtype)
+        from stackctl.engine.export.gguf import export_gguf
+
+        gguf = base_gguf(plan.known_base, context.registry.root)
+        return export_gguf(plan, find_folder(), out, dtype=dtype, modelfile=modelfile, base_gguf=gguf)
+    from stackctl.engine.export.model import export_model
+
+    return export_model(plan, find_folder(), out, dtype=dtype)
+
+
+def _base_folder(context: Context, base: Base) -> Path:
+    from stackctl.engine.base.folder import base_folder
+
+    return base_folder(base, context.registry, context.output.status)

@@ -8,7 +8,7 @@ import typer
 
 from stackctl.cli.common import DESCRIPTION, NEW_ADAPTER, REGISTRY, BaseOption, Context, command
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
-from stackctl.core.schema import Extracted
+from stackctl.core.provenance import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import compact_names
 from stackctl.plan.build import plan_stack
@@ -56,12 +56,12 @@ def register(app: typer.Typer) -> None:
         from stackctl.engine.base.folder import base_folder
         from stackctl.engine.models import quiet_libraries
         from stackctl.engine.to_lora import extraction
-        from stackctl.engine.to_lora.low_rank import Wanted
+        from stackctl.engine.to_lora.low_rank import Truncation
 
         quiet_libraries()
         say = context.output.status
         model, folder = extraction.find_tuned(found_base, tuned, registry, say)
-        wanted = Wanted(number, None if number else tolerance or 0.1)
+        wanted = Truncation(number, None if number else tolerance or 0.1)
         found = extraction.extract(found_base, base_folder(found_base, registry, say), model, folder, wanted)
         told = Extracted(
             source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl.cli.common import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.cli.progress import share_progress
+from stackctl.cli.sweep_weights import weights_of
 from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
@@ -30,7 +31,7 @@ FEWEST = 6
 
 
 @dataclass(frozen=True)
-class FitWishes:
+class FitRequest:
     """What was asked for. ``holdout`` are data sets to judge by; without any, half of the records are."""
 
     data: Sequence[str]
@@ -51,16 +52,45 @@ class FitData:
 
 
 def fit_stack(
-    context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes
+    context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest
 ) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
     """The stack with the weights that it is to have, what ``fit`` of the JSON says, and notes.
 
     Everything that can be wrong is found before the base is loaded.
     """
-    weighted = read_weighted(stack, plan, wishes.per)
-    sets = read_halves(context, stack, plan, wishes)
-    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
-    return _fit(context, stacked, stack, weighted, sets, wishes)
+    weighted = read_weighted(stack, plan, request.per)
+    sets = read_halves(context, stack, plan, request)
+    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
+
+    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
+    learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps)
+    tried, weights = learned.stack, learned.weights
+    both = [("typed", stack), ("tried", tried)]
+    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
+    found_scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
+    count = len(sets.learned)
+    scores = {what: (own[:count], own[count:]) for (what, _), own in zip(both, found_scores, strict=True)}
+    judged = judge(scores["typed"][1], scores["tried"][1])
+    taken = judged.is_better
+    chosen = tried if taken else stack
+    kept = "tried" if taken else "typed"
+    fit = {
+        "per": request.per,
+        "records": sum(len(set(data.owners)) for data in sets.learned),
+        "held_out_records": sum(len(set(data.owners)) for data in sets.held_out),
+        "steps": learned.steps,
+        "loss_before": mean_loss(scores["typed"][0]),
+        "loss_after": mean_loss(scores[kept][0]),
+        "held_out_before": judged.before,
+        "held_out_after": judged.after if taken else judged.before,
+        "standard_error": judged.standard_error,
+        "p_value": judged.p_value,
+        "fitted": taken,
+        "weights": weights if taken else weights_of(stack),
+        "tried": {"weights": weights, "loss": mean_loss(scores["tried"][0]), "held_out": judged.after},
+        "leave_out": [name for name, value in weights.items() if _is_nothing(value)] if taken else [],
+    }
+    return chosen, fit, _notes(fit, judged)
 
 
 def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFactors:
@@ -92,7 +122,7 @@ def _with_all_factors(plan: StackPlan) -> StackPlan:
     return plan_stack(plan.base, members).check()
 
 
-def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: FitWishes) -> FitData:
+def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> FitData:
     """The records in tokens, before the base is loaded: those of ``holdout``, or half of them, to judge by.
 
     Raises:
@@ -104,14 +134,14 @@ def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, wishes:
     sets: list[DataSet] = []
     held_out: list[DataSet] = []
     with gathering(problems):
-        sets = read_sets(context, stack, plan, wishes.data, wishes.max_length)
+        sets = read_sets(context, stack, plan, request.data, request.max_length)
     with gathering(problems):
-        held_out = read_sets(context, stack, plan, wishes.holdout, wishes.max_length) if wishes.holdout else []
+        held_out = read_sets(context, stack, plan, request.holdout, request.max_length) if request.holdout else []
     raise_all(problems)
-    if not wishes.holdout:
-        halves = [halve(data, wishes.seed) for data in sets]
-        sets, held_out = [half.learned for half in halves], [half.held_out for half in halves]
-    learned = [shorten(data, wishes.seed, stack.base.parameters) for data in sets]
+    if not request.holdout:
+        halves = [halve(data, request.seed) for data in sets]
+        sets, held_out = [learned for learned, _ in halves], [kept for _, kept in halves]
+    learned = [shorten(data, request.seed, stack.base.parameters) for data in sets]
     for whole, part in zip(sets, learned, strict=True):
         if part is not whole:
             count, total = len(set(part.owners)), len(set(whole.owners))
@@ -152,50 +182,6 @@ def learn_weights(
     weights = {m.adapter.name: change.get("layer_weights") or change.get("weight", m.weight)
                for m, change in zip(stack.members, made, strict=True)}  # fmt: skip
     return Learned(tried, weights, found.steps)
-
-
-def _fit(
-    context: Context,
-    stacked: StackedModel,
-    stack: ResolvedStack,
-    weighted: WeightedFactors,
-    sets: FitData,
-    wishes: FitWishes,
-) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
-    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
-
-    learned = learn_weights(context, stacked, stack, weighted, sets.learned, wishes.steps)
-    tried, weights = learned.stack, learned.weights
-    both = [("typed", stack), ("tried", tried)]
-    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
-    found_scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
-    count = len(sets.learned)
-    scores = {what: (own[:count], own[count:]) for (what, _), own in zip(both, found_scores, strict=True)}
-    judged = judge(scores["typed"][1], scores["tried"][1])
-    taken = judged.is_better
-    chosen = tried if taken else stack
-    kept = "tried" if taken else "typed"
-    fit = {
-        "per": wishes.per,
-        "records": sum(len(set(data.owners)) for data in sets.learned),
-        "held_out_records": sum(len(set(data.owners)) for data in sets.held_out),
-        "steps": learned.steps,
-        "loss_before": mean_loss(scores["typed"][0]),
-        "loss_after": mean_loss(scores[kept][0]),
-        "held_out_before": judged.before,
-        "held_out_after": judged.after if taken else judged.before,
-        "standard_error": judged.standard_error,
-        "p_value": judged.p_value,
-        "fitted": taken,
-        "weights": weights if taken else {m.adapter.name: _typed(m) for m in stack.members},
-        "tried": {"weights": weights, "loss": mean_loss(scores["tried"][0]), "held_out": judged.after},
-        "leave_out": [name for name, value in weights.items() if _is_nothing(value)] if taken else [],
-    }
-    return chosen, fit, _notes(fit, judged)
-
-
-def _typed(member: Any) -> Any:
-    return dict(member.layer_weights) or member.weight
 
 
 def _is_nothing(value: float | dict[str, float]) -> bool:

@@ -53,7 +53,7 @@ stackctl inspect style+instruct"""
 
 
 @dataclass(frozen=True)
-class _Wishes:
+class _InspectOptions:
     """What is to be told beside the usual: each field is an option, with its help."""
 
     verify: Annotated[bool, typer.Option(help="Hash the files again and compare.")] = False
@@ -82,49 +82,51 @@ class _Wishes:
 
 def register(app: typer.Typer) -> None:
     @command(app, "inspect", example=_EXAMPLES, panel=INSPECT)
-    def inspect(context: Context, what: What = None, base: BaseOption = None, *, wishes: _Wishes) -> Result:
+    def inspect(context: Context, what: What = None, base: BaseOption = None, *, options: _InspectOptions) -> Result:
         """Describe an adapter, a stack, an expression, a base or any PEFT folder, with every problem found."""
-        if wishes.output is not None:
-            check_page_place(wishes.output)
+        if options.output is not None:
+            check_page_place(options.output)
         if what is not None and _means_folder(what, context):
-            if wishes.serve:
+            if options.serve:
                 raise Usage(
                     "--serve is for what is registered",
                     hint=f"register it first: stackctl add NAME {shlex.quote(what)}",
                 )
-            return _inspect_path(typed_path(what), wishes, context, base)
+            return _inspect_path(typed_path(what), options, context, base)
         registry = context.registry
         stack = resolve_expression(registry, what, base=base)
         if not stack.members and stack.name is None:
-            if replace(wishes, verify=False).any:
+            if replace(options, verify=False).any:
                 raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
             info = base_info(stack.base)
-            if wishes.verify:
+            if options.verify:
                 check_linked_base(stack.base, registry.root)
                 info["verified"] = True
             return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
-        if wishes.interference and len(stack.members) < 2:
+        if options.interference and len(stack.members) < 2:
             raise Usage(
                 f"{stack.text} has one member; interference takes two",
                 hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
             )
         plan = read_plan(registry, stack)
-        if wishes.verify or wishes.weights or wishes.interference or wishes.output:
-            check_digests(registry, stack.members, fresh=wishes.verify)
+        if options.verify or options.weights or options.interference or options.output:
+            check_digests(registry, stack.members, fresh=options.verify)
         one = _is_one_adapter(stack)
         info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
-        extras = _add_wishes(info, plan, wishes, registry)
-        if wishes.serve:
+        extras = _add_asked(info, plan, options, registry)
+        if options.serve:
             recipes = serve_commands(stack, plan, registry.root, named=context.registry_option is not None)
             info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
         return _result(info, lambda: stack_screen(info, stack, plan, extras), stack.notes)
 
 
-def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry: Registry | None = None) -> Extras:
+def _add_asked(
+    info: dict[str, Any], plan: StackPlan, options: _InspectOptions, registry: Registry | None = None
+) -> Extras:
     """Put what was asked for into ``info``, and return what a screen needs besides."""
-    if wishes.verify:
+    if options.verify:
         info["verified"] = True
-    if wishes.modules:
+    if options.modules:
         info["module_table"] = module_table(plan)
     idle = [
         Problem("no_effect", f"{member.label} {NO_EFFECT}", "train it, or leave it out", member.label, "warning")
@@ -132,32 +134,32 @@ def _add_wishes(info: dict[str, Any], plan: StackPlan, wishes: _Wishes, registry
         if has_no_effect(member.checkpoint)
     ]
     info["problems"] = [*info["problems"], *(problem.json() for problem in idle)]
-    found = [p.json() for p in lint_for(wishes.target, plan)] if wishes.target else []
-    if wishes.target:
-        info |= {"for": wishes.target, "problems": [*info["problems"], *found]}
+    found = [p.json() for p in lint_for(options.target, plan)] if options.target else []
+    if options.target:
+        info |= {"for": options.target, "problems": [*info["problems"], *found]}
     norms: list[dict[str, Any]] = []
-    if wishes.weights or wishes.output:
+    if options.weights or options.output:
         from stackctl.engine.norms import module_norms
 
         norms = module_norms(plan, functools.partial(_own_rows, plan, registry) if registry else None)
     measured = None
-    if wishes.interference or (wishes.output and len(plan.members) > 1):
+    if options.interference or (options.output and len(plan.members) > 1):
         from stackctl.engine.interference import measure_interference
 
         measured = measure_interference(plan)
-    if wishes.weights:
+    if options.weights:
         info["weights"] = norms
-    if wishes.interference and measured:
+    if options.interference and measured:
         info["interference"] = measured.json()
-    wants_curves = wishes.curve or wishes.output
+    wants_curves = options.curve or options.output
     curves = {member.label: read_curve(member.checkpoint.path) for member in plan.members} if wants_curves else {}
-    if wishes.curve:
+    if options.curve:
         info["curves"] = {who: {"loss": curve.training, "eval_loss": curve.held_out} for who, curve in curves.items()}
-    if wishes.output:
-        kin = read_lineage(registry) if registry else []
-        write_page(wishes.output, inspection_page(info, plan, norms, curves, measured, kin))
-        info["page"] = str(wishes.output.absolute())
-    return Extras(tuple(found), measured if wishes.interference else None)
+    if options.output:
+        lineage = read_lineage(registry) if registry else []
+        write_page(options.output, inspection_page(info, plan, norms, curves, measured, lineage))
+        info["page"] = str(options.output.absolute())
+    return Extras(tuple(found), measured if options.interference else None)
 
 
 def _own_rows(plan: StackPlan, registry: Registry) -> Any:
@@ -165,8 +167,7 @@ def _own_rows(plan: StackPlan, registry: Registry) -> Any:
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.token_rows import base_rows
 
-    assert plan.base is not None, "a resolved stack stands on a base"
-    return base_rows(plan, base_folder(plan.base, registry, lambda _: None))
+    return base_rows(plan, base_folder(plan.known_base, registry, lambda _: None))
 
 
 def _means_folder(what: str, context: Context) -> bool:
@@ -191,20 +192,20 @@ def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Ba
         return None
 
 
-def _inspect_path(path: Path, wishes: _Wishes, context: Context, base: str | None) -> Result:
+def _inspect_path(path: Path, options: _InspectOptions, context: Context, base: str | None) -> Result:
     """A PEFT folder by itself, registered or not: there is no digest to compare with."""
-    if wishes.verify:
+    if options.verify:
         raise Usage(
             "--verify compares with what was registered",
             hint=f"register it first: stackctl add NAME {shlex.quote(str(path))}",
         )
-    if wishes.interference:
+    if options.interference:
         raise Usage("--interference is between the members of a stack", hint="stackctl inspect STACK --interference")
     checkpoint = read_checkpoint(find_checkpoint_folder(path))
     member = PlanMember(checkpoint.path.resolve().name, 1.0, checkpoint)
     plan = plan_stack(_own_base(checkpoint, context, base), [member])
     info = checkpoint_info(checkpoint, plan)
-    extras = _add_wishes(info, plan, wishes)
+    extras = _add_asked(info, plan, options)
     return _result(info, lambda: checkpoint_screen(info, extras))
 
 

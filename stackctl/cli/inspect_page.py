@@ -10,7 +10,7 @@ from stackctl.cli.inspect_maps import Picture, cosine_pictures, figures, norm_pi
 from stackctl.cli.inspect_screen import adapter_facts
 from stackctl.core.expressions import format_weight
 from stackctl.plan.model import StackPlan
-from stackctl.registry.lineage import Kin, relatives, tree_lines
+from stackctl.registry.lineage import LineageNode, relatives, tree_lines
 from stackctl.render.html import render_page
 from stackctl.render.loss_curve import Curve, render_curve_svg
 from stackctl.render.page_plots import SERIES, Plot, heat_plot, line_plot, matrix_plot, tree_plot
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MOST_MAPS = 10
 """Pairs whose maps are drawn, those with the lowest cosines first."""
-_MOST_KIN = 200
+_MOST_VERSIONS = 200
 """Lines of the tree; a style may have thousands of descendants."""
 
 
@@ -32,7 +32,7 @@ def inspection_page(
     norms: Sequence[Mapping[str, Any]],
     curves: Mapping[str, Curve],
     interference: Interference | None,
-    kin: Sequence[Kin],
+    lineage: Sequence[LineageNode],
 ) -> str:
     """The whole page.
 
@@ -40,7 +40,7 @@ def inspection_page(
         info: what ``inspect`` tells as JSON.
         norms: the rows of ``--weights``.
         curves: the losses of each member, by label.
-        kin: every version of the registry; empty for a checkpoint that is not registered.
+        lineage: every version of the registry; empty for a checkpoint that is not registered.
     """
     title, facts = _head(info)
     drawn = {label: curve for label, curve in curves.items() if curve}
@@ -51,7 +51,7 @@ def inspection_page(
         problems=info["problems"],
         members=_members(plan) if len(plan.members) > 1 else None,
         norms=[_plots(picture) for picture in norm_pictures(norms)],
-        tree=_tree(kin, [member.label for member in plan.members]),
+        tree=_tree(lineage, [member.label for member in plan.members]),
         curves=render_curve_svg(drawn),
         interference=_interference(interference) if interference else None,
     )
@@ -93,17 +93,17 @@ def _plots(picture: Picture) -> dict[str, Any]:
     return {"title": picture.title, "plots": plots, "outside": picture.outside}
 
 
-def _tree(kin: Sequence[Kin], labels: Sequence[str]) -> tuple[Plot, int] | None:
+def _tree(lineage: Sequence[LineageNode], labels: Sequence[str]) -> tuple[Plot, int] | None:
     """Lineage, of a stack's members and their relatives, and how many more there are than are drawn."""
-    if not kin:
+    if not lineage:
         return None
-    near = relatives(kin, labels)
+    near = relatives(lineage, labels)
     removed = {one.label for one in near if one.removed}
     nodes = [
         (len(guide) // 4, name, remark, _node_look(guide, name, labels, removed))
         for guide, name, remark in tree_lines(near, [])
     ]
-    return tree_plot("which version was trained on which", nodes[:_MOST_KIN]), max(0, len(nodes) - _MOST_KIN)
+    return tree_plot("which version was trained on which", nodes[:_MOST_VERSIONS]), max(0, len(nodes) - _MOST_VERSIONS)
 
 
 def _node_look(guide: str, name: str, labels: Sequence[str], removed: set[str]) -> str:

@@ -49,7 +49,7 @@ def checkpoint_screen(info: dict[str, Any], extras: Extras) -> Any:
     """A checkpoint by itself, with what was asked for besides."""
     from rich.console import Group
 
-    return Group(facts_screen(info, info["path"]), *_wished(info, extras))
+    return Group(facts_screen(info, info["path"]), *_asked_parts(info, extras))
 
 
 def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, extras: Extras) -> Any:
@@ -66,7 +66,7 @@ def stack_screen(info: dict[str, Any], stack: ResolvedStack, plan: StackPlan, ex
         parts.append(
             f"{info['kind']} {info['stack']}: {info['method']}, rank {plan.rank} at most, {len(plan.modules)} modules"
         )
-    parts += _wished(info, extras)
+    parts += _asked_parts(info, extras)
     if "serve" in info:
         own = shlex.join(["stackctl", "serve", stack.name or stack.expression])
         parts.append(_recipe_screen("stackctl", {"lines": [own], "notes": [], "problems": []}))
@@ -134,7 +134,7 @@ def _preferences(run: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     return f"{(info.get('settings') or {}).get('objective', '?')}: {told}"
 
 
-def _wished(info: dict[str, Any], extras: Extras) -> list[Any]:
+def _asked_parts(info: dict[str, Any], extras: Extras) -> list[Any]:
     """The parts of a screen that were asked for by option."""
     parts: list[Any] = []
     if "module_table" in info:

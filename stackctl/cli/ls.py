@@ -17,7 +17,7 @@ from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
 
 if TYPE_CHECKING:
-    from stackctl.registry.lineage import Kin
+    from stackctl.registry.lineage import LineageNode
 
 _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
@@ -51,10 +51,10 @@ def register(app: typer.Typer) -> None:
         if tree:
             from stackctl.registry.lineage import read_lineage
 
-            kin = read_lineage(registry, entries)
-            data["lineage"] = [one.json() for one in kin]
+            lineage = read_lineage(registry, entries)
+            data["lineage"] = [one.json() for one in lineage]
             roots = [base["name"] for base in bases]
-            return Result(data, "\n".join(names), lambda: _tree_screen(kin, roots), paged=True)
+            return Result(data, "\n".join(names), lambda: _tree_screen(lineage, roots), paged=True)
         return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs), paged=True)
 
 
@@ -91,11 +91,11 @@ def _stack(stack: Stack, current: str | None) -> dict[str, Any]:
     }
 
 
-def _tree_screen(kin: list[Kin], bases: list[str]) -> Any:
+def _tree_screen(lineage: list[LineageNode], bases: list[str]) -> Any:
     from stackctl.registry.lineage import tree_lines
     from stackctl.render.tables import TreeLines
 
-    return TreeLines(lambda: tree_lines(kin, bases)) if kin or bases else _NOTHING
+    return TreeLines(lambda: tree_lines(lineage, bases)) if lineage or bases else _NOTHING
 
 
 def _screen(

@@ -125,8 +125,7 @@ def _export(registry: Registry, say: Say, plan: StackPlan, out: Path) -> None:
     def base() -> Path:
         from stackctl.engine.base.folder import base_folder
 
-        assert plan.base is not None, "a stack that is pushed stands on a base"
-        return base_folder(plan.base, registry, say)
+        return base_folder(plan.known_base, registry, say)
 
     export_peft(plan, out, base=base)
 

@@ -28,7 +28,7 @@ MEAN = "mean"
 
 
 @dataclass(frozen=True)
-class SweepWishes:
+class SweepRequest:
     """What was asked for: ranges as they are typed, and the data sets that the losses are of."""
 
     ranges: Sequence[str]
@@ -61,7 +61,7 @@ class Swept:
         return [row for row in self.rows if row["data"] == data]
 
 
-def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes: SweepWishes) -> Swept:
+def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: SweepRequest) -> Swept:
     """Try every point of the grid. Each is folded in as ``eval`` would, so that its loss is that of ``eval``.
 
     Everything that can be wrong is found, and said at once, before the base is loaded.
@@ -70,21 +70,21 @@ def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, wishes:
     axes, places = list[Axis](), list[int]()
     sets: list[DataSet] = []
     with gathering(problems):
-        axes = parse_axes(wishes.ranges)
+        axes = parse_axes(request.ranges)
         places = place_axes(axes, [(member.adapter.name, member.label) for member in stack.members])
         _check_plain([stack.members[place] for place in places])
-    if wishes.page is not None:
+    if request.page is not None:
         with gathering(problems):
-            pages.check_page_place(wishes.page)
+            pages.check_page_place(request.page)
     with gathering(problems):
-        _check_sources(wishes.data)
-        sets = read_sets(context, stack, plan, wishes.data, wishes.max_length)
+        _check_sources(request.data)
+        sets = read_sets(context, stack, plan, request.data, request.max_length)
     raise_all(problems)
     tried = [_weighted(stack, plan, dict(zip(places, point, strict=True))) for point in grid_points(axes)]
-    stacked = load_common_base(context, [(stack, plan)], "auto", wishes.device)
+    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
     named = [(one.pinned, planned) for one, planned in tried]
     scores = score_stacks(context, stacked, named, sets, "trying weights", finite=False)
-    return _found(axes, wishes.data, [one for one, _ in tried], scores)
+    return _found(axes, request.data, [one for one, _ in tried], scores)
 
 
 def _check_plain(members: Sequence[ResolvedMember]) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.fit_weights import FitWishes
-from stackctl.cli.sweep_weights import SweepWishes
+from stackctl.cli.fit_weights import FitRequest
+from stackctl.cli.sweep_weights import SweepRequest
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.plan.layer_weights import Per
 
@@ -71,7 +71,7 @@ class WeightOptions:
         Literal["auto", "cpu", "cuda", "mps"] | None, _of_both(help="Device to run on.", show_default="auto")
     ] = None
 
-    def wishes(self, seed: int | None, *, best: bool) -> FitWishes | SweepWishes | None:
+    def request(self, seed: int | None, *, best: bool) -> FitRequest | SweepRequest | None:
         """What is asked for, with ``--method best`` or without; None when the weights are those that are typed.
 
         Raises:
@@ -109,13 +109,13 @@ class WeightOptions:
         raise_all(problems)
         shared: dict[str, Any] = {"max_length": self.max_length or 1024, "device": self.device or "auto"}
         if self.sweep:
-            return SweepWishes(self.sweep, self.data or (), self.to, **shared)
+            return SweepRequest(self.sweep, self.data or (), self.to, **shared)
         if not self.fit and not best:
             return None
         typed = {"per": self.per, "holdout": self.holdout, "steps": self.fit_steps}
         chosen: dict[str, Any] = {key: value for key, value in typed.items() if value is not None}
         data = self.data if best else self.fit
-        return FitWishes(data or (), seed=seed or 0, **chosen, **shared)
+        return FitRequest(data or (), seed=seed or 0, **chosen, **shared)
 
 
 def _given(options: dict[str, Any]) -> str:

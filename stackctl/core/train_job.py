@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from stackctl.core.schema import HUGE, Part, Scalar
+from stackctl.core.fields import HUGE, Part, Scalar
 
 Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
 _RANK = 16

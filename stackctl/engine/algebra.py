@@ -118,7 +118,11 @@ def _smallest_rank(sigma: Tensor, tolerance: float) -> int:
 
 def factorise(matrix: Tensor, rank: int) -> Pair:
     """The best pair of a rank for a full matrix (out, in), by its singular value decomposition."""
-    u, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return leading_pair(*torch.linalg.svd(matrix.double(), full_matrices=False), rank)
+
+
+def leading_pair(u: Tensor, sigma: Tensor, vh: Tensor, rank: int) -> Pair:
+    """The leading directions of a decomposition U diag(σ) Vᵀ as a pair, √σ on both sides, in float32."""
     root = sigma[:rank].sqrt()
     return (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
 

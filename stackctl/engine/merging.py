@@ -51,15 +51,11 @@ def _options(plan: StackPlan, module: ModulePlan) -> dict[str, Any]:
 
 def module_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
     """The full delta in float32: (out, in), of experts (experts, out, in)."""
-    made = [_matrix_delta(plan, module, own) for own in matrices(module, factors)]
-    return torch.stack(made) if module.is_experts else made[0]
-
-
-def _matrix_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
     if plan.method == SUM:
-        return algebra.delta(factors)
-    made = combine(plan, module, factors)
-    return made if isinstance(made, Tensor) else made[1] @ made[0]
+        return exact_delta(module, factors)
+    made = [combine(plan, module, own) for own in matrices(module, factors)]
+    full = [one if isinstance(one, Tensor) else one[1] @ one[0] for one in made]
+    return torch.stack(full) if module.is_experts else full[0]
 
 
 def exact_delta(module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tensor:
@@ -70,13 +66,10 @@ def exact_delta(module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tenso
 
 def module_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
     """The delta as a pair, of experts all of theirs; a full matrix is cut to the rank that the plan gives it."""
-    made = [_matrix_pair(plan, module, own) for own in matrices(module, factors)]
-    return algebra.join_experts(made) if module.is_experts else made[0]
-
-
-def _matrix_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
-    made = combine(plan, module, factors)
-    return algebra.factorise(made, plan.rank_of(module)) if isinstance(made, Tensor) else made
+    made = [combine(plan, module, own) for own in matrices(module, factors)]
+    rank = plan.rank_of(module)
+    pairs = [algebra.factorise(one, rank) if isinstance(one, Tensor) else one for one in made]
+    return algebra.join_experts(pairs) if module.is_experts else pairs[0]
 
 
 def pair_error(module: ModulePlan, factors: Sequence[algebra.Factors], pair: algebra.Pair) -> float:

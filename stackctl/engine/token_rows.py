@@ -82,8 +82,7 @@ def base_rows(plan: StackPlan, folder: Path) -> OwnRows:
     from stackctl.engine.base.layout import BaseLayout
     from stackctl.engine.base.model_class import quantised_skeleton
 
-    base = plan.base
-    assert base is not None, "rows are told from a base's own"
+    base = plan.known_base
     layout = BaseLayout(folder, *quantised_skeleton(folder, torch.float32))
     twin = layout.group(f"{base.input_embedding}.weight") if base.tied_embeddings else None
 

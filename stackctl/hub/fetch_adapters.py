@@ -17,7 +17,8 @@ from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound
 from stackctl.core.expressions import Reference, Term, format_term, parse_reference
-from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber, HubSource
+from stackctl.core.provenance import HubSource
+from stackctl.core.schema import AdapterVersion, Base, CheckpointMember, GivenNumber
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of

@@ -12,7 +12,8 @@ import msgspec
 from stackctl.core.errors import StackctlError
 from stackctl.core.expressions import Reference
 from stackctl.core.hub_ids import parse_dataset_id
-from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember, DataSource
+from stackctl.core.provenance import DataSource
+from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_config, read_info
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter

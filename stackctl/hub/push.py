@@ -16,7 +16,7 @@ from typing import Literal
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
-from stackctl.core.schema import HubSource
+from stackctl.core.provenance import HubSource
 from stackctl.hub.bundle import (
     BundleOptions,
     Destination,

@@ -11,7 +11,8 @@ from typing import Any
 
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest, listed
-from stackctl.core.schema import SCHEMA, Adapter, AdapterInfo, AdapterVersion
+from stackctl.core.fields import SCHEMA
+from stackctl.core.schema import Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.bundle import MEMBERS
 from stackctl.hub.client import Hub
 from stackctl.hub.published import ADAPTER, CHECKPOINT

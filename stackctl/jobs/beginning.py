@@ -124,8 +124,7 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
 
 def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:
     """What the adapter stands on, in the words of its training or its own where they mean that here, else by names."""
-    base = beginning.plan.base
-    assert base is not None, "a beginning is planned on a base"
+    base = beginning.plan.known_base
     known, own = expand_modules(base.modules), set(beginning.plan.modules)
     asked = parse_targets(job.target_modules)
     if job.target_modules != TrainJob().target_modules and named_targets(asked, known, base.output_embedding) != own:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from stackctl.core.schema import EntryProblem
+from stackctl.core.provenance import EntryProblem
 from stackctl.core.train_job import TrainJob
 
 _LEAST_RISE = 0.5

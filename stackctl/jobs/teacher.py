@@ -115,8 +115,7 @@ def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:
     Raises:
         Usage, Incompatible: it leaves out some of them, or no module has as many directions.
     """
-    base = plan.base
-    assert base is not None, "a teacher is planned on a base"
+    base = plan.known_base
     known, problems = expand_modules(base.modules), list[StackctlError]()
     asked = parse_targets(job.target_modules)
     own = set(plan.modules)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from stackctl.core.errors import Incompatible
-from stackctl.core.schema import Finite, Lora
+from stackctl.core.fields import Finite
+from stackctl.core.schema import Lora
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]

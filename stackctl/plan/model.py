@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.expressions import format_term
-from stackctl.core.schema import Base, EntryProblem, MethodOptions
+from stackctl.core.provenance import EntryProblem
+from stackctl.core.schema import Base, MethodOptions
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.safetensors_header import TensorInfo
@@ -181,6 +182,12 @@ class StackPlan:
     problems: tuple[Problem, ...] = field(default=())
     method: str = SUM
     options: MethodOptions = field(default_factory=MethodOptions)
+
+    @property
+    def known_base(self) -> Base:
+        """The base of a stack that stands on one, as every stack does; a checkpoint by itself may not."""
+        assert self.base is not None, "only a checkpoint by itself is planned without a base"
+        return self.base
 
     @property
     def errors(self) -> tuple[Problem, ...]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from stackctl.core.errors import did_you_mean, listed
 from stackctl.core.expressions import format_term
-from stackctl.core.schema import Base, EntryProblem, ModuleShape
+from stackctl.core.provenance import EntryProblem
+from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.naming import Naming
 from stackctl.lora.recognition import recognise_model
 from stackctl.lora.safetensors_header import DTYPE_NAMES

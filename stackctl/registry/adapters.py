@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from stackctl.core.errors import NotFound, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import Reference, Term, format_term, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, Base, Member, Removed, Stack
@@ -109,6 +111,12 @@ def resolve_kept(registry: Registry, reference: Reference) -> ResolvedMember:
         if removed := find_removed_version(registry, reference):
             return removed
         raise
+
+
+def with_versions(adapter: Adapter, *changed: AdapterVersion) -> Adapter:
+    """An adapter's entry with some versions more, or in the place of those that have their numbers."""
+    versions = {version.version: version for version in (*adapter.versions, *changed)}
+    return msgspec.structs.replace(adapter, versions=[versions[number] for number in sorted(versions)])
 
 
 def foundations(version: AdapterVersion) -> tuple[Term, ...]:

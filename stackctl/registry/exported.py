@@ -44,9 +44,9 @@ def exported(plan: StackPlan, kind: str, write: Callable[[Path], Any]) -> Path:
 
 def _digest(plan: StackPlan) -> str:
     """What an export depends on: the base, the bytes of the members, their weights, the method and its options."""
-    assert plan.base is not None, "a stack that is exported stands on a base"
     members = [(m.digest, m.weight, sorted(m.layer_weights.items())) for m in plan.members if m.is_used]
     if not all(digest for digest, _, _ in members):
         raise Incompatible("only registered adapters are exported into the cache", hint="stackctl add NAME FOLDER")
-    said = (_LAYOUT, plan.base.fingerprint, plan.base.name, plan.method, repr(plan.options), members)
+    base = plan.known_base
+    said = (_LAYOUT, base.fingerprint, base.name, plan.method, repr(plan.options), members)
     return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -18,7 +18,7 @@ _DEEPEST = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Kin:
+class LineageNode:
     """One version. ``trained_on`` are pinned terms (``style@1:0.7``); ``freed``: only its number is still known."""
 
     label: str
@@ -40,27 +40,27 @@ class Kin:
         }  # fmt: skip
 
 
-def read_lineage(registry: Registry, adapters: Iterable[Adapter] | None = None) -> list[Kin]:
+def read_lineage(registry: Registry, adapters: Iterable[Adapter] | None = None) -> list[LineageNode]:
     """Every version that a registry has or had, adapters in alphabetical order, versions in theirs.
 
     ``adapters`` are all that are registered, where they have been read already.
     """
-    found: dict[str, Kin] = {}
+    found: dict[str, LineageNode] = {}
     for name in registry.names(Removed):
         removed = registry.find_removed(name)
         for number in removed.given:
-            found[f"{name}@{number.version}"] = Kin(f"{name}@{number.version}", None, removed=True, freed=True)
+            found[f"{name}@{number.version}"] = LineageNode(f"{name}@{number.version}", None, removed=True, freed=True)
         for version in removed.versions:
-            found[f"{name}@{version.version}"] = _kin(name, version, removed=True)
+            found[f"{name}@{version.version}"] = _node(name, version, removed=True)
     for adapter in registry.adapters() if adapters is None else adapters:
         for version in adapter.versions:
-            found[f"{adapter.name}@{version.version}"] = _kin(adapter.name, version, removed=False)
-    return sorted(found.values(), key=lambda kin: _order(kin.label))
+            found[f"{adapter.name}@{version.version}"] = _node(adapter.name, version, removed=False)
+    return sorted(found.values(), key=lambda node: _order(node.label))
 
 
-def _kin(name: str, version: AdapterVersion, *, removed: bool) -> Kin:
+def _node(name: str, version: AdapterVersion, *, removed: bool) -> LineageNode:
     loss = f", loss {version.run.loss:.3f}" if version.run else ""
-    return Kin(
+    return LineageNode(
         f"{name}@{version.version}", version.base, tuple(version.trained_on), removed,
         facts=f"rank {version.lora.r}{loss}, {version.created[:10]}",
     )  # fmt: skip
@@ -71,27 +71,27 @@ def _order(label: str) -> tuple[str, int]:
     return name, int(number) if number.isdecimal() else 0
 
 
-def relatives(kin: Sequence[Kin], labels: Iterable[str]) -> list[Kin]:
+def relatives(nodes: Sequence[LineageNode], labels: Iterable[str]) -> list[LineageNode]:
     """Some versions with all that they stand on, however far down, and all that stands on them."""
-    foundations = {one.label: [term.partition(":")[0] for term in one.trained_on] for one in kin}
+    foundations = {one.label: [term.partition(":")[0] for term in one.trained_on] for one in nodes}
     upon: dict[str, list[str]] = {}
     for label, below in foundations.items():
         for one in below:
             upon.setdefault(one, []).append(label)
     labels = list(labels)
     wanted = _below(foundations, labels) | _below(upon, labels)
-    return [one for one in kin if one.label in wanted]
+    return [one for one in nodes if one.label in wanted]
 
 
-def tree_lines(kin: Sequence[Kin], bases: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+def tree_lines(nodes: Sequence[LineageNode], bases: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """The forest line by line: what leads to a thing, its name, and what there is to say of it.
 
     Bases are the roots; a version whose foundation nobody knows hangs below that, and that below no base.
     """
-    known = {one.label: one for one in kin}
+    known = {one.label: one for one in nodes}
     children: dict[str, list[str]] = {base: [] for base in bases}
     lost: dict[str, list[str]] = {}
-    for one in kin:
+    for one in nodes:
         parent = one.parent if one.parent is not None else one.base
         if parent is None or (parent not in known and one.parent is not None):
             lost.setdefault(parent or one.label, [])
@@ -99,7 +99,7 @@ def tree_lines(kin: Sequence[Kin], bases: Iterable[str]) -> Iterator[tuple[str, 
             children.setdefault(parent, []).append(one.label)
     roots = [name for name in children if "@" not in name]
     reached = _below(children, [*roots, *lost])
-    for one in kin:  # what stands on itself, in files that somebody edited, is reached from nowhere
+    for one in nodes:  # what stands on itself, in files that somebody edited, is reached from nowhere
         if one.label not in reached:
             lost[one.label] = []
             children[str(one.parent)].remove(one.label)
@@ -123,7 +123,9 @@ def _below(children: Mapping[str, list[str]], roots: Iterable[str]) -> set[str]:
     return reached
 
 
-def _draw(children: Mapping[str, list[str]], known: Mapping[str, Kin], root: str) -> Iterator[tuple[str, str, str]]:
+def _draw(
+    children: Mapping[str, list[str]], known: Mapping[str, LineageNode], root: str
+) -> Iterator[tuple[str, str, str]]:
     """What hangs below a root, depth first and without recursion: nobody limits how long a chain grows."""
     pending = [("", label, 1) for label in reversed(children.get(root, []))]
     last = {labels[-1] for labels in children.values() if labels}
@@ -134,14 +136,14 @@ def _draw(children: Mapping[str, list[str]], known: Mapping[str, Kin], root: str
         pending += [(inner, child, depth + 1) for child in reversed(children.get(label, []))]
 
 
-def _remark(kin: Kin | None, known: Mapping[str, Kin]) -> str:
-    if kin is None:
+def _remark(node: LineageNode | None, known: Mapping[str, LineageNode]) -> str:
+    if node is None:
         return "not in this registry"
-    parts = [kin.facts] if kin.facts else []
-    if kin.removed:
-        parts.append("removed, and its weights are gone" if kin.freed else "removed")
-    if kin.parent is not None:
-        under = known.get(kin.parent)
-        if kin.trained_on != (*(under.trained_on if under else ()), kin.parent):
-            parts.append("on " + "+".join(kin.trained_on))
+    parts = [node.facts] if node.facts else []
+    if node.removed:
+        parts.append("removed, and its weights are gone" if node.freed else "removed")
+    if node.parent is not None:
+        under = known.get(node.parent)
+        if node.trained_on != (*(under.trained_on if under else ()), node.parent):
+            parts.append("on " + "+".join(node.trained_on))
     return "; ".join(parts)

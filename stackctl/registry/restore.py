@@ -16,7 +16,7 @@ from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
 from stackctl.core.expressions import Reference
 from stackctl.core.schema import AdapterVersion, Removed
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest, read_config
-from stackctl.registry.adapters import ResolvedMember, registered_versions, resolve_adapter
+from stackctl.registry.adapters import ResolvedMember, registered_versions, resolve_adapter, with_versions
 from stackctl.registry.checkpoint_files import damaged_members, folder_digest
 from stackctl.registry.garbage_collection import unreferenced_weights
 from stackctl.registry.store import Registry
@@ -82,16 +82,10 @@ def restore_files(registry: Registry, member: ResolvedMember, staged: Path) -> N
             _merge(staged, folder, digest, brought, has_weights=brought == in_place)
         else:
             atomic.publish_directory(staged, folder)
-        _make_own(registry, now)
-
-
-def _make_own(registry: Registry, member: ResolvedMember) -> None:
-    """The entry of a link: where it led, the files were missing or somebody's own by now."""
-    name, number = member.adapter.name, member.version.version
-    own = msgspec.structs.replace(member.version, path=registry.relative_weights_path(name, number))
-    if own != member.version:
-        versions = [own if version.version == number else version for version in member.adapter.versions]
-        registry.write(msgspec.structs.replace(member.adapter, versions=versions))
+        # The entry of a link: where it led, the files were missing or somebody's own by now.
+        own = registry.relative_weights_path(now.adapter.name, now.version.version)
+        if now.version.path != own:
+            registry.write(with_versions(now.adapter, msgspec.structs.replace(now.version, path=own)))
 
 
 def _merge(staged: Path, folder: Path, digest: str, weights: str, *, has_weights: bool) -> None:

@@ -19,7 +19,8 @@ import msgspec
 from stackctl.core import Say
 from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
-from stackctl.core.schema import SCHEMA, Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
+from stackctl.core.fields import SCHEMA
+from stackctl.core.schema import Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
 from stackctl.plan.methods import check_method
 from stackctl.storage import atomic, files
 from stackctl.storage.locks import locked

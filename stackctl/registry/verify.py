@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, StackctlError, explain_oserror
-from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, AdapterInfo, Base, Removed, Stack
 from stackctl.lora.checkpoint import read_info
 from stackctl.registry.adapters import ResolvedMember, foundations, registered_versions, resolve_adapter
@@ -19,7 +19,7 @@ from stackctl.registry.resolve import pinned_members
 from stackctl.registry.store import Registry
 
 _REMEMBERED = 1000
-"""Entries that others stand on, kept while everything is checked: many stand on the same few."""
+"""Entries that others stand on, kept while everything is checked."""
 
 
 def verify_registry(
@@ -41,40 +41,52 @@ def verify_registry(
     """
     problems: list[dict[str, Any]] = []
     checked = 0
-    base = functools.lru_cache(_REMEMBERED)(functools.partial(resolve_base, registry))
-    foundation = functools.lru_cache(_REMEMBERED)(functools.partial(resolve_adapter, registry))
-
-    def attempt(what: str, check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except StackctlError as error:
-            problems.append({"what": what, "message": error.message})
-        except OSError as error:  # a disk that fails in one place may be whole in others
-            problems.append({"what": what, "message": explain_oserror(error).message})
-        return None
-
+    below = _Foundations(registry)
     if only is None:
-        attempt("registry", registry.settings)
+        with _noting(problems, "registry"):
+            registry.settings()
         for name in registry.names(Removed):
-            attempt(name, lambda n=name: registry.find_removed(n))  # type: ignore[misc]
-        for kind in (Base, Stack):
-            for name in registry.names(kind):
-                checked += 1
-                entry = attempt(name, lambda k=kind, n=name: registry.read(k, n))  # type: ignore[misc]
-                if isinstance(entry, Stack):
-                    attempt(name, lambda e=entry: (list(pinned_members(registry, e)), resolve_stack_base(registry, e)))  # type: ignore[misc]
+            with _noting(problems, name):
+                registry.find_removed(name)
+        for name in registry.names(Base):
+            checked += 1
+            with _noting(problems, name):
+                registry.read(Base, name)
+        for name in registry.names(Stack):
+            checked += 1
+            with _noting(problems, name):
+                if stack := registry.read(Stack, name):
+                    list(pinned_members(registry, stack))
+                    resolve_stack_base(registry, stack)
+    names = None if only is None else {label.partition("@")[0] for label in only}
     for name in registry.names(Adapter):
-        if only is not None and not any(label.partition("@")[0] == name for label in only):
-            continue
-        adapter = attempt(name, lambda n=name: registry.read(Adapter, n))  # type: ignore[misc]
-        for version in adapter.versions if adapter else ():
-            label = f"{name}@{version.version}"
-            if only is None or label in only:
-                progress(label)
+        adapter = None
+        if names is None or name in names:
+            with _noting(problems, name):
+                adapter = registry.read(Adapter, name)
+        for member in [ResolvedMember(adapter, version, 1.0) for version in adapter.versions] if adapter else []:
+            if only is None or member.label in only:
+                progress(member.label)
                 checked += 1
-                member = ResolvedMember(adapter, version, 1.0)
-                attempt(label, lambda m=member: _verify_version(registry, m, damaged, read, base, foundation))  # type: ignore[misc]
+                with _noting(problems, member.label):
+                    try:
+                        check_digests(registry, (member,), fresh=True, read=read)
+                    except (StackctlError, OSError):
+                        damaged(member)
+                        raise
+                    below.check(member)
     return checked, problems
+
+
+@contextlib.contextmanager
+def _noting(problems: list[dict[str, Any]], what: str) -> Iterator[None]:
+    """Put what goes wrong with a thing among the problems; a disk that fails in one place may be whole in others."""
+    try:
+        yield
+    except StackctlError as error:
+        problems.append({"what": what, "message": error.message})
+    except OSError as error:
+        problems.append({"what": what, "message": explain_oserror(error).message})
 
 
 def bytes_to_verify(registry: Registry) -> int:
@@ -82,25 +94,26 @@ def bytes_to_verify(registry: Registry) -> int:
     return sum(version.bytes for version in registered_versions(registry))
 
 
-def _verify_version(
-    registry: Registry,
-    member: ResolvedMember,
-    damaged: Callable[[ResolvedMember], None],
-    read: Callable[[int], None],
-    find_base: Callable[[str], Base],
-    find_foundation: Callable[[Reference], ResolvedMember],
-) -> None:
-    try:
-        check_digests(registry, (member,), fresh=True, read=read)
-    except (StackctlError, OSError):
-        damaged(member)
-        raise
-    plan_member(registry, member)
-    base = find_base(member.version.base)
-    if base.fingerprint != member.version.fingerprint:
-        raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
-    below = [find_foundation(term.reference) for term in foundations(member.version)]
-    _check_foundations(member, below, read_info(registry.weights_path(member.version)))
+class _Foundations:
+    """What versions stand on. Entries are kept while everything is checked: many stand on the same few."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._base = functools.lru_cache(_REMEMBERED)(functools.partial(resolve_base, registry))
+        self._version = functools.lru_cache(_REMEMBERED)(functools.partial(resolve_adapter, registry))
+
+    def check(self, member: ResolvedMember) -> None:
+        """A version's header can be read, and its base and what it was trained on are what they were.
+
+        Raises:
+            StackctlError: they are not.
+        """
+        plan_member(self._registry, member)
+        base = self._base(member.version.base)
+        if base.fingerprint != member.version.fingerprint:
+            raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
+        below = [self._version(term.reference) for term in foundations(member.version)]
+        _check_foundations(member, below, read_info(self._registry.weights_path(member.version)))
 
 
 def _check_foundations(member: ResolvedMember, below: list[ResolvedMember], info: AdapterInfo | None) -> None:

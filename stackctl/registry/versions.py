@@ -11,10 +11,11 @@ import msgspec
 
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import Reference, parse_name
-from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, HubSource, Removed, Stack
+from stackctl.core.provenance import HubSource
+from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, Removed, Stack
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.lora_config import describe_lora
-from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
+from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter, with_versions
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
@@ -148,9 +149,9 @@ def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion)
         if all(v.version != reference.version for v in known.versions):
             for version in gone.versions:
                 if version.version == reference.version:
-                    adapters[name], removed[name] = _with_version(known, version), gone
+                    adapters[name], removed[name] = with_versions(known, version), gone
     own = adapters.pop(adapter.name)
-    adapters[own.name] = _with_version(own, new)  # after what it stands on
+    adapters[own.name] = with_versions(own, new)  # after what it stands on
     forgotten = []
     for name, gone in removed.items():
         registered = {v.version for v in adapters[name].versions}
@@ -160,20 +161,12 @@ def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion)
     return [*adapters.values(), *forgotten]
 
 
-def _with_version(adapter: Adapter, version: AdapterVersion) -> Adapter:
-    return msgspec.structs.replace(adapter, versions=sorted([*adapter.versions, version], key=lambda v: v.version))
-
-
 def record_push(registry: Registry, member: ResolvedMember, place: HubSource) -> None:
     """Remember where a version lives on the Hub."""
     with registry.lock():
-        adapter = resolve_adapter(registry, Reference(member.adapter.name, member.version.version)).adapter
-        versions = [
-            msgspec.structs.replace(v, pushed=place) if v.version == member.version.version else v
-            for v in adapter.versions
-        ]
-        if versions != adapter.versions:
-            registry.write(msgspec.structs.replace(adapter, versions=versions))
+        found = resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
+        if found.version.pushed != place:
+            registry.write(with_versions(found.adapter, msgspec.structs.replace(found.version, pushed=place)))
 
 
 def entry_of(number: int, path: str, checkpoint: Checkpoint, base: Base, on: list[str]) -> AdapterVersion:

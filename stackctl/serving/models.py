@@ -10,7 +10,8 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import BASE, format_term
-from stackctl.core.schema import Base, Run
+from stackctl.core.provenance import Run
+from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import check_digests

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from tuned_models import planted, tuned_model
 
-from stackctl.engine.to_lora.low_rank import Pairs, Wanted
+from stackctl.engine.to_lora.low_rank import Pairs, Truncation
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
@@ -82,7 +82,7 @@ def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> Non
     generator = torch.Generator().manual_seed(1)
     delta = torch.randn(1100, 900, generator=generator) / 30  # a flat spectrum, which is the hardest
     found = Pairs()
-    found.keep("x", delta, Wanted(32))
+    found.keep("x", delta, Truncation(32))
     (a, b), lost, total = found.pairs["x"], found.lost, found.total
     assert (a.shape, b.shape) == ((32, 900), (1100, 32))
     best = torch.linalg.svdvals(delta.double())[32:].square().sum()

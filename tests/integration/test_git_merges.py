@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from checkpoints import register, write_checkpoint
 
-from stackctl.core.schema import AdapterInfo, CheckpointMember, Run
+from stackctl.core.provenance import Run
+from stackctl.core.schema import AdapterInfo, CheckpointMember
 
 
 @pytest.fixture

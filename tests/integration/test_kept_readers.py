@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stackctl.engine.base import tokenizer as base_reader
-from stackctl.engine.base.tokenizer import BaseReader, Ends, keep_reader, kept_reader, load_tokenizer
+from stackctl.engine.base.tokenizer import BaseReader, KeptGenerationConfig, keep_reader, kept_reader, load_tokenizer
 from stackctl.engine.data.chat_template import CHATML, TEMPLATE_ERRORS, ChatTemplate
 
 OWN = {"qwen3": QWEN3, "gemma": GEMMA, "llama2": LLAMA2, "mistral": MISTRAL, "phi3": PHI3, "plain": PLAIN, "tiny": TINY}
@@ -60,7 +60,7 @@ def kept(tokenizer, folder):
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text("{}")
     loaded = load_tokenizer(folder)
-    assert keep_reader(folder, BaseReader(loaded, Ends(3), 7))
+    assert keep_reader(folder, BaseReader(loaded, KeptGenerationConfig(3), 7))
     found = kept_reader(folder)
     assert (found.generation_config.eos_token_id, found.cached_numbers) == (3, 7)
     return found.tokenizer, loaded
@@ -203,7 +203,7 @@ def test_a_tokenizer_with_ways_of_its_own_is_not_kept(tmp_path):
     splits.split_special_tokens = True
     own = with_template(Own(tokenizer_object=plain.backend_tokenizer, eos_token="</s>"), TINY)
     for tokenizer in (several, splits, own):
-        assert not keep_reader(tmp_path, BaseReader(tokenizer, Ends(None), 1))
+        assert not keep_reader(tmp_path, BaseReader(tokenizer, KeptGenerationConfig(None), 1))
     assert not list(tmp_path.iterdir()) and kept_reader(tmp_path) is None
 
 
@@ -238,6 +238,8 @@ def test_what_was_kept_is_of_these_files_and_this_transformers(tmp_path, monkeyp
     further.rmdir()
     (tmp_path / "generation_config.json").write_text("{}")
     assert kept_reader(tmp_path) is None
-    assert keep_reader(tmp_path, BaseReader(loaded, Ends([3, 4]), 7)) and kept_reader(tmp_path) is not None
+    assert (
+        keep_reader(tmp_path, BaseReader(loaded, KeptGenerationConfig([3, 4]), 7)) and kept_reader(tmp_path) is not None
+    )
     monkeypatch.setattr(base_reader.importlib.metadata, "version", lambda _: "6.0.0")
     assert kept_reader(tmp_path) is None

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from stackctl.core import migrations
 from stackctl.core.errors import Usage
-from stackctl.core.schema import SCHEMA, Adapter, Removed, Stack
+from stackctl.core.fields import SCHEMA
+from stackctl.core.schema import Adapter, Removed, Stack
 from stackctl.registry import store
 from stackctl.registry.store import Registry
 

@@ -14,7 +14,7 @@ from hostile import bound, contain, damage, ill_mannered, mutate, mutate_json_li
 
 from stackctl.cli import make_app
 from stackctl.core.errors import StackctlError
-from stackctl.core.schema import DataSource, Run
+from stackctl.core.provenance import DataSource, Run
 from stackctl.core.train_job import TrainSettings
 from stackctl.registry.store import Registry
 from stackctl.storage.hashes import sha256_file

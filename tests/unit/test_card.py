@@ -7,7 +7,8 @@ import ast
 import pytest
 import yaml
 
-from stackctl.core.schema import AdapterVersion, DataSource, Lora, Run
+from stackctl.core.provenance import DataSource, Run
+from stackctl.core.schema import AdapterVersion, Lora
 from stackctl.hub.bundle import is_ours
 from stackctl.hub.card import Card, CardFacts, CardMember, TrainedOn, combine_facts, facts_of_card, render_card
 

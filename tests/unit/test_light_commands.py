@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from checkpoints import make_registry, register, write_checkpoint
 
-from stackctl.core.schema import DataSource
+from stackctl.core.provenance import DataSource
 from stackctl.core.train_job import TrainSettings
 from stackctl.registry.store import Registry
 from stackctl.storage.hashes import sha256_file

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import make_base, make_registry, register
 
-from stackctl.registry.lineage import Kin, relatives, tree_lines
+from stackctl.registry.lineage import LineageNode as Node
+from stackctl.registry.lineage import relatives, tree_lines
 from stackctl.registry.store import Registry
 
 
@@ -76,41 +77,46 @@ def test_an_empty_registry_has_no_tree(run: Callable[..., Any]) -> None:
     assert run("ls", "--tree").out == run("ls").out
 
 
-def names(kin: list[Kin], bases: list[str] | None = None) -> list[str]:
-    return [f"{guide}{name}" for guide, name, _ in tree_lines(kin, bases or [])]
+def names(nodes: list[Node], bases: list[str] | None = None) -> list[str]:
+    return [f"{guide}{name}" for guide, name, _ in tree_lines(nodes, bases or [])]
 
 
 def test_what_stands_on_itself_is_drawn_once() -> None:
     """Nobody can register a circle, but somebody may edit one."""
-    circle = [Kin("a@1", "tiny", ("c@1",)), Kin("b@1", "tiny", ("a@1",)), Kin("c@1", "tiny", ("b@1",))]
-    alone = Kin("d@1", "tiny", ("d@1",))
-    assert names([*circle, alone, Kin("e@1", "tiny")], ["tiny"]) == [
+    circle = [
+        Node("a@1", "tiny", ("c@1",)),
+        Node("b@1", "tiny", ("a@1",)),
+        Node("c@1", "tiny", ("b@1",)),
+    ]
+    alone = Node("d@1", "tiny", ("d@1",))
+    assert names([*circle, alone, Node("e@1", "tiny")], ["tiny"]) == [
         "tiny", "└── e@1", "without a base", "├── a@1", "│   └── b@1", "│       └── c@1", "└── d@1",
     ]  # fmt: skip
 
 
 def test_an_unknown_foundation_and_an_unregistered_base_are_named() -> None:
-    kin = [Kin("a@2", "tiny", ("gone@7:0.5",)), Kin("b@1", "vanished")]
-    assert list(tree_lines(kin, [])) == [
+    nodes = [Node("a@2", "tiny", ("gone@7:0.5",)), Node("b@1", "vanished")]
+    assert list(tree_lines(nodes, [])) == [
         ("", "vanished", "base"), ("└── ", "b@1", ""), ("", "without a base", ""),
         ("└── ", "gone@7", "not in this registry"), ("    └── ", "a@2", "on gone@7:0.5"),
     ]  # fmt: skip
 
 
 def test_every_version_is_there_once_however_long_the_chain() -> None:
-    kin = [Kin("a@1", "tiny"), *(Kin(f"a@{n}", "tiny", (f"a@{n - 1}",)) for n in range(2, 3001))]
-    lines = list(tree_lines(kin, ["tiny"]))
+    nodes = [Node("a@1", "tiny"), *(Node(f"a@{n}", "tiny", (f"a@{n - 1}",)) for n in range(2, 3001))]
+    lines = list(tree_lines(nodes, ["tiny"]))
     assert [name for _, name, _ in lines] == ["tiny", *(f"a@{n}" for n in range(1, 3001))]
     assert max(len(guide) for guide, _, _ in lines) < 120
 
 
 def test_relatives_are_what_one_stands_on_and_what_stands_on_one() -> None:
-    kin = [
-        Kin("a@1", "tiny"), Kin("b@1", "tiny", ("a@1",)), Kin("c@1", "tiny", ("x@1", "b@1:0.5")), Kin("x@1", "tiny"),
-        Kin("d@1", "tiny", ("a@1", "c@1")), Kin("other@1", "tiny", ("a@1",)), Kin("z@1", "tiny", ("z@1",)),
+    nodes = [
+        Node("a@1", "tiny"), Node("b@1", "tiny", ("a@1",)), Node("c@1", "tiny", ("x@1", "b@1:0.5")),
+        Node("x@1", "tiny"), Node("d@1", "tiny", ("a@1", "c@1")), Node("other@1", "tiny", ("a@1",)),
+        Node("z@1", "tiny", ("z@1",)),
     ]  # fmt: skip
-    assert [one.label for one in relatives(kin, ["c@1"])] == ["a@1", "b@1", "c@1", "x@1", "d@1"]
-    assert [one.label for one in relatives(kin, ["z@1"])] == ["z@1"]
+    assert [one.label for one in relatives(nodes, ["c@1"])] == ["a@1", "b@1", "c@1", "x@1", "d@1"]
+    assert [one.label for one in relatives(nodes, ["z@1"])] == ["z@1"]
 
 
 def test_remarks_are_cut_to_the_screen_and_names_are_not(

@@ -41,7 +41,7 @@ _OWN = (
 
 
 @dataclass(frozen=True)
-class Ends:
+class KeptGenerationConfig:
     """Of a base's generation configuration, the tokens that end an answer."""
 
     eos_token_id: int | list[int] | None
@@ -168,7 +168,7 @@ def kept_reader(folder: Path) -> BaseReader | None:
     digests.save()
     if not same:
         return None
-    return BaseReader(KeptTokenizer(backend, facts), Ends(facts["ends"]), facts["cached_numbers"])
+    return BaseReader(KeptTokenizer(backend, facts), KeptGenerationConfig(facts["ends"]), facts["cached_numbers"])
 
 
 def keep_reader(folder: Path, reader: BaseReader) -> bool:

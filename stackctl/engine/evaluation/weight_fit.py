@@ -8,7 +8,6 @@ information: of the layers of a small model with six, thirty steps then find wha
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -45,16 +44,8 @@ _DIGITS = 4
 """Of a weight behind the point: what is judged is what is written."""
 
 
-@dataclass(frozen=True)
-class Halves:
-    """A data set for learning and one for judging; no record is in both."""
-
-    learned: DataSet
-    held_out: DataSet
-
-
-def halve(data: DataSet, seed: int) -> Halves:
-    """Half of the records, drawn by a seed, to learn from, and the others to judge by.
+def halve(data: DataSet, seed: int) -> tuple[DataSet, DataSet]:
+    """Half of the records, drawn by a seed, to learn from, and the others to judge by; no record is in both.
 
     Raises:
         Usage: there is only one record with anything to learn.
@@ -67,7 +58,7 @@ def halve(data: DataSet, seed: int) -> Halves:
         )
     random.Random(seed).shuffle(numbers)
     middle = (len(numbers) + 1) // 2
-    return Halves(_chosen(data, numbers[:middle]), _chosen(data, numbers[middle:]))
+    return _chosen(data, numbers[:middle]), _chosen(data, numbers[middle:])
 
 
 def shorten(data: DataSet, seed: int, parameters: int) -> DataSet:
@@ -149,6 +140,10 @@ def fit_weights(
     Raises:
         Failed: a loss is no number.
     """
+
+    def progress_from(before: int) -> Callable[[int], None]:
+        return lambda step: progress(before + step)
+
     stacked.restore()
     stacked.model.eval()
     learned, taken = _Learned(weighted.start()), 0
@@ -157,17 +152,12 @@ def fit_weights(
             if taken:  # far from the best, what the information tells of the way there misleads
                 learned.whiten(_gradients(stacked, sets, learned.parameter))
             most = min(_ROUND, steps - taken)
-            report = functools.partial(_further, progress, taken)
-            made = _descend(stacked, sets, learned.parameter, most, sharing, report)
+            made = _descend(stacked, sets, learned.parameter, most, sharing, progress_from(taken))
             taken += made
             if made < most:
                 break
     found = [round(value, _DIGITS) + 0.0 for value in learned().tolist()]
     return Fitted(dict(zip(weighted.groups, found, strict=True)), taken)
-
-
-def _further(progress: Callable[[int], None], before: int, step: int) -> None:
-    progress(before + step)
 
 
 def _descend(

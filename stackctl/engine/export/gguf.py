@@ -78,8 +78,7 @@ def export_gguf(
     if not plan.modules:
         raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
     refuse([problem for problem in lint_for("gguf", plan, dtype=dtype) if problem.severity == "error"])
-    assert plan.base is not None, "a stack that is exported stands on a base"
-    architecture = GGUF_ARCHITECTURES[plan.base.architecture]
+    architecture = GGUF_ARCHITECTURES[plan.known_base.architecture]
     config = read_json(base / "config.json")
     targets = gguf_targets(plan, architecture, config)
     if base_gguf is not None:
@@ -237,9 +236,8 @@ def _values(path: Path, tensor: Any, numpy_dtype: type) -> Any:
 
 def _modelfile(plan: StackPlan, base: Path, adapter: str) -> str:
     """A Modelfile (https://docs.ollama.com/modelfile). Ollama takes the chat template from the base."""
-    assert plan.base is not None
     return (
-        f"# {plan.expression} on {plan.base.name}: ollama create NAME -f {MODELFILE}\n"
+        f"# {plan.expression} on {plan.known_base.name}: ollama create NAME -f {MODELFILE}\n"
         f"FROM {base.resolve()}\n"
         f"ADAPTER ./{adapter}\n"
     )

@@ -91,8 +91,7 @@ def _names(plan: StackPlan) -> dict[str, str]:
     Raises:
         Incompatible: with all that mlx-lm has no place for.
     """
-    base = plan.base
-    assert base is not None, "a resolved stack stands on a base"
+    base = plan.known_base
     problems = []
     if not plan.modules:
         problems.append(f"{plan.expression} adds no factors to the base")
@@ -144,8 +143,7 @@ def _pair(
 
 def _config(plan: StackPlan, names: list[str], rank: int, scale: float) -> dict[str, Any]:
     """mlx-lm's configuration: layers by their names inside a block where all blocks are alike, else by whole names."""
-    base = plan.base
-    assert base is not None
+    base = plan.known_base
     blocks = {m[1] for name in expand_modules(base.modules) if (m := re.search(r"\.(?:layers|h)\.([0-9]+)\.", name))}
     found = [match for name in names if (match := _LAYER.fullmatch(name))]
     keys = sorted({match[2] for match in found})

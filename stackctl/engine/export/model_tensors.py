@@ -59,8 +59,7 @@ class ModelTensors:
     def __post_init__(self) -> None:
         self._modules = {module.parameter: module for module in self.plan.modules.values()}
         self._replaced = {replacement.parameter: replacement for replacement in self.plan.replacements}
-        base = self.plan.base
-        assert base is not None, "a stack that is exported stands on a base"
+        base = self.plan.known_base
         self._base = base
         head, embedding = (f"{base.output_embedding}.weight", f"{base.input_embedding}.weight")
         tied = base.tied_embeddings and base.output_embedding is not None

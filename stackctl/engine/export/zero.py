@@ -22,8 +22,7 @@ def export_zero(plan: StackPlan, out: Path) -> None:
     Raises:
         Incompatible: the base has none.
     """
-    base = plan.base
-    assert base is not None, "what is exported stands on a base"
+    base = plan.known_base
     for name, module in expand_modules(base.modules).items():
         if module.type == "Linear" and name != base.output_embedding:
             rows, columns = module.shape

@@ -28,7 +28,7 @@ from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.loss.logits import difference
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.tensors import MemberTensors, all_finite
-from stackctl.engine.to_lora.low_rank import Pairs, Wanted
+from stackctl.engine.to_lora.low_rank import Pairs, Truncation
 from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
@@ -121,7 +121,7 @@ def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
         )
 
 
-def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Wanted) -> tuple[Pairs, Original]:
+def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -> tuple[Pairs, Original]:
     """Make a plain LoRA of an adapter, on a base into which the stack is folded that it was trained on.
 
     The model is as it was afterwards.
@@ -175,7 +175,7 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Wanted) -> tu
     return found, original
 
 
-def subtract(now: StackPlan, begun: StackPlan, wanted: Wanted) -> Pairs:
+def subtract(now: StackPlan, begun: StackPlan, wanted: Truncation) -> Pairs:
     """A plain LoRA out of an adapter and the same one as it was before its training, which its base was left without.
 
     Both plans are of one member, which begins with a change of zero: ΔW = s B A - s₀ B₀ A₀.
@@ -225,7 +225,7 @@ def _whole(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _keep(
-    found: Pairs, name: str, kept: Kept, merged: Any, factors: tuple[Any, algebra.Factors] | None, wanted: Wanted
+    found: Pairs, name: str, kept: Kept, merged: Any, factors: tuple[Any, algebra.Factors] | None, wanted: Truncation
 ) -> None:
     """Keep what merging changed in one layer: its weight as a pair, its bias whole."""
     delta = merged.weight.detach().double() - kept.values["weight"].double()
@@ -262,7 +262,7 @@ def _negative(factors: list[algebra.Factors]) -> list[algebra.Factors]:
     return [(a, b, -s) for a, b, s in factors]
 
 
-def _pair(factors: list[algebra.Factors], wanted: Wanted) -> algebra.Pair:
+def _pair(factors: list[algebra.Factors], wanted: Truncation) -> algebra.Pair:
     """The factors of a sum as one pair: all of it, or as much as is wanted."""
     if wanted.rank is None and wanted.tolerance is None:
         return algebra.concatenate(factors)

@@ -19,7 +19,7 @@ from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.tensors import TensorFiles, all_finite
-from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, Pairs, Wanted, whole_pair
+from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, Pairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
 
@@ -84,7 +84,7 @@ def _unlike(base: Base, tuned: Base) -> list[str]:
     return found + ([f"{len(kinds) - _SHOWN} more kinds of layers differ"] if len(kinds) > _SHOWN else [])
 
 
-def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Wanted) -> Extraction:
+def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncation) -> Extraction:
     """Compare two models of the same layers, parameter by parameter; ``place`` is the folder of the tuned one.
 
     Raises:
@@ -140,7 +140,7 @@ def _keep(
     name: str,
     modules: dict[str, ModuleShape],
     models: tuple[Tensor, Tensor],
-    wanted: Wanted,
+    wanted: Truncation,
 ) -> None:
     """What is kept of one parameter, if it changed: by more than the rounding of the dtype that it was saved in."""
     old, new = models
@@ -171,7 +171,7 @@ def _keep(
 
 
 def _keep_table(
-    found: Extraction, module: str, new: Tensor, delta: Tensor, wanted: Wanted, *, transposed: bool
+    found: Extraction, module: str, new: Tensor, delta: Tensor, wanted: Truncation, *, transposed: bool
 ) -> None:
     """Keep an embedding or a head: as a pair where one of the rank that was asked for holds its change, else whole.
 

@@ -42,7 +42,7 @@ _ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Truncation:
     """How much is kept of each module: a rank, or as many directions as leave ``tolerance`` of the change behind.
 
     With neither: all of it where its own rank makes a pair no larger than the matrix, else all but a hundredth.
@@ -68,7 +68,7 @@ class Pairs:
     lost: float = 0.0
     total: float = 0.0
 
-    def keep(self, module: str, delta: Tensor, wanted: Wanted) -> None:
+    def keep(self, module: str, delta: Tensor, wanted: Truncation) -> None:
         """Keep the best pair for a module's change (out, in), or (experts, out, in); a change of nothing is none."""
         if not bool(delta.any()):
             return
@@ -131,32 +131,34 @@ class Pairs:
         atomic.write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def best_pair(delta: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
+def best_pair(delta: Tensor, wanted: Truncation) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) in float32 with B @ A as near ``delta`` (out, in) as is wanted."""
     if wanted.rank is not None:
         decomposed = _decompose(delta, min(wanted.rank, *delta.shape))
         directions = _enough(delta, decomposed[1], _NOTHING) or wanted.rank
-        return _cut(decomposed, min(wanted.rank, directions, len(decomposed[1])))
+        return algebra.leading_pair(*decomposed, min(wanted.rank, directions, len(decomposed[1])))
     if wanted.tolerance is not None:
         return _within(delta, wanted.tolerance)
     rows, columns = delta.shape
     affordable = min(rows * columns // (rows + columns), MOST_DIRECTIONS)
     decomposed = _decompose(delta, max(1, affordable))
     own = _enough(delta, decomposed[1], _OWN)
-    return _cut(decomposed, own) if own is not None and own <= affordable else _within(delta, _OTHERWISE)
+    if own is None or own > affordable:
+        return _within(delta, _OTHERWISE)
+    return algebra.leading_pair(*decomposed, own)
 
 
 def whole_pair(delta: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
     """The pair that holds all of a change (out, in) but rounding; None where it has more than ``most`` directions."""
     most = min(most, *delta.shape)
     decomposed, enough = _decompose_within(delta, _WHOLE, most)
-    return _cut(decomposed, enough) if enough is not None and enough <= most else None
+    return algebra.leading_pair(*decomposed, enough) if enough is not None and enough <= most else None
 
 
 def _within(delta: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """The pair of the smallest rank that loses at most ``tolerance`` of a change."""
     decomposed, enough = _decompose_within(delta, tolerance, min(delta.shape))
-    return _cut(decomposed, enough or len(decomposed[1]))
+    return algebra.leading_pair(*decomposed, enough or len(decomposed[1]))
 
 
 def _decompose_within(delta: Tensor, tolerance: float, most: int) -> tuple[tuple[Tensor, Tensor, Tensor], int | None]:
@@ -193,12 +195,6 @@ def _lost(delta: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[float, float]:
     a, b = pair[0].double(), pair[1].double()
     left = zip(delta.split(_ROWS), b.split(_ROWS), strict=True)
     return math.fsum(float((rows.double() - own @ a).square().sum()) for rows, own in left), _square(delta)
-
-
-def _cut(decomposed: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    u, sigma, vh = decomposed
-    root = sigma[:rank].sqrt()
-    return (root[:, None] * vh[:rank]).float().contiguous(), (u[:, :rank] * root).float().contiguous()
 
 
 def _decompose(delta: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

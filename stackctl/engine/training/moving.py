@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible
-from stackctl.core.schema import Moved
+from stackctl.core.provenance import Moved
 from stackctl.engine.data.examples import Encoded, Example
 from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation.scoring import record_losses, supervised_count

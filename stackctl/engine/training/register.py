@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stackctl import __version__
 from stackctl.core.errors import VerificationFailed
-from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember, DataSource, Distilled, Moved, Run
+from stackctl.core.provenance import DataSource, Distilled, Moved, Run
+from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember
 from stackctl.engine.data.chat_template import shown_date
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.read import RecordStream
