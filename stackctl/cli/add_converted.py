@@ -72,7 +72,7 @@ class Conversion:
             both = "--rank and --tolerance are two ways to say how much is kept"
             problems.append(Usage(both, hint="leave out one of them"))
         if rank is not None and not 1 <= rank <= 65536:
-            problems.append(Usage(f"--rank {rank} is no rank", hint="give a number from 1 to 65536"))
+            problems.append(Usage(f"--rank {rank} is not a rank", hint="give a number from 1 to 65536"))
         if tolerance is not None and not 0 < tolerance < 1:
             outside = f"--tolerance {tolerance:g} is not between 0 and 1"
             problems.append(Usage(outside, hint="give a share, for example 0.01"))

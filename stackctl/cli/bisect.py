@@ -197,9 +197,9 @@ def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Prob
         loss, base = probe.score(whole), probe.score(frozenset(parts))
         seen = f"its loss is {loss:.4f}, that of the base '{stack.base.name}' alone {base:.4f}"
         if not math.isfinite(loss):
-            raise Failed(f"the base '{stack.base.name}' alone is already bad: its loss is no number", hint=_NO_CULPRIT)
+            raise Failed(f"the base '{stack.base.name}' alone is already bad: its loss is not finite", hint=_NO_CULPRIT)
         raise Failed(
-            f"'{stack.text}' is not bad on these records: {seen}, and without a member it is no better, or by noise",
+            f"'{stack.text}' is not bad on these records: {seen}, and no member makes it worse by more than noise",
             hint="to see what each member adds: stackctl compose EXPR --sweep NAME=0:1:1 --data FILE",
         )
     return found

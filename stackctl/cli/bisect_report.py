@@ -57,7 +57,7 @@ def culprit_screen(document: dict[str, Any], name: str | None) -> Any:
         told = f"loss {seen['loss']}" if "loss" in seen else repr(seen["text"].strip()[:200])
         if "loss" in seen and seen["loss"] is not None:
             told = f"loss {seen['loss']:.4f}"
-        lines.append(f"{what}: {told}" + ("" if seen.get("finite", True) else ", logits that are no numbers"))
+        lines.append(f"{what}: {told}" + ("" if seen.get("finite", True) else ", logits that are not numbers"))
     if name:
         lines.append(f"{name} is the stack without it, and the current one")
     elif document["without"]:

@@ -97,7 +97,7 @@ def _rank(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
-        raise Usage(f"--rank {text} is no rank", hint="give a number from 1 to 65536, or auto")
+        raise Usage(f"--rank {text} is not a rank", hint="give a number from 1 to 65536, or auto")
     return int(text)
 
 

@@ -105,7 +105,7 @@ class WeightOptions:
         if self.sweep and not self.data:
             problems.append(Usage("--sweep measures losses, and no --data was given", hint="name records: --data FILE"))
         if (self.fit or self.sweep or best) and seed is not None and seed < 0:
-            problems.append(Usage("--seed: a seed is no negative number", hint="--seed 0"))
+            problems.append(Usage("--seed must not be negative", hint="--seed 0"))
         raise_all(problems)
         shared: dict[str, Any] = {"max_length": self.max_length or 1024, "device": self.device or "auto"}
         if self.sweep:

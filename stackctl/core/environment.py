@@ -19,4 +19,4 @@ def seconds_setting(name: str, default: float) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (seconds := float(text)) < math.inf:
             return seconds
-    raise Usage(f"{name} is '{text}', which is no number of seconds", hint=f"unset {name}")
+    raise Usage(f"{name} is '{text}', which is not a number of seconds", hint=f"unset {name}")

@@ -23,8 +23,8 @@ _BUILTINS = {int: "int", float: "float", str: "str", bool: "bool"}
 _PHRASES = (
     (r"is not in the range (\S+?)<=x<=(\S+)", r"is not between \1 and \2"),
     (r"is not in the range x>=(\S+)", r"is less than \1"),
-    (r"is not a valid int\b(?:eger)?(?: range)?", "is no whole number"),
-    (r"is not a valid float\b(?: range)?", "is no number"),
+    (r"is not a valid int\b(?:eger)?(?: range)?", "is not a whole number"),
+    (r"is not a valid float\b(?: range)?", "is not a number"),
     (r"Got unexpected extra argument\(s\) \((.*)\)", r"there is nothing that '\1' could mean here"),
     (r"Object missing required field `(.+)`", r"the key '\1' is missing"),
     (r"Option '(\S+)' requires an argument", r"\1 needs a value"),

@@ -44,6 +44,6 @@ def check_template_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises ``Usage`` where an argument for a chat template is none of a template's."""
     if wrong := sorted(_NOT_THE_TEMPLATES & set(arguments)):
         raise Usage(
-            f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is no argument of a chat template",
+            f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is not an argument of a chat template",
             hint="give what the template reads, such as enable_thinking",
         )

@@ -117,9 +117,7 @@ def place_axes(axes: Sequence[Axis], members: Sequence[tuple[str, str]]) -> list
             names = [name for name, _ in members]
             have = f"its members: {', '.join(names) or 'none'}"
             problems.append(
-                Usage(
-                    f"--sweep: '{cut(axis.name)}' is no member of the stack", hint=did_you_mean(axis.name, names, have)
-                )
+                Usage(f"--sweep: '{cut(axis.name)}' is not in the stack", hint=did_you_mean(axis.name, names, have))
             )
         elif number in found:
             problems.append(Usage(f"--sweep names {members[number][0]} twice", hint="give each member one range"))

@@ -118,7 +118,8 @@ def _smallest_rank(sigma: Tensor, tolerance: float) -> int:
 
 def factorise(matrix: Tensor, rank: int) -> Pair:
     """The best pair of a rank for a full matrix (out, in), by its singular value decomposition."""
-    return leading_pair(*torch.linalg.svd(matrix.double(), full_matrices=False), rank)
+    u, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return leading_pair(u, sigma, vh, rank)
 
 
 def leading_pair(u: Tensor, sigma: Tensor, vh: Tensor, rank: int) -> Pair:

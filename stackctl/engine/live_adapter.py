@@ -57,7 +57,7 @@ def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
         Incompatible: it cannot; the message says why.
     """
     if plan.method != SUM:
-        raise Incompatible(f"a stack composed by {plan.method} is no sum, and only a sum can be kept live", hint=_HINT)
+        raise Incompatible(f"a stack composed by {plan.method} cannot be kept live: only a sum can", hint=_HINT)
     if plan.replacements:
         label = plan.members[plan.replacements[0].member].label
         raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)

@@ -53,7 +53,7 @@ def find_beginning(registry: Registry, name: str, job: TrainJob, stack: Resolved
     assert job.from_ is not None, "only asked for where a job begins at something"
     terms = parse_expression(job.from_)
     if len(terms) != 1 or terms[0].weight != 1:
-        raise Usage(f"--from {job.from_} is no single adapter", hint="name one, for example --from style@1")
+        raise Usage(f"--from {job.from_} is not a single adapter", hint="name one, for example --from style@1")
     member = resolve_adapter(registry, terms[0].reference)
     problems: list[StackctlError] = []
     if any(below.adapter.name == member.adapter.name for below in stack.members):

@@ -27,7 +27,7 @@ def data_path(data: str | None, folder: Path | None, name: str) -> str:
     if path.exists():
         is_folder = path.is_dir()
         if not (texts_in(path) if is_folder else path.is_file()):
-            kind = "a folder without texts" if is_folder else "no regular file"
+            kind = "a folder without texts" if is_folder else "not a regular file"
             raise Usage(
                 f"the data {data} is {kind}",
                 hint="give a .jsonl, .json, .parquet, .csv or .txt file, or a folder of texts",

@@ -59,7 +59,7 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
     parsed = parse_yaml(read_text(path), str(path))
     if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
         raise Usage(
-            f"{path} is no configuration of accelerate's",
+            f"{path} is not a configuration of accelerate",
             hint=f"accelerate config --config_file {shlex.quote(str(path))}",
         )
     config = convert(parsed, _Config, str(path))

@@ -99,7 +99,7 @@ def _no_lora_says(plan: StackPlan) -> list[StackctlError]:
         found.append(Incompatible(f"--teacher: {what}", hint=hint))
 
     if plan.method != SUM:
-        refuse(f"a stack composed by {plan.method} is no sum, and only a sum is kept beside the base", "name a sum")
+        refuse(f"a stack composed by {plan.method} is not a sum, and only a sum is kept beside the base", "name a sum")
     for label in dict.fromkeys(plan.members[part.member].label for part in plan.replacements):
         refuse(f"{label} carries whole modules, which no LoRA can say", "distil a stack without it")
     for label in dict.fromkeys(plan.members[rows.member].label for rows in plan.token_rows):

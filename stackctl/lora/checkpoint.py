@@ -224,7 +224,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if found := recognise_folder(folder, read_header):
             raise Incompatible(f"{folder} {found.what}", hint=found.hint)
         raise Incompatible(
-            f"{path} is no PEFT configuration: it has no peft_type", hint="is this a model, not an adapter?"
+            f"{path} is not a PEFT configuration: it has no peft_type", hint="is this a model, not an adapter?"
         )
     if str(config["peft_type"]).upper() == "LORA":
         check_lora_config(config, path)

@@ -100,7 +100,7 @@ def read_kohya(path: Path, base: Base) -> KohyaAdapter:
             problems.append(f"{module} has no {' and no '.join(absent)}")
     if problems or not tensors:
         raise Incompatible(
-            f"{path} is no LoRA for {base.name}: {listed_problems(problems) or 'it holds no tensors'}",
+            f"{path} is not a LoRA for {base.name}: {listed_problems(problems) or 'it holds no tensors'}",
             hint="name the model that it was trained on: --base B",
         )
     return KohyaAdapter(path, base, tensors)
@@ -109,12 +109,12 @@ def read_kohya(path: Path, base: Base) -> KohyaAdapter:
 def _not_taken(match: re.Match[str] | None, info: TensorInfo, modules: list[str], base: Base) -> str | None:
     """Why a tensor is none of a plain LoRA on a base."""
     if match is None:
-        return "is no tensor of a LoRA on a language model"
+        return "is not a tensor of a LoRA on a language model"
     part = match["part"]
     if kind := next((kind for start, kind in _OTHER_KINDS.items() if part.startswith(start)), None):
-        return f"is a part of {kind}, which is no plain LoRA"
+        return f"is a part of {kind}, which is not a plain LoRA"
     if part not in _PARTS:
-        return "is no part of a plain LoRA"
+        return "is not part of a plain LoRA"
     if len(modules) != 1:
         return f"may be {' or '.join(modules)}" if modules else f"stands on no linear layer of {base.name}"
     fits = math.prod(info.shape) == 1 if part == "alpha" else len(info.shape) == 2

@@ -99,11 +99,11 @@ def read_mlx(path: Path) -> MlxAdapter:
     for name, info in read_header(path / MLX_WEIGHTS).items():
         module, _, part = name.rpartition(".")
         if part not in _PARTS or (part == "m") > (kind == "dora"):
-            problems.append(f"'{name[:80]}' is no tensor of a {kind}")
+            problems.append(f"'{name[:80]}' is not a tensor of a {kind}")
         elif len(info.shape) == 3:
             problems.append(f"'{name[:80]}' adapts experts, whose layers mlx-lm lays out otherwise")
         elif info.dtype not in DTYPE_NAMES:
-            problems.append(f"'{name[:80]}' is no floating-point tensor")
+            problems.append(f"'{name[:80]}' is not a floating-point tensor")
         elif part != "m" and (len(info.shape) != 2 or info.shape[part == "lora_a"] != rank):
             problems.append(f"'{name[:80]}' is {list(info.shape)}, and the rank is {rank}")
         else:
@@ -115,7 +115,7 @@ def read_mlx(path: Path) -> MlxAdapter:
         problems.append("it holds no tensors")
     if problems:
         raise Incompatible(
-            f"{path} is no adapter of mlx-lm that can be read: {listed_problems(problems)}",
+            f"{path} is not an adapter of mlx-lm that can be read: {listed_problems(problems)}",
             hint="save it again with mlx_lm.lora where it was made",
         )
     model = config.get("model")

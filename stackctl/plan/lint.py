@@ -99,7 +99,7 @@ def check_beside_base(target: str, plan: StackPlan) -> None:
     plan.check()
     reasons = [problem.message for problem in lint_for(target, plan) if problem.severity == "error"]
     if not METHODS[plan.method].low_rank:
-        reasons.append(f"what {plan.method} makes is no pair of factors: as an adapter it would be cut to a rank")
+        reasons.append(f"what {plan.method} makes is not a pair of factors: as an adapter it would be cut to a rank")
     if reasons:
         raise Incompatible("; ".join(reasons), hint="--engine transformers answers with it, or compose it otherwise")
 

@@ -108,7 +108,7 @@ def _unfitting(member: PlanMember, rows: Iterable[TokenRows], naming: Naming, ba
     for row in rows:
         shape: ModuleShape | None = known.get(row.module)
         if shape is None or not (shape.type == "Embedding" or row.module == base.output_embedding):
-            what = f"{member.label}: rows of single tokens in {row.module}, which is no embedding of {base.name}"
+            what = f"{member.label}: rows of single tokens in {row.module}, which is not an embedding of {base.name}"
             problems.append(Problem("unknown_modules", what, other, member.label))
         elif row.tensor.shape[1] != shape.shape[1]:
             what = f"{member.label}: its rows in {row.module} have {row.tensor.shape[1]} values, those of {base.name} "
@@ -159,7 +159,7 @@ def clashing_rows(
 
 
 def rows_without_sum(label: str, method: str) -> Problem:
-    what = f"{label} trained rows of single tokens ({KEY}), which add up and are no matrix for {method} to work on"
+    what = f"{label} trained rows of single tokens ({KEY}), which add up and are not a matrix for {method} to work on"
     return Problem(KEY, what, "compose the sum: leave out --method", label)
 
 

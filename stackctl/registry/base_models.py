@@ -77,7 +77,7 @@ def _named_weights(folder: Path, name: Any) -> Path:
     """The file, or the index of several, that ``transformers_weights`` of a configuration names."""
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise Incompatible(
-            f"config.json names {name!r} as its weights (transformers_weights), which are no safetensors",
+            f"config.json names {name!r} as its weights (transformers_weights), which are not safetensors",
             hint="save the model again with safe_serialization=True, where it came from",
         )
     path = folder / Path(name).name

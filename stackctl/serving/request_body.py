@@ -84,7 +84,7 @@ def parse_body(body: bytes, *, chat: bool) -> Asked:
 
 def _object(body: bytes) -> dict[str, Any]:
     def refuse(word: str) -> Any:
-        raise ValueError(f"{word} is no JSON")
+        raise ValueError(f"{word} is not JSON")
 
     if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:
         raise ApiError(400, f"the body holds more than {_MOST_BRACKETS:,} lists and objects", code="invalid_json")

@@ -106,7 +106,7 @@ class Expressions:
         if not known:
             names = ", ".join(base.name for base in bases) or "none"
             raise Incompatible(
-                f"vLLM runs {base_model}, which is no base of the registry (it has {names})",
+                f"vLLM runs {base_model}, which is not a base of the registry (it has {names})",
                 hint=f"stackctl base add NAME {base_model}",
             )
         return known[0]

@@ -40,7 +40,7 @@ def read_json(path: Path, *, missing: str | None = None, broken: str | None = No
         NotFound, Incompatible: no such file, or not an object.
     """
     if path.exists() and not path.is_file():  # a pipe is waited for, and some devices never end
-        raise Incompatible(f"{path} is no regular file", hint=broken)
+        raise Incompatible(f"{path} is not a regular file", hint=broken)
     try:
         value = json.loads(read_bounded(path).decode("utf-8-sig"))
     except FileNotFoundError:

@@ -116,7 +116,7 @@ def test_each_stack_is_put_to_each_task_on_a_base_that_is_loaded_once(tiny_regis
             assert found[stack, task, "exact"]["standard_error"] is None
             assert found[stack, task, "batch"]["value"] == 3
             assert found[stack, task, "models"]["value"] == 1
-            assert (stack, task, "text") not in found, "what is no number is no score"
+            assert (stack, task, "text") not in found, "what is not a number is no score"
     assert len({round(value, 3) for value in wanted.values()}) == 3
     assert "a child prints" in ran.err and "written to the descriptor" in ran.err and "printed by Python" in ran.err
     for row, members in zip(results[:2], ([], [("style", 1.0)]), strict=True):

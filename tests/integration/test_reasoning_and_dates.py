@@ -117,7 +117,7 @@ def test_arguments_are_used_alike_in_training_evaluation_and_generation_and_reco
     wrong = run("generate", "x", "-p", "a", "--chat-template-kwargs", "{", code=2)
     assert "--chat-template-kwargs is not JSON" in wrong.err
     wrong = run("train", "y", "--base", "tiny", "--data", data, "--chat-template-kwargs", '{"tools": 1}', code=2)
-    assert "'tools', which is no argument of a chat template" in wrong.err
+    assert "'tools', which is not an argument of a chat template" in wrong.err
 
 
 def test_a_date_is_fixed_for_a_run_recorded_and_part_of_the_caches_key(

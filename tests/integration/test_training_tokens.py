@@ -203,8 +203,8 @@ def test_what_cannot_be_trained_is_refused_by_name(tiny_registry: Any) -> None:
     h.add("lora", seed=2, target_modules=["q_proj", "lm_head"])
     h.add("whole", seed=3, modules_to_save=["embed_tokens"])
     cases: list[tuple[tuple[object, ...], str | None, int, str]] = [
-        (("--train-tokens", "nosuchtoken,<|im_ent|>"), None, 2, "'nosuchtoken' is no single token"),
-        (("--train-tokens", "nosuchtoken,<|im_ent|>"), None, 2, "'<|im_ent|>' is no single token"),
+        (("--train-tokens", "nosuchtoken,<|im_ent|>"), None, 2, "'nosuchtoken' is not a single token"),
+        (("--train-tokens", "nosuchtoken,<|im_ent|>"), None, 2, "'<|im_ent|>' is not a single token"),
         (("--train-tokens", ","), None, 2, "names no token"),
         (ROWS, "style", 4, "style@1 has trained <|im_start|>"),
         (ROWS, "lora", 4, "lora@1"),

@@ -218,7 +218,7 @@ def test_a_pipe_in_place_of_a_configuration_is_not_waited_for(run, tmp_path):
     config = registry.root / "weights" / "style" / "1" / "adapter_config.json"
     config.unlink()
     os.mkfifo(config)
-    with pytest.raises(Incompatible, match="no regular file"):
+    with pytest.raises(Incompatible, match="not a regular file"):
         bases.read_json(config)
     run("inspect", "style", code=3)
     run("verify", code=5)

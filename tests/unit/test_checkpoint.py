@@ -370,7 +370,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     folder = write_checkpoint(tmp_path / "a")
     (folder / "adapter_config.json").unlink()
     make(folder / "adapter_config.json")
-    with pytest.raises(Incompatible, match="no regular file"):
+    with pytest.raises(Incompatible, match="not a regular file"):
         read_checkpoint(folder)
     make(folder / "adapter_info.json")
     assert read_info(folder) is None

@@ -24,7 +24,6 @@ from stackctl.storage.files import read_json
 
 _WHOLE = ("emu3",)
 """Model types whose text class finds none of its weights in files of the whole class."""
-_NOT_TEXT = "it is no model that goes on writing a text"
 
 
 def model_class(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -50,7 +49,7 @@ def model_class(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         return found, _config_for(found, config)
     named = ", ".join(str(name) for name in raw.get("architectures") or ())
     raise Incompatible(
-        f"{folder} is a {named or kind}, and {_NOT_TEXT}",
+        f"{folder} is a {named or kind}, which does not generate text",
         hint="a base is a causal language model, alone or inside a model that also sees or hears",
     )
 

@@ -52,8 +52,8 @@ class Layouts:
         """Each text of a conversation followed by itself behind the system prompt."""
         if not isinstance(record, ChatRecord):
             raise Usage(
-                f"{self._records.path}: {self._records.place(record.number)} is no conversation, and a system prompt "
-                "stands before those",
+                f"{self._records.path}: {self._records.place(record.number)} is not a conversation, and only "
+                "conversations have a system prompt",
                 hint='give records of {"messages"}, or leave out --system',
             )
         own, several = self._of_one(record), self._several
@@ -68,7 +68,7 @@ class Layouts:
         """The one text of an answer."""
         layouts = self._of_one(record)
         if len(layouts) > 1:
-            self._refuse(record, "it renders earlier turns differently, so that an answer of several is no one text")
+            self._refuse(record, "it renders earlier turns differently, so that no single text holds several answers")
             return []
         return layouts
 

@@ -65,7 +65,7 @@ def _heads(module: ModulePlan, config: Mapping[str, Any]) -> int:
     else:
         return 0
     if module.shape[0] % (2 * heads):
-        raise Incompatible(f"{module.name} has {module.shape[0]} rows, which are no {heads} heads of even size")
+        raise Incompatible(f"{module.name} has {module.shape[0]} rows, not {heads} heads of even size")
     return heads
 
 

@@ -178,7 +178,7 @@ def tools_of(record: dict[str, Any]) -> list[Any] | None:
     else:
         return None
     if not all(isinstance(tool, dict) for tool in tools):
-        raise BadRecord("'tools' has something in it that is no object")
+        raise BadRecord("'tools' has something in it that is not an object")
     return tools or None
 
 

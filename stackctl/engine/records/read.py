@@ -159,7 +159,7 @@ def open_records(source: str | Path) -> RecordStream:
     packed = suffixes[-1:] and suffixes[-1] in PACKED_SUFFIXES
     suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
     if suffix not in sources.READERS:
-        what = _ELSEWHERE.get(suffix, f"is no kind of data file that is read ({suffix or 'it has no suffix'})")
+        what = _ELSEWHERE.get(suffix, f"is not a kind of data file that can be read ({suffix or 'it has no suffix'})")
         raise Usage(f"{name} {what}", hint=KINDS_HINT)
     return RecordStream(sources.READERS[suffix](path, name))
 

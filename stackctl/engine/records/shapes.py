@@ -243,7 +243,7 @@ def before_turns(record: dict[str, Any], messages: list[Message]) -> list[Messag
         return before + turns_of(history, "'history'").messages
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRecord(f"'history' {number} is no pair of a question and an answer")
+            raise BadRecord(f"'history' {number} is not a pair of a question and an answer")
         asked, said = (text_of(text, f"'history' {number}") for text in pair)
         before += _pair(asked, said)
     return before

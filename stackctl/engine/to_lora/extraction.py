@@ -47,7 +47,7 @@ def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[B
         if model.quantization
     ]
     if other := _unlike(base, tuned):
-        problems.append(f"{source} is no fine-tune of '{base.name}': {'; '.join(other)}")
+        problems.append(f"{source} is not a fine-tune of '{base.name}': {'; '.join(other)}")
     elif tuned.fingerprint == base.fingerprint:
         problems.append(f"{source} is the base '{base.name}' itself: nothing was changed")
     if problems:

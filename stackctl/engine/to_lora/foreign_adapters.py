@@ -38,7 +38,7 @@ def write_kohya_as_peft(adapter: KohyaAdapter, folder: Path) -> None:
         }
     if odd := [module for module, alpha in alphas.items() if not math.isfinite(alpha)]:
         raise VerificationFailed(
-            f"{adapter.path}: the alpha of {odd[0]} is no finite number", hint="get it again from where it was made"
+            f"{adapter.path}: the alpha of {odd[0]} is not a finite number", hint="get it again from where it was made"
         )
     _write(folder, adapter.path, adapter.peft_tensors(), adapter.peft_config(alphas))
 

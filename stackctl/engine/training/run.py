@@ -238,7 +238,7 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
     """Let Trainer run from the last save, or from the beginning, to the weights that are to be registered.
 
     Raises:
-        Failed: the loss is no number, a save could not be written, the device's memory is full.
+        Failed: the loss is not a number, a save could not be written, the device's memory is full.
         Interrupted, Terminated: a signal ended it; it was saved.
     """
     held_out, state = parts.held_out, parts.state

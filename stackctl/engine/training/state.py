@@ -132,7 +132,7 @@ class RunState:
     def end_step(self, wanted_stop: int) -> float:
         """Count what all ranks computed in this step, and agree on ``stop_signal``.
 
-        Returns the step's mean loss; where that is no finite number, nothing is counted.
+        Returns the step's mean loss; where that is not a finite number, nothing is counted.
         """
         own = [
             float(self._loss),

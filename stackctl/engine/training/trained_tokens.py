@@ -45,7 +45,7 @@ def tokens_of(prepared: PreparedJob, tokenizer: Any, say: Say = lambda _: None) 
         number = _number(token, tokenizer)
         if number is None:
             hint = did_you_mean(token, list(tokenizer.get_added_vocab()), "name single tokens as the tokenizer does")
-            problems.append(Usage(f"--train-tokens: '{token[:80]}' is no single token of '{base.name}'", hint=hint))
+            problems.append(Usage(f"--train-tokens: '{token[:80]}' is not a single token of '{base.name}'", hint=hint))
         elif number >= base.vocabulary_size:
             what = f"--train-tokens: the embeddings of '{base.name}' have no row for {token}"
             problems.append(Incompatible(what, hint="resize them first (transformers: resize_token_embeddings)"))
