@@ -355,7 +355,7 @@ def test_a_system_prompt_needs_conversations_a_role_and_room(tiny_registry: Any)
     h = tiny_registry()
     (h.folder / "pirate.txt").write_text(SYSTEM)
     system = ("--rank", 2, "--system", "pirate.txt")
-    assert "no conversation" in distil(h, "base", *system, records=TEXTS, code=2).json["error"]["message"]
+    assert "not a conversation" in distil(h, "base", *system, records=TEXTS, code=2).json["error"]["message"]
     (h.folder / "pirate.txt").write_text("Be brief. " * 60)
     assert "behind the system prompt" in distil(h, "base", *system, code=2).json["error"]["message"]
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_extracted_is_refused(tiny_registry: Any, models: Any) ->
     h = tiny_registry()
     cases: list[tuple[object, int, str]] = [
         (h.base, 4, "nothing was changed"),
-        (models("gpt2"), 4, "no fine-tune"),
+        (models("gpt2"), 4, "not a fine-tune"),
         (h.folder / "nowhere", 3, "nowhere"),
         (tuned_model(h, lambda key, p: p.add_(0.1) if "norm" in key else None, "norms"), 4, "no linear layer"),
     ]

@@ -103,9 +103,9 @@ def test_what_cannot_be_begun_at_is_refused(tiny_registry: Any) -> None:
     h.train("instruct", "--max-steps", 1, on="style")
     cases = [
         ("more", ("--from", "nothing"), None, 3, "nothing"),
-        ("more", ("--from", "style+dora"), None, 2, "no single adapter"),
-        ("more", ("--from", "style:0.5"), None, 2, "no single adapter"),
-        ("more", ("--from", "base"), None, 2, "no single adapter"),
+        ("more", ("--from", "style+dora"), None, 2, "not a single adapter"),
+        ("more", ("--from", "style:0.5"), None, 2, "not a single adapter"),
+        ("more", ("--from", "base"), None, 2, "not a single adapter"),
         ("more", ("--from", ""), None, 2, "is empty"),
         ("more", ("--on", ""), None, 2, "is empty"),
         ("more", ("--from", "silent"), None, 4, "alpha is 0"),

@@ -110,7 +110,7 @@ def test_what_is_none_is_refused_by_name(tiny_registry: Any) -> None:
         ({**good, f"{key}.lora_down.weight": torch.ones(2, 31)}, "do not fit"),
         ({**good, f"{key}.lora_down.weight": torch.ones(3, 32)}, "factors"),
         ({**good, f"{key}.alpha": torch.ones(2)}, "F32 [2]"),
-        ({**good, f"{key}.scalar": torch.ones(())}, "no part of a plain LoRA"),
+        ({**good, f"{key}.scalar": torch.ones(())}, "not part of a plain LoRA"),
     ]
     for number, (tensors, said) in enumerate(cases):
         file = h.folder / f"{number}.safetensors"

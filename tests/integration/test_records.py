@@ -194,7 +194,7 @@ def test_bad_records_of_lists_and_tables_are_numbered(tmp_path: Path) -> None:
         ("a.json", b"7", "neither a JSON list of records nor JSON Lines"),
         ("a.json", b'{"data": []}', "is one JSON object, not a list of records"),
         ("a.parquet", b"PAR1 no, it is not", "not a Parquet file that can be read"),
-        ("a.yaml", b"text: a\n", r"no kind of data file that is read \(.yaml\)"),
+        ("a.yaml", b"text: a\n", r"not a kind of data file that can be read \(.yaml\)"),
         ("a.xlsx", b"PK", "is a spreadsheet, which is not read: save it as CSV"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is an archive, which is not read: unpack it"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00cut", "cannot be unpacked"),

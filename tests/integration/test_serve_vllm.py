@@ -122,9 +122,9 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(filled_registry, reso
     filled_registry.add("whole", seed=5, modules_to_save=["lm_head"])
     assert "whole modules" in resolve.refused(400, "whole")
     run("compose", "style+tone", "--method", "ties", "--name", "trimmed")
-    assert "no pair of factors" in resolve.refused(400, "trimmed")
+    assert "not a pair of factors" in resolve.refused(400, "trimmed")
     other = models("llama", seed=7)
-    assert "no base of the registry" in resolve.refused(400, "style", other)
+    assert "not a base of the registry" in resolve.refused(400, "style", other)
     run("base", "add", "other", other)
     assert "has the base 'tiny', and this server runs 'other'" in resolve.refused(400, "style", other)
     weights = filled_registry.weights("tone") / "adapter_model.safetensors"
