@@ -100,6 +100,21 @@ def read_corpus(
 
     encoded = encode(records, split_long=job.pack, answers=answers)
     evaluation = encode(held_out, answers=answers) if held_out else None
+    if answers and records.format == "preference":
+        rows = pairs_of(encoded.examples)
+    else:
+        rows = pack(encoded.examples, length) if job.pack else one_by_one(encoded.examples)
+    corpus = Corpus(records, encoded, rows, held_out, evaluation, length)
+    _tell(corpus, prepared, tokenizer, say, {*trained, *frozen_tokens(prepared)})
+    return corpus
+
+
+def _tell(corpus: Corpus, prepared: PreparedJob, tokenizer: Any, say: Say, trained: Collection[int]) -> None:
+    """What was cut or left out of a job's data, how much of it is learned, and its first record.
+
+    ``trained`` are the tokens whose rows are trained, or were for the frozen stack.
+    """
+    records, encoded, length = corpus.records, corpus.encoded, corpus.max_length
     for note in encoded.notes:
         say(f"note: {note}")
     if encoded.truncated:
@@ -108,7 +123,7 @@ def read_corpus(
         more = ", …" if len(encoded.unsupervised) > _NAMED else ""
         named = ", ".join(map(str, encoded.unsupervised[:_NAMED])) + more
         say(f"note: nothing can be learned within {length} tokens from {records.unit} {named}: left out")
-    if job.objective == "kto" and encoded.desired in (0, len(encoded.examples)):
+    if prepared.job.objective == "kto" and encoded.desired in (0, len(encoded.examples)):
         kind = "true" if encoded.desired else "false"
         say(
             f"note: every label is {kind}: kto has nothing to tell apart, and only makes all answers "
@@ -116,21 +131,16 @@ def read_corpus(
         )
     share = encoded.supervised_tokens / max(encoded.tokens, 1)
     say(f"{records.count} {records.format} records, {encoded.tokens:,} tokens, {share:.0%} of them supervised")
-    if untrained := _untrained(encoded, tokenizer, prepared.base, {*trained, *frozen_tokens(prepared)}):
+    if untrained := _untrained(encoded, tokenizer, prepared.base, trained):
         say(f"note: {untrained}")
     colours = colours_on(sys.stderr)
     does = "is learned" if encoded.examples[0].desired else "is to be avoided"
     say(f"what {does} of the first record is {'green' if colours else 'in ⟦brackets⟧'}:")
-    pairs = answers and records.format == "preference"
+    pairs = prepared.job.prefers and records.format == "preference"
     for number, parts in enumerate(preview_parts(encoded.examples[: 2 if pairs else 1], tokenizer)):
         if number:
             say("and what is rejected, behind the same beginning:")
         say(Painted(render_preview(parts, colours=colours, width=width_of(sys.stderr))))
-    if pairs:
-        rows = pairs_of(encoded.examples)
-    else:
-        rows = pack(encoded.examples, length) if job.pack else one_by_one(encoded.examples)
-    return Corpus(records, encoded, rows, held_out, evaluation, length)
 
 
 def _check_shape(records: RecordStream, objective: str) -> None:

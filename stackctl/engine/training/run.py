@@ -18,18 +18,15 @@ from stackctl.core.schema import AdapterVersion
 from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template, fix_date, shown_date
 from stackctl.engine.data.rows import longest_of
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
-from stackctl.engine.live_adapter import LIVE
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.training import distributed as group
-from stackctl.engine.training import preferences, proofs
+from stackctl.engine.training import preferences
 from stackctl.engine.training.adapter import adapter_state
-from stackctl.engine.training.attach import attach_new, freeze_stack
+from stackctl.engine.training.attached import Attached, attach_all
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
-from stackctl.engine.training.early_stopping import HeldOut
-from stackctl.engine.training.fused_modules import fuse
-from stackctl.engine.training.lora_sum import add_in_place
+from stackctl.engine.training.early_stopping import HeldOut, Measure
 from stackctl.engine.training.memory import ProcessGroup, plan_step
 from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
 from stackctl.engine.training.moving import plan_move
@@ -41,7 +38,6 @@ from stackctl.engine.training.register import FinishedRun, describe_run, registe
 from stackctl.engine.training.saves import WRITE_ERRORS, RunSaves
 from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
-from stackctl.engine.training.teaching import attach_teacher
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob, changed_since
@@ -84,7 +80,7 @@ def train_adapter(
 
     Raises:
         VerificationFailed: a proof failed; nothing is registered.
-        Failed, Interrupted: the loss is no number, the disk is full, Ctrl-C; saves are kept.
+        Failed, Interrupted: the loss is not a number, the disk is full, Ctrl-C; saves are kept.
     """
     if group.keeps_parts():
         check_whole_parameters(prepared)
@@ -153,52 +149,23 @@ def _train(
     move = None if saves or group.keeps_parts() else plan_move(prepared, corpus, output.say)
     if move and not move.look_back(stacked, registry):
         move = None
-    probe_tokens = proofs.probe_tokens(corpus.encoded.examples[0].input_ids)
-    bare = proofs.probe(stacked.model, probe_tokens)
-    how = freeze_stack(stacked, prepared, loaded.targets, output.say)
-    model = attach_new(stacked, prepared, loaded.targets, live=how == "live")
-    if not group.keeps_parts():
-        add_in_place(model)
-        fuse(model)
-    live = LIVE if how == "live" else None
-    teaching = attach_teacher(model, prepared.teacher.plan) if prepared.teacher else None
-    trainable = proofs.check_trainable(model)
-    with proofs.new_adapter_off(model, live):
-        frozen = proofs.probe(model, probe_tokens)
-    if prepared.plan.members:
-        effect = proofs.check_active(bare, frozen, prepared.plan.expression)
-        output.say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
-    if teaching and teaching.name:
-        with teaching.speaking():
-            effect = proofs.check_active(bare, proofs.probe(model, probe_tokens), teaching.label)
-        output.say(f"{teaching.label} is the teacher, live beside the base: it moves the logits by {effect:.1%}")
-
-    state = RunState(stacked.device)
-    examples = corpus.encoded.examples
-    longest = longest_of(examples)
+    attached = attach_all(stacked, prepared, loaded.targets, corpus.encoded.examples[0], output.say)
+    model, teaching, state = attached.model, attached.teaching, RunState(stacked.device)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    reference = answers = held_out = measure = None
-    if job.objective in OBJECTIVES:
-        reference = ReferenceModel(
-            model, live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing
-        )
-        answers = reference.know(corpus.encoded, job, corpus.max_length)
-        if corpus.evaluation:
-            known = reference.know(corpus.evaluation, job, corpus.max_length, held_out=True)
-            measure = functools.partial(preferences.measure, known=known, job=job)
-    if teaching and corpus.evaluation:
-        measure = functools.partial(teaching.measure, examples=corpus.evaluation.examples)
+    reference, answers, measure = _compared(prepared, corpus, attached, output, bfloat16=bfloat16)
     if move:
         state.counters.moved = move.begin(model)
+    held_out = None
     if corpus.evaluation:
         first = 0 if teaching and teaching.name else 1  # what begins as the best pair may stay that
         held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, measure, first=first)
+    examples = corpus.encoded.examples
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
         steps=StepCallback(state, output.progress, output.say, held_out),
         held_out=held_out,
-        one_by_one=choose_layout(model, examples, longest=longest) == "one_by_one",
+        one_by_one=choose_layout(model, examples, longest=longest_of(examples)) == "one_by_one",
         bfloat16=bfloat16,
         job=job,
         cut=loaded.cuts[0],
@@ -220,18 +187,37 @@ def _train(
 
     if reference and (note := fallen(reference.changes(examples))):
         output.say(f"note: {note}")
-    with proofs.new_adapter_off(model, live):
-        proofs.check_unchanged(frozen, proofs.probe(model, probe_tokens))
-    proofs.check_trainable(model)
+    attached.check_unchanged()
     check_digests(registry, prepared.stack.members, fresh=True)
     factors = adapter_state(model)
     if ranks.rank() > 0:
         return None
     finished = FinishedRun(
-        model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, how), state.counters,
-        [token for _, token in sorted(loaded.targets.tokens.items())],
+        model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, attached.how),
+        state.counters, [token for _, token in sorted(loaded.targets.tokens.items())],
     )  # fmt: skip
-    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, trainable)
+    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
+
+
+def _compared(
+    prepared: PreparedJob, corpus: Corpus, attached: Attached, output: RunOutput, *, bfloat16: bool
+) -> tuple[ReferenceModel | None, preferences.KnownAnswers | None, Measure | None]:
+    """What an objective compares with: the frozen stack as the reference and what it makes of the answers, and how
+    held-out records are measured."""
+    job, evaluation, teaching = prepared.job, corpus.evaluation, attached.teaching
+    if teaching:
+        measure = functools.partial(teaching.measure, examples=evaluation.examples) if evaluation else None
+        return None, None, measure
+    if job.objective not in OBJECTIVES:
+        return None, None, None
+    reference = ReferenceModel(
+        attached.model, attached.live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing
+    )
+    answers = reference.know(corpus.encoded, job, corpus.max_length)
+    if not evaluation:
+        return reference, answers, None
+    known = reference.know(evaluation, job, corpus.max_length, held_out=True)
+    return reference, answers, functools.partial(preferences.measure, known=known, job=job)
 
 
 def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], output: RunOutput) -> None:
