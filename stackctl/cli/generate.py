@@ -31,7 +31,7 @@ from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import atomic
-from stackctl.storage.paths import check_place
+from stackctl.storage.paths import check_output
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Answers, Generated, Sampling
@@ -114,7 +114,7 @@ def _check_place(to: Path | None, output: Output, asked: list[Prompt] | None) ->
             f"a chat has no {'--output' if to else '--json'}", hint='give prompts with -p "…", --prompts FILE or a pipe'
         )
     if to is not None:
-        check_place(to, "--output")
+        check_output(to)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def listed_problems(problems: Sequence[str], most: int = 5) -> str:
+def listed_problems(problems: Sequence[str]) -> str:
     """What is wrong, in one message: the first few, and how many more there are."""
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 class StackctlError(Exception):

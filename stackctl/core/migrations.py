@@ -4,7 +4,7 @@ A file says its schema. One that is older is taken up one number at a time when 
 today's schema with the next change of it, so that a registry needs no day on which everything is converted, and git
 shows each conversion beside the change that brought it. A file of a newer schema is refused.
 
-A new schema takes three steps: raise ``SCHEMA`` in :mod:`stackctl.core.schema` and change the types there; append a
+A new schema takes three steps: raise ``SCHEMA`` in :mod:`stackctl.core.fields` and change the types; append a
 step here; freeze a registry of the schema before in ``tests/frozen/``; ``tests/integration/test_schema_1.py`` shows
 how.
 """

@@ -127,7 +127,7 @@ def bundle_stack(
         exported: the folder with the stack as one PEFT adapter; it must last until the push is over.
     """
     content: dict[str, Content] = {WEIGHTS: exported / WEIGHTS, CONFIG: published_config(exported, to.base_id)}
-    newest = max(stack.members, key=lambda m: (_tokenizer_rank(registry, m), m.version.created))
+    newest = max(stack.members, key=lambda m: (_brings_tokenizer(registry, m), m.version.created))
     source = registry.weights_path(newest.version)
     content |= {file: path for file in TOKENIZER_FILES if (path := source / file).is_file() and stays_inside(path)}
     if "tokenizer_config.json" in content:
@@ -153,7 +153,7 @@ def bundle_stack(
     return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
 
 
-def _tokenizer_rank(registry: Registry, member: ResolvedMember) -> bool:
+def _brings_tokenizer(registry: Registry, member: ResolvedMember) -> bool:
     folder = registry.weights_path(member.version)
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 

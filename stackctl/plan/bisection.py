@@ -75,7 +75,7 @@ def find_culprits(parts: Sequence[StackPart], badness: Badness) -> Found:
     scores.of(())
     scores.of(parts)
     ends = len(scores.known)
-    members = _grouped(parts, _member)
+    members = _grouped(parts, lambda part: part.member)
     for own in members:
         scores.of(own)
     reference = min((off for off in scores.known if off), key=lambda off: (scores.known[off], len(off)))
@@ -89,7 +89,12 @@ def find_culprits(parts: Sequence[StackPart], badness: Badness) -> Found:
             part, evaluations = single
             return Found((part,), evaluations - ends)
     culprits = list(min((own for own in members if scores.good(own)), key=scores.of, default=parts))
-    for level, most in ((_member, len(parts)), (_layer, _FEW), (_module, _FEW)):
+    levels: list[tuple[Callable[[StackPart], Hashable], int]] = [
+        (lambda part: part.member, len(parts)),
+        (lambda part: (part.member, part.layer), _FEW),
+        (lambda part: part, _FEW),
+    ]
+    for level, most in levels:
         needed = _smallest(_grouped(culprits, level), scores.good, most)
         if needed is None:
             break
@@ -117,18 +122,6 @@ def _middle(parts: Sequence[StackPart]) -> int:
     between = range(max(1, count - most), min(most, count - 1) + 1)
     layers = [n for n in between if parts[n].layer != parts[n - 1].layer]
     return min(layers or [count // 2], key=lambda n: abs(2 * n - count))
-
-
-def _member(part: StackPart) -> Hashable:
-    return part.member
-
-
-def _layer(part: StackPart) -> Hashable:
-    return part.member, part.layer
-
-
-def _module(part: StackPart) -> Hashable:
-    return part
 
 
 def _grouped(parts: Sequence[StackPart], level: Callable[[StackPart], Hashable]) -> list[list[StackPart]]:

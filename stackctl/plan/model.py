@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from stackctl.core.errors import Incompatible, VerificationFailed
@@ -182,6 +183,11 @@ class StackPlan:
     problems: tuple[Problem, ...] = field(default=())
     method: str = SUM
     options: MethodOptions = field(default_factory=MethodOptions)
+
+    @property
+    def folders(self) -> list[tuple[str, Path]]:
+        """Its members' checkpoints by their labels."""
+        return [(member.label, member.checkpoint.path) for member in self.members]
 
     @property
     def known_base(self) -> Base:

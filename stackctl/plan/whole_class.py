@@ -25,7 +25,7 @@ def on_whole_class(plan: StackPlan) -> StackPlan:
             f"{plan.method} draws at random by the names of modules, and the whole class has others",
             hint="export with --format model",
         )
-    whole, inside = base.whole, _decoder(base.input_embedding)
+    whole, inside = base.whole, (base.input_embedding or "").rpartition(".")[0]
 
     def renamed(name: str) -> str:
         if name == base.output_embedding:
@@ -55,7 +55,3 @@ def is_named_for(plan: StackPlan, whole: WholeClass) -> bool:
         return False
     names = plan.members[0].checkpoint.pairs
     return bool(names) and all(name == whole.head or name.startswith(f"{whole.decoder}.") for name in names)
-
-
-def _decoder(embedding: str | None) -> str:
-    return embedding.rpartition(".")[0] if embedding else ""

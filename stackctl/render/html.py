@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl import __version__
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.storage import atomic
-from stackctl.storage.paths import check_place
+from stackctl.storage.paths import check_output
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,7 +33,7 @@ def check_page_place(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         problems.append(Usage(f"--output {path} is not the name of a page", hint="name a file that ends with .html"))
     with gathering(problems):
-        check_place(path, "--output")
+        check_output(path)
     raise_all(problems)
 
 

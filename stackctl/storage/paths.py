@@ -54,17 +54,17 @@ def portable_path(path: Path, root: Path) -> str:
     return os.path.relpath(path, root) if path.is_relative_to(root.parent) else str(path)
 
 
-def check_place(path: Path, option: str) -> None:
-    """Where a file is to go is known to be possible before anything is computed; ``option`` is what named it.
+def check_output(path: Path) -> None:
+    """Where ``--output`` is to go is known to be possible before anything is computed.
 
     Raises:
         NotFound, Usage, Failed: there is no such folder, it cannot be written to, or the file's name is a folder's.
     """
     folder = existing_path(path.absolute().parent, "the folder")
     if not folder.is_dir():
-        raise Usage(f"{folder} is a file, not a folder", hint=f"name another place: {option} FILE")
+        raise Usage(f"{folder} is a file, not a folder", hint="name another place: --output FILE")
     if path.is_dir():
-        raise Usage(f"{option} {path} is a folder", hint="name a file")
+        raise Usage(f"--output {path} is a folder", hint="name a file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Failed(f"nothing can be written to {folder}", hint="check who owns the folder and its permissions")
 

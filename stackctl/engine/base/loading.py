@@ -107,17 +107,13 @@ def _not_of_towers(names: set[str], folder: Path, model: PreTrainedModel) -> set
     if whole is None:
         return names
     layout, text = BaseLayout(folder, whole), text_modules(whole)
-    towers = {name for group in layout.groups if _module(group.first) not in text for name in group.sources}
+    towers = {name for group in layout.groups if group.first.rpartition(".")[0] not in text for name in group.sources}
     if stored_scheme(folder) is not None:
         return names - towers
     own = BaseLayout(folder, model)
     left = LoadStateDictInfo(set(), {name for name in own.unexpected if name not in towers}, set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(left)
     return left.unexpected_keys
-
-
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def _check_bitsandbytes(*, needed: bool) -> None:

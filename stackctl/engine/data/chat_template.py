@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.reasoning import Tag, tags_in
 from stackctl.engine.records.types import Message
+from stackctl.lora.own_template import templates_of
 from stackctl.plan.model import StackPlan
-from stackctl.plan.own_template import templates_of
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -42,7 +42,7 @@ def adopt_chat_template(tokenizer: Any, base: str, plans: Iterable[StackPlan]) -
     """
     if tokenizer.chat_template:
         return None
-    found = [pair for plan in plans for pair in templates_of(plan.members)]
+    found = [pair for plan in plans for pair in templates_of(plan.folders)]
     if not found:
         return None
     label, tokenizer.chat_template = found[0]

@@ -192,18 +192,15 @@ def rows_of(examples: Sequence[Example]) -> list[list[int]]:
     """Which examples share a row, by number: those of like length, up to 512 tokens; a longer one stands alone."""
     rows: list[list[int]] = []
     room = 0
-    for number in sorted(range(len(examples)), key=lambda n: _place(examples[n])):
-        length = len(examples[number].input_ids)
+    lengths = [len(example.input_ids) for example in examples]
+    order = sorted((lengths[n], example.input_ids, example.labels, n) for n, example in enumerate(examples))
+    for length, *_, number in order:
         if length > room:
             rows.append([])
             room = max(_ROW, length)
         rows[-1].append(number)
         room -= length
     return rows
-
-
-def _place(example: Example) -> tuple[int, Sequence[int], Sequence[int]]:
-    return len(example.input_ids), example.input_ids, example.labels
 
 
 def record_losses(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:

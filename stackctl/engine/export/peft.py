@@ -11,13 +11,13 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.own_template import FILE as TEMPLATE
+from stackctl.lora.own_template import templates_of
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
-from stackctl.plan.own_template import FILE as TEMPLATE
-from stackctl.plan.own_template import templates_of
 from stackctl.plan.token_rows import KEY, all_tokens, peft_rows
 from stackctl.storage import atomic
 
@@ -53,7 +53,7 @@ def export_peft(
         ranks = _ranks(plan)
         error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype], base)
         _write_config(plan, ranks, staged / CONFIG)
-        if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.members)):
+        if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.folders)):
             atomic.write_atomic(staged / TEMPLATE, templates[0][1])
         _check_written(plan, ranks, staged)
         atomic.publish_directory(staged, out)

@@ -140,7 +140,9 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
             torch.manual_seed(0)
             attached = get_peft_model(model, config, ADAPTER).eval()
         _check_names(checkpoint, attached)
-        begun = _factors(model) if _is_difference(checkpoint) else {}
+        begun = {}
+        if _is_difference(checkpoint):
+            begun = {name: _factors_of(layer) for name, layer in tuner_layers(model, LoraLayer)}
         set_peft_model_state_dict(attached, tensors, ADAPTER)
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
@@ -247,10 +249,6 @@ def _is_difference(checkpoint: Checkpoint) -> bool:
     """Whether its change is that of its factors less that of the factors that it began with."""
     config = checkpoint.config
     return checkpoint.is_lora and not variant_of(config) and beginning_of(config) in KNOWN_RESIDUALS
-
-
-def _factors(model: nn.Module) -> dict[str, algebra.Factors]:
-    return {name: _factors_of(layer) for name, layer in tuner_layers(model, LoraLayer)}
 
 
 def _factors_of(layer: Any) -> algebra.Factors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from stackctl.plan.model import PlanMember
 from stackctl.storage import files
 
 FILE = "chat_template.jinja"
@@ -22,7 +21,7 @@ def own_template(folder: Path) -> str | None:
     return None
 
 
-def templates_of(members: Iterable[PlanMember]) -> list[tuple[str, str]]:
-    """The labels and templates of the members that bring one, the newest first: a stack's last member."""
-    found = [(member.label, own_template(member.checkpoint.path)) for member in members]
+def templates_of(checkpoints: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
+    """The labels and templates of those checkpoints that bring one, the newest first: a stack's last member."""
+    found = [(label, own_template(folder)) for label, folder in checkpoints]
     return [(label, template) for label, template in reversed(found) if template]
