@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -76,14 +77,13 @@ def register(app: typer.Typer) -> None:
         """Register a base model; its fingerprint identifies it from then on."""
         from stackctl.core.expressions import parse_name
         from stackctl.registry.base_models import parse_source
-        from stackctl.registry.base_quantization import stored_scheme
 
         parse_name(name, "base name")
         kind, _ = parse_source(name, source)  # what is wrong is said before anything heavy is loaded
         if revision is not None and kind != "hub":
             raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
         registry = context.registry
-        from stackctl.engine.base.entry import make_base, tokenizer_note
+        from stackctl.engine.base.entry import make_base
         from stackctl.engine.base.folder import base_folder
         from stackctl.engine.base.proof import is_small, prove_base
         from stackctl.engine.models import quiet_libraries
@@ -99,24 +99,7 @@ def register(app: typer.Typer) -> None:
         if is_small(folder) if prove is None else prove:
             base = msgspec.structs.replace(base, proved=prove_base(base, folder))
         save_base(registry, base)
-        changed = before is not None and (
-            before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)
-        )
-        data = {**base_json(base, registry), "path": str(folder)}
-        size = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
-        size += f", stored by {scheme.label}" if (scheme := stored_scheme(folder)) else ""
-        if base.proved:
-            size += (
-                f"\nits logits are those of transformers' own loading (largest difference {base.proved.difference:.0e})"
-            )
-        notes = [f"the tokenizer of {name} is another one than the one that was registered"] if changed else []
-        notes += [note] if (note := tokenizer_note(base, folder)) else []
-        if base.untrained_tokens:
-            told = (
-                f"{name} never learned {', '.join(base.untrained_tokens)}, which chats begin and end with: their rows"
-            )
-            notes.append(f"{told} are as they were initialised; train --train-tokens auto trains them")
-        return Result(data, base.name, f"registered the base {base.name}: {size}\n{folder}", notes=tuple(notes))
+        return _registered(base, before, folder, registry)
 
     @command(group, "ls", example="stackctl base ls --json")
     def ls(context: Context) -> Result:
@@ -147,3 +130,29 @@ def register(app: typer.Typer) -> None:
     def base(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             Current.output.text(context.get_help() + "\n")
+
+
+def _registered(base: Base, before: Base | None, folder: Path, registry: Registry) -> Result:
+    """What is said of a base that is registered now; ``before`` is the entry that its name had."""
+    from stackctl.engine.base.entry import tokenizer_note
+    from stackctl.registry.base_quantization import stored_scheme
+
+    about = f"{base.architecture}, {base.parameters / 1e6:,.0f} M parameters, {base.dtype}"
+    if scheme := stored_scheme(folder):
+        about += f", stored by {scheme.label}"
+    if base.proved:
+        difference = f"{base.proved.difference:.0e}"
+        about += f"\nits logits are those of transformers' own loading (largest difference {difference})"
+    notes = []
+    if before and (before.chat_template != base.chat_template or before.tokenizer not in (None, base.tokenizer)):
+        notes.append(f"the tokenizer of {base.name} is another one than the one that was registered")
+    if note := tokenizer_note(base, folder):
+        notes.append(note)
+    if base.untrained_tokens:
+        tokens = ", ".join(base.untrained_tokens)
+        notes.append(
+            f"{base.name} never learned {tokens}, which chats begin and end with: their rows are as they were "
+            "initialised; train --train-tokens auto trains them"
+        )
+    data = {**base_json(base, registry), "path": str(folder)}
+    return Result(data, base.name, f"registered the base {base.name}: {about}\n{folder}", notes=tuple(notes))

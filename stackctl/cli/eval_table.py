@@ -123,7 +123,7 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
     """A table for each data set, the best of each column marked, and what the paired tests say under them."""
     from rich.text import Text
 
-    from stackctl.render.tables import spaced, table
+    from stackctl.render.tables import marked, spaced, table
 
     parts: list[RenderableType] = []
     blocks = by_data(rows)
@@ -133,13 +133,11 @@ def render_scores(rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]
             continue
         best = best_cells(block)
 
-        def drawn(index: int, column: str, text: str, best: set[tuple[int, str]] = best) -> Text:
-            if column not in _BEST:
-                return Text(text)
-            return Text(f"{text}*", "bold green") if (index, column) in best else Text(f"{text} ")
-
         lines = [
-            [drawn(index, column, text) for column, text in zip(COLUMNS, cells(row), strict=True)]
+            [
+                marked(text, (index, column) in best) if column in _BEST else Text(text)
+                for column, text in zip(COLUMNS, cells(row), strict=True)
+            ]
             for index, row in enumerate(block)
         ]
         heads = [f"{column} " if column in _BEST else column for column in COLUMNS]
@@ -194,9 +192,7 @@ def sentence(test: dict[str, Any]) -> str:
 
 def render_tasks(scores: Sequence[TaskScore]) -> RenderableType:
     """A table with the stacks of each metric under one another, the best marked."""
-    from rich.text import Text
-
-    from stackctl.render.tables import table
+    from stackctl.render.tables import marked, table
 
     rows = []
     for task, metric in dict.fromkeys((score.task, score.label) for score in scores):
@@ -204,10 +200,9 @@ def render_tasks(scores: Sequence[TaskScore]) -> RenderableType:
         best = _best_value(block)
         for number, score in enumerate(block):
             text = f"{score.value:.4f}"
-            value = Text(f"{text}*", "bold green") if text == best else Text(f"{text} ")
             error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
             first = ("", "") if number else (task, metric)
-            rows.append([*first, score.stack, value, error, f"{score.records:,}"])
+            rows.append([*first, score.stack, marked(text, text == best), error, f"{score.records:,}"])
     return table([f"{name} " if name == "value" else name for name in _TASK_COLUMNS], rows)
 
 

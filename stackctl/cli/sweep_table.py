@@ -124,6 +124,8 @@ def _bars(swept: Swept, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list
     """A line for each point, with a bar as long as its loss is above the lowest."""
     from rich.text import Text
 
+    from stackctl.render.tables import marked
+
     known = [row["loss"] for row in rows if row["loss"] is not None]
     low, high = min(known), max(known)
     lines: list[list[object]] = []
@@ -131,9 +133,8 @@ def _bars(swept: Swept, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list
         loss, error, chance = _numbers(row)
         is_best = row["loss"] == low
         share = 1.0 if row["loss"] is None else (row["loss"] - low) / (high - low) if high > low else 0.0
-        shown = Text(f"{loss}*", "bold green") if is_best else Text(f"{loss} ")
         bar = Text("?" if row["loss"] is None else _bar(share), "green" if is_best else "")
-        lines.append([format_weight(_place(swept, row)[0]), shown, error, chance, bar])
+        lines.append([format_weight(_place(swept, row)[0]), marked(loss, is_best), error, chance, bar])
     return [f"weight of {_names(swept)[0]}", "loss ", "±", "p", "above the lowest"], lines
 
 

@@ -55,10 +55,10 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
     """
     freed = _free_staging(registry, dry_run)
     with contextlib.nullcontext() if dry_run else registry.lock():
-        live = {f"{a.name}@{v.version}": (a.name, v) for a in registry.adapters() for v in a.versions}
-        wanted = {str(term.reference) for _, version in live.values() for term in foundations(version)}
+        live = {f"{a.name}@{v.version}": v for a in registry.adapters() for v in a.versions}
+        wanted = {str(term.reference) for version in live.values() for term in foundations(version)}
         wanted |= {f"{m.adapter}@{m.version}" for stack in registry.stacks() for m in stack.members} | set(needed)
-        kept = [version for _, version in live.values()]
+        kept = list(live.values())
         going: list[tuple[Removed, list[AdapterVersion]]] = []
         for removed in [registry.find_removed(name) for name in registry.names(Removed)]:
             labels = {v.version: f"{removed.name}@{v.version}" for v in removed.versions}

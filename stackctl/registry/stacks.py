@@ -26,6 +26,10 @@ def check_stack_name(registry: Registry, name: str, stack: ResolvedStack) -> Non
             f"'{name}' reads as an expression, and not as the one it would name",
             hint=f"use a name without '+', or leave out --name: it is then called {stack.default_name}",
         )
+    _check_not_adapter(registry, name)
+
+
+def _check_not_adapter(registry: Registry, name: str) -> None:
     if "+" not in name and registry.has(Adapter, name):
         raise Usage(f"'{name}' is the name of an adapter", hint="choose another name with --name")
 
@@ -67,8 +71,7 @@ def put_stack(registry: Registry, stack: Stack) -> Stack | None:
     """
     parse_stack_name(stack.name)
     with registry.lock():
-        if "+" not in stack.name and registry.has(Adapter, stack.name):
-            raise Usage(f"'{stack.name}' is the name of an adapter", hint="choose another name with --name")
+        _check_not_adapter(registry, stack.name)
         known = registry.find_stack(stack.name)
         if known != stack:
             registry.write(stack)

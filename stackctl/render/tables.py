@@ -34,6 +34,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
     return Group(Text(title, style="bold"), drawn) if title else drawn
 
 
+def marked(text: str, best: bool) -> Text:
+    """A number in a column: the best one in green with a star, any other with room for one."""
+    return Text(f"{text}*", "bold green") if best else Text(f"{text} ")
+
+
 def spaced(parts: Sequence[RenderableType]) -> Group:
     """What is told together, with an empty line between two of them."""
     lines: list[RenderableType] = []
