@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 Span = tuple[str, bool]
 """Some text, and whether it is learned."""
 
-_Sign = tuple[str, bool]
 _OPEN, _CLOSE, _BAR = "⟦", "⟧", "  │ "
-_GREEN, _DIM, _RESET = "\033[32m", "\033[2m", "\033[0m"
 _HEAD, _TAIL, _PARTS = 160, 80, 12
 """Characters of a part that are shown from its beginning and from its end, and how many parts are shown."""
 
@@ -22,53 +21,24 @@ def render_preview(parts: Sequence[Span], *, colours: bool, width: int | None = 
     Lines are broken between words to fit ``width`` columns. Control characters other than a newline are shown by their
     names, so that data cannot steer a terminal.
     """
-    signs: list[_Sign] = []
+    from rich.console import Console
+    from rich.text import Text
+
+    told = Text()
     for text, learned in itertools.islice(parts, _PARTS):
         shown = _visible(text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]} … {text[-_TAIL:]}")
-        signs += [(sign, learned) for sign in (f"{_OPEN}{shown}{_CLOSE}" if learned and not colours else shown)]
+        told.append(f"{_OPEN}{shown}{_CLOSE}" if learned and not colours else shown, "green" if learned else "dim")
     if len(parts) > _PARTS:
-        signs += [(sign, False) for sign in " …"]
-    rows = [row for line in _lines(signs) for row in _fit(line, width - len(_BAR) if width else None)]
-    return "\n".join(f"{_BAR}{_painted(row) if colours else _plain(row)}".rstrip() for row in rows)
-
-
-def _lines(signs: list[_Sign]) -> Iterator[list[_Sign]]:
-    start = 0
-    for place, (sign, _) in enumerate(signs):
-        if sign == "\n":
-            yield signs[start:place]
-            start = place + 1
-    yield signs[start:]
-
-
-def _fit(line: list[_Sign], width: int | None) -> Iterator[list[_Sign]]:
-    """A line in pieces of at most ``width`` columns, which end where a word does if one does."""
-    start = columns = 0
-    space = -1
-    for place, (sign, _) in enumerate(line):
-        columns += _columns(sign)
-        if width and columns > width and place > start:
-            cut = place if sign == " " or space <= start else space
-            yield line[start:cut]
-            start = cut + (line[cut][0] == " ")
-            columns = sum(_columns(taken) for taken, _ in line[start : place + 1])
-        if sign == " ":
-            space = place
-    yield line[start:]
-
-
-def _columns(sign: str) -> int:
-    return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
-
-
-def _painted(row: list[_Sign]) -> str:
-    """Green what is learned, dim what is not; closed on each line, for a bar stands before the next."""
-    runs = itertools.groupby(row, key=lambda sign: sign[1])
-    return "".join(f"{_GREEN if learned else _DIM}{_plain(run)}{_RESET}" for learned, run in runs)
-
-
-def _plain(row: Iterable[_Sign]) -> str:
-    return "".join(sign for sign, _ in row)
+        told.append(" …", "dim")
+    console = Console(file=io.StringIO(), color_system="standard" if colours else None, no_color=False, highlight=False)
+    lines = told.wrap(console, width - len(_BAR)) if width else told.split("\n", allow_blank=True)
+    rows = []
+    for line in lines:
+        line.rstrip()
+        with console.capture() as row:
+            console.print(line, end="", soft_wrap=True)
+        rows.append(f"{_BAR}{row.get()}".rstrip())
+    return "\n".join(rows)
 
 
 def _visible(text: str) -> str:
