@@ -13,116 +13,106 @@ from msgspec import Meta
 
 from stackctl.core.fields import HUGE, Part, Scalar
 
-Rank = Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors.")]
 _RANK = 16
 _BATCH_SIZE = 8
+_Rank = Annotated[int, Meta(ge=1, le=65536)]
+_Positive = Annotated[float, Meta(gt=0, le=HUGE)]
+_NotNegative = Annotated[float, Meta(ge=0, le=HUGE)]
+_AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
+def _about(text: str) -> Meta:
+    """What a setting is, for the help and the errors."""
+    return Meta(description=text)
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides what training makes of given data, with its one default."""
 
-    rank: Rank = _RANK
-    alpha: Annotated[float, Meta(gt=0, le=HUGE, description="LoRA alpha; twice the rank if left out.")] | None = None
+    rank: Annotated[_Rank, _about("Rank of the adapter's two factors.")] = _RANK
+    alpha: Annotated[_Positive | None, _about("LoRA alpha; twice the rank if left out.")] = None
     dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout before the new adapter.")] = 0.0
     target_modules: Annotated[
-        list[str] | str, Meta(description="Modules to adapt: names joined by ',', a regular expression, or all-linear.")
+        list[str] | str, _about("Modules to adapt: names joined by ',', a regular expression, or all-linear.")
     ] = "all-linear"
-    use_rslora: Annotated[bool, Meta(description="Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
+    use_rslora: Annotated[bool, _about("Scale by alpha/sqrt(rank) instead of alpha/rank.")] = False
     orthogonal: Annotated[
-        bool, Meta(description="Keep the input directions of the new adapter orthogonal to those of the frozen stack.")
+        bool, _about("Keep the input directions of the new adapter orthogonal to those of the frozen stack.")
     ] = False
     train_tokens: Annotated[
         list[str] | str,
-        Meta(
-            description="Tokens whose rows of the embedding are trained, joined by ','; auto: those that the base "
-            "never learned."
+        _about(
+            "Tokens whose rows of the embedding are trained, joined by ','; auto: those that the base never learned."
         ),
     ] = "none"
     objective: Annotated[
         Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "distil"],
-        Meta(
-            description="The loss: sft on any records; kto on answers with a label; distil, the divergence from "
-            "--teacher; the others on pairs of a chosen and a rejected answer."
+        _about(
+            "The loss: sft on any records; kto on answers with a label; distil, the divergence from --teacher; "
+            "the others on pairs of a chosen and a rejected answer."
         ),
     ] = "sft"
-    beta: (
-        Annotated[float, Meta(gt=0, le=HUGE, description="Strength of the preference; 0.1 if left out, for simpo 2.")]
-        | None
-    ) = None
+    beta: Annotated[_Positive | None, _about("Strength of the preference; 0.1 if left out, for simpo 2.")] = None
     label_smoothing: Annotated[
         float, Meta(ge=0, lt=0.5, description="Share of pairs that dpo takes to be mislabelled.")
     ] = 0.0
     sft_weight: Annotated[
-        float,
-        Meta(ge=0, le=HUGE, description="Weight of the chosen answer's own loss per token, besides dpo, ipo or simpo."),
+        _NotNegative, _about("Weight of the chosen answer's own loss per token, besides dpo, ipo or simpo.")
     ] = 0.0
-    epochs: Annotated[float, Meta(gt=0, le=HUGE, description="Passes over the data.")] = 3
-    max_steps: Annotated[int, Meta(ge=1, description="Stop after this many optimizer steps.")] | None = None
-    batch_size: Annotated[int, Meta(ge=1, description="Records in a micro-batch, per process.")] = _BATCH_SIZE
-    gradient_accumulation: Annotated[int, Meta(ge=1, description="Micro-batches in an optimizer step.")] = 1
+    epochs: Annotated[_Positive, _about("Passes over the data.")] = 3
+    max_steps: Annotated[_AtLeastOne | None, _about("Stop after this many optimizer steps.")] = None
+    batch_size: Annotated[_AtLeastOne, _about("Records in a micro-batch, per process.")] = _BATCH_SIZE
+    gradient_accumulation: Annotated[_AtLeastOne, _about("Micro-batches in an optimizer step.")] = 1
     max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
-    pack: Annotated[
-        bool, Meta(description="Join text records into full sequences of --max-length, documents kept apart.")
-    ] = False
+    pack: Annotated[bool, _about("Join text records into full sequences of --max-length, documents kept apart.")] = (
+        False
+    )
     chat_template_kwargs: Annotated[
         str | dict[str, Scalar] | None,
-        Meta(description="Arguments for the chat template, as a JSON object; those of a record come first."),
+        _about("Arguments for the chat template, as a JSON object; those of a record come first."),
     ] = None
     enable_thinking: Annotated[
-        bool | None, Meta(description="The chat template's argument of that name: whether the assistant thinks first.")
+        bool | None, _about("The chat template's argument of that name: whether the assistant thinks first.")
     ] = None
-    learning_rate: Annotated[float, Meta(gt=0, le=HUGE, description="Peak learning rate.")] = 2e-4
+    learning_rate: Annotated[_Positive, _about("Peak learning rate.")] = 2e-4
     scheduler: Annotated[
-        Literal["linear", "cosine", "constant", "constant_with_warmup"],
-        Meta(description="Schedule of the learning rate."),
+        Literal["linear", "cosine", "constant", "constant_with_warmup"], _about("Schedule of the learning rate.")
     ] = "cosine"
     warmup: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=HUGE,
-            description="Warm-up: a share of all steps when below 1, rounded down, else a number of steps; not all.",
-        ),
+        _NotNegative,
+        _about("Warm-up: a share of all steps when below 1, rounded down, else a number of steps; not all."),
     ] = 0.03
     optimizer: Annotated[
         Literal["adamw", "adamw-8bit", "paged-adamw-8bit"],
-        Meta(
-            description="AdamW with its state in float32; in 8 bits; or in 8 bits, paged to main memory where a GPU's "
-            "is full. The last two need the extra [quant]."
+        _about(
+            "AdamW with its state in float32; in 8 bits; or in 8 bits, paged to main memory where a GPU's is full. "
+            "The last two need the extra [quant]."
         ),
     ] = "adamw"
-    weight_decay: Annotated[float, Meta(ge=0, le=HUGE, description="Weight decay of AdamW.")] = 0.0
+    weight_decay: Annotated[_NotNegative, _about("Weight decay of AdamW.")] = 0.0
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "nf4"],
-        Meta(
-            description="Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, "
-            "multiplied in bfloat16 where that is faster; nf4 needs the extra [quant]."
+        _about(
+            "Precision of the base; the adapter is always float32. auto on a CPU: float32 weights, multiplied in "
+            "bfloat16 where that is faster; nf4 needs the extra [quant]."
         ),
     ] = "auto"
     frozen: Annotated[
         Literal["auto", "fold", "live"],
-        Meta(description="The frozen stack: folded into the base in memory, or kept live beside it."),
+        _about("The frozen stack: folded into the base in memory, or kept live beside it."),
     ] = "auto"
-    eval_steps: (
-        Annotated[
-            int,
-            Meta(
-                ge=1, description="Optimizer steps between evaluations on --eval-data; a tenth of the run if left out."
-            ),
-        ]
-        | None
-    ) = None
+    eval_steps: Annotated[
+        _AtLeastOne | None,
+        _about("Optimizer steps between evaluations on --eval-data; a tenth of the run if left out."),
+    ] = None
     keep: Annotated[
         Literal["best", "last"],
-        Meta(description="With --eval-data: which weights are registered, those with the lowest loss or the last."),
+        _about("With --eval-data: which weights are registered, those with the lowest loss or the last."),
     ] = "best"
-    patience: (
-        Annotated[
-            int, Meta(ge=1, description="Stop after so many evaluations on --eval-data in a row without a lower loss.")
-        ]
-        | None
-    ) = None
+    patience: Annotated[
+        _AtLeastOne | None, _about("Stop after so many evaluations on --eval-data in a row without a lower loss.")
+    ] = None
 
     @property
     def prefers(self) -> bool:
@@ -148,93 +138,68 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.rank or _RANK
 
 
-_RankOrOwn = (
-    Annotated[int, Meta(ge=1, le=65536, description="Rank of the adapter's two factors; 16 if left out.")] | None
-)
-_BatchSizeOrAuto = Annotated[
-    Annotated[int, Meta(ge=1)] | Literal["auto"],
-    Meta(
-        description="Records in a micro-batch, per process; auto: as many as fit into memory, in steps of as many "
-        "records as without it."
-    ),
-]
-
-
 class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One adapter to train, as a recipe or ``--config`` says it."""
+    """One adapter to train, as a recipe or ``--config`` says it.
 
-    rank: _RankOrOwn = None  # type: ignore[assignment]  # None: that of what it begins at, else the default
-    batch_size: _BatchSizeOrAuto = _BATCH_SIZE  # type: ignore[assignment]  # auto: how a step is cut is left open
+    ``rank`` None is that of what it begins at, else the default; ``batch_size`` auto leaves open how a step is cut.
+    """
+
+    rank: Annotated[_Rank | None, _about("Rank of the adapter's two factors; 16 if left out.")] = None  # type: ignore[assignment]
+    batch_size: Annotated[
+        _AtLeastOne | Literal["auto"],
+        _about(
+            "Records in a micro-batch, per process; auto: as many as fit into memory, in steps of as many records as "
+            "without it."
+        ),
+    ] = _BATCH_SIZE  # type: ignore[assignment]
     on: Annotated[
         str | None,
-        Meta(
-            description="The stack that it stands on, frozen and active: style, style:0.7+tone, "
-            "or nothing for the bare base."
-        ),
+        _about("The stack that it stands on, frozen and active: style, style:0.7+tone, or nothing for the bare base."),
     ] = None
     from_: Annotated[
         str | None,
-        Meta(
-            description="Begin at another adapter's factors, with its rank, alpha and modules; "
-            "a higher --rank adds to them."
-        ),
+        _about("Begin at another adapter's factors, with its rank, alpha and modules; a higher --rank adds to them."),
     ] = msgspec.field(name="from", default=None)
-    rebase: Annotated[
-        bool, Meta(description="Begin at its own newest version if the stack beneath it has changed since.")
-    ] = False
+    rebase: Annotated[bool, _about("Begin at its own newest version if the stack beneath it has changed since.")] = (
+        False
+    )
     teacher: Annotated[
-        str | None,
-        Meta(description="With --objective distil: the stack whose probabilities are learned, or base with --system."),
+        str | None, _about("With --objective distil: the stack whose probabilities are learned, or base with --system.")
     ] = None
     system: Annotated[
         str | None,
-        Meta(description="With --objective distil: a text file that the teacher alone reads, as its system prompt."),
+        _about("With --objective distil: a text file that the teacher alone reads, as its system prompt."),
     ] = None
-    base: Annotated[
-        str | None, Meta(description="The base, when there are several and it stands on none of your stacks.")
-    ] = None
+    base: Annotated[str | None, _about("The base, when there are several and it stands on none of your stacks.")] = None
     data: Annotated[
         str | None,
-        Meta(
-            description="What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set."
-        ),
+        _about("What to learn from: .jsonl, .json, .parquet, .csv, .txt, a folder of texts, or a Hub data set."),
     ] = None
     eval_data: Annotated[
-        str | None,
-        Meta(description="Held-out records: evaluated every --eval-steps steps, and the best weights are registered."),
+        str | None, _about("Held-out records: evaluated every --eval-steps steps, and the best weights are registered.")
     ] = None
-    description: Annotated[str, Meta(description="A line about the adapter.")] = ""
-    save_steps: (
-        Annotated[int, Meta(ge=1, description="Save the run every so many optimizer steps, for --resume.")] | None
-    ) = None
+    description: Annotated[str, _about("A line about the adapter.")] = ""
+    save_steps: Annotated[_AtLeastOne | None, _about("Save the run every so many optimizer steps, for --resume.")] = (
+        None
+    )
     report_to: Annotated[
-        list[str] | str | None, Meta(description="Trackers to report to, joined by ',': tensorboard, trackio, wandb.")
+        list[str] | str | None, _about("Trackers to report to, joined by ',': tensorboard, trackio, wandb.")
     ] = None
-    num_processes: (
-        Annotated[
-            int,
-            Meta(
-                ge=1, le=65536, description="Train in that many processes, one to a GPU, by way of accelerate launch."
-            ),
-        ]
-        | None
-    ) = None
-    accelerate_config: Annotated[
-        str | None, Meta(description="A configuration file of accelerate: DDP, FSDP, DeepSpeed.")
+    num_processes: Annotated[
+        Annotated[int, Meta(ge=1, le=65536)] | None,
+        _about("Train in that many processes, one to a GPU, by way of accelerate launch."),
     ] = None
+    accelerate_config: Annotated[str | None, _about("A configuration file of accelerate: DDP, FSDP, DeepSpeed.")] = None
     cache: Annotated[
-        bool, Meta(description="Cache the tokens of the data on disk, for later runs and for data larger than memory.")
+        bool, _about("Cache the tokens of the data on disk, for later runs and for data larger than memory.")
     ] = True
-    gradient_checkpointing: (
-        Annotated[
-            bool,
-            Meta(
-                description="Compute activations twice instead of keeping them: less memory, about a third slower. "
-                "Left out: only where memory is too small without."
-            ),
-        ]
-        | None
-    ) = None
+    gradient_checkpointing: Annotated[
+        bool | None,
+        _about(
+            "Compute activations twice instead of keeping them: less memory, about a third slower. Left out: only "
+            "where memory is too small without."
+        ),
+    ] = None
 
     @property
     def held_out_decides(self) -> bool:
