@@ -20,7 +20,7 @@ from stackctl.cli.common import (
     command,
     complete_what,
 )
-from stackctl.core.errors import Incompatible, Usage
+from stackctl.core.errors import Incompatible, Usage, raise_all
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
 from stackctl.lora.effect import NO_EFFECT, has_no_effect
@@ -76,7 +76,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Register an existing PEFT checkpoint as the next version of an adapter."""
         registry = context.registry
-        wanted.check(link=link)
+        raise_all(wanted.problems(link=link))
         check_adapter_name(registry, name)
         request = _Request(name, base, on, link, description, wanted)
         if is_mlx(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import typer
 
 from stackctl.cli.common import Context
-from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, raise_all
+from stackctl.core.errors import Incompatible, Usage, VerificationFailed
 from stackctl.core.provenance import Converted
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
@@ -57,26 +58,21 @@ class Conversion:
         _option(help="The same adapter before its training, if it began with CorDA, LoRA-GA or PiSSA's fast form."),
     ] = None
 
-    def check(self, *, link: bool) -> None:
-        """Raises: Usage: with everything that is wrong with them."""
+    def problems(self, *, link: bool) -> Iterator[Usage]:
+        """Everything that is wrong with them."""
         rank, tolerance = self.rank, self.tolerance
         given = {"--rank": rank, "--tolerance": tolerance, "--initial": self.initial}
         named = [name for name, value in given.items() if value is not None]
-        problems: list[StackctlError] = []
         if named and not self.convert:
-            problems.append(Usage(f"{' and '.join(named)}: only with --convert", hint="add --convert"))
+            yield Usage(f"{' and '.join(named)}: only with --convert", hint="add --convert")
         if self.convert and link:
-            linked = "--link refers to a folder, and --convert makes another one"
-            problems.append(Usage(linked, hint="leave out --link"))
+            yield Usage("--link refers to a folder, and --convert makes another one", hint="leave out --link")
         if rank is not None and tolerance is not None:
-            both = "--rank and --tolerance are two ways to say how much is kept"
-            problems.append(Usage(both, hint="leave out one of them"))
+            yield Usage("--rank and --tolerance are two ways to say how much is kept", hint="leave out one of them")
         if rank is not None and not 1 <= rank <= 65536:
-            problems.append(Usage(f"--rank {rank} is not a rank", hint="give a number from 1 to 65536"))
+            yield Usage(f"--rank {rank} is not a rank", hint="give a number from 1 to 65536")
         if tolerance is not None and not 0 < tolerance < 1:
-            outside = f"--tolerance {tolerance:g} is not between 0 and 1"
-            problems.append(Usage(outside, hint="give a share, for example 0.01"))
-        raise_all(problems)
+            yield Usage(f"--tolerance {tolerance:g} is not between 0 and 1", hint="give a share, for example 0.01")
 
     def kind(self, checkpoint: Checkpoint) -> str | None:
         """What an adapter is that is made a plain LoRA; None where it is one, or cannot or need not be made one.
@@ -98,14 +94,11 @@ class Conversion:
         if self.initial and (not checkpoint.is_lora or variant_of(config)):
             raise Usage(f"--initial is of no use for {kind}", hint="leave it out")
         if needs_initial(config) and (not self.initial or variant_of(config)):
-            what = (
-                f"{checkpoint.path} began with {config.get('init_lora_weights')}, which took something out of its base"
-            )
+            began = f"{checkpoint.path} began with {config.get('init_lora_weights')}"
+            what = "which took something out of its base that only the adapter as it was before its training tells"
+            give = "add --initial FOLDER, where that was saved"
             raise Incompatible(
-                f"{what} that only the adapter as it was before its training tells",
-                hint="add --initial FOLDER, where that was saved"
-                if not variant_of(config)
-                else "train it again as a plain LoRA",
+                f"{began}, {what}", hint="train it again as a plain LoRA" if variant_of(config) else give
             )
         return kind
 

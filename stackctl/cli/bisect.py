@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, of_output
 from stackctl.cli.typed_values import typed_text
-from stackctl.core.errors import Failed, StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
 from stackctl.plan.model import StackPlan
@@ -73,28 +73,26 @@ class _Symptom:
         """Raises: Usage: what is given to the chat template is no JSON object."""
         return template_arguments(self.chat_template_kwargs, self.enable_thinking)
 
-    def check(self) -> None:
-        """Raises: Usage: everything that is missing or too much, at once."""
-        problems: list[StackctlError] = []
+    def problems(self) -> Iterator[Usage]:
+        """Everything that is missing or too much."""
         example = 'stackctl bisect WHAT -p "…" --bad "…", or: stackctl bisect WHAT --data heldout.jsonl'
         if self.prompt is None and not self.data:
-            problems.append(Usage("nothing says what is bad", hint=example))
+            yield Usage("nothing says what is bad", hint=example)
         if self.prompt is not None and self.data:
-            problems.append(Usage("-p and --data are two ways to say what is bad", hint="give one of them"))
+            yield Usage("-p and --data are two ways to say what is bad", hint="give one of them")
         if self.prompt is not None and not self.prompt.strip():
-            problems.append(Usage("the prompt is empty", hint=example))
+            yield Usage("the prompt is empty", hint=example)
         if self.prompt is not None and self.bad is None:
-            problems.append(Usage("-p needs a text that makes the answer bad", hint='name one: --bad "…"'))
+            yield Usage("-p needs a text that makes the answer bad", hint='name one: --bad "…"')
         if self.bad is not None and not self.bad.strip():
-            problems.append(Usage("--bad is empty, and every answer holds that", hint='name a text: --bad "…"'))
+            yield Usage("--bad is empty, and every answer holds that", hint='name a text: --bad "…"')
         if self.prompt is None:
             given = {"--bad": self.bad is not None, "--raw": self.raw, "--system": self.system is not None,
                      "--max-new-tokens": self.max_new_tokens is not None}  # fmt: skip
             if idle := [name for name, is_given in given.items() if is_given]:
-                problems.append(Usage(f"{', '.join(idle)} applies to a prompt, and none was given", hint='give -p "…"'))
+                yield Usage(f"{', '.join(idle)} applies to a prompt, and none was given", hint='give -p "…"')
         if not self.data and self.max_length is not None:
-            problems.append(Usage("--max-length applies to --data, and none was given", hint="leave it out"))
-        raise_all(problems)
+            yield Usage("--max-length applies to --data, and none was given", hint="leave it out")
 
     def sampling(self) -> Sampling:
         from stackctl.engine.generation import Sampling
@@ -121,12 +119,8 @@ def register(app: typer.Typer) -> None:
         Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
         """
         registry = context.registry
-        problems: list[StackctlError] = []
-        with gathering(problems):
-            symptom.check()
-        template: Arguments = {}
-        with gathering(problems):
-            template = symptom.template()
+        problems: list[StackctlError] = [*symptom.problems()]
+        template: Arguments = attempt(problems, symptom.template) or {}
         sets: list[DataSet] = []
         with gathering(problems):
             stack = resolve_expression(registry, what, base=base)

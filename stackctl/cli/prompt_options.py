@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS
 from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
 from stackctl.cli.typed_values import typed_text
-from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output
 
@@ -87,27 +88,23 @@ class GenerateOptions:
         Raises:
             Usage: an option makes no sense.
         """
-        problems: list[StackctlError] = []
-        numbers = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
-        if not all(math.isfinite(number) for number in numbers if number is not None):  # no range stops ``nan``
-            problems.append(
-                Usage(
-                    "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers",
-                    hint="leave them out for greedy decoding",
-                )
-            )
-        if self.repetition_penalty == 0:
-            problems.append(Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual"))
-        if any(not text for text in self.stop or ()):
-            problems.append(Usage("--stop is empty", hint="leave it out, or name a text"))
-        with gathering(problems):
-            self.template()
-        with gathering(problems):
-            self.computing.check()
+        problems = [*self._problems()]
+        attempt(problems, self.template)
+        attempt(problems, self.computing.check)
         raise_all(problems)
         options = {"--top-p": self.top_p, "--top-k": self.top_k, "--min-p": self.min_p}
         if not self.temperature and (idle := [name for name, value in options.items() if value is not None]):
             output.note(f"without --temperature decoding is greedy: {', '.join(idle)} changes nothing")
+
+    def _problems(self) -> Iterator[StackctlError]:
+        numbers = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        if not all(math.isfinite(number) for number in numbers if number is not None):  # no range stops ``nan``
+            what = "--temperature, --top-p, --min-p and --repetition-penalty are finite numbers"
+            yield Usage(what, hint="leave them out for greedy decoding")
+        if self.repetition_penalty == 0:
+            yield Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual")
+        if any(not text for text in self.stop or ()):
+            yield Usage("--stop is empty", hint="leave it out, or name a text")
 
     def template(self) -> Arguments:
         """What is given to the chat template.

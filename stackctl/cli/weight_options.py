@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from stackctl.cli.fit_weights import FitRequest
 from stackctl.cli.sweep_weights import SweepRequest
-from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.core.errors import Usage, raise_all
 from stackctl.plan.layer_weights import Per
 
 _of_fit = partial(typer.Option, rich_help_panel="Weights learned from data")
@@ -77,36 +78,7 @@ class WeightOptions:
         Raises:
             Usage: options without what they belong to, or with none of their values; all of it at once.
         """
-        problems: list[StackctlError] = []
-        of_fit = {"--per": self.per, "--holdout": self.holdout, "--fit-steps": self.fit_steps}
-        of_sweep = {"--output": self.to} if best else {"--data": self.data, "--output": self.to}
-        if best and (given := _given({"--fit": self.fit, "--sweep": self.sweep})):
-            problems.append(Usage(f"--method best tries by itself what {given} asks for", hint=f"leave out {given}"))
-        if best and not self.data:
-            problems.append(Usage("--method best judges by losses, and no --data was given", hint="--data FILE"))
-        of_both = {"--max-length": self.max_length, "--device": self.device}
-        if self.fit and self.sweep:
-            problems.append(
-                Usage("--fit learns weights and --sweep tries given ones", hint="one of them at a time: leave out one")
-            )
-        if not self.fit and not best and (given := _given(of_fit)):
-            problems.append(Usage(f"{given} applies to --fit, and none was given", hint="name records: --fit FILE"))
-        if not self.sweep and (given := _given(of_sweep)):
-            problems.append(
-                Usage(
-                    f"{given} applies to --sweep{'' if self.to else ' or --method best'}, and none was given",
-                    hint="say what to try: --sweep style=0:1.5:0.25",
-                )
-            )
-        if not self.fit and not self.sweep and not best and (given := _given(of_both)):
-            problems.append(
-                Usage(f"{given} applies to --fit and --sweep, and none was given", hint="name records: --fit FILE")
-            )
-        if self.sweep and not self.data:
-            problems.append(Usage("--sweep measures losses, and no --data was given", hint="name records: --data FILE"))
-        if (self.fit or self.sweep or best) and seed is not None and seed < 0:
-            problems.append(Usage("--seed must not be negative", hint="--seed 0"))
-        raise_all(problems)
+        raise_all(self._problems(seed, best=best))
         shared: dict[str, Any] = {"max_length": self.max_length or 1024, "device": self.device or "auto"}
         if self.sweep:
             return SweepRequest(self.sweep, self.data or (), self.to, **shared)
@@ -116,6 +88,32 @@ class WeightOptions:
         chosen: dict[str, Any] = {key: value for key, value in typed.items() if value is not None}
         data = self.data if best else self.fit
         return FitRequest(data or (), seed=seed or 0, **chosen, **shared)
+
+    def _problems(self, seed: int | None, *, best: bool) -> Iterator[Usage]:
+        of_fit = {"--per": self.per, "--holdout": self.holdout, "--fit-steps": self.fit_steps}
+        of_sweep = {"--output": self.to} if best else {"--data": self.data, "--output": self.to}
+        of_both = {"--max-length": self.max_length, "--device": self.device}
+        name_records = "name records: --fit FILE"
+        if best and (given := _given({"--fit": self.fit, "--sweep": self.sweep})):
+            yield Usage(f"--method best tries by itself what {given} asks for", hint=f"leave out {given}")
+        if best and not self.data:
+            yield Usage("--method best judges by losses, and no --data was given", hint="--data FILE")
+        if self.fit and self.sweep:
+            yield Usage(
+                "--fit learns weights and --sweep tries given ones", hint="one of them at a time: leave out one"
+            )
+        if not self.fit and not best and (given := _given(of_fit)):
+            yield Usage(f"{given} applies to --fit, and none was given", hint=name_records)
+        if not self.sweep and (given := _given(of_sweep)):
+            owner = "--sweep" if self.to else "--sweep or --method best"
+            what = f"{given} applies to {owner}, and none was given"
+            yield Usage(what, hint="say what to try: --sweep style=0:1.5:0.25")
+        if not self.fit and not self.sweep and not best and (given := _given(of_both)):
+            yield Usage(f"{given} applies to --fit and --sweep, and none was given", hint=name_records)
+        if self.sweep and not self.data:
+            yield Usage("--sweep measures losses, and no --data was given", hint="name records: --data FILE")
+        if (self.fit or self.sweep or best) and seed is not None and seed < 0:
+            yield Usage("--seed must not be negative", hint="--seed 0")
 
 
 def _given(options: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 _MESSAGE_WORD, _HINT_WORD = 300, 2000
@@ -142,13 +142,13 @@ def attempt(problems: list[StackctlError], check: Callable[..., Any], *arguments
         return check(*arguments, **options)
 
 
-def raise_all(problems: list[StackctlError]) -> None:
+def raise_all(problems: Iterable[StackctlError]) -> None:
     """Raise what was found wrong, all of it at once; nothing when nothing was.
 
     The first problem gives the code; its siblings are joined to it.
     """
-    if problems:
-        raise joined(problems)
+    if found := list(problems):
+        raise joined(found)
 
 
 def joined(problems: list[StackctlError]) -> StackctlError:

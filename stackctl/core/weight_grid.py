@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from stackctl.core.errors import StackctlError, Usage, did_you_mean, raise_all
+from stackctl.core.errors import StackctlError, Usage, attempt, did_you_mean, raise_all
 from stackctl.core.expressions import cut
 
 MOST_POINTS = 1_000
@@ -41,32 +41,29 @@ def parse_axis(text: str) -> Axis:
     if not match:
         raise Usage(f"--sweep '{cut(text)}' is not NAME=FIRST:LAST:STEP", hint=_HINT)
     problems: list[StackctlError] = []
+    typed = f"--sweep '{cut(text)}'"
 
-    def number(key: str) -> Decimal | None:
+    def number(key: str) -> Decimal:
+        """A number, or NaN, with which nothing compares."""
         try:
             found = Decimal(match[key].strip())
         except InvalidOperation:
             found = Decimal("NaN")
-        if found.is_finite() and math.isfinite(float(found)):
-            return found
-        problems.append(Usage(f"--sweep '{cut(text)}': '{cut(match[key])}' is not a finite number", hint=_HINT))
-        return None
+        if not (found.is_finite() and math.isfinite(float(found))):
+            problems.append(Usage(f"{typed}: '{cut(match[key])}' is not a finite number", hint=_HINT))
+            return Decimal("NaN")
+        return found
 
     first, last, step = number("first"), number("last"), number("step")
-    if step is not None and step <= 0:
-        problems.append(Usage(f"--sweep '{cut(text)}': the step is not larger than 0", hint=_HINT))
-    if first is not None and last is not None and first > last:
-        turned = f"{match['name']}={last}:{first}"
-        problems.append(
-            Usage(f"--sweep '{cut(text)}': the ends are reversed", hint=f"begin with the lower: {turned}:…")
-        )
+    if not step.is_nan() and step <= 0:
+        problems.append(Usage(f"{typed}: the step is not larger than 0", hint=_HINT))
+    if not first.is_nan() and not last.is_nan() and first > last:
+        hint = f"begin with the lower: {match['name']}={last}:{first}:…"
+        problems.append(Usage(f"{typed}: the ends are reversed", hint=hint))
     raise_all(problems)
-    assert first is not None and last is not None and step is not None
     if (last - first) / step > MOST_POINTS:
-        raise Usage(
-            f"--sweep '{cut(text)}' has more than {MOST_POINTS:,} points", hint="take a larger step, and then a finer "
-            "one around the best",
-        )  # fmt: skip
+        hint = "take a larger step, and then a finer one around the best"
+        raise Usage(f"{typed} has more than {MOST_POINTS:,} points", hint=hint)
     values = [first + step * number for number in range(int((last - first) / step) + 1)]
     if values[-1] != last:
         values.append(last)
@@ -80,25 +77,18 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
         Usage: everything that is wrong with them, at once; a member twice, more than two, too many points.
     """
     problems: list[StackctlError] = []
-    axes: list[Axis] = []
-    for text in texts:
-        try:
-            axes.append(parse_axis(text))
-        except Usage as error:
-            problems.append(error)
+    axes: list[Axis] = [axis for text in texts if (axis := attempt(problems, parse_axis, text))]
     names = [axis.name for axis in axes]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             problems.append(Usage(f"--sweep names {name} twice", hint="give each member one range of weights"))
     if len(texts) > MOST_AXES:
-        problems.append(
-            Usage(f"--sweep is given {len(texts)} times, and a grid has {MOST_AXES} axes at most",
-                  hint="fix the other weights in the expression, or find them all at once with --fit FILE")
-        )  # fmt: skip
+        what = f"--sweep is given {len(texts)} times, and a grid has {MOST_AXES} axes at most"
+        hint = "fix the other weights in the expression, or find them all at once with --fit FILE"
+        problems.append(Usage(what, hint=hint))
     if (points := math.prod(len(axis.values) for axis in axes)) > MOST_POINTS:
-        problems.append(
-            Usage(f"the grid has {points:,} points, and {MOST_POINTS:,} are tried at most", hint="take larger steps")
-        )
+        what = f"the grid has {points:,} points, and {MOST_POINTS:,} are tried at most"
+        problems.append(Usage(what, hint="take larger steps"))
     raise_all(problems)
     return axes
 
@@ -115,10 +105,8 @@ def place_axes(axes: Sequence[Axis], members: Sequence[tuple[str, str]]) -> list
         number = next((n for n, known in enumerate(members) if axis.name in known), None)
         if number is None:
             names = [name for name, _ in members]
-            have = f"its members: {', '.join(names) or 'none'}"
-            problems.append(
-                Usage(f"--sweep: '{cut(axis.name)}' is not in the stack", hint=did_you_mean(axis.name, names, have))
-            )
+            hint = did_you_mean(axis.name, names, f"its members: {', '.join(names) or 'none'}")
+            problems.append(Usage(f"--sweep: '{cut(axis.name)}' is not in the stack", hint=hint))
         elif number in found:
             problems.append(Usage(f"--sweep names {members[number][0]} twice", hint="give each member one range"))
         else:

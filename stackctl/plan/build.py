@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,13 +126,11 @@ class _SingleExperts:
             made[module] = Factor(self._index, a, b, rank, next(iter(self._scaling[module])), 1.0)
         return made
 
-    def problems(self, member: PlanMember) -> list[Problem]:
-        if not self._odd:
-            return []
-        what = f"{member.label}: it adapts some experts and not all alike, which are one parameter: {self._odd[0]}"
-        return [
-            Problem("single_experts", what, "train it again on every expert, with one rank and alpha", member.label)
-        ]
+    def problems(self, member: PlanMember) -> Iterator[Problem]:
+        if self._odd:
+            what = f"{member.label}: it adapts some experts and not all alike, which are one parameter: {self._odd[0]}"
+            hint = "train it again on every expert, with one rank and alpha"
+            yield Problem("single_experts", what, hint, member.label)
 
 
 def _experts(shape: ModuleShape) -> int:

@@ -8,11 +8,12 @@ vllm/lora/lora_model.py, vllm/model_executor/models/*.py). The GGUF export refus
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stackctl.core.errors import Incompatible, Usage, did_you_mean, listed
+from stackctl.core.schema import Base
 from stackctl.plan.methods import METHODS
 from stackctl.plan.model import Problem, StackPlan
 from stackctl.plan.whole_class import is_named_for
@@ -87,7 +88,7 @@ def lint_for(target: str, plan: StackPlan, *, dtype: str | None = None) -> list[
         raise Usage(
             f"there is no target '{target}'", hint=did_you_mean(target, list(TARGETS), f"one of {', '.join(TARGETS)}")
         )
-    return lint(plan, dtype)
+    return list(lint(plan, dtype))
 
 
 def check_beside_base(target: str, plan: StackPlan) -> None:
@@ -107,99 +108,94 @@ def check_beside_base(target: str, plan: StackPlan) -> None:
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------
 
 
-def _lint_gguf(plan: StackPlan, dtype: str | None, target: str = "gguf") -> list[Problem]:
-    problems = [*_gguf_architecture(plan, target), *_gguf_embeddings(plan, target), *_gguf_experts(plan, target)]
-    problems += _not_plain(plan, target, "llama.cpp")
+def _lint_gguf(plan: StackPlan, dtype: str | None, target: str = "gguf") -> Iterator[Problem]:
+    base = plan.base
+    if base is None:
+        what = "the base is not known, so that its architecture cannot be checked"
+        yield Problem(f"{target}_architecture", what, "register it: stackctl base add", severity="warning")
+    elif base.architecture not in GGUF_ARCHITECTURES:
+        what = f"how llama.cpp lays out {base.architecture}, the architecture of '{base.name}', is not known here"
+        yield Problem(f"{target}_architecture", what, _FULL_MODEL)
+    if base is not None:
+        yield from _gguf_embeddings(plan, base, target)
+    # an adapter of ours has no tensors for parameters that are no layers of their own
+    if found := sorted(m.name for m in plan.modules.values() if m.is_experts or m.type == "Matrix"):
+        what = f"{listed(found, 2)} are parameters of a mixture, and GGUF adapters are written of linear layers only"
+        yield Problem(f"{target}_experts", what, _FULL_MODEL)
+    yield from _not_plain(plan, target, "llama.cpp")
     if dtype is not None and dtype not in GGUF_DTYPES:
         what = f"a GGUF adapter is written in {' or '.join(GGUF_DTYPES)}, not in {dtype}"
-        problems.append(Problem(f"{target}_dtype", what, "use --dtype float32"))
-    return problems
+        yield Problem(f"{target}_dtype", what, "use --dtype float32")
 
 
-def _gguf_architecture(plan: StackPlan, target: str) -> list[Problem]:
-    if plan.base is None:
-        what = "the base is not known, so that its architecture cannot be checked"
-        return [Problem(f"{target}_architecture", what, "register it: stackctl base add", severity="warning")]
-    if plan.base.architecture in GGUF_ARCHITECTURES:
-        return []
-    what = f"how llama.cpp lays out {plan.base.architecture}, the architecture of '{plan.base.name}', is not known here"
-    return [Problem(f"{target}_architecture", what, _FULL_MODEL)]
-
-
-def _gguf_experts(plan: StackPlan, target: str) -> list[Problem]:
-    """What a GGUF adapter of ours has no tensors for: parameters that are no layers of their own."""
-    found = sorted(m.name for m in plan.modules.values() if m.is_experts or m.type == "Matrix")
-    if not found:
-        return []
-    what = f"{listed(found, 2)} are parameters of a mixture, and GGUF adapters are written of linear layers only"
-    return [Problem(f"{target}_experts", what, _FULL_MODEL)]
-
-
-def _gguf_embeddings(plan: StackPlan, target: str) -> list[Problem]:
+def _gguf_embeddings(plan: StackPlan, base: Base, target: str) -> Iterator[Problem]:
     """LoRA on embeddings: llama.cpp applies it to the token embedding and to an output of its own, nowhere else.
 
     A tied model's GGUF has no output tensor; its output *is* ``token_embd.weight``, on which llama.cpp then multiplies
     the embedding's factors the wrong way round and aborts (src/llama-adapter.cpp: is_token_embd; src/llama-graph.cpp:
     build_inp_embd, build_lora_mm). Position embeddings are looked up without LoRA.
     """
-    base, problems = plan.base, list[Problem]()
-    if base is None:
-        return problems
     pair = {base.input_embedding, base.output_embedding} - {None}
     for module in plan.modules.values():
         owners = " and ".join(sorted({plan.members[factor.member].label for factor in module.factors}))
         if module.name in pair and base.tied_embeddings:
             what = f"{owners} adapts {module.name}, and '{base.name}' has one tensor for its embedding and its output"
-            problems.append(Problem(f"{target}_tied_embeddings", f"{what}, where llama.cpp has no LoRA", _FULL_MODEL))
+            yield Problem(f"{target}_tied_embeddings", f"{what}, where llama.cpp has no LoRA", _FULL_MODEL)
         elif module.type == "Embedding" and module.name not in pair:
             what = f"{owners} adapts {module.name}, where llama.cpp has no LoRA"
-            problems.append(Problem(f"{target}_embeddings", what, _FULL_MODEL))
-    return problems
+            yield Problem(f"{target}_embeddings", what, _FULL_MODEL)
 
 
 # -- Ollama ------------------------------------------------------------------------------------------------------------
 
 
-def _lint_ollama(plan: StackPlan, dtype: str | None) -> list[Problem]:
+def _lint_ollama(plan: StackPlan, dtype: str | None) -> Iterator[Problem]:
     """As for llama.cpp, and what Ollama adds.
 
     Its own engine refuses every adapter (runner/ollamarunner/runner.go: "loras are not yet implemented"), and since
     0.34.1 ``ollama create`` takes no ADAPTER any more (https://github.com/ollama/ollama/pull/14969, as told in
     https://github.com/generative-computing/mellea/issues/1651).
     """
-    what = (
-        "Ollama 0.34.1 and newer build no model from a Modelfile with ADAPTER, and older ones run it only in llama.cpp"
-    )
+    yield from _lint_gguf(plan, dtype, "ollama")
+    what = "Ollama 0.34.1 and newer build no model from a Modelfile with ADAPTER"
     hint = "llama-server --lora serves it; or convert a full model: stackctl export --format model"
-    return [*_lint_gguf(plan, dtype, "ollama"), Problem("ollama_adapter", what, hint, severity="warning")]
+    yield Problem("ollama_adapter", f"{what}, and older ones run it only in llama.cpp", hint, severity="warning")
 
 
 # -- vLLM --------------------------------------------------------------------------------------------------------------
 
 
-def _lint_vllm(plan: StackPlan, dtype: str | None) -> list[Problem]:
-    problems = [*_vllm_rank(plan), *_not_plain(plan, "vllm", "vLLM")]
+def _lint_vllm(plan: StackPlan, dtype: str | None) -> Iterator[Problem]:
+    most = vllm_max_rank(plan.rank)
+    if most is None:
+        what = f"the stack has rank {plan.rank}, and vLLM serves at most {VLLM_RANKS[-1]}"
+        hint = f"compose it with --method svd --rank {VLLM_RANKS[-1]}, or use fewer members"
+        yield Problem("vllm_rank", what, hint)
+    elif plan.rank > VLLM_DEFAULT_RANK:
+        what = (
+            f"the stack has rank {plan.rank}, and vLLM serves at most {VLLM_DEFAULT_RANK} unless it is told otherwise"
+        )
+        yield Problem("vllm_rank", what, f"vllm serve … --max-lora-rank {most}", severity="warning")
+    yield from _not_plain(plan, "vllm", "vLLM")
     base = plan.base
     if base is None:
-        return problems
+        return
     if base.architecture in _VLLM_WITHOUT_LORA:
         what = f"vLLM has no LoRA for {base.architecture}, the architecture of '{base.name}'"
-        problems.append(Problem("vllm_architecture", what, _FULL_MODEL))
+        yield Problem("vllm_architecture", what, _FULL_MODEL)
     if base.whole is not None and not is_named_for(plan, base.whole):
         what = f"vLLM serves '{base.name}' as {base.whole.architecture}, and finds there what begins with "
         what += f"{base.whole.decoder}; by other names an adapter has no effect, and nothing says so"
-        problems.append(Problem("vllm_names", what, f"stackctl export {plan.expression} --whole-class --out DIR"))
-    experts = sorted(m.name for m in plan.modules.values() if m.is_experts)
-    if experts:
+        yield Problem("vllm_names", what, f"stackctl export {plan.expression} --whole-class --out DIR")
+    if experts := sorted(m.name for m in plan.modules.values() if m.is_experts):
         what = f"vLLM takes LoRA on the experts of some mixtures only, and this stack stands on {listed(experts, 2)}"
-        problems.append(Problem("vllm_experts", what, _FULL_MODEL, severity="warning"))
+        yield Problem("vllm_experts", what, _FULL_MODEL, severity="warning")
     touched = [m for m in plan.modules.values() if m.type == "Embedding" or m.name == base.output_embedding]
     if touched and base.architecture not in _VLLM_EMBEDDINGS:
         names = " and ".join(m.name for m in touched)
         certain = base.architecture in (*_VLLM_WITHOUT_EMBEDDINGS, *_VLLM_WITHOUT_LORA)
         what = f"vLLM {'takes' if certain else 'may take'} no LoRA on {names} of {base.architecture}"
-        problems.append(Problem("vllm_embeddings", what, _FULL_MODEL, severity="error" if certain else "warning"))
-    return problems
+        yield Problem("vllm_embeddings", what, _FULL_MODEL, severity="error" if certain else "warning")
 
 
 def vllm_max_rank(rank: int) -> int | None:
@@ -207,48 +203,28 @@ def vllm_max_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
-def _vllm_rank(plan: StackPlan) -> list[Problem]:
-    rank = plan.rank
-    needed = vllm_max_rank(rank)
-    if needed is None:
-        what = f"the stack has rank {rank}, and vLLM serves at most {VLLM_RANKS[-1]}"
-        hint = f"compose it with --method svd --rank {VLLM_RANKS[-1]}, or use fewer members"
-        return [Problem("vllm_rank", what, hint)]
-    if rank > VLLM_DEFAULT_RANK:
-        what = f"the stack has rank {rank}, and vLLM serves at most {VLLM_DEFAULT_RANK} unless it is told otherwise"
-        return [Problem("vllm_rank", what, f"vllm serve … --max-lora-rank {needed}", severity="warning")]
-    return []
-
-
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def _not_plain(plan: StackPlan, target: str, program: str) -> list[Problem]:
+def _not_plain(plan: StackPlan, target: str, program: str) -> Iterator[Problem]:
     """What a plain LoRA cannot hold: DoRA, whole modules, biases, single tokens. A member of weight zero has none."""
-    problems = [
-        Problem(
-            f"{target}_dora",
-            f"{m.label} is DoRA, which {program} does not apply",
-            "train it again as a plain LoRA",
-            m.label,
-        )
-        for m in plan.members
-        if m.is_used and m.checkpoint.config.get("use_dora")
-    ]
+    for member in plan.members:
+        if member.is_used and member.checkpoint.config.get("use_dora"):
+            what = f"{member.label} is DoRA, which {program} does not apply"
+            yield Problem(f"{target}_dora", what, "train it again as a plain LoRA", member.label)
     for index, member in enumerate(plan.members):
         brought = [r.parameter for r in plan.replacements if r.member == index]
         biases = [name for name in brought if _is_bias(name, member.checkpoint.config.get("modules_to_save"))]
         whole = sorted({name.rpartition(".")[0] for name in brought if name not in biases})
         if whole:
             what = f"{member.label} carries whole modules ({', '.join(whole[:3])}), which {program} does not take"
-            problems.append(Problem(f"{target}_modules_to_save", what, _FULL_MODEL, member.label))
+            yield Problem(f"{target}_modules_to_save", what, _FULL_MODEL, member.label)
         if biases:
             what = f"{member.label} carries trained biases, which {program} does not take"
-            problems.append(Problem(f"{target}_bias", what, _FULL_MODEL, member.label))
+            yield Problem(f"{target}_bias", what, _FULL_MODEL, member.label)
         if modules := sorted({rows.module for rows in plan.token_rows if rows.member == index}):
             what = f"{member.label} trained rows of single tokens in {' and '.join(modules)}, and {program} takes none "
-            problems.append(Problem(f"{target}_tokens", f"{what}with a LoRA", _FULL_MODEL, member.label))
-    return problems
+            yield Problem(f"{target}_tokens", f"{what}with a LoRA", _FULL_MODEL, member.label)
 
 
 def _is_bias(parameter: str, saved: list[str] | None) -> bool:
@@ -257,7 +233,7 @@ def _is_bias(parameter: str, saved: list[str] | None) -> bool:
     return kind == "bias" and not any(f".{name}." in f".{module}." for name in saved or ())
 
 
-TARGETS: dict[str, Callable[[StackPlan, str | None], list[Problem]]] = {
+TARGETS: dict[str, Callable[[StackPlan, str | None], Iterator[Problem]]] = {
     "vllm": _lint_vllm,
     "gguf": _lint_gguf,
     "ollama": _lint_ollama,

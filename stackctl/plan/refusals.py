@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.recognition import recognise_task, trains_parts_of_fused_layers
 from stackctl.plan.model import PlanMember, Problem
@@ -60,65 +62,37 @@ def _converted(member: PlanMember, otherwise: str) -> str:
     return convert_hint(checkpoint.config, member.adapter or "NAME", checkpoint.path) or otherwise
 
 
-def refusals(member: PlanMember) -> list[Problem]:
+def refusals(member: PlanMember) -> Iterator[Problem]:
     """What cannot be summed, by the configuration alone."""
     config, label = member.checkpoint.config, member.label
-    problems = [
-        Problem(
-            key, f"{label} {why}", _converted(member, f"train {member.adapter or label} again as a plain LoRA"), label
-        )
-        for key, why in _REFUSED.items()
-        if config.get(key)
-    ]
-    if config.get("ensure_weight_tying") and (config.get("modules_to_save") or _stands_on_embedding(member)):
-        problems.append(
-            Problem(
-                "ensure_weight_tying",
-                f"{label} trains the embedding and the head as one (ensure_weight_tying)",
-                f"train {member.adapter or label} again without that option",
-                label,
-            )
-        )
+    again = f"train {member.adapter or label} again"
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            yield Problem(key, f"{label} {why}", _converted(member, f"{again} as a plain LoRA"), label)
+    on_embedding = any("lora_embedding" in name for name in member.checkpoint.tensors)
+    if config.get("ensure_weight_tying") and (config.get("modules_to_save") or on_embedding):
+        what = f"{label} trains the embedding and the head as one (ensure_weight_tying)"
+        yield Problem("ensure_weight_tying", what, f"{again} without that option", label)
     init = beginning_of(config)
     if init.startswith(_CHANGED_BASE):
-        problems.append(
-            Problem(
-                "changed_base",
-                f"{label} was initialised with {init}, which changed the base it was trained on",
-                _converted(member, "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"),
-                label,
-            )
-        )
+        what = f"{label} was initialised with {init}, which changed the base it was trained on"
+        hint = _converted(member, "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion")
+        yield Problem("changed_base", what, hint, label)
     elif init not in _KEPT_BASE:
-        problems.append(
-            Problem(
-                "unknown_init",
-                f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base",
-                "pip install --upgrade stackctl-lora, or convert it to a plain LoRA",
-                label,
-            )
-        )
-    weighed = member.weight not in (0, 1) or bool(member.layer_weights)
-    if config.get("bias", "none") != "none" and weighed:
-        problems.append(_not_weighable(label, f"trained biases (bias={config['bias']})"))
-    if (config.get("modules_to_save") or saved_modules(member)) and weighed:
-        problems.append(_not_weighable(label, "whole modules (modules_to_save)"))
-    problems += [
-        Problem(
-            "unknown_key",
-            f"{label} was saved by PEFT {str(config.get('peft_version', '?'))[:20]} with '{key[:60]}', which is not "
-            f"known here: the options of PEFT up to {NEWEST_PEFT} are",
-            "pip install --upgrade stackctl-lora, or train it without that option",
-            label,
-        )
-        for key, value in config.items()
-        if key not in _HARMLESS and key not in _REFUSED and value not in (None, False, [], {}, "")
-    ]
-    return problems
-
-
-def _stands_on_embedding(member: PlanMember) -> bool:
-    return any("lora_embedding" in name for name in member.checkpoint.tensors)
+        what = f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base"
+        hint = "pip install --upgrade stackctl-lora, or convert it to a plain LoRA"
+        yield Problem("unknown_init", what, hint, label)
+    if member.weight not in (0, 1) or member.layer_weights:
+        if config.get("bias", "none") != "none":
+            yield _not_weighable(label, f"trained biases (bias={config['bias']})")
+        if config.get("modules_to_save") or saved_modules(member):
+            yield _not_weighable(label, "whole modules (modules_to_save)")
+    for key, value in config.items():
+        if key not in _HARMLESS and key not in _REFUSED and value not in (None, False, [], {}, ""):
+            saved_by = f"{label} was saved by PEFT {str(config.get('peft_version', '?'))[:20]} with '{key[:60]}'"
+            what = f"{saved_by}, which is not known here: the options of PEFT up to {NEWEST_PEFT} are"
+            hint = "pip install --upgrade stackctl-lora, or train it without that option"
+            yield Problem("unknown_key", what, hint, label)
 
 
 def _not_weighable(label: str, what: str) -> Problem:

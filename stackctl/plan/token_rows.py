@@ -9,8 +9,7 @@ head are tied, rows of the embedding are those of the head as well, unless the h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stackctl.core.errors import Incompatible, listed
@@ -22,16 +21,8 @@ from stackctl.plan.layer_weights import Weights
 from stackctl.plan.model import PlanMember, Problem, Replacement, StackPlan, TokenRows
 
 KEY = "trainable_token_indices"
+ADD_TOKENS = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
 _NAMED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """The rows of one module in a checkpoint: its name there, the tensor, and the tokens, or why there are none."""
-
-    module: str
-    tensor: TensorInfo
-    tokens: tuple[int, ...]
 
 
 def trained_tokens(checkpoint: Checkpoint) -> list[int]:
@@ -46,9 +37,9 @@ def member_rows(
     saved, problems = _saved_rows(member)
     weights = Weights.of(member.weight, member.layer_weights)
     rows: dict[str, TokenRows] = {}
-    for found in saved:
-        module = naming.place(found.module).module
-        rows[module] = TokenRows(index, module, found.tokens, found.tensor, weights.at(module))
+    for name, tensor, tokens in saved:
+        module = naming.place(name).module
+        rows[module] = TokenRows(index, module, tokens, tensor, weights.at(module))
     if base is not None:
         problems += _unfitting(member, rows.values(), naming, base)
         embedding, head = base.input_embedding, base.output_embedding
@@ -68,6 +59,10 @@ def _indices(config: Mapping[str, Any]) -> dict[str, list[int]]:
     if isinstance(told, list):
         return {"": told}
     return dict(told) if isinstance(told, dict) else {}
+
+
+_Saved = tuple[str, TensorInfo, tuple[int, ...]]
+"""The rows of one module in a checkpoint: its name there, the tensor, and the tokens."""
 
 
 def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
@@ -93,7 +88,7 @@ def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
             what = f"{label} names a token twice in {KEY}, so that nothing says which row is meant"
             problems.append(Problem(KEY, what, "train it again with each token once", label))
         else:
-            saved.append(_Saved(slot.module, tensor, tokens))
+            saved.append((slot.module, tensor, tokens))
     # A key without rows of its own says the tied head's tokens, which are those of the embedding.
     lost = [key for key in indices if key not in used and not any(indices[key] == indices[other] for other in used)]
     if lost:
@@ -102,22 +97,20 @@ def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
     return saved, problems
 
 
-def _unfitting(member: PlanMember, rows: Iterable[TokenRows], naming: Naming, base: Base) -> list[Problem]:
-    problems, known = list[Problem](), {naming.place(name).module: shape for name, shape in naming.known.items()}
+def _unfitting(member: PlanMember, rows: Iterable[TokenRows], naming: Naming, base: Base) -> Iterator[Problem]:
+    known = {naming.place(name).module: shape for name, shape in naming.known.items()}
     other = f"use it on the base it was trained on, not on {base.name}"
     for row in rows:
         shape: ModuleShape | None = known.get(row.module)
         if shape is None or not (shape.type == "Embedding" or row.module == base.output_embedding):
             what = f"{member.label}: rows of single tokens in {row.module}, which is not an embedding of {base.name}"
-            problems.append(Problem("unknown_modules", what, other, member.label))
+            yield Problem("unknown_modules", what, other, member.label)
         elif row.tensor.shape[1] != shape.shape[1]:
             what = f"{member.label}: its rows in {row.module} have {row.tensor.shape[1]} values, those of {base.name} "
-            problems.append(Problem("shape", f"{what}{shape.shape[1]}", other, member.label))
+            yield Problem("shape", f"{what}{shape.shape[1]}", other, member.label)
         elif beyond := [token for token in row.tokens if not 0 <= token < shape.shape[0]]:
             what = f"{member.label}: {row.module} of {base.name} has {shape.shape[0]:,} rows, and none of the tokens "
-            hint = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
-            problems.append(Problem("rows", f"{what}{_listed(beyond)}", hint, member.label))
-    return problems
+            yield Problem("rows", f"{what}{_listed(beyond)}", ADD_TOKENS, member.label)
 
 
 def clashing_rows(
@@ -125,12 +118,12 @@ def clashing_rows(
     members: Sequence[PlanMember],
     modules: Mapping[str, Collection[int]],
     replacements: Sequence[Replacement],
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """Tokens that two members trained, and modules of which one has rows and another a LoRA or all of it.
 
     ``modules`` has the numbers of the members that stand on each with a LoRA.
     """
-    problems, held = list[Problem](), dict[str, set[int]]()
+    held: dict[str, set[int]] = {}
     for row in rows:
         held.setdefault(row.module, set()).add(row.member)
     for first, second in sorted({(a, b) for found in held.values() for a in found for b in found if a < b}):
@@ -141,8 +134,7 @@ def clashing_rows(
         if twice := {token for _, token in first_own & second_own}:
             labels = f"{members[first].label} and {members[second].label}"
             what = f"{labels} each trained a row of their own for the token{'s' * (len(twice) > 1)} {_listed(twice)}"
-            hint = "only one member of a stack may train a token"
-            problems.append(Problem(KEY, f"{what} ({KEY})", hint, members[second].label))
+            yield Problem(KEY, f"{what} ({KEY})", "only one member of a stack may train a token", members[second].label)
     whole: dict[str, set[int]] = {}
     for replacement in replacements:
         whole.setdefault(replacement.parameter.removesuffix(".weight"), set()).add(replacement.member)
@@ -154,8 +146,7 @@ def clashing_rows(
                 theirs = " and ".join(members[m].label for m in sorted(others))
                 what = f"{names} trained rows of single tokens in {module}, and {theirs} has {how}: a row is a value, "
                 what += "which nothing has seen beside that"
-                problems.append(Problem(KEY, what, "use one of them at a time", members[max(own | others)].label))
-    return problems
+                yield Problem(KEY, what, "use one of them at a time", members[max(own | others)].label)
 
 
 def rows_without_sum(label: str, method: str) -> Problem:

@@ -6,7 +6,7 @@ What a member alone is refused for stands in :mod:`stackctl.plan.refusals`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from stackctl.core.errors import did_you_mean, listed
 from stackctl.core.expressions import format_term
@@ -20,40 +20,30 @@ from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.model import PlanMember, Problem, Replacement
 from stackctl.plan.refusals import saved_modules
+from stackctl.plan.token_rows import ADD_TOKENS
 
 
-def same_adapter_twice(members: Sequence[PlanMember]) -> list[Problem]:
-    problems, seen = [], dict[str, str]()
+def same_adapter_twice(members: Sequence[PlanMember]) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
     for member in members:
         key = member.adapter or member.label
         if key in seen:
-            problems.append(
-                Problem(
-                    "same_adapter_twice",
-                    f"the adapter '{key}' is in the stack twice ({seen[key]} and {member.label})",
-                    "name it once, with the weight that it should have",
-                    member.label,
-                )
-            )
+            what = f"the adapter '{key}' is in the stack twice ({seen[key]} and {member.label})"
+            hint = "name it once, with the weight that it should have"
+            yield Problem("same_adapter_twice", what, hint, member.label)
         seen.setdefault(key, member.label)
-    return problems
 
 
-def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> list[Problem]:
-    bases = {member.base for member in members if member.base}
-    if len(bases) > 1:
+def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> Iterator[Problem]:
+    if len({member.base for member in members if member.base}) > 1:
         which = ", ".join(f"{m.label} on {m.base}" for m in members)
-        return [Problem("unlike_bases", f"the members have different bases: {which}", "use adapters of one base")]
-    return [
-        Problem(
-            "other_base",
-            f"{member.label} was trained on another model than the base '{base.name}' now is (fingerprints differ)",
-            f"register that model under another name, or train {member.adapter} again",
-            member.label,
-        )
-        for member in members
-        if base and member.fingerprint and member.fingerprint != base.fingerprint
-    ]
+        yield Problem("unlike_bases", f"the members have different bases: {which}", "use adapters of one base")
+        return
+    for member in members:
+        if base and member.fingerprint and member.fingerprint != base.fingerprint:
+            what = f"{member.label} was trained on another model than the base '{base.name}' now is"
+            hint = f"register that model under another name, or train {member.adapter} again"
+            yield Problem("other_base", f"{what} (fingerprints differ)", hint, member.label)
 
 
 def recorded_problems(label: str, recorded: Iterable[EntryProblem]) -> list[Problem]:
@@ -74,21 +64,14 @@ def unfitting_tensors(
     again = "register the checkpoint again from where it was made"
     if not pairs:
         problems.append(Problem("no_tensors", f"{label} holds no LoRA tensors", again, label))
-    add(
-        "missing_tensors",
-        [m for m, pair in pairs.items() if set(pair) != {"A", "B"}],
-        "one factor is missing of",
-        again,
-    )
-    floats = [n for n, t in checkpoint.tensors.items() if t.dtype not in DTYPE_NAMES]
-    add("dtype", floats, "not a floating-point tensor", again)
-    extra = [n for n, slot in checkpoint.slots.items() if slot.role == "unknown"]
-    if checkpoint.config.get("bias", "none") == "none":
-        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "bias"]
-    if not checkpoint.config.get("use_dora"):
-        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "magnitude"]
-    if not checkpoint.config.get("lora_bias"):
-        extra += [n for n, slot in checkpoint.slots.items() if slot.role == "lora_bias"]
+    single = [m for m, pair in pairs.items() if set(pair) != {"A", "B"}]
+    add("missing_tensors", single, "one factor is missing of", again)
+    other_types = [n for n, t in checkpoint.tensors.items() if t.dtype not in DTYPE_NAMES]
+    add("dtype", other_types, "not a floating-point tensor", again)
+    config = checkpoint.config
+    explained = {"unknown": False, "bias": config.get("bias", "none") != "none", "magnitude": config.get("use_dora"),
+                 "lora_bias": config.get("lora_bias")}  # fmt: skip
+    extra = [n for role, said in explained.items() if not said for n, s in checkpoint.slots.items() if s.role == role]
     add("extra_tensors", extra, "tensors that its configuration does not explain", again)
     wrong_rank, wrong_shape = _misshapen(member, pairs, known)
     add("rank", wrong_rank, "the rank in its tensors is not the one in its configuration", again)
@@ -98,12 +81,8 @@ def unfitting_tensors(
     fits = _where_it_fits(member, base)
     add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
     shared = [m for m in pairs if m in known and known[m].type == "Shared"]
-    add(
-        "shared_modules",
-        shared,
-        "modules whose weight other modules use as well, so that none can be changed alone",
-        ("train it again without them"),
-    )
+    why = "modules whose weight other modules use as well, so that none can be changed alone"
+    add("shared_modules", shared, why, "train it again without them")
     older = [m for m in pairs if m in known and known[m].type in ("Parameter", "Other")]
     again_base = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
     add("older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", again_base)
@@ -115,37 +94,30 @@ def unfitting_tensors(
     expected = expected_targets(checkpoint.config, known, base.output_embedding)
     if expected is not None:
         found = {m for m in pairs if m in known}
+        untargeted = sorted(found - expected, key=natural_order)
         add("missing_tensors", sorted(expected - found, key=natural_order), "tensors are missing for", again)
-        add(
-            "extra_tensors",
-            sorted(found - expected, key=natural_order),
-            "tensors for modules that it does not target",
-            again,
-        )
+        add("extra_tensors", untargeted, "tensors for modules that it does not target", again)
     return problems
 
 
-def unfitting_layer_weights(member: PlanMember, known: Mapping[str, ModuleShape], own: Iterable[str]) -> list[Problem]:
+def unfitting_layer_weights(
+    member: PlanMember, known: Mapping[str, ModuleShape], own: Iterable[str]
+) -> Iterator[Problem]:
     """Weights for layers or modules that the base does not have, or on which no member stands."""
-    if not member.layer_weights:
-        return []
     absent = names_nothing(member.layer_weights, known)
     idle = [name for name in names_nothing(member.layer_weights, own) if name not in absent]
-    problems = []
     if absent:
         what = f"{member.label} has weights for what the base does not have: {', '.join(absent[:3])}"
         like = next(iter(sorted(known, key=natural_order)), "")
         hint = did_you_mean(absent[0], list(known), f"name a layer or a module as the base does: {like}")
-        problems.append(Problem("layer_weights", what, hint, member.label))
+        yield Problem("layer_weights", what, hint, member.label)
     if idle:
         what = f"{member.label} has weights for what it does not change: {', '.join(idle[:3])}"
-        problems.append(Problem("layer_weights", what, "they can be left out", member.label, "warning"))
-    return problems
+        yield Problem("layer_weights", what, "they can be left out", member.label, "warning")
 
 
-def other_rows(member: PlanMember, naming: Naming, base: Base) -> list[Problem]:
+def other_rows(member: PlanMember, naming: Naming, base: Base) -> Iterator[Problem]:
     """Embeddings or a head that a member brings with another number of rows than the base has."""
-    problems = []
     for module, shape in saved_modules(member).items():
         own = naming.known.get(module)
         if own is None or own.type in (*EXPERTS, "Parameter", "Other"):
@@ -154,16 +126,11 @@ def other_rows(member: PlanMember, naming: Naming, base: Base) -> list[Problem]:
         if shape == wanted:
             continue
         if shape[1:] == wanted[1:]:
-            what = (
-                f"its {module} has {shape[0]:,} rows and that of {base.name} {wanted[0]:,}: tokens were added to the "
-            )
-            what += "base that it was trained on"
-            hint = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
-            problems.append(Problem("rows", f"{member.label}: {what}", hint, member.label))
+            what = f"{member.label}: its {module} has {shape[0]:,} rows and that of {base.name} {wanted[0]:,}: tokens "
+            yield Problem("rows", f"{what}were added to the base that it was trained on", ADD_TOKENS, member.label)
         else:
-            what = f"its {module} is {list(shape)}, and that of {base.name} {list(wanted)}"
-            problems.append(Problem("shape", f"{member.label}: {what}", _where_it_fits(member, base), member.label))
-    return problems
+            what = f"{member.label}: its {module} is {list(shape)}, and that of {base.name} {list(wanted)}"
+            yield Problem("shape", what, _where_it_fits(member, base), member.label)
 
 
 def _where_it_fits(member: PlanMember, base: Base) -> str:
@@ -227,29 +194,20 @@ def clashing_replacements(replacements: Sequence[Replacement], members: Sequence
     return [Problem("modules_to_save", what, "only one member of a stack may carry whole modules")]
 
 
-def missing_foundations(members: Sequence[PlanMember]) -> list[Problem]:
+def missing_foundations(members: Sequence[PlanMember]) -> Iterator[Problem]:
     """A warning where a member stands without what it was trained on, or on another version of it."""
     present = {
         m.adapter: format_term(m.label, m.weight) + (" weighted by layer" if m.layer_weights else "") for m in members
     }
-    problems = []
     for member in members:
         for needed in member.trained_on if member.is_used else ():
             name = needed.partition("@")[0]
             if present.get(name) == needed:
                 continue
-            instead = f", here {present[name]} is" if name in present else ""
-            problems.append(
-                Problem(
-                    "foundation",
-                    f"{member.label} was trained on {needed}{instead or ', which is not in this stack'}",
-                    _move(member, present)
-                    + f"for what was trained, compose {'+'.join([*member.trained_on, member.label])}",
-                    member.label,
-                    "warning",
-                )
-            )
-    return problems
+            instead = f", here {present[name]} is" if name in present else ", which is not in this stack"
+            what = f"{member.label} was trained on {needed}{instead}"
+            compose = f"for what was trained, compose {'+'.join([*member.trained_on, member.label])}"
+            yield Problem("foundation", what, _move(member, present) + compose, member.label, "warning")
 
 
 def _move(member: PlanMember, present: Mapping[str, str]) -> str:

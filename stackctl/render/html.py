@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackctl import __version__
-from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.storage import atomic
 from stackctl.storage.paths import check_output
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SUFFIXES = (".html", ".htm")
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -30,10 +29,9 @@ def check_page_place(path: Path) -> None:
         StackctlError: everything that is wrong with it, at once.
     """
     problems: list[StackctlError] = []
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in (".html", ".htm"):
         problems.append(Usage(f"--output {path} is not the name of a page", hint="name a file that ends with .html"))
-    with gathering(problems):
-        check_output(path)
+    attempt(problems, check_output, path)
     raise_all(problems)
 
 
