@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,28 +60,23 @@ def register(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option(help="Show what would be pushed; send nothing.")] = False,
     ) -> Result:
         """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
-        from stackctl.hub.bundle import BundleOptions
         from stackctl.hub.card import CardFacts
         from stackctl.hub.push import PushOptions
         from stackctl.hub.push import push as push_stack
         from stackctl.hub.repo_place import parse_repo
 
         registry, output = context.registry, context.output
-        problems: list[StackctlError] = []
+        problems = [*_unfit_words(dataset or [], {"--revision": revision, "--tag": tag})]
         target = attempt(problems, _target, registry, what, repo)
         stack: Any = attempt(problems, resolve_expression, registry, target.stack) if target else None
         repo_id: Any = attempt(problems, parse_repo, target.repo) if target else None
-        for check in (_check_datasets(dataset or []), _check_ref("--revision", revision), _check_ref("--tag", tag)):
-            problems += check
         raise_all(problems)
         options = PushOptions(
             again=typed(),
             export=functools.partial(_export, registry, output.status),
-            bundle=BundleOptions(
-                base_id=target.base_id if base_id is None else base_id,
-                facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
-                members=members,
-            ),
+            base_id=target.base_id if base_id is None else base_id,
+            facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
+            members=members,
             private=private or target.private,
             revision=revision,
             create_pr=create_pr,
@@ -97,16 +93,14 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def _check_datasets(ids: list[str]) -> list[StackctlError]:
-    wrong = [one for one in ids if not is_dataset_id(one)]
-    said = f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub"
-    return [Usage(said, hint="write owner/name, as on the data set's page")] if wrong else []
-
-
-def _check_ref(option: str, name: str | None) -> list[StackctlError]:
-    if name is None or is_ref_name(name):
-        return []
-    return [Usage(f"{option} '{name}': git has no branch or tag of such a name", hint="write one such as v1.0")]
+def _unfit_words(datasets: list[str], refs: dict[str, str | None]) -> Iterator[StackctlError]:
+    """What the Hub, or git, has no place for: ids of data sets, and names of a branch or a tag by their options."""
+    if wrong := [one for one in datasets if not is_dataset_id(one)]:
+        said = f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub"
+        yield Usage(said, hint="write owner/name, as on the data set's page")
+    for option, name in refs.items():
+        if name is not None and not is_ref_name(name):
+            yield Usage(f"{option} '{name}': git has no branch or tag of such a name", hint="write one such as v1.0")
 
 
 def prepare_push(registry: Registry, what: str, repo: str) -> dict[str, Any]:
@@ -153,19 +147,10 @@ def _recipe_target() -> PushTarget | None:
 
 
 def _result(pushed: Any, notes: tuple[str, ...]) -> Result:
-    data = {
-        "repo": pushed.repo,
-        "commit": pushed.commit,
-        "url": pushed.url,
-        "files": [dataclasses.asdict(file) for file in pushed.files],
-        "what": pushed.what,
-        "outcome": pushed.outcome,
-        "pull_request": pushed.pull_request,
-    }
     if pushed.outcome == "planned":
         text = f"would push {pushed.what} to {pushed.url}; nothing was sent"
     elif pushed.outcome == "unchanged":
         text = f"{pushed.what} is there already, nothing changed: {pushed.url}"
     else:
         text = f"pushed {pushed.what}: {pushed.url}"
-    return Result(data, pushed.url, text, notes=notes)
+    return Result(dataclasses.asdict(pushed), pushed.url, text, notes=notes)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from stackctl.core.expressions import format_term
 from stackctl.core.fields import Count, Entry, Finite, Part, Scalar
 from stackctl.core.provenance import (
     Converted,
@@ -167,12 +168,18 @@ class AdapterVersion(Part, frozen=True, kw_only=True):
     versions: dict[str, str] = msgspec.field(default_factory=dict)
 
 
+def _labelled(self: Adapter | Removed) -> dict[str, AdapterVersion]:
+    """The versions by their labels: ``style@1``."""
+    return {f"{self.name}@{version.version}": version for version in self.versions}
+
+
 class Adapter(Entry, frozen=True, kw_only=True):
     """``adapters/NAME.yaml``: every version of one adapter, newest last."""
 
     name: str
     description: str = ""
     versions: list[AdapterVersion]
+    labelled = _labelled
 
     def newest(self) -> AdapterVersion:
         return self.versions[-1]
@@ -191,19 +198,32 @@ class Removed(Entry, frozen=True, kw_only=True):
     name: str
     given: list[GivenNumber]
     versions: list[AdapterVersion] = msgspec.field(default_factory=list)
+    labelled = _labelled
 
 
-class Member(Part, frozen=True, kw_only=True):
-    """One member of a stack, pinned.
-
-    ``layer_weights`` are weights by the name of a layer or a module, which stand there in place of ``weight``: see
-    :mod:`stackctl.plan.layer_weights`.
-    """
+class Pinned(Part, frozen=True, kw_only=True):
+    """One version of an adapter with a weight; printed as a term: ``style@1:0.7``."""
 
     adapter: str
     version: Count
     digest: str
     weight: Finite = 1.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.adapter}@{self.version}"
+
+    def __str__(self) -> str:
+        return format_term(self.label, self.weight)
+
+
+class Member(Pinned, frozen=True, kw_only=True):
+    """One member of a stack.
+
+    ``layer_weights`` are weights by the name of a layer or a module, which stand there in place of ``weight``: see
+    :mod:`stackctl.plan.layer_weights`.
+    """
+
     layer_weights: dict[str, Finite] = msgspec.field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -233,13 +253,9 @@ class Stack(Entry, frozen=True, kw_only=True):
     created: str
 
 
-class CheckpointMember(Part, frozen=True, kw_only=True):
+class CheckpointMember(Pinned, frozen=True, kw_only=True):
     """One adapter that a checkpoint stands on; ``repo`` is where it lives on the Hub, when that was known."""
 
-    adapter: str
-    version: Count
-    digest: str
-    weight: Finite = 1.0
     repo: str | None = None
 
 

@@ -5,7 +5,8 @@ The same entries give the same bytes, wherever the registry lies: that is how a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import AdapterInfo, Base, Stack
-from stackctl.hub.card import CARD, Card, CardFacts, CardMember, TrainedOn, render_card
+from stackctl.hub.card import CARD, Card, CardFacts, render_card
 from stackctl.hub.published import (
     ADAPTER,
     CHECKPOINT,
+    MEMBERS,
+    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     checkpoint_files,
     own_base_name,
@@ -37,16 +40,6 @@ from stackctl.render.loss_curve import PICTURE, read_curve, render_curve_svg
 from stackctl.storage.yaml_text import format_yaml
 
 STACK = "stack.yaml"
-MEMBERS = "members"
-
-
-@dataclass(frozen=True)
-class BundleOptions:
-    """What a person says about a push that the registry does not know."""
-
-    base_id: str | None = None
-    facts: CardFacts = field(default_factory=CardFacts)
-    members: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,29 +86,15 @@ def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None,
     )
 
 
-# -- an adapter -----------------------------------------------------------------------------------------------------
-
-
 def bundle_adapter(registry: Registry, member: ResolvedMember, base: Base, to: Destination) -> dict[str, Content]:
     """The files of one adapter: its checkpoint at the root, its entry, its card."""
-    content = checkpoint_files(registry, member, base, to.base_id)
-    curve = _picture([(member, registry.weights_path(member.version))])
     info = published_info(registry, member, base, to.base_id, {})
     card = Card(
-        name=member.adapter.name,
-        repo=to.repo,
-        base_id=to.base_id,
-        members=(CardMember(member.adapter.name, published_entry(member), description=member.adapter.description),),
+        member.adapter.name, to.repo, to.base_id, members=_as_published([member]), facts=to.facts,
         rank=max(member.version.lora.r, *member.version.lora.rank_pattern.values(), 0),
-        foundations=tuple(TrainedOn(m.adapter, m.version, m.weight, m.digest, m.repo) for m in info.trained_on),
-        facts=to.facts,
-        has_picture=curve is not None,
-        has_tokenizer=_has_tokenizer(content),
-    )
-    return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
-
-
-# -- a stack --------------------------------------------------------------------------------------------------------
+        foundations=tuple(info.trained_on),
+    )  # fmt: skip
+    return _with_card(registry, card, checkpoint_files(registry, member, base, to.base_id), [member])
 
 
 def bundle_stack(
@@ -127,39 +106,33 @@ def bundle_stack(
         exported: the folder with the stack as one PEFT adapter; it must last until the push is over.
     """
     content: dict[str, Content] = {WEIGHTS: exported / WEIGHTS, CONFIG: published_config(exported, to.base_id)}
-    newest = max(stack.members, key=lambda m: (_brings_tokenizer(registry, m), m.version.created))
-    source = registry.weights_path(newest.version)
+    folders = [(m.version.created, registry.weights_path(m.version)) for m in stack.members]
+    _, source = max(folders, key=lambda found: (any((found[1] / file).is_file() for file in TOKENIZER_FILES), found[0]))
     content |= {file: path for file in TOKENIZER_FILES if (path := source / file).is_file() and stays_inside(path)}
-    if "tokenizer_config.json" in content:
-        content["tokenizer_config.json"] = published_tokenizer_config(source / "tokenizer_config.json")
+    if TOKENIZER_CONFIG in content:
+        content[TOKENIZER_CONFIG] = published_tokenizer_config(source / TOKENIZER_CONFIG)
     content[STACK] = format_yaml(_recipe(registry, stack, name)).encode()
-    if members:
-        for member in stack.members:
-            own = checkpoint_files(registry, member, stack.base, to.base_id, {m.label: to.repo for m in stack.members})
-            content |= {f"{MEMBERS}/{member.adapter.name}/{file}": what for file, what in own.items()}
-    curve = _picture([(m, registry.weights_path(m.version)) for m in stack.members])
+    for member in stack.members if members else ():
+        own = checkpoint_files(registry, member, stack.base, to.base_id, {m.label: to.repo for m in stack.members})
+        content |= {f"{MEMBERS}/{member.adapter.name}/{file}": what for file, what in own.items()}
     card = Card(
-        name=name, repo=to.repo, base_id=to.base_id, rank=read_config(exported)["r"], is_stack=True, facts=to.facts,
-        has_layer_weights=any(m.layer_weights for m in stack.members), method=stack.method,
-        members=tuple(
-            CardMember(
-                m.adapter.name, published_entry(m), m.weight, m.adapter.description,
-                f"{MEMBERS}/{m.adapter.name}" if members else None,
-            )
-            for m in stack.members
-        ),
-        has_picture=curve is not None, has_tokenizer=_has_tokenizer(content),
+        name, to.repo, to.base_id, members=_as_published(stack.members), facts=to.facts, is_stack=True,
+        rank=read_config(exported)["r"], has_members=members, method=stack.method,
     )  # fmt: skip
-    return {**content, **_picture_file(curve), CARD: render_card(card).encode()}
+    return _with_card(registry, card, content, stack.members)
 
 
-def _brings_tokenizer(registry: Registry, member: ResolvedMember) -> bool:
-    folder = registry.weights_path(member.version)
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+def _as_published(members: Sequence[ResolvedMember]) -> tuple[ResolvedMember, ...]:
+    return tuple(replace(member, version=published_entry(member)) for member in members)
 
 
-def _has_tokenizer(content: dict[str, Content]) -> bool:
-    return "tokenizer_config.json" in content
+def _with_card(
+    registry: Registry, card: Card, content: dict[str, Content], of: Sequence[ResolvedMember]
+) -> dict[str, Content]:
+    """Files with the card that tells of them, and the picture in it, where there is one."""
+    picture = render_curve_svg({m.label: read_curve(registry.weights_path(m.version)) for m in of})
+    card = replace(card, has_picture=picture is not None, has_tokenizer=TOKENIZER_CONFIG in content)
+    return {**content, **({PICTURE: picture.encode()} if picture else {}), CARD: render_card(card).encode()}
 
 
 def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, Any]:
@@ -172,17 +145,6 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
     )  # fmt: skip
     rows = [{**msgspec.to_builtins(m.entry()), "weight": m.weight} for m in stack.members]
     return {**msgspec.to_builtins(entry), "members": rows}
-
-
-# -- the picture ----------------------------------------------------------------------------------------------------
-
-
-def _picture(places: list[tuple[ResolvedMember, Path]]) -> str | None:
-    return render_curve_svg({member.label: read_curve(folder) for member, folder in places})
-
-
-def _picture_file(picture: str | None) -> dict[str, Content]:
-    return {PICTURE: picture.encode()} if picture else {}
 
 
 def check_pushable(registry: Registry, stack: ResolvedStack) -> None:

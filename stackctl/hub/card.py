@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import StackctlError
-from stackctl.core.expressions import format_sum, format_term, format_weight
+from stackctl.core.expressions import format_sum, format_weight
 from stackctl.core.hub_ids import parse_dataset_id
-from stackctl.core.schema import AdapterVersion
+from stackctl.core.schema import CheckpointMember
+from stackctl.hub.published import MEMBERS
 from stackctl.plan.lint import vllm_max_rank
 from stackctl.plan.methods import METHODS, SUM
+from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
 from stackctl.render.loss_curve import PICTURE
 from stackctl.storage.yaml_text import parse_yaml
@@ -37,76 +39,30 @@ class CardFacts:
     datasets: tuple[str, ...] = ()
 
 
-class _Named:
-    """A version with a weight. Subclasses have ``name``, ``weight`` and ``label``."""
-
-    name: str
-    weight: float
-
-    @property
-    def label(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def term(self) -> str:
-        return format_term(self.label, self.weight)
-
-    @property
-    def weight_text(self) -> str:
-        return format_weight(self.weight)
-
-    @property
-    def python_name(self) -> str:
-        """What PEFT calls it: PyTorch refuses a dot in a module's name, and PEFT some words."""
-        return "layer_" + self.name.replace(".", "_")
-
-
-@dataclass(frozen=True)
-class CardMember(_Named):
-    """One adapter version with its weight, as the card tells of it. ``folder`` is where it lies in the repo."""
-
-    name: str
-    version: AdapterVersion
-    weight: float = 1.0
-    description: str = ""
-    folder: str | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.version.version}"
-
-
-@dataclass(frozen=True)
-class TrainedOn(_Named):
-    """An adapter that the card's adapter was trained on. ``repo`` is where it lives, when that is known."""
-
-    name: str
-    version: int
-    weight: float
-    digest: str = ""
-    repo: str | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.version}"
-
-
 @dataclass(frozen=True)
 class Card:
-    """Everything that a card says. One member and no stack: the card of an adapter."""
+    """Everything that a card says. One member and no stack: the card of an adapter, and what that was trained on.
+
+    Members have their published entries; with ``has_members`` each lies in a folder of its own as well.
+    """
 
     name: str
     repo: str
     base_id: str
-    members: tuple[CardMember, ...]
+    members: tuple[ResolvedMember, ...]
     rank: int
     is_stack: bool = False
-    has_layer_weights: bool = False
+    has_members: bool = False
     method: str = SUM
-    foundations: tuple[TrainedOn, ...] = ()
+    foundations: tuple[CheckpointMember, ...] = ()
     facts: CardFacts = field(default_factory=CardFacts)
     has_picture: bool = False
     has_tokenizer: bool = False
+
+
+def _python_name(adapter: str) -> str:
+    """What PEFT calls an adapter: PyTorch refuses a dot in a module's name, and PEFT some words."""
+    return "layer_" + adapter.replace(".", "_")
 
 
 def render_card(card: Card) -> str:
@@ -114,6 +70,8 @@ def render_card(card: Card) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     method = None if card.method == SUM else card.method
+    terms = [(below.adapter, below.weight) for below in card.foundations]
+    terms += [(member.adapter.name, member.weight) for member in card.members]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         undefined=StrictUndefined,
@@ -128,7 +86,10 @@ def render_card(card: Card) -> str:
         newest=card.members[0],
         metadata=_metadata(card),
         base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
-        names=" and ".join(f"**{member.term}**" for member in card.members),
+        names=" and ".join(f"**{member}**" for member in card.members),
+        folder=MEMBERS,
+        python_name=_python_name,
+        format_weight=format_weight,
         diagram=_diagram(card),
         training=[row for member in card.members if (row := _training_row(member))],
         evaluation=[row for member in card.members if (row := _evaluation_row(member))],
@@ -138,7 +99,7 @@ def render_card(card: Card) -> str:
         expression=_expression(card),
         file_name=card.name.replace("+", "-"),
         vllm_rank=vllm_max_rank(card.rank) or card.rank,
-        formula=format_sum([(term.name, term.weight) for term in (*card.foundations, *card.members)], method),
+        formula=format_sum(terms, method),
     )
 
 
@@ -161,8 +122,8 @@ def _metadata(card: Card) -> str:
 
 def _diagram(card: Card) -> str:
     """The stack as a person would draw it: the base below, the newest adapter on top."""
-    terms = [(f.term, "frozen while the one above was trained") for f in card.foundations]
-    terms += [(m.term, f"rank {m.version.lora.r}, {m.version.parameters:,} parameters") for m in card.members]
+    terms = [(str(f), "frozen while the one above was trained") for f in card.foundations]
+    terms += [(str(m), f"rank {m.version.lora.r}, {m.version.parameters:,} parameters") for m in card.members]
     column = max(len(term) for term, _ in terms)
     rows = [f"+ {term:<{column}}  {what}" for term, what in reversed(terms)]
     width = max(len(row) for row in [*rows, card.base_id])
@@ -170,7 +131,7 @@ def _diagram(card: Card) -> str:
     return "\n".join([edge, *(f"| {row:<{width}} |" for row in rows), edge, f"| {card.base_id:<{width}} |", edge])
 
 
-def _training_row(member: CardMember) -> list[str] | None:
+def _training_row(member: ResolvedMember) -> list[str] | None:
     version = member.version
     data, run = version.data, version.run
     if run is None and data is None:
@@ -183,14 +144,14 @@ def _training_row(member: CardMember) -> list[str] | None:
     return [cell.replace("|", "\\|") for cell in cells]
 
 
-def _evaluation_row(member: CardMember) -> list[str] | None:
+def _evaluation_row(member: ResolvedMember) -> list[str] | None:
     run: Any = member.version.run
     if run is None or run.eval_loss is None or run.margin is not None or member.version.distilled:
         return None
     return [f"`{member.label}`", f"{run.eval_loss:.4g}", f"{math.exp(min(run.eval_loss, 700)):.4g}"]
 
 
-def _preference_row(member: CardMember) -> list[str] | None:
+def _preference_row(member: ResolvedMember) -> list[str] | None:
     """What a run on answers came to: how many it ranked rightly while it learned, and of held-out ones."""
     run, settings = member.version.run, member.version.settings or {}
     if run is None or run.accuracy is None or run.margin is None:
@@ -203,8 +164,8 @@ def _preference_row(member: CardMember) -> list[str] | None:
 
 def _expression(card: Card) -> str:
     if card.is_stack:  # without its members a pull brings their sum, as one adapter, whose name holds no '+'
-        return card.name if any(m.folder for m in card.members) else card.name.replace("+", "-")
-    return "+".join([*(f.term for f in card.foundations), card.members[0].label])
+        return card.name if card.has_members else card.name.replace("+", "-")
+    return "+".join([*map(str, card.foundations), card.members[0].label])
 
 
 _KNOWN_FACTS = {EMBEDDED_HUB_ID: CardFacts(license="apache-2.0", language=("en",))}

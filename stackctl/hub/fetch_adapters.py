@@ -114,7 +114,7 @@ class AdapterFetcher:
         together = {part.label for part in parts}
         found: dict[str, str] = {}
         for part in parts:
-            told = {f"{m.adapter}@{m.version}": m for m in part.info.trained_on} if part.info else {}
+            told = {m.label: m for m in part.info.trained_on} if part.info else {}
             for label in dict.fromkeys(str(term.reference) for term in _terms(part)):
                 if label not in together and label not in found:
                     found[label] = self._foundation(part, label, told.get(label))

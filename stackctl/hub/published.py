@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from stackctl.core.errors import StackctlError
-from stackctl.core.expressions import Reference
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.provenance import DataSource
 from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember
@@ -25,6 +24,9 @@ from stackctl.storage.files import read_json
 from stackctl.storage.yaml_text import format_yaml
 
 ADAPTER = "adapter.yaml"
+MEMBERS = "members"
+"""The folder with those members of a stack that lie in it by themselves."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 TOKENIZER_FILES = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
 CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *TOKENIZER_FILES)
@@ -45,8 +47,8 @@ def checkpoint_files(
         name: path for name in CHECKPOINT if (path := folder / name).is_file() and stays_inside(path)
     }
     content[CONFIG] = published_config(folder, base_id)
-    if "tokenizer_config.json" in content:
-        content["tokenizer_config.json"] = published_tokenizer_config(folder / "tokenizer_config.json")
+    if TOKENIZER_CONFIG in content:
+        content[TOKENIZER_CONFIG] = published_tokenizer_config(folder / TOKENIZER_CONFIG)
     content[INFO] = _json(msgspec.to_builtins(published_info(registry, member, base, base_id, here or {})))
     entry = Adapter(
         name=member.adapter.name, description=member.adapter.description,
@@ -119,17 +121,17 @@ def _foundations(
     registry: Registry, member: ResolvedMember, info: AdapterInfo | None, here: Mapping[str, str]
 ) -> Iterator[CheckpointMember]:
     """What a member was trained on, with digests and, where it is known, the repo that holds it."""
-    told = {(m.adapter, m.version): m for m in info.trained_on} if info else {}
+    told = {m.label: m for m in info.trained_on} if info else {}
     for term in foundations(member.version):
-        name, number = term.reference.name, term.reference.version or 1
-        known = told.get((name, number))
+        label, name, number = str(term.reference), term.reference.name, term.reference.version or 1
+        known = told.get(label)
         digest, repo = (known.digest, known.repo) if known else ("", None)
         try:
-            version = resolve_adapter(registry, Reference(name, number)).version
+            version = resolve_adapter(registry, term.reference).version
         except StackctlError:
             version = None
         if version is not None:
             place = version.pushed or version.hub
             digest, repo = version.digest, repo or (place.repo if place else None)
-        repo = here.get(f"{name}@{number}", repo)
+        repo = here.get(label, repo)
         yield CheckpointMember(adapter=name, version=number, digest=digest, weight=term.weight, repo=repo)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, attempt, raise_all
-from stackctl.core.expressions import format_term, parse_name, parse_stack_name
+from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.schema import Base, Member, Stack
-from stackctl.hub.bundle import MEMBERS, STACK
+from stackctl.hub.bundle import STACK
 from stackctl.hub.client import open_hub
 from stackctl.hub.fetch_adapters import AdapterFetcher
+from stackctl.hub.published import MEMBERS
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG
@@ -195,7 +196,7 @@ class _Pull:
         for member in recipe.members:
             found = find_digest(self.registry, member.digest)
             if found is None:
-                raise NotFound(f"{member.adapter}@{member.version} was removed meanwhile", hint=str(self.options.again))
+                raise NotFound(f"{member.label} was removed meanwhile", hint=str(self.options.again))
             members.append(replace(found, weight=member.weight, layer_weights=member.layer_weights))
         own = resolve_base(self.registry, members[0].version.base)
         entry = Stack(
@@ -205,7 +206,7 @@ class _Pull:
         )  # fmt: skip
         before = put_stack(self.registry, entry)
         if before is not None and before.members != entry.members:
-            old = "+".join(format_term(f"{m.adapter}@{m.version}", m.weight) for m in before.members)
+            old = "+".join(map(str, before.members))
             back = f"to have that back: stackctl compose {old} --name NAME"
             if any(m.layer_weights for m in before.members):
                 back = "its weights by layer are gone"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,6 @@ from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.core.provenance import HubSource
 from stackctl.hub.bundle import (
-    BundleOptions,
     Destination,
     bundle_adapter,
     bundle_stack,
@@ -45,12 +44,15 @@ class PushOptions:
     """How a push is done.
 
     ``again`` is the command line that repeats it, for hints. ``export`` writes a stack as one PEFT adapter into a new
-    folder; an adapter is pushed as it lies.
+    folder; an adapter is pushed as it lies. With ``members`` each member of a stack goes along in its own folder.
+    ``base_id`` and ``facts`` are what the registry does not know.
     """
 
     again: CommandLine
     export: Export
-    bundle: BundleOptions = field(default_factory=BundleOptions)
+    base_id: str | None = None
+    facts: CardFacts = field(default_factory=CardFacts)
+    members: bool = False
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
@@ -91,7 +93,7 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
         NotFound, HubFailure: the repo's branch is not there; the Hub or the network said no.
     """
     check_pushable(registry, stack)
-    base_id = resolve_base_id(registry, stack, options.bundle.base_id, options.again)
+    base_id = resolve_base_id(registry, stack, options.base_id, options.again)
     what = _name(stack)
     with (
         tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder,
@@ -101,11 +103,11 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
             hub.require_login()
         seen, facts = _look(hub, options, say)
         there = seen or Snapshot()
-        if _came_from_here(stack, repo, there, options.bundle):
+        if _came_from_here(stack, repo, there, options):
             kept = tuple(PushedFile(f.path, f.size, f.sha256, "unchanged") for f in there.files.values())
             return _finish(registry, stack, hub, options, Pushed(what, repo, there.commit, "", kept, "unchanged"))
         say(f"preparing {what}")
-        to = Destination(repo, base_id, combine_facts(options.bundle.facts, facts, base_id))
+        to = Destination(repo, base_id, combine_facts(options.facts, facts, base_id))
         content = _bundle(registry, stack, to, options, Path(folder))
         files = tuple(_compare(content, there))
         _show(files, repo, say)
@@ -135,8 +137,8 @@ def prepare(registry: Registry, stack: ResolvedStack, repo: str, options: PushOp
         Usage, Incompatible, VerificationFailed: it cannot be pushed as it is.
     """
     check_pushable(registry, stack)
-    base_id = resolve_base_id(registry, stack, options.bundle.base_id, options.again)
-    to = Destination(repo, base_id, combine_facts(options.bundle.facts, CardFacts(), base_id))
+    base_id = resolve_base_id(registry, stack, options.base_id, options.again)
+    to = Destination(repo, base_id, combine_facts(options.facts, CardFacts(), base_id))
     with tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder:
         return tuple(_compare(_bundle(registry, stack, to, options, Path(folder)), Snapshot()))
 
@@ -166,7 +168,7 @@ def _bundle(
         return bundle_adapter(registry, stack.members[0], stack.base, to)
     exported = folder / "sum"
     options.export(read_plan(registry, stack).check(), exported)
-    return bundle_stack(registry, stack, _name(stack), to, exported, members=options.bundle.members)
+    return bundle_stack(registry, stack, _name(stack), to, exported, members=options.members)
 
 
 # -- before the commit ----------------------------------------------------------------------------------------------
@@ -210,9 +212,10 @@ def _standing_facts(hub: Hub, seen: Snapshot) -> CardFacts:
     return facts_of_card(hub.download(seen.files[CARD], seen.commit).read_text(errors="replace"))
 
 
-def _came_from_here(stack: ResolvedStack, repo: str, there: Snapshot, bundle: BundleOptions) -> bool:
+def _came_from_here(stack: ResolvedStack, repo: str, there: Snapshot, options: PushOptions) -> bool:
     """Whether this is what a pull brought from that very commit: what somebody else wrote there stays as it is."""
-    if not _is_adapter(stack) or there.commit is None or bundle != BundleOptions():
+    said = options.base_id is not None or options.facts != CardFacts() or options.members
+    if not _is_adapter(stack) or there.commit is None or said:
         return False
     return stack.members[0].version.hub == HubSource(repo=repo, commit=there.commit)
 
@@ -262,10 +265,10 @@ def _finish(registry: Registry, stack: ResolvedStack, hub: Hub, options: PushOpt
     if options.tag:
         hub.tag(options.tag, pushed.commit)
     if not pushed.pull_request and options.revision in (None, "main"):
-        held = stack.members if _is_adapter(stack) or options.bundle.members else ()
+        held = stack.members if _is_adapter(stack) or options.members else ()
         for member in held:
             if member.version.hub != HubSource(repo=pushed.repo, commit=pushed.commit):
                 with contextlib.suppress(NotFound):  # somebody removed it meanwhile
                     record_push(registry, member, HubSource(repo=pushed.repo, commit=pushed.commit))
     url = pushed.url or f"{hub.url}/commit/{pushed.commit}"
-    return Pushed(pushed.what, pushed.repo, pushed.commit, url, pushed.files, pushed.outcome, pushed.pull_request)
+    return replace(pushed, url=url)

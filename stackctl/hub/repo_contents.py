@@ -13,9 +13,8 @@ from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFailed, closest, listed
 from stackctl.core.fields import SCHEMA
 from stackctl.core.schema import Adapter, AdapterInfo, AdapterVersion
-from stackctl.hub.bundle import MEMBERS
 from stackctl.hub.client import Hub
-from stackctl.hub.published import ADAPTER, CHECKPOINT
+from stackctl.hub.published import ADAPTER, CHECKPOINT, MEMBERS
 from stackctl.hub.remote_files import RemoteFile, Snapshot
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info

@@ -162,7 +162,7 @@ def _stack_of(registry: Registry, text: str) -> str:
         raise NotFound(f"stage1_adapter_path: {text} does not exist", hint=f"stackctl add style {shlex.quote(text)}")
     checkpoint = read_checkpoint(find_checkpoint_folder(folder))
     place, digest = checkpoint.path.resolve(), checkpoint.digest()
-    rows = [(f"{row.name}@{version.version}", version) for row in registry.adapters() for version in row.versions]
+    rows = [found for adapter in registry.adapters() for found in adapter.labelled().items()]
     known = [(label, version) for label, version in rows if version.digest == digest]
     for label, version in known or rows:  # what was changed since is known by its place alone
         if registry.weights_path(version) == place:

@@ -79,9 +79,8 @@ def remove_base(registry: Registry, name: str) -> None:
     """
     with registry.lock():
         resolve_base(registry, name)
-        users = [
-            f"{a.name}@{v.version}" for a in registry.adapters(mentioning=name) for v in a.versions if v.base == name
-        ]
+        adapters = registry.adapters(mentioning=name)
+        users = [label for adapter in adapters for label, v in adapter.labelled().items() if v.base == name]
         users += [stack.name for stack in registry.stacks(mentioning=name) if stack.base == name and not stack.members]
         if users:
             raise Usage(

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from stackctl.core.errors import Failed, Usage
-from stackctl.core.schema import AdapterVersion, Removed
+from stackctl.core.schema import Removed
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.registry.adapters import foundations
 from stackctl.registry.base_models import converted_models
@@ -55,20 +55,19 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
     """
     freed = _free_staging(registry, dry_run)
     with contextlib.nullcontext() if dry_run else registry.lock():
-        live = {f"{a.name}@{v.version}": v for a in registry.adapters() for v in a.versions}
+        live = {label: v for a in registry.adapters() for label, v in a.labelled().items()}
         wanted = {str(term.reference) for version in live.values() for term in foundations(version)}
-        wanted |= {f"{m.adapter}@{m.version}" for stack in registry.stacks() for m in stack.members} | set(needed)
+        wanted |= {m.label for stack in registry.stacks() for m in stack.members} | set(needed)
         kept = list(live.values())
-        going: list[tuple[Removed, list[AdapterVersion]]] = []
+        entries: list[Removed] = []
+        was_removed: set[str] = set()
         for removed in [registry.find_removed(name) for name in registry.names(Removed)]:
-            labels = {v.version: f"{removed.name}@{v.version}" for v in removed.versions}
-            staying = [v for v in removed.versions if labels[v.version] in wanted and labels[v.version] not in live]
+            labelled = removed.labelled()
+            staying = [v for label, v in labelled.items() if label in wanted and label not in live]
             kept += staying
             if staying != removed.versions:
-                going.append((removed, staying))
-        was_removed = {
-            f"{removed.name}@{v.version}" for removed, staying in going for v in removed.versions if v not in staying
-        }
+                entries.append(msgspec.structs.replace(removed, versions=staying))
+                was_removed |= {label for label, v in labelled.items() if v not in staying}
         places = {registry.weights_path(version) for version in kept}
         for folder in unreferenced_weights(registry, places):
             label = f"{folder.parent.name}@{folder.name}"
@@ -76,7 +75,6 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
             freed.append(Freed(label, why, str(folder), files.tree_bytes(folder)))
         if dry_run:
             return freed
-        entries = [msgspec.structs.replace(removed, versions=staying) for removed, staying in going]
         try:  # before their weights: what is half gone is nobody's
             registry.write(*entries)
         except OSError as error:

@@ -49,19 +49,18 @@ def read_lineage(registry: Registry, adapters: Iterable[Adapter] | None = None) 
     for name in registry.names(Removed):
         removed = registry.find_removed(name)
         for number in removed.given:
-            found[f"{name}@{number.version}"] = LineageNode(f"{name}@{number.version}", None, removed=True, freed=True)
-        for version in removed.versions:
-            found[f"{name}@{version.version}"] = _node(name, version, removed=True)
+            label = f"{name}@{number.version}"
+            found[label] = LineageNode(label, None, removed=True, freed=True)
+        found |= {label: _node(label, version, removed=True) for label, version in removed.labelled().items()}
     for adapter in registry.adapters() if adapters is None else adapters:
-        for version in adapter.versions:
-            found[f"{adapter.name}@{version.version}"] = _node(adapter.name, version, removed=False)
+        found |= {label: _node(label, version, removed=False) for label, version in adapter.labelled().items()}
     return sorted(found.values(), key=lambda node: _order(node.label))
 
 
-def _node(name: str, version: AdapterVersion, *, removed: bool) -> LineageNode:
+def _node(label: str, version: AdapterVersion, *, removed: bool) -> LineageNode:
     loss = f", loss {version.run.loss:.3f}" if version.run else ""
     return LineageNode(
-        f"{name}@{version.version}", version.base, tuple(version.trained_on), removed,
+        label, version.base, tuple(version.trained_on), removed,
         facts=f"rank {version.lora.r}{loss}, {version.created[:10]}",
     )  # fmt: skip
 

@@ -58,16 +58,16 @@ def _remove_versions(registry: Registry, reference: Reference, dry_run: bool) ->
     if not registry.has(Adapter, reference.name) and registry.find_base(reference.name):
         raise Usage(f"'{reference.name}' is a base", hint=f"stackctl base rm {reference.name}")
     adapter = resolve_adapter(registry, reference).adapter
-    going = [v for v in adapter.versions if reference.version in (None, v.version)]
-    labels = {f"{adapter.name}@{v.version}" for v in going}
-    if users := _standing_on(registry, labels):
+    labels = {label: v for label, v in adapter.labelled().items() if reference.version in (None, v.version)}
+    going = list(labels.values())
+    if users := _standing_on(registry, set(labels)):
         raise Usage(
             f"{' and '.join(sorted(labels))} cannot be removed, for what depends on it: {', '.join(users)}",
             hint=f"begin with what nothing depends on: stackctl rm {_free_user(registry, users)}",
         )
     own = [v for v in going if v.path == registry.relative_weights_path(adapter.name, v.version)]  # not those of a link
     size = sum(files.tree_bytes(registry.root / v.path) for v in own)
-    removal = Removal(tuple(f"{adapter.name}@{v.version}" for v in going), size)
+    removal = Removal(tuple(labels), size)
     if not dry_run:
         _move_out(registry, adapter, going)
     return removal
@@ -96,18 +96,13 @@ def _standing_on(registry: Registry, labels: set[str]) -> list[str]:
     """What stands on versions of one adapter: other versions, and stacks."""
     (name,) = {label.partition("@")[0] for label in labels}
     users = [
-        f"{adapter.name}@{version.version}"
+        label
         for adapter in registry.adapters(mentioning=name)
-        for version in adapter.versions
-        if f"{adapter.name}@{version.version}" not in labels
-        and any(str(term.reference) in labels for term in foundations(version))
+        for label, version in adapter.labelled().items()
+        if label not in labels and any(str(term.reference) in labels for term in foundations(version))
     ]
-    users += [
-        stack.name
-        for stack in registry.stacks(mentioning=name)
-        if any(f"{m.adapter}@{m.version}" in labels for m in stack.members)
-    ]
-    return users
+    stacks = registry.stacks(mentioning=name)
+    return [*users, *(stack.name for stack in stacks if any(member.label in labels for member in stack.members))]
 
 
 def _free_user(registry: Registry, users: list[str]) -> str:

@@ -124,7 +124,7 @@ def _check_foundations(member: ResolvedMember, below: list[ResolvedMember], info
     """
     if member.version.run is None or info is None or f"{info.adapter}@{info.version}" != member.label:
         return
-    trained_on = {f"{one.adapter}@{one.version}": one.digest for one in info.trained_on}
+    trained_on = {one.label: one.digest for one in info.trained_on}
     for found in below:
         if trained_on.get(found.label, found.version.digest) != found.version.digest:
             raise Incompatible(f"{member.label} was trained on another {found.label} than the one that is here now")

@@ -84,12 +84,12 @@ class Models:
         the losses of its training, in nats for a token, where they are known)."""
         with self._lock:
             adapters = list(self.registry.adapters())
-            runs = {f"{a.name}@{version.version}": version.run for a in adapters for version in a.versions}
+            runs = {label: version.run for a in adapters for label, version in a.labelled().items()}
             current = self.registry.settings().current
             found = [self._row(BASE, "base", [])]
             for stack in self.registry.stacks():
                 if stack.base == self.base.name:
-                    members = [(f"{m.adapter}@{m.version}", m.weight) for m in stack.members]
+                    members = [(m.label, m.weight) for m in stack.members]
                     found.append(self._row(stack.name, "stack", members))
             for adapter in adapters:
                 newest = adapter.newest()

@@ -268,12 +268,11 @@ def test_a_dry_run_changes_nothing(
 def test_a_push_can_be_prepared_without_asking_anybody(here: Registry, hub: HubServer, monkeypatch: Any) -> None:
     """What the demo shows: the same files as a push sends."""
     from stackctl.core.command_line import CommandLine
-    from stackctl.hub.bundle import BundleOptions
     from stackctl.hub.push import PushOptions, prepare
 
     monkeypatch.delenv("HF_TOKEN")
     line = CommandLine(("stackctl", "push", "style", "me/style"))
-    options = PushOptions(line, lambda *_: None, BundleOptions(base_id="acme/tiny"))
+    options = PushOptions(line, lambda *_: None, base_id="acme/tiny")
     files = prepare(here, resolve_expression(here, "style"), "me/style", options)
     assert {file.path for file in files} == CHECKPOINT and not hub.trace
 

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from stackctl.core.provenance import DataSource, Run
-from stackctl.core.schema import AdapterVersion, Lora
+from stackctl.core.schema import Adapter, AdapterVersion, CheckpointMember, Lora
 from stackctl.hub.bundle import is_ours
-from stackctl.hub.card import Card, CardFacts, CardMember, TrainedOn, combine_facts, facts_of_card, render_card
+from stackctl.hub.card import Card, CardFacts, combine_facts, facts_of_card, render_card
+from stackctl.registry.adapters import ResolvedMember
 
 
 def version(number: int = 1, rank: int = 16, data: str | None = "chat.jsonl", **changes: object) -> AdapterVersion:
@@ -25,14 +26,22 @@ def version(number: int = 1, rank: int = 16, data: str | None = "chat.jsonl", **
     )  # fmt: skip
 
 
+def member(name: str, entry: AdapterVersion, weight: float = 1.0, description: str = "") -> ResolvedMember:
+    return ResolvedMember(Adapter(name=name, description=description, versions=[entry]), entry, weight)
+
+
+def below(name: str, number: int, weight: float = 1.0, digest: str = "", repo: str | None = None) -> CheckpointMember:
+    return CheckpointMember(adapter=name, version=number, weight=weight, digest=digest, repo=repo)
+
+
 def adapter_card(**changes: object) -> Card:
-    member = CardMember("instruct", version(2, trained_on=["style@1:0.5"]), description="follows instructions")
-    fields = {"name": "instruct", "repo": "me/instruct", "base_id": "acme/tiny", "members": (member,), "rank": 16}
+    one = member("instruct", version(2, trained_on=["style@1:0.5"]), description="follows instructions")
+    fields = {"name": "instruct", "repo": "me/instruct", "base_id": "acme/tiny", "members": (one,), "rank": 16}
     return Card(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def stack_card(**changes: object) -> Card:
-    members = (CardMember("style", version(1, 8), 0.5), CardMember("instruct", version(2)))
+    members = (member("style", version(1, 8), 0.5), member("instruct", version(2)))
     fields = {"name": "teller", "repo": "me/teller", "base_id": "acme/tiny", "members": members, "rank": 24}
     return Card(**{**fields, "is_stack": True, **changes})  # type: ignore[arg-type]
 
@@ -81,9 +90,9 @@ def test_huggingface_hub_reads_the_card() -> None:
 
 
 def test_a_data_set_on_the_hub_is_named_and_a_file_is_not() -> None:
-    from_hub = adapter_card(members=(CardMember("a", version(data="acme/chats")),))
+    from_hub = adapter_card(members=(member("a", version(data="acme/chats")),))
     assert front_matter(render_card(from_hub))["datasets"] == ["acme/chats"]
-    from_file = adapter_card(members=(CardMember("a", version(data="examples/chat.jsonl")),))
+    from_file = adapter_card(members=(member("a", version(data="examples/chat.jsonl")),))
     assert "datasets" not in front_matter(render_card(from_file))
 
 
@@ -101,22 +110,22 @@ def test_a_stack_says_its_sum_and_loads_as_one_adapter() -> None:
 
 
 def test_a_negative_weight_is_subtracted() -> None:
-    card = stack_card(members=(CardMember("style", version(), -1), CardMember("x", version(), -0.5)))
+    card = stack_card(members=(member("style", version(), -1), member("x", version(), -0.5)))
     assert "W = W_base - ΔW_style - 0.5·ΔW_x" in render_card(card)
 
 
 def test_an_adapter_that_stands_on_another_says_so_and_where_that_lives() -> None:
-    foundation = TrainedOn("style", 1, 0.5, "sha256:" + "c" * 64, "me/style")
+    foundation = below("style", 1, 0.5, "sha256:" + "c" * 64, "me/style")
     text = render_card(adapter_card(foundations=(foundation,)))
     assert "`style@1:0.5`" in text and "https://huggingface.co/me/style" in text
     assert code(text, "bash")[0].splitlines()[:2] == ["stackctl pull me/style", "stackctl pull me/instruct"]
     assert "W = W_base + 0.5·ΔW_style + ΔW_instruct" in text
-    unknown = render_card(adapter_card(foundations=(TrainedOn("style", 1, 1.0),)))
+    unknown = render_card(adapter_card(foundations=(below("style", 1, 1.0),)))
     assert "stackctl pull me/style" not in unknown and "ask its author" in unknown
 
 
-@pytest.mark.parametrize("foundations", [(), (TrainedOn("st.yle", 1, 0.5, "", "me/style"), TrainedOn("b", 2, 1.0))])
-def test_the_python_in_the_card_is_python(foundations: tuple[TrainedOn, ...]) -> None:
+@pytest.mark.parametrize("foundations", [(), (below("st.yle", 1, 0.5, "", "me/style"), below("b", 2, 1.0))])
+def test_the_python_in_the_card_is_python(foundations: tuple[CheckpointMember, ...]) -> None:
     (python,) = code(render_card(adapter_card(foundations=foundations)), "python")
     ast.parse(python)
 
@@ -143,14 +152,14 @@ def test_a_run_on_answers_has_no_perplexity_but_says_how_it_ranks() -> None:
         steps=9, epochs=1, loss=0.5, tokens=900, supervised_tokens=400, seconds=1, frozen="fold", eval_loss=0.4,
         accuracy=0.75, margin=0.3, eval_accuracy=0.875, eval_margin=0.25,
     )  # fmt: skip
-    member = CardMember("taste", version(run=run, settings={"objective": "dpo", "learning_rate": 1e-3}))
-    text = render_card(adapter_card(members=(member,)))
+    one = member("taste", version(run=run, settings={"objective": "dpo", "learning_rate": 1e-3}))
+    text = render_card(adapter_card(members=(one,)))
     assert "## Evaluation" not in text
     assert "| `taste@1` | dpo | 75.0% | 0.3 | 87.5% | 0.25 |" in text
 
 
 def test_an_adapter_made_elsewhere_has_no_training_to_tell() -> None:
-    text = render_card(adapter_card(members=(CardMember("a", version(data=None, run=None, settings=None)),)))
+    text = render_card(adapter_card(members=(member("a", version(data=None, run=None, settings=None)),)))
     assert "## Training" not in text and "## Evaluation" not in text
 
 
