@@ -29,23 +29,17 @@ _EXAMPLES = """\
 stackctl base add smollm2
 stackctl base add mine ./models/mine
 stackctl base add qwen3 Qwen/Qwen3-8B-Base --revision main"""
+_SHOWN = (
+    "name", "source", "revision", "fingerprint", "path", "architecture", "parameters", "dtype", "quantization",
+    "context_length",
+)  # fmt: skip
 
 
 def base_json(base: Base, registry: Registry) -> dict[str, Any]:
     """A base as ``base ls`` and ``ls`` show it."""
-    return {
-        "name": base.name,
-        "source": base.source,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "path": str((registry.root / base.path).resolve()) if base.path else None,
-        "architecture": base.architecture,
-        "parameters": base.parameters,
-        "dtype": base.dtype,
-        "quantization": base.quantization,
-        "context_length": base.context_length,
-        "proved": msgspec.to_builtins(base.proved) if base.proved else None,
-    }
+    told = {name: getattr(base, name) for name in _SHOWN}
+    path = str((registry.root / base.path).resolve()) if base.path else None
+    return {**told, "path": path, "proved": msgspec.to_builtins(base.proved) if base.proved else None}
 
 
 def register(app: typer.Typer) -> None:

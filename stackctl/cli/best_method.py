@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stackctl.cli.common import Context
-from stackctl.cli.fit_weights import FEWEST, FitRequest, learn_weights, read_halves, read_weighted
+from stackctl.cli.fit_weights import FEWEST, Chosen, FitRequest, learn_weights, read_halves, read_weighted
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import weights_of
 from stackctl.core import NOISE
-from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
-from stackctl.plan.methods import Candidate, candidates
+from stackctl.plan.methods import candidates
 from stackctl.plan.model import StackPlan
 from stackctl.plan.token_rows import rows_without_sum
 from stackctl.registry.planning import read_plan
@@ -45,32 +45,17 @@ class _Tried:
         return f"{self.stack.method}{f' ({self.settings})' if self.settings else ''}"
 
 
-@dataclass(frozen=True)
-class Best:
-    """The stack that is to be written, the rows of the JSON, and notes."""
-
-    stack: ResolvedStack
-    json: dict[str, Any]
-    notes: list[str]
-
-
-def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Best:
+def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Chosen:
     """Try everything, and choose what is best on the held-out records if that is more than chance.
 
     What ``--fit`` would learn is among what is tried. Everything that can be wrong is found, and said at once, before
     the base is loaded.
     """
     problems: list[StackctlError] = []
-    weighted: WeightedFactors | None = None
-    sets: FitData | None = None
-    with gathering(problems):
-        _check_has_methods(plan)
-    with gathering(problems):
-        weighted = read_weighted(stack, plan, request.per)
-    with gathering(problems):
-        sets = read_halves(context, stack, plan, request)
+    attempt(problems, _check_has_methods, plan)
+    weighted: WeightedFactors = attempt(problems, read_weighted, stack, plan, request.per)
+    sets: FitData = attempt(problems, read_halves, context, stack, plan, request)
     raise_all(problems)
-    assert weighted is not None and sets is not None, "else there was a problem"
     stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
     others = list(_other_methods(stack, plan, request.seed))
     records = sum(len(set(data.owners)) for data in sets.held_out)
@@ -86,10 +71,8 @@ def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request:
     named = [(one.name, one.plan) for one in tried]
     both = [*sets.learned, *sets.held_out]
     scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)
-    count = len(sets.learned)
-    return _judged(
-        tried, request.holdout or request.data, [own[:count] for own in scores], [own[count:] for own in scores]
-    )
+    on_learned, on_held_out = zip(*map(sets.halves, scores), strict=True)
+    return _judged(tried, request.holdout or request.data, on_learned, on_held_out)
 
 
 def _check_has_methods(plan: StackPlan) -> None:
@@ -101,27 +84,20 @@ def _check_has_methods(plan: StackPlan) -> None:
 def _other_methods(stack: ResolvedStack, plan: StackPlan, seed: int) -> Iterator[_Tried]:
     used = sum(member.is_used for member in plan.members)
     for candidate in candidates(used, plan.rank, seed):
-        members = [replace(m, **_scaled(m.weight, m.layer_weights, candidate)) for m in plan.members]
-        made = replace(
-            stack,
-            members=tuple(replace(m, **_scaled(m.weight, m.layer_weights, candidate)) for m in stack.members),
-            method=candidate.method,
-            options=candidate.options,
+        members = tuple(member.times(candidate.scale) for member in stack.members)
+        made = replace(stack, members=members, method=candidate.method, options=candidate.options)
+        planned = [
+            replace(m, weight=scaled.weight, layer_weights=scaled.layer_weights)
+            for m, scaled in zip(plan.members, members, strict=True)
+        ]
+        yield _Tried(
+            made, plan_stack(plan.base, planned, candidate.method, candidate.options).check(), candidate.settings
         )
-        planned = plan_stack(plan.base, members, candidate.method, candidate.options).check()
-        yield _Tried(made, planned, candidate.settings)
-
-
-def _scaled(weight: float, layers: Any, candidate: Candidate) -> dict[str, Any]:
-    return {
-        "weight": weight * candidate.scale,
-        "layer_weights": {name: own * candidate.scale for name, own in layers.items()},
-    }
 
 
 def _judged(
     tried: Sequence[_Tried], data: Sequence[str], learned: Sequence[Sequence[Score]], scores: Sequence[Sequence[Score]]
-) -> Best:
+) -> Chosen:
     """The rows, and which of them is the best: the lowest loss of those that beat the typed sum by more than chance.
 
     What is no better than the typed sum on the records that are learned from is not in the running, so that it is no
@@ -163,7 +139,7 @@ def _judged(
     best = min(better, key=lambda number: rows[number]["loss"], default=0)
     records = sum(len(score.records) for score in scores[0])
     json = {"tried": rows, "best": rows[best], "improved": best != 0, "held_out_records": records}
-    return Best(tried[best].stack, json, _notes(tried, rows, best, (records, len(running))))
+    return Chosen(tried[best].stack, json, _notes(tried, rows, best, (records, len(running))))
 
 
 def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, counts: tuple[int, int]) -> list[str]:

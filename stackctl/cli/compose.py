@@ -11,7 +11,7 @@ import typer
 
 from stackctl.cli.best_method import best_stack, best_table, check_no_settings
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
-from stackctl.cli.fit_weights import FitRequest, fit_lines, fit_stack
+from stackctl.cli.fit_weights import Chosen, FitRequest, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
 from stackctl.cli.sweep_weights import SweepRequest, Swept, sweep_stack
@@ -113,16 +113,11 @@ def register(app: typer.Typer) -> None:
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
-        found: dict[str, Any] = {}
-        said: list[str] = []
+        chosen = Chosen(stack, {}, [])
         if request is not None:
             check_stack_name(registry, label, stack)  # before minutes of work
-            if tries_all:
-                best = best_stack(context, stack, plan, request)
-                stack, found, said = best.stack, best.json, best.notes
-            else:
-                stack, fit, said = fit_stack(context, stack, plan, request)
-                found = {"fit": fit}
+            chosen = (best_stack if tries_all else fit_stack)(context, stack, plan, request)
+            stack = chosen.stack
             plan = read_plan(registry, stack).check()
         if not dry_run:
             save_stack(registry, label, stack)
@@ -131,11 +126,11 @@ def register(app: typer.Typer) -> None:
             "exact": stack.method == SUM,
             "rank": plan.rank,
             **_measured(context, plan),
-            **found,
+            **chosen.json,
             "problems": [p.json() for p in plan.problems],
             "dry_run": dry_run,
         }
-        notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems), *said)
+        notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems), *chosen.notes)
         return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
 
 

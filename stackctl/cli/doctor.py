@@ -83,17 +83,12 @@ def _sizes(device: dict[str, Any], disk: int) -> list[dict[str, Any]]:
     cpu = device["type"] == "cpu"
     running: Precision = "float32" if cpu else "half"
     training: Precision = running if not cpu else "autocast" if device["bfloat16"] else "float32"
+    there = {"generate": device["free"], "train": device["free"], "export": disk}
     rows = []
-    for size in SIZES:
-        found = needs(size, running, training)
-        row: dict[str, Any] = {"base": found.name, "parameters": found.parameters}
-        for work, wanted, there in (
-            ("generate", found.generate, device["free"]),
-            ("train", found.train, device["free"]),
-            ("export", found.export, disk),
-        ):
-            row[work] = {"bytes": wanted, "fits": wanted <= there}
-        rows.append(row)
+    for base in (size.base() for size in SIZES):
+        wanted = needs(base, running, training)
+        works = {work: {"bytes": wanted[work], "fits": wanted[work] <= free} for work, free in there.items()}
+        rows.append({"base": base.name, "parameters": base.parameters, **works})
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +74,8 @@ def scores_json(
 
 def comparison_json(stack: str, against: str, source: str, test: PairedTest) -> dict[str, Any]:
     """A row of ``comparisons``."""
-    return {
-        "stack": stack,
-        "against": against,
-        "data": source,
-        "difference": test.difference,
-        "standard_error": test.standard_error,
-        "p_value": test.p_value,
-        "records": test.records,
-        "better": None if test.p_value > NOISE else stack if test.difference < 0 else against,
-    }
+    better = None if test.p_value > NOISE else stack if test.difference < 0 else against
+    return {"stack": stack, "against": against, "data": source, **asdict(test), "better": better}
 
 
 def by_data(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -19,7 +19,7 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation.scoring import DataSet
+    from stackctl.engine.evaluation.scoring import DataSet, Score
     from stackctl.engine.evaluation.weight_fit import Judged
     from stackctl.engine.evaluation.weighted_members import WeightedFactors
     from stackctl.engine.models import StackedModel
@@ -50,47 +50,55 @@ class FitData:
     learned: list[DataSet]
     held_out: list[DataSet]
 
+    def halves(self, scores: Sequence[Score]) -> tuple[Sequence[Score], Sequence[Score]]:
+        """A stack's scores on all of them: those to learn from, and those to judge by."""
+        return scores[: len(self.learned)], scores[len(self.learned) :]
 
-def fit_stack(
-    context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest
-) -> tuple[ResolvedStack, dict[str, Any], list[str]]:
-    """The stack with the weights that it is to have, what ``fit`` of the JSON says, and notes.
 
-    Everything that can be wrong is found before the base is loaded.
-    """
+@dataclass(frozen=True)
+class Chosen:
+    """The stack that is to be written, what the JSON of ``compose`` says of how it was chosen, and notes."""
+
+    stack: ResolvedStack
+    json: dict[str, Any]
+    notes: list[str]
+
+
+def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Chosen:
+    """The stack with the weights that it is to have. All that can be wrong is found before the base is loaded."""
     weighted = read_weighted(stack, plan, request.per)
     sets = read_halves(context, stack, plan, request)
     from stackctl.engine.evaluation.weight_fit import judge, mean_loss
 
     stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
     learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps)
-    tried, weights = learned.stack, learned.weights
-    both = [("typed", stack), ("tried", tried)]
-    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
-    found_scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
-    count = len(sets.learned)
-    scores = {what: (own[:count], own[count:]) for (what, _), own in zip(both, found_scores, strict=True)}
-    judged = judge(scores["typed"][1], scores["tried"][1])
+    weights = learned.weights
+    plans = [(what, read_plan(context.registry, one).check()) for what, one in (("", stack), ("", learned.stack))]
+    scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
+    (typed, typed_held_out), (tried, tried_held_out) = map(sets.halves, scores)
+    judged = judge(typed_held_out, tried_held_out)
     taken = judged.is_better
-    chosen = tried if taken else stack
-    kept = "tried" if taken else "typed"
     fit = {
         "per": request.per,
-        "records": sum(len(set(data.owners)) for data in sets.learned),
-        "held_out_records": sum(len(set(data.owners)) for data in sets.held_out),
+        "records": _records(sets.learned),
+        "held_out_records": _records(sets.held_out),
         "steps": learned.steps,
-        "loss_before": mean_loss(scores["typed"][0]),
-        "loss_after": mean_loss(scores[kept][0]),
+        "loss_before": mean_loss(typed),
+        "loss_after": mean_loss(tried if taken else typed),
         "held_out_before": judged.before,
         "held_out_after": judged.after if taken else judged.before,
         "standard_error": judged.standard_error,
         "p_value": judged.p_value,
         "fitted": taken,
         "weights": weights if taken else weights_of(stack),
-        "tried": {"weights": weights, "loss": mean_loss(scores["tried"][0]), "held_out": judged.after},
+        "tried": {"weights": weights, "loss": mean_loss(tried), "held_out": judged.after},
         "leave_out": [name for name, value in weights.items() if _is_nothing(value)] if taken else [],
     }
-    return chosen, fit, _notes(fit, judged)
+    return Chosen(learned.stack if taken else stack, {"fit": fit}, _notes(fit, judged))
+
+
+def _records(sets: Sequence[DataSet]) -> int:
+    return sum(len(set(data.owners)) for data in sets)
 
 
 def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFactors:

@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
 
         ready = [models.find(text)[1] for text in first or (models.usual(),)]
         bound = listen(address.host, address.port)
-        from stackctl.serving.app import Service, make_app
+        from stackctl.serving.app import App, Service
         from stackctl.serving.guard import Guard
 
         answering = computing.start(found, registry, output.status)
@@ -90,7 +90,7 @@ def register(app: typer.Typer) -> None:
                 _say_ready(context, models, address, computing.name, port)
 
             service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
-            run(make_app(service), bound, say_ready)
+            run(App(service), bound, say_ready)
         finally:
             answering.close()
 

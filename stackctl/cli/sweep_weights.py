@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl.cli.common import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.core import NOISE
-from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, gathering, raise_all
+from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes
 from stackctl.plan.build import plan_stack
@@ -74,8 +74,7 @@ def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request
         places = place_axes(axes, [(member.adapter.name, member.label) for member in stack.members])
         _check_plain([stack.members[place] for place in places])
     if request.page is not None:
-        with gathering(problems):
-            pages.check_page_place(request.page)
+        attempt(problems, pages.check_page_place, request.page)
     with gathering(problems):
         _check_sources(request.data)
         sets = read_sets(context, stack, plan, request.data, request.max_length)

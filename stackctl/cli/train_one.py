@@ -21,6 +21,7 @@ from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.validate import recorded_problems
 from stackctl.registry.run_folders import run_folder
+from stackctl.registry.versions import version_facts
 from stackctl.render.output import Result
 from stackctl.render.terminal import counted
 
@@ -168,12 +169,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     label = f"{prepared.name}@{version.version}"
     speed = run.tokens / run.seconds if run.seconds else 0.0
     data = {
-        "adapter": prepared.name,
-        "version": version.version,
-        "digest": version.digest,
-        "path": str(context.registry.weights_path(version)),
-        "base": prepared.base.name,
-        "on": version.trained_on,
+        **version_facts(context.registry, prepared.name, version, prepared.base.name),
         "from": version.from_,
         "moved": msgspec.structs.asdict(version.moved) if version.moved else None,
         "distilled": msgspec.structs.asdict(version.distilled) if version.distilled else None,

@@ -173,6 +173,11 @@ def _labelled(self: Adapter | Removed) -> dict[str, AdapterVersion]:
     return {f"{self.name}@{version.version}": version for version in self.versions}
 
 
+def _numbered(self: Adapter | Removed, number: int | None) -> AdapterVersion | None:
+    """The version of that number; None where there is none."""
+    return next((version for version in self.versions if version.version == number), None)
+
+
 class Adapter(Entry, frozen=True, kw_only=True):
     """``adapters/NAME.yaml``: every version of one adapter, newest last."""
 
@@ -180,6 +185,7 @@ class Adapter(Entry, frozen=True, kw_only=True):
     description: str = ""
     versions: list[AdapterVersion]
     labelled = _labelled
+    numbered = _numbered
 
     def newest(self) -> AdapterVersion:
         return self.versions[-1]
@@ -199,6 +205,7 @@ class Removed(Entry, frozen=True, kw_only=True):
     given: list[GivenNumber]
     versions: list[AdapterVersion] = msgspec.field(default_factory=list)
     labelled = _labelled
+    numbered = _numbered
 
 
 class Pinned(Part, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import msgspec
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.hub_ids import is_hub_id
-from stackctl.core.schema import AdapterInfo, Base, Stack
+from stackctl.core.schema import AdapterInfo, Base
 from stackctl.hub.card import CARD, Card, CardFacts, render_card
 from stackctl.hub.published import (
     ADAPTER,
@@ -139,12 +139,13 @@ def _recipe(registry: Registry, stack: ResolvedStack, name: str) -> dict[str, An
     """The stack's entry with every weight written out; of one that is not stored, as old as its newest member."""
     stored = registry.find_stack(stack.name) if stack.name else None
     created = stored.created if stored else max(m.version.created for m in stack.members)
-    entry = Stack(
-        name=name, base=own_base_name(registry.weights_path(stack.members[0].version), stack.base),
-        fingerprint=stack.base.fingerprint, method=stack.method, options=stack.options, members=[], created=created,
-    )  # fmt: skip
-    rows = [{**msgspec.to_builtins(m.entry()), "weight": m.weight} for m in stack.members]
-    return {**msgspec.to_builtins(entry), "members": rows}
+    entry = msgspec.to_builtins(stack.entry(name, created))
+    rows = [{**row, "weight": member.weight} for row, member in zip(entry["members"], stack.members, strict=True)]
+    return {
+        **entry,
+        "base": own_base_name(registry.weights_path(stack.members[0].version), stack.base),
+        "members": rows,
+    }
 
 
 def check_pushable(registry: Registry, stack: ResolvedStack) -> None:

@@ -23,6 +23,7 @@ from stackctl.plan.lint import vllm_max_rank
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
+from stackctl.render.html import templates
 from stackctl.render.loss_curve import PICTURE
 from stackctl.storage.yaml_text import parse_yaml
 
@@ -67,39 +68,33 @@ def _python_name(adapter: str) -> str:
 
 def render_card(card: Card) -> str:
     """The whole ``README.md``."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     method = None if card.method == SUM else card.method
     terms = [(below.adapter, below.weight) for below in card.foundations]
     terms += [(member.adapter.name, member.weight) for member in card.members]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )  # fmt: skip  (it is Markdown, which the Hub makes safe)
-    return environment.get_template("card.md").render(
-        card=card,
-        about=None if method is None else METHODS[method].about,
-        newest=card.members[0],
-        metadata=_metadata(card),
-        base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
-        names=" and ".join(f"**{member}**" for member in card.members),
-        folder=MEMBERS,
-        python_name=_python_name,
-        format_weight=format_weight,
-        diagram=_diagram(card),
-        training=[row for member in card.members if (row := _training_row(member))],
-        evaluation=[row for member in card.members if (row := _evaluation_row(member))],
-        preferences=[row for member in card.members if (row := _preference_row(member))],
-        picture=PICTURE,
-        pulls=[*dict.fromkeys(f.repo for f in card.foundations if f.repo), card.repo],
-        expression=_expression(card),
-        file_name=card.name.replace("+", "-"),
-        vllm_rank=vllm_max_rank(card.rank) or card.rank,
-        formula=format_sum(terms, method),
+    return (
+        templates(_TEMPLATES, escapes=False)
+        .get_template("card.md")
+        .render(  # Markdown, which the Hub makes safe
+            card=card,
+            about=None if method is None else METHODS[method].about,
+            newest=card.members[0],
+            metadata=_metadata(card),
+            base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
+            names=" and ".join(f"**{member}**" for member in card.members),
+            folder=MEMBERS,
+            python_name=_python_name,
+            format_weight=format_weight,
+            diagram=_diagram(card),
+            training=[row for member in card.members if (row := _training_row(member))],
+            evaluation=[row for member in card.members if (row := _evaluation_row(member))],
+            preferences=[row for member in card.members if (row := _preference_row(member))],
+            picture=PICTURE,
+            pulls=[*dict.fromkeys(f.repo for f in card.foundations if f.repo), card.repo],
+            expression=_expression(card),
+            file_name=card.name.replace("+", "-"),
+            vllm_rank=vllm_max_rank(card.rank) or card.rank,
+            formula=format_sum(terms, method),
+        )
     )
 
 

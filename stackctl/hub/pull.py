@@ -26,6 +26,7 @@ from stackctl.registry.adapters import ResolvedMember, find_digest
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, find_stated_base
 from stackctl.registry.checkpoint_files import damaged_members
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.stacks import put_stack
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import check_adapter_name
@@ -119,9 +120,8 @@ class _Pull:
             done = replace(done, added=(known.label,))
         elif damaged_members(self.registry, [known]):
             done = replace(done, restored=tuple(self.fetcher.restore({known.label: (known, part)})))
-        return replace(
-            done, adapter=known.adapter.name, version=known.version.version, digest=known.version.digest
-        )  # fmt: skip
+        version = known.version
+        return replace(done, adapter=known.adapter.name, version=version.version, digest=version.digest)
 
     def _base(self, part: RepoAdapter, recipe: Stack | None) -> Base:
         """The base that was asked for, else the one that an adapter of the repo says it was trained on."""
@@ -199,11 +199,8 @@ class _Pull:
                 raise NotFound(f"{member.label} was removed meanwhile", hint=str(self.options.again))
             members.append(replace(found, weight=member.weight, layer_weights=member.layer_weights))
         own = resolve_base(self.registry, members[0].version.base)
-        entry = Stack(
-            name=name, base=own.name, fingerprint=own.fingerprint, method=recipe.method, options=recipe.options,
-            created=recipe.created,
-            members=[member.entry() for member in members],
-        )  # fmt: skip
+        stack = ResolvedStack(name, own, tuple(members), name, method=recipe.method, options=recipe.options)
+        entry = stack.entry(name, recipe.created)
         before = put_stack(self.registry, entry)
         if before is not None and before.members != entry.members:
             old = "+".join(map(str, before.members))

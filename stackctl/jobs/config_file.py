@@ -77,10 +77,8 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     if not isinstance(value, dict):
         raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
     if "train" in value:
-        raise Usage(
-            f"{path} is a recipe of several adapters",
-            hint=f"build it: stackctl train --config {shlex.quote(str(path))}",
-        )
+        hint = f"build it: stackctl train --config {shlex.quote(str(path))}"
+        raise Usage(f"{path} is a recipe of several adapters", hint=hint)
     problems: list[StackctlError] = []
     values = _rename(value, marks, path, problems)
     ignored = tuple(key for key in _OLDER_IGNORED if values.pop(key, None) is not None)
@@ -105,22 +103,15 @@ def _rename(
     for key, item in value.items():
         own = _OLDER_KEYS.get(key, key)
         line, column = marks.get((key,), (1, 1))
+        where = f"{path}, line {line}, column {column}"
         if own not in _OWN and own not in _OLDER_IGNORED:
-            problem = Usage(
-                f"{path}, line {line}, column {column}: unknown key '{key}'",
-                hint=did_you_mean(key, [*_OWN, *_OLDER_KEYS], f"known: {', '.join(_OWN)}"),
-            )
-            problems.append(problem)
-            continue
-        if own in renamed:
-            problem = Usage(
-                f"{path}, line {line}, column {column}: '{own}' is given twice, once as '{key}'",
-                hint="remove one of them",
-            )
-            problems.append(problem)
-            continue
-        renamed[own] = item
-        marks[(own,)] = (line, column)
+            hint = did_you_mean(key, [*_OWN, *_OLDER_KEYS], f"known: {', '.join(_OWN)}")
+            problems.append(Usage(f"{where}: unknown key '{key}'", hint=hint))
+        elif own in renamed:
+            problems.append(Usage(f"{where}: '{own}' is given twice, once as '{key}'", hint="remove one of them"))
+        else:
+            renamed[own] = item
+            marks[(own,)] = (line, column)
     return renamed
 
 

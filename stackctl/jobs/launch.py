@@ -28,6 +28,7 @@ from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.launch_plan import Launch
+from stackctl.machine.processes import on_signals
 from stackctl.machine.resources import cores
 from stackctl.render.output import Output, Result
 
@@ -180,15 +181,8 @@ def _signals() -> Iterator[SimpleNamespace]:
         state.again = state.again or state.word is not None
         state.word = state.word or ("interrupt" if number == signal.SIGINT else "terminate")
 
-    before: dict[signal.Signals, Any] = {}
-    with contextlib.suppress(ValueError):  # not in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, remember)
-    try:
+    with on_signals(remember):
         yield state
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _stopped(word: str) -> StackctlError:

@@ -51,15 +51,11 @@ def read_recipe(path: Path) -> RecipeFile:
     """
     recipe = convert(parse_yaml(read_text(path), str(path)), Recipe, str(path))
     problems: list[StackctlError] = []
+    texts = [text for job in recipe.train.values() for text in (job.on, job.from_, job.teacher)]
+    texts += [recipe.push.stack] if recipe.push else []
     checks: list[tuple[Callable[[str], Any], str]] = [
         *((parse_name, name) for name in recipe.train),
-        *(
-            (parse_expression, text)
-            for job in recipe.train.values()
-            for text in (job.on, job.from_, job.teacher)
-            if text
-        ),
-        *((parse_expression, text) for text in [recipe.push and recipe.push.stack] if text),
+        *((parse_expression, text) for text in texts if text),
         *((functools.partial(_check_stack_name, name), text) for name, text in recipe.stacks.items()),
     ]
     for check, text in checks:

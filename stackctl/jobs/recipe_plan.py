@@ -6,10 +6,9 @@ Out of date means other bytes of data, other settings, another base or a newer v
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from stackctl.core import errors
 from stackctl.core.errors import StackctlError, raise_all
@@ -64,12 +63,10 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
     for name in build_order(recipe) if not problems else ():
         kind: Literal["adapter", "stack"] = "adapter" if name in recipe.train else "stack"
         begins: str | None = None
-        newer = [
-            needed for needed in needs_of(recipe, name) if needed.name in going and not _is_there(registry, needed)
-        ]
-        if newer:
+        needs = (needed for needed in needs_of(recipe, name) if needed.name in going)
+        if newer := next((needed for needed in needs if not _is_there(registry, needed)), None):
             attempt(_check_ahead, found, registry, name)
-            why = f"{newer[0]} is made anew"
+            why = f"{newer} is made anew"
             if kind == "adapter" and recipe.train[name].rebase:
                 begins = own_newest(registry, name, recipe.train[name])
         elif kind == "stack":
@@ -92,37 +89,27 @@ def plan_recipe(found: RecipeFile, registry: Registry, *, force: bool = False) -
 
 def _made_elsewhere(recipe: Recipe, expression: str | None) -> list[Reference]:
     """What an expression names that is no part of the recipe."""
-    return [
-        needed
-        for needed in names_in(expression)
-        if needed.name not in recipe.train and needed.name not in recipe.stacks
-    ]
+    return [needed for needed in names_in(expression) if needed.name not in {**recipe.train, **recipe.stacks}]
 
 
 def _is_there(registry: Registry, reference: Reference) -> bool:
     """Whether a certain version is meant, and exists: what is made anew beside it changes nothing."""
     adapter = registry.find_adapter(reference.name) if reference.version is not None else None
-    return adapter is not None and any(version.version == reference.version for version in adapter.versions)
+    return adapter is not None and adapter.numbered(reference.version) is not None
 
 
 def _check_ahead(found: RecipeFile, registry: Registry, name: str) -> None:
     """What can be known of a part before that is made which it stands on."""
     recipe, problems = found.recipe, list[StackctlError]()
-    checks: list[Callable[[], Any]] = [
-        functools.partial(resolve_expression, registry, str(needed))
-        for expression in (expression_of(recipe, name), recipe.train[name].teacher if name in recipe.train else None)
-        for needed in _made_elsewhere(recipe, expression)
-    ]
-    if name in recipe.train:
-        job = recipe.train[name]
-        checks += [
-            functools.partial(resolve_adapter, registry, needed) for needed in _made_elsewhere(recipe, job.from_)
-        ]
-        checks.append(functools.partial(data_path, job.data, found.folder, name))
-        if job.eval_data:
-            checks.append(functools.partial(data_path, job.eval_data, found.folder, name))
-    for check in checks:
-        errors.attempt(problems, check)
+    attempt, job = functools.partial(errors.attempt, problems), recipe.train.get(name)
+    for expression in (expression_of(recipe, name), job.teacher if job else None):
+        for needed in _made_elsewhere(recipe, expression):
+            attempt(resolve_expression, registry, str(needed))
+    if job:
+        for needed in _made_elsewhere(recipe, job.from_):
+            attempt(resolve_adapter, registry, needed)
+        for data in [job.data, *([job.eval_data] if job.eval_data else [])]:
+            attempt(data_path, data, found.folder, name)
     raise_all(problems)
 
 
@@ -154,9 +141,8 @@ def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> 
     if newest.fingerprint != prepared.base.fingerprint:
         return "another base"
     if newest.trained_on != prepared.trained_on and not (rebases and stands_on(registry, newest, prepared.stack)):
-        return (
-            f"trained on {'+'.join(newest.trained_on) or 'the base'}, now {'+'.join(prepared.trained_on) or 'the base'}"
-        )
+        was, now = ("+".join(terms) or "the base" for terms in (newest.trained_on, prepared.trained_on))
+        return f"trained on {was}, now {now}"
     known_teacher = (newest.distilled.teacher, newest.distilled.system) if newest.distilled else None
     teacher = prepared.teacher
     if known_teacher != ((teacher.label, teacher.system_digest) if teacher else None):

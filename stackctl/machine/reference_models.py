@@ -72,24 +72,12 @@ SIZES = (
 )
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Bytes that a size of base needs: of memory to generate with and to train on, of disk to be exported whole."""
-
-    name: str
-    parameters: int
-    generate: int
-    train: int
-    export: int
-
-
-def needs(size: Size, running: Precision, training: Precision) -> Needs:
-    """What a size needs in two precisions: to run, and to train rank 16 on one record of 1,024 tokens at a time,
-    activations computed again instead of kept.
+def needs(base: Base, running: Precision, training: Precision) -> dict[str, int]:
+    """Bytes that a base needs in two precisions: of memory to ``generate`` with, and to ``train`` rank 16 on one record
+    of 1,024 tokens at a time, activations computed again instead of kept; of disk to ``export`` it whole.
     """
-    base = size.base()
     targets = expected_targets({"target_modules": "all-linear"}, expand_modules(base.modules), "lm_head") or set()
     batch = LargestBatch(TOKENS, TOKENS, checkpointing=True)
     memory = estimate_memory(base, NewAdapter(RANK, targets), batch, Surroundings(training))
     running_bytes = int(base.parameters * _BYTES[running] * _RUNNING)
-    return Needs(size.name, base.parameters, running_bytes, memory.total, base.parameters * 2)
+    return {"generate": running_bytes, "train": memory.total, "export": base.parameters * 2}

@@ -61,11 +61,9 @@ def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
     """
     adapter = registry.find_adapter(reference.name)
     if adapter:
-        if reference.version is None:
-            return ResolvedMember(adapter, adapter.newest(), 1.0)
-        for version in adapter.versions:
-            if version.version == reference.version:
-                return ResolvedMember(adapter, version, 1.0)
+        found = adapter.newest() if reference.version is None else adapter.numbered(reference.version)
+        if found:
+            return ResolvedMember(adapter, found, 1.0)
     if removed := find_removed_version(registry, reference):
         kept = shlex.quote(str(registry.weights_path(removed.version)))
         raise NotFound(
@@ -75,10 +73,8 @@ def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
     if not adapter:
         raise _not_found(registry, reference.name)
     have = ", ".join(str(v.version) for v in adapter.versions)
-    raise NotFound(
-        f"there is no {reference}; '{adapter.name}' has version {have}",
-        hint=f"use {adapter.name}@{adapter.newest().version}",
-    )
+    hint = f"use {adapter.name}@{adapter.newest().version}"
+    raise NotFound(f"there is no {reference}; '{adapter.name}' has version {have}", hint=hint)
 
 
 def find_digest(registry: Registry, digest: str) -> ResolvedMember | None:
@@ -92,11 +88,11 @@ def find_digest(registry: Registry, digest: str) -> ResolvedMember | None:
 
 def find_removed_version(registry: Registry, reference: Reference) -> ResolvedMember | None:
     """A version that was removed and whose weights are still there."""
-    for version in registry.find_removed(reference.name).versions:
-        if version.version == reference.version:
-            adapter = registry.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
-            return ResolvedMember(adapter, version, 1.0)
-    return None
+    version = registry.find_removed(reference.name).numbered(reference.version)
+    if version is None:
+        return None
+    adapter = registry.find_adapter(reference.name) or Adapter(name=reference.name, versions=[version])
+    return ResolvedMember(adapter, version, 1.0)
 
 
 def resolve_kept(registry: Registry, reference: Reference) -> ResolvedMember:
@@ -156,7 +152,5 @@ def resolve_digest(registry: Registry, text: str) -> ResolvedMember:
 
 def _not_found(registry: Registry, name: str) -> NotFound:
     known = [*registry.names(Adapter), *registry.names(Stack), *registry.names(Base)]
-    return NotFound(
-        f"there is no adapter, stack or base '{name}'",
-        hint=did_you_mean(name, known, "stackctl ls shows what there is"),
-    )
+    hint = did_you_mean(name, known, "stackctl ls shows what there is")
+    return NotFound(f"there is no adapter, stack or base '{name}'", hint=hint)

@@ -56,6 +56,13 @@ class ResolvedStack:
             )
         return [str(member) for member in self.members]
 
+    def entry(self, name: str, created: str) -> Stack:
+        """The entry that it is stored by under a name."""
+        return Stack(
+            name=name, base=self.base.name, fingerprint=self.base.fingerprint, method=self.method, options=self.options,
+            members=[member.entry() for member in self.members], created=created,
+        )  # fmt: skip
+
     @property
     def default_name(self) -> str:
         """The expression's names joined by '+', which is what an unnamed stack is called."""

@@ -44,17 +44,7 @@ def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
         check_stack_name(registry, name, stack)
         for member in stack.members:  # under the lock, so that none is removed meanwhile
             resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
-        members = [member.entry() for member in stack.members]
-        entry = Stack(
-            name=name,
-            base=stack.base.name,
-            fingerprint=stack.base.fingerprint,
-            method=stack.method,
-            options=stack.options,
-            members=members,
-            created=now(),
-        )
-        known = registry.find_stack(name)
+        entry, known = stack.entry(name, now()), registry.find_stack(name)
         if known and msgspec.structs.replace(known, created=entry.created) == entry:
             entry = known
         with current_after(registry, name):

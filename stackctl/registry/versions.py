@@ -115,10 +115,8 @@ def find_same_version(registry: Registry, name: str, digest: str, stack: Resolve
     """The version of an adapter that is the same bytes on the same stack."""
     adapter = registry.find_adapter(name)
     wanted = (digest, stack.base.fingerprint, stack.terms())
-    for version in adapter.versions if adapter else ():
-        if (version.digest, version.fingerprint, version.trained_on) == wanted:
-            return version
-    return None
+    versions = adapter.versions if adapter else ()
+    return next((v for v in versions if (v.digest, v.fingerprint, v.trained_on) == wanted), None)
 
 
 def next_number(registry: Registry, name: str) -> int:
@@ -146,10 +144,9 @@ def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion)
         name = reference.name
         known = adapters.get(name) or registry.find_adapter(name) or Adapter(name=name, versions=[])
         gone = removed.get(name) or registry.find_removed(name)
-        if all(v.version != reference.version for v in known.versions):
-            for version in gone.versions:
-                if version.version == reference.version:
-                    adapters[name], removed[name] = with_versions(known, version), gone
+        version = gone.numbered(reference.version)
+        if version and not known.numbered(reference.version):
+            adapters[name], removed[name] = with_versions(known, version), gone
     own = adapters.pop(adapter.name)
     adapters[own.name] = with_versions(own, new)  # after what it stands on
     forgotten = []

@@ -42,7 +42,8 @@ def render_page(template: str, *, title: str, **values: Any) -> str:
         jinja2.UndefinedError: the template names a value that was not given.
     """
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return _environment().get_template(template).render(title=title, version=__version__, made=made, **values)
+    page = templates(_TEMPLATES, escapes=True).get_template(template)
+    return page.render(title=title, version=__version__, made=made, **values)
 
 
 def write_page(path: Path, html: str) -> None:
@@ -55,13 +56,11 @@ def write_page(path: Path, html: str) -> None:
 
 
 @functools.cache
-def _environment() -> Environment:
+def templates(folder: Path, *, escapes: bool) -> Environment:
+    """The templates of a folder. ``escapes``: what is put into them is escaped for HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, autoescape=escapes, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=not escapes,
+    )  # fmt: skip

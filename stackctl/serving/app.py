@@ -78,14 +78,6 @@ class _Said:
     error: Exception | None = None
 
 
-def _text_of(tell: Callable[[_Said], None], index: int, row: Row, text: str) -> None:
-    tell(_Said(index, text, row.answer.next_logprobs()))
-
-
-def _end_of(tell: Callable[[_Said], None], index: int, row: Row, error: Exception | None) -> None:
-    tell(_Said(index, None, row.answer.next_logprobs(), error))
-
-
 class Waiting:
     """What the rows of one request say, brought from the engine's thread to the event loop."""
 
@@ -94,13 +86,14 @@ class Waiting:
         self.events: asyncio.Queue[_Said] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(said: _Said) -> None:
+        def tell(index: int, row: Row, text: str | None, error: Exception | None = None) -> None:
+            said = _Said(index, text, row.answer.next_logprobs(), error)
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self.events.put_nowait, said)
 
         for index, row in enumerate(rows):
-            row.on_text = partial(_text_of, tell, index, row)
-            row.on_end = partial(_end_of, tell, index)
+            row.on_text = partial(tell, index, row)
+            row.on_end = lambda ended, error, index=index: tell(index, ended, None, error)
 
     def cancel(self) -> None:
         for row in self.rows:
@@ -113,91 +106,29 @@ class Waiting:
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
-def make_app(service: Service) -> Any:
-    """The ASGI application."""
+class App:
+    """The ASGI application: who may ask is looked at first, and every error is told in the API's own shape."""
 
-    async def complete(request: Request, *, chat: bool) -> Response:
-        started = time.perf_counter()
-        asked = parse_body(await read_body(request), chat=chat)
-        rows = await run_in_threadpool(service.prepare, asked)
-        waiting = Waiting(rows)
-        service.engine.submit(rows)
-        shape = Shape(asked.model, chat, asked.top_logprobs)
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._routed = Starlette(
+            routes=[
+                Route("/", self.page, methods=["GET"]),
+                Route("/health", self.health, methods=["GET"]),
+                Route("/v1/models", self.models, methods=["GET"]),
+                Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+                Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+                Route("/v1/completions", self.completions, methods=["POST"]),
+            ],
+        )
+        # Starlette's own handler of errors would send them as text; ours answers all of them alike.
+        for kind in (HTTPException, ApiError, StackctlError, ClientDisconnect, Exception):
+            self._routed.add_exception_handler(kind, self._tell)
 
-        def done() -> None:
-            waiting.cancel()
-            used = waiting.usage(asked.n)
-            seconds = time.perf_counter() - started
-            service.say(f"{asked.model}  {used['prompt_tokens']} + {used['completion_tokens']} tokens  {seconds:.2f} s")
-
-        if asked.stream:
-            return _Streamed(_stream(waiting, shape, asked), done)
-        try:
-            left = len(rows)
-            logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
-            while left:
-                try:
-                    said = await asyncio.wait_for(waiting.events.get(), _LOOK)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=499)
-                    continue
-                if said.error is not None:
-                    raise said.error
-                logprobs[said.index] += said.logprobs
-                left -= said.text is None
-        finally:
-            done()
-        answers = [Finished(row.text, row.stop, own) for row, own in zip(rows, logprobs, strict=True)]
-        return JSONResponse(shape.whole(answers, waiting.usage(asked.n)))
-
-    async def chat_completions(request: Request) -> Response:
-        return await complete(request, chat=True)
-
-    async def completions(request: Request) -> Response:
-        return await complete(request, chat=False)
-
-    async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await run_in_threadpool(service.models.listed)})
-
-    async def model(request: Request) -> Response:
-        name = request.path_params["name"]
-        return JSONResponse(await run_in_threadpool(service.models.described, name))
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "base": service.models.base.name})
-
-    async def page(request: Request) -> Response:
-        text = (resources.files("stackctl.serving") / "mixing_desk.html").read_text(encoding="utf-8")
-        return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY, "X-Frame-Options": "DENY"})
-
-    async def told(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect):
-            return Response(status_code=499)
-        headers = None
-        if isinstance(error, HTTPException):
-            headers = error.headers
-            error = ApiError(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
-        answer = api_error(error)
-        if answer.status >= 500:
-            service.say(f"error: {type(error).__name__}: {error}")
-        return JSONResponse(answer.json(), answer.status, headers=headers or answer.headers)
-
-    app = Starlette(
-        routes=[
-            Route("/", page, methods=["GET"]),
-            Route("/health", health, methods=["GET"]),
-            Route("/v1/models", models, methods=["GET"]),
-            Route("/v1/models/{name:path}", model, methods=["GET"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-        ],
-    )
-
-    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                await app(scope, receive, send)
+                await self._routed(scope, receive, send)
             return
         request, begun = Request(scope, receive), False
 
@@ -207,17 +138,86 @@ def make_app(service: Service) -> Any:
             await send(message)
 
         try:
-            service.guard.check(scope["method"], scope["path"], request.headers)
-            await app(scope, receive, sending)
+            self.service.guard.check(scope["method"], scope["path"], request.headers)
+            await self._routed(scope, receive, sending)
         except Exception as error:
             if begun:
                 raise
-            await (await told(request, error))(scope, receive, send)
+            await (await self._tell(request, error))(scope, receive, send)
 
-    # Starlette's own handler of errors would send them as text; ours answers all of them alike.
-    for kind in (HTTPException, ApiError, StackctlError, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, told)
-    return guarded
+    async def _tell(self, request: Request, error: Exception) -> Response:
+        """An error as an answer."""
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)
+        headers = None
+        if isinstance(error, HTTPException):
+            headers = error.headers
+            error = ApiError(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
+        answer = api_error(error)
+        if answer.status >= 500:
+            self.service.say(f"error: {type(error).__name__}: {error}")
+        return JSONResponse(answer.json(), answer.status, headers=headers or answer.headers)
+
+    async def page(self, request: Request) -> Response:
+        text = (resources.files("stackctl.serving") / "mixing_desk.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY, "X-Frame-Options": "DENY"})
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "base": self.service.models.base.name})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await run_in_threadpool(self.service.models.listed)})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self.service.models.described, request.path_params["name"]))
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._complete(request, chat=True)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, chat=False)
+
+    async def _complete(self, request: Request, *, chat: bool) -> Response:
+        started = time.perf_counter()
+        asked = parse_body(await read_body(request), chat=chat)
+        rows = await run_in_threadpool(self.service.prepare, asked)
+        waiting = Waiting(rows)
+        self.service.engine.submit(rows)
+        shape = Shape(asked.model, chat, asked.top_logprobs)
+
+        def done() -> None:
+            waiting.cancel()
+            used, seconds = waiting.usage(asked.n), time.perf_counter() - started
+            tokens = f"{used['prompt_tokens']} + {used['completion_tokens']} tokens"
+            self.service.say(f"{asked.model}  {tokens}  {seconds:.2f} s")
+
+        if asked.stream:
+            return _Streamed(_stream(waiting, shape, asked), done)
+        try:
+            answers = await _whole(waiting, request)
+        finally:
+            done()
+        if answers is None:
+            return Response(status_code=499)
+        return JSONResponse(shape.whole(answers, waiting.usage(asked.n)))
+
+
+async def _whole(waiting: Waiting, request: Request) -> list[Finished] | None:
+    """The answers of a request once all of them are there; None when nobody waits for them any more."""
+    left = len(waiting.rows)
+    logprobs: list[list[TokenLogprob]] = [[] for _ in waiting.rows]
+    while left:
+        try:
+            said = await asyncio.wait_for(waiting.events.get(), _LOOK)
+        except TimeoutError:
+            if await request.is_disconnected():
+                return None
+            continue
+        if said.error is not None:
+            raise said.error
+        logprobs[said.index] += said.logprobs
+        left -= said.text is None
+    return [Finished(row.text, row.stop, own) for row, own in zip(waiting.rows, logprobs, strict=True)]
 
 
 class _Streamed(StreamingResponse):

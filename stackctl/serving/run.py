@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stackctl.core.errors import Failed
+from stackctl.machine.processes import on_signals
 
 _HEAD = 15.0
 """Seconds from a connection's first byte, or its beginning, until a request's head has come."""
@@ -84,15 +84,8 @@ class _Server(uvicorn.Server):
         if self.started:
             self.ready()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        wanted = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return on_signals(self.handle_exit)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def run_vllm(line: list[str], registry: Path, wanted: VllmOptions, ready: Callab
 
     # Its log goes to stderr, for stdout has our one line; in a session of its own a Ctrl-C reaches it only through us.
     process = subprocess.Popen(line, env=environment, stdout=2, start_new_session=True)
-    with _handling(stop):
+    with processes.on_signals(stop):
         try:
             if _is_up(process, wanted, lambda: asked_to_stop):
                 _check_plugin(wanted)
@@ -117,16 +117,6 @@ def run_vllm(line: list[str], registry: Path, wanted: VllmOptions, ready: Callab
             processes.end(process, _END_SECONDS)
     if not asked_to_stop:
         raise Failed(f"vLLM ended with {code}", hint="what it wrote above says why")
-
-
-@contextlib.contextmanager
-def _handling(stop: Callable[..., None]) -> Iterator[None]:
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_up(process: subprocess.Popen[bytes], wanted: VllmOptions, given_up: Callable[[], bool]) -> bool:
