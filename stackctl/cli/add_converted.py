@@ -124,11 +124,12 @@ def add_converted(
     stacked = load_base(stack.base, registry, dtype="float32", device=device(), say=say)
     stacked.use(plan)
     pairs, original = _convert(stacked, checkpoint, differences, wanted)
+    still_true = {key: checkpoint.config[key] for key in ("peft_version", "revision") if checkpoint.config.get(key)}
     with atomic.staging_directory(registry.root / "weights") as staged:
         copy_checkpoint(checkpoint.path, staged)
         for file in (CONFIG, WEIGHTS):
             (staged / file).unlink()
-        pairs.write(staged, stack.base, _kept_settings(checkpoint))
+        pairs.write(staged, stack.base, still_true)
         made = read_checkpoint(staged)
         alone = plan_stack(stack.base, [PlanMember(name, 1.0, made, name)]).check()
         told = Converted(
@@ -179,8 +180,9 @@ def _differences(
     """
     assert wanted.initial is not None
     before = read_checkpoint(find_checkpoint_folder(wanted.initial))
+    plain = {"init_lora_weights": True}
     plans = [
-        plan_stack(stack.base, [PlanMember(label, 1.0, _as_plain(found), label)])
+        plan_stack(stack.base, [PlanMember(label, 1.0, replace(found, config={**found.config, **plain}), label)])
         for label, found in ((name, checkpoint), (f"{name} before its training", before))
     ]
     refuse([problem for plan in plans for problem in plan.errors])
@@ -193,10 +195,6 @@ def _differences(
             hint="give the folder that was saved before the first step of that training",
         )
     return now, begun
-
-
-def _as_plain(checkpoint: Checkpoint) -> Checkpoint:
-    return replace(checkpoint, config={**checkpoint.config, "init_lora_weights": True})
 
 
 def _convert(
@@ -216,11 +214,6 @@ def _convert(
     stacked.fold(plan_stack(begun.base, [replace(begun.members[0], weight=-1.0)]))
     live = conversion.logits(stacked.model, tokens)
     return pairs, conversion.Original(tokens, live, without)
-
-
-def _kept_settings(checkpoint: Checkpoint) -> dict[str, str]:
-    """What of the original's configuration is true of the LoRA as well."""
-    return {key: checkpoint.config[key] for key in ("peft_version", "revision") if checkpoint.config.get(key)}
 
 
 def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: Original, pairs: Pairs) -> float:

@@ -14,7 +14,7 @@ from stackctl.cli.fit_weights import FEWEST, Chosen, FitRequest, learn_weights, 
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import weights_of
 from stackctl.core import NOISE
-from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, raise_all
+from stackctl.core.errors import Incompatible, StackctlError, attempt, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import candidates
@@ -188,13 +188,3 @@ def best_table(found: dict[str, Any]) -> RenderableType:
 
 def _weight(value: Any) -> str:
     return "by layer" if isinstance(value, dict) else format_weight(value)
-
-
-def check_no_settings(typed: dict[str, Any]) -> None:
-    """That no option of a single method was given.
-
-    Raises:
-        Usage: one was.
-    """
-    if given := ", ".join(f"--{name}" for name, value in typed.items() if value is not None):
-        raise Usage(f"--method best tries settings of its own, and {given} was given", hint=f"leave out {given}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from stackctl.cli.best_method import best_stack, best_table, check_no_settings
+from stackctl.cli.best_method import best_stack, best_table
 from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
 from stackctl.cli.fit_weights import Chosen, FitRequest, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
@@ -44,6 +44,63 @@ def _of(option: str) -> str:
     return "Of " + ", ".join(name for name, method in METHODS.items() if option in method.options)
 
 
+@dataclass(frozen=True)
+class _MethodChoice:
+    """How the members are put together; each field is an option, with its help."""
+
+    method: Annotated[
+        str,
+        _of_method(
+            help=f"{', '.join(METHODS)}; best tries all of them, with --data.", autocompletion=lambda: [*METHODS, BEST]
+        ),
+    ] = SUM
+    rank: Annotated[
+        str | None,
+        _of_method(parser=typed_text, help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance."),
+    ] = None
+    tolerance: Annotated[
+        float | None, _of_method(help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.")
+    ] = None
+    density: Annotated[
+        float | None,
+        _of_method(
+            help=f"{_of('density')}: the share of entries that are kept.", show_default=str(DEFAULTS["density"])
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        _of_method(
+            help=f"{_of('seed')}: the seed of the random drop. With --fit or --method best: of the split into learned "
+            "and held-out records.",
+            show_default=str(DEFAULTS["seed"]),
+        ),
+    ] = None
+
+    def options(self, request: FitRequest | SweepRequest | None) -> tuple[str, MethodOptions]:
+        """The method that it begins with, and its options.
+
+        Raises:
+            Usage: one is out of range, the method does not take it, or it is not one whose weights are learned.
+        """
+        typed: dict[str, Any] = {"rank": self.rank, "tolerance": self.tolerance, "density": self.density}
+        if self.method == BEST:
+            if given := ", ".join(f"--{name}" for name, value in typed.items() if value is not None):
+                raise Usage(
+                    f"--method best tries settings of its own, and {given} was given", hint=f"leave out {given}"
+                )
+            return SUM, check_method(SUM, MethodOptions())
+        if isinstance(request, FitRequest) and self.method != SUM:
+            raise Usage(f"--fit learns the weights of a sum, and not of {self.method}", hint="leave out --method")
+        if self.rank is not None and self.rank.isascii() and self.rank.isdigit():
+            typed["rank"] = int(self.rank)
+        typed["seed"] = None if isinstance(request, FitRequest) else self.seed
+        try:
+            options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
+        except msgspec.ValidationError as error:
+            raise Usage(explain_option(error, MethodOptions), hint="stackctl compose --help") from None
+        return self.method, check_method(self.method, options)
+
+
 def register(app: typer.Typer) -> None:
     @command(app, "compose", example=_EXAMPLES, panel=TRAIN)
     def compose(
@@ -55,37 +112,8 @@ def register(app: typer.Typer) -> None:
         name: Annotated[
             str | None, typer.Option(help="Name of the stack; by default its members' names joined by '+'.")
         ] = None,
-        method: Annotated[
-            str,
-            _of_method(
-                help=f"{', '.join(METHODS)}; best tries all of them, with --data.",
-                autocompletion=lambda: [*METHODS, BEST],
-            ),
-        ] = SUM,
-        rank: Annotated[
-            str | None,
-            _of_method(
-                parser=typed_text, help=f"{_of('rank')}: the rank to cut to; of svd also auto, with --tolerance."
-            ),
-        ] = None,
-        tolerance: Annotated[
-            float | None, _of_method(help=f"{_of('tolerance')}, with --rank auto: the relative error allowed.")
-        ] = None,
-        density: Annotated[
-            float | None,
-            _of_method(
-                help=f"{_of('density')}: the share of entries that are kept.", show_default=str(DEFAULTS["density"])
-            ),
-        ] = None,
-        seed: Annotated[
-            int | None,
-            _of_method(
-                help=f"{_of('seed')}: the seed of the random drop. With --fit or --method best: of the split into "
-                "learned and held-out records.",
-                show_default=str(DEFAULTS["seed"]),
-            ),
-        ] = None,
         *,
+        choice: _MethodChoice,
         weights: WeightOptions,
         base: BaseOption = None,
         dry_run: Annotated[bool, typer.Option(help="Check and show the stack without writing it.")] = False,
@@ -94,15 +122,9 @@ def register(app: typer.Typer) -> None:
         registry = context.registry
         if name is not None:
             parse_stack_name(name)
-        tries_all = method == BEST
-        request = weights.request(seed, best=tries_all)
-        if tries_all:
-            check_no_settings({"rank": rank, "tolerance": tolerance, "density": density})
-            method = SUM  # where it begins
-        elif isinstance(request, FitRequest) and method != SUM:
-            raise Usage(f"--fit learns the weights of a sum, and not of {method}", hint="leave out --method")
-        own_seed = seed if request is None or isinstance(request, SweepRequest) else None
-        options = _method_options(method, rank, tolerance, density, own_seed)
+        tries_all = choice.method == BEST
+        request = weights.request(choice.seed, best=tries_all)
+        method, options = choice.options(request)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
         plan = read_plan(registry, stack).check()
         check_digests(registry, stack.members)
@@ -166,23 +188,6 @@ def _sweep_screen(swept: Swept, said: list[str]) -> Any:
     from rich.text import Text
 
     return Group(sweep_screen(swept), *map(Text, said))
-
-
-def _method_options(
-    method: str, rank: str | None, tolerance: float | None, density: float | None, seed: int | None
-) -> MethodOptions:
-    """The options of a method as they were typed.
-
-    Raises:
-        Usage: one is out of range, or the method does not take it.
-    """
-    number = int(rank) if rank is not None and rank.isascii() and rank.isdigit() else rank
-    typed = {"rank": number, "tolerance": tolerance, "density": density, "seed": seed}
-    try:
-        options = msgspec.convert({key: value for key, value in typed.items() if value is not None}, MethodOptions)
-    except msgspec.ValidationError as error:
-        raise Usage(explain_option(error, MethodOptions), hint="stackctl compose --help") from None
-    return check_method(method, options)
 
 
 def _measured(context: Context, plan: StackPlan) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def _screen(data: dict[str, Any]) -> Any:
     rows += [["device", _device(device)] for device in data["devices"]]
     shown = ("torch", "transformers", "peft", "accelerate", "huggingface-hub")
     rows += [[name, data["packages"].get(name) or "missing"] for name in shown]
-    rows += [[name, version or _wanted(name)] for name, version in data["optional"].items()]
+    wanted = {name: f"{package.use} needs it: {package.install}" for name, package in PACKAGES.items()}
+    rows += [[name, version or wanted[name]] for name, version in data["optional"].items()]
     rows += [[f"disk, {name}", f"{human_bytes(d['free'])} free in {d['path']}"] for name, d in data["disk"].items()]
     rows.append(["registry", _what_is_there(data["registry"])])
     hub = data["hub"]
@@ -117,11 +118,6 @@ def _screen(data: dict[str, Any]) -> Any:
         parts.append(_sizes_table(data["sizes"]))
     parts += [f"{p['what']}: {p['message']}; {p['hint']}" for p in data["problems"]]
     return spaced(parts)
-
-
-def _wanted(name: str) -> str:
-    package = PACKAGES[name]
-    return f"{package.use} needs it: {package.install}"
 
 
 def _device(device: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -143,7 +143,8 @@ def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | 
             document = answer_json(name, answer, stacked)
             if to is not None:
                 lines = to.suffix.lower() == ".jsonl"
-                written.append(_line(document) if lines else _text(answer, titled=len(asked) > 1))
+                line = json_line({"schema": JSON_SCHEMA, **document}) + "\n"
+                written.append(line if lines else _text(answer, titled=len(asked) > 1))
             if output.json_mode:
                 output.line_json(document)
             elif to is None:
@@ -157,10 +158,6 @@ def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | 
         output.status(f"wrote {count} to {to}")
         return None
     return Result({}, str(to), f"wrote {count} to {to}")
-
-
-def _line(document: dict[str, Any]) -> str:
-    return json_line({"schema": JSON_SCHEMA, **document}) + "\n"
 
 
 def _text(answer: Generated, *, titled: bool) -> str:

@@ -18,7 +18,7 @@ from stackctl.render.terminal import signed
 from stackctl.storage.files import human_bytes
 
 if TYPE_CHECKING:
-    from stackctl.engine.overlaps import Interference, Overlap, PairOverlap
+    from stackctl.engine.overlaps import Interference, PairOverlap
 
 _MOST_MAPS = 10
 """Pairs whose maps are drawn, those with the lowest cosines first."""
@@ -98,16 +98,12 @@ def _tree(lineage: Sequence[LineageNode], labels: Sequence[str]) -> tuple[Plot, 
     if not lineage:
         return None
     near = relatives(lineage, labels)
-    removed = {one.label for one in near if one.removed}
+    looks = {one.label: "removed" for one in near if one.removed} | dict.fromkeys(labels, "member")
     nodes = [
-        (len(guide) // 4, name, remark, _node_look(guide, name, labels, removed))
+        (len(guide) // 4, name, remark, looks.get(name, "") if guide else "root")
         for guide, name, remark in tree_lines(near, [])
     ]
     return tree_plot("which version was trained on which", nodes[:_MOST_VERSIONS]), max(0, len(nodes) - _MOST_VERSIONS)
-
-
-def _node_look(guide: str, name: str, labels: Sequence[str], removed: set[str]) -> str:
-    return "root" if not guide else "member" if name in labels else "removed" if name in removed else ""
 
 
 def _interference(found: Interference) -> dict[str, Any]:
@@ -163,9 +159,4 @@ def _matrix(pairs: Sequence[PairOverlap]) -> Plot:
 def _by_layer(pair: PairOverlap, name: str) -> list[tuple[int, float | None]]:
     """One number of a pair's layers; blocks of layers with the same numbers are taken together."""
     by_number = pair.pooled(lambda where: None if where.layer is None else str(where.layer))
-    return sorted((int(number), _number(overlap, name)) for number, overlap in by_number.items())
-
-
-def _number(overlap: Overlap, name: str) -> float | None:
-    value: float | None = getattr(overlap, name)
-    return value
+    return sorted((int(number), getattr(overlap, name)) for number, overlap in by_number.items())

@@ -137,17 +137,13 @@ def _option(field: msgspec.structs.FieldInfo, without: Collection[str]) -> Any:
     option = typer.Option(
         *names,
         help=about,
-        show_default=_shown(default) if default is not None else False,
+        show_default=f"{default:g}" if isinstance(default, float) else str(default) if default is not None else False,
         autocompletion=_COMPLETIONS.get(name),
         rich_help_panel=_GROUP_OF.get(name, _TRAINING),
         parser=typed_text if name in _TEXTS else None,
         metavar=_KINDS.get(name),
     )
     return Annotated[type_ | None, option]
-
-
-def _shown(default: Any) -> str:
-    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _plain_type(annotation: Any) -> tuple[Any, str]:

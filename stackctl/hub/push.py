@@ -120,8 +120,9 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
         if seen is None:
             hub.create(private=options.private)
             there = hub.find() or Snapshot()
+        message = options.message or (f"Push {what}" if _is_adapter(stack) else f"Push {what} ({stack.pinned})")
         done = hub.commit(
-            add, delete, message=options.message or _message(stack, what), parent=there.commit,
+            add, delete, message=message, parent=there.commit,
             revision=options.revision, create_pr=options.create_pr,
         )  # fmt: skip
         _check_arrived(hub.at(done.oid), content, delete, options.again)
@@ -155,10 +156,6 @@ def _name(stack: ResolvedStack) -> str:
 
 def _is_adapter(stack: ResolvedStack) -> bool:
     return stack.name is None and len(stack.members) == 1 and stack.members[0].is_plain
-
-
-def _message(stack: ResolvedStack, what: str) -> str:
-    return f"Push {what}" if _is_adapter(stack) else f"Push {what} ({stack.pinned})"
 
 
 def _bundle(

@@ -51,11 +51,6 @@ def _some(folders: list[str]) -> str:
     return listed([folder or "its root" for folder in folders], most=20)
 
 
-def _name_of(path: str) -> str:
-    """What an adapter is called by the last part of a repo's or a folder's name."""
-    return re.sub(r"[^a-z0-9._-]", "-", path.rpartition("/")[2].lower())[:64]
-
-
 class RepoReader:
     """Reads a repo at one commit."""
 
@@ -113,9 +108,11 @@ class RepoReader:
         digest = adapter_digest(config, f"sha256:{weights}") if weights else None
         if entry and digest and entry.digest != digest:
             raise self.other_digest(folder)
+        last = re.sub(r"[^a-z0-9._-]", "-", (called or self.hub.repo).rpartition("/")[2].lower())[:64]
         return RepoAdapter(
-            folder=folder, name=name or (adapter.name if adapter else _name_of(called or self.hub.repo)),
-            number=entry.version if entry else 1, config=config, entry=entry, info=self._info(prefix),
+            folder=folder, name=name or (adapter.name if adapter else last),
+            number=entry.version if entry else 1, config=config, entry=entry,
+            info=read_info(self._fetch(f"{prefix}{INFO}").parent) if f"{prefix}{INFO}" in self.seen.files else None,
             description=adapter.description if adapter else "", digest=digest or (entry.digest if entry else None),
             files={n: self.seen.files[f"{prefix}{n}"] for n in CHECKPOINT if f"{prefix}{n}" in self.seen.files},
         )  # fmt: skip
@@ -170,11 +167,6 @@ class RepoReader:
             f"the adapter{where} of {self.hub.repo} is not the one that is recorded there (digests differ)",
             hint="somebody changed it: pull an older commit (REPO@COMMIT), or ask for a new push",
         )
-
-    def _info(self, prefix: str) -> AdapterInfo | None:
-        if f"{prefix}{INFO}" not in self.seen.files:
-            return None
-        return read_info(self._fetch(f"{prefix}{INFO}").parent)
 
     def _folders(self, name: str) -> set[str]:
         """The folders of the repo that hold a file of that name; what begins at a root of its own is in none."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from stackctl.core.errors import Failed, Interrupted, StackctlError, Terminated
+from stackctl.core.errors import Failed, Interrupted, Terminated
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.launch_plan import Launch
@@ -149,7 +149,9 @@ def _follow(
     with _signals() as signals:
         while True:
             if signals.again or (signals.word and not training):
-                raise _stopped(signals.word)
+                kind = Interrupted if signals.word == "interrupt" else Terminated
+                hint = "run the command again, with --resume if it was begun"
+                raise kind("interrupted before a step was finished", hint=hint)
             if signals.word and not signals.told:
                 workers.ask(signals.word)
                 signals.told = True
@@ -183,11 +185,6 @@ def _signals() -> Iterator[SimpleNamespace]:
 
     with on_signals(remember):
         yield state
-
-
-def _stopped(word: str) -> StackctlError:
-    kind = Interrupted if word == "interrupt" else Terminated
-    return kind("interrupted before a step was finished", hint="run the command again, with --resume if it was begun")
 
 
 def _died(code: int, log: Path) -> Failed:
