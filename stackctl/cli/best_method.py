@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stackctl.cli.common import Context
-from stackctl.cli.fit_weights import FEWEST, Chosen, FitRequest, learn_weights, read_halves, read_weighted
+from stackctl.cli.fit_weights import Chosen, FitRequest, learn_weights, read_halves, read_weighted, too_few
 from stackctl.cli.load_stacks import load_common_base, score_stacks
-from stackctl.cli.sweep_weights import weights_of
+from stackctl.cli.sweep_weights import score_of_all
 from stackctl.core import NOISE
 from stackctl.core.errors import Incompatible, StackctlError, attempt, raise_all
 from stackctl.core.expressions import format_weight
@@ -104,7 +104,7 @@ def _judged(
     chance to be lucky on the others.
     """
     from stackctl.engine.evaluation.significance import best_of_many_p
-    from stackctl.engine.evaluation.weight_fit import judge, mean_error, mean_loss, record_gaps
+    from stackctl.engine.evaluation.weight_fit import judge, mean_loss, record_gaps
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
     others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []
@@ -121,9 +121,7 @@ def _judged(
                 "options": msgspec.to_builtins(one.stack.options),
                 "settings": one.settings,
                 "fitted": one.fitted,
-                "weights": weights_of(one.stack),
-                "loss": mean_loss(own) if finite[number] else None,
-                "standard_error": mean_error(own) if finite[number] else None,
+                **score_of_all(one.stack, own),
                 "difference": compared.after - compared.before if compared else None,
                 "difference_error": compared.standard_error if compared else None,
                 "p_value": compared.p_value if compared else None,
@@ -161,9 +159,7 @@ def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, c
             f"; lowest of what is better on the others is {tried[nearest].name}, {typed:.4f} to {losses[nearest]:.4f}, "
             f"p = {rows[nearest]['p_value_of_all']:.2g} for the best of {running}"
         )
-    if records < FEWEST:
-        notes.append(f"fewer than {FEWEST} held-out records cannot show that anything is better than by chance")
-    return notes
+    return [*notes, *too_few(records)]
 
 
 def best_table(found: dict[str, Any]) -> RenderableType:

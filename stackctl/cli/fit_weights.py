@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NEXT_TO_NOTHING = 0.02
 """A member whose weights are all smaller than this can be left out."""
-FEWEST = 6
+_FEWEST = 6
 """Held-out records with which the test can find a difference: of five, all alike, chance has 1 in 16."""
 
 
@@ -202,10 +202,15 @@ def _notes(fit: dict[str, Any], judged: Judged) -> list[str]:
     notes = [f"the learned weights are taken: the loss goes from {gap}, {chance}"]
     if not fit["fitted"]:
         notes = [f"the typed weights are kept: with the learned ones the loss goes from {gap}, {chance}"]
-        if fit["held_out_records"] < FEWEST:
-            notes.append(f"fewer than {FEWEST} held-out records cannot show that anything is better than by chance")
+        notes += too_few(fit["held_out_records"])
     notes += [f"{name} has next to no weight and can be left out" for name in fit["leave_out"]]
     return notes
+
+
+def too_few(records: int) -> list[str]:
+    """A note where there are too few held-out records for the test to find anything."""
+    note = f"fewer than {_FEWEST} held-out records cannot show that anything is better than by chance"
+    return [note] if records < _FEWEST else []
 
 
 def fit_lines(fit: dict[str, Any]) -> list[str]:

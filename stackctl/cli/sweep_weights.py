@@ -121,7 +121,9 @@ def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], sc
         parts = list(zip(data, ([score] for score in own), ([score] for score in scores[winner]), strict=True))
         if len(data) > 1:
             parts.append((MEAN, own, scores[winner]))
-        rows += [_row(one, source, mine, judge(best, mine).p_value) for source, mine, best in parts]
+        for source, mine, best in parts:
+            row = {"data": source, **score_of_all(one, mine)}
+            rows.append({**row, "p_value": None if row["loss"] is None else judge(best, mine).p_value})
     each = len(rows) // len(tried)
     best = rows[(winner + 1) * each - 1]
     front = not_dominated([[score.loss for score in scores[number]] for number in finite]) if len(data) > 1 else []
@@ -139,18 +141,13 @@ def weights_of(stack: ResolvedStack) -> dict[str, Any]:
     return {m.adapter.name: dict(m.layer_weights) or m.weight for m in stack.members}
 
 
-def _row(stack: ResolvedStack, source: str, scores: Sequence[Score], p_value: float) -> dict[str, Any]:
+def score_of_all(stack: ResolvedStack, scores: Sequence[Score]) -> dict[str, Any]:
+    """A stack's weights, and the mean of its losses on some data sets; null where that is no finite number."""
     from stackctl.engine.evaluation.weight_fit import mean_error, mean_loss
 
     loss = mean_loss(scores)
-    finite = math.isfinite(loss)
-    return {
-        "weights": weights_of(stack),
-        "data": source,
-        "loss": loss if finite else None,
-        "standard_error": mean_error(scores) if finite else None,
-        "p_value": p_value if finite else None,
-    }
+    error = mean_error(scores) if math.isfinite(loss) else None
+    return {"weights": weights_of(stack), "loss": loss if math.isfinite(loss) else None, "standard_error": error}
 
 
 def _notes(

@@ -99,18 +99,15 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    links = _chain(error)
-    for link in links:
-        if isinstance(link, StackctlError):
-            return link
-        if isinstance(link, OfflineModeIsEnabled):
-            return offline(attempt)
-    for link in links:
-        if isinstance(link, HfHubHTTPError):
-            return explain_status(link, attempt)
-    for link in links:
-        if isinstance(link, httpx2.TransportError):
-            return _explain_network(link, attempt)
+    def cause(*kinds: type[Any]) -> Any:
+        return next((link for link in _chain(error) if isinstance(link, kinds)), None)
+
+    if told := cause(StackctlError, OfflineModeIsEnabled):
+        return told if isinstance(told, StackctlError) else offline(attempt)
+    if refused := cause(HfHubHTTPError):
+        return explain_status(refused, attempt)
+    if broken := cause(httpx2.TransportError):
+        return _explain_network(broken, attempt)
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return VerificationFailed(
             f"what arrived from {attempt.repo} is not as long as the Hub says", hint=f"try again: {attempt.again}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
-class Finished(NamedTuple):
+class Choice(NamedTuple):
     """One answer: its text, what ended it, and how likely its tokens were."""
 
     text: str
@@ -25,7 +25,7 @@ class Finished(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Completion:
     """One request's answers: of a chat, or of a completion; with ``top_logprobs`` they say how likely tokens were."""
 
     model: str
@@ -40,7 +40,7 @@ class Shape:
         made = {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
         return {**made, "choices": choices, **({} if usage is None else {"usage": usage})}
 
-    def whole(self, answers: Sequence[Finished], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
         """The answer of a request, a choice for each."""
         choices = []
         for index, (text, stop, logprobs) in enumerate(answers):

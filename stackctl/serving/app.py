@@ -20,11 +20,11 @@ from starlette.routing import Route
 
 from stackctl.core import Say
 from stackctl.core.errors import NotFound, StackctlError
-from stackctl.serving.answers import DONE, Finished, Shape, event
+from stackctl.serving.answers import DONE, Choice, Completion, event
 from stackctl.serving.api_errors import ApiError, api_error
 from stackctl.serving.guard import Guard, read_body
 from stackctl.serving.models import Models
-from stackctl.serving.request_body import Asked, parse_body
+from stackctl.serving.request_body import CompletionRequest, parse_body
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.logprobs import TokenLogprob
@@ -45,7 +45,7 @@ class Service:
     say: Say
     debug: bool = False
 
-    def prepare(self, asked: Asked) -> list[Row]:
+    def prepare(self, asked: CompletionRequest) -> list[Row]:
         """The rows of a request.
 
         Raises:
@@ -69,7 +69,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Delta:
     """More of an answer, by its number: text and how likely its tokens were; its end, where ``text`` is None."""
 
     index: int
@@ -78,18 +78,18 @@ class _Said:
     error: Exception | None = None
 
 
-class Waiting:
+class PendingRows:
     """What the rows of one request say, brought from the engine's thread to the event loop."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.events: asyncio.Queue[_Said] = asyncio.Queue()
+        self.events: asyncio.Queue[_Delta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(index: int, row: Row, text: str | None, error: Exception | None = None) -> None:
-            said = _Said(index, text, row.answer.next_logprobs(), error)
+            delta = _Delta(index, text, row.answer.next_logprobs(), error)
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self.events.put_nowait, said)
+                loop.call_soon_threadsafe(self.events.put_nowait, delta)
 
         for index, row in enumerate(rows):
             row.on_text = partial(tell, index, row)
@@ -181,43 +181,43 @@ class App:
         started = time.perf_counter()
         asked = parse_body(await read_body(request), chat=chat)
         rows = await run_in_threadpool(self.service.prepare, asked)
-        waiting = Waiting(rows)
+        pending = PendingRows(rows)
         self.service.engine.submit(rows)
-        shape = Shape(asked.model, chat, asked.top_logprobs)
+        completion = Completion(asked.model, chat, asked.top_logprobs)
 
         def done() -> None:
-            waiting.cancel()
-            used, seconds = waiting.usage(asked.n), time.perf_counter() - started
+            pending.cancel()
+            used, seconds = pending.usage(asked.n), time.perf_counter() - started
             tokens = f"{used['prompt_tokens']} + {used['completion_tokens']} tokens"
             self.service.say(f"{asked.model}  {tokens}  {seconds:.2f} s")
 
         if asked.stream:
-            return _Streamed(_stream(waiting, shape, asked), done)
+            return _Streamed(_stream(pending, completion, asked), done)
         try:
-            answers = await _whole(waiting, request)
+            answers = await _whole(pending, request)
         finally:
             done()
         if answers is None:
             return Response(status_code=499)
-        return JSONResponse(shape.whole(answers, waiting.usage(asked.n)))
+        return JSONResponse(completion.whole(answers, pending.usage(asked.n)))
 
 
-async def _whole(waiting: Waiting, request: Request) -> list[Finished] | None:
+async def _whole(pending: PendingRows, request: Request) -> list[Choice] | None:
     """The answers of a request once all of them are there; None when nobody waits for them any more."""
-    left = len(waiting.rows)
-    logprobs: list[list[TokenLogprob]] = [[] for _ in waiting.rows]
+    left = len(pending.rows)
+    logprobs: list[list[TokenLogprob]] = [[] for _ in pending.rows]
     while left:
         try:
-            said = await asyncio.wait_for(waiting.events.get(), _LOOK)
+            delta = await asyncio.wait_for(pending.events.get(), _LOOK)
         except TimeoutError:
             if await request.is_disconnected():
                 return None
             continue
-        if said.error is not None:
-            raise said.error
-        logprobs[said.index] += said.logprobs
-        left -= said.text is None
-    return [Finished(row.text, row.stop, own) for row, own in zip(waiting.rows, logprobs, strict=True)]
+        if delta.error is not None:
+            raise delta.error
+        logprobs[delta.index] += delta.logprobs
+        left -= delta.text is None
+    return [Choice(row.text, row.stop, own) for row, own in zip(pending.rows, logprobs, strict=True)]
 
 
 class _Streamed(StreamingResponse):
@@ -236,22 +236,22 @@ class _Streamed(StreamingResponse):
             self._done()
 
 
-async def _stream(waiting: Waiting, shape: Shape, asked: Asked) -> AsyncIterator[bytes]:
+async def _stream(pending: PendingRows, completion: Completion, asked: CompletionRequest) -> AsyncIterator[bytes]:
     """The answers as server-sent events."""
-    for index in range(len(waiting.rows)):
-        if first := shape.begin(index):
+    for index in range(len(pending.rows)):
+        if first := completion.begin(index):
             yield first
-    left = len(waiting.rows)
+    left = len(pending.rows)
     while left:
-        said = await waiting.events.get()
-        if said.error is not None:
-            yield event(api_error(said.error).json())
+        delta = await pending.events.get()
+        if delta.error is not None:
+            yield event(api_error(delta.error).json())
             return
-        if said.text is None:
+        if delta.text is None:
             left -= 1
-            yield shape.end(said.index, waiting.rows[said.index].stop, said.logprobs)
-        elif said.text:
-            yield shape.piece(said.index, said.text, said.logprobs)
+            yield completion.end(delta.index, pending.rows[delta.index].stop, delta.logprobs)
+        elif delta.text:
+            yield completion.piece(delta.index, delta.text, delta.logprobs)
     if asked.include_usage:
-        yield shape.usage(waiting.usage(asked.n))
+        yield completion.usage(pending.usage(asked.n))
     yield DONE

@@ -32,7 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompletionRequest:
     """What one request asks for. ``messages`` of a chat, else ``prompts``; limits and kinds are checked."""
 
     model: str
@@ -53,7 +53,7 @@ class Asked:
     top_logprobs: int | None = None
 
 
-def parse_body(body: bytes, *, chat: bool) -> Asked:
+def parse_body(body: bytes, *, chat: bool) -> CompletionRequest:
     """Read the body of a chat completion, or of a completion.
 
     Raises:
@@ -78,8 +78,8 @@ def parse_body(body: bytes, *, chat: bool) -> Asked:
     if values.get("top_k", 1) < 1:
         values["top_k"] = None  # -1 and 0 are how others say: all of them
     if chat:
-        return Asked(model, messages=_messages(given.get("messages")), **values)
-    return Asked(model, prompts=_prompts(given.get("prompt")), **values)
+        return CompletionRequest(model, messages=_messages(given.get("messages")), **values)
+    return CompletionRequest(model, prompts=_prompts(given.get("prompt")), **values)
 
 
 def _object(body: bytes) -> dict[str, Any]:
