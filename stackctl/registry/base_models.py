@@ -6,11 +6,10 @@ another model under the same name is caught in milliseconds, whatever its size a
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from stackctl.lora.safetensors_header import TensorInfo, read_header
 from stackctl.machine.optional_packages import EMBEDDED, PACKAGES
 from stackctl.storage.files import read_bounded, read_json
 from stackctl.storage.hashes import DigestCache, sha256_bytes, sha256_file
-from stackctl.storage.locks import locked
+from stackctl.storage.locks import locked_cache
 from stackctl.storage.paths import cache_root, existing_path, typed_path
 
 EMBEDDED_NAME = "smollm2"
@@ -39,12 +38,8 @@ _SAMPLE = 256
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
-@contextlib.contextmanager
-def converted_models() -> Iterator[Path]:
-    """The cache's folder with the models converted from GGUF, this process's alone while the body runs."""
-    folder = cache_root() / "bases"
-    with locked(folder / ".lock", "the cache of converted models"):
-        yield folder
+converted_models = functools.partial(locked_cache, "bases", "the cache of converted models")
+"""The models converted from GGUF."""
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible
 from stackctl.plan.model import StackPlan
-from stackctl.storage.locks import locked
-from stackctl.storage.paths import cache_root
+from stackctl.storage.locks import locked_cache
 
 _LAYOUT = 1
 """Another number where an export of the same stack would be other bytes."""
 
 
-@contextlib.contextmanager
-def exported_adapters() -> Iterator[Path]:
-    """The cache's folder with exported adapters, this process's alone while the body runs."""
-    folder = cache_root() / "adapters"
-    with locked(folder / ".lock", "the cache of exported adapters"):
-        yield folder
+exported_adapters = functools.partial(locked_cache, "adapters", "the cache of exported adapters")
+"""Adapters exported for an engine."""
 
 
 def exported(plan: StackPlan, kind: str, write: Callable[[Path], Any]) -> Path:

@@ -20,6 +20,7 @@ import msgspec
 from stackctl.core.environment import seconds_setting
 from stackctl.core.errors import Failed
 from stackctl.storage.atomic import make_directory
+from stackctl.storage.paths import cache_root
 
 _TIMEOUT = "STACKCTL_LOCK_TIMEOUT"
 _LONGEST_COMMAND = 200
@@ -66,6 +67,14 @@ def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None
         if says_who:
             _write(path, b"")
         lock.release()
+
+
+@contextlib.contextmanager
+def locked_cache(name: str, what: str) -> Iterator[Path]:
+    """A folder of the cache, this process's alone while the body runs."""
+    folder = cache_root() / name
+    with locked(folder / ".lock", what):
+        yield folder
 
 
 def _this_process() -> bytes:
