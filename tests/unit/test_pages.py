@@ -37,7 +37,7 @@ def test_parts_escape_and_mark() -> None:
         '{% extends "shell.html" %}{% import "parts.html" as parts %}{% block body %}'
         "{{ parts.facts(pairs) }}{{ parts.table(columns, rows, caption, best) }}{% endblock %}"
     )
-    environment = pages._environment()
+    environment = pages.templates(pages._TEMPLATES, escapes=True)
     html = environment.from_string(source).render(
         title="t", version="1", made="now", pairs=[("name", HOSTILE[0])], columns=["stack", "loss", "accuracy"],
         rows=[[HOSTILE[1], "1.5", "50%"], ["base", "2.0", "50%"]], caption=HOSTILE[2], best={(0, "loss")},
