@@ -74,33 +74,24 @@ def register(app: typer.Typer) -> None:
         plan = read_plan(registry, stack).check()
         if out is None:
             raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise Usage(f"{out} already exists", hint="choose another folder, or remove it first")
-        if files := [above for above in out.absolute().parents if above.is_file()]:
-            raise Usage(f"{files[0]} is a file, so that {out} cannot be a folder", hint="choose another folder")
+        _check_place(out)
         if modelfile and format_ != "gguf":
-            raise Usage(
-                "--modelfile belongs to --format gguf",
-                hint=f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}",
-            )
+            hint = f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}"
+            raise Usage("--modelfile belongs to --format gguf", hint=hint)
         if whole_class and format_ != "peft":
             raise Usage("--whole-class belongs to --format peft", hint="leave it out")
-        if whole_class:
-            plan = on_whole_class(plan)
         wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
         if wanted not in _DTYPES[format_]:
             raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
+        plan = on_whole_class(plan) if whole_class else plan
         check_digests(registry, stack.members)
         report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
         digests = report.pop("digests", {})
+        paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        hashes = [(digests.get(path.name) or sha256_file(path)).removeprefix("sha256:") for path in paths]
         written: list[dict[str, Any]] = [
-            {
-                "path": str(path.relative_to(out)),
-                "bytes": path.stat().st_size,
-                "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
-            }
-            for path in sorted(out.rglob("*"))
-            if path.is_file()
+            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(paths, hashes, strict=True)
         ]
         size = human_bytes(sum(file["bytes"] for file in written))
         data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
@@ -108,6 +99,13 @@ def register(app: typer.Typer) -> None:
         if report["max_relative_error"]:
             text += f", at most {report['max_relative_error']:.1e} of a module's delta lost"
         return Result(data, str(out), text, notes=stack.notes)
+
+
+def _check_place(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Usage(f"{out} already exists", hint="choose another folder, or remove it first")
+    if files := [above for above in out.absolute().parents if above.is_file()]:
+        raise Usage(f"{files[0]} is a file, so that {out} cannot be a folder", hint="choose another folder")
 
 
 def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool) -> dict[str, Any]:

@@ -8,15 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.common import REGISTRY, Context, command
-from stackctl.registry.garbage_collection import (
-    Freed,
-    drop_runs,
-    free_conversions,
-    free_exports,
-    free_logs,
-    free_tokens,
-    free_weights,
-)
+from stackctl.registry.garbage_collection import Freed, drop_runs, free_caches, free_logs, free_weights
 from stackctl.registry.run_folders import unfinished_runs
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result
@@ -45,11 +37,8 @@ def register(app: typer.Typer) -> None:
         cached is made again when it is needed.
         """
         registry = context.registry
-        cached = [  # first: on a full disk there is no space for the entries that the weights take
-            *free_tokens(every=cache, dry_run=dry_run),
-            *free_exports(every=cache, dry_run=dry_run),
-            *(free_conversions(dry_run=dry_run) if cache else ()),
-        ]
+        # first: on a full disk there is no space for the entries that the weights take
+        cached = free_caches(every=cache, dry_run=dry_run)
         freed = drop_runs(registry, dry_run=dry_run) if runs else []
         going = {found.what for found in freed}
         needed = {label for run in unfinished_runs(registry) if run["name"] not in going for label in run["on"]}
@@ -75,11 +64,7 @@ def _kept(registry: Registry, freed: set[str]) -> dict[str, int]:
     runs = [run["path"] for run in unfinished_runs(registry)]
     found = {
         "logs": free_logs(registry, every=True, dry_run=True),
-        "cache": [
-            *free_tokens(every=True, dry_run=True),
-            *free_exports(every=True, dry_run=True),
-            *free_conversions(dry_run=True),
-        ],
+        "cache": free_caches(every=True, dry_run=True),
     }
     return {
         "runs": sum(tree_bytes(Path(path)) for path in runs if path not in freed),

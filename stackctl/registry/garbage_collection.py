@@ -198,6 +198,15 @@ def _unused(folders: Iterable[Path], what: str, *, every: bool, dry_run: bool) -
                 yield Freed(name, f"{what}, last used {when}", str(folder), size)
 
 
+def free_caches(*, every: bool, dry_run: bool) -> list[Freed]:
+    """Free what is only a cache: what was not used for long, or with ``every`` all of it, converted models as well."""
+    return [
+        *free_tokens(every=every, dry_run=dry_run),
+        *free_exports(every=every, dry_run=dry_run),
+        *(free_conversions(dry_run=dry_run) if every else ()),
+    ]
+
+
 def free_conversions(*, dry_run: bool) -> list[Freed]:
     """Remove models that were converted from GGUF."""
     with contextlib.nullcontext(cache_root() / "bases") if dry_run else converted_models() as folder:

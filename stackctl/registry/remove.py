@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stackctl.core.errors import NotFound, Usage, did_you_mean
+from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE, Reference, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
 from stackctl.registry.adapters import foundations, resolve_adapter
-from stackctl.registry.stacks import current_after
+from stackctl.registry.stacks import current_after, no_stack
 from stackctl.registry.store import Registry
 from stackctl.storage import files
 
@@ -45,10 +45,7 @@ def remove_entry(registry: Registry, text: str, *, dry_run: bool = False) -> Rem
             return removal
         terms = parse_expression(text)
         if len(terms) > 1 and text == "+".join(term.reference.name for term in terms):
-            raise NotFound(
-                f"there is no stack '{text}'",
-                hint=did_you_mean(text, registry.names(Stack), "stackctl ls shows what there is"),
-            )
+            raise no_stack(registry, text)
         if len(terms) != 1 or terms[0].weight != 1:
             raise Usage(f"'{text}' is not one adapter or stack", hint="name one: stackctl rm style@1")
         return _remove_versions(registry, terms[0].reference, dry_run)

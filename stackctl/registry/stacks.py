@@ -80,11 +80,16 @@ def use_stack(registry: Registry, name: str) -> Stack:
         if not stack:
             if "+" not in name and registry.find_adapter(name):
                 raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name} --name NAME")
-            near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
-            raise NotFound(f"there is no stack '{name}'", hint=near)
+            raise no_stack(registry, name)
         with current_after(registry, name):
             pass
     return stack
+
+
+def no_stack(registry: Registry, name: str) -> NotFound:
+    """The error that there is no stack of a name."""
+    near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
+    return NotFound(f"there is no stack '{name}'", hint=near)
 
 
 def current_after(registry: Registry, name: str | None) -> contextlib.AbstractContextManager[None]:
