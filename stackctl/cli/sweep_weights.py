@@ -121,9 +121,9 @@ def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], sc
         parts = list(zip(data, ([score] for score in own), ([score] for score in scores[winner]), strict=True))
         if len(data) > 1:
             parts.append((MEAN, own, scores[winner]))
-        for source, mine, best in parts:
+        for source, mine, lowest in parts:
             row = {"data": source, **score_of_all(one, mine)}
-            rows.append({**row, "p_value": None if row["loss"] is None else judge(best, mine).p_value})
+            rows.append({**row, "p_value": None if row["loss"] is None else judge(lowest, mine).p_value})
     each = len(rows) // len(tried)
     best = rows[(winner + 1) * each - 1]
     front = not_dominated([[score.loss for score in scores[number]] for number in finite]) if len(data) > 1 else []

@@ -91,9 +91,12 @@ class PendingRows:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self.events.put_nowait, delta)
 
+        def end(index: int, row: Row, error: Exception | None) -> None:
+            tell(index, row, None, error)
+
         for index, row in enumerate(rows):
             row.on_text = partial(tell, index, row)
-            row.on_end = lambda ended, error, index=index: tell(index, ended, None, error)
+            row.on_end = partial(end, index)
 
     def cancel(self) -> None:
         for row in self.rows:
