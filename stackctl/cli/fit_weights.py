@@ -73,7 +73,8 @@ def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: 
     stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
     learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps)
     weights = learned.weights
-    plans = [(what, read_plan(context.registry, one).check()) for what, one in (("", stack), ("", learned.stack))]
+    both = [("typed", stack), ("tried", learned.stack)]
+    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
     scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
     (typed, typed_held_out), (tried, tried_held_out) = map(sets.halves, scores)
     judged = judge(typed_held_out, tried_held_out)

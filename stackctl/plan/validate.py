@@ -104,6 +104,8 @@ def unfitting_layer_weights(
     member: PlanMember, known: Mapping[str, ModuleShape], own: Iterable[str]
 ) -> Iterator[Problem]:
     """Weights for layers or modules that the base does not have, or on which no member stands."""
+    if not member.layer_weights:
+        return  # looking at every module takes time
     absent = names_nothing(member.layer_weights, known)
     idle = [name for name in names_nothing(member.layer_weights, own) if name not in absent]
     if absent:
