@@ -200,6 +200,7 @@ def _differences(
 def _convert(
     stacked: StackedModel, checkpoint: Checkpoint, differences: tuple[StackPlan, StackPlan] | None, wanted: Conversion
 ) -> tuple[Pairs, Original]:
+    from stackctl.engine.loss.logits import probe
     from stackctl.engine.to_lora import conversion
     from stackctl.engine.to_lora.low_rank import Truncation
 
@@ -209,10 +210,10 @@ def _convert(
     now, begun = differences
     pairs = conversion.subtract(now, begun, kept)
     tokens = conversion.probe_tokens(stacked.base)
-    without = conversion.logits(stacked.model, tokens)
+    without = probe(stacked.model, tokens)
     stacked.fold(now)
     stacked.fold(plan_stack(begun.base, [replace(begun.members[0], weight=-1.0)]))
-    live = conversion.logits(stacked.model, tokens)
+    live = probe(stacked.model, tokens)
     return pairs, conversion.Original(tokens, live, without)
 
 
@@ -222,11 +223,11 @@ def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: O
     Raises:
         VerificationFailed: nothing is lost in the weights, and still something in the logits.
     """
-    from stackctl.engine.to_lora.conversion import logits
+    from stackctl.engine.loss.logits import probe
 
     stacked.use(stack)
     stacked.fold(new)
-    error = original.error(logits(stacked.model, original.tokens))
+    error = original.error(probe(stacked.model, original.tokens))
     if not error <= max(_PROVED, 1e3 * pairs.relative_error):
         raise VerificationFailed(
             f"what was made does not do what the original does: its logits are {error:.2g} of the effect away",

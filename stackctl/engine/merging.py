@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stackctl.engine import algebra, aligned_merging
 from stackctl.engine.module_pool import each_module
-from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, misfit, tensor_bytes
+from stackctl.engine.tensors import MemberTensors, misfit
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
 
@@ -53,7 +53,7 @@ def module_delta(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.
     """The full delta in float32: (out, in), of experts (experts, out, in)."""
     if plan.method == SUM:
         return exact_delta(module, factors)
-    made = [combine(plan, module, own) for own in matrices(module, factors)]
+    made = _combined(plan, module, factors)
     full = [one if isinstance(one, Tensor) else one[1] @ one[0] for one in made]
     return torch.stack(full) if module.is_experts else full[0]
 
@@ -66,21 +66,32 @@ def exact_delta(module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tenso
 
 def module_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
     """The delta as a pair, of experts all of theirs; a full matrix is cut to the rank that the plan gives it."""
-    made = [combine(plan, module, own) for own in matrices(module, factors)]
-    rank = plan.rank_of(module)
+    made, rank = _combined(plan, module, factors), plan.rank_of(module)
     pairs = [algebra.factorise(one, rank) if isinstance(one, Tensor) else one for one in made]
     return algebra.join_experts(pairs) if module.is_experts else pairs[0]
 
 
 def pair_error(module: ModulePlan, factors: Sequence[algebra.Factors], pair: algebra.Pair) -> float:
     """‖B'A' - sum‖ / ‖sum‖ of a pair that :func:`module_pair` made, over all matrices of the module."""
+    lost, total = _distance(module, factors, [made[0][:2] for made in matrices(module, [(*pair, 1.0)])])
+    return float((lost / total) ** 0.5) if total else 0.0
+
+
+def _combined(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> list[algebra.Pair | Tensor]:
+    return [combine(plan, module, own) for own in matrices(module, factors)]
+
+
+def _distance(
+    module: ModulePlan, factors: Sequence[algebra.Factors], made: Sequence[algebra.Pair | Tensor]
+) -> tuple[float, float]:
+    """‖made - sum‖² and ‖sum‖² over the matrices of a module."""
     lost = total = 0.0
-    for own, made in zip(matrices(module, factors), matrices(module, [(*pair, 1.0)]), strict=True):
+    for own, one in zip(matrices(module, factors), made, strict=True):
         exact = algebra.concatenate(own)
         norm = algebra.product_norm(*exact)
-        lost += (algebra.relative_error(exact, made[0][:2]) * norm) ** 2
-        total += norm**2
-    return float((lost / total) ** 0.5) if total else 0.0
+        gap = algebra.distance(one, own) if isinstance(one, Tensor) else algebra.relative_error(exact, one) * norm
+        lost, total = lost + gap**2, total + norm**2
+    return lost, total
 
 
 @dataclass(frozen=True)
@@ -101,42 +112,23 @@ def measure(plan: StackPlan, progress: Callable[[float], None] = lambda _: None)
     Raises:
         VerificationFailed: a member's tensor is not finite, or what the method makes of them does not fit float32.
     """
-    lost = total = worst = 0.0
+
+    def compared(module: ModulePlan, factors: Sequence[algebra.Factors]) -> tuple[float, float, int]:
+        made = _combined(plan, module, factors)
+        rank = max(min(one.shape) if isinstance(one, Tensor) else one[0].shape[0] for one in made)
+        return *_distance(module, factors, made), rank
+
+    all_lost = all_total = worst = 0.0
     worst_module, rank = "", 0
     with torch.no_grad(), MemberTensors(plan) as tensors:
-        made = each_module(plan, tensors, lambda module, factors: _distance(plan, module, factors))
-        for done, (module, found) in enumerate(made, 1):
-            if not math.isfinite(found.lost) or not math.isfinite(found.total):
+        for done, (module, (lost, total, own_rank)) in enumerate(each_module(plan, tensors, compared), 1):
+            if not math.isfinite(lost) or not math.isfinite(total):
                 raise misfit(module.name, "float32")
-            lost, total, rank = lost + found.lost, total + found.total, max(rank, found.rank)
-            if found.total and (found.lost / found.total) ** 0.5 > worst:
-                worst, worst_module = (found.lost / found.total) ** 0.5, module.name
+            all_lost, all_total, rank = all_lost + lost, all_total + total, max(rank, own_rank)
+            if total and (lost / total) ** 0.5 > worst:
+                worst, worst_module = (lost / total) ** 0.5, module.name
             progress(done / len(plan.modules))
-    return Measured((lost / total) ** 0.5 if total else 0.0, worst, worst_module, rank)
-
-
-@dataclass(frozen=True)
-class _Distance:
-    """Of one module: ‖made - sum‖², ‖sum‖², and the rank of what was made."""
-
-    lost: float
-    total: float
-    rank: int
-
-
-def _distance(plan: StackPlan, module: ModulePlan, all_factors: Sequence[algebra.Factors]) -> _Distance:
-    lost = total = 0.0
-    rank = 0
-    for factors in matrices(module, all_factors):
-        exact = algebra.concatenate(factors)
-        made = combine(plan, module, factors)
-        norm = algebra.product_norm(*exact)
-        if isinstance(made, Tensor):
-            gap, rank = algebra.distance(made, factors), max(rank, min(made.shape))
-        else:
-            gap, rank = algebra.relative_error(exact, made) * norm, max(rank, made[0].shape[0])
-        lost, total = lost + gap**2, total + norm**2
-    return _Distance(lost, total, rank)
+    return Measured((all_lost / all_total) ** 0.5 if all_total else 0.0, worst, worst_module, rank)
 
 
 def found_ranks(plan: StackPlan) -> dict[str, int]:
@@ -148,15 +140,16 @@ def found_ranks(plan: StackPlan) -> dict[str, int]:
         }
 
 
-def made_pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memoryview, memoryview], float]]:
-    """Every module with its A (rank, in) and B (out, rank) as bytes of a safetensors dtype, and their relative error.
+def made_pairs(plan: StackPlan, dtype: torch.dtype) -> Iterator[tuple[ModulePlan, algebra.Pair, float]]:
+    """Every module with its A (rank, in) and B (out, rank) in a dtype, and their relative error: none of a sum in
+    float32.
 
     Raises:
-        VerificationFailed: a member's tensor is not finite, or a value does not fit the dtype.
+        VerificationFailed: a member's tensor is not finite.
     """
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             factors = tensors.factors(module)
-            a, b = (factor.to(TORCH_DTYPES[dtype]) for factor in module_pair(plan, module, factors))
-            error = pair_error(module, factors, (a.float(), b.float()))
-            yield module, (tensor_bytes(module.name, a), tensor_bytes(module.name, b)), error
+            a, b = (factor.to(dtype) for factor in module_pair(plan, module, factors))
+            lossless = dtype == torch.float32 and plan.method == SUM
+            yield module, (a, b), 0.0 if lossless else pair_error(module, factors, (a.float(), b.float()))

@@ -41,20 +41,13 @@ def each_module(
             if len(waiting) > workers:
                 begun, result = waiting.popleft()
                 yield begun, result.result()
-            waiting.append((module, pool.submit(_without_gradients, work, module, tensors.factors(module))))
+            waiting.append((module, pool.submit(torch.no_grad()(work), module, tensors.factors(module))))
         while waiting:
             begun, result = waiting.popleft()
             yield begun, result.result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-def _without_gradients(
-    work: Callable[[ModulePlan, Sequence[Factors]], T], module: ModulePlan, factors: Sequence[Factors]
-) -> T:
-    with torch.no_grad():
-        return work(module, factors)
 
 
 def _workers(plan: StackPlan) -> int:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from stackctl.lora.module_grid import GridPlace, place
 
 MOST_OPPOSED = 3
 K = TypeVar("K")
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
+class Overlap(msgspec.Struct, frozen=True):
     """Two deltas on one module, or on several together.
 
     ``norms`` are ‖ΔW₁‖ and ‖ΔW₂‖ with weights and scalings. ``cosine`` is ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖), in [-1, 1]: below
@@ -33,15 +34,8 @@ class Overlap:
     column_chance: float | None
     row_chance: float | None
 
-    def json(self) -> dict[str, Any]:
-        return {
-            "norms": list(self.norms), "cosine": self.cosine, "columns": self.columns, "rows": self.rows,
-            "column_chance": self.column_chance, "row_chance": self.row_chance,
-        }  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class ModuleOverlap:
+class ModuleOverlap(msgspec.Struct, frozen=True):
     """Two deltas on one module; ``ranks`` are those that they really have."""
 
     module: str
@@ -49,8 +43,8 @@ class ModuleOverlap:
     overlap: Overlap
 
     def json(self) -> dict[str, Any]:
-        return {"module": self.module, "layer": place(self.module).name, "ranks": list(self.ranks),
-                **self.overlap.json()}  # fmt: skip
+        where = {"module": self.module, "layer": place(self.module).name, "ranks": list(self.ranks)}
+        return {**where, **msgspec.to_builtins(self.overlap)}
 
 
 @dataclass(frozen=True)
@@ -92,24 +86,20 @@ class PairOverlap:
     def json(self) -> dict[str, Any]:
         return {
             "members": list(self.members),
-            **self.total.json(),
+            **msgspec.to_builtins(self.total),
             "most_opposed": [{"layer": name, "cosine": cosine} for name, cosine in self.most_opposed],
-            "layers": [{"layer": name, **found.json()} for name, found in self.layers.items()],
+            "layers": [{"layer": name, **msgspec.to_builtins(found)} for name, found in self.layers.items()],
             "modules": [found.json() for found in self.modules],
             "unshared": list(self.unshared),
         }
 
 
-@dataclass(frozen=True, slots=True)
-class NotCompared:
+class NotCompared(msgspec.Struct, frozen=True):
     """What was left out, and why: a member, or something on one module of it."""
 
     member: str
     module: str | None
     why: str
-
-    def json(self) -> dict[str, Any]:
-        return {"member": self.member, "module": self.module, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ class Interference:
     def json(self) -> dict[str, Any]:
         return {
             "pairs": [pair.json() for pair in self.pairs],
-            "not_compared": [left.json() for left in self.not_compared],
+            "not_compared": msgspec.to_builtins(self.not_compared),
         }
 
 

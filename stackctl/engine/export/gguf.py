@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from stackctl.core.errors import Incompatible, VerificationFailed
-from stackctl.engine import algebra
 from stackctl.engine.export.gguf_layout import GgufTarget, config_count, gguf_targets, lay_out, undo_layout
-from stackctl.engine.merging import module_pair
-from stackctl.engine.tensors import MemberTensors, all_finite, misfit
+from stackctl.engine.merging import found_ranks, made_pairs
+from stackctl.engine.tensors import all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan, refuse
@@ -83,7 +82,7 @@ def export_gguf(
     targets = gguf_targets(plan, architecture, config)
     if base_gguf is not None:
         _check_base(targets, architecture, config, existing_path(base_gguf, "the file"))
-    rank = _largest_rank(plan)
+    rank = max(found_ranks(plan).values()) if plan.options.rank == "auto" else plan.rank
     with atomic.staging_directory(out.parent) as staged:
         path = staged / gguf_file_name(out)
         error, written = _write(plan, targets, architecture, rank, path, dtype)
@@ -127,14 +126,6 @@ def _field(reader: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _largest_rank(plan: StackPlan) -> int:
-    """The rank that every pair is padded to. Only ``svd --rank auto`` has to look at the tensors for it."""
-    if plan.options.rank != "auto":
-        return plan.rank
-    with torch.no_grad(), MemberTensors(plan) as tensors:
-        return max(module_pair(plan, m, tensors.factors(m))[0].shape[0] for m in plan.modules.values())
-
-
 def _write(
     plan: StackPlan, targets: list[GgufTarget], architecture: GgufArchitecture, rank: int, path: Path, dtype: str
 ) -> tuple[float, dict[str, _Written]]:
@@ -143,23 +134,17 @@ def _write(
     Returns the worst module's relative error against the exact sum, and what every pair was.
     """
     torch_dtype, numpy_dtype, file_type = _DTYPES[dtype]
-    lossless = dtype == "float32" and plan.method == SUM
     worst, written = 0.0, dict[str, _Written]()
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
         _write_header(writer, plan, targets, rank, numpy_dtype, file_type)
-        with torch.no_grad(), MemberTensors(plan) as tensors:
-            for target in targets:
-                factors = tensors.factors(target.module)
-                a, b = (factor.to(torch_dtype) for factor in module_pair(plan, target.module, factors))
-                if not (all_finite(a) and all_finite(b)):
-                    raise misfit(target.name, dtype)
-                if not lossless:
-                    exact = algebra.concatenate(factors)
-                    worst = max(worst, algebra.relative_error(exact, (a.float(), b.float())))
-                written[target.name] = _Written(a.shape[0], (_digest(a), _digest(b)))
-                for factor in lay_out(a, b, target, rank):
-                    writer.write_tensor_data(factor.numpy())
+        for target, (_, (a, b), error) in zip(targets, made_pairs(plan, torch_dtype), strict=True):
+            if not (all_finite(a) and all_finite(b)):
+                raise misfit(target.name, dtype)
+            worst = max(worst, error)
+            written[target.name] = _Written(a.shape[0], (_digest(a), _digest(b)))
+            for factor in lay_out(a, b, target, rank):
+                writer.write_tensor_data(factor.numpy())
     finally:
         writer.close()
     return worst, written

@@ -142,8 +142,10 @@ def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memo
             yield from ((module, exact.pair(module), 0.0) for module in plan.modules.values())
     else:
         from stackctl.engine.merging import made_pairs
+        from stackctl.engine.tensors import TORCH_DTYPES, tensor_bytes
 
-        yield from made_pairs(plan, dtype)
+        for module, (a, b), error in made_pairs(plan, TORCH_DTYPES[dtype]):
+            yield module, (tensor_bytes(module.name, a), tensor_bytes(module.name, b)), error
 
 
 def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:

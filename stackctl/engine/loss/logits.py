@@ -15,6 +15,7 @@ from stackctl.engine.data.rows import split_row, starts_of
 from stackctl.engine.loss.output_head import OutputHead, find_head, passed_through
 from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.loss.token_losses import TokenLosses, token_losses
+from stackctl.engine.models import evaluating
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
@@ -108,6 +109,14 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def split(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The examples of a collated row, each as a row of its own; without those of which nothing is learned."""
     return [part for part in split_row(inputs, 1) if part["labels"].numel()]
+
+
+def probe(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits (T, vocabulary) for tokens (1, T), in evaluation mode, in float32 on the CPU."""
+    with evaluating(model):
+        device = next(model.parameters()).device
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
+        return logits.float().cpu()
 
 
 def difference(a: Tensor, b: Tensor) -> float:

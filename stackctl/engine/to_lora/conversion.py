@@ -25,8 +25,8 @@ from stackctl.core.errors import Incompatible, VerificationFailed, first_line, l
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.loss.logits import difference
-from stackctl.engine.models import StackedModel, evaluating
+from stackctl.engine.loss.logits import difference, probe
+from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.to_lora.low_rank import Pairs, Truncation
 from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
@@ -133,7 +133,7 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     model, config = stacked.model, _config(checkpoint)
     tensors = _read(checkpoint)
     tokens = probe_tokens(stacked.base)
-    without = logits(model, tokens)
+    without = probe(model, tokens)
     kept = {name: Kept(model.get_submodule(name)) for name in _targets(checkpoint, stacked)}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -146,7 +146,7 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
         set_peft_model_state_dict(attached, tensors, ADAPTER)
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
-    live = logits(attached, tokens)
+    live = probe(attached, tokens)
     found = Pairs(
         saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ())
     )
@@ -160,7 +160,7 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     whole = tuner_layers(model, ModulesToSaveWrapper)
     for name, wrapper in whole:
         replace_module(model, name, wrapper.modules_to_save[ADAPTER])
-    merged_logits = logits(model, tokens)
+    merged_logits = probe(model, tokens)
     for name, wrapper in whole:
         replace_module(model, name, wrapper.original_module)
     for module in kept.values():
@@ -195,15 +195,6 @@ def subtract(now: StackPlan, begun: StackPlan, wanted: Truncation) -> Pairs:
 def probe_tokens(base: Base) -> Tensor:
     """Some tokens of a base, (1, T), to look at logits with."""
     return torch.arange(3, 3 + _TOKENS)[None] * 7 % base.vocabulary_size
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The logits (T, vocabulary) for tokens (1, T), in evaluation mode, in float32 on the CPU."""
-    with evaluating(model):
-        device = next(model.parameters()).device
-        found: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
-        return found.float().cpu()
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from stackctl.core import Say
 from stackctl.engine.data.examples import Example
 from stackctl.engine.live_adapter import LIVE
+from stackctl.engine.loss.logits import probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
@@ -47,7 +48,7 @@ class Attached:
             VerificationFailed: it is not what it was.
         """
         with proofs.new_adapter_off(self.model, self.live):
-            proofs.check_unchanged(self.frozen, proofs.probe(self.model, self.probe_tokens))
+            proofs.check_unchanged(self.frozen, probe(self.model, self.probe_tokens))
         proofs.check_trainable(self.model)
 
 
@@ -58,7 +59,7 @@ def attach_all(stacked: StackedModel, prepared: PreparedJob, targets: Targets, f
         VerificationFailed: other parameters than the new adapter's are trainable, or the stack has no effect.
     """
     probe_tokens = proofs.probe_tokens(first.input_ids)
-    bare = proofs.probe(stacked.model, probe_tokens)
+    bare = probe(stacked.model, probe_tokens)
     how = freeze_stack(stacked, prepared, targets, say)
     model = attach_new(stacked, prepared, targets, live=how == "live")
     if not group.keeps_parts():
@@ -67,12 +68,12 @@ def attach_all(stacked: StackedModel, prepared: PreparedJob, targets: Targets, f
     teaching = attach_teacher(model, prepared.teacher.plan) if prepared.teacher else None
     trainable = proofs.check_trainable(model)
     with proofs.new_adapter_off(model, LIVE if how == "live" else None):
-        frozen = proofs.probe(model, probe_tokens)
+        frozen = probe(model, probe_tokens)
     if prepared.plan.members:
         effect = proofs.check_active(bare, frozen, prepared.plan.expression)
         say(f"{prepared.plan.expression} is frozen ({how}) and active: it moves the logits by {effect:.1%}")
     if teaching and teaching.name:
         with teaching.speaking():
-            effect = proofs.check_active(bare, proofs.probe(model, probe_tokens), teaching.label)
+            effect = proofs.check_active(bare, probe(model, probe_tokens), teaching.label)
         say(f"{teaching.label} is the teacher, live beside the base: it moves the logits by {effect:.1%}")
     return Attached(model, how, teaching, probe_tokens, frozen, trainable)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from stackctl.core.errors import VerificationFailed
 from stackctl.engine.loss.logits import difference
-from stackctl.engine.models import evaluating
 from stackctl.engine.training.adapter import ADAPTER
 
 _PROBE_TOKENS = 64
@@ -26,14 +25,6 @@ _PROBE_TOKENS = 64
 def probe_tokens(input_ids: list[int]) -> Tensor:
     """A short piece of the training data, (1, T), to look at logits with."""
     return torch.tensor([input_ids[:_PROBE_TOKENS]])
-
-
-def probe(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """The logits (T, vocabulary) of a probe, in evaluation mode, in float32 on the CPU."""
-    with evaluating(model):
-        device = next(model.parameters()).device
-        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
-        return logits.float().cpu()
 
 
 def check_active(without: Tensor, with_stack: Tensor, expression: str) -> float:
