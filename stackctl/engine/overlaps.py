@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
-
-import msgspec
 
 from stackctl.lora.module_grid import GridPlace, place
 
@@ -18,7 +16,8 @@ MOST_OPPOSED = 3
 K = TypeVar("K")
 
 
-class Overlap(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Overlap:
     """Two deltas on one module, or on several together.
 
     ``norms`` are ‖ΔW₁‖ and ‖ΔW₂‖ with weights and scalings. ``cosine`` is ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖), in [-1, 1]: below
@@ -34,8 +33,12 @@ class Overlap(msgspec.Struct, frozen=True):
     column_chance: float | None
     row_chance: float | None
 
+    def json(self) -> dict[str, Any]:
+        return asdict(self) | {"norms": list(self.norms)}
 
-class ModuleOverlap(msgspec.Struct, frozen=True):
+
+@dataclass(frozen=True, slots=True)
+class ModuleOverlap:
     """Two deltas on one module; ``ranks`` are those that they really have."""
 
     module: str
@@ -44,7 +47,7 @@ class ModuleOverlap(msgspec.Struct, frozen=True):
 
     def json(self) -> dict[str, Any]:
         where = {"module": self.module, "layer": place(self.module).name, "ranks": list(self.ranks)}
-        return {**where, **msgspec.to_builtins(self.overlap)}
+        return where | self.overlap.json()
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,16 @@ class PairOverlap:
     def json(self) -> dict[str, Any]:
         return {
             "members": list(self.members),
-            **msgspec.to_builtins(self.total),
+            **self.total.json(),
             "most_opposed": [{"layer": name, "cosine": cosine} for name, cosine in self.most_opposed],
-            "layers": [{"layer": name, **msgspec.to_builtins(found)} for name, found in self.layers.items()],
+            "layers": [{"layer": name, **found.json()} for name, found in self.layers.items()],
             "modules": [found.json() for found in self.modules],
             "unshared": list(self.unshared),
         }
 
 
-class NotCompared(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class NotCompared:
     """What was left out, and why: a member, or something on one module of it."""
 
     member: str
@@ -118,7 +122,7 @@ class Interference:
     def json(self) -> dict[str, Any]:
         return {
             "pairs": [pair.json() for pair in self.pairs],
-            "not_compared": msgspec.to_builtins(self.not_compared),
+            "not_compared": [asdict(left) for left in self.not_compared],
         }
 
 

@@ -57,7 +57,7 @@ def encode_pieces(
             continue  # the rest is only looked at for what is wrong with it
         with _all_threads():
             pieces = list(tokenise([layout for _, several in laid_out for layout in several]))
-        yield (_kept_pairs if options.system else _kept)(laid_out, pieces, encoded, options)
+        yield _kept(laid_out, pieces, encoded, options)
     layouts.check()
     encoded.notes += [*records.notes, *layouts.notes()]
     if not encoded.tokens:
@@ -72,61 +72,56 @@ def _kept(
 ) -> list[Example]:
     """What is left of some records within ``max_length``; what was lost is counted."""
     found: list[Example] = []
-    max_length = options.max_length
     ready = iter(examples)
     for record, layouts in laid_out:
-        kept: list[Example] = []
-        cut = False
-        for example in itertools.islice(ready, len(layouts)):
-            if options.split_long and isinstance(record, TextRecord):
-                kept += _split(example, max_length)
-            else:
-                needed = _cut(example, len(example.input_ids))
-                cut = cut or len(needed.input_ids) > max_length
-                kept.append(_cut(needed, max_length))
-        whole = all(example.input_ids for example in kept) or not isinstance(record, PreferenceRecord)
-        for number, example in enumerate(kept):
-            example.desired = number == 0 if isinstance(record, PreferenceRecord) else _is_desired(record)
-        kept = [example for example in kept if example.input_ids] if whole else []
+        texts = list(itertools.islice(ready, len(layouts)))
+        kept, cut = (_taught if options.system else _shortened)(record, texts, options)
         if encoded.owners is not None:
             encoded.owners += [record.number] * len(kept)
         encoded.truncated += cut
         if not kept and layouts:
             encoded.unsupervised.append(record.number)
         found += kept
-    encoded.desired += sum(example.desired for example in found)
-    encoded.tokens += sum(len(example.input_ids) for example in found)
-    encoded.supervised_tokens += sum(example.supervised for example in found)
+    own = found[::2] if options.system else found
+    encoded.desired += sum(example.desired for example in own)
+    encoded.tokens += sum(len(example.input_ids) for example in own)
+    encoded.supervised_tokens += sum(example.supervised for example in own)
     return found
 
 
-def _kept_pairs(
-    laid_out: list[tuple[Record, list[Layout]]], examples: list[Example], encoded: Encoded, options: EncodeOptions
-) -> list[Example]:
-    """The same of records whose texts come twice, each followed by itself behind a system prompt.
+def _shortened(record: Record, texts: list[Example], options: EncodeOptions) -> tuple[list[Example], bool]:
+    """What is kept of a record's texts, and whether one was cut; of a pair both or none."""
+    kept: list[Example] = []
+    cut = False
+    for text in texts:
+        if options.split_long and isinstance(record, TextRecord):
+            kept += _split(text, options.max_length)
+        else:
+            shorter, was_cut = _cut(text, options.max_length)
+            kept, cut = [*kept, shorter], cut or was_cut
+    if isinstance(record, PreferenceRecord):
+        for number, example in enumerate(kept):
+            example.desired = number == 0
+        return (kept if all(example.input_ids for example in kept) else []), cut
+    desired = record.desired if isinstance(record, CompletionRecord | ChatRecord) else True
+    for example in kept:
+        example.desired = desired
+    return [example for example in kept if example.input_ids], cut
 
-    The second has the labels of the first, however long it is; counted is the first alone.
+
+def _taught(record: Record, texts: list[Example], options: EncodeOptions) -> tuple[list[Example], bool]:
+    """The same of a record whose texts come twice, each followed by itself behind a system prompt.
+
+    The second has the labels of the first, however long it is.
     """
-    found: list[Example] = []
-    ready = iter(examples)
-    for record, layouts in laid_out:
-        cut, before = False, len(found)
-        texts = list(itertools.islice(ready, len(layouts)))
-        for own, behind in zip(texts[::2], texts[1::2], strict=True):
-            needed = _cut(own, len(own.input_ids))
-            cut = cut or len(needed.input_ids) > options.max_length
-            kept = _cut(needed, options.max_length)
-            if kept.input_ids:
-                found += [kept, _labelled_alike(behind, kept, record.number)]
-                encoded.tokens += len(kept.input_ids)
-                encoded.supervised_tokens += kept.supervised
-        if encoded.owners is not None:
-            encoded.owners += [record.number] * (len(found) - before)
-        encoded.truncated += cut
-        if len(found) == before and layouts:
-            encoded.unsupervised.append(record.number)
-    encoded.desired += len(found) // 2
-    return found
+    kept: list[Example] = []
+    cut = False
+    for text, behind in zip(texts[::2], texts[1::2], strict=True):
+        own, was_cut = _cut(text, options.max_length)
+        cut = cut or was_cut
+        if own.input_ids:
+            kept += [own, _labelled_alike(behind, own, record.number)]
+    return kept, cut
 
 
 def _labelled_alike(behind: Example, own: Example, number: int) -> Example:
@@ -145,10 +140,6 @@ def _labelled_alike(behind: Example, own: Example, number: int) -> Example:
     return Example(behind.input_ids[: places[-1] + 1], behind.labels[: places[-1] + 1])
 
 
-def _is_desired(record: Record) -> bool:
-    return record.desired if isinstance(record, CompletionRecord | ChatRecord) else True
-
-
 @contextlib.contextmanager
 def _all_threads() -> Iterator[None]:
     """The tokenizer's own threads, which are switched off elsewhere because they do not survive a fork."""
@@ -160,13 +151,19 @@ def _all_threads() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def _cut(example: Example, max_length: int) -> Example:
-    """At most ``max_length`` tokens, ending with a supervised one; empty when there is none."""
-    ids, labels = example.input_ids[:max_length], example.labels[:max_length]
+def _cut(example: Example, max_length: int) -> tuple[Example, bool]:
+    """At most ``max_length`` tokens, ending with a supervised one, and whether others are lost; empty when there is
+    none."""
+    length = _end(example.labels[:max_length])
+    return Example(example.input_ids[:length], example.labels[:length]), _end(example.labels) > max_length
+
+
+def _end(labels: list[int]) -> int:
+    """How many tokens there are up to the last one that is supervised."""
     length = len(labels)
     while length and labels[length - 1] == IGNORED:
         length -= 1
-    return Example(ids[:length], labels[:length])
+    return length
 
 
 def _split(example: Example, max_length: int) -> list[Example]:

@@ -18,7 +18,7 @@ from stackctl.engine.records.types import BadRecord
 _LONGEST = 2**31 - 1
 
 
-def csv_rows(path: Path, name: str, separators: str, seen: Seen) -> Iterator[tuple[int, Any]]:
+def csv_rows(path: Path, name: str, seen: Seen, *, separators: str) -> Iterator[tuple[int, Any]]:
     """The rows below the header, by the line in which each begins; an empty field is an absent key.
 
     Of several ``separators`` the first is taken by which the header is of a known shape, or else the first.

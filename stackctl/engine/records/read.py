@@ -88,18 +88,18 @@ class RecordStream:
                 if shape.format != first[0]:
                     before = f"{self.place(first[1])} that of '{first[0]}'"
                     raise BadRecord(f"has the shape of '{shape.format}', but {before}")
-                parsed = parse(number, value, shape, labelled=self.labelled)
+                record, ignored = parse(number, value, shape, labelled=self.labelled)
             except BadRecord as error:
                 bad += 1
                 if bad <= _SHOWN:
                     column = f", column {error.column}" if error.column else ""
                     problems.append(f"{self.place(number)}{column}: {error}")
                 continue
-            self.ignored.update(parsed.ignored)
-            self.left_out += parsed.record is None
-            if not bad and parsed.record is not None:
+            self.ignored.update(ignored)
+            self.left_out += record is None
+            if not bad and record is not None:
                 self.format, self.count = shape.format, self.count + 1
-                yield parsed.record
+                yield record
         if bad:
             more = f"; and {bad - _SHOWN} more" if bad > _SHOWN else ""
             raise Usage(f"{self.path}: {'; '.join(problems)}{more}", hint=SHAPE_HINT)

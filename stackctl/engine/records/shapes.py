@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from stackctl.engine.records.messages import ParsedMessages, kind_of, template_arguments, text_of, tools_of, turns_of
@@ -22,18 +22,9 @@ from stackctl.engine.records.types import (
 _AROUND = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", "enable_thinking")
 """What may stand beside the turns of any conversation."""
 _ELSEWHERE = (
-    *("chosen", "rejected", "label", "kto_tag", "images", "image", "videos", "audios", "documents"),
-    *(
-        "weight",
-        "train",
-        "loss",
-        "loss_weight",
-        "mask_history",
-        "parallel_tool_calls",
-        "tool_choice",
-        "response_format",
-    ),
-)
+    "chosen", "rejected", "label", "kto_tag", "images", "image", "videos", "audios", "documents", "weight", "train",
+    "loss", "loss_weight", "mask_history", "parallel_tool_calls", "tool_choice", "response_format",
+)  # fmt: skip
 """Keys of a record that mean something to peers and nothing here."""
 
 LABELS = ("label", "kto_tag")
@@ -164,16 +155,9 @@ def checked_shape(record: Any) -> RecordShape:
     return shape
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """A record, or None where it says itself that it is not to be learned; and its keys that mean nothing here."""
-
-    record: Record | None
-    ignored: list[str]
-
-
-def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False) -> Parsed:
-    """A record of a known shape; ``labelled``: its label, true or false, is read as what is desired of it.
+def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False) -> tuple[Record | None, list[str]]:
+    """A record of a known shape, or None where it says itself that it is not to be learned; and its keys that mean
+    nothing here. ``labelled``: its label, true or false, is read as what is desired of it.
 
     Raises:
         BadRecord: something in it is wrong.
@@ -187,10 +171,10 @@ def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False
         key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)
     ]
     if labelled or isinstance(record, TextRecord):
-        return Parsed(record, [key for key in ignored if not labelled or key not in LABELS])
+        return record, [key for key in ignored if not labelled or key not in LABELS]
     if any(value.get(key) is False for key in LABELS):  # what KTO learns to avoid
-        return Parsed(None, [key for key in ignored if key not in LABELS])
-    return Parsed(record, ignored)
+        return None, [key for key in ignored if key not in LABELS]
+    return record, ignored
 
 
 def _label(record: dict[str, Any]) -> bool:

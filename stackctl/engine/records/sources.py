@@ -5,6 +5,7 @@ Values are read as they are asked for, so that memory holds a few of them at a t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,22 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return tuple(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
 
-def open_json_lines(path: Path, name: str) -> Source:
+def _each(unit: Unit, values: Callable[[Path, str, Seen], Values]) -> Callable[[Path, str], Source]:
+    """What opens a file that has a value for each ``unit``."""
+    return lambda path, name: _of_file(path, name, unit, lambda seen: values(path, name, seen))
+
+
+_json_lines = _each("line", lambda path, name, seen: parse_lines(lines_of(path, name, seen)))
+
+
+def _open_json_lines(path: Path, name: str) -> Source:
     """A record on each line; a JSON list under this suffix is read as one."""
     if next((line for line in lines_of(path, name) if line.strip()), b"").lstrip()[:1] == b"[":
-        return open_json(path, name)
-    return _of_file(path, name, "line", lambda seen: parse_lines(lines_of(path, name, seen)))
+        return _open_json(path, name)
+    return _json_lines(path, name)
 
 
-def open_json(path: Path, name: str) -> Source:
+def _open_json(path: Path, name: str) -> Source:
     """A list of records, or JSON Lines under another suffix."""
     data = b"\n".join(lines_of(path, name))
     start = data.lstrip()[:1]
@@ -75,7 +84,7 @@ def open_json(path: Path, name: str) -> Source:
         value = parse_json(data)
     except BadRecord as error:
         if start == b"{":
-            return _of_file(path, name, "line", lambda seen: parse_lines(lines_of(path, name, seen)))
+            return _json_lines(path, name)
         where = f", line {error.line}" if error.line else ""
         where += f", column {error.column}" if error.column else ""
         raise Usage(f"{name}{where}: {error}", hint="repair the JSON, or give one record per line") from None
@@ -84,10 +93,6 @@ def open_json(path: Path, name: str) -> Source:
             raise Usage(f"{name} is one JSON object, not a list of records", hint=SHAPE_HINT)
         value = [value]
     return _of_file(path, name, "record", lambda seen: enumerate(value, 1))
-
-
-def open_parquet(path: Path, name: str) -> Source:
-    return _of_file(path, name, "record", lambda seen: _parquet_rows(path, name, seen))
 
 
 def _parquet_rows(path: Path, name: str, seen: Seen) -> Values:
@@ -105,16 +110,8 @@ def _parquet_rows(path: Path, name: str, seen: Seen) -> Values:
                     yield number, _without_nulls(row)
                 seen(number / file.metadata.num_rows)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise Usage(f"{name} is not a Parquet file that can be read ({reason})", hint=KINDS_HINT) from None
-
-
-def open_csv(path: Path, name: str) -> Source:
-    return _of_file(path, name, "line", lambda seen: csv_rows(path, name, ",;\t", seen))
-
-
-def open_tsv(path: Path, name: str) -> Source:
-    return _of_file(path, name, "line", lambda seen: csv_rows(path, name, "\t", seen))
+            what = f"{name} is not a Parquet file that can be read ({first_line(error)})"
+            raise Usage(what, hint=KINDS_HINT) from None
 
 
 def open_folder(path: Path, name: str) -> Source:
@@ -140,15 +137,11 @@ def _whole_texts(folder: Path, paths: list[Path], seen: Seen) -> Values:
         seen(number / len(paths))
 
 
-def open_text(path: Path, name: str) -> Source:
+def _documents(path: Path, name: str, seen: Seen) -> Values:
     """Documents separated by blank lines."""
-    return _of_file(path, name, "line", lambda seen: _documents(lines_of(path, name, seen)))
-
-
-def _documents(raw: Iterator[bytes]) -> Values:
     lines: list[str] = []
     number = 0
-    for number, line in enumerate((line.decode() for line in raw), 1):
+    for number, line in enumerate((line.decode() for line in lines_of(path, name, seen)), 1):
         if line.strip():
             lines.append(line.removesuffix("\r"))
         elif lines:
@@ -192,12 +185,12 @@ def open_hub_dataset(repo: str, split: str | None) -> Source:
 
 
 READERS: dict[str, Callable[[Path, str], Source]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), open_json_lines),
-    ".json": open_json,
-    ".parquet": open_parquet,
-    ".csv": open_csv,
-    ".tsv": open_tsv,
-    ".txt": open_text,
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), _open_json_lines),
+    ".json": _open_json,
+    ".parquet": _each("record", _parquet_rows),
+    ".csv": _each("line", functools.partial(csv_rows, separators=",;\t")),
+    ".tsv": _each("line", functools.partial(csv_rows, separators="\t")),
+    ".txt": _each("line", _documents),
 }
 """What reads a file, by how its name ends."""
 

@@ -1,9 +1,9 @@
 """What training on answers makes small: objectives as pure functions of log-probabilities.
 
-Those of pairs take :class:`PairBatch` and a :class:`Strength` and return losses (P,) in nats, one for a pair; KTO takes
-:class:`AnswerBatch`, of which each has a label, and returns a loss for each. Adding one takes a function and a line of
-:data:`OBJECTIVES`. Written below: c and r are the log-probabilities of the chosen and of the rejected answer, c' and r'
-those under the frozen stack, |c| and |r| their tokens, s the logistic function.
+They take :class:`AnswerBatch` and a :class:`Strength` and return losses in nats: those of pairs (P,), one for a pair,
+KTO (N,), one for an answer. Adding one takes a function and a line of :data:`OBJECTIVES`. Written below: c and r are the
+log-probabilities of the chosen and of the rejected answer, c' and r' those under the frozen stack, |c| and |r| their
+tokens, s the logistic function.
 """
 
 from __future__ import annotations
@@ -20,27 +20,13 @@ SIMPO_MARGIN = 0.5
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """Log-probabilities of both answers of P pairs, each (P,), float32, summed over the answer's tokens.
-
-    ``*_tokens`` (P,) count those tokens; ``*_reference`` (P,) are the log-probabilities under the frozen stack alone.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-    chosen_reference: Tensor
-    rejected_reference: Tensor
-
-
-@dataclass(frozen=True)
 class AnswerBatch:
     """Log-probabilities of N answers, (N,), float32, summed over the answer's tokens, and what belongs to them.
 
     ``tokens`` (N,) counts those tokens; ``reference`` (N,) are the log-probabilities under the frozen stack alone;
     ``desired`` (N,) tells the answers that are to become likelier. ``drift`` (scalar, nats) is how far the model is
     from the reference on answers that do not belong to their prompts, never below zero; KTO alone looks at it.
+    Of P pairs the chosen and the rejected answers take turns.
     """
 
     given: Tensor
@@ -50,9 +36,14 @@ class AnswerBatch:
     drift: Tensor | None = None
 
     @property
-    def pairs(self) -> PairBatch:
-        """Where chosen and rejected answers take turns."""
-        return PairBatch(*(t[n::2] for t in (self.given, self.tokens, self.reference) for n in (0, 1)))
+    def gains(self) -> Tensor:
+        """How much likelier than under the reference each is, (N,)."""
+        return self.given - self.reference
+
+    @property
+    def means(self) -> Tensor:
+        """Log-probabilities per token, (N,)."""
+        return self.given / self.tokens
 
 
 @dataclass(frozen=True)
@@ -65,52 +56,48 @@ class Strength:
     sft_weight: float = 0.0
 
 
-def _log_ratio(pairs: PairBatch) -> Tensor:
-    """How much more than the reference a model prefers the chosen answer, (P,): (c - c') - (r - r')."""
-    return (pairs.chosen - pairs.chosen_reference) - (pairs.rejected - pairs.rejected_reference)
+def _gaps(values: Tensor) -> Tensor:
+    """Of values of answers (N,) those of the chosen less those of the rejected, (P,)."""
+    return values[::2] - values[1::2]
 
 
-def dpo(pairs: PairBatch, strength: Strength) -> Tensor:
+def dpo(pairs: AnswerBatch, strength: Strength) -> Tensor:
     """DPO (https://arxiv.org/abs/2305.18290): -(1 - e) log s(beta h) - e log s(-beta h), h = (c - c') - (r - r').
 
     e is the label smoothing of conservative DPO (https://ericmitchell.ai/cdpo.pdf).
     """
-    h, e = strength.beta * _log_ratio(pairs), strength.label_smoothing
+    h, e = strength.beta * _gaps(pairs.gains), strength.label_smoothing
     return -(1 - e) * logsigmoid(h) - e * logsigmoid(-h)
 
 
-def ipo(pairs: PairBatch, strength: Strength) -> Tensor:
+def ipo(pairs: AnswerBatch, strength: Strength) -> Tensor:
     """IPO (https://arxiv.org/abs/2310.12036, equation 17): ((c - c')/|c| - (r - r')/|r| - 1/(2 beta))^2.
 
     With means over tokens, as its authors recommend and TRL computes it.
     """
-    chosen = (pairs.chosen - pairs.chosen_reference) / pairs.chosen_tokens
-    rejected = (pairs.rejected - pairs.rejected_reference) / pairs.rejected_tokens
-    return (chosen - rejected - 1 / (2 * strength.beta)) ** 2
+    return (_gaps(pairs.gains / pairs.tokens) - 1 / (2 * strength.beta)) ** 2
 
 
-def orpo(pairs: PairBatch, strength: Strength) -> Tensor:
+def orpo(pairs: AnswerBatch, strength: Strength) -> Tensor:
     """ORPO (https://arxiv.org/abs/2403.07691, equations 6 and 7): -c/|c| - beta log s(log odds(c) - log odds(r)).
 
     log odds(x) = x/|x| - log(1 - exp(x/|x|)). Without a reference; the chosen answer's own loss is part of it.
     """
-    chosen, rejected = _means(pairs)
-    odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+    odds = _gaps(pairs.means) - _gaps(torch.log1p(-torch.exp(pairs.means)))
     return own_loss(pairs) - strength.beta * logsigmoid(odds)
 
 
-def simpo(pairs: PairBatch, strength: Strength) -> Tensor:
+def simpo(pairs: AnswerBatch, strength: Strength) -> Tensor:
     """SimPO (https://arxiv.org/abs/2405.14734, equation 6): -log s(beta (c/|c| - r/|r|) - gamma), without a reference.
 
     gamma is :data:`SIMPO_MARGIN`.
     """
-    chosen, rejected = _means(pairs)
-    return -logsigmoid(strength.beta * (chosen - rejected) - SIMPO_MARGIN)
+    return -logsigmoid(strength.beta * _gaps(pairs.means) - SIMPO_MARGIN)
 
 
-def own_loss(pairs: PairBatch) -> Tensor:
+def own_loss(pairs: AnswerBatch) -> Tensor:
     """The chosen answer's own loss, -c/|c| (P,); RPO adds it to DPO (https://arxiv.org/abs/2404.19733, equation 1)."""
-    return -_means(pairs)[0]
+    return -pairs.means[::2]
 
 
 def kto(answers: AnswerBatch, strength: Strength) -> Tensor:
@@ -122,24 +109,10 @@ def kto(answers: AnswerBatch, strength: Strength) -> Tensor:
     return 1 - torch.sigmoid(_side(answers, strength.beta))
 
 
-def _means(pairs: PairBatch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities per token, each (P,)."""
-    return pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
-
-
-def _reward_margin(pairs: PairBatch, beta: float) -> Tensor:
-    return beta * _log_ratio(pairs)
-
-
-def _mean_margin(pairs: PairBatch, beta: float) -> Tensor:
-    chosen, rejected = _means(pairs)
-    return beta * (chosen - rejected)
-
-
 def _side(answers: AnswerBatch, beta: float) -> Tensor:
     """By how much each answer is on its side of the drift, (N,): above it if desired, below it if not."""
     assert answers.drift is not None, "KTO measures it"
-    above = answers.given - answers.reference - answers.drift
+    above = answers.gains - answers.drift
     return beta * torch.where(answers.desired, above, -above)
 
 
@@ -158,21 +131,23 @@ class Objective:
 
 
 def _of_pairs(
-    loss: Callable[[PairBatch, Strength], Tensor], margin: Callable[[PairBatch, float], Tensor], *, compares: bool
+    loss: Callable[[AnswerBatch, Strength], Tensor], compared: Callable[[AnswerBatch], Tensor], *, compares: bool
 ) -> Objective:
-    def with_own_loss(answers: AnswerBatch, strength: Strength) -> Tensor:
-        losses = loss(answers.pairs, strength)
-        return losses + strength.sft_weight * own_loss(answers.pairs) if strength.sft_weight else losses
+    """``compared`` are the values of answers whose gaps the margins are."""
 
-    return Objective(with_own_loss, lambda answers, beta: margin(answers.pairs, beta), compares)
+    def with_own_loss(answers: AnswerBatch, strength: Strength) -> Tensor:
+        losses = loss(answers, strength)
+        return losses + strength.sft_weight * own_loss(answers) if strength.sft_weight else losses
+
+    return Objective(with_own_loss, lambda answers, beta: beta * _gaps(compared(answers)), compares)
 
 
 OBJECTIVES = {
-    "dpo": _of_pairs(dpo, _reward_margin, compares=True),
-    "ipo": _of_pairs(ipo, _reward_margin, compares=True),
+    "dpo": _of_pairs(dpo, lambda pairs: pairs.gains, compares=True),
+    "ipo": _of_pairs(ipo, lambda pairs: pairs.gains, compares=True),
     "kto": Objective(kto, _side, compares=True, answers=1),
-    "orpo": _of_pairs(orpo, _mean_margin, compares=False),
-    "simpo": _of_pairs(simpo, _mean_margin, compares=False),
+    "orpo": _of_pairs(orpo, lambda pairs: pairs.means, compares=False),
+    "simpo": _of_pairs(simpo, lambda pairs: pairs.means, compares=False),
 }
 
 
