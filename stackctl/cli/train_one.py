@@ -93,7 +93,7 @@ def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
         "trained_tokens": [token for _, token in sorted(targets.tokens.items())],
         "batch_size": plan.cut.records,
         "gradient_accumulation": plan.cut.count,
-        "gradient_checkpointing": plan.estimate.memory.checkpointing,
+        "gradient_checkpointing": plan.estimate.checkpointing,
         "memory": plan.estimate.as_json(),
         "settings": msgspec.to_builtins(job.settings()),
         "dry_run": True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from stackctl.core.schema import Base
@@ -64,6 +64,9 @@ class MemoryEstimate:
     processes: int
     sharded: bool
     checkpointing: bool
+    available: int = 0
+    shared: bool = False
+    """Whether all processes take it from the same memory, as from a machine's RAM."""
 
     @property
     def total(self) -> int:
@@ -79,19 +82,17 @@ class MemoryEstimate:
         """What activations take in this run."""
         return self.checkpointed if self.checkpointing else self.activations
 
-    def fits(self, available: int, *, shared: bool) -> bool:
-        """Whether ``available`` bytes are enough; ``shared`` by all processes, as a machine's RAM is."""
-        return self.total * (self.processes if shared else 1) <= available
+    @property
+    def fits(self) -> bool:
+        """Whether what is ``available`` is enough."""
+        return self.total * (self.processes if self.shared else 1) <= self.available
 
-    def as_json(self, available: int, *, shared: bool) -> dict[str, int | bool]:
-        return {
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
-            "total": self.total,
-            "available": available,
-            "fits": self.fits(available, shared=shared),
-        }
+    def as_json(self) -> dict[str, int | bool]:
+        told = asdict(self)
+        del told["available"], told["shared"]
+        return {**told, "total": self.total, "available": self.available, "fits": self.fits}
 
-    def render(self, available: int, *, shared: bool) -> str:
+    def render(self) -> str:
         """Two lines for a person."""
         parts = {"base": self.base, "adapter and optimizer": self.adapter + self.gradients + self.optimizer}
         parts |= {
@@ -102,9 +103,9 @@ class MemoryEstimate:
         }
         parts = {name: size for name, size in parts.items() if size}
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        verdict = "" if self.fits(available, shared=shared) else ", which is more than there is"
+        verdict = "" if self.fits else ", which is more than there is"
         told = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
-        return f"memory: about {human_bytes(self.total)}{each} of {human_bytes(available)}{verdict}\n  {told}"
+        return f"memory: about {human_bytes(self.total)}{each} of {human_bytes(self.available)}{verdict}\n  {told}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +30,6 @@ PART = 1536
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The memory of each process beside what there is; ``shared``: they all take it from the machine's RAM."""
-
-    memory: MemoryEstimate
-    available: int
-    shared: bool
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.fits(self.available, shared=self.shared)
-
-    def as_json(self) -> dict[str, Any]:
-        return self.memory.as_json(self.available, shared=self.shared)
-
-    def __str__(self) -> str:
-        return self.memory.render(self.available, shared=self.shared)
-
-
-@dataclass(frozen=True)
 class ProcessGroup:
     """The processes that train together.
 
@@ -68,14 +48,14 @@ class StepPlan:
     """How each step is cut, the memory that this takes, and what of it a person should know."""
 
     cut: StepCut
-    estimate: Estimate
+    estimate: MemoryEstimate
     notes: tuple[str, ...] = ()
     smaller: tuple[StepCut, ...] = ()
     """The other cuts that could be taken, each needing less than the one before, should this one not fit after all."""
 
     def told(self) -> list[str]:
         """Lines for a person."""
-        return [str(self.estimate), *(f"note: {note}" for note in self.notes)]
+        return [self.estimate.render(), *(f"note: {note}" for note in self.notes)]
 
 
 def plan_step(
@@ -86,12 +66,12 @@ def plan_step(
     ``kept`` is how the run that goes on cut them, which stays.
     """
     job, auto = prepared.job, prepared.auto_batch
-    free = _available(group)
+    available, shared = _available(group)
 
     @functools.cache
-    def estimate(cut: StepCut) -> Estimate:
+    def estimate(cut: StepCut) -> MemoryEstimate:
         memory = _estimate(prepared, corpus, len(targets.tokens), group, cut)
-        return Estimate(memory, *free)
+        return replace(memory, available=available, shared=shared)
 
     asked = job.gradient_checkpointing
     checkpointing = False if group.checkpoints else asked if targets.checkpoints else False
@@ -110,7 +90,7 @@ def plan_step(
         plain = estimate(replace(chosen, checkpointing=False))
         notes.append(
             "activations are computed again for the backward pass, which is about a third slower: kept, they would "
-            f"make it {human_bytes(plain.memory.total)} of {human_bytes(plain.available)} "
+            f"make it {human_bytes(plain.total)} of {human_bytes(plain.available)} "
             "(--no-gradient-checkpointing keeps them)"
         )
     return StepPlan(chosen, estimate(chosen), tuple(notes), tuple(cuts[cuts.index(chosen) + 1 :]))

@@ -1,9 +1,9 @@
 """What training on answers makes small: objectives as pure functions of log-probabilities.
 
 They take :class:`AnswerBatch` and a :class:`Strength` and return losses in nats: those of pairs (P,), one for a pair,
-KTO (N,), one for an answer. Adding one takes a function and a line of :data:`OBJECTIVES`. Written below: c and r are the
-log-probabilities of the chosen and of the rejected answer, c' and r' those under the frozen stack, |c| and |r| their
-tokens, s the logistic function.
+KTO (N,), one for an answer. Adding one takes a function and a line of :data:`OBJECTIVES`. Written below: c and r are
+the log-probabilities of the chosen and of the rejected answer, c' and r' those under the frozen stack, |c| and |r|
+their tokens, s the logistic function.
 """
 
 from __future__ import annotations
