@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.generation.logits_processors import Numbers, RawLogits, processors
-from stackctl.engine.generation.logprobs import TokenBytes
+from stackctl.engine.generation.logits_processors import RawLogits, processors, token_logprob
+from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.prompts import EncodedPrompts
@@ -110,7 +110,8 @@ def _write_padded(
 ) -> None:
     """By transformers, prompts padded on the left; it counts positions from each row's first real token."""
     width = max(len(ids) for ids in batch)
-    pad = _pad_token(stacked)
+    known = (stacked.tokenizer.pad_token_id, stacked.tokenizer.eos_token_id)
+    pad = next((int(token) for token in known if token is not None), 0)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=stacked.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=stacked.device)
     limit = stacked.base.context_length
@@ -120,13 +121,17 @@ def _write_padded(
         pad_token_id=pad,
         use_cache=True,
     )
-    chosen = processors(sampling, [len(ids) for ids in batch], list(seeds))
-    chosen.insert(0, Numbers())
-    answering = Answering(answers, width)
-    if sampling.top_logprobs is not None:
-        raw = RawLogits(TokenBytes(stacked.tokenizer), sampling.top_logprobs)
-        chosen.insert(0, raw)
-        answering = Answering(answers, width, lambda row, token: raw.likely(row, token, first=not answers[row].ids))
+    chosen, raw, spell = processors(sampling, list(map(len, batch)), list(seeds)), RawLogits(), None
+    chosen.insert(0, raw)
+    if (count := sampling.top_logprobs) is not None:
+        spell = TokenBytes(stacked.tokenizer)
+
+    def likely(row: int, token: int) -> TokenLogprob | None:
+        if spell is None or count is None:
+            return None
+        return token_logprob(raw.logits[row], token, count, spell, first=not answers[row].ids)
+
+    answering = Answering(answers, width, likely)
     cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
     try:
         with evaluating(stacked.model), _without_defaults(stacked.model):
@@ -174,11 +179,3 @@ def _without_defaults(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _pad_token(stacked: StackedModel) -> int:
-    tokenizer = stacked.tokenizer
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0

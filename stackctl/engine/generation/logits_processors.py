@@ -5,7 +5,7 @@ A row of a batch draws with a generator of its own, so that its neighbours chang
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,22 +32,17 @@ def are_numbers(logits: Tensor) -> Tensor:
     return logits.amax(-1).isfinite()
 
 
-def check_numbers(logits: Tensor) -> None:
-    """Refuse logits (…, vocabulary) that are no numbers.
+class RawLogits(LogitsProcessor):
+    """Keeps the logits (rows, vocabulary) of the newest token, before anything else is done to them, and ends the
+    answers at such that are no numbers."""
 
-    Raises:
-        Incompatible: they are none.
-    """
-    if not bool(are_numbers(logits).all()):
-        raise not_finite()
+    logits: Tensor
 
-
-class Numbers(LogitsProcessor):
-    """Ends an answer at logits that are no numbers, before a token is chosen by them: see :func:`check_numbers`."""
-
-    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
-        check_numbers(scores)
-        return cast(Tensor, scores)
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not bool(are_numbers(scores).all()):
+            raise not_finite()
+        self.logits = scores
+        return scores
 
 
 def processors(sampling: Sampling, lengths: list[int], seeds: list[int]) -> LogitsProcessorList:
@@ -143,19 +138,3 @@ def choose_token(row: ChoosingRow, logits: Tensor, likeliest: int) -> None:
     row.answer.add(token, likely)
     if len(row.chosen) >= row.limit:
         row.answer.finish()
-
-
-class RawLogits(LogitsProcessor):
-    """Keeps the logits (rows, vocabulary) of the newest token, before anything else is done to them."""
-
-    def __init__(self, spell: TokenBytes, count: int) -> None:
-        self._spell, self._count = spell, count
-        self._logits = torch.empty(0, 0)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
-        self._logits = scores
-        return cast(Tensor, scores)
-
-    def likely(self, row: int, token: int, first: bool) -> TokenLogprob:
-        """How likely a row's newest token was; ``first``: it begins the text."""
-        return token_logprob(self._logits[row], token, self._count, self._spell, first)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OnText = Callable[[str], object]
-Likely = Callable[[int, int], TokenLogprob | None]
-"""How likely a token (the second) was in a row of the batch (the first)."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to while the others are not there yet."""
 
@@ -59,20 +57,17 @@ class TokenText:
     def add(self, token: int) -> str:
         """What is now certain to follow; nothing while a character is incomplete."""
         self._ids.append(token)
-        text = self._decode(self._ids)
+        text = decode(self._tokenizer, self._ids)
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._before):
             return ""
         new = text[len(self._before) :]
         self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
-        self._before = self._decode(self._ids)
+        self._before = decode(self._tokenizer, self._ids)
         return new
 
     def rest(self) -> str:
         """What is left at the end, characters that stayed incomplete among it."""
-        return self._decode(self._ids)[len(self._before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids)
+        return decode(self._tokenizer, self._ids)[len(self._before) :]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -184,10 +179,13 @@ class Answering:
     """Hands every new token to its row's answer, and says which rows are finished: a criterion of transformers'
     ``generate``, which calls it after each step.
 
-    ``computed``: the tokens of a single row that went through the model, which the newest did not yet.
+    ``computed``: the tokens of a single row that went through the model, which the newest did not yet. ``likely``: how
+    likely a token (the second) was in a row of the batch (the first).
     """
 
-    def __init__(self, answers: Sequence[Answer], start: int, likely: Likely = lambda row, token: None) -> None:
+    def __init__(
+        self, answers: Sequence[Answer], start: int, likely: Callable[[int, int], TokenLogprob | None]
+    ) -> None:
         self._answers, self._seen, self._likely = answers, start, likely
         self._ids: Any = None  # (rows, tokens)
 
