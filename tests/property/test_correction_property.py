@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stackctl.engine.training.correction import InputMoments, corrected
+from stackctl.engine.training.correction import corrected, input_moments
 
 OUT, IN, RANK, TOKENS = 7, 11, 3, 40
 
@@ -25,12 +25,11 @@ def made(seed: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, 
 def moment(a: Tensor, inputs: Tensor) -> Tensor:
     """R by the hook, of inputs that come in two rows."""
     layer = nn.Linear(IN, 1, bias=False, dtype=torch.float64)
-    moments = InputMoments({"layer": (layer, a)})
-    with moments.watching():
+    with input_moments({"layer": (layer, a)}) as moments:
         layer(inputs[None, :25])
         layer(inputs[None, 25:])
     layer(inputs[None])  # not watched
-    return moments.of["layer"]
+    return moments["layer"]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,10 +14,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackctl.engine.loss.output_head import OutputHead, Projection, autocast_state
 from stackctl.machine.memory_estimate import LOSS_CHUNK
@@ -34,15 +34,9 @@ class TokenLosses:
     correct: Tensor | None
 
 
-class Target(Protocol):
-    """What logits are held against."""
-
-    def __call__(self, logits: Tensor, part: slice, project: Projection) -> Tensor:
-        """The losses (c,) of float32 logits (c, vocabulary) of a ``part`` of the tokens, which become their gradient.
-
-        ``project`` is the head as it makes those logits.
-        """
-        ...
+Target = Callable[[Tensor, slice, Projection], Tensor]
+"""The losses (c,) of float32 logits (c, vocabulary) of a part of the tokens, which become their gradient; the
+projection is the head as it makes those logits."""
 
 
 def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor, target: Target | None = None) -> TokenLosses:
@@ -52,31 +46,20 @@ def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor, target: Targe
     is trained. The extra memory is that of one chunk.
     """
     counted = None if torch.is_grad_enabled() else torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
-    losses = _TokenLosses.apply(hidden, labels, target or _Labels(labels), head, counted, *head.parameters)
+    target = target or (lambda logits, part, _: _cross_entropy(logits, labels[part]))
+    losses = _TokenLosses.apply(hidden, labels, target, head, counted, *head.parameters)
     return TokenLosses(losses, counted)
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """The tokens (K,) that come."""
-
-    labels: Tensor
-
-    def __call__(self, logits: Tensor, part: slice, _: Projection) -> Tensor:
-        return _cross_entropy(logits, self.labels[part])
-
-
-@dataclass(frozen=True)
-class TeacherHidden:
+def taught_by(hidden: Tensor, speaking: Callable[[], contextlib.AbstractContextManager[None]]) -> Target:
     """The probabilities that the head makes of a teacher's hidden states (K, d); ``speaking`` switches to its head."""
 
-    hidden: Tensor
-    speaking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-
-    def __call__(self, logits: Tensor, part: slice, project: Projection) -> Tensor:
-        with torch.no_grad(), self.speaking():
-            theirs = project(self.hidden[part]).float()
+    def target(logits: Tensor, part: slice, project: Projection) -> Tensor:
+        with torch.no_grad(), speaking():
+            theirs = project(hidden[part]).float()
         return divergence(logits, theirs)
+
+    return target
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -171,10 +154,8 @@ def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
 
 def _chunks(tokens: int, head: OutputHead) -> Iterator[slice]:
     """Slices of the tokens, each with at most ``LOSS_CHUNK`` bytes of logits."""
-    step = max(1, LOSS_CHUNK // (4 * _vocabulary(head.module)))
+    known = int(getattr(head.module, "out_features", 0))
+    vocabulary = known or max((p.shape[0] for p in head.module.parameters()), default=1)
+    step = max(1, LOSS_CHUNK // (4 * vocabulary))
     for start in range(0, tokens, step):
         yield slice(start, start + step)
-
-
-def _vocabulary(module: nn.Module) -> int:
-    return int(getattr(module, "out_features", 0)) or max((p.shape[0] for p in module.parameters()), default=1)

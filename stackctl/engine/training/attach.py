@@ -54,10 +54,10 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     Raises:
         VerificationFailed: PEFT attached something else than it was asked for.
     """
-    job, base = prepared.job, prepared.base
+    job, base, alpha = prepared.job, prepared.base, prepared.job.effective_alpha()
     config = LoraConfig(
         r=job.effective_rank(),
-        lora_alpha=_whole(job.effective_alpha()),  # type: ignore[arg-type]  # PEFT divides it, and takes any number
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=job.dropout,
         use_rslora=job.use_rslora,
         task_type="CAUSAL_LM",
@@ -118,7 +118,3 @@ def put_factors(layer: LoraLayer, a: Tensor, b: Tensor, scale: float) -> None:
     new_b.zero_()
     ratio = scale / layer.scaling[ADAPTER]
     new_b[:, : b.shape[1]].copy_(b if abs(ratio - 1) < 1e-12 else b * ratio)
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if number == int(number) else number

@@ -12,7 +12,8 @@ It is the ridge regression by which RegMean merges layers (https://arxiv.org/abs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +24,23 @@ _RIDGE = 0.1
 """λ as a share of the mean eigenvalue of A R."""
 
 
-class InputMoments:
-    """R = X (A X)ᵀ, (in, r) in float32, of each module, from its inputs as they go by."""
+@contextlib.contextmanager
+def input_moments(readers: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """R = X (A X)ᵀ, (in, r) in float32, of each module, over all inputs that go by while the body runs.
 
-    def __init__(self, readers: Mapping[str, tuple[nn.Module, Tensor]]) -> None:
-        """``readers`` are modules by their names, each with the A (r, in) through which its inputs are seen."""
-        self._readers = readers
-        self.of = {name: torch.zeros_like(a.T) for name, (_, a) in readers.items()}
+    ``readers`` are modules by their names, each with the A (r, in) through which its inputs are seen.
+    """
+    found = {name: torch.zeros_like(a.T) for name, (_, a) in readers.items()}
+    with contextlib.ExitStack() as hooks:
+        for name, (module, a) in readers.items():
+            handle = module.register_forward_pre_hook(functools.partial(_add, found[name], a))
+            hooks.callback(handle.remove)
+        yield found
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Add up the moments of everything that the model computes while the body runs."""
-        handles = [
-            module.register_forward_pre_hook(self._add(self.of[name], a)) for name, (module, a) in self._readers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    @staticmethod
-    def _add(moment: Tensor, a: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).to(a.dtype)  # (T, in)
-            moment.add_(rows.T @ (rows @ a.T))
-
-        return hook
+def _add(moment: Tensor, a: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    rows = inputs[0].detach().flatten(0, -2).to(a.dtype)  # (T, in)
+    moment.add_(rows.T @ (rows @ a.T))
 
 
 def corrected(

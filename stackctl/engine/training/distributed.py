@@ -79,6 +79,15 @@ def numbers_of_each(numbers: list[float], device: torch.device) -> Tensor:
     return rows
 
 
+def share_of(count: int) -> list[int]:
+    """This process's share of so many, by number: as many in each process, filled up with numbers beyond ``count``.
+
+    With FSDP every forward pass is one of all processes together.
+    """
+    processes = ranks.world_size()
+    return [ranks.rank() + processes * turn for turn in range(-(-count // processes))]
+
+
 def told_by_each(value: T | None) -> list[T]:
     """What each process has to tell, in the order of ranks, without those that have nothing; all have to ask."""
     everyone: list[T | None] = gather_object([value]) if ranks.world_size() > 1 else [value]

@@ -22,9 +22,8 @@ from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation.scoring import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
-from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.distributed import numbers_of_each, share_of
 from stackctl.engine.training.state import Counters
-from stackctl.jobs import ranks
 
 Measure = Callable[[nn.Module], dict[str, float]]
 """What held-out records say of a model: ``eval_loss``, and whatever belongs to it."""
@@ -128,16 +127,11 @@ class HeldOut(TrainerCallback):
             self._say(f"step {step}: as good as it was where it stood, {moved['mark']:.3f}")
 
     def _loss(self, model: nn.Module) -> dict[str, float]:
-        """The mean cross-entropy over the supervised tokens.
-
-        Shares are filled up to one length with records that do not count: with FSDP every forward pass is one of all
-        processes together.
-        """
-        processes, rank = ranks.world_size(), ranks.rank()
-        share = -(-len(self._examples) // processes)
-        places = [rank + processes * turn for turn in range(share)]
-        losses = record_losses(model, [self._examples[p % len(self._examples)] for p in places])
-        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < len(self._examples))
+        """The mean cross-entropy over the supervised tokens."""
+        count = len(self._examples)
+        places = share_of(count)
+        losses = record_losses(model, [self._examples[place % count] for place in places])
+        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < count)
         device = next(model.parameters()).device
         return {"eval_loss": float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)}
 
@@ -151,10 +145,8 @@ class HeldOut(TrainerCallback):
         return True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if (
-            state.global_step >= state.max_steps and self._counters.broken_step is None
-        ):  # whatever the interval: the last weights are evaluated
-            control.should_evaluate = True
+        if state.global_step >= state.max_steps and self._counters.broken_step is None:
+            control.should_evaluate = True  # whatever the interval: the last weights are
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.is_over or self._counters.broken_step is not None:

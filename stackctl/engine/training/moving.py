@@ -29,7 +29,7 @@ from stackctl.engine.loss.logits import supervised_logits
 from stackctl.engine.models import StackedModel, evaluating, load_base
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.correction import InputMoments, corrected
+from stackctl.engine.training.correction import corrected, input_moments
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.targets import new_layers
 from stackctl.jobs.beginning import Beginning
@@ -115,13 +115,11 @@ class Move:
             for name, layer in new_layers(model)
             if ADAPTER in layer.lora_A
         }
-        moments = InputMoments(
-            {name: (cast(nn.Module, layer), a.detach()) for name, (layer, a, _, _) in layers.items()}
-        )
         copy = _run(model, self.judged)
         correction: _Outputs | None = None
         if self.former.changed is not None:
-            with moments.watching(), evaluating(model):
+            readers = {name: (cast(nn.Module, layer), a.detach()) for name, (layer, a, _, _) in layers.items()}
+            with input_moments(readers) as moments, evaluating(model):
                 record_losses(model, self.learned)
             copied = _correct(layers, moments, self.former.changed)
             correction = _run(model, self.judged)
@@ -223,7 +221,7 @@ def _run(model: nn.Module, examples: Sequence[Example]) -> _Outputs:
 
 
 @torch.no_grad()
-def _correct(layers: dict[str, Any], moments: InputMoments, changed: StackPlan) -> dict[str, Tensor]:
+def _correct(layers: dict[str, Any], moments: dict[str, Tensor], changed: StackPlan) -> dict[str, Tensor]:
     """Put the correction on the layers beneath which something changed. Returns what their B's were."""
     copied = dict[str, Tensor]()
     with MemberTensors(changed) as tensors:
@@ -232,7 +230,7 @@ def _correct(layers: dict[str, Any], moments: InputMoments, changed: StackPlan) 
                 continue
             _, a, b, scale = layers[name]
             copied[name] = b.detach().clone()
-            b.copy_(corrected(a, b, scale, moments.of[name], tensors.factors(module, b.device)))
+            b.copy_(corrected(a, b, scale, moments[name], tensors.factors(module, b.device)))
     return copied
 
 

@@ -34,9 +34,8 @@ def check_kernels(optimizer: str) -> None:
         parameter.grad = torch.ones_like(parameter)
         tried = AdamW([parameter], lr=0.1, optim_bits=8, is_paged=paged)
         tried.step()
-        works = getattr(tried.state[parameter].get("state1"), "dtype", None) == torch.uint8 and bool(
-            (parameter < 0).all()
-        )
+        kept = getattr(tried.state[parameter].get("state1"), "dtype", None)
+        works = kept == torch.uint8 and bool((parameter < 0).all())
         why = "" if works else "a step did not do what it should"
     except Exception as error:  # whatever a missing library or kernel raises
         why = first_line(error)

@@ -35,12 +35,13 @@ class OrthogonalRows(TrainerCallback):
     def __init__(self, model: PeftModel, plan: StackPlan) -> None:
         """Project the new A's, which are (rank, in), of experts (experts · rank, in); ``plan`` is the stack's."""
         self._bases: list[tuple[nn.Parameter, list[Tensor]]] = []
-        own = _first_factors(model)
+        own = {name: layer_factors(layer, ADAPTER)[0] for name, layer in new_layers(model)}
         with torch.no_grad(), MemberTensors(plan) as tensors:
             for module in plan.modules.values():
                 if (parameter := own.get(module.name)) is not None:
+                    exact = torch.float32 if parameter.device.type == "mps" else torch.float64  # MPS has no float64
                     read = [_read(matrix) for matrix in matrices(module, tensors.factors(module))]
-                    self._bases.append((parameter, [basis.to(parameter.device, _exact(parameter)) for basis in read]))
+                    self._bases.append((parameter, [basis.to(parameter.device, exact) for basis in read]))
         for parameter, bases in self._bases:
             _project(parameter, bases)
 
@@ -66,10 +67,6 @@ def _project(rows: Tensor, bases: list[Tensor]) -> None:
         own.copy_(exact - (exact @ basis) @ basis.T)
 
 
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
-
-
 def _read(factors: Sequence[algebra.Factors]) -> Tensor:
     """An orthonormal basis (n, k) of the row spaces of some deltas together, in float64."""
     spaces = []
@@ -82,8 +79,3 @@ def _read(factors: Sequence[algebra.Factors]) -> Tensor:
     u: Tensor
     u, sigma, _ = torch.linalg.svd(torch.cat(spaces, dim=1), full_matrices=False)
     return u[:, sigma > _NEGLIGIBLE * sigma.max()]
-
-
-def _first_factors(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The new adapter's A's by the names of what they stand on."""
-    return {name: layer_factors(layer, ADAPTER)[0] for name, layer in new_layers(model)}

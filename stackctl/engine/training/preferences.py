@@ -15,9 +15,8 @@ from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import Rows, collate
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
-from stackctl.engine.training.distributed import numbers_of_each
+from stackctl.engine.training.distributed import numbers_of_each, share_of
 from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
-from stackctl.jobs import ranks
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,10 @@ def scores_of(answers: AnswerBatch, job: TrainJob) -> Scores:
 
 
 def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, float]:
-    """``eval_loss``, ``eval_accuracy`` and ``eval_margin`` of a model as it stands; each process reads its share.
-
-    Shares are filled up to one length with answers that do not count: with FSDP every forward pass is one of all
-    processes together.
-    """
-    device = next(model.parameters()).device
-    processes, size = ranks.world_size(), OBJECTIVES[job.objective].answers
+    """``eval_loss``, ``eval_accuracy`` and ``eval_margin`` of a model as it stands; each process reads its share."""
+    device, size = next(model.parameters()).device, OBJECTIVES[job.objective].answers
     count = len(known.examples) // size
-    places = [ranks.rank() + processes * turn for turn in range(-(-count // processes))]
+    places = share_of(count)
     numbers = [size * (place % count) + n for place in places for n in range(size)]
     real = sum(place < count for place in places)
     drift = None

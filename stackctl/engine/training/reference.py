@@ -135,9 +135,8 @@ def _read(place: Path, count: int) -> list[float] | None:
         os.utime(place)
     except (OSError, ValueError, EOFError):
         return None
-    return (
-        found.tolist() if found.shape == (count,) and found.dtype == np.float64 and np.isfinite(found).all() else None
-    )
+    whole = found.shape == (count,) and found.dtype == np.float64 and np.isfinite(found).all()
+    return found.tolist() if whole else None
 
 
 def _write(place: Path, numbers: Sequence[float]) -> None:

@@ -164,10 +164,7 @@ def _entry(
         settings=msgspec.to_builtins(prepared.job.settings()),
         run=finished.outcome,
         problems=problems_of_run(
-            prepared.job,
-            finished.counters.losses,
-            base.vocabulary_size,
-            finished.outcome.kept_step,
+            prepared.job, finished.counters.losses, base.vocabulary_size, finished.outcome.kept_step
         ),
         trained_tokens=finished.trained_tokens,
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}

@@ -6,6 +6,7 @@ the folder, or call it whole, before all have agreed that they are done with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,24 @@ class RunSaves(TrainerCallback):
         Raises:
             Failed: it cannot be made.
         """
-        self._writing, error = save, None
-        if ranks.rank() == 0:
-            try:
-                save.mkdir(parents=True, exist_ok=True)
-            except OSError as reason:
-                error = reason
-        self._agree(error)
+        self._writing = save
+        self._on_first_rank(lambda: save.mkdir(parents=True, exist_ok=True))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """All of a save was written by this rank."""
-        save, error = self._folder.save_at(state.global_step), None
         self._agree(None)
+        self._on_first_rank(lambda: self._folder.finish(self._folder.save_at(state.global_step)))
+        self._writing = None
+
+    def _on_first_rank(self, work: Callable[[], object]) -> None:
+        """Do something on rank 0 alone, and agree on how it went."""
+        error = None
         if ranks.rank() == 0:
             try:
-                self._folder.finish(save)
+                work()
             except OSError as reason:
                 error = reason
         self._agree(error)
-        self._writing = None
 
     def fail(self, error: Exception) -> None:
         """Turn what was raised while a save was written into an error of all ranks; at any other time do nothing.

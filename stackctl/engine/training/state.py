@@ -134,13 +134,7 @@ class RunState:
 
         Returns the step's mean loss; where that is not a finite number, nothing is counted.
         """
-        own = [
-            float(self._loss),
-            float(self._tokens),
-            float(self._supervised),
-            float(wanted_stop),
-            *self._pairs.tolist(),
-        ]
+        own = [float(self._loss), *map(float, (self._tokens, self._supervised, wanted_stop)), *self._pairs.tolist()]
         self._loss.zero_()
         self._pairs.zero_()
         self._tokens = self._supervised = 0

@@ -19,6 +19,7 @@ import torch
 from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
@@ -27,7 +28,7 @@ from stackctl.engine.evaluation.significance import ratio_error
 from stackctl.engine.live_adapter import LIVE, attach_live
 from stackctl.engine.loss.logits import losses_of_hidden, split, supervised_hidden
 from stackctl.engine.loss.output_head import OutputHead
-from stackctl.engine.loss.token_losses import TeacherHidden, token_losses
+from stackctl.engine.loss.token_losses import taught_by, token_losses
 from stackctl.engine.models import evaluating
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER
@@ -62,15 +63,12 @@ class Teaching:
         ``inputs`` are a collated micro-batch, ``model`` the student as it is wrapped. ``one_by_one`` as in
         :func:`stackctl.engine.loss.logits.supervised_token_losses`.
         """
-        theirs = _of_teacher(inputs)
-        if one_by_one and (parts := split(inputs)):
-            pairs = zip(parts, split(theirs), strict=True)
-            return torch.cat([self._of_row(model, part, behind) for part, behind in pairs])
-        return self._of_row(model, inputs, theirs)
-
-    def _of_row(self, model: nn.Module, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
-        taught = self._taught(theirs)
-        return self._of_hidden(*supervised_hidden(model, inputs), inputs["labels"], taught)
+        theirs, found = _of_teacher(inputs), []
+        parts = list(zip(split(inputs), split(theirs), strict=True)) if one_by_one else []
+        for own, behind in parts or [(inputs, theirs)]:
+            taught = self._taught(behind)
+            found.append(self._of_hidden(*supervised_hidden(model, own), own["labels"], taught))
+        return torch.cat(found)
 
     def _taught(self, theirs: dict[str, Tensor]) -> Tensor:
         """The teacher's hidden states (K, d), or its logits where a model has no such head."""
@@ -79,9 +77,10 @@ class Teaching:
 
     def _of_hidden(self, head: OutputHead | None, hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
         if head is None:
-            return _whole(hidden, taught)
+            own, theirs = (logits.float().log_softmax(-1) for logits in (hidden, taught))
+            return kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
         own_head = isinstance(head.module, LoraLayer)
-        target = TeacherHidden(taught, self.speaking if own_head else contextlib.nullcontext)
+        target = taught_by(taught, self.speaking if own_head else contextlib.nullcontext)
         return token_losses(head, hidden, labels, target).losses
 
     def measure(self, wrapped: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
@@ -111,12 +110,6 @@ class Teaching:
 def _of_teacher(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the teacher reads: the same, but what is kept for it alone."""
     return {key: inputs.get(TEACHER + key, value) for key, value in inputs.items()}
-
-
-def _whole(logits: Tensor, theirs: Tensor) -> Tensor:
-    """The same of whole logits."""
-    log_p, log_q = theirs.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def attach_teacher(model: PeftModel, plan: StackPlan) -> Teaching:
