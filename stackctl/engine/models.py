@@ -33,7 +33,7 @@ from stackctl.engine.base.own_weights import OwnWeights, forget_pages
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
-from stackctl.engine.module_pool import each_module
+from stackctl.engine.merging import each_module
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory

@@ -208,7 +208,7 @@ def test_a_change_that_overflows_is_named(style_and_instruct: Any, method: str) 
 
 
 def test_modules_are_made_on_all_cores_in_the_order_of_the_plan(style_and_instruct: Any) -> None:
-    from stackctl.engine.module_pool import each_module
+    from stackctl.engine.merging import each_module
     from stackctl.engine.tensors import MemberTensors
 
     style_and_instruct.run("compose", "style+instruct", "--name", "s", "--method", "ties")

@@ -82,7 +82,7 @@ def test_a_folded_stack_costs_no_operator_at_any_depth(h: Any) -> None:
 def test_a_live_stack_costs_one_adapter_without_dropout_however_deep(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: PEFT runs every live adapter by itself, with the dropout that it was trained with."""
     # what stands on a live one is not fused
-    monkeypatch.setattr("stackctl.engine.training.attached.fuse", lambda model: 0)
+    monkeypatch.setattr("stackctl.engine.training.attach.fuse", lambda model: 0)
     alone, one, four = (of_a_step(h, depth, "live") for depth in (0, 1, 4))
     assert [name for name, _, _ in four] == [name for name, _, _ in one]
     assert not [name for name, _, _ in four if "dropout" in name or "bernoulli" in name]

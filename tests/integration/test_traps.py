@@ -23,7 +23,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from stackctl.core.errors import StackctlError, VerificationFailed
 from stackctl.engine.training import attach as attaching
-from stackctl.engine.training import attached, proofs
+from stackctl.engine.training import proofs
 from stackctl.engine.training import register as registering
 from stackctl.plan.model import Problem
 
@@ -76,7 +76,7 @@ def test_a_training_with_style_off_is_caught(
                 parameter.data.zero_()
 
     attach_live = attaching.attach_live
-    monkeypatch.setattr(attached, "freeze_stack", forgets_to_fold)
+    monkeypatch.setattr(attaching, "freeze_stack", forgets_to_fold)
     monkeypatch.setattr(attaching, "attach_live", forgets_to_activate)
     style_and_instruct.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
     assert style_and_instruct.adapters() == {"style", "instruct"}
@@ -102,8 +102,8 @@ def test_a_training_that_would_move_style_is_caught(style_and_instruct: Any, mon
                 parameter.requires_grad_(True)
         return model
 
-    attach = attached.attach_new
-    monkeypatch.setattr(attached, "attach_new", leaves_it_trainable)
+    attach = attaching.attach_new
+    monkeypatch.setattr(attaching, "attach_new", leaves_it_trainable)
     style_and_instruct.train("new", "--frozen", "live", "--max-steps", 2, on="style", code=5)
     assert style_and_instruct.adapters() == {"style", "instruct"}
 
@@ -125,8 +125,8 @@ def test_frozen_weights_that_moved_in_memory_are_caught(
             if name.endswith(wanted):
                 parameter.data *= 1.001
 
-    attach = attached.attach_new
-    monkeypatch.setattr(attached, "attach_new", remembers)
+    attach = attaching.attach_new
+    monkeypatch.setattr(attaching, "attach_new", remembers)
     style_and_instruct.at_step(1, nudge)
     style_and_instruct.train("new", "--frozen", frozen, "--max-steps", 2, on="style", code=5)
     assert style_and_instruct.adapters() == {"style", "instruct"}

@@ -23,7 +23,7 @@ from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import preferences
 from stackctl.engine.training.adapter import adapter_state
-from stackctl.engine.training.attached import Attached, attach_all
+from stackctl.engine.training.attach import Attached, attach_all
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut, Measure

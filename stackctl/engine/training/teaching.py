@@ -13,31 +13,23 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from peft import LoraModel, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import TEACHER, collate
 from stackctl.engine.evaluation.significance import ratio_error
-from stackctl.engine.live_adapter import LIVE, attach_live
 from stackctl.engine.loss.logits import losses_of_hidden, split, supervised_hidden
 from stackctl.engine.loss.output_head import OutputHead
 from stackctl.engine.loss.token_losses import taught_by, token_losses
 from stackctl.engine.models import evaluating
-from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.attach import freeze_live, put_factors
 from stackctl.engine.training.distributed import numbers_of_each
 from stackctl.engine.training.proofs import new_adapter_off
-from stackctl.engine.training.targets import new_layers
 from stackctl.jobs import ranks
-from stackctl.plan.model import StackPlan
 
 
 @dataclass(frozen=True)
@@ -110,18 +102,3 @@ class Teaching:
 def _of_teacher(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the teacher reads: the same, but what is kept for it alone."""
     return {key: inputs.get(TEACHER + key, value) for key, value in inputs.items()}
-
-
-def attach_teacher(model: PeftModel, plan: StackPlan) -> Teaching:
-    """Put a teacher beside the new adapter, which begins at the best pair of its rank for the teacher's sum."""
-    if not plan.modules:
-        return Teaching(model, None, plan.expression)
-    with torch.no_grad(), MemberTensors(plan) as tensors:
-        for name, layer in new_layers(model):
-            if name in plan.modules:
-                pair = truncate(tensors.factors(plan.modules[name]), rank=layer.r[ADAPTER])
-                put_factors(layer, *pair, 1.0)
-    attach_live(model, plan)
-    cast(LoraModel, model.base_model).set_adapter([ADAPTER])
-    freeze_live(model)
-    return Teaching(model, LIVE, plan.expression)
