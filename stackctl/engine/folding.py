@@ -57,13 +57,10 @@ def deltas_of(
     """A module's change by the plan's method, for each of its matrices, the way round in which the weight is stored."""
     for own in matrices(module, factors):
         made = combine(plan, module, own)
-        a, b = (None, made) if isinstance(made, Tensor) else made
-        if not module.is_transposed:
-            yield Delta(b.to(device), None if a is None else a.to(device))
-        elif a is None:
-            yield Delta(b.T.to(device), None)
-        else:
-            yield Delta(a.T.to(device), b.T.to(device))
+        right, left = (None, made) if isinstance(made, Tensor) else made
+        if module.is_transposed:
+            left, right = (left.T, None) if right is None else (right.T, left.T)
+        yield Delta(left.to(device), None if right is None else right.to(device))
 
 
 class Adder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -23,14 +24,15 @@ LIVE = "frozen"
 _HINT = "fold it: --frozen fold in train, no --live in generate"
 
 
-def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str = LIVE) -> None:
+def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
     """Add a whole stack to a model as one live, frozen LoRA without dropout.
 
     Raises:
         Incompatible: a member brings whole modules, which cannot be kept beside the base.
     """
     plan.check()
-    named = _named_parameters(model)
+    others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
+    named = next((names for names in others if names), None)
     check_live(plan, named)
     target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
@@ -38,16 +40,15 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan, name: str =
     if parameters and named:  # PEFT wants the same set, word for word; what has no factors stays without effect
         config.target_parameters = list(named)
     if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
+        model.add_adapter(LIVE, config)
     else:
-        inject_adapter_in_model(config, target, name)
+        inject_adapter_in_model(config, target, LIVE)
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for module in plan.modules.values():
             layer = lora_layer(target, module)
-            a, b = module_pair(plan, module, tensors.factors(module))
-            own_a, own_b = layer_factors(layer, name)
-            own_a.copy_(a)
-            own_b.copy_(b)
+            pair = module_pair(plan, module, tensors.factors(module))
+            for own, factor in zip(layer_factors(layer, LIVE), pair, strict=True):
+                own.copy_(factor)
 
 
 def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
@@ -74,13 +75,7 @@ def layer_factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Paramet
     """A (r, in) and B (out, r) of an adapter, as PEFT holds them; it keeps those of embeddings elsewhere."""
     if name in layer.lora_embedding_A:
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    return _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    return cast(nn.Parameter, layer.lora_A[name].weight), cast(nn.Parameter, layer.lora_B[name].weight)
 
 
 def lora_layer(model: nn.Module, module: ModulePlan) -> LoraLayer:
@@ -90,12 +85,6 @@ def lora_layer(model: nn.Module, module: ModulePlan) -> LoraLayer:
         layer = layer.base_layer
     assert isinstance(layer, LoraLayer)
     return layer
-
-
-def _named_parameters(model: PeftModel | PreTrainedModel) -> list[str] | None:
-    """The parameters that the adapter of a model names in its configuration."""
-    others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
-    return next((names for names in others if names), None)
 
 
 def detach_live(model: PreTrainedModel) -> None:

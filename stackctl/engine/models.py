@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,8 +50,6 @@ def quiet_libraries() -> None:
     if hf_logging.get_verbosity() != logging.ERROR:  # setting it makes every logger forget what it knows
         hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    import warnings
-
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")
 
 
@@ -169,16 +168,13 @@ class StackedModel:
 
     def _read_again(self) -> None:
         """Give every weight that was touched its value of the files; a head that they do not have, its twin's."""
-        layout, twins = self.layout, dict[str, str]()
-        for name in self._touched:
-            if layout.group(name) is None:
-                names = {id(module): found for found, module in self.model.named_modules()}
-                twins[name] = f"{names[id(self.model.get_input_embeddings())]}.weight"
+        layout, embedding = self.layout, self.model.get_input_embeddings()
+        twin = next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
+        sources = {name: twin if layout.group(name) is None else name for name in self._touched}
         with torch.no_grad():
-            for name, value in layout.read({twins.get(name, name) for name in self._touched}):
-                for touched in self._touched:
-                    if twins.get(touched, touched) == name:
-                        self._parameter(touched).copy_(value)
+            for source, value in layout.read(set(sources.values())):
+                for name in [name for name, own in sources.items() if own == source]:
+                    self._parameter(name).copy_(value)
 
     @cached_property
     def _own(self) -> OwnWeights:

@@ -41,10 +41,10 @@ def set_rows(weight: Tensor, rows: TokenRows, tensors: MemberTensors, rounding: 
     rounding.total += float(torch.linalg.vector_norm(new - own)) ** 2
 
 
-def written_rows(plan: StackPlan, dtype: str, own: Callable[[], OwnRows]) -> Iterator[tuple[str, memoryview, float]]:
+def written_rows(plan: StackPlan, dtype: str, own: Callable[[], OwnRows]) -> Iterator[tuple[memoryview, float]]:
     """The rows of a whole stack by :func:`stackctl.plan.token_rows.peft_rows`, for a checkpoint of PEFT's.
 
-    Yields each module, its rows (tokens, width) as bytes of a safetensors dtype, and ‖written - exact‖ / ‖change‖.
+    Yields the rows (tokens, width) of each module as bytes of a safetensors dtype, and ‖written - exact‖ / ‖change‖.
     ``own`` is asked for the base's rows only where they are needed.
     """
     base = functools.cache(own)
@@ -56,7 +56,7 @@ def written_rows(plan: StackPlan, dtype: str, own: Callable[[], OwnRows]) -> Ite
             if dtype != "F32":
                 change = exact - base()(module, all_tokens(found)).float()
                 error = float((made.float() - exact).norm() / change.norm().clamp_min(1e-30))
-            yield module, tensor_bytes(module, made), error
+            yield tensor_bytes(module, made), error
 
 
 def refuse_biased(plan: StackPlan, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from stackctl.core import NOISE
 from stackctl.engine.data.examples import IGNORED, Example
@@ -21,7 +21,7 @@ from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.stopping import decode
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.prompt_files import Prompt
-from stackctl.plan.bisection import Badness, Off
+from stackctl.plan.bisection import Off
 from stackctl.plan.model import StackPlan
 from stackctl.plan.parts import switch_off
 
@@ -33,18 +33,11 @@ _UNLIKELY = -16.0
 """Log-probability of a token (nats) below which it is not written, however much less likely it is."""
 
 
-class Probe(Badness, Protocol):
-    """A badness with something to show for it. ``by_text``: see :class:`TextProbe`."""
-
-    by_text: bool
-
-    def look(self, off: Off) -> dict[str, Any]:
-        """What a person would see of the stack with some parts off, and whether that is ``bad``."""
-        ...
-
-
 class LossProbe:
-    """Bad is a high loss; of several data sets the mean of their losses."""
+    """Bad is a high loss; of several data sets the mean of their losses.
+
+    ``look`` is what a person would see of the stack with some parts off, and whether that is ``bad``.
+    """
 
     by_text = False
 
@@ -126,6 +119,9 @@ class TextProbe:
             except NotFinite:
                 self._answers[off] = Generated(self._prompt, "", 0, 0, "", 0.0), False
         return self._answers[off]
+
+
+Probe = LossProbe | TextProbe
 
 
 def _ending_in(tokenizer: Any, answer: Generated, text: str) -> Example:

@@ -175,7 +175,7 @@ def score_examples(
     device = next(model.parameters()).device
     scores: dict[int, RecordScore] = {}
     with evaluating(model):
-        for row in rows_of(examples) if sharing else [[number] for number in range(len(examples))]:
+        for row in rows_of(examples, sharing=sharing):
             part = [examples[number] for number in row]
             batch = {key: value.to(device) for key, value in collate(part).items()}
             found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
@@ -188,8 +188,11 @@ def score_examples(
     return [scores[number] for number in range(len(examples))]
 
 
-def rows_of(examples: Sequence[Example]) -> list[list[int]]:
-    """Which examples share a row, by number: those of like length, up to 512 tokens; a longer one stands alone."""
+def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[int]]:
+    """Which examples share a row, by number: those of like length, up to 512 tokens; a longer one stands alone, as all
+    do without ``sharing``."""
+    if not sharing:
+        return [[number] for number in range(len(examples))]
     rows: list[list[int]] = []
     room = 0
     lengths = [len(example.input_ids) for example in examples]

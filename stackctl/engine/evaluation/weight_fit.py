@@ -140,19 +140,19 @@ def fit_weights(
     Raises:
         Failed: a loss is no number.
     """
-
-    def progress_from(before: int) -> Callable[[int], None]:
-        return lambda step: progress(before + step)
-
     stacked.restore()
     stacked.model.eval()
     learned, taken = _Learned(weighted.start()), 0
+
+    def told(step: int) -> None:
+        progress(taken + step)
+
     with Scoring(stacked, sets).sharing() as sharing, attached(stacked.model, weighted, learned), torch.enable_grad():
         while taken < steps:
             if taken:  # far from the best, what the information tells of the way there misleads
                 learned.whiten(_gradients(stacked, sets, learned.parameter))
             most = min(_ROUND, steps - taken)
-            made = _descend(stacked, sets, learned.parameter, most, sharing, progress_from(taken))
+            made = _descend(stacked, sets, learned.parameter, most, sharing, told)
             taken += made
             if made < most:
                 break
@@ -210,7 +210,7 @@ def _gradients(stacked: StackedModel, sets: Sequence[DataSet], parameter: nn.Par
 def _add_gradient(stacked: StackedModel, examples: Sequence[Example], sets: int, sharing: bool) -> float:
     """The share of a data set in the mean loss; its gradient is added to that of the weights."""
     tokens, total = sum(example.supervised for example in examples), 0.0
-    for row in rows_of(examples) if sharing else [[number] for number in range(len(examples))]:
+    for row in rows_of(examples, sharing=sharing):
         batch = collate([examples[number] for number in row])
         batch = {key: value.to(stacked.device) for key, value in batch.items()}
         loss = supervised_token_losses(stacked.model, batch).losses.sum() / (tokens * sets)

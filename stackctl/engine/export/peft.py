@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, PlanMember, StackPlan
+from stackctl.plan.model import PlanMember, StackPlan
 from stackctl.plan.token_rows import KEY, all_tokens, peft_rows
 from stackctl.storage import atomic
 
@@ -74,28 +75,20 @@ def _ranks(plan: StackPlan) -> dict[str, int]:
     return found_ranks(plan)
 
 
-def _layout(plan: StackPlan, ranks: dict[str, int]) -> dict[str, list[tuple[str, tuple[int, int]]]]:
-    """The two tensors of every module with their shapes, in the order of writing."""
+def _layout(plan: StackPlan, ranks: dict[str, int]) -> list[tuple[str, tuple[int, int]]]:
+    """Every tensor with its shape, in the order of writing: two for each module, then rows of single tokens."""
     known = expand_modules(plan.base.modules) if plan.base else {}
     wrapped = wrapped_names([m.name for m in plan.modules.values() if m.is_experts], known)
-    return {
-        name: _tensors(module, f"{_PREFIX}{wrapped.get(name, name)}", ranks[name] * module.experts)
-        for name, module in plan.modules.items()
-    }
-
-
-def _tensors(module: ModulePlan, name: str, rank: int) -> list[tuple[str, tuple[int, int]]]:
-    rows, columns = module.shape if module.type != "Embedding" else module.shape[::-1]
-    a, b = factor_names(name, module.type)
-    return [(a, (rank, columns)), (b, (rows, rank))]
-
-
-def _row_layout(plan: StackPlan) -> list[tuple[str, tuple[int, int]]]:
-    """The tensors of rows of single tokens, after those of the modules."""
-    return [
-        (f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta", (len(all_tokens(rows)), rows[0].tensor.shape[1]))
-        for module, rows in peft_rows(plan).items()
-    ]
+    found: list[tuple[str, tuple[int, int]]] = []
+    for name, module in plan.modules.items():
+        rank = ranks[name] * module.experts
+        rows, columns = module.shape if module.type != "Embedding" else module.shape[::-1]
+        a, b = factor_names(f"{_PREFIX}{wrapped.get(name, name)}", module.type)
+        found += [(a, (rank, columns)), (b, (rows, rank))]
+    for name, trained in peft_rows(plan).items():
+        shape = len(all_tokens(trained)), trained[0].tensor.shape[1]
+        found.append((f"{_PREFIX}{name}.token_adapter.trainable_tokens_delta", shape))
+    return found
 
 
 def _write_weights(
@@ -105,21 +98,17 @@ def _write_weights(
 
     Returns the worst module's relative error against the exact sum, and the file's digest.
     """
-    layout, rows = _layout(plan, ranks), _row_layout(plan)
-    tensors = [(name, dtype, shape) for pair in (*layout.values(), rows) for name, shape in pair]
-    worst = 0.0
-    with SafetensorsWriter(path, tensors) as writer:
-        for module, pair, error in _pairs(plan, dtype):
-            for (name, _), factor in zip(layout[module.name], pair, strict=True):
-                writer.write(name, factor)
-            worst = max(worst, error)
-        for (name, _), (data, error) in zip(rows, _rows(plan, dtype, base), strict=True):
-            writer.write(name, data)
+    layout, worst = _layout(plan, ranks), 0.0
+    with SafetensorsWriter(path, [(name, dtype, shape) for name, shape in layout]) as writer:
+        names = (name for name, _ in layout)
+        for tensors, error in itertools.chain(_pairs(plan, dtype), _rows(plan, dtype, base)):
+            for data in tensors:
+                writer.write(next(names), data)
             worst = max(worst, error)
     return worst, writer.check()
 
 
-def _rows(plan: StackPlan, dtype: str, base: Callable[[], Path] | None) -> Iterator[tuple[memoryview, float]]:
+def _rows(plan: StackPlan, dtype: str, base: Callable[[], Path] | None) -> Iterator[tuple[list[memoryview], float]]:
     """The rows of single tokens as bytes, module by module, and their relative error."""
     if not plan.token_rows:
         return
@@ -129,23 +118,23 @@ def _rows(plan: StackPlan, dtype: str, base: Callable[[], Path] | None) -> Itera
         assert base is not None, "whoever exports weighted rows, or in half precision, knows where the base is"
         return base_rows(plan, base())
 
-    for _, data, error in written_rows(plan, dtype, own):
-        yield data, error
+    for data, error in written_rows(plan, dtype, own):
+        yield [data], error
 
 
-def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[ModulePlan, tuple[memoryview, memoryview], float]]:
+def _pairs(plan: StackPlan, dtype: str) -> Iterator[tuple[Sequence[memoryview], float]]:
     """Every module's A and B as bytes, and their relative error: none of a sum in float32, which needs no torch."""
     if dtype == "F32" and plan.method == SUM:
         from stackctl.engine.export.concatenation import Concatenation
 
         with Concatenation(plan) as exact:
-            yield from ((module, exact.pair(module), 0.0) for module in plan.modules.values())
+            yield from ((exact.pair(module), 0.0) for module in plan.modules.values())
     else:
         from stackctl.engine.merging import made_pairs
         from stackctl.engine.tensors import TORCH_DTYPES, tensor_bytes
 
-        for module, (a, b), error in made_pairs(plan, TORCH_DTYPES[dtype]):
-            yield module, (tensor_bytes(module.name, a), tensor_bytes(module.name, b)), error
+        for module, pair, error in made_pairs(plan, TORCH_DTYPES[dtype]):
+            yield [tensor_bytes(module.name, factor) for factor in pair], error
 
 
 def _write_config(plan: StackPlan, ranks: dict[str, int], path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage, raise_all
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate, ensure_chat_template, prefix_ids
@@ -44,7 +43,8 @@ def encode_prompts(reader: Reader, prompts: Sequence[Prompt], sampling: Sampling
     problems: list[StackctlError] = []
     for prompt in prompts:
         try:
-            encoded.append(_fitting(reader, prompt, _encode(reader, prompt, sampling)))
+            encoded.append(_encode(reader, prompt, sampling))
+            _check_fit(reader, prompt, encoded[-1])
         except (Usage, Incompatible) as error:
             problems.append(error)
     if len(problems) > _SHOWN:
@@ -71,7 +71,7 @@ def fit_conversation(reader: Reader, messages: Sequence[Message], sampling: Samp
     return kept
 
 
-def _fitting(reader: Reader, prompt: Prompt, ids: list[int]) -> list[int]:
+def _check_fit(reader: Reader, prompt: Prompt, ids: list[int]) -> None:
     limit = reader.base.context_length
     if limit and len(ids) >= limit:
         raise Usage(
@@ -79,7 +79,6 @@ def _fitting(reader: Reader, prompt: Prompt, ids: list[int]) -> list[int]:
             hint="shorten it",
         )
     check_prompt(ids, reader.base.vocabulary_size, prompt.place, reader.tokenizer, reader.base.name)
-    return ids
 
 
 def _encode(reader: Reader, prompt: Prompt, sampling: Sampling) -> list[int]:
@@ -105,12 +104,7 @@ def _encode(reader: Reader, prompt: Prompt, sampling: Sampling) -> list[int]:
     else:
         raise Usage(f"--raw goes on from a text, and {prompt.place} is a conversation", hint="leave out --raw")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _begun(tokenizer, ids) if sampling.raw else ids
-
-
-def _begun(tokenizer: Any, ids: list[int]) -> list[int]:
-    """A text's tokens behind what its tokenizer puts before any text, as in training; not twice where it was typed."""
-    before = prefix_ids(tokenizer)
+    before = prefix_ids(tokenizer) if sampling.raw else []  # as in training; not twice where it was typed
     return ids if ids[: len(before)] == before else [*before, *ids]
 
 

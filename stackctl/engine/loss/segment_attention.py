@@ -90,28 +90,22 @@ def one_call_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    segment_lengths: list[int] | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """As :func:`segment_attention`, all records in one call; by the loop where the kernel has no way to do it.
 
     The kernel takes two bytes a value, knows no dropout, and reads heads side by side: (T, heads, d).
     """
     wide = query.dtype not in _HALVES or query.shape[-1] > _WIDEST_HEAD
-    if attention_mask is not None or dropout or wide:
-        return segment_attention(
-            module, query, key, value, attention_mask, dropout, scaling, segment_lengths, sliding_window, **kwargs
-        )
-    lengths = tuple(segment_lengths or [query.shape[2]])
+    if attention_mask is not None or options.get("dropout") or wide:
+        return segment_attention(module, query, key, value, attention_mask, **options)
+    lengths, window = tuple(options.get("segment_lengths") or [query.shape[2]]), options.get("sliding_window")
     ends, longest = _ends(lengths, query.device), max(lengths)
-    before = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
+    before = -1 if window is None or window >= longest else window - 1
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
     output = varlen.varlen_attn(
         q, k, v, ends, ends, longest, longest,
-        scale=scaling, window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
+        scale=options.get("scaling"), window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor), "nothing but the output was asked for"
     return output[None], None
