@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stackctl.engine.generation.drafts import Drafts
 from stackctl.engine.generation.finished_texts import FinishedTexts
-from stackctl.engine.generation.logits_processors import ChoosingRow, are_numbers, choose_token
+from stackctl.engine.generation.logits_processors import AnswerRow, are_numbers
 from stackctl.engine.generation.logprobs import not_finite
 from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
 
@@ -40,18 +40,7 @@ class KeptRows(Protocol):
     def release(self) -> None: ...
 
 
-class WrittenRow(ChoosingRow, Protocol):
-    """An answer in the making, and the error that ended it. Rows of equal ``weights`` are computed alike."""
-
-    failed: Exception | None
-
-    @property
-    def weights(self) -> object: ...
-    @property
-    def is_finished(self) -> bool: ...
-
-
-AnyRow = TypeVar("AnyRow", bound=WrittenRow)
+AnyRow = TypeVar("AnyRow", bound=AnswerRow)
 
 
 class Batch(Generic[AnyRow]):
@@ -166,7 +155,7 @@ class Batch(Generic[AnyRow]):
                 for place, guess in enumerate([*drafted, None]):
                     if not finite[number][place]:
                         raise not_finite()
-                    choose_token(row, logits[number, place], likeliest[number][place])
+                    row.choose(logits[number, place], likeliest[number][place])
                     if row.is_finished or row.chosen[-1] != guess:
                         break
                     self._kept.keep(number)

@@ -5,7 +5,8 @@ A row of a batch draws with a generator of its own, so that its neighbours chang
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,32 +110,47 @@ def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, fir
     )
 
 
-class ChoosingRow(Protocol):
-    """An answer in the making: the prompt's ids, the most tokens that may follow and those chosen so far, what happens
-    to its logits, and how its tokens are spelt where somebody asks how likely they were."""
+@dataclass(eq=False)
+class AnswerRow:
+    """An answer in the making: the prompt's ids, the most tokens that may follow, those ``chosen`` so far, and the
+    error that ended it.
+
+    Rows of equal ``weights`` are computed alike; ``spell`` is there where somebody asks how likely the tokens were, and
+    ``seconds`` are those from reading the prompt to the end.
+    """
 
     answer: Answer
     ids: list[int]
     limit: int
     sampling: Sampling
-    processors: Any
-    chosen: list[int]
-    spell: TokenBytes | None
+    seed: int
+    weights: Any = None
+    spell: TokenBytes | None = None
+    chosen: list[int] = field(default_factory=list)
+    failed: Exception | None = None
+    started: float = 0.0
+    seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
 
-def choose_token(row: ChoosingRow, logits: Tensor, likeliest: int) -> None:
-    """Take a row's next token by its logits (vocabulary) in float32, of which ``likeliest`` is the largest's place.
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.answer.stop or self.failed) or self.answer.is_left()
 
-    The answer is finished when the token ends it, or is the last that may follow.
-    """
-    token = likeliest
-    if len(row.processors):
-        seen = torch.tensor([[*row.ids, *row.chosen]], device=logits.device)
-        token = int(row.processors(seen, logits[None])[0].argmax())
-    row.chosen.append(token)
-    likely, count = None, row.sampling.top_logprobs
-    if count is not None and row.spell is not None:
-        likely = token_logprob(logits, token, count, row.spell, first=not row.answer.ids)
-    row.answer.add(token, likely)
-    if len(row.chosen) >= row.limit:
-        row.answer.finish()
+    def choose(self, logits: Tensor, likeliest: int) -> None:
+        """Take the next token by its logits (vocabulary) in float32, of which ``likeliest`` is the largest's place.
+
+        The answer is finished when the token ends it, or is the last that may follow.
+        """
+        token = likeliest
+        if len(self.processors):
+            seen = torch.tensor([[*self.ids, *self.chosen]], device=logits.device)
+            token = int(self.processors(seen, logits[None])[0].argmax())
+        self.chosen.append(token)
+        likely, count = None, self.sampling.top_logprobs
+        if count is not None and self.spell is not None:
+            likely = token_logprob(logits, token, count, self.spell, first=not self.answer.ids)
+        self.answer.add(token, likely)
+        if len(self.chosen) >= self.limit:
+            self.answer.finish()

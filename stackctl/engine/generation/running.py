@@ -8,12 +8,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 from stackctl.engine.generation.batch import Batch
 from stackctl.engine.generation.finished_texts import FinishedTexts
-from stackctl.engine.generation.logits_processors import processors
+from stackctl.engine.generation.logits_processors import AnswerRow
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
 from stackctl.engine.generation.sampling import Sampling
@@ -23,27 +21,6 @@ from stackctl.machine.resources import main_memory
 
 _ROWS = 32
 """From here on a step takes twice as long for twice as many rows."""
-
-
-@dataclass(eq=False)
-class AnswerRow:
-    """An answer in the making, see :class:`WrittenRow`; ``seconds`` are those from reading the prompt to the end."""
-
-    answer: Answer
-    ids: list[int]
-    limit: int
-    sampling: Sampling
-    processors: Any
-    spell: TokenBytes | None
-    weights: object
-    chosen: list[int] = field(default_factory=list)
-    failed: Exception | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def is_finished(self) -> bool:
-        return bool(self.answer.stop or self.failed) or self.answer.is_left()
 
 
 class RunningAnswers:
@@ -69,8 +46,7 @@ class RunningAnswers:
         """Queue a prompt."""
         context, most = self._stacked.base.context_length, self._sampling.max_new_tokens
         limit = min(most, context - len(ids)) if context else most
-        chooses = processors(self._sampling, [len(ids)], [seed])
-        row = AnswerRow(answer, ids, limit, self._sampling, chooses, self._spell, self._stacked.plan)
+        row = AnswerRow(answer, ids, limit, self._sampling, seed, self._stacked.plan, self._spell)
         self._waiting.append(row)
         return row
 

@@ -8,13 +8,12 @@ the batch is empty, is folded, and answers alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from stackctl.engine.generation.answering import write_answers
 from stackctl.engine.generation.batch import Batch
 from stackctl.engine.generation.finished_texts import FinishedTexts
-from stackctl.engine.generation.logits_processors import processors
+from stackctl.engine.generation.logits_processors import AnswerRow
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder
@@ -28,20 +27,10 @@ _BASE: RowWeights = {}
 
 
 @dataclass(eq=False)
-class BatchRow(Row):
+class BatchRow(AnswerRow, Row):
     """``weights`` are the members' by digest; None where the stack has to be folded."""
 
     weights: RowWeights | None = None
-    spell: TokenBytes | None = None
-    failed: Exception | None = None
-    chosen: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
-
-    @property
-    def is_finished(self) -> bool:
-        return bool(self.answer.stop or self.failed or self.cancelled.is_set())
 
 
 class BatchingEngine(Engine[BatchRow]):
