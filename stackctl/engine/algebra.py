@@ -133,13 +133,13 @@ def leading_pair(u: Tensor, sigma: Tensor, vh: Tensor, rank: int) -> Pair:
 
 def magnitude_prune(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
     """Keep the ``density`` largest entries of each delta by magnitude, then add the deltas. Returns (out, in)."""
-    return _total([s * keep_largest(B.float() @ A.float(), density) for A, B, s in factors])
+    return torch.stack([s * keep_largest(B.float() @ A.float(), density) for A, B, s in factors]).sum(0)
 
 
 def dare_linear(factors: Sequence[Factors], *, density: float, seed: int, **_: Any) -> Tensor:
     """DARE (https://arxiv.org/abs/2311.03099): drop entries at random, rescale the rest by 1/density, add."""
     generator = torch.Generator().manual_seed(seed)
-    return _total([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
+    return torch.stack([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors]).sum(0)
 
 
 def ties(factors: Sequence[Factors], *, density: float, **_: Any) -> Tensor:
@@ -151,10 +151,6 @@ def dare_ties(factors: Sequence[Factors], *, density: float, seed: int, **_: Any
     """DARE's random drop and rescale in the place of TIES' trim, then TIES' election and average."""
     generator = torch.Generator().manual_seed(seed)
     return elect_and_average([s * _dropped(B.float() @ A.float(), density, generator) for A, B, s in factors])
-
-
-def _total(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(matrices)).sum(0)
 
 
 def keep_largest(matrix: Tensor, density: float) -> Tensor:

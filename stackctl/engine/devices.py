@@ -22,15 +22,8 @@ def describe_devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        found.append(
-            {
-                "type": "cuda",
-                "name": torch.cuda.get_device_name(index),
-                "memory": total,
-                "free": free,
-                "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
-            }
-        )
+        name, fast = torch.cuda.get_device_name(index), torch.cuda.is_bf16_supported(including_emulation=False)
+        found.append({"type": "cuda", "name": name, "memory": total, "free": free, "bfloat16": fast})
     memory = main_memory()
     shared = {"memory": memory.total, "free": memory.available}
     if torch.backends.mps.is_available():

@@ -20,7 +20,7 @@ an embedding, where the delta is stored transposed, columns are all the same wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +67,11 @@ def measure_interference(plan: StackPlan) -> Interference:
                     ranks = deltas[first].rank, deltas[second].rank
                     overlap = _compare(deltas[first], deltas[second])
                     found[first, second].append(ModuleOverlap(name, ranks, overlap))
-    pairs = [_pair(plan, touched, members, overlaps) for members, overlaps in found.items()]
+    pairs = []
+    for (first, second), overlaps in found.items():
+        labels = plan.members[first].label, plan.members[second].label
+        unshared = touched[first] - len(overlaps), touched[second] - len(overlaps)
+        pairs.append(PairOverlap(labels, tuple(overlaps), unshared))
     return Interference(tuple(pairs), tuple(left_out))
 
 
@@ -85,14 +89,6 @@ def _left_out(plan: StackPlan) -> Iterator[NotCompared]:
     for rows in plan.token_rows:
         label = plan.members[rows.member].label
         yield NotCompared(label, rows.module, "rows of single tokens, of which no two members train the same")
-
-
-def _pair(
-    plan: StackPlan, touched: Mapping[int, int], members: tuple[int, int], overlaps: list[ModuleOverlap]
-) -> PairOverlap:
-    first, second = members
-    labels = plan.members[first].label, plan.members[second].label
-    return PairOverlap(labels, tuple(overlaps), (touched[first] - len(overlaps), touched[second] - len(overlaps)))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,6 @@ def detach_live(model: PreTrainedModel) -> None:
     for name, layer in layers.items():
         if name.removesuffix(".base_layer") in layers and name.endswith(".base_layer"):  # a wrapper within another
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config

@@ -169,6 +169,8 @@ class BaseLayout:
         Raises:
             Incompatible: transformers cannot undo what it does when it loads them.
         """
+        if group.is_plain:
+            return dict(zip(group.sources, values.values(), strict=True))
         made = self.written(values)
         prefix = f"{self._model.base_model_prefix}."
         for change in (lambda n: n, lambda n: n.removeprefix(prefix), lambda n: prefix + n):

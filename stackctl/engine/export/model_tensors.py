@@ -142,15 +142,9 @@ class ModelTensors:
                 target: self._summed(target, weight, tensors, dtype)
                 for target, weight in self.layout.read_group(wanted.group, tensors).items()
             }
-            as_stored = self.layout.written(made) if self.quantised else self._as_stored(wanted.group, made)
-            self._ready.update(as_stored)
+            layout = self.layout
+            self._ready |= layout.written(made) if self.quantised else layout.written_as_stored(wanted.group, made)
         return self._ready.pop(wanted.name)
-
-    def _as_stored(self, group: TensorGroup, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        if group.is_plain:
-            (name,), (value,) = group.sources, made.values()
-            return {name: value}
-        return self.layout.written_as_stored(group, made)
 
     def _summed(self, parameter: str, weight: Tensor, tensors: MemberTensors, dtype: torch.dtype) -> Tensor:
         """A parameter with the stack in it, summed in float32 and rounded once; measures what that lost."""

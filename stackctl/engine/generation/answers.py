@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -69,10 +70,7 @@ def _answered(
 ) -> Iterator[tuple[list[int], list[Generated]]]:
     """Answers with their numbers, as they are there: of a batch that rows join and leave, or batch by batch."""
     if hasattr(stacked, "answer_encoded"):
-        other, together = cast(OtherEngine, stacked), True
-
-        def answer(rows: list[int]) -> list[Generated]:
-            return other.answer_encoded(asked.of(rows), sampling, on_text)
+        answer, together = functools.partial(cast(OtherEngine, stacked).answer_encoded, on_text=on_text), True
     else:
         from stackctl.engine.generation.answering import (  # with torch, which others do without
             answer_encoded,
@@ -86,15 +84,12 @@ def _answered(
                 yield from (([row], [generated]) for row, generated in running)
                 return
         together = can_pad(own.model, max(map(len, asked.ids), default=0) + sampling.max_new_tokens)
-
-        def answer(rows: list[int]) -> list[Generated]:
-            return answer_encoded(asked.of(rows), own, sampling, on_text, prefix_cache)
-
+        answer = functools.partial(answer_encoded, stacked=own, on_text=on_text, prefix_cache=prefix_cache)
     limit = stacked.base.context_length
     longest = limit - sampling.max_new_tokens if limit else None
     size = (batch_size or _PADDED) if together and not on_text else 1
     for rows in batches([len(ids) for ids in asked.ids], size, longest):
-        yield rows, answer(rows)
+        yield rows, answer(asked.of(rows), sampling=sampling)
 
 
 def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:

@@ -29,7 +29,7 @@ from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.to_lora.low_rank import Pairs, Truncation
-from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, replace_module, tuner_layers
+from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, tuner_layers
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
 from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order
@@ -155,14 +155,14 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
             raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
         merged = merged_layer(name, layer)
         _keep(found, name, kept[name], merged, (begun.get(name), _factors_of(layer)) if begun else None, wanted)
-        replace_module(model, name, layer.get_base_layer())
+        model.set_submodule(name, layer.get_base_layer())
         kept[name].set(merged.weight, getattr(merged, "bias", None))
     whole = tuner_layers(model, ModulesToSaveWrapper)
     for name, wrapper in whole:
-        replace_module(model, name, wrapper.modules_to_save[ADAPTER])
+        model.set_submodule(name, wrapper.modules_to_save[ADAPTER])
     merged_logits = probe(model, tokens)
     for name, wrapper in whole:
-        replace_module(model, name, wrapper.original_module)
+        model.set_submodule(name, wrapper.original_module)
     for module in kept.values():
         module.restore()
     model.__dict__.pop("peft_config", None)

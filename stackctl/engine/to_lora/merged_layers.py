@@ -46,11 +46,6 @@ def tuner_layers(model: nn.Module, kind: type[Any]) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 @torch.no_grad()
 def merged_layer(name: str, layer: Any) -> Any:
     """A layer's own base layer with the adapter merged into it, in float64, held against the live layer.

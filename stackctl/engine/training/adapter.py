@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +33,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """What learns, with its names in the model as it is wrapped."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """PEFT's layers of the adapter in training, with the full names of what they stand on."""
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
+            while name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+            parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            yield (name if parameter == "weight" else f"{name}.{parameter}"), layer
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:

@@ -21,10 +21,10 @@ from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
-from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.fused_modules import fuse
 from stackctl.engine.training.lora_sum import add_in_place
-from stackctl.engine.training.targets import Targets, attached, check_rows, new_layers
+from stackctl.engine.training.targets import Targets, check_rows
 from stackctl.engine.training.teaching import Teaching
 from stackctl.jobs.beginning import Beginning
 from stackctl.jobs.job import PreparedJob
@@ -137,7 +137,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     with torch.random.fork_rng():
         torch.manual_seed(prepared.initial_seed)
         model: PeftModel = get_peft_model(stacked.model, config, adapter_name=ADAPTER)
-    if odd := sorted(attached(model) ^ targets.modules, key=natural_order):
+    if odd := sorted({name for name, _ in new_layers(model)} ^ targets.modules, key=natural_order):
         raise VerificationFailed(
             f"PEFT did not attach the adapter to what it was asked for: {', '.join(odd[:3])}; nothing was trained",
             hint=f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name}",

@@ -28,10 +28,9 @@ from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import supervised_logits
 from stackctl.engine.models import StackedModel, evaluating, load_base
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.correction import corrected, input_moments
 from stackctl.engine.training.dataset import Corpus
-from stackctl.engine.training.targets import new_layers
 from stackctl.jobs.beginning import Beginning
 from stackctl.jobs.former import Former
 from stackctl.jobs.job import PreparedJob, optimizer_steps

@@ -21,8 +21,7 @@ from stackctl.engine import algebra
 from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.targets import new_layers
+from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.plan.model import StackPlan
 
 _NEGLIGIBLE = 1e-6

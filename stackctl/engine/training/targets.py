@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from typing import Any, cast
 import msgspec
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from peft.tuners.lora import LoraModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +29,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import text_modules
-from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order, parse_targets
@@ -239,18 +239,13 @@ def _try(
                 hint="name other layers: --target-modules",
             ) from error
         try:
-            found = attached(peft)
+            found = {name for name, _ in new_layers(peft)}
             check_rows(peft, base, settings)
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
             return lost or _unread(peft, chosen)
         finally:
             peft.unload()
-
-
-def attached(model: PeftModel) -> set[str]:
-    """What the adapter in training stands on, by full names of the model itself."""
-    return {name for name, _ in new_layers(model)}
 
 
 def check_rows(model: PeftModel, base: Base, settings: dict[str, Any]) -> None:
@@ -270,16 +265,6 @@ def check_rows(model: PeftModel, base: Base, settings: dict[str, Any]) -> None:
             f"PEFT would not train the rows of '{base.name}' that it was asked for: {', '.join(odd[:3])}",
             hint="leave out --train-tokens",
         )
-
-
-def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """PEFT's layers of the adapter in training, with the full names of what they stand on."""
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
-            while name.endswith(".base_layer"):
-                name = name.removesuffix(".base_layer")
-            parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-            yield (name if parameter == "weight" else f"{name}.{parameter}"), layer
 
 
 def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
