@@ -72,7 +72,7 @@ class Computing:
             NotFound, VerificationFailed, Incompatible: it cannot be loaded.
         """
         if self.is_llama_cpp:
-            from stackctl.engine.llama_cpp import load_llama_cpp
+            from stackctl.engine.llama_cpp.loading import load_llama_cpp
 
             return load_llama_cpp(base, registry, device=self.device, say=say)
         from stackctl.engine.models import load_base

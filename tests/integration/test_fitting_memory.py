@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_registry import CHAT, interrupt
 
-from stackctl.engine.training import memory, memory_trial, trainer
+from stackctl.engine.training import memory, trainer
 from stackctl.engine.training import run as run_module
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.registry.store import Registry
@@ -245,7 +245,7 @@ def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any) -> None:
 
 def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h = tiny_registry()
-    real = memory_trial.micro_batch_loss
+    real = memory.micro_batch_loss
     tried: list[tuple[int, bool]] = []
 
     def small(model: Any, inputs: dict[str, Any], *more: Any) -> Any:
@@ -257,7 +257,7 @@ def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch:
         return real(model, inputs, *more)
 
     monkeypatch.setattr(run_module, "runs_out_safely", lambda device: True)
-    monkeypatch.setattr(memory_trial, "micro_batch_loss", small)
+    monkeypatch.setattr(memory, "micro_batch_loss", small)
     options = ("--max-steps", 2, "--dropout", 0.3)
     done = train(h, "new", "--batch-size", "auto", *options)
     assert tried == [(size, again) for again in (False, True) for size in (8, 4, 2, 1)]
@@ -266,7 +266,7 @@ def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch:
     assert h.bytes_of("new")[WEIGHTS] == h.bytes_of("untried")[WEIGHTS], "trying leaves no trace"
     assert untried["loss"] == done["loss"]
 
-    monkeypatch.setattr(memory_trial, "micro_batch_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    monkeypatch.setattr(memory, "micro_batch_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
     error = train(h, "never", "--batch-size", "auto", *options, code=1)["error"]
     assert "memory is full" in error["message"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stackctl.core import Say
@@ -58,55 +58,59 @@ def read_corpus(
         NotFound, Usage: it is missing, malformed, or nothing in it can be learned from.
         Incompatible: it uses tokens that the base has no row for.
     """
-    job, context = prepared.job, prepared.base.context_length
-    length = min(job.max_length, context or job.max_length)
+    job = prepared.job
+    length = min(job.max_length, prepared.base.context_length or job.max_length)
     if length < job.max_length:
         say(f"--max-length {job.max_length} is more than {prepared.base.name} reads at once: {length} is used")
     records = open_records(prepared.data)
     if job.pack and (shape := records.peek_format()) not in ("text", None):
         raise Usage(f"--pack joins text records, and {prepared.data} holds {shape}", hint="leave out --pack")
 
-    answers, system = job.prefers, (prepared.teacher.system if prepared.teacher else None) or ""
-    if system and not ChatTemplate(tokenizer).role("system")[1]:
-        raise Incompatible(
-            f"the chat template of '{prepared.base.name}' shows no system prompt, which --system needs",
-            hint="leave out --system, or use a base whose template has that role",
-        )
     held_out = open_records(prepared.eval_data) if prepared.eval_data else None
     for source in (records, held_out):
-        if source and answers:
+        if source and job.prefers:
             _check_shape(source, job.objective)
             source.labelled = job.objective == "kto"
 
-    beyond = unembedded_tokens(tokenizer, prepared.base.vocabulary_size)
-
-    def encode(source: RecordStream, **options: Any) -> Encoded:
-        cache = job.cache and not beyond  # what lies in the cache does not know its lines
-        arguments = template_arguments(job.chat_template_kwargs)
-        found = encode_cached(
-            source, tokenizer, EncodeOptions(length, template=arguments, system=system, **options), reading, cache=cache
-        )
-        if beyond:
-            check_embedded(found, beyond, source.path, source.unit, prepared.base.name)
-        if system:
-            found.examples = TaughtExamples(found.examples)
-            if context and (longest := longest_of(found.examples)) > context:
-                raise Usage(
-                    f"behind the system prompt a record of {source.path} has {longest} tokens, and "
-                    f"{prepared.base.name} reads {context} at once",
-                    hint=f"use a --max-length below {max(length - (longest - context), 2)}, or a shorter prompt",
-                )
-        return found
-
-    encoded = encode(records, split_long=job.pack, answers=answers)
-    evaluation = encode(held_out, answers=answers) if held_out else None
-    if answers and records.format == "preference":
+    options = EncodeOptions(
+        length, answers=job.prefers, template=template_arguments(job.chat_template_kwargs),
+        system=(prepared.teacher.system if prepared.teacher else None) or "",
+    )  # fmt: skip
+    encoded = _encode(records, prepared, tokenizer, replace(options, split_long=job.pack), reading)
+    evaluation = _encode(held_out, prepared, tokenizer, options, reading) if held_out else None
+    if job.prefers and records.format == "preference":
         rows = pairs_of(encoded.examples)
     else:
         rows = pack(encoded.examples, length) if job.pack else one_by_one(encoded.examples)
     corpus = Corpus(records, encoded, rows, held_out, evaluation, length)
     _tell(corpus, prepared, tokenizer, say, {*trained, *frozen_tokens(prepared)})
     return corpus
+
+
+def _encode(
+    source: RecordStream, prepared: PreparedJob, tokenizer: Any, options: EncodeOptions, reading: Reading
+) -> Encoded:
+    """A source in tokens, as the base can read them."""
+    base = prepared.base
+    if options.system and not ChatTemplate(tokenizer).role("system")[1]:
+        raise Incompatible(
+            f"the chat template of '{base.name}' shows no system prompt, which --system needs",
+            hint="leave out --system, or use a base whose template has that role",
+        )
+    beyond = unembedded_tokens(tokenizer, base.vocabulary_size)
+    cache = prepared.job.cache and not beyond  # what lies in the cache does not know its lines
+    found = encode_cached(source, tokenizer, options, reading, cache=cache)
+    if beyond:
+        check_embedded(found, beyond, source.path, source.unit, base.name)
+    if options.system:
+        found.examples = TaughtExamples(found.examples)
+        if base.context_length and (over := longest_of(found.examples) - base.context_length) > 0:
+            raise Usage(
+                f"behind the system prompt a record of {source.path} has {base.context_length + over} tokens, and "
+                f"{base.name} reads {base.context_length} at once",
+                hint=f"use a --max-length below {max(options.max_length - over, 2)}, or a shorter prompt",
+            )
+    return found
 
 
 def _tell(corpus: Corpus, prepared: PreparedJob, tokenizer: Any, say: Say, trained: Collection[int]) -> None:

@@ -27,8 +27,7 @@ from stackctl.engine.training.attach import Attached, attach_all
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut, Measure
-from stackctl.engine.training.memory import ProcessGroup, plan_step
-from stackctl.engine.training.memory_trial import first_that_runs, memory_full, runs_out_safely
+from stackctl.engine.training.memory import ProcessGroup, first_that_runs, memory_full, plan_step, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.optimizers import check_kernels
