@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.base.tokenizer import keep_reader, load_reader
+from stackctl.engine.replaced import replaced
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -55,11 +56,7 @@ def reading_once() -> Iterator[None]:
     """
     import gguf
 
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, own in kept.items():
-        setattr(gguf, name, functools.cache(own))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(replaced(gguf, name, functools.cache(getattr(gguf, name))))
         yield
-    finally:
-        for name, own in kept.items():
-            setattr(gguf, name, own)

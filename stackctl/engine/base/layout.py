@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.base import HfQuantizer
 
 from stackctl.core.errors import Incompatible
+from stackctl.engine.replaced import replaced
 from stackctl.engine.tensors import TensorFiles
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.registry.base_models import read_base_tensors
@@ -152,13 +152,8 @@ class BaseLayout:
             plain = [c for c in get_model_conversion_mapping(self._model) if self._was_used(c)]
         else:
             plain = [conversion for conversion in self._mapping if conversion.was_used()]
-        model: Any = self._model
-        before = getattr(model, "_weight_conversions", None)
-        try:
-            model._weight_conversions = plain
-            return dict(revert_weight_conversion(model, dict(values)))
-        finally:
-            model._weight_conversions = before
+        with replaced(self._model, "_weight_conversions", plain):
+            return dict(revert_weight_conversion(self._model, dict(values)))
 
     def _was_used(self, conversion: WeightTransform) -> bool:
         return any(conversion.rename_source_key(name)[1] is not None for name in self.tensors)

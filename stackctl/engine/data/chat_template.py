@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.reasoning import Tag, tags_in
 from stackctl.engine.records.types import Message
+from stackctl.engine.replaced import replaced
 from stackctl.lora.own_template import templates_of
 from stackctl.plan.model import StackPlan
 
@@ -101,20 +102,15 @@ def is_dated(tokenizer: Any) -> bool:
 def at_date(date: datetime) -> Iterator[None]:
     """The date that transformers' ``strftime_now`` shows, which it takes from the clock and from nowhere else."""
     renders: Any = sys.modules.get("transformers.utils.chat_template_utils")
-    if renders is None:  # nobody renders by transformers here
-        yield
-        return
 
     class Fixed(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return date
 
-    before, renders.datetime = renders.datetime, Fixed
-    try:
+    # Where nobody renders by transformers there is nothing to replace.
+    with replaced(renders, "datetime", Fixed) if renders else contextlib.nullcontext():
         yield
-    finally:
-        renders.datetime = before
 
 
 class ChatTemplate:

@@ -132,11 +132,8 @@ def _beside(
         inner = nn.functional.linear(given[0].to(a.dtype), a) * weights().to(device, a.dtype)[spread.to(device)]
         return made + nn.functional.linear(inner, b).to(made.dtype)
 
-    handle = layer.register_forward_hook(add)
-    try:
+    with layer.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

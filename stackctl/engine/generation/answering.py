@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.prompt_files import Prompt
+from stackctl.engine.replaced import replaced
 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
@@ -134,7 +134,8 @@ def _write_padded(
     answering = Answering(answers, width, likely)
     cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
     try:
-        with evaluating(stacked.model), _without_defaults(stacked.model):
+        # ``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there.
+        with evaluating(stacked.model), replaced(stacked.model, "generation_config", GenerationConfig()):
             cast("GenerativePreTrainedModel", stacked.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -169,13 +170,3 @@ def _fails_by_itself(stacked: StackedModel, input_ids: Tensor, kind: type[Except
     except Exception:
         return False
     return False
-
-
-@contextlib.contextmanager
-def _without_defaults(model: Any) -> Iterator[None]:
-    """``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackctl.engine.models import evaluating
+from stackctl.engine.replaced import replaced
 
 _PROOF_TOKENS = 4
 Projection = Callable[[Tensor], Tensor]
@@ -197,11 +198,8 @@ def _prove(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> Ou
 def _reading(module: nn.Module) -> Iterator[list[Tensor]]:
     """What a module is given, while it works as ever."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
+    with module.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
         yield seen
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -213,12 +211,5 @@ def passed_through(module: nn.Module) -> Iterator[list[Tensor]]:
         seen.append(hidden)
         return hidden
 
-    own = module.__dict__.get("forward")
-    module.forward = hand_on  # type: ignore[method-assign]
-    try:
+    with replaced(module, "forward", hand_on):
         yield seen
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]

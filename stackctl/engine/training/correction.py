@@ -33,8 +33,7 @@ def input_moments(readers: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterator[d
     found = {name: torch.zeros_like(a.T) for name, (_, a) in readers.items()}
     with contextlib.ExitStack() as hooks:
         for name, (module, a) in readers.items():
-            handle = module.register_forward_pre_hook(functools.partial(_add, found[name], a))
-            hooks.callback(handle.remove)
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(_add, found[name], a)))
         yield found
 
 
