@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -17,29 +17,21 @@ _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(p
 """``learned`` tells the tokens that have a label; the label is the token itself."""
 
 
-class ExampleWriter:
-    """Writes examples, some at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._writer = pa.ipc.new_file(str(path), _SCHEMA)
-
-    def write(self, examples: Sequence[Example]) -> None:
-        columns = [
-            pa.array([example.input_ids for example in examples], _SCHEMA.field("input_ids").type),
-            pa.array([[label != IGNORED for label in e.labels] for e in examples], _SCHEMA.field("learned").type),
-            pa.array([example.desired for example in examples], _SCHEMA.field("desired").type),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
+def write_examples(path: Path, pieces: Iterable[Sequence[Example]]) -> None:
+    """Write examples as they come, some at a time."""
+    with pa.ipc.new_file(str(path), _SCHEMA) as writer:
+        for examples in pieces:
+            columns = (
+                [example.input_ids for example in examples],
+                [[label != IGNORED for label in example.labels] for example in examples],
+                [example.desired for example in examples],
+            )
+            arrays = [pa.array(column, known.type) for column, known in zip(columns, _SCHEMA, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
 
 
 class ExampleStore(LazyExamples):
-    """The examples of a file that :class:`ExampleWriter` wrote; nothing but their places is held in memory.
+    """The examples of a file that :func:`write_examples` wrote; nothing but their places is held in memory.
 
     Raises:
         OSError, pyarrow.ArrowException: the file is not there or not whole.

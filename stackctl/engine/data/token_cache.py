@@ -24,7 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from stackctl.core.errors import Usage
 from stackctl.engine.data.chat_template import is_dated, run_date
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
-from stackctl.engine.data.example_store import ExampleStore, ExampleWriter
+from stackctl.engine.data.example_store import ExampleStore, write_examples
 from stackctl.engine.data.examples import Encoded, EncodeOptions
 from stackctl.engine.records.read import RecordStream
 from stackctl.registry.garbage_collection import free_tokens, tokens_folder
@@ -62,9 +62,7 @@ def encode_cached(
     free_tokens(every=False, dry_run=False)
     with atomic.staging_directory(root) as staged:
         encoded = Encoded([])
-        with ExampleWriter(staged / _EXAMPLES) as writer:
-            for examples in encode_pieces(records, tokenizer, encoded, options, reading):
-                writer.write(examples)
+        write_examples(staged / _EXAMPLES, encode_pieces(records, tokenizer, encoded, options, reading))
         if records.source.changed():
             raise Usage(f"{records.path} was changed while it was read", hint="run the command again")
         about = {**asdict(replace(encoded, examples=[])), "format": records.format, "count": records.count}

@@ -58,7 +58,7 @@ class Server:
     def __init__(self, settings: Settings, adapters: Sequence[Path]) -> None:
         self._key = secrets.token_urlsafe()
         start = _in_process if is_installed("xllamacpp") else _as_program
-        self._address, self._stop = start(settings, adapters, self._key)
+        self._address, self.close = start(settings, adapters, self._key)
 
     def complete(self, body: dict[str, Any], wanted: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """What ``/completion`` streams, until it ends or is not wanted any more, which ends it in llama.cpp as well.
@@ -90,9 +90,6 @@ class Server:
             raise Failed(f"llama.cpp does not answer: {error}") from error
         finally:
             connection.close()
-
-    def close(self) -> None:
-        self._stop()
 
 
 def _reason(content: bytes) -> str:

@@ -7,7 +7,6 @@ full names, tried on the model without its weights, and compared, before anythin
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Collection
@@ -37,6 +36,8 @@ from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, paramete
 from stackctl.plan.token_rows import KEY
 
 _SHOWN = 12
+_FOUND: dict[tuple[Any, ...], Targets] = {}
+"""By all that it depends on: a recipe trains several adapters, mostly on the same layers of the same base."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
     tokens = tokens_of(prepared, tokenizer, say)
     job, model = prepared.job, (msgspec.json.encode(prepared.base), (folder / "config.json").read_bytes())
     known = (*model, str(job.target_modules), job.effective_rank(), job.dropout, job.gradient_checkpointing, *tokens)
-    targets = replace(_found(_Question(known, (prepared, folder, tuple(tokens)))), tokens=tokens)
+    if known not in _FOUND:
+        _FOUND[known] = _find(prepared, folder, tokens)
+    targets = replace(_FOUND[known], tokens=tokens)
     begins = prepared.beginning
     if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
         raise Incompatible(
@@ -94,17 +97,7 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
     return targets
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What an adapter would stand on; ``known`` is all that the answer depends on, by which it is remembered."""
-
-    known: tuple[Any, ...]
-    job: tuple[PreparedJob, Path, tuple[int, ...]] = field(compare=False)
-
-
-@functools.lru_cache(maxsize=16)  # a recipe trains several adapters, mostly on the same layers of the same base
-def _found(question: _Question) -> Targets:
-    prepared, folder, tokens = question.job
+def _find(prepared: PreparedJob, folder: Path, tokens: Collection[int]) -> Targets:
     model = empty_model(folder)
     if why := _untrainable(model.config):
         raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
