@@ -19,7 +19,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -149,14 +148,12 @@ class BaseLayout:
     def written(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group by the names and in the layout of plain files of this base."""
         if self._quantizer is not None:
-            plain = [c for c in get_model_conversion_mapping(self._model) if self._was_used(c)]
+            names, plain = self.tensors, get_model_conversion_mapping(self._model)
+            plain = [c for c in plain if any(c.rename_source_key(name)[1] is not None for name in names)]
         else:
             plain = [conversion for conversion in self._mapping if conversion.was_used()]
         with replaced(self._model, "_weight_conversions", plain):
             return dict(revert_weight_conversion(self._model, dict(values)))
-
-    def _was_used(self, conversion: WeightTransform) -> bool:
-        return any(conversion.rename_source_key(name)[1] is not None for name in self.tensors)
 
     def written_as_stored(self, group: TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group as the very tensors of the files that they were made from.

@@ -44,15 +44,9 @@ def reference_tokens(tokenizer: Any, rows: int) -> tuple[list[int], list[int]]:
     return sorted(used), sorted(unused)
 
 
-def template_tokens(tokenizer: Any) -> dict[int, str]:
-    """The added tokens that the chat template uses, ChatML's where there is none, and the end of text, by number."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else CHATML
-    added = tokenizer.get_added_vocab()
-    return {i: token for token, i in added.items() if token in template or i == tokenizer.eos_token_id}
-
-
 def find_untrained(tokenizer: Any, base: Base, layout: BaseLayout) -> list[str]:
-    """The tokens of a base's chat template that it never learned, by rows that are read from its files."""
+    """The added tokens of a base's chat template (ChatML's where there is none), and its end of text, that it never
+    learned, by rows that are read from its files."""
     names = [f"{name}.weight" for name in (base.input_embedding, base.output_embedding) if name]
     groups = [group for name in names if (group := layout.group(name)) and group.is_plain]
     stored = [next(iter(group.sources)) for group in groups]
@@ -60,7 +54,9 @@ def find_untrained(tokenizer: Any, base: Base, layout: BaseLayout) -> list[str]:
     rows = min([base.vocabulary_size, *(layout.tensors[name][1].shape[0] for name in stored)])
     used, unused = reference_tokens(tokenizer, rows)
     used, unused = used[:_ENOUGH], unused[:_ENOUGH]
-    tokens = {number: token for number, token in template_tokens(tokenizer).items() if number < rows}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else CHATML
+    known = tokenizer.get_added_vocab().items()
+    tokens = {i: token for token, i in known if i < rows and (token in template or i == tokenizer.eos_token_id)}
     wanted = [*used, *unused, *tokens]
     if min(len(used), len(unused)) < _FEWEST or not tokens or not groups:
         return []

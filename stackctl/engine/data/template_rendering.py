@@ -57,7 +57,10 @@ def _compiled(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
+        raise_exception=_raise_exception,
+        strftime_now=lambda layout: run_date().strftime(layout),
+        dict=_Dict(),
+        namespace=_Namespace,
     )
     return environment.from_string(source)
 
@@ -116,7 +119,3 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separat
              sort_keys: bool = False) -> str:  # fmt: skip
     """Not jinja2's own, which writes ``<`` and its like as HTML has them."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(layout: str) -> str:
-    return run_date().strftime(layout)

@@ -53,7 +53,8 @@ class Turns:
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         bare = template.render(opening)
         self._begin = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
-        self._openers = self._first_tags(self._begin.lstrip(), bare.removeprefix(template.bos).lstrip())
+        begins = self._begin.lstrip(), bare.removeprefix(template.bos).lstrip()
+        self._openers = {found[0] for text in begins if (found := _TAG.match(text))}
         self.preamble = self._preamble(bare)
         self.close = self._close(opening)
         self.end = self._ended(self.end.removesuffix(self.close))
@@ -94,11 +95,6 @@ class Turns:
         tail = tail[: min(starts, default=len(tail))]
         before, eos, after = tail.partition(self._template.eos or "\0")
         return before + eos if after.strip() else tail
-
-    @staticmethod
-    def _first_tags(*texts: str) -> set[str]:
-        """The tags that texts begin with."""
-        return {found[0] for text in texts if (found := _TAG.match(text))}
 
     def turn(self, talk: Conversation, position: int) -> Turn:
         """What the assistant writes in its turn at this position.

@@ -132,8 +132,9 @@ def open_tasks(names: Sequence[str], *, limit: int | None, num_fewshot: int | No
         raise Incompatible(
             f"{', '.join(unsafe)} would run code that the model writes", hint="run it with lm-eval itself, in a sandbox"
         )
-    for task in tasks.values():
-        _set_fewshot(task, num_fewshot)
+    for task in tasks.values():  # by the harness's own rule: a task that says 0 keeps it
+        if (own := task.get_config("num_fewshot")) != 0:
+            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
     groups = {name: group for found in loaded.values() for name, group in found.get("groups", {}).items()}
     return Harness(", ".join(loaded), tasks, groups, limit, batch_size)
 
@@ -150,13 +151,6 @@ def _joined(loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
             raise Usage(f"{asked} has a task that another has, too: {', '.join(twice)}", hint="name it once")
         tasks.update(found["tasks"])
     return tasks
-
-
-def _set_fewshot(task: Any, count: int | None) -> None:
-    """Solved examples before each record, by the harness's own rule: a task that says 0 keeps it."""
-    own = task.get_config("num_fewshot")
-    if own != 0:
-        task.set_config(key="num_fewshot", value=(own or 0) if count is None else count)
 
 
 def _seed(tasks: dict[str, Any]) -> None:

@@ -49,21 +49,18 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
     source = ModelTensors(plan, BaseLayout(base, model, quantizer), quantizer is not None, dtype)
     shards = source.shards()
     with atomic.staging_directory(out.parent) as staged, torch.no_grad(), MemberTensors(plan) as tensors:
-        digests = {name: _write_shard(source, tensors, staged / name, wanted) for name, wanted in shards.items()}
+        digests = {}
+        for name, wanted in shards.items():
+            with SafetensorsWriter(staged / name, [(t.name, t.dtype, t.shape) for t in wanted]) as writer:
+                for tensor in wanted:
+                    writer.write(tensor.name, tensor_bytes(tensor.name, source.value(tensor, tensors)))
+            digests[name] = writer.check()
         _write_side_files(source, base, staged, shards)
         _check_written(staged, shards)
         atomic.publish_directory(staged, out)
     changed = [tensor for wanted in shards.values() for tensor in wanted if tensor.changed]
     exact = plan.method == SUM and all(tensor.dtype in ("F32", "F64") for tensor in changed)
     return {"rank": plan.rank, "max_relative_error": source.worst, "exact": exact, "digests": digests}
-
-
-def _write_shard(source: ModelTensors, tensors: MemberTensors, path: Path, wanted: list[Written]) -> str:
-    """Write one shard; returns the file's digest."""
-    with SafetensorsWriter(path, [(tensor.name, tensor.dtype, tensor.shape) for tensor in wanted]) as writer:
-        for tensor in wanted:
-            writer.write(tensor.name, tensor_bytes(tensor.name, source.value(tensor, tensors)))
-    return writer.check()
 
 
 def _write_side_files(source: ModelTensors, base: Path, staged: Path, shards: dict[str, list[Written]]) -> None:

@@ -111,7 +111,8 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
     # What it would keep of prompts besides is found again by their tokens alone, whichever adapters computed it.
     params.cache_ram_mib, params.cache_idle_slots = 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = openmp.computing_threads(os.environ)
-    if settings.device == "cpu" or _only_cpus(xllamacpp.get_device_info()):
+    devices = {device["type"].name for device in xllamacpp.get_device_info()}
+    if settings.device == "cpu" or devices <= {"GGML_BACKEND_DEVICE_TYPE_CPU"}:
         params.n_gpu_layers, params.fit_params = 0, False  # it would read the vocabulary twice to fit nothing
     if settings.exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -128,10 +129,6 @@ def _in_process(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
 
     atexit.register(stop)  # in the middle of an answer its threads would outlive what they use, and crash the process
     return urlsplit(held[0].listening_address).netloc, stop
-
-
-def _only_cpus(devices: Sequence[dict[str, Any]]) -> bool:
-    return all(device["type"].name == "GGML_BACKEND_DEVICE_TYPE_CPU" for device in devices)
 
 
 def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple[str, Callable[[], None]]:

@@ -102,7 +102,8 @@ def _message(value: Any, where: str) -> tuple[Message, bool]:
         return message, learned
     given = value.get(content_key)
     if role in ("tool", "function", "ipython"):
-        if given is not None and not isinstance(given, str) and not _is_parts(given):
+        is_parts = isinstance(given, list) and all(isinstance(part, dict) and "type" in part for part in given)
+        if given is not None and not isinstance(given, str) and not is_parts:
             given = json.dumps(given, ensure_ascii=False)
         message |= {key: value[key] for key in ("name", "tool_call_id") if isinstance(value.get(key), str)}
     message["content"] = _content(given, what, may_be_empty=role in _MAY_BE_EMPTY)
@@ -119,10 +120,6 @@ def _learned(value: dict[str, Any], where: str) -> bool:
         if not flag:
             return False
     return True
-
-
-def _is_parts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
 
 
 def _content(value: Any, what: str, *, may_be_empty: bool) -> str:

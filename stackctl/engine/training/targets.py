@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, first_line, listed
@@ -99,8 +99,13 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
 
 def _find(prepared: PreparedJob, folder: Path, tokens: Collection[int]) -> Targets:
     model = empty_model(folder)
-    if why := _untrainable(model.config):
-        raise Incompatible(f"'{prepared.base.name}' cannot be trained on here: {why}", hint="choose another base")
+    if model.config.model_type == "reformer" and model.config.axial_pos_embds:
+        length = math.prod(model.config.axial_pos_shape)
+        raise Incompatible(
+            f"'{prepared.base.name}' cannot be trained on here: its positions are for rows of exactly {length} tokens "
+            "while it trains",
+            hint="choose another base",
+        )
     if prepared.job.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise Incompatible(
             f"--gradient-checkpointing: transformers has none for a {type(model).__name__}",
@@ -109,13 +114,6 @@ def _find(prepared: PreparedJob, folder: Path, tokens: Collection[int]) -> Targe
     rows = token_settings(prepared, tokens, model)
     found = choose_targets(model, prepared.base, prepared.job, text_modules(model), rows)
     return replace(found, checkpoints=bool(model.supports_gradient_checkpointing))
-
-
-def _untrainable(config: PretrainedConfig) -> str:
-    """Why a model takes no rows as they come while it trains; nothing for nearly all."""
-    if config.model_type == "reformer" and config.axial_pos_embds:
-        return f"its positions are for rows of exactly {math.prod(config.axial_pos_shape)} tokens while it trains"
-    return ""
 
 
 def choose_targets(
