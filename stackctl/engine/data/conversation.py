@@ -29,9 +29,6 @@ class Conversation:
     template: dict[str, Any]
     said: tuple[str, ...] = ()
 
-    def with_template(self, **arguments: Any) -> Conversation:
-        return replace(self, template={**self.template, **arguments})
-
 
 def converse(
     template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, arguments: dict[str, Any]

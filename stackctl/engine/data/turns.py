@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
@@ -144,7 +144,7 @@ class Turns:
         for name in _THINKING:
             if name in talk.template:
                 continue
-            thinking = talk.with_template(**{name: True})
+            thinking = replace(talk, template={**talk.template, name: True})
             switched = self._render(history, thinking, prompt=True)
             if switched != prompt and not closes(switched):
                 turn = self.turn(thinking, position)

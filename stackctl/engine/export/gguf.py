@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.export.gguf_layout import GgufTarget, config_count, gguf_targets, lay_out, undo_layout
@@ -42,12 +40,8 @@ _DTYPES = {
 MODELFILE = "Modelfile"
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What one module's pair was before it was laid out: its own rank, and digests of A and of B in their dtype."""
-
-    rank: int
-    digests: tuple[str, str]
+_Written = tuple[int, tuple[str, str]]
+"""What one module's pair was before it was laid out: its own rank, and digests of A and of B in their dtype."""
 
 
 def export_gguf(
@@ -142,7 +136,7 @@ def _write(
             if not (all_finite(a) and all_finite(b)):
                 raise misfit(target.name, dtype)
             worst = max(worst, error)
-            written[target.name] = _Written(a.shape[0], (_digest(a), _digest(b)))
+            written[target.name] = a.shape[0], (_digest(a.numpy()), _digest(b.numpy()))
             for factor in lay_out(a, b, target, rank):
                 writer.write_tensor_data(factor.numpy())
     finally:
@@ -172,8 +166,8 @@ def _write_header(
     writer.write_ti_data_to_file()
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
+def _digest(factor: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(factor).data).hexdigest()
 
 
 def _check_written(
@@ -205,11 +199,10 @@ def _check_written(
         raise VerificationFailed("what was written is not what was planned: names, shapes or dtypes differ")
     for target, first, second in zip(targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
         a, b = undo_layout(_values(path, first, numpy_dtype), _values(path, second, numpy_dtype), target)
-        was = written[target.name]
-        if a[was.rank :].any() or b[:, was.rank :].any():
+        own_rank, digests = written[target.name]
+        if a[own_rank:].any() or b[:, own_rank:].any():
             raise VerificationFailed(f"what was written is not what was planned: the padding of {target.name}")
-        own = np.ascontiguousarray(a[: was.rank]), np.ascontiguousarray(b[:, : was.rank])
-        if tuple(hashlib.sha256(factor.data).hexdigest() for factor in own) != was.digests:
+        if (_digest(a[:own_rank]), _digest(b[:, :own_rank])) != digests:
             raise VerificationFailed(f"what was written is not what was planned: the values of {target.name}")
 
 
