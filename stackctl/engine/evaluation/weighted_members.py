@@ -66,32 +66,28 @@ def read_factors(plan: StackPlan, per: Per) -> WeightedFactors:
     """
     order = sorted(range(len(plan.members)), key=lambda number: (plan.members[number].digest, number))
     rank = {member: number for number, member in enumerate(order)}
+
+    def group(member: int, module: str) -> Group:
+        return member, {"member": "", "layer": place(module).name, "module": module}[per]
+
+    named = {group(factor.member, module.name) for module in plan.modules.values() for factor in module.factors}
+    named |= {group(trained.member, trained.module) for trained in plan.token_rows}
+    groups = sorted(named, key=lambda g: (rank[g[0]], natural_order(g[1])))
+    numbers = {one: number for number, one in enumerate(groups)}
     factors: dict[str, list[algebra.Factors]] = {}
-    owners: dict[str, list[Group]] = {}
-    values: dict[str, list[tuple[Tensor, Tensor, Group]]] = {}
+    index: dict[str, list[int]] = {}
+    rows: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     with MemberTensors(plan) as tensors:
         for module in plan.modules.values():
-            read = tensors.factors(module)
-            own = sorted(range(len(read)), key=lambda number: rank[module.factors[number].member])
-            factors[module.name] = [(*read[n][:2], module.factors[n].scaling) for n in own]
-            owners[module.name] = [(module.factors[n].member, _group(module.name, per)) for n in own]
+            read = list(zip(module.factors, tensors.factors(module), strict=True))
+            read.sort(key=lambda both: rank[both[0].member])
+            factors[module.name] = [(a, b, planned.scaling) for planned, (a, b, _) in read]
+            index[module.name] = [numbers[group(planned.member, module.name)] for planned, _ in read]
         for trained in plan.token_rows:
-            group = (trained.member, _group(trained.module, per))
             value = tensors.of(trained.member, trained.tensor).float()
-            values.setdefault(trained.module, []).append((torch.tensor(trained.tokens), value, group))
-    named = {group for owned in owners.values() for group in owned}
-    named |= {group for valued in values.values() for _, _, group in valued}
-    groups = sorted(named, key=lambda g: (rank[g[0]], natural_order(g[1])))
-    numbers = {group: number for number, group in enumerate(groups)}
-    index = {name: [numbers[group] for group in found] for name, found in owners.items()}
-    rows = {
-        name: [(tokens, value, numbers[group]) for tokens, value, group in valued] for name, valued in values.items()
-    }
+            own = torch.tensor(trained.tokens), value, numbers[group(trained.member, trained.module)]
+            rows.setdefault(trained.module, []).append(own)
     return WeightedFactors(plan, tuple(groups), factors, index, rows)
-
-
-def _group(module: str, per: Per) -> str:
-    return {"member": "", "layer": place(module).name, "module": module}[per]
 
 
 @contextlib.contextmanager
