@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,15 +25,11 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         Incompatible: transformers cannot read the file.
     """
     hf_logging.disable_progress_bar()
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with reading_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
     except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
         raise Incompatible(
             f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",

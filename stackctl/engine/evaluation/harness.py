@@ -126,7 +126,11 @@ def open_tasks(names: Sequence[str], *, limit: int | None, num_fewshot: int | No
         manager = TaskManager(include_defaults=not all(map(_is_path, names)))  # to look through thousands takes seconds
         raise_all([problem for name in names if (problem := _missing(name, manager.all_tasks))])
         loaded = {name: _load(manager, name) for name in names}
-    tasks = _joined(loaded)
+    tasks: dict[str, Any] = {}
+    for asked, found in loaded.items():
+        if twice := sorted(tasks.keys() & found["tasks"].keys()):
+            raise Usage(f"{asked} has a task that another has, too: {', '.join(twice)}", hint="name it once")
+        tasks |= found["tasks"]
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise Incompatible(
@@ -137,20 +141,6 @@ def open_tasks(names: Sequence[str], *, limit: int | None, num_fewshot: int | No
             task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
     groups = {name: group for found in loaded.values() for name, group in found.get("groups", {}).items()}
     return Harness(", ".join(loaded), tasks, groups, limit, batch_size)
-
-
-def _joined(loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All tasks by their names.
-
-    Raises:
-        Usage: two that were asked for have one name.
-    """
-    tasks: dict[str, Any] = {}
-    for asked, found in loaded.items():
-        if twice := sorted(tasks.keys() & found["tasks"].keys()):
-            raise Usage(f"{asked} has a task that another has, too: {', '.join(twice)}", hint="name it once")
-        tasks.update(found["tasks"])
-    return tasks
 
 
 def _seed(tasks: dict[str, Any]) -> None:

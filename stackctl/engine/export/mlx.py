@@ -133,12 +133,10 @@ def _pair(
     """A module's A (r, in) and B (out, r) in ``dtype``, and their error: none where they are as they were."""
     factors = tensors.factors(module)
     a, b = module_pair(plan, module, factors) if scale is None else factors[0][:2]
-    pair = a.to(dtype), b.to(dtype)
+    a, b = a.to(dtype), b.to(dtype)
     if dtype == torch.float32 and plan.method == SUM:
-        return pair, 0.0
-    own = [(a.float(), b.float(), s) for a, b, s in factors]
-    root = 1.0 if scale is None else scale
-    return pair, pair_error(module, own, (pair[0].float() * root, pair[1].float()))
+        return (a, b), 0.0
+    return (a, b), pair_error(module, factors, (a.float() * (1.0 if scale is None else scale), b.float()))
 
 
 def _config(plan: StackPlan, names: list[str], rank: int, scale: float) -> dict[str, Any]:
