@@ -28,9 +28,13 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def listed_problems(problems: Sequence[str]) -> str:
-    """What is wrong, in one message: the first few, and how many more there are."""
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+SHOWN_PROBLEMS = 5
+
+
+def listed_problems(problems: Sequence[str], count: int = 0) -> str:
+    """What is wrong, in one message: the first few, and how many more there are; ``count`` where not all are kept."""
+    more = max(count, len(problems)) - SHOWN_PROBLEMS
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
 class StackctlError(Exception):

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from stackctl.core.errors import Usage, first_line
+from stackctl.core.errors import SHOWN_PROBLEMS, Usage, first_line, listed_problems
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import converse
 from stackctl.engine.data.examples import EncodeOptions, Layout
@@ -19,7 +19,6 @@ from stackctl.engine.records.read import RecordStream
 from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, RecordSet, TextRecord
 from stackctl.render.terminal import shortened
 
-_SHOWN = 5
 _QUOTED = 51
 """Characters of a template's own words that a note repeats."""
 
@@ -89,7 +88,7 @@ class Layouts:
 
     def _refuse(self, record: Record, why: str) -> None:
         self.refused += 1
-        if self.refused <= _SHOWN:
+        if self.refused <= SHOWN_PROBLEMS:
             self._problems.append(f"{self._records.place(record.number)}: {why}")
 
     def _of_chat(self, record: ChatRecord, template: ChatTemplate, turns: Turns) -> list[Layout]:
@@ -129,9 +128,9 @@ class Layouts:
     def check(self) -> None:
         """Raise what the template refused, all of it at once."""
         if self.refused:
-            more = f"; and {self.refused - _SHOWN} more" if self.refused > _SHOWN else ""
+            problems = listed_problems(self._problems, self.refused)
             raise Usage(
-                f"{self._records.path}: the base's chat template refuses {'; '.join(self._problems)}{more}",
+                f"{self._records.path}: the base's chat template refuses {problems}",
                 hint="change these conversations to what the template takes, or use another base",
             )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import SHOWN_PROBLEMS, Usage, listed_problems
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.engine.records import sources
 from stackctl.engine.records.raw_lines import PACKED_SUFFIXES
@@ -21,7 +21,6 @@ from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, 
 from stackctl.render.terminal import counted
 from stackctl.storage.paths import missing_path, typed_path
 
-_SHOWN = 5
 _ELSEWHERE = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet, which is not read: save it as CSV"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".7z"), "is an archive, which is not read: unpack it"),
@@ -91,7 +90,7 @@ class RecordStream:
                 record, ignored = parse(number, value, shape, labelled=self.labelled)
             except BadRecord as error:
                 bad += 1
-                if bad <= _SHOWN:
+                if bad <= SHOWN_PROBLEMS:
                     column = f", column {error.column}" if error.column else ""
                     problems.append(f"{self.place(number)}{column}: {error}")
                 continue
@@ -101,8 +100,7 @@ class RecordStream:
                 self.format, self.count = shape.format, self.count + 1
                 yield record
         if bad:
-            more = f"; and {bad - _SHOWN} more" if bad > _SHOWN else ""
-            raise Usage(f"{self.path}: {'; '.join(problems)}{more}", hint=SHAPE_HINT)
+            raise Usage(f"{self.path}: {listed_problems(problems, bad)}", hint=SHAPE_HINT)
         if not self.count:
             if self.left_out:
                 raise Usage(
