@@ -104,7 +104,6 @@ def _judged(
     chance to be lucky on the others.
     """
     from stackctl.engine.evaluation.significance import best_of_many_p
-    from stackctl.engine.evaluation.weight_fit import judge, mean_loss, record_gaps
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
     others = [number for number in range(1, len(tried)) if finite[number]] if finite[0] else []

@@ -19,8 +19,7 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 
 if TYPE_CHECKING:
-    from stackctl.engine.evaluation.scoring import DataSet, Score
-    from stackctl.engine.evaluation.weight_fit import Judged
+    from stackctl.engine.evaluation.scoring import DataSet, Judged, Score
     from stackctl.engine.evaluation.weighted_members import WeightedFactors
     from stackctl.engine.models import StackedModel
 
@@ -68,7 +67,7 @@ def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: 
     """The stack with the weights that it is to have. All that can be wrong is found before the base is loaded."""
     weighted = read_weighted(stack, plan, request.per)
     sets = read_halves(context, stack, plan, request)
-    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
+    from stackctl.engine.evaluation.scoring import judge, mean_loss
 
     stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
     learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps)

@@ -109,7 +109,7 @@ def _weighted(stack: ResolvedStack, plan: StackPlan, weights: dict[int, float]) 
 
 
 def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], scores: list[list[Score]]) -> Swept:
-    from stackctl.engine.evaluation.weight_fit import judge, mean_loss
+    from stackctl.engine.evaluation.scoring import judge, mean_loss
 
     losses = [mean_loss(own) for own in scores]
     finite = [number for number, loss in enumerate(losses) if math.isfinite(loss)]
@@ -143,7 +143,7 @@ def weights_of(stack: ResolvedStack) -> dict[str, Any]:
 
 def score_of_all(stack: ResolvedStack, scores: Sequence[Score]) -> dict[str, Any]:
     """A stack's weights, and the mean of its losses on some data sets; null where that is no finite number."""
-    from stackctl.engine.evaluation.weight_fit import mean_error, mean_loss
+    from stackctl.engine.evaluation.scoring import mean_error, mean_loss
 
     loss = mean_loss(scores)
     error = mean_error(scores) if math.isfinite(loss) else None

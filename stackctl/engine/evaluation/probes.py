@@ -13,8 +13,7 @@ from typing import Any
 
 from stackctl.core import NOISE
 from stackctl.engine.data.examples import IGNORED, Example
-from stackctl.engine.evaluation.scoring import DataSet, Score, Scoring, score_examples
-from stackctl.engine.evaluation.weight_fit import judge, mean_loss
+from stackctl.engine.evaluation.scoring import DataSet, Score, Scoring, judge, mean_loss, score_examples
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.generation.logprobs import NotFinite
 from stackctl.engine.generation.reader import Generated

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Usage
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.evaluation.scoring import DataSet, Score, Scoring, rows_of
-from stackctl.engine.evaluation.significance import ratio_error, sign_flip_p
+from stackctl.engine.evaluation.scoring import DataSet, Scoring, rows_of
 from stackctl.engine.evaluation.weighted_members import Group, WeightedFactors, attached
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.models import StackedModel
@@ -228,51 +226,3 @@ def member_weights(weighted: WeightedFactors, weights: Mapping[Group, float]) ->
         else:
             made[member] = {"weight": value, "layer_weights": {}}
     return made
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The mean losses of two stacks over some data sets, each set counted alike: after less before, and how sure."""
-
-    before: float
-    after: float
-    standard_error: float | None
-    p_value: float
-
-    @property
-    def is_better(self) -> bool:
-        return self.after < self.before and self.p_value <= NOISE
-
-
-def judge(before: Sequence[Score], after: Sequence[Score]) -> Judged:
-    """Compare two stacks on the same records by the sign-flip test (:func:`sign_flip_p`)."""
-    errors = []
-    for old, new in zip(before, after, strict=True):
-        own = [a.loss - b.loss for a, b in zip(new.records, old.records, strict=True)]
-        errors.append(ratio_error(own, [record.tokens for record in old.records]))
-    known = [error for error in errors if error is not None]
-    return Judged(
-        mean_loss(before), mean_loss(after),
-        math.hypot(*known) / len(before) if len(known) == len(errors) else None,
-        sign_flip_p(record_gaps(before, after)),
-    )  # fmt: skip
-
-
-def record_gaps(before: Sequence[Score], after: Sequence[Score]) -> list[float]:
-    """Each record's share in the difference of the mean losses, after less before; they add up to it."""
-    return [
-        (a.loss - b.loss) / (len(before) * old.tokens)
-        for old, new in zip(before, after, strict=True)
-        for a, b in zip(new.records, old.records, strict=True)
-    ]
-
-
-def mean_loss(scores: Sequence[Score]) -> float:
-    return math.fsum(score.loss for score in scores) / len(scores)
-
-
-def mean_error(scores: Sequence[Score]) -> float | None:
-    """The standard error of :func:`mean_loss`; None where that of one of them is not known or no finite number."""
-    errors = [score.standard_error for score in scores]
-    known = [error for error in errors if error is not None and math.isfinite(error)]
-    return math.hypot(*known) / len(scores) if len(known) == len(scores) else None
