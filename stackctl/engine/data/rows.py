@@ -68,6 +68,10 @@ class Rows(Sequence[list[Example]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def of(self, examples: Sequence[Example]) -> Rows:
+        """The same rows of others, one for each."""
+        return Rows(examples, self._order, self._starts)
+
     def lengths(self) -> np.ndarray:
         """The tokens of each row."""
         return np.add.reduceat(lengths_of(self._examples)[self._order], self._starts[:-1])
@@ -79,12 +83,9 @@ class Rows(Sequence[list[Example]]):
     def __getitem__(self, index: int | slice) -> list[Example] | list[list[Example]]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return [self._examples[number] for number in self.numbers(index)]
-
-    def numbers(self, index: int) -> list[int]:
-        """Which examples a row holds."""
         index = range(len(self))[index]
-        return [int(number) for number in self._order[self._starts[index] : self._starts[index + 1]]]
+        numbers = self._order[self._starts[index] : self._starts[index + 1]]
+        return [self._examples[int(number)] for number in numbers]
 
 
 def one_by_one(examples: Sequence[Example]) -> Rows:

@@ -19,7 +19,7 @@ from stackctl.core.errors import Failed
 from stackctl.engine.devices import choose_device, choose_dtype, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import is_sharded, told_by_each
-from stackctl.engine.training.preferences import AnswerRows, collate_answers
+from stackctl.engine.training.preferences import collate_answers
 from stackctl.engine.training.targets import Targets
 from stackctl.engine.training.trainer import CHECKPOINTING, TrainerParts, micro_batch_loss
 from stackctl.jobs.job import PreparedJob
@@ -208,7 +208,7 @@ def first_that_runs(
 def _runs(model: PeftModel, corpus: Corpus, parts: TrainerParts, cut: StepCut) -> bool:
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rows = AnswerRows(corpus.rows, parts.answers) if parts.answers else corpus.rows
+    rows = corpus.rows.of(parts.answers) if parts.answers else corpus.rows
     batch = collate_answers([rows[row] for row in largest_rows(corpus, cut.records)], drifts=parts.drifts)
     swapped = batch.pop("swapped", None)  # it is read without a gradient, which takes less
     was_training = model.training

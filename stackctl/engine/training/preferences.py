@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.core.train_job import TrainJob
-from stackctl.engine.data.examples import IGNORED, Example
-from stackctl.engine.data.rows import Rows, collate
+from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
+from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each, share_of
@@ -32,23 +32,6 @@ class Scores:
     avoided: Tensor
 
 
-@dataclass(frozen=True)
-class KnownAnswers:
-    """Examples, their log-probabilities (nats) under the frozen stack, and for KTO the swapped ones with theirs.
-
-    Where an objective compares with nothing, all log-probabilities are zero.
-    """
-
-    examples: Sequence[Example]
-    references: Sequence[float]
-    swapped: Sequence[Example] | None = None
-    swapped_references: Sequence[float] = ()
-
-    @property
-    def drifts(self) -> bool:
-        return self.swapped is not None
-
-
 @dataclass(slots=True)
 class KnownExample(Example):
     """An example with its ``reference``, and for KTO the swapped one that goes with it."""
@@ -57,30 +40,24 @@ class KnownExample(Example):
     swapped: KnownExample | None = None
 
 
-class AnswerRows(Sequence[list[Example]]):
-    """Rows whose examples know what is known of them."""
+@dataclass(frozen=True)
+class KnownAnswers(LazyExamples):
+    """Examples, their log-probabilities (nats) under the frozen stack, and for KTO the swapped ones with theirs.
 
-    def __init__(self, rows: Rows, known: KnownAnswers) -> None:
-        self._rows, self._known = rows, known
+    Where an objective compares with nothing, all log-probabilities are zero.
+    """
+
+    examples: Sequence[Example]
+    references: Sequence[float]
+    swapped: KnownAnswers | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.examples)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return [self._answer(number) for number in self._rows.numbers(index)]
-
-    def _answer(self, number: int) -> KnownExample:
-        known = self._known
-        found = _with(known.examples[number], known.references[number])
-        if known.swapped is not None:
-            found.swapped = _with(known.swapped[number], known.swapped_references[number])
-        return found
-
-
-def _with(example: Example, reference: float) -> KnownExample:
-    return KnownExample(example.input_ids, example.labels, example.desired, reference)
+    def _example(self, number: int) -> KnownExample:
+        own, swapped = self.examples[number], self.swapped
+        other = swapped._example(number) if swapped is not None else None
+        return KnownExample(own.input_ids, own.labels, own.desired, self.references[number], other)
 
 
 def collate_answers(rows: Sequence[list[Example]], *, drifts: bool = False) -> dict[str, Any]:
@@ -150,9 +127,9 @@ def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, f
     numbers = [size * (place % count) + n for place in places for n in range(size)]
     real = sum(place < count for place in places)
     drift = None
-    if known.swapped is not None:
-        losses = record_losses(model, [known.swapped[n] for n in numbers])
-        gaps = [-loss - known.swapped_references[n] for loss, n in zip(losses, numbers, strict=True)]
+    if (swapped := known.swapped) is not None:
+        losses = record_losses(model, [swapped.examples[n] for n in numbers])
+        gaps = [-loss - swapped.references[n] for loss, n in zip(losses, numbers, strict=True)]
         total = float(numbers_of_each([math.fsum(gaps[:real])], device).sum())
         drift = torch.tensor(max(total / count, 0.0))
     examples = [known.examples[n] for n in numbers]

@@ -68,7 +68,8 @@ class ReferenceModel:
             mismatched = MismatchedAnswers(examples, max_length)
             place = self._place(encoded, f"swapped, {max_length}", bfloat16)
             first = self._compute(mismatched[: min(_LOOKED_AT, len(mismatched))])
-            return KnownAnswers(examples, given, mismatched, self._log_probabilities(mismatched, place, first))
+            swapped = KnownAnswers(mismatched, self._log_probabilities(mismatched, place, first))
+            return KnownAnswers(examples, given, swapped)
 
     def changes(self, examples: Sequence[Example]) -> dict[bool, float]:
         """By how much (nats) the first answers became likelier, on average: those desired, and those to be avoided."""

@@ -36,7 +36,6 @@ from stackctl.engine.training.distributed import WholeSteps, like, numbers_of_ea
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import (
-    AnswerRows,
     KnownAnswers,
     Scores,
     answer_scores,
@@ -79,7 +78,8 @@ class TrainerParts:
 
     @property
     def drifts(self) -> bool:
-        return self.answers is not None and self.answers.drifts
+        """Whether there are swapped answers, by which KTO tells how far the model is from the reference."""
+        return self.answers is not None and self.answers.swapped is not None
 
 
 class StackTrainer(Trainer):
@@ -87,7 +87,7 @@ class StackTrainer(Trainer):
 
     def __init__(self, model: PeftModel, arguments: TrainingArguments, corpus: Corpus, parts: TrainerParts) -> None:
         several = ranks.world_size() > 1
-        rows = AnswerRows(corpus.rows, parts.answers) if parts.answers else corpus.rows
+        rows = corpus.rows.of(parts.answers) if parts.answers else corpus.rows
         train = [*rows, []] if several else rows  # the last one fills up a step
         super().__init__(
             model=model,
