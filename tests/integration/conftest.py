@@ -22,7 +22,7 @@ def forget_targets() -> Callable[[], None]:
 
     def forget() -> None:
         if targets := sys.modules.get("stackctl.engine.training.targets"):
-            targets._found.cache_clear()
+            targets._FOUND.clear()
 
     forget()
     return forget
