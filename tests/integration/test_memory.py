@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,9 @@ def test_more_of_everything_costs_more(base_of: Any) -> None:
     assert each.optimizer == one.optimizer // 8
     assert each.base < one.base
     assert each.loading >= one.base, "before it is sharded, the base is whole on each"
-    assert one.fits(one.total, shared=True)
-    assert not many.fits(one.total * 7, shared=True)
-    assert many.fits(one.total, shared=False)
+    assert replace(one, available=one.total, shared=True).fits
+    assert not replace(many, available=one.total * 7, shared=True).fits
+    assert replace(many, available=one.total, shared=False).fits
 
 
 def test_the_dry_run_says_what_is_needed_and_whether_it_fits(
