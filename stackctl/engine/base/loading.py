@@ -86,19 +86,16 @@ def check_keys(found: dict[str, Any], folder: Path, model: PreTrainedModel) -> N
     Raises:
         Incompatible: tensors are missing, have other shapes, or nothing in the model takes them.
     """
-    problems = []
     unexpected = _not_of_towers(set(found["unexpected_keys"]), folder, model) if found["unexpected_keys"] else set()
-    for names, what in (
-        (found["missing_keys"], "has no weights for"),
-        ({name for name, *_ in found["mismatched_keys"]}, "has weights of other shapes than its configuration for"),
-        (unexpected, "has weights that nothing in its configuration's model takes:"),
-        ({str(message) for message in found.get("error_msgs") or ()}, "cannot be converted:"),
-    ):
-        if names:
-            problems.append(f"{what} {listed(sorted(names, key=natural_order))}")
-    if problems:
+    problems = {
+        "has no weights for": found["missing_keys"],
+        "has weights of other shapes than its configuration for": {name for name, *_ in found["mismatched_keys"]},
+        "has weights that nothing in its configuration's model takes:": unexpected,
+        "cannot be converted:": {str(message) for message in found.get("error_msgs") or ()},
+    }
+    if told := [f"{what} {listed(sorted(names, key=natural_order))}" for what, names in problems.items() if names]:
         hint = "config.json and the weights are not of one model: get both again from where they came"
-        raise Incompatible(f"{folder} {', and '.join(problems)}", hint=hint)
+        raise Incompatible(f"{folder} {', and '.join(told)}", hint=hint)
 
 
 def _not_of_towers(names: set[str], folder: Path, model: PreTrainedModel) -> set[str]:

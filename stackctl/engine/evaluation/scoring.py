@@ -202,14 +202,11 @@ def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, shar
         return Score(chosen, [other.loss - one.loss for one, other in zip(chosen, rejected, strict=True)])
     for owner, part in zip(data.owners, parts, strict=True):
         by_record.setdefault(owner, []).append(part)
-    return Score([_joined(parts) for parts in by_record.values()])
-
-
-def _joined(parts: Sequence[RecordScore]) -> RecordScore:
-    """A record that became several examples is one record all the same."""
-    return RecordScore(
-        math.fsum(part.loss for part in parts), sum(part.tokens for part in parts), sum(part.correct for part in parts)
-    )
+    records = []
+    for own in by_record.values():  # a record that became several examples is one record all the same
+        losses, tokens, correct = zip(*((part.loss, part.tokens, part.correct) for part in own), strict=True)
+        records.append(RecordScore(math.fsum(losses), sum(tokens), sum(correct)))
+    return Score(records)
 
 
 def score_examples(

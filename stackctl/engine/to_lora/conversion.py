@@ -103,20 +103,15 @@ def _cannot_attach(checkpoint: Checkpoint, error: Exception) -> Incompatible:
 def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    problems = []
-    for names, what in (
-        ([n for n in wanted if n not in found], "tensors are missing"),
-        ([n for n in found if n not in wanted], "tensors that its configuration does not explain on this base"),
-        (
-            [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]],
-            "tensors that do not fit",
-        ),
-    ):
-        if names:
-            problems.append(f"{what}: {listed(sorted(names, key=natural_order))}")
-    if problems:
+    unfit = [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]]
+    problems = {
+        "tensors are missing": wanted.keys() - found.keys(),
+        "tensors that its configuration does not explain on this base": found.keys() - wanted.keys(),
+        "tensors that do not fit": unfit,
+    }
+    if told := [f"{what}: {listed(sorted(names, key=natural_order))}" for what, names in problems.items() if names]:
         raise Incompatible(
-            f"{checkpoint.path}: {'; '.join(problems)}",
+            f"{checkpoint.path}: {'; '.join(told)}",
             hint="use it on the base it was trained on (--base), or save it again there",
         )
 

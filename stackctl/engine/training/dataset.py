@@ -190,22 +190,11 @@ def preview_parts(examples: Sequence[Example], tokenizer: Any) -> list[list[Span
     What the answers of a pair share stands in the first one alone.
     """
     found = []
-    for number, example in enumerate(examples):
-        pairs = list(zip(example.input_ids, example.labels, strict=True))
-        if number:
-            first = zip(examples[0].input_ids, examples[0].labels, strict=True)
-            both = zip(first, pairs, strict=False)
-            pairs = pairs[
-                sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1] and _is_context(two[0]), both)) :
-            ]
-        found.append(
-            [
-                (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), learned)
-                for learned, run in itertools.groupby(pairs, key=lambda pair: not _is_context(pair))
-            ]
-        )
+    tokens = [list(zip(example.input_ids, example.labels, strict=True)) for example in examples]
+    for number, own in enumerate(tokens):
+        both = zip(tokens[0], own, strict=False) if number else ()
+        shared = itertools.takewhile(lambda two: two[0] == two[1] and two[0][1] == IGNORED, both)
+        runs = itertools.groupby(own[len(list(shared)) :], key=lambda pair: pair[1] != IGNORED)
+        texts = ((tokenizer.decode([token for token, _ in run], skip_special_tokens=False), how) for how, run in runs)
+        found.append(list(texts))
     return found
-
-
-def _is_context(pair: tuple[int, int]) -> bool:
-    return pair[1] == IGNORED

@@ -53,17 +53,13 @@ def check_trainable(model: PeftModel) -> int:
     Raises:
         VerificationFailed: something else is, or one of them is not.
     """
+    parts = {"lora_A": ".weight", "lora_B": ".weight", "lora_embedding_A": "", "lora_embedding_B": ""}
     wanted = {
         f"{name}.{part}.{ADAPTER}{suffix}"
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
-        for part, suffix, kind in (
-            ("lora_A", ".weight", module.lora_A),
-            ("lora_B", ".weight", module.lora_B),
-            ("lora_embedding_A", "", module.lora_embedding_A),
-            ("lora_embedding_B", "", module.lora_embedding_B),
-        )
-        if ADAPTER in kind
+        for part, suffix in parts.items()
+        if ADAPTER in getattr(module, part)
     }
     wanted |= {
         f"{name}.trainable_tokens_delta.{ADAPTER}"
