@@ -103,6 +103,7 @@ def _judged(
     What is no better than the typed sum on the records that are learned from is not in the running, so that it is no
     chance to be lucky on the others.
     """
+    from stackctl.engine.evaluation.scoring import judge, mean_loss, record_gaps
     from stackctl.engine.evaluation.significance import best_of_many_p
 
     finite = [all(math.isfinite(score.loss) for score in own) for own in scores]
