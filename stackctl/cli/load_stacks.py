@@ -11,7 +11,7 @@ import typer
 from stackctl.cli.common import Context
 from stackctl.cli.engines import Computing
 from stackctl.cli.progress import share_progress
-from stackctl.core.errors import StackctlError, gathering, raise_all
+from stackctl.core.errors import attempt_each
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
@@ -43,12 +43,7 @@ def read_data(sources: Sequence[str]) -> list[RecordSet]:
     """
     from stackctl.engine.records.read import read_records
 
-    found, problems = [], list[StackctlError]()
-    for source in sources:
-        with gathering(problems):
-            found.append(read_records(source))
-    raise_all(problems)
-    return found
+    return attempt_each(read_records, sources)
 
 
 def load_common_base(
@@ -127,13 +122,11 @@ def read_sets(
     tokenizer = load_tokenizer(base_folder(stack.base, context.registry, context.output.status))
     adopt_chat_template(tokenizer, stack.base.name, [plan])
     reader = PlainReader(stack.base, tokenizer)
-    found: list[DataSet] = []
-    problems: list[StackctlError] = []
-    for source, read in zip(sources, records, strict=True):
-        with gathering(problems):
-            found += tokenise_data(context, reader, MeasuredData([source], [read], max_length, template or {}))
-    raise_all(problems)
-    return found
+
+    def tokenised(found: tuple[str, RecordSet]) -> DataSet:
+        return tokenise_data(context, reader, MeasuredData([found[0]], [found[1]], max_length, template or {}))[0]
+
+    return attempt_each(tokenised, zip(sources, records, strict=True))
 
 
 def score_stacks(

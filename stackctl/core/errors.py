@@ -10,8 +10,9 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 _MESSAGE_WORD, _HINT_WORD = 300, 2000
 """Characters of one word, such as a path or an expression; a hint is to be typed, and so cut only when nobody would."""
 
@@ -144,6 +145,18 @@ def attempt(problems: list[StackctlError], check: Callable[..., Any], *arguments
     """What ``check`` returns; None when it fails, and then why is among ``problems``."""
     with gathering(problems):
         return check(*arguments, **options)
+
+
+def attempt_each(check: Callable[[Item], Any], items: Iterable[Item]) -> list[Any]:
+    """What ``check`` returns of each item.
+
+    Raises:
+        StackctlError: everything that is wrong with any of them, at once.
+    """
+    problems: list[StackctlError] = []
+    found = [attempt(problems, check, item) for item in items]
+    raise_all(problems)
+    return found
 
 
 def raise_all(problems: Iterable[StackctlError]) -> None:

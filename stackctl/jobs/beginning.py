@@ -114,10 +114,8 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
     grown = rank / own_rank
     alpha = job.alpha or own_alpha * (grown**0.5 if config.get("use_rslora") else grown)
     if not alpha or 0 in (config.get("alpha_pattern") or {}).values():
-        raise Incompatible(
-            f"--from {label}: its alpha is 0, with which it has no effect and learns nothing",
-            hint="begin at another adapter" if alpha else "give it one with --alpha, or begin at another adapter",
-        )
+        hint = "begin at another adapter" if alpha else "give it one with --alpha, or begin at another adapter"
+        raise Incompatible(f"--from {label}: its alpha is 0, with which it has no effect and learns nothing", hint=hint)
     rslora = bool(config.get("use_rslora")) or job.use_rslora
     return msgspec.structs.replace(job, rank=rank, alpha=alpha, use_rslora=rslora, target_modules=targets)
 

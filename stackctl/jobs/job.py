@@ -24,14 +24,13 @@ from stackctl.core.train_job import TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, find_beginning
 from stackctl.jobs.job_checks import (
-    check_evaluation,
     check_is_sum,
     check_not_on_itself,
-    check_objective,
     check_optimizer,
     check_orthogonal,
     check_precision,
     check_targets,
+    contradictions,
     data_path,
 )
 from stackctl.jobs.micro_batches import AUTO
@@ -169,11 +168,9 @@ def prepare_job(
         attempt(check_orthogonal, job, plan)
     if plan and stack:
         attempt(check_tokens, job, plan, stack.base, beginning.plan if beginning else None)
-    attempt(check_evaluation, job)
-    attempt(check_precision, job)
-    attempt(check_optimizer, job)
-    attempt(check_objective, job)
-    attempt(check_trackers, job)
+    problems += contradictions(job)
+    for check in (check_precision, check_optimizer, check_trackers):
+        attempt(check, job)
     raise_all(problems)
     assert plan is not None, "a plan that could not be made is a problem, and those were raised"
     return PreparedJob(name, job, stack, plan, data, eval_data, beginning, auto_batch, teacher)

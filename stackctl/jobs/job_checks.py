@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from stackctl.core.errors import Incompatible, Usage, did_you_mean
@@ -67,15 +68,6 @@ def check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
             )
 
 
-def check_evaluation(job: TrainJob) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
-    if given and not job.eval_data:
-        need = "needs" if len(given) == 1 else "need"
-        raise Usage(
-            f"{' and '.join(given)} {need} held-out records to evaluate on", hint="name them: --eval-data FILE.jsonl"
-        )
-
-
 _WITHOUT_SFT = {
     "sft": "--objective sft is that loss alone",
     "distil": "distil learns from a teacher, and from no answers",
@@ -85,27 +77,30 @@ _WITHOUT_SFT = {
 """Why an objective has no use for the chosen answer's own loss besides."""
 
 
-def check_objective(job: TrainJob) -> None:
+def contradictions(job: TrainJob) -> Iterator[Usage]:
+    """Settings of a job that say nothing beside its others."""
+    given = [f"--{name.replace('_', '-')}" for name in ("eval_steps", "patience") if getattr(job, name) is not None]
+    if given and not job.eval_data:
+        what = f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} held-out records to evaluate on"
+        yield Usage(what, hint="name them: --eval-data FILE.jsonl")
     if job.objective != "distil" and (job.teacher or job.system):
-        raise Usage("--teacher and --system are for --objective distil", hint="add --objective distil")
+        yield Usage("--teacher and --system are for --objective distil", hint="add --objective distil")
     if not job.prefers and job.beta is not None:
-        raise Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
+        yield Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
     if job.objective != "dpo" and job.label_smoothing:
-        raise Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
+        yield Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
     if job.sft_weight and (why := _WITHOUT_SFT.get(job.objective)):
-        raise Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
+        yield Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
     if job.prefers and job.pack:
-        raise Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
+        yield Usage("--pack joins text records, and pairs are none", hint="leave out --pack")
 
 
 def check_precision(job: TrainJob) -> None:
-    if job.dtype != "nf4":
-        return
-    if job.frozen == "fold":
-        raise Incompatible(
-            "a delta cannot be folded into weights of four bits", hint="leave out --frozen fold: the stack is kept live"
-        )
-    check_installed("bitsandbytes")
+    if job.dtype == "nf4" and job.frozen == "fold":
+        hint = "leave out --frozen fold: the stack is kept live"
+        raise Incompatible("a delta cannot be folded into weights of four bits", hint=hint)
+    if job.dtype == "nf4":
+        check_installed("bitsandbytes")
 
 
 def check_optimizer(job: TrainJob) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from stackctl.core.errors import StackctlError, Usage, raise_all
+from stackctl.core.errors import Usage, raise_all
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
@@ -78,26 +78,21 @@ def check_whole_parameters(prepared: PreparedJob) -> None:
     Raises:
         Usage: it asks for some of that; all of it at once.
     """
-    job = prepared.job
+    job, distils = prepared.job, prepared.teacher is not None
     needs = [
-        (job.orthogonal, "--orthogonal projects whole factors", "--orthogonal"),
-        (prepared.trains_tokens, "--train-tokens trains rows of a whole embedding", "--train-tokens"),
-        (job.eight_bits, "--optimizer of 8 bits needs whole factors", "--optimizer"),
-        (
-            prepared.teacher is not None,
-            "--objective distil runs a teacher beside the new adapter, both of them whole",
-            "--objective distil",
-        ),
+        (job.orthogonal, "--orthogonal", "projects whole factors"),
+        (prepared.trains_tokens, "--train-tokens", "trains rows of a whole embedding"),
+        (job.eight_bits, "--optimizer", "of 8 bits needs whole factors"),
+        (distils, "--objective distil", "runs a teacher beside the new adapter, both of them whole"),
     ]
-    problems: list[StackctlError] = [
+    raise_all(
         Usage(
-            f"{what}, and FSDP and DeepSpeed keep parts in each process",
+            f"{option} {what}, and FSDP and DeepSpeed keep parts in each process",
             hint=f"use distributed_type: MULTI_GPU, or leave out {option}",
         )
-        for asked, what, option in needs
+        for asked, option, what in needs
         if asked
-    ]
-    raise_all(problems)
+    )
 
 
 class _Fsdp(msgspec.Struct):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def find_teacher(
     Raises:
         StackctlError: everything that keeps it from being taught, at once.
     """
-    problems: list[StackctlError] = [Usage(what, hint=hint) for asked, what, hint in _unfit(job) if asked]
+    problems: list[StackctlError] = [*_unfit(job)]
     system = attempt(problems, _read_system, job.system, folder) if job.system is not None else None
     plan: StackPlan | None = None
     if job.teacher is None:
@@ -74,39 +75,29 @@ def find_teacher(
     return Teacher(stack, plan, system), msgspec.structs.replace(job, base=stack.base.name)
 
 
-def _unfit(job: TrainJob) -> list[tuple[bool, str, str]]:
+def _unfit(job: TrainJob) -> Iterator[Usage]:
     """What a job that distils cannot do besides."""
-    return [
-        (job.on not in (None, BASE), f"--on {job.on}: what is distilled stands on the bare base", "leave out --on"),
-        (
-            job.from_ is not None or job.rebase,
-            "--from and --rebase: what is distilled begins at the best pair of its rank for the teacher",
-            "leave them out",
-        ),
-        (
-            asks(job.train_tokens),
-            "--train-tokens: what is distilled is factors, and no rows of single tokens",
-            "leave it out",
-        ),
-    ]
+    if job.on not in (None, BASE):
+        yield Usage(f"--on {job.on}: what is distilled stands on the bare base", hint="leave out --on")
+    if job.from_ is not None or job.rebase:
+        what = "--from and --rebase: what is distilled begins at the best pair of its rank for the teacher"
+        yield Usage(what, hint="leave them out")
+    if asks(job.train_tokens):
+        yield Usage("--train-tokens: what is distilled is factors, and no rows of single tokens", hint="leave it out")
 
 
-def _no_lora_says(plan: StackPlan) -> list[StackctlError]:
+def _no_lora_says(plan: StackPlan) -> Iterator[Incompatible]:
     """What a teacher has that no LoRA beside the base could say."""
-    found: list[StackctlError] = []
-
-    def refuse(what: str, hint: str) -> None:
-        found.append(Incompatible(f"--teacher: {what}", hint=hint))
-
     if plan.method != SUM:
-        refuse(f"a stack composed by {plan.method} is not a sum, and only a sum is kept beside the base", "name a sum")
-    for label in dict.fromkeys(plan.members[part.member].label for part in plan.replacements):
-        refuse(f"{label} carries whole modules, which no LoRA can say", "distil a stack without it")
-    for label in dict.fromkeys(plan.members[rows.member].label for rows in plan.token_rows):
-        refuse(f"{label} carries rows of single tokens, which no LoRA can say", "distil a stack without it")
+        what = f"a stack composed by {plan.method} is not a sum, and only a sum is kept beside the base"
+        yield Incompatible(f"--teacher: {what}", hint="name a sum")
+    for kind, parts in (("whole modules", plan.replacements), ("rows of single tokens", plan.token_rows)):
+        for label in dict.fromkeys(plan.members[part.member].label for part in parts):
+            what = f"{label} carries {kind}, which no LoRA can say"
+            yield Incompatible(f"--teacher: {what}", hint="distil a stack without it")
     if experts := [name for name, module in plan.modules.items() if module.is_experts]:
-        refuse(f"it stands on experts ({experts[0]}), whose factors cannot be begun at", "distil a stack without them")
-    return found
+        what = f"it stands on experts ({experts[0]}), whose factors cannot be begun at"
+        yield Incompatible(f"--teacher: {what}", hint="distil a stack without them")
 
 
 def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stackctl.core import Say
-from stackctl.core.errors import StackctlError, Usage, attempt, did_you_mean, raise_all
+from stackctl.core.errors import Usage, attempt_each, did_you_mean
 from stackctl.core.train_job import TrainJob
 from stackctl.machine.optional_packages import check_installed
 from stackctl.registry.store import Registry
@@ -48,10 +48,7 @@ def check_trackers(job: TrainJob) -> None:
     Raises:
         Usage, Incompatible: a name is not known, or its package is not installed; all at once.
     """
-    problems: list[StackctlError] = []
-    for name in parse_trackers(job.report_to):
-        attempt(problems, check_installed, name)
-    raise_all(problems)
+    attempt_each(check_installed, parse_trackers(job.report_to))
 
 
 def log_folder(registry: Registry, name: str) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from stackctl.core.errors import Incompatible, StackctlError, Usage, VerificationFailed, gathering, raise_all
+from stackctl.core.errors import Incompatible, Usage, VerificationFailed, attempt_each
 from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
 from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
 from stackctl.plan.methods import SUM
@@ -144,13 +146,7 @@ def _resolve(registry: Registry, text: str, base: str | None, fresh: bool) -> Re
 
 def _members(registry: Registry, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:
     """The members of all terms; everything that is wrong with any of them is told at once."""
-    problems: list[StackctlError] = []
-    members: list[ResolvedMember] = []
-    for term in terms:
-        with gathering(problems):
-            members += _expand(registry, term)
-    raise_all(problems)
-    return tuple(members)
+    return tuple(itertools.chain(*attempt_each(functools.partial(_expand, registry), terms)))
 
 
 def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:
