@@ -11,13 +11,14 @@ import torch
 
 from stackctl.core.errors import Incompatible
 from stackctl.engine.generation import PrefixCache, Sampling, generate, generate_reply
-from stackctl.engine.generation.drafts import _COSTS, Drafts
+from stackctl.engine.generation.drafts import Drafts
 from stackctl.engine.generation.plain_decoder import PlainDecoder, plain_decoder
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.prompt_files import Prompt
 
 PROMPT = Prompt("one two three, one two three, one two")
 LENGTH = 100
+COSTS = {1: 0.10, 2: 0.16, 7: 0.62, 15: 1.07}
 
 
 class Passes:
@@ -85,7 +86,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_guesses_are_what_followed_and_go_round_with_a_text_that_does() -> None:
-    drafts = Drafts([1, 2, 3, 4, 9, 1, 2])
+    drafts = Drafts([1, 2, 3, 4, 9, 1, 2], COSTS)
     assert drafts.guess(3) == [3], "one at first"
     drafts.checked(1, [3, 4])
     assert drafts.guess(9) == [9, 1]
@@ -97,13 +98,14 @@ def test_guesses_are_what_followed_and_go_round_with_a_text_that_does() -> None:
     assert drafts.guess(9) == [], "5 is new"
 
 
+@pytest.mark.parametrize("costs", [COSTS, {1: 0.3, 2: 0.5, 7: 1.1, 15: 1.9}])
 @pytest.mark.parametrize("length", [30, 300, 3000])
-def test_guesses_that_are_never_right_cost_little(length: int) -> None:
-    drafts = Drafts([1, 2, 1])
+def test_guesses_that_are_never_right_cost_little(length: int, costs: dict[int, float]) -> None:
+    drafts = Drafts([1, 2, 1], costs)
     spent = 0.0
     for token in range(length):
         guesses = drafts.guess(length - token)
-        spent += _COSTS[len(guesses)] if guesses else 0
+        spent += costs[len(guesses)] if guesses else 0
         drafts.checked(len(guesses), [1000 + token if token % 2 else 1])  # after 1 always something new
     assert 0 < spent <= 0.3 + 0.02 * length
 

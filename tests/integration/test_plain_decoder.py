@@ -219,6 +219,7 @@ def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_processor", lambda: "AVX512")
     stacked = known(name)
     prompts = [Prompt("word " * (number % 7 + 1) + str(number)) for number in range(20)]
     packed, pack = [], products.pack
@@ -250,8 +251,12 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
         assert answer.stop == ("length" if len(answer.ids) == 12 else "end")
 
 
+@pytest.mark.parametrize(("processor", "most"), [("AVX512", 15), ("AVX2", 7)])
 @pytest.mark.parametrize("name", KNOWN)
-def test_an_answer_that_repeats_itself_takes_few_passes(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_repeats_itself_takes_few_passes(
+    known: Any, name: str, processor: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_processor", lambda: processor)
     stacked = known(name)
     passes = []
     step = PlainDecoder.step
@@ -267,8 +272,8 @@ def test_an_answer_that_repeats_itself_takes_few_passes(known: Any, name: str, m
     [answer] = generate(stacked, [Prompt("one two three")], Sampling(max_new_tokens=150, raw=True))
     assert list(answer.ids) == own_answer(stacked, answer.asked, 150)
     assert answer.new_tokens == 150
-    assert len(passes) < 100
-    assert max(passes) == 16
+    assert len(passes) < 110
+    assert max(passes) == most + 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "phi3", "neox", "mixtral"])
@@ -295,12 +300,12 @@ class _Count(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += not function.is_view
         return function(*args, **(kwargs or {}))
 
 
 def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) -> float:
-    """Operators from one token to the next."""
+    """Operators that compute, from one token to the next."""
     counts = []
     for tokens in (4, 4 + more):
         with _Count() as counter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,9 +21,9 @@ _READ_AT_ONCE = 4096
 class KeptRows(Protocol):
     """Keys and values of a batch, and the model that reads and goes on from them: :class:`RunningRows` of a decoder of
     ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in; ``pads``: prompts that are
-    read together are padded."""
+    read together are padded; ``draft_costs`` see :class:`Drafts`, none where a step takes one token."""
 
-    checks_drafts: bool
+    draft_costs: Mapping[int, float]
     pads: bool
 
     @property
@@ -56,7 +56,7 @@ class Batch(Generic[AnyRow]):
         self._kept, self._before = kept, before
         self._finished = finished or FinishedTexts(0)
         self._guessed: AnyRow | None = None
-        self._drafts = Drafts(())
+        self._drafts = Drafts((), {})
         self.rows: list[AnyRow] = []
 
     def join(self, rows: Sequence[AnyRow]) -> None:
@@ -94,7 +94,7 @@ class Batch(Generic[AnyRow]):
             self._kept.prepare(max(row.limit - len(row.chosen) for row in self.rows))
             self.rows = [self.rows[number] for number in self._kept.order()]
             self._before(self.rows, ())
-            if len(self.rows) == 1 and self._kept.checks_drafts:
+            if len(self.rows) == 1 and self._kept.draft_costs:
                 self._step_ahead(self.rows[0])
             else:
                 self._guessed = None
@@ -104,7 +104,7 @@ class Batch(Generic[AnyRow]):
     def _step_ahead(self, row: AnyRow) -> None:
         """The next tokens of the only row. What is guessed from is made when a row has become the only one."""
         if self._guessed is not row:
-            self._guessed, self._drafts = row, Drafts(row.ids)
+            self._guessed, self._drafts = row, Drafts(row.ids, self._kept.draft_costs)
             for token in row.chosen:
                 self._drafts.checked(0, [token])
         begun, guesses = len(row.chosen), self._drafts.guess(row.limit - len(row.chosen) - 1)
@@ -139,7 +139,7 @@ class Batch(Generic[AnyRow]):
     def release(self) -> None:
         """Nothing is about to join the empty batch: give its memory back."""
         self._kept.release()
-        self._guessed, self._drafts = None, Drafts(())
+        self._guessed, self._drafts = None, Drafts((), {})
 
     def _prefixes(self, rows: Sequence[AnyRow]) -> list[Prefix]:
         prompts = [Text(row.ids, row.weights) for row in rows]

@@ -9,13 +9,10 @@ https://github.com/apoorvumang/prompt-lookup-decoding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _SIZES = (2, 1)
 """Tokens in a row that have to have stood before, the longer first."""
-_COSTS = {1: 0.10, 2: 0.16, 7: 0.62, 15: 1.07}
-"""How many tokens are guessed at once, and how much longer a pass is that checks them, in passes over one token:
-measured, see decision 46. From one to the next when all were right, and back when fewer than half were."""
 _AT_FIRST, _FOR_EACH, _SAVED = 0.3, 0.02, 1.1
 """Passes over one token that may be spent in vain: at first, more for each token, and how many can be saved up."""
 
@@ -23,10 +20,13 @@ _AT_FIRST, _FOR_EACH, _SAVED = 0.3, 0.02, 1.1
 class Drafts:
     """What may follow a text, and how many guesses are worth their time by how many were right so far.
 
-    It is decided by counts, never by a clock, so that the same text is made in the same passes.
+    It is decided by counts, never by a clock, so that the same text is made in the same passes. ``costs``: how many
+    tokens may be guessed at once, and how much longer a pass is that checks them, in passes over one token. From one
+    number to the next when all were right, and back when fewer than half were.
     """
 
-    def __init__(self, ids: Iterable[int]) -> None:
+    def __init__(self, ids: Iterable[int], costs: Mapping[int, float]) -> None:
+        self._costs = costs
         self._ids: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}  # tokens in a row: the place behind them
         self._balance, self._level = _AT_FIRST, 0
@@ -35,7 +35,7 @@ class Drafts:
 
     def guess(self, most: int) -> list[int]:
         """Up to ``most`` tokens that may follow; none where the last one is new, or guessing has not paid."""
-        counts = [count for count, cost in list(_COSTS.items())[: self._level + 1] if cost <= self._balance]
+        counts = [count for count, cost in list(self._costs.items())[: self._level + 1] if cost <= self._balance]
         most = min([most, *counts[-1:]]) if counts else 0
         for size in _SIZES if most > 0 else ():
             if (at := self._behind.get(tuple(self._ids[-size:]))) is not None:
@@ -50,8 +50,8 @@ class Drafts:
             right += 1
         if guesses:
             change = 1 if right == guesses else -1 if right < guesses / 2 else 0
-            self._level = max(0, min(self._level + change, len(_COSTS) - 1))
-        spent = next((cost for count, cost in _COSTS.items() if count >= guesses), 0.0) if guesses else 0.0
+            self._level = max(0, min(self._level + change, len(self._costs) - 1))
+        spent = next((cost for count, cost in self._costs.items() if count >= guesses), 0.0) if guesses else 0.0
         self._balance = min(self._balance + right - spent + _FOR_EACH * (right + 1), _SAVED)
 
     def _add(self, token: int) -> None:

@@ -8,7 +8,7 @@ some models take positions from the mask, so that the newest tokens of all rows 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,7 +48,7 @@ class PaddedRows:
     """
 
     mode = torch.no_grad
-    checks_drafts = False
+    draft_costs: Mapping[int, float] = {}
     pads = True
 
     def __init__(self, model: Any) -> None:

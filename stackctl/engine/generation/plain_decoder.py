@@ -8,7 +8,7 @@ they are, so that whatever is attached to them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from stackctl.engine.base.config_numbers import longrope_lengths
 from stackctl.engine.base.own_weights import MappedModules
 from stackctl.engine.generation.mapped_weights import MappedWeights
 from stackctl.engine.generation.prefix_cache import new_cache
-from stackctl.engine.generation.products import Packing, Product, product
+from stackctl.engine.generation.products import Packing, Product, draft_costs, product
 from stackctl.engine.generation.reading import Reading
 from stackctl.engine.generation.running_rows import Attending, KeptShape, RunningRows
 from stackctl.engine.models import StackedModel
@@ -40,7 +40,7 @@ class PlainDecoder:
         self._products = [*(one for layer in self._layers for one in layer.products), self._head]
         self._packing = Packing(self._products)
         self._mapped = MappedWeights(MappedModules(folder, [*inner.layers, model.lm_head]))
-        self.checks_drafts: bool = model.dtype == torch.float32
+        self.draft_costs: Mapping[int, float] = draft_costs() if model.dtype == torch.float32 else {}
         """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
         self.groups: int = inner.layers[0].self_attn.num_key_value_groups
         heads, width = model.config.num_key_value_heads, inner.layers[0].self_attn.head_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,10 +42,10 @@ class Attending(Protocol):
 
 
 class Decoder(Protocol):
-    """What computes the rows; ``groups`` is how many heads see one key, ``checks_drafts`` whether several tokens of a
-    row may be computed in one step."""
+    """What computes the rows; ``groups`` is how many heads see one key, ``draft_costs`` what several tokens of a row in
+    one step cost, see :class:`Drafts`."""
 
-    checks_drafts: bool
+    draft_costs: Mapping[int, float]
     kept: KeptShape
 
     @property
@@ -75,7 +75,7 @@ class RunningRows:
 
     def __init__(self, decoder: Decoder, places: int) -> None:
         self._decoder, self._places = decoder, places
-        self.checks_drafts = decoder.checks_drafts
+        self.draft_costs = decoder.draft_costs
         self._lengths: list[int] = []
         self._memory = torch.empty(0, 2, 0, 0, 0, 0)  # (layers, 2, rows, heads, columns, head width)
         self._at: Tensor | None = None
