@@ -219,7 +219,6 @@ def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_processor", lambda: "AVX512")
     stacked = known(name)
     prompts = [Prompt("word " * (number % 7 + 1) + str(number)) for number in range(20)]
     packed, pack = [], products.pack

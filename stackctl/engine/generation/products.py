@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from stackctl.machine.resources import main_memory
 
-_MOST = 12
-"""Rows up to which weights are not worth packing."""
+_FEWEST, _FEWEST_AVX2, _MOST = 4, 1, 12
+"""Rows from and up to which blocks are the quicker way: below it BLAS reads the weight once as well, but with AVX2 by a
+single thread; above it packs it for more rows than that costs."""
+_DRAFT_COSTS = {1: 0.10, 2: 0.16, 7: 0.62, 15: 1.07}
+_DRAFT_COSTS_AVX2 = {1: 0.25, 2: 0.45, 7: 1.1}
+"""How much longer a pass is over so many more tokens than one, in passes over one token."""
 _BEFORE, _BEHIND = 4, 16
 """Steps of many rows, the next one among them, and those that may still come, when weights are packed for them."""
-_DRAFT_COSTS = {1: 0.10, 2: 0.16, 7: 0.62, 15: 1.07}
-_DRAFT_COSTS_AVX2 = {1: 0.3, 2: 0.5, 7: 1.1}
-"""How much longer a pass is over so many more tokens than one, in passes over one token."""
+_BLOCK = 32
 _PACKED_FOR = 32
 """Rows that a weight is packed for; it is right for any number, and measured for 13 to 64."""
 
@@ -25,13 +27,14 @@ _PACKED_FOR = 32
 class Product:
     """What a plain linear module makes of rows (rows, in): (rows, out), by the weight that it had when this was made.
 
-    BLAS copies a weight into its own order before it multiplies, which takes longer than a product with a few rows.
-    How a few rows are multiplied instead depends on the processor, see :func:`_ways`. For more rows the weight may be
-    packed once and for all, see :class:`Packing`. Hooks on the module count.
+    BLAS copies a weight into its own order before it multiplies, which takes longer than a product with a few rows;
+    small matrices it leaves as they are, so a few rows are multiplied with the weight block by block, in one batched
+    call. For more rows the weight may be packed once and for all, see :class:`Packing`. Hooks on the module count.
     """
 
     def __init__(self, module: nn.Linear) -> None:
         self._module = module
+        self._fewest = _FEWEST_AVX2 if _processor() == "AVX2" else _FEWEST
         self.packed: Tensor | None = None
         self.renew()
 
@@ -39,9 +42,7 @@ class Product:
         """Take the weight from where it lies now; its values are what they were."""
         self.weight: Tensor = self._module.weight.detach()  # (out, in)
         self._bias = None if self._module.bias is None else self._module.bias.detach()
-        self._turned = self.weight.t()
-        plain = self.weight.dtype == torch.float32 and self.weight.is_contiguous()
-        self._ways = _ways(self.weight, _processor()) if plain else {}
+        self._turned, self._blocks = self.weight.t(), _blocks(self.weight)
 
     def __call__(self, rows: Tensor) -> Tensor:
         module = self._module
@@ -56,8 +57,8 @@ class Product:
 
     def _multiply(self, rows: Tensor) -> Tensor:
         count, bias = len(rows), self._bias
-        if (way := self._ways.get(count)) is not None:
-            made = way(rows)
+        if self._blocks is not None and self._fewest <= count <= _MOST:
+            made = torch.bmm(rows.expand(len(self._blocks), -1, -1), self._blocks).transpose(0, 1).reshape(count, -1)
         elif self.packed is not None and count > _MOST:
             made = _by_packed(rows, self.packed, self.weight)
         elif bias is None:
@@ -94,8 +95,8 @@ class Packing:
 def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
     """Keep the weights in MKL's own order, too, for more than ``_MOST`` rows: as much memory again.
 
-    Nothing is done where this is not to be had (another BLAS, half precision), gains nothing (a processor without
-    AVX-512), or would take more than a quarter of the free memory.
+    Nothing is done where this is not to be had (another BLAS, half precision), or would take more than a quarter of the
+    free memory.
     """
     plain = [one for one in products if isinstance(one, Product) and one.packed is None and _is_known(one.weight)]
     if not plain or sum(one.weight.nbytes for one in plain) > main_memory().available // 4:
@@ -105,9 +106,21 @@ def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
             one.packed = torch.ops.mkl._mkl_reorder_linear_weight(one.weight, _PACKED_FOR)
 
 
+def draft_costs() -> Mapping[int, float]:
+    """What it costs a pass to check so many guesses, see :class:`~stackctl.engine.generation.drafts.Drafts`."""
+    return _DRAFT_COSTS_AVX2 if _processor() == "AVX2" else _DRAFT_COSTS
+
+
+def _processor() -> str:
+    """The vector instructions that PyTorch finds. How long products take was measured on processors with AVX-512 and on
+    one with AVX2, see decision 46."""
+    found: str = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
 def _is_known(weight: Tensor) -> bool:
     plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
-    return plain and torch.backends.mkl.is_available() and _processor() != "AVX2"
+    return plain and torch.backends.mkl.is_available()
 
 
 @functools.cache
@@ -131,65 +144,8 @@ def _by_packed(rows: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
     return made
 
 
-def draft_costs() -> Mapping[int, float]:
-    """What it costs a pass to check so many guesses, see :class:`~stackctl.engine.generation.drafts.Drafts`."""
-    return _DRAFT_COSTS_AVX2 if _processor() == "AVX2" else _DRAFT_COSTS
-
-
-def _processor() -> str:
-    """What instructions PyTorch finds, for what is quickest was measured on processors with AVX-512 and with AVX2."""
-    return torch.backends.cpu.get_cpu_capability()
-
-
-def _ways(weight: Tensor, processor: str) -> Mapping[int, Callable[[Tensor], Tensor]]:
-    """How so many rows are multiplied with a weight (out, in) most quickly, where it is not by ``torch.mm``.
-
-    With AVX2 MKL leaves one row to a single thread, and each order of the factors has a pace of its own (decision 46).
-    """
-    if processor != "AVX2":
-        return dict.fromkeys(range(4, 13), _rows_by_blocks(weight, 32)) if weight.shape[0] % 32 == 0 else {}
-    ways = dict.fromkeys(range(2, 65), _weight_by_rows(weight))
-    if weight.shape[0] % 64 == 0:
-        ways |= dict.fromkeys(range(2, 13), _blocks_by_rows(weight, 64))
-        ways[1] = _row_by_blocks(weight, 64)
-    return ways
-
-
-def _rows_by_blocks(weight: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    """Rows with each block of a weight, in one batched call: BLAS leaves small matrices as they are."""
-    blocks = weight.view(-1, size, weight.shape[1]).transpose(1, 2)  # (blocks, in, size)
-
-    def multiply(rows: Tensor) -> Tensor:
-        return torch.bmm(rows.expand(len(blocks), -1, -1), blocks).transpose(0, 1).reshape(len(rows), -1)
-
-    return multiply
-
-
-def _row_by_blocks(weight: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    """The same for a single row, whose products lie as they should: an operator less."""
-    blocks = weight.view(-1, size, weight.shape[1]).transpose(1, 2)
-
-    def multiply(row: Tensor) -> Tensor:
-        return torch.bmm(row.expand(len(blocks), -1, -1), blocks).view(1, -1)
-
-    return multiply
-
-
-def _blocks_by_rows(weight: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    """Each block of a weight with the rows: the factors in the other order."""
-    blocks = weight.view(-1, size, weight.shape[1])  # (blocks, size, in)
-
-    def multiply(rows: Tensor) -> Tensor:
-        made = torch.bmm(blocks, rows.t().expand(len(blocks), -1, -1))
-        return made.flatten(0, 1).t().contiguous()
-
-    return multiply
-
-
-def _weight_by_rows(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The whole weight with the rows, in this order."""
-
-    def multiply(rows: Tensor) -> Tensor:
-        return torch.mm(weight, rows.t()).t().contiguous()
-
-    return multiply
+def _blocks(weight: Tensor) -> Tensor | None:
+    """A weight in blocks (blocks, in, out of a block); None where it is cut into none."""
+    if weight.dtype != torch.float32 or weight.shape[0] % _BLOCK or not weight.is_contiguous():
+        return None
+    return weight.view(-1, _BLOCK, weight.shape[1]).transpose(1, 2)
