@@ -208,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._with_repo(match[1], self._lfs_batch, write=True)
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             return self._with_repo(match[1], lambda repo: self._resolve(repo, match[2], unquote(match[3])))
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/refs", path):
+            return self._with_repo(match[1], self._refs)
         if match := re.fullmatch(
             r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree|preupload|commit|tag)/([^/]+))?", path
         ):
@@ -256,6 +258,14 @@ class _Handler(BaseHTTPRequestHandler):
                 "siblings": siblings,
             }
         )
+
+    def _refs(self, repo: Repo) -> None:
+        refs = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+            for name, commit in repo.refs.items()
+            if not name.startswith("refs/")
+        ]
+        return self._json({"branches": refs, "tags": [], "converts": []})
 
     def _tree(self, repo: Repo, revision: str) -> None:
         commit = self._commit_of(repo, revision)

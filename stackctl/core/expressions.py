@@ -73,14 +73,22 @@ def cut(text: str) -> str:
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 20]}…{text[-19:]}"
 
 
-def parse_stack_name(text: str) -> str:
-    """Check the name of a stack: a name, or names joined by '+', which is what a stack without a name is called."""
+def parse_stack_name(text: str, own: str | None = None) -> str:
+    """Check the name of a stack: a name, or names joined by '+', which is what a stack without a name is called.
+
+    ``own`` is what that stack is called without a name, where it is known: the one name with a '+' that it may have.
+    """
     if "+" not in text:
         return parse_name(text, "stack name")
     if not _STACK_NAME_RE.fullmatch(text) or BASE in text.split("+"):
         raise Usage(f"'{cut(text)}' is not a valid stack name", hint="use a plain name, or names joined by '+'")
     if len(text) > _MAX_STACK_NAME:
         raise Usage(f"'{cut(text)}' is too long for the name of a stack", hint="give it a shorter one with --name")
+    if own is not None and text != own:
+        raise Usage(
+            f"'{text}' reads as an expression, and not as the one it would name",
+            hint=f"use a name without '+', or leave out --name: it is then called {own}",
+        )
     return text
 
 

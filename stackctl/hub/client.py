@@ -78,6 +78,13 @@ class Hub:
                 return None
         return self.at(info.sha, info.private) if info.sha else Snapshot(None, info.private)
 
+    def revisions(self) -> list[str]:
+        """The names of the repo's branches and tags; none where the Hub does not say."""
+        with contextlib.suppress(Exception):
+            refs = self._api.list_repo_refs(self.repo)
+            return [ref.name for ref in (*refs.branches, *refs.tags)]
+        return []
+
     def at(self, commit: str, private: bool | None = None) -> Snapshot:
         """The repo at a commit."""
         from huggingface_hub.hf_api import RepoFile

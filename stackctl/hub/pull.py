@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
-from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, attempt, raise_all
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, attempt, did_you_mean, raise_all
 from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import STACK
-from stackctl.hub.client import open_hub
+from stackctl.hub.client import Hub, open_hub
 from stackctl.hub.fetch_adapters import AdapterFetcher
 from stackctl.hub.published import MEMBERS
+from stackctl.hub.remote_files import Snapshot
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG
@@ -76,13 +77,27 @@ def pull(registry: Registry, place: RepoPlace, options: PullOptions, say: Say) -
         attempt(problems, resolve_base, registry, options.base)
     raise_all(problems)
     with open_hub(place.repo, again=options.again, writes=False, say=say, progress=options.progress) as hub:
-        seen = hub.find(place.revision)
+        seen = _look(hub, place)
         if seen is None:
             raise NotFound(
                 f"there is no repo '{place.repo}'{f' with a revision {place.revision}' if place.revision else ''}",
                 hint="check the name; for a private repo: hf auth login",
             )
         return _Pull(registry, RepoReader(hub, seen), place, options, say).run()
+
+
+def _look(hub: Hub, place: RepoPlace) -> Snapshot | None:
+    """The repo at the revision that was asked for.
+
+    Raises:
+        NotFound: the repo has no such revision; the hint names the nearest that it has.
+    """
+    try:
+        return hub.find(place.revision)
+    except NotFound as error:
+        known = hub.revisions()
+        near = did_you_mean(place.revision or "", known, error.hint or "")
+        raise NotFound(error.message, hint=near) from None
 
 
 class _Pull:
@@ -154,8 +169,8 @@ class _Pull:
         if not recipe.members:
             raise Incompatible(f"the stack in {self.hub.repo} has no members")
         try:
-            parse_stack_name(recipe.name)
             names = [parse_name(member.adapter) for member in recipe.members]
+            parse_stack_name(recipe.name, "+".join(names))
             check_method(recipe.method, recipe.options)
         except Usage as error:
             raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
@@ -164,7 +179,7 @@ class _Pull:
         missing = [m for m in recipe.members if find_digest(self.registry, m.digest) is None]
         if not all(self._holds(member) for member in missing):
             return None
-        self._check_stack_name(self.options.name or recipe.name, names)
+        self._check_stack_name(self._stack_name(recipe), names)
         for member in missing:
             check_adapter_name(self.registry, member.adapter)
         return [self._member_part(member) for member in missing]
@@ -178,13 +193,20 @@ class _Pull:
             raise self.repo.other_digest(part.folder)
         return replace(part, number=member.version, digest=member.digest)
 
+    def _stack_name(self, recipe: Stack) -> str:
+        """What the stack is called here: without a name of its own after its members, some of which may be here under
+        other names."""
+        here = [(find_digest(self.registry, m.digest), m.adapter) for m in recipe.members]
+        own = "+".join(found.adapter.name if found else name for found, name in here)
+        return parse_stack_name(self.options.name or (own if "+" in recipe.name else recipe.name), own)
+
     def _check_stack_name(self, name: str, members: list[str]) -> None:
         if name in members or ("+" not in name and self.registry.find_adapter(name) is not None):
             hint = f"name the stack: {self.options.again.having('--name', 'NAME')}"
             raise Usage(f"'{name}' is the name of an adapter", hint=hint)
 
     def _pull_stack(self, recipe: Stack, parts: list[RepoAdapter]) -> Pulled:
-        name = self.options.name or recipe.name
+        name = self._stack_name(recipe)
         restored = self.fetcher.restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
         if parts:

@@ -20,12 +20,7 @@ def check_stack_name(registry: Registry, name: str, stack: ResolvedStack) -> Non
     Raises:
         Usage: the name is an adapter's, or another expression's.
     """
-    parse_stack_name(name)
-    if "+" in name and name != stack.default_name:
-        raise Usage(
-            f"'{name}' reads as an expression, and not as the one it would name",
-            hint=f"use a name without '+', or leave out --name: it is then called {stack.default_name}",
-        )
+    parse_stack_name(name, stack.default_name)
     _check_not_adapter(registry, name)
 
 

@@ -257,6 +257,23 @@ def test_a_name_of_ones_own(run: Callable[..., Any], own_registry: Registry, hub
     run("push", "style+instruct", "me/teller", "--members", *ID)
     run("pull", "me/teller", "--name", "style", code=2)
     assert run("pull", "me/teller", "--name", "mine", "-q").out == "mine\n"
+    run("pull", "me/teller", "--name", "style+copy", code=2)
+    assert run("pull", "me/teller", "--name", "style+instruct", "-q").out == "style+instruct\n"
+
+
+def test_a_stack_without_a_name_of_its_own_is_called_after_its_members_here(
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    run("push", "style@1+instruct", "me/teller", "--members", *ID)
+    there = ("--registry", other_registry.root)
+    run("pull", "me/style", "--name", "voice", *there)
+    run("pull", "me/teller", "--name", "style+instruct", *there, code=2)
+    said = run("pull", "me/teller", *there, "--json").json
+    assert (said["stack"], said["added"]) == ("voice+instruct", ["instruct@1", "voice+instruct"])
+    repo = hub.repos["me/teller"]
+    repo.commit({**repo.files, "stack.yaml": repo.files["stack.yaml"].replace(b"style+instruct", b"tone+instruct")})
+    assert "reads as an expression" in run("pull", "me/teller", *there, "--json", code=4).json["error"]["message"]
 
 
 # -- what it stands on ----------------------------------------------------------------------------------------------
@@ -535,6 +552,9 @@ def test_no_such_repo_or_revision_is_exit_3(
     run("push", "style@1", "me/style", *ID)
     run("pull", "me/nobody", code=3)
     run("pull", "me/style@v9", code=3)
+    assert "did you mean 'main'?" in run("pull", "me/style@mian", "--json", code=3).json["error"]["hint"]
+    hub.fail("refs", status=503)
+    assert "tree/main" in run("pull", "me/style@mian", "--json", code=3).json["error"]["hint"]
     run("pull", "me/style@", code=2)
     run("pull", "nonsense", code=2)
     hub.repos["me/style"].private = True
