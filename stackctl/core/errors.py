@@ -208,5 +208,5 @@ def explain_oserror(error: OSError) -> Failed:
         errno.EROFS: "the file system is read-only: choose another place with --registry or --out",
         errno.ENAMETOOLONG: "choose a shorter path",
     }
-    reason = error.strerror or type(error).__name__
+    reason = error.strerror or first_line(error)
     return Failed(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hints.get(error.errno or 0))

@@ -6,7 +6,9 @@ by ``benchmarks/llama_cpp_client.py``.
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import MethodOptions
 from stackctl.engine.base.entry import make_base
+from stackctl.engine.export import gguf as gguf_export
 from stackctl.engine.export import gguf_layout
 from stackctl.engine.export.gguf import export_gguf
 from stackctl.lora.checkpoint import read_checkpoint
@@ -417,16 +420,35 @@ def test_what_is_read_back_is_compared(tiny_registry: Any, monkeypatch: Any, fau
             lambda self, name, *rest: add(self, name.replace("attn_v", "ffn_up"), *rest),
         )
     else:
-        write = gguf.GGUFWriter.write_tensor_data
+        write = gguf_export._write_values
 
-        def spoil(self: Any, tensor: np.ndarray) -> None:
+        def spoil(writer: Any, tensor: np.ndarray) -> None:
             tensor = tensor.copy()
             if tensor.shape == (4, 32):
                 tensor[0 if fault == "a value" else 3, 5] += 0.25
-            write(self, tensor)
+            write(writer, tensor)
 
-        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", spoil)
+        monkeypatch.setattr(gguf_export, "_write_values", spoil)
     refused(h, plan, "not what was planned", kind=VerificationFailed, dtype=dtype)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 5000])
+def test_a_file_that_cannot_be_written_to_its_end_is_told_by_the_system(
+    tiny_registry: Any, tmp_path: Path, missing: int
+) -> None:
+    h = tiny_registry()
+    plan = h.plan(h.adapter("style", 1))
+    export_gguf(plan, h.base, tmp_path / "whole")
+    [whole] = (tmp_path / "whole").iterdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size - missing, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            export_gguf(plan, h.base, tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert not [path for path in tmp_path.iterdir() if "cut" in path.name]
 
 
 def test_a_folder_that_is_taken_stays_as_it_is(tiny_registry: Any, tmp_path: Path) -> None:

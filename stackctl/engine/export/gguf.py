@@ -138,10 +138,20 @@ def _write(
             worst = max(worst, error)
             written[target.name] = a.shape[0], (_digest(a.numpy()), _digest(b.numpy()))
             for factor in lay_out(a, b, target, rank):
-                writer.write_tensor_data(factor.numpy())
+                _write_values(writer, factor.contiguous().numpy())
     finally:
         writer.close()
     return worst, written
+
+
+def _write_values(writer: Any, values: Any) -> None:
+    """As ``GGUFWriter.write_tensor_data`` does, by Python's own file: the ``tofile`` of numpy drops the error of its
+    last flush, so that a full disk leaves a short file.
+    """
+    [file] = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(values.data)
+    writer.write_padding(file, values.nbytes)
 
 
 def _write_header(
