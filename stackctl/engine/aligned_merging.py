@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stackctl.engine.algebra import Factors, Pair, elect_and_average, keep_largest, one_thread
 
@@ -60,10 +61,7 @@ def _pair(left: Tensor, core: Tensor, right: Tensor, rank: int) -> Pair:
     root = sigma[:rank].sqrt()
     a, b = root[:, None] * (vh[:rank] @ right), (left @ u[:, :rank]) * root
     missing = rank - len(root)
-    return (
-        torch.nn.functional.pad(a, (0, 0, 0, missing)).float(),
-        torch.nn.functional.pad(b, (0, missing)).float(),
-    )
+    return functional.pad(a, (0, 0, 0, missing)).float(), functional.pad(b, (0, missing)).float()
 
 
 def _support(sigma: Tensor) -> Tensor:

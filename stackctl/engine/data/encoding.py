@@ -36,10 +36,8 @@ def encode(
         Usage: the chat template refuses a conversation, or nothing is left to learn.
     """
     encoded = Encoded([], owners=[])
-    examples: list[Example] = []
-    for some in encode_pieces(records, tokenizer, encoded, options, reading):
-        examples += some
-    encoded.examples = examples
+    pieces = encode_pieces(records, tokenizer, encoded, options, reading)
+    encoded.examples = list(itertools.chain.from_iterable(pieces))
     return encoded
 
 

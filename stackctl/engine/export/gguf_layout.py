@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stackctl.core.errors import Incompatible, listed
 from stackctl.plan.lint import GgufArchitecture
@@ -79,9 +80,8 @@ def config_count(config: Mapping[str, Any], *keys: str) -> int:
 
 def lay_out(a: Tensor, b: Tensor, target: GgufTarget, rank: int) -> tuple[Tensor, Tensor]:
     """A pair as llama.cpp wants it: padded with zeros to ``rank``, rows of B in its order, an embedding's A upright."""
-    if missing := rank - a.shape[0]:
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    missing = rank - a.shape[0]
+    a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     if target.heads:
         b = b[_rows(b.shape[0], target.heads)]
     return (a.T if target.module.type == "Embedding" else a).contiguous(), b.contiguous()

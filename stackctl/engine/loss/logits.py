@@ -82,16 +82,11 @@ def _takes_positions(inner: nn.Module) -> bool:
 
 def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """What a model's forward is given for a row of records."""
-    arguments: dict[str, Any] = {
-        "input_ids": inputs["input_ids"],
-        "position_ids": inputs["position_ids"],
-        "use_cache": False,
-        "return_dict": True,
-    }
+    arguments: dict[str, Any] = {"input_ids": inputs["input_ids"], "use_cache": False, "return_dict": True}
     # A record alone in its row has the positions that the model gives it: not all of them count from 0.
     accepted, starts = inspect.signature(inner.forward).parameters, starts_of(inputs["position_ids"])
-    if "position_ids" not in accepted or len(starts) <= 2:
-        del arguments["position_ids"]
+    if "position_ids" in accepted and len(starts) > 2:
+        arguments["position_ids"] = inputs["position_ids"]
     if inner.config._attn_implementation in OWN:
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
     return arguments
