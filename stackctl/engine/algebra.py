@@ -62,11 +62,10 @@ def concatenate(factors: Sequence[Factors]) -> Pair:
 
 def delta(factors: Sequence[Factors], dtype: torch.dtype = torch.float32) -> Tensor:
     """Σ sᵢ Bᵢ Aᵢ, shape (out, in), computed in ``dtype``."""
-    total: Tensor | None = None
-    for A, B, s in factors:
-        product = (B.to(dtype) @ A.to(dtype)) * s
-        total = product if total is None else total.add_(product)
-    assert total is not None, "a module plan has at least one factor"
+    products = ((B.to(dtype) @ A.to(dtype)) * s for A, B, s in factors)
+    total = next(products)  # a module plan has at least one factor
+    for product in products:
+        total.add_(product)
     return total
 
 
