@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SERVER = multiprocessing.get_context("forkserver")
-LOADED = ("stackctl.engine.training", "stackctl.engine.serving.batching", "stackctl.serving.app")
+LOADED = ("stackctl.engine.training.run", "stackctl.engine.serving.batching", "stackctl.serving.app")
 SERVER.set_forkserver_preload(list(LOADED))
 
 

@@ -26,7 +26,7 @@ from stackctl.render.output import Result
 from stackctl.render.terminal import counted
 
 if TYPE_CHECKING:
-    from stackctl.engine.training import StepPlan
+    from stackctl.engine.training.memory import StepPlan
 
 _LARGEST_LOSS = 20.0
 """Above it (nats) perplexity is a number that says nothing."""
@@ -45,7 +45,9 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
     from stackctl.engine.models import quiet_libraries
-    from stackctl.engine.training import check_kernels, read_corpus, targets_of
+    from stackctl.engine.training.dataset import read_corpus
+    from stackctl.engine.training.optimizers import check_kernels
+    from stackctl.engine.training.targets import targets_of
 
     quiet_libraries()
     check_kernels(prepared.job.optimizer)
@@ -61,7 +63,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
 
 def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     """Check a job down to its tokens, and say what would be trained; nothing is written."""
-    from stackctl.engine.training import preview_parts
+    from stackctl.engine.training.dataset import preview_parts
 
     launch = plan_launch(prepared)
     corpus, tokenizer, targets = _check_data(context, prepared)
@@ -123,7 +125,7 @@ def _check_before_launch(context: Context, prepared: PreparedJob, launch: Launch
 def _plan_step(
     prepared: PreparedJob, corpus: Any, targets: Any, launch: Launch | None, kept: StepCut | None = None
 ) -> StepPlan:
-    from stackctl.engine.training import ProcessGroup, plan_step
+    from stackctl.engine.training.memory import ProcessGroup, plan_step
 
     group = ProcessGroup(ranks.world_size())
     if launch:
@@ -158,7 +160,8 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     ):
         if launch:
             return launch_training(launch, prepared, context.registry.root, context.output, progress)
-        from stackctl.engine.training import RunOutput, train_adapter
+        from stackctl.engine.training.run import train_adapter
+        from stackctl.engine.training.state import RunOutput
 
         output = RunOutput(context.output.status, progress, reading, typed_again(), comparing)
         done = train_adapter(prepared, context.registry, output, resume=resume)
