@@ -80,7 +80,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> InstalledCommand:
 @pytest.fixture(scope="session")
 def trained(cli: InstalledCommand) -> InstalledCommand:
     """style trained for a few steps, instruct on it, and both composed as ``storyteller``."""
-    quick = ("--max-steps", "3", "--batch-size", "2", "--learning-rate", "2e-3", "--max-length", "96")
+    quick = ("--max-steps", "2", "--batch-size", "1", "--learning-rate", "4e-3", "--max-length", "96")
     cli("train", "style", "--data", EXAMPLES / "style.jsonl", *quick)
     cli("train", "instruct", "--on", "style", "--data", EXAMPLES / "instruct.jsonl", *quick)
     cli("compose", "style+instruct", "--name", "storyteller")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def some_records(source: Path, target: Path, count: int = 3) -> Path:
+def some_records(source: Path, target: Path, count: int = 2) -> Path:
     """The first records of an example file."""
     with source.open(encoding="utf-8") as lines:
         target.write_text("".join(islice(lines, count)), encoding="utf-8")
@@ -37,7 +37,7 @@ def test_training_registered_what_it_says(trained):
     assert listed["runs"] == []
     instruct = trained.json("inspect", "instruct")
     assert instruct["needs"] == ["style@1"]
-    assert instruct["run"]["steps"] == 3
+    assert instruct["run"]["steps"] == 2
     assert instruct["problems"] == []
     assert trained.json("verify")["problems"] == []
 
@@ -149,7 +149,7 @@ def test_eval_equals_raw_peft_with_both_adapters_live(trained, oracle, evaluated
             with oracle.disable_adapter():
                 loss, tokens = mean_loss(oracle, examples)
         assert row["tokens"] == tokens
-        assert row["records"] == 3
+        assert row["records"] == 2
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
         print(f"{row['stack']} on {name}: differs by {abs(row['loss'] / loss - 1):.1e}")
     assert len({round(row["loss"], 4) for row in rows}) == len(LIVE)
@@ -186,8 +186,8 @@ def test_a_recipe_in_chinese_is_built_and_then_up_to_date(trained):
         f"""\
 base: smollm2
 train:
-  instruct-zh: {{on: style-zh, data: {EXAMPLES / "instruct-zh.jsonl"}, max_steps: 1, batch_size: 2, max_length: 128}}
-  style-zh: {{data: {EXAMPLES / "style-zh.jsonl"}, max_steps: 1, batch_size: 2, max_length: 128}}
+  instruct-zh: {{on: style-zh, data: {EXAMPLES / "instruct-zh.jsonl"}, max_steps: 1, batch_size: 1, max_length: 128}}
+  style-zh: {{data: {EXAMPLES / "style-zh.jsonl"}, max_steps: 1, batch_size: 1, max_length: 128}}
 stacks: {{storyteller-zh: style-zh+instruct-zh}}
 """
     )
@@ -226,7 +226,7 @@ STACKS = ["base", "style", "storyteller", "style:0.5+instruct", "style:-0.5+inst
 def test_five_expressions_at_once_stream_what_generate_writes(trained, monkeypatch):
     """OpenAI's own client gets the texts of ``compare``, which are those of ``generate``."""
     asked = "Tell me about the sea."
-    told = trained.json("compare", *STACKS, "-p", asked, "--max-new-tokens", 24)["results"]
+    told = trained.json("compare", *STACKS, "-p", asked, "--max-new-tokens", 16)["results"]
     known = {found["stack"]: found["text"] for found in told}
     assert list(known) == STACKS
     assert len(set(known.values())) > 2
@@ -236,7 +236,7 @@ def test_five_expressions_at_once_stream_what_generate_writes(trained, monkeypat
 
         def streamed(name):
             chunks = client.chat.completions.create(
-                model=name, messages=[{"role": "user", "content": asked}], max_tokens=24, stream=True
+                model=name, messages=[{"role": "user", "content": asked}], max_tokens=16, stream=True
             )
             return name, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
