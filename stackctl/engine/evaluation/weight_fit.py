@@ -32,6 +32,8 @@ _BOUND = 3.0
 """No weight gets larger than this, or than twice the one it began with."""
 _ROUND = 12
 """Steps after which the information is looked at again."""
+_LOOKS = 3
+"""Looks at the data that a step may take, on average; where the loss is rugged one takes a dozen."""
 _RIDGE = 1e-4
 """Of the mean information of a weight: what is known of every one."""
 _FLAT = 1e-6
@@ -140,20 +142,20 @@ def fit_weights(
     """
     stacked.restore()
     stacked.model.eval()
-    learned, taken = _Learned(weighted.start()), 0
+    learned, taken, looks = _Learned(weighted.start()), 0, 0
 
     def told(step: int) -> None:
         progress(taken + step)
 
     with Scoring(stacked, sets).sharing() as sharing, attached(stacked.model, weighted, learned), torch.enable_grad():
-        while taken < steps:
+        while taken < steps and looks < _LOOKS * steps:
             if taken:  # far from the best, what the information tells of the way there misleads
                 learned.whiten(_gradients(stacked, sets, learned.parameter))
-            most = min(_ROUND, steps - taken)
-            made = _descend(stacked, sets, learned.parameter, most, sharing, told)
-            taken += made
-            if made < most:
-                break
+            most, left = min(_ROUND, steps - taken), _LOOKS * steps - looks
+            made, looked = _descend(stacked, sets, learned.parameter, (most, left), sharing, told)
+            taken, looks = taken + made, looks + looked
+            if made < most and looked < left:
+                break  # the loss is as small as it gets
     found = [round(value, _DIGITS) + 0.0 for value in learned().tolist()]
     return Fitted(dict(zip(weighted.groups, found, strict=True)), taken)
 
@@ -162,13 +164,15 @@ def _descend(
     stacked: StackedModel,
     sets: Sequence[DataSet],
     parameter: nn.Parameter,
-    steps: int,
+    most: tuple[int, int],
     sharing: bool,
     progress: Callable[[int], None],
-) -> int:
-    """Steps of L-BFGS, and how many they were: fewer where the loss is as small as it gets."""
+) -> tuple[int, int]:
+    """At ``most`` so many steps of L-BFGS and looks at the data; returns how many they were: fewer of both where the
+    loss is as small as it gets."""
+    steps, looks = most
     optimizer = torch.optim.LBFGS(
-        [parameter], max_iter=steps, max_eval=3 * steps, line_search_fn="strong_wolfe",
+        [parameter], max_iter=steps, max_eval=looks, line_search_fn="strong_wolfe",
         tolerance_grad=_FLAT, tolerance_change=_SAME,
     )  # fmt: skip
 
@@ -181,7 +185,8 @@ def _descend(
         return torch.tensor(loss, dtype=torch.float64)
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return int(optimizer.state[parameter]["n_iter"])
+    state = optimizer.state[parameter]
+    return int(state["n_iter"]), int(state["func_evals"])
 
 
 def _gradients(stacked: StackedModel, sets: Sequence[DataSet], parameter: nn.Parameter) -> Tensor:
