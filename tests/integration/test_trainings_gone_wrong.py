@@ -33,7 +33,7 @@ def _run(steps: int, rate: float) -> list[object]:
 
 
 def test_an_absurd_rate_is_told(run: Callable[..., Any], learned: Path, tmp_path: Path) -> None:
-    ran = run("train", "boom", "--on", "good", "--data", "text.jsonl", *_run(12, 1), "--json")
+    ran = run("train", "boom", "--on", "good", "--data", "text.jsonl", *_run(6, 1), "--json")
     (problem,) = ran.json["problems"]
     assert problem["code"] in ("loss_rose", "uniform_guess")
     assert problem["severity"] == "warning"
@@ -49,7 +49,7 @@ def test_an_absurd_rate_is_told(run: Callable[..., Any], learned: Path, tmp_path
     page = (tmp_path / "boom.html").read_text()
     assert "the loss went from" in page
     assert "--learning-rate 0.0002" in page
-    told = run("train", "boom", "--on", "good", "--data", "text.jsonl", *_run(12, 1))
+    told = run("train", "boom", "--on", "good", "--data", "text.jsonl", *_run(6, 1))
     assert "warning: the loss went from" in told.err
     assert "hint: first of all lower the rate" in told.err
     assert "next:" not in told.out
