@@ -153,7 +153,7 @@ def test_dropout_is_the_new_adapters_alone(tiny_registry: Any) -> None:
     h.train("plain", "--max-steps", 2, on="style")
     h.train("noisy", "--max-steps", 2, "--dropout", 0.5, on="style")
     plain, noisy = ([point["loss"] for point in h.log(name)] for name in ("plain", "noisy"))
-    # B is zero: what dropout does to A cannot show yet. Without dropout fused functions compute it, and round otherwise.
+    # B is zero: what dropout does to A cannot show yet. Without dropout fused functions round in another way.
     assert plain[0] == pytest.approx(noisy[0], rel=1e-6)
     assert plain[1] != pytest.approx(noisy[1], rel=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from stackctl.core.errors import Incompatible
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_utf8 = codecs.getincrementaldecoder("utf-8")
 Scored = tuple[int, float]
 _LEAST = -9999.0
 """What OpenAI's API says of a token without any probability: JSON has no infinity."""
@@ -42,18 +40,31 @@ class TokenLogprob:
 
 def laid_out(tokens: Sequence[TokenLogprob], start: int) -> list[TokenLogprob]:
     """Tokens with their places in a text from ``start`` on; a part of a character begins where the character does."""
-    found, count, text = [], start, _utf8("replace")
+    places = _characters_of(b"".join(one.content for one in tokens if not one.is_special))
+    found, at = [], 0
     for one in tokens:
-        begun, _ = text.getstate()
-        begin = count
-        if begun and not one.is_special:
-            try:
-                _utf8("strict").decode(begun + one.content[:1])
-            except UnicodeDecodeError:  # what has begun stays broken, and is a character by itself
-                begin += 1
-        found.append(replace(one, begin=begin))
-        count += 0 if one.is_special else len(text.decode(one.content))
+        found.append(replace(one, begin=start + places[at]))
+        at += 0 if one.is_special else len(one.content)
     return found
+
+
+def _characters_of(text: bytes) -> list[int]:
+    """For each byte of a text, and for its end, the number of the character that it belongs to.
+
+    What is no UTF-8 becomes characters as in ``text.decode(errors="replace")``; an incremental decoder would hold back
+    some of it that can be nothing else (ED A1).
+    """
+    numbers: list[int] = []
+    count = at = 0
+    while at < len(text):
+        try:
+            right, wrong = text[at:].decode(), 0
+        except UnicodeDecodeError as error:
+            right, wrong = text[at : at + error.start].decode(), error.end - error.start
+        sizes = [*(len(character.encode()) for character in right), *([wrong] if wrong else [])]
+        numbers += [count + number for number, size in enumerate(sizes) for _ in range(size)]
+        count, at = count + len(sizes), at + sum(sizes)
+    return [*numbers, count]
 
 
 class TokenBytes:
