@@ -87,11 +87,14 @@ def register(app: typer.Typer) -> None:
         check_digests(registry, stack.members)
         report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
         digests = report.pop("digests", {})
-        paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
-        hashes = [(digests.get(path.name) or sha256_file(path)).removeprefix("sha256:") for path in paths]
         written: list[dict[str, Any]] = [
-            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(paths, hashes, strict=True)
+            {
+                "path": str(path.relative_to(out)),
+                "bytes": path.stat().st_size,
+                "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
+            }
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
         ]
         size = human_bytes(sum(file["bytes"] for file in written))
         data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}

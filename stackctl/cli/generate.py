@@ -142,9 +142,10 @@ def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | 
         for answer in answers:
             document = answer_json(name, answer, stacked)
             if to is not None:
-                lines = to.suffix.lower() == ".jsonl"
-                line = json_line({"schema": JSON_SCHEMA, **document}) + "\n"
-                written.append(line if lines else _text(answer, titled=len(asked) > 1))
+                if to.suffix.lower() == ".jsonl":
+                    written.append(json_line({"schema": JSON_SCHEMA, **document}) + "\n")
+                else:
+                    written.append(_text(answer, titled=len(asked) > 1))
             if output.json_mode:
                 output.line_json(document)
             elif to is None:

@@ -137,7 +137,7 @@ def _option(field: msgspec.structs.FieldInfo, without: Collection[str]) -> Any:
     option = typer.Option(
         *names,
         help=about,
-        show_default=f"{default:g}" if isinstance(default, float) else str(default) if default is not None else False,
+        show_default=False if default is None else f"{default:g}" if isinstance(default, float) else str(default),
         autocompletion=_COMPLETIONS.get(name),
         rich_help_panel=_GROUP_OF.get(name, _TRAINING),
         parser=typed_text if name in _TEXTS else None,

@@ -87,7 +87,7 @@ def parse_stack_name(text: str, own: str | None = None) -> str:
     if own is not None and text != own:
         raise Usage(
             f"'{text}' reads as an expression, and not as the one it would name",
-            hint=f"use a name without '+', or leave out --name: it is then called {own}",
+            hint=f"use a name without '+'; without a name of its own it is called {own}",
         )
     return text
 

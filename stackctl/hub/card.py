@@ -71,30 +71,27 @@ def render_card(card: Card) -> str:
     method = None if card.method == SUM else card.method
     terms = [(below.adapter, below.weight) for below in card.foundations]
     terms += [(member.adapter.name, member.weight) for member in card.members]
-    return (
-        templates(_TEMPLATES, escapes=False)
-        .get_template("card.md")
-        .render(  # Markdown, which the Hub makes safe
-            card=card,
-            about=None if method is None else METHODS[method].about,
-            newest=card.members[0],
-            metadata=_metadata(card),
-            base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
-            names=" and ".join(f"**{member}**" for member in card.members),
-            folder=MEMBERS,
-            python_name=_python_name,
-            format_weight=format_weight,
-            diagram=_diagram(card),
-            training=[row for member in card.members if (row := _training_row(member))],
-            evaluation=[row for member in card.members if (row := _evaluation_row(member))],
-            preferences=[row for member in card.members if (row := _preference_row(member))],
-            picture=PICTURE,
-            pulls=[*dict.fromkeys(f.repo for f in card.foundations if f.repo), card.repo],
-            expression=_expression(card),
-            file_name=card.name.replace("+", "-"),
-            vllm_rank=vllm_max_rank(card.rank) or card.rank,
-            formula=format_sum(terms, method),
-        )
+    template = templates(_TEMPLATES, escapes=False).get_template("card.md")  # Markdown, which the Hub makes safe
+    return template.render(
+        card=card,
+        about=None if method is None else METHODS[method].about,
+        newest=card.members[0],
+        metadata=_metadata(card),
+        base_link=f"[{card.base_id}](https://huggingface.co/{card.base_id})",
+        names=" and ".join(f"**{member}**" for member in card.members),
+        folder=MEMBERS,
+        python_name=_python_name,
+        format_weight=format_weight,
+        diagram=_diagram(card),
+        training=[row for member in card.members if (row := _training_row(member))],
+        evaluation=[row for member in card.members if (row := _evaluation_row(member))],
+        preferences=[row for member in card.members if (row := _preference_row(member))],
+        picture=PICTURE,
+        pulls=[*dict.fromkeys(f.repo for f in card.foundations if f.repo), card.repo],
+        expression=_expression(card),
+        file_name=card.name.replace("+", "-"),
+        vllm_rank=vllm_max_rank(card.rank) or card.rank,
+        formula=format_sum(terms, method),
     )
 
 

@@ -113,9 +113,9 @@ class _Pull:
             self.registry.sweep()
         recipe = None if self.asked.folder else self.repo.read(STACK, Stack)
         if recipe is not None:
-            parts = self._member_parts(recipe)
-            if parts is not None:
-                return self._pull_stack(recipe, parts)
+            found = self._member_parts(recipe)
+            if found is not None:
+                return self._pull_stack(recipe, *found)
             self.say(f"{self.hub.repo} has the stack '{recipe.name}' as one adapter, without its members")
         return self._pull_adapter(recipe)
 
@@ -164,8 +164,9 @@ class _Pull:
 
     # -- a stack ----------------------------------------------------------------------------------------------------
 
-    def _member_parts(self, recipe: Stack) -> list[RepoAdapter] | None:
-        """The members of a recipe that are not registered here; None when some are neither here nor in the repo."""
+    def _member_parts(self, recipe: Stack) -> tuple[str, list[RepoAdapter]] | None:
+        """What a recipe's stack is called here, and its members that are not registered here; None when some are
+        neither here nor in the repo."""
         if not recipe.members:
             raise Incompatible(f"the stack in {self.hub.repo} has no members")
         try:
@@ -176,13 +177,17 @@ class _Pull:
             raise Incompatible(f"{STACK} of {self.hub.repo}: {error.message}", hint=error.hint) from None
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise Incompatible(f"{STACK} of {self.hub.repo} has {', '.join(twice)} twice", hint="ask for a new push")
-        missing = [m for m in recipe.members if find_digest(self.registry, m.digest) is None]
+        here = [find_digest(self.registry, member.digest) for member in recipe.members]
+        missing = [member for member, found in zip(recipe.members, here, strict=True) if found is None]
         if not all(self._holds(member) for member in missing):
             return None
-        self._check_stack_name(self._stack_name(recipe), names)
+        # Without a name of its own it is called after its members, some of which may be here under other names.
+        own = "+".join(found.adapter.name if found else name for found, name in zip(here, names, strict=True))
+        name = parse_stack_name(self.options.name or (own if "+" in recipe.name else recipe.name), own)
+        self._check_stack_name(name, names)
         for member in missing:
             check_adapter_name(self.registry, member.adapter)
-        return [self._member_part(member) for member in missing]
+        return name, [self._member_part(member) for member in missing]
 
     def _holds(self, member: Member) -> bool:
         return f"{MEMBERS}/{member.adapter}/{CONFIG}" in self.repo.seen.files
@@ -193,20 +198,12 @@ class _Pull:
             raise self.repo.other_digest(part.folder)
         return replace(part, number=member.version, digest=member.digest)
 
-    def _stack_name(self, recipe: Stack) -> str:
-        """What the stack is called here: without a name of its own after its members, some of which may be here under
-        other names."""
-        here = [(find_digest(self.registry, m.digest), m.adapter) for m in recipe.members]
-        own = "+".join(found.adapter.name if found else name for found, name in here)
-        return parse_stack_name(self.options.name or (own if "+" in recipe.name else recipe.name), own)
-
     def _check_stack_name(self, name: str, members: list[str]) -> None:
         if name in members or ("+" not in name and self.registry.find_adapter(name) is not None):
             hint = f"name the stack: {self.options.again.having('--name', 'NAME')}"
             raise Usage(f"'{name}' is the name of an adapter", hint=hint)
 
-    def _pull_stack(self, recipe: Stack, parts: list[RepoAdapter]) -> Pulled:
-        name = self._stack_name(recipe)
+    def _pull_stack(self, recipe: Stack, name: str, parts: list[RepoAdapter]) -> Pulled:
         restored = self.fetcher.restore(self._damaged_members(recipe))
         brought: list[ResolvedMember] = []
         if parts:

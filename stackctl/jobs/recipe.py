@@ -77,10 +77,7 @@ def read_recipe(path: Path) -> RecipeFile:
 
 def _check_stack_name(name: str, expression: str) -> None:
     """A stack's name that holds a '+' is that of its expression."""
-    parse_stack_name(name)
-    names = "+".join(term.reference.name for term in parse_expression(expression))
-    if "+" in name and name != names:
-        raise Usage(f"the stack '{name}' is not called what it is, {names}", hint="use a name without '+'")
+    parse_stack_name(name, "+".join(term.reference.name for term in parse_expression(expression)))
 
 
 def build_order(recipe: Recipe) -> list[str]:

@@ -250,10 +250,10 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
         assert answer.stop == ("length" if len(answer.ids) == 12 else "end")
 
 
-@pytest.mark.parametrize(("processor", "most"), [("AVX512", 15), ("AVX2", 7)])
+@pytest.mark.parametrize(("processor", "most", "passed"), [("AVX512", 15, 100), ("AVX2", 7, 110)])
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_answer_that_repeats_itself_takes_few_passes(
-    known: Any, name: str, processor: str, most: int, monkeypatch: pytest.MonkeyPatch
+    known: Any, name: str, processor: str, most: int, passed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_processor", lambda: processor)
     stacked = known(name)
@@ -271,7 +271,7 @@ def test_an_answer_that_repeats_itself_takes_few_passes(
     [answer] = generate(stacked, [Prompt("one two three")], Sampling(max_new_tokens=150, raw=True))
     assert list(answer.ids) == own_answer(stacked, answer.asked, 150)
     assert answer.new_tokens == 150
-    assert len(passes) < 110
+    assert len(passes) < passed
     assert max(passes) == most + 1
 
 
@@ -299,12 +299,12 @@ class _Count(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not function.is_view
+        self.count += 1
         return function(*args, **(kwargs or {}))
 
 
 def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) -> float:
-    """Operators that compute, from one token to the next."""
+    """Operators from one token to the next."""
     counts = []
     for tokens in (4, 4 + more):
         with _Count() as counter:
@@ -313,13 +313,15 @@ def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) ->
     return (counts[1] - counts[0]) / more
 
 
+@pytest.mark.parametrize(("processor", "share"), [("AVX512", 0.6), ("AVX2", 0.75)])  # blocks take views
 def test_a_token_takes_half_the_operators_of_transformers_and_no_more_for_more_rows(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Any, processor: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(products, "_processor", lambda: processor)
     stacked = tiny_registry().load()
     ours = operators(stacked, [Prompt("Hi")])
     many = operators(stacked, [Prompt("Hi"), Prompt("Who?"), Prompt("A rather longer prompt.")])
     monkeypatch.setattr("stackctl.engine.generation.answering.plain_decoder", lambda _: None)
     theirs = operators(stacked, [Prompt("Hi")])
-    assert ours < 0.6 * theirs
+    assert ours < share * theirs
     assert many < 1.6 * ours, "rows of unlike length have a mask, and places of their own"

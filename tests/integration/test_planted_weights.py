@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stackctl.engine.data.examples import Example
-from stackctl.engine.evaluation.scoring import DataSet
+from stackctl.engine.evaluation.scoring import DataSet, score_examples
 from stackctl.engine.evaluation.weight_fit import fit_weights, member_weights
 from stackctl.engine.evaluation.weighted_members import read_factors
 from stackctl.plan.build import plan_stack
@@ -37,7 +37,14 @@ def test_planted_weights_come_back(tiny_registry: Any, per: Any, weights: tuple[
             logits = stacked.model(input_ids=tokens, use_cache=False).logits[:, -1]
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
     examples = [Example(row, [-100, *row[1:]]) for row in tokens.tolist()]
+
+    def loss(weights: Any) -> float:
+        members = [replace(m, **w) for m, w in zip(plan.members, member_weights(weighted, weights), strict=True)]
+        stacked.use(plan_stack(plan.base, members))
+        return sum(score.loss for score in score_examples(stacked.model, examples)) / (RECORDS * LENGTH)
+
     found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 30).weights
+    assert loss(found) < loss(planted) + 2e-3, "no other weights make what was drawn much likelier"
     for group, wanted in planted.items():
         # What is drawn differs from processor to processor; of other draws the weights are up to 2 % off.
         assert found[group] == pytest.approx(wanted, rel=0.06), found
