@@ -88,6 +88,20 @@ def test_smoothing_takes_a_share_of_pairs_the_other_way_round():
     torch.testing.assert_close(OBJECTIVES["dpo"].loss(a, Strength(0.3, 0.2)), expected)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, -3.0), (-3.0, 0.0), (-1e-6, -3.0), (-3.0, -1e-6)])
+def test_an_answer_that_is_certain_has_a_loss_and_a_gradient(objective, chosen, rejected):
+    exact = torch.tensor([chosen, rejected], dtype=torch.float64)
+    given, reference = exact.float().requires_grad_(), torch.tensor([-1.0, -2.0])
+    answers = AnswerBatch(given, torch.ones(2), reference, torch.tensor([True, False]), torch.tensor(0.0))
+    loss = OBJECTIVES[objective].loss(answers, Strength(0.3)).sum()
+    loss.backward()
+    assert torch.isfinite(torch.stack([loss, *given.grad])).all()
+    if objective == "orpo" and exact.max() < 0:
+        odds = torch.log(exact.exp() / -torch.expm1(exact))
+        assert float(loss.detach()) == pytest.approx(float(-exact[0] - 0.3 * logsigmoid(odds[0] - odds[1])), rel=1e-5)
+
+
 def test_equal_answers_count_half():
     assert ranked(torch.tensor([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
 

@@ -17,6 +17,8 @@ from torch.nn.functional import logsigmoid
 
 SIMPO_MARGIN = 0.5
 """SimPO's gamma: what the margin should be above zero (TRL's default)."""
+_CERTAIN = 2.0**-24
+"""The smallest -log p of an answer: float32 tells no p above from one, whose odds would be infinite."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def orpo(pairs: AnswerBatch, strength: Strength) -> Tensor:
     """ORPO (https://arxiv.org/abs/2403.07691, equations 6 and 7): -c/|c| - beta log s(log odds(c) - log odds(r)).
 
     log odds(x) = x/|x| - log(1 - exp(x/|x|)). Without a reference; the chosen answer's own loss is part of it.
+    An answer that is certain is taken to be as good as certain.
     """
-    odds = _gaps(pairs.means) - _gaps(torch.log1p(-torch.exp(pairs.means)))
-    return own_loss(pairs) - strength.beta * logsigmoid(odds)
+    means = pairs.means.clamp(max=-_CERTAIN)
+    return own_loss(pairs) - strength.beta * logsigmoid(_gaps(means - torch.log(-torch.expm1(means))))
 
 
 def simpo(pairs: AnswerBatch, strength: Strength) -> Tensor:
