@@ -117,9 +117,8 @@ def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
     if not stack.members:
         raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
     if plan.replacements:
-        label = plan.members[plan.replacements[0].member].label
         raise Incompatible(
-            f"{label} carries whole modules or biases, whose weight is not learned",
+            f"{plan.brought}, whose weight is not learned",
             hint="compose it without --fit or --method best",
         )
 

@@ -4,7 +4,8 @@ With QR decompositions of all factors side by side, [B₁ … Bₙ] = Q_b R_b an
 Q_b Mᵢ Q_aᵀ, and its core Mᵢ = sᵢ R_bᵢ R_aᵢᵀ has at most Σ rank rows and columns. All of it is in float64, nothing of
 the size of a delta is formed, and ranks may differ. The order of the members changes nothing, to the last bit.
 
-Directions below a millionth of the largest singular value are rounding, and count as none.
+Directions below a millionth of the largest singular value are rounding, and count as none. So do entries below a
+trillionth of their member: where one neither writes nor reads, rounding would make it agree with another or not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 from stackctl.engine.algebra import Factors, Pair, elect_and_average, keep_largest, one_thread
 
 _NEGLIGIBLE = 1e-6
+_NO_ENTRY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def _support(sigma: Tensor) -> Tensor:
     return sigma > _NEGLIGIBLE * sigma[:1]
 
 
+def _ties(aligned: Sequence[Tensor], density: float) -> Tensor:
+    """TIES of members in common bases."""
+    kept = [keep_largest(matrix, density) for matrix in aligned]
+    return elect_and_average([m * (m.abs() > _NO_ENTRY * torch.linalg.vector_norm(m)) for m in kept])
+
+
 def knots_ties(factors: Sequence[Factors], *, density: float, rank: int | None = None, **_: Any) -> Pair:
     """TIES on members aligned by KnOTS (https://arxiv.org/abs/2410.19735): [ΔW₁ … ΔWₙ] = U Σ [V₁ᵀ … Vₙᵀ], TIES of ΣVᵢᵀ.
 
@@ -81,8 +89,8 @@ def knots_ties(factors: Sequence[Factors], *, density: float, rank: int | None =
         found = _cores(factors)
         u, sigma, _ = torch.linalg.svd(torch.cat(found.cores, dim=1), full_matrices=False)
         u = u[:, _support(sigma)]
-        aligned = [keep_largest(u.T @ core @ found.rows, density) for core in found.cores]  # ΣVᵢᵀ, (directions, in)
-        q, r = torch.linalg.qr(elect_and_average(aligned).T)
+        aligned = [u.T @ core @ found.rows for core in found.cores]  # ΣVᵢᵀ, (directions, in)
+        q, r = torch.linalg.qr(_ties(aligned, density).T)
         most = min(found.r_b.shape[1], found.columns.shape[0], found.rows.shape[1])
         return _pair(found.columns @ u, r.T, q.T, min(rank or most, most))
 
@@ -142,5 +150,5 @@ def core_ties(factors: Sequence[Factors], *, density: float, rank: int | None = 
     with one_thread():
         found = _cores(factors)
         u, v = (torch.linalg.svd(stacked, full_matrices=False)[0] for stacked in (found.r_b, found.r_a))
-        merged = elect_and_average([keep_largest(u.T @ core @ v, density) for core in found.cores])
+        merged = _ties([u.T @ core @ v for core in found.cores], density)
         return found.pair(u @ merged @ v.T, rank)

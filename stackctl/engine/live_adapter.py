@@ -28,7 +28,7 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
     """Add a whole stack to a model as one live, frozen LoRA without dropout.
 
     Raises:
-        Incompatible: a member brings whole modules, which cannot be kept beside the base.
+        Incompatible: a member brings whole modules or biases, which cannot be kept beside the base.
     """
     plan.check()
     others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
@@ -60,8 +60,7 @@ def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
     if plan.method != SUM:
         raise Incompatible(f"a stack composed by {plan.method} cannot be kept live: only a sum can", hint=_HINT)
     if plan.replacements:
-        label = plan.members[plan.replacements[0].member].label
-        raise Incompatible(f"{label} carries whole modules, which cannot be kept live", hint=_HINT)
+        raise Incompatible(f"{plan.brought}, which cannot be kept live", hint=_HINT)
     own = [module.name for module in plan.modules.values() if module.is_experts]
     if left_out := [name for name in own if parameters and not is_parameter_target(parameters, name)]:
         raise Incompatible(

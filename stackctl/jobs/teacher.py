@@ -91,7 +91,10 @@ def _no_lora_says(plan: StackPlan) -> Iterator[Incompatible]:
     if plan.method != SUM:
         what = f"a stack composed by {plan.method} is not a sum, and only a sum is kept beside the base"
         yield Incompatible(f"--teacher: {what}", hint="name a sum")
-    for kind, parts in (("whole modules", plan.replacements), ("rows of single tokens", plan.token_rows)):
+    biases = [part for part in plan.replacements if part.is_bias(plan.members)]
+    whole = [part for part in plan.replacements if part not in biases]
+    kinds = {"whole modules": whole, "trained biases": biases, "rows of single tokens": plan.token_rows}
+    for kind, parts in kinds.items():
         for label in dict.fromkeys(plan.members[part.member].label for part in parts):
             what = f"{label} carries {kind}, which no LoRA can say"
             yield Incompatible(f"--teacher: {what}", hint="distil a stack without it")

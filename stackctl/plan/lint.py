@@ -213,9 +213,9 @@ def _not_plain(plan: StackPlan, target: str, program: str) -> Iterator[Problem]:
             what = f"{member.label} is DoRA, which {program} does not apply"
             yield Problem(f"{target}_dora", what, "train it again as a plain LoRA", member.label)
     for index, member in enumerate(plan.members):
-        brought = [r.parameter for r in plan.replacements if r.member == index]
-        biases = [name for name in brought if _is_bias(name, member.checkpoint.config.get("modules_to_save"))]
-        whole = sorted({name.rpartition(".")[0] for name in brought if name not in biases})
+        brought = [r for r in plan.replacements if r.member == index]
+        biases = [r for r in brought if r.is_bias(plan.members)]
+        whole = sorted({r.parameter.rpartition(".")[0] for r in brought if r not in biases})
         if whole:
             what = f"{member.label} carries whole modules ({', '.join(whole[:3])}), which {program} does not take"
             yield Problem(f"{target}_modules_to_save", what, _FULL_MODEL, member.label)
@@ -225,12 +225,6 @@ def _not_plain(plan: StackPlan, target: str, program: str) -> Iterator[Problem]:
         if modules := sorted({rows.module for rows in plan.token_rows if rows.member == index}):
             what = f"{member.label} trained rows of single tokens in {' and '.join(modules)}, and {program} takes none "
             yield Problem(f"{target}_tokens", f"{what}with a LoRA", _FULL_MODEL, member.label)
-
-
-def _is_bias(parameter: str, saved: list[str] | None) -> bool:
-    """A bias that was trained beside the LoRA, not one that belongs to a module saved whole."""
-    module, _, kind = parameter.rpartition(".")
-    return kind == "bias" and not any(f".{name}." in f".{module}." for name in saved or ())
 
 
 TARGETS: dict[str, Callable[[StackPlan, str | None], Iterator[Problem]]] = {

@@ -152,6 +152,12 @@ class Replacement:
     parameter: str
     tensor: TensorInfo
 
+    def is_bias(self, members: Sequence[PlanMember]) -> bool:
+        """Whether it is a bias that was trained beside the LoRA, not one that belongs to a module saved whole."""
+        module, _, kind = self.parameter.rpartition(".")
+        saved = members[self.member].checkpoint.config.get("modules_to_save") or ()
+        return kind == "bias" and not any(f".{name}." in f".{module}." for name in saved)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
@@ -194,6 +200,13 @@ class StackPlan:
         """The base of a stack that stands on one, as every stack does; a checkpoint by itself may not."""
         assert self.base is not None, "only a checkpoint by itself is planned without a base"
         return self.base
+
+    @property
+    def brought(self) -> str:
+        """Who brings parameters of its own (``replacements``, of which there are some), and which, in words."""
+        whole = [one for one in self.replacements if not one.is_bias(self.members)]
+        kind, first = ("whole modules", whole[0]) if whole else ("trained biases", self.replacements[0])
+        return f"{self.members[first.member].label} carries {kind}"
 
     @property
     def errors(self) -> tuple[Problem, ...]:

@@ -143,6 +143,8 @@ def test_trained_biases_in_one_member(tiny_registry: Any, name: str, bias: str) 
     assert torch.equal(h.logits(stacked, "base"), before)
     refused = h.run("generate", "style:0.5+instruct", "-p", "x", code=4)
     assert "style@1" in refused.err, "a bias has no weight"
+    for command in ("export", "style", "--out", h.folder / "out"), ("generate", "style", "--live", "-p", "x"):
+        assert "style@1 carries trained biases" in h.run(*command, code=4).err
 
 
 def test_pefts_own_sums_are_not_sums(tiny_registry: Any) -> None:

@@ -173,6 +173,16 @@ def test_members_that_write_and_read_apart_are_added_by_tsv() -> None:
     torch.testing.assert_close(merge("tsv", factors), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["knots_ties", "core_ties"])
+def test_members_that_read_apart_do_not_halve_one_another(method: str) -> None:
+    """Whatever rounding leaves of a member where it is nothing, it agrees with nobody there."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 3, 20, generator=generator), torch.randn(2, 24, 3, generator=generator)
+    A[0, :, 10:], A[1, :, :10] = 0, 0
+    factors = [(A[0], B[0], 1.0), (A[1], B[1], -0.5)]
+    torch.testing.assert_close(merge(method, factors, density=1.0), sum(deltas(factors)), rtol=0, atol=1e-5)
+
+
 def test_one_member_alone_is_itself_by_tsv() -> None:
     A, B = torch.randn(4, 12), torch.randn(15, 4)
     torch.testing.assert_close(merge("tsv", [(A, B, 0.7)]), 0.7 * (B.double() @ A.double()), rtol=0, atol=1e-5)

@@ -96,7 +96,7 @@ def _names(plan: StackPlan) -> dict[str, str]:
     if not plan.modules:
         problems.append(f"{plan.expression} adds no factors to the base")
     if plan.replacements:
-        problems.append(f"{plan.members[plan.replacements[0].member].label} carries whole modules")
+        problems.append(plan.brought)
     if plan.token_rows:
         problems.append("it trains rows of single tokens")
     if experts := [name for name, module in plan.modules.items() if module.is_experts]:

@@ -47,8 +47,7 @@ def export_peft(
         hint = "--format model" if plan.token_rows else None
         raise Incompatible(f"{plan.expression} {what} there is no adapter to write", hint=hint)
     if plan.replacements:
-        label = plan.members[plan.replacements[0].member].label
-        raise Incompatible(f"{label} carries whole modules, which a plain LoRA cannot hold", hint="--format model")
+        raise Incompatible(f"{plan.brought}, which a plain LoRA cannot hold", hint="--format model")
     peft_rows(plan)
     with atomic.staging_directory(out.parent) as staged:
         ranks = _ranks(plan)
