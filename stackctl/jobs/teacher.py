@@ -93,9 +93,13 @@ def _no_lora_says(plan: StackPlan) -> Iterator[Incompatible]:
         yield Incompatible(f"--teacher: {what}", hint="name a sum")
     biases = [part for part in plan.replacements if part.is_bias(plan.members)]
     whole = [part for part in plan.replacements if part not in biases]
-    kinds = {"whole modules": whole, "trained biases": biases, "rows of single tokens": plan.token_rows}
-    for kind, parts in kinds.items():
-        for label in dict.fromkeys(plan.members[part.member].label for part in parts):
+    kinds = {
+        "whole modules": {part.member for part in whole},
+        "trained biases": {part.member for part in biases},
+        "rows of single tokens": {part.member for part in plan.token_rows},
+    }
+    for kind, numbers in kinds.items():
+        for label in [plan.members[number].label for number in sorted(numbers)]:
             what = f"{label} carries {kind}, which no LoRA can say"
             yield Incompatible(f"--teacher: {what}", hint="distil a stack without it")
     if experts := [name for name, module in plan.modules.items() if module.is_experts]:
