@@ -192,7 +192,7 @@ def _sweep_screen(swept: Swept, said: list[str]) -> Any:
 
 def _measured(context: Context, plan: StackPlan) -> dict[str, Any]:
     """How far a method that is not the exact sum is from it; this one reads the tensors."""
-    if plan.method == SUM or not plan.modules:
+    if plan.method == SUM:
         return {}
     from stackctl.engine.merging import measure
 

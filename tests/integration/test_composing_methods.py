@@ -194,6 +194,8 @@ def test_a_method_says_how_far_it_is(style_and_instruct: Any, monkeypatch: pytes
     shares = [line.partition(": ")[2] for line in shown.splitlines() if line.startswith("merging by ties: ")]
     assert shares == [f"{done / modules:.0%}" for done in range(1, modules)]
     assert "merging" not in style_and_instruct.run("compose", "style+instruct", "--name", "t").err
+    nothing = style_and_instruct.run("compose", "style:0", "--name", "u", "--method", "ties", "--json").json
+    assert (nothing["relative_error"], nothing["worst_relative_error"], nothing["worst_module"]) == (0, 0, "")
 
 
 @pytest.mark.parametrize("method", METHODS)
