@@ -93,6 +93,21 @@ def test_byte_order_mark_crlf_blank_lines_and_u2028_are_read(tmp_path: Path) -> 
         read_records(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one,\rtwo\r\rthree\r"),
+        ("a.csv", 'text,note\r"one,\rtwo",x\rthree,\r'),
+        ("a.jsonl", '{"text": "one,\\ntwo"}\r{"text": "three"}'),
+        ("a.json", '[{"text": "one,\\ntwo"},\r {"text": "three"}]\r'),
+    ],
+)
+def test_lines_may_end_with_a_carriage_return(name: str, content: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert [record.text for record in read_records(tmp_path / name).records] == ["one,\ntwo", "three"]
+
+
 def test_a_text_file_holds_documents_separated_by_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\r\nOne,\r\ntwo.\r\n \r\n\r\n  海。\r\n".encode())

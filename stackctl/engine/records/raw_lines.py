@@ -36,7 +36,7 @@ def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[byt
     """
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
-        lines = _lines(raw, name)
+        lines = _parted(_lines(raw, name))
         for number in itertools.count(1):
             try:
                 line = next(lines, None)
@@ -69,6 +69,16 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
             where = f"byte 0x{line[error.start]:02x} on line {number}"
             raise Usage(f"{name} is not UTF-8 ({where})", hint="save it as UTF-8") from None
         yield line
+
+
+def _parted(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Of a text without any newline the lines that end with a carriage return, as spreadsheets still write for Macs."""
+    first = next(lines, b"")
+    if first.endswith(b"\n") or b"\r" not in first:
+        yield from (first,) if first else ()
+        yield from lines
+    else:
+        yield from (line + b"\n" for line in first.removesuffix(b"\r").split(b"\r"))
 
 
 def _narrowed(text: IO[str], name: str, encoding: str) -> Iterator[bytes]:
