@@ -195,7 +195,7 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         raise _wrong("messages", "a list of messages, not empty")
     messages = tuple(_message(message, f"messages[{number}]") for number, message in enumerate(value))
     if not messages[-1]["content"].strip():
-        raise _wrong(f"messages[{len(messages) - 1}].content", "a text that is not empty")
+        raise _wrong(f"messages[{len(messages) - 1}].content", "a text of more than white space")
     return messages
 
 
@@ -224,5 +224,5 @@ def _prompts(value: Any) -> tuple[str, ...]:
     if not prompts or len(prompts) > MOST_CHOICES:
         raise _wrong("prompt", f"a text, or up to {MOST_CHOICES} of them")
     if not all(_text(prompt, "prompt").strip() for prompt in prompts):
-        raise _wrong("prompt", "a text that is not empty")
+        raise _wrong("prompt", "a text of more than white space")
     return tuple(prompts)

@@ -146,6 +146,16 @@ def test_auto_folds_a_stack_that_cannot_stay_live_beside_the_new_adapter(h):
     assert whole.json["frozen"] == "live"
 
 
+def test_a_regular_expression_of_layers_means_those_layers(h):
+    """PEFT makes last names of it in some mixtures, and adapts every layer."""
+    h.train("style", "--target-modules", r".*\.1\.self_attn\.(q|o)_proj", "--max-steps", 1, records=CHAT[:2])
+    names = {name.partition(".lora_")[0] for name in load_file(h.weights("style") / "adapter_model.safetensors")}
+    assert sorted(name.partition("layers.")[2] for name in names) == ["1.self_attn.o_proj", "1.self_attn.q_proj"]
+    h.run("add", "again", h.weights("style"))
+    live = PeftModel.from_pretrained(oracle.load_plain(h.base), h.weights("style"))
+    assert sum("lora_A" in name for name, _ in live.named_parameters()) == 2
+
+
 def test_dropout_leaves_the_experts_out_and_says_so(h):
     given = ["--data", h.data(CHAT[:2]), "--dropout", 0.1, "--dry-run", "--json"]
     told = h.run("train", "n", "--base", "tiny", *given).json

@@ -137,11 +137,15 @@ def choose_targets(
         chosen = named_targets(asked, known, base.output_embedding)
     every = {name for name, _ in model.named_modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    typed = asked
     for _ in range(3):
-        settings = _settings(chosen, known, base, asked, every, parameters) | (rows or {})
+        settings = _settings(chosen, known, base, typed, every, parameters) | (rows or {})
         lost = _try(model, base, job, settings, chosen)
         if not lost:
             return Targets(frozenset(chosen), settings, left_out)
+        if typed != ALL_LINEAR:  # in mixtures PEFT makes last names of a regular expression, which are in every layer
+            typed = ALL_LINEAR
+            continue
         if asked != ALL_LINEAR:
             break
         left_out |= lost
@@ -196,19 +200,19 @@ def _settings(
     chosen: set[str],
     known: dict[str, ModuleShape],
     base: Base,
-    asked: list[str] | str,
+    typed: list[str] | str,
     every: set[str],
     parameters: set[str],
 ) -> dict[str, Any]:
-    """What LoraConfig takes to choose just these: what was typed where it does, else the shortest names that do."""
+    """What LoraConfig takes to choose just these: what was ``typed``, or for all-linear the shortest names that do."""
     as_parameters = {name for name in chosen if is_parameter_only(name, known[name].type, base.converted_names)}
     as_modules = chosen - as_parameters
     settings: dict[str, Any] = {
         "target_modules": shortest_suffixes(as_modules, every) or None,
         "fan_in_fan_out": any(known[name].type == "Conv1D" for name in chosen),
     }
-    if not as_parameters and asked != ALL_LINEAR:
-        settings["target_modules"] = asked
+    if not as_parameters and typed != ALL_LINEAR:
+        settings["target_modules"] = typed
     if as_parameters:
         names = {parameter_of(name, known[name]) for name in as_parameters}
         settings["target_parameters"] = shortest_suffixes(names, parameters)
