@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,22 @@ from stackctl.render.terminal import printable
 CODES = {1: "failed", 2: "usage", 3: "not_found", 4: "incompatible", 5: "verification_failed", 6: "hub"}
 
 
-@pytest.fixture
-def filled_registry(run: Callable[..., Any], tmp_path: Path) -> Registry:
-    """style, instruct (trained on style) and tone on the base ``tiny``, foreign on ``other``; no model anywhere."""
-    registry = make_registry(tmp_path / "registry", make_base("tiny"), make_base("other", "sha256:" + "0" * 64))
+@pytest.fixture(scope="session")
+def four_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``filled_registry`` is a copy of."""
+    root = tmp_path_factory.mktemp("filled") / "registry"
+    registry = make_registry(root, make_base("tiny"), make_base("other", "sha256:" + "0" * 64))
     register(registry, "style", seed=1)
     register(registry, "instruct", ["style@1"], seed=2)
     register(registry, "tone", seed=3)
     register(registry, "foreign", base="other", seed=4)
-    return registry
+    return root
+
+
+@pytest.fixture
+def filled_registry(run: Callable[..., Any], tmp_path: Path, four_adapters: Path) -> Registry:
+    """style, instruct (trained on style) and tone on the base ``tiny``, foreign on ``other``; no model anywhere."""
+    return Registry(Path(shutil.copytree(four_adapters, tmp_path / "registry")).resolve())
 
 
 @pytest.fixture

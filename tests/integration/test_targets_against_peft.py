@@ -209,6 +209,14 @@ def inject(model, config):
         return get_peft_model(make(model), LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | config))
 
 
+def saved(peft_model, folder):
+    """The checkpoint that PEFT writes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_adapter(peft_model, folder)
+    return read_checkpoint(folder)
+
+
 def injected(peft_model):
     root = peft_model.base_model.model
     return {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
@@ -221,10 +229,7 @@ def test_targets_ranks_and_scalings_are_pefts(model, config, tmp_path):
     layers = injected(peft_model)
     base = base_of(model)
     modules = expand_modules(base.modules)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_adapter(peft_model, tmp_path)
-    checkpoint = read_checkpoint(tmp_path)
+    checkpoint = saved(peft_model, tmp_path)
     for configuration in (wanted | {"r": 4, "lora_alpha": 6} | wanted, checkpoint.config):
         if "ensure_weight_tying" not in wanted:
             assert expected_targets(configuration, modules, base.output_embedding) == set(layers)
@@ -233,17 +238,6 @@ def test_targets_ranks_and_scalings_are_pefts(model, config, tmp_path):
                 continue  # PEFT sorts the keys on saving, and then cannot load the result itself
             assert lora_rank(configuration, name) == layer.r["default"]
             assert lora_scaling(configuration, name) == pytest.approx(layer.scaling["default"], rel=1e-12)
-
-
-@pytest.mark.parametrize(("model", "config"), CASES, ids=lambda value: value)
-def test_what_peft_saves_is_understood(model, config, tmp_path):
-    wanted = CONFIGS[model][config]
-    peft_model = inject(model, wanted)
-    layers = injected(peft_model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_adapter(peft_model, tmp_path)
-    checkpoint = read_checkpoint(tmp_path)
     for name, pair in checkpoint.pairs.items():
         assert set(pair) == {"A", "B"}
         layer = layers[name]
@@ -276,10 +270,7 @@ def test_weight_tying_that_reaches_two_modules_is_refused(tmp_path):
     """With ensure_weight_tying one pair of factors stands on embedding and head at once, which a plan cannot say."""
     for config in ("tied embeddings", "tied saved embeddings"):
         peft_model = inject("llama-tied", CONFIGS["llama-tied"][config])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save_adapter(peft_model, tmp_path / config)
-        checkpoint = read_checkpoint(tmp_path / config)
+        checkpoint = saved(peft_model, tmp_path / config)
         plan = plan_stack(base_of("llama-tied"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
         assert "ensure_weight_tying" in {p.code for p in plan.errors}
 
@@ -296,10 +287,7 @@ REFUSED = {
 def test_variants_are_refused_by_name_and_only_by_it(kind, tmp_path):
     config, code = REFUSED[kind]
     peft_model = inject("llama", {"target_modules": ["q_proj"]} | config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_adapter(peft_model, tmp_path)
-    checkpoint = read_checkpoint(tmp_path)
+    checkpoint = saved(peft_model, tmp_path)
     plan = plan_stack(base_of("llama"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
     assert [p.code for p in plan.errors] == [code]
 
@@ -313,10 +301,7 @@ def test_variants_are_refused_by_name_and_only_by_it(kind, tmp_path):
 )
 def test_factors_of_experts_are_placed_by_the_parameter_that_they_are_of(config, tmp_path):
     peft_model = inject("mixtral", config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_adapter(peft_model, tmp_path)
-    checkpoint = read_checkpoint(tmp_path)
+    checkpoint = saved(peft_model, tmp_path)
     plan = plan_stack(base_of("mixtral"), [PlanMember("a@1", 1.0, checkpoint, "a", 1, "d", "tiny", FINGERPRINT)])
     assert not plan.errors
     wanted = {
@@ -337,8 +322,7 @@ def test_a_plain_config_has_no_key_that_is_unknown(tmp_path):
     """A newer PEFT adds keys: what is off must stay silent, and every key of today must be known."""
     from stackctl.plan.refusals import _HARMLESS, _REFUSED
 
-    save_adapter(inject("llama", {"target_modules": ["q_proj"]}), tmp_path)
-    assert set(read_checkpoint(tmp_path).config) <= _HARMLESS | set(_REFUSED)
+    assert set(saved(inject("llama", {"target_modules": ["q_proj"]}), tmp_path).config) <= _HARMLESS | set(_REFUSED)
 
 
 ADAPTER_NAMES = ["keys", "lora", "0", "a-b", "weight", "base_layer"]

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -113,13 +112,11 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_headers_that_lie(tmp_path, lie):
-    start = time.process_time()
     with pytest.raises(VerificationFailed) as caught:
         header_of(tmp_path, LIES[lie])
     assert caught.value.exit_code == 5
     assert "x.safetensors" in caught.value.message
     assert len(caught.value.message) < 1000
-    assert time.process_time() - start < 2
 
 
 def test_a_shape_of_a_million_dimensions_is_not_multiplied(tmp_path, monkeypatch):

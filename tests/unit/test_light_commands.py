@@ -1,8 +1,12 @@
-"""Commands that look and do not compute start no tensor library. Each runs as ``python -m stackctl`` would."""
+"""Commands that look and do not compute start no tensor library.
+
+Each runs in a process of its own, which is forked off one that has ``stackctl.cli`` alone.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,15 +26,38 @@ HEAVY = {
     "torch", "transformers",
 }  # fmt: skip
 PROGRAM = """
-import sys
+import json, os, sys
 from stackctl.cli import main
-try:
-    main()
-except SystemExit as ended:
-    code = ended.code
-print(*sys.modules, file=open("modules", "w"))
-sys.exit(code)
+for line in sys.stdin:
+    arguments, folder, environment = json.loads(line)
+    if not os.fork():
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin, sys.argv = open(0), ["stackctl", *arguments]
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            print(*sys.modules, file=open("modules", "w"), flush=True)
+            sys.stdout.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process that forks off one for each command."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], **pipes) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -41,21 +68,20 @@ def filled_registry(tmp_path) -> Registry:
     return registry
 
 
-def light(folder, *arguments, code=0, environment=None):
-    """Run a command in a process of its own; nothing heavy may be loaded when it ends."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == code, done.stderr
-    loaded = {name.partition(".")[0] for name in (folder / "modules").read_text().split()}
-    assert not loaded & HEAVY
-    assert "stackctl.cli" in (folder / "modules").read_text().split()
-    return done.stdout
+@pytest.fixture
+def light(server, tmp_path):
+    """Run a command in ``tmp_path``; nothing heavy may be loaded when it ends."""
+
+    def run(*arguments, code=0):
+        print(json.dumps([arguments, str(tmp_path), dict(os.environ)]), file=server.stdin, flush=True)
+        ended = int(server.stdout.readline())
+        assert ended == code, (tmp_path / "err").read_text()
+        loaded = (tmp_path / "modules").read_text().split()
+        assert not {name.partition(".")[0] for name in loaded} & HEAVY
+        assert "stackctl.cli" in loaded
+        return (tmp_path / "out").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -71,9 +97,9 @@ def light(folder, *arguments, code=0, environment=None):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_light_commands_load_nothing_heavy(filled_registry, tmp_path, arguments):
+def test_light_commands_load_nothing_heavy(filled_registry, light, tmp_path, arguments):
     write_checkpoint(tmp_path / "checkpoint")
-    light(tmp_path, *arguments)
+    light(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +112,11 @@ def test_light_commands_load_nothing_heavy(filled_registry, tmp_path, arguments)
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_work_is_said_before_anything_heavy_is_loaded(filled_registry, tmp_path, arguments, code):
-    light(tmp_path, *arguments, code=code)
+def test_what_cannot_work_is_said_before_anything_heavy_is_loaded(filled_registry, light, tmp_path, arguments, code):
+    light(*arguments, code=code)
 
 
-def test_an_up_to_date_recipe_loads_nothing_heavy(filled_registry, tmp_path):
+def test_an_up_to_date_recipe_loads_nothing_heavy(filled_registry, light, tmp_path):
     data = tmp_path / "style.jsonl"
     data.write_text('{"text": "x"}\n')
     adapter = filled_registry.find_adapter("style")
@@ -102,16 +128,16 @@ def test_an_up_to_date_recipe_loads_nothing_heavy(filled_registry, tmp_path):
     filled_registry.write(msgspec.structs.replace(adapter, versions=[trained]))
     recipe = "base: tiny\ntrain: {style: {data: style.jsonl, rank: 2}}\nstacks: {solo: style}\n"
     (tmp_path / "stackctl.yaml").write_text(recipe)
-    assert [step["why"] for step in json.loads(light(tmp_path, "train", "--json", "--dry-run"))["plan"]] == [
+    assert [step["why"] for step in json.loads(light("train", "--json", "--dry-run"))["plan"]] == [
         None,
         "not composed yet",
     ]
-    light(tmp_path, "train")  # composing needs no tensors either
+    light("train")  # composing needs no tensors either
     before = {
         path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
         for path in filled_registry.root.rglob("*")
     }
-    assert light(tmp_path, "train") == "up to date\n"
+    assert light("train") == "up to date\n"
     after = {
         path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
         for path in filled_registry.root.rglob("*")
@@ -120,11 +146,11 @@ def test_an_up_to_date_recipe_loads_nothing_heavy(filled_registry, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["inspect st", "train x --on st", "compose instruct+st", "eval base st"])
-def test_completion_offers_names_and_loads_nothing_heavy(filled_registry, tmp_path, words, monkeypatch):
+def test_completion_offers_names_and_loads_nothing_heavy(filled_registry, light, tmp_path, words, monkeypatch):
     monkeypatch.setenv("_STACKCTL_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"stackctl {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
-    offered = light(tmp_path, code=0)
+    offered = light()
     assert "style" in offered
 
 
@@ -141,7 +167,7 @@ def test_completion_offers_names_and_loads_nothing_heavy(filled_registry, tmp_pa
     ids=repr,
 )  # fmt: skip
 def test_completion_builds_only_the_command_that_is_typed(
-    filled_registry, tmp_path, monkeypatch, shell, line, offered, alone
+    filled_registry, light, tmp_path, monkeypatch, shell, line, offered, alone
 ):
     """... and all of them as long as its name is not there."""
     monkeypatch.setenv("_STACKCTL_COMPLETE", f"complete_{shell}")
@@ -151,6 +177,6 @@ def test_completion_builds_only_the_command_that_is_typed(
     else:
         monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
         monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
-    words = set(re.findall("[a-z-]+", light(tmp_path)))
+    words = set(re.findall("[a-z-]+", light()))
     assert " ".join(sorted(words & {"push", "pull", "style", "instruct", "tiny"})) == offered
     assert ("stackctl.cli.train" not in (tmp_path / "modules").read_text().split()) == alone

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from checkpoints import lora_config, lora_tensors, make_base, member, memory_checkpoint
-from registry_fixtures import fails, filled_registry  # noqa: F401
+from registry_fixtures import fails, filled_registry, four_adapters  # noqa: F401
 
 from stackctl.cli import make_app
 from stackctl.plan.build import plan_stack

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-import time
 from typing import Annotated, Literal
 
 import msgspec
@@ -136,31 +135,28 @@ def test_one_document_may_be_marked():
     assert parse("%YAML 1.2\n---\na: 1\n...\n") == {"a": 1}
 
 
-@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{a: ", "{? ", "{"])
-@pytest.mark.parametrize("close", [False, True])
-def test_deep_nesting_neither_crashes_nor_hangs(opening, close):
+def test_deep_nesting_neither_crashes_nor_hangs():
     """In a process of its own, since libyaml's composer overflows the C stack: 100,000 brackets are a segfault."""
     program = (
-        "import sys; from stackctl.storage.yaml_text import parse_yaml; from stackctl.core.errors import Usage\n"
-        f"text = {opening!r} * 100_000 + {close!r} * (']' * 100_000)\n"
-        "try: parse_yaml(text, 'f')\n"
-        "except Usage as error: print('refused')\n"
+        "from stackctl.storage.yaml_text import parse_yaml; from stackctl.core.errors import Usage\n"
+        "for opening in ('[', '{a: ', '- ', '? ', '[{a: ', '{? ', '{'):\n"
+        "  for close in ('', ']' * 100_000):\n"
+        "    try: parse_yaml(opening * 100_000 + close, 'f')\n"
+        "    except Usage: print('refused', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr[-500:]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "refused\n" * 14), done.stderr[-500:]
 
 
 def test_nesting_that_people_write_is_read():
     assert parse("[" * 40 + "]" * 40)
 
 
-def test_an_alias_bomb_takes_no_time():
+def test_an_alias_bomb_is_refused_before_it_grows():
     bomb = "a: &a [x, x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
     )
-    start = time.monotonic()
-    refusal(bomb)
-    assert time.monotonic() - start < 1
+    assert "f.yaml, line 1, column 4" in refusal(bomb).message
 
 
 def test_marks_point_at_values_and_collections_at_their_keys():
