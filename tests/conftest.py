@@ -38,6 +38,15 @@ def _draw_only_what_has_values() -> None:
         setattr(init, name, draw)
 
 
+def _seed_what_is_there() -> None:
+    """Every seed is kept for devices that may come, with the whole call stack as text and without end."""
+    import torch
+
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if not device.is_available():
+            device.manual_seed_all = lambda _: None
+
+
 def pytest_configure() -> None:
     """A shell's background jobs ignore Ctrl-C, and so would every command that a test presses it in."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -48,6 +57,7 @@ def pytest_collection_finish() -> None:
     """What was imported and collected is no garbage: every full collection would walk through a million objects."""
     if "torch" in sys.modules:
         _draw_only_what_has_values()
+        _seed_what_is_there()
     if warm := sys.modules.get("warm"):  # the tests that were collected have commands in processes of their own
         warm.start()
     gc.freeze()

@@ -33,6 +33,8 @@ START, END = 256, 257
 Member = tuple[Path, float]
 Labelled = tuple[list[int], list[bool]]
 """Token ids, and which of them are supervised."""
+Stamps = tuple[tuple[str, int, int], ...]
+"""Name, size and time of each file of a folder."""
 
 TOKENS = torch.arange(3, 35)[None] * 7 % 250
 """(1, 32) tokens to look at logits with."""
@@ -40,12 +42,15 @@ TOKENS = torch.arange(3, 35)[None] * 7 % 250
 
 def load_plain(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A model of its own by transformers, in float32 and then in ``dtype``."""
-    stamps = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.iterdir()))
-    return copy.deepcopy(_load(base, stamps)).to(dtype)
+    return copy.deepcopy(_load(base, _stamps(base))).to(dtype)
+
+
+def _stamps(folder: Path) -> Stamps:
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(base: Path, _: tuple[tuple[str, int, int], ...]) -> Any:
+def _load(base: Path, _: Stamps) -> Any:
     """Read once for as long as its files are the same; whoever asks gets a copy."""
     mixture = "experts" in (base / "config.json").read_text()  # whose fast path has no float64
     kind = {"experts_implementation": "eager"} if mixture else {}
@@ -81,6 +86,16 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     """(T, vocabulary) in float64."""
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False).logits[0].double()
+
+
+def base_logits(base: Path) -> Tensor:
+    """Those of a base alone."""
+    return _base_logits(base, _stamps(base)).clone()
+
+
+@functools.lru_cache
+def _base_logits(base: Path, _: Stamps) -> Tensor:
+    return logits(live(base))
 
 
 def relative(found: Tensor, wanted: Tensor, base: Tensor) -> float:

@@ -182,6 +182,8 @@ class TinyRegistry:
 
     def live(self, *members: tuple[str, float]) -> torch.Tensor:
         """Raw PEFT's logits with these members live; the base's without any."""
+        if not members:
+            return oracle.base_logits(self.base)
         if members not in self._known:
             self._known[members] = oracle.logits(oracle.live(self.base, *self.members(*members)))
         return self._known[members]

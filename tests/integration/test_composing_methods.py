@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_registry import made_once
 
 from stackctl.plan import methods
 from stackctl.plan.methods import SUM
@@ -35,8 +36,13 @@ def test_every_method_is_tried_here() -> None:
 @pytest.fixture
 def style_and_instruct(tiny_registry: Any) -> Any:
     h = tiny_registry("llama")
-    h.add("style", seed=1)
-    h.add("instruct", seed=2, r=3, use_rslora=True)
+
+    def make() -> None:
+        h.add("style", seed=1)
+        h.add("instruct", seed=2, r=3, use_rslora=True)
+
+    made_once(h.folder, h.base.with_name("methods-registry"), make)
+    h.paths = {name: h.folder / "made" / name for name in ("style", "instruct")}
     return h
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from dataclasses import dataclass
@@ -167,9 +168,14 @@ def _entry(
             prepared.job, finished.counters.losses, base.vocabulary_size, finished.outcome.kept_step
         ),
         trained_tokens=finished.trained_tokens,
-        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-        | {"stackctl": __version__},
+        versions=_versions() | {"stackctl": __version__},
     )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of the libraries of a training: each is read out of a long text."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 def _distilled(teacher: Teacher, finished: FinishedRun) -> Distilled:
