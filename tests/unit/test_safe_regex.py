@@ -37,7 +37,8 @@ def test_what_would_take_years_is_refused(hostile, monkeypatch):
         long.fullmatch(f"{NAME}.and.more.of.it.to.go.through" * 3)
 
 
-def test_a_checkpoint_with_one_is_refused_at_add(run, tmp_path):
+def test_a_checkpoint_with_one_is_refused_at_add(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("stackctl.lora.safe_regex._SECONDS", 0.2)
     make_registry(tmp_path / "registry", make_base())
     hostile = write_checkpoint(tmp_path / "hostile", config=lora_config(target_modules=r"(\w+\.?)+(\w+\.?)+!"))
     ran = run("add", "hostile", hostile, code=4)
