@@ -32,8 +32,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("frozen", ["fold", "live"])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(("case", "frozen"), [("plain", "fold"), *((case, "live") for case in CONFIGS)])
 def test_the_first_step_is_taken_with_it_active(tiny_registry: Any, case: str, frozen: str) -> None:
     h = tiny_registry()
     h.add("style", seed=1)

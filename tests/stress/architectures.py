@@ -124,8 +124,10 @@ class Look:
         self.close("exported model", self.loss(self.load(self.folder / "model")), wanted["a+b"])
         self.step = "generate"
         prompts = [word for prompt in PROMPTS for word in ("-p", prompt)]
-        for made in self.run("generate", "a+b", *prompts, "--raw", "--max-new-tokens", 6, may_refuse=True):
-            self.like_plain(made)
+        answers = self.run("generate", "a+b", *prompts, "--raw", "--max-new-tokens", 6, may_refuse=True)
+        model = self.load(self.folder / "model")
+        for made in answers:
+            self.like_plain(model, made)
 
     def close(self, what: str, found: float, wanted: float) -> None:
         gap = abs(found - wanted) / abs(wanted)
@@ -193,7 +195,7 @@ class Look:
         losses["a+b"] = self.loss(self.attach(self.load(base), {"first": a, "second": b}))
         return losses
 
-    def like_plain(self, made: dict[str, Any]) -> None:
+    def like_plain(self, model: Any, made: dict[str, Any]) -> None:
         """The text is what transformers' own generate makes of the exported model and of that prompt alone."""
         import torch
         from architectures import tiny_tokenizer
@@ -201,7 +203,6 @@ class Look:
 
         tokenizer = tiny_tokenizer()
         ids = torch.tensor([tokenizer(made["prompt"])["input_ids"]])
-        model = self.load(self.folder / "model")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.generation_config = GenerationConfig()  # the defaults of some suppress tokens

@@ -101,13 +101,14 @@ def forget_pages(mapped: Tensor) -> None:
 def _mapped_ranges(folder: Path) -> list[tuple[int, int]]:
     """Where this process has a folder's weights mapped privately."""
     files = {str(path.resolve()) for path in weight_files(folder)}
-    ranges = []
+    ends, ranges = tuple(f" {path}\n" for path in files), []
     with contextlib.suppress(OSError), Path("/proc/self/maps").open(errors="surrogateescape") as maps:
         for line in maps:
-            place, rights, *_, path = line.rstrip("\n").split(maxsplit=5)
-            if path in files and rights.endswith("p"):
-                start, end = place.split("-")
-                ranges.append((int(start, 16), int(end, 16)))
+            if line.endswith(ends):  # few do, of thousands
+                place, rights, *_, path = line.rstrip("\n").split(maxsplit=5)
+                if path in files and rights.endswith("p"):
+                    start, end = place.split("-")
+                    ranges.append((int(start, 16), int(end, 16)))
     return ranges
 
 
