@@ -128,6 +128,15 @@ class TinyRegistry:
         ran = self.run("train", name, *given, "--data", data, *defaults, *options, "--json", code=code)
         return ran.json
 
+    def with_one(self) -> None:
+        """Have ``one``, trained for a step in float32: once in a session on each base."""
+        own, kept = self.folder / "registry", self.base.with_name(f"{self.base.name}-with-one")
+        if kept.exists():
+            shutil.copytree(kept, own, dirs_exist_ok=True)
+        else:
+            self.train("one", "--max-steps", 1, "--dtype", "float32")
+            shutil.copytree(own, kept)
+
     def weights(self, name: str, version: int = 1) -> Path:
         return self.folder / "registry" / "weights" / name / str(version)
 

@@ -99,20 +99,21 @@ def test_ten_looks_unless_told_otherwise(tiny_registry: Any) -> None:
     assert list(looks(h, "few")) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("patience", [1, 3])
-def test_it_stops_when_nothing_better_comes(tiny_registry: Any, patience: int) -> None:
+def test_it_stops_when_nothing_better_comes(tiny_registry: Any) -> None:
     h = tiny_registry()
     whole = h.train("whole", *GREEDY, *held_out(h), "--eval-steps", 1)
     losses = looks(h, "whole")
-    best, wanted = 0, None
-    for step in range(1, 21):
-        best = step if not best or losses[step] < losses[best] else best
-        if wanted is None and step - best >= patience:
-            wanted, kept = step, best
-    assert wanted is not None and wanted < 20
-    found = h.train("early", *GREEDY, *held_out(h), "--eval-steps", 1, "--patience", patience)
-    assert (found["steps"], found["kept_step"], found["stopped_early"]) == (wanted, kept, True)
-    assert looks(h, "early") == {step: loss for step, loss in losses.items() if step <= wanted}
+    for patience in (1, 3):
+        best, wanted = 0, None
+        for step in range(1, 21):
+            best = step if not best or losses[step] < losses[best] else best
+            if wanted is None and step - best >= patience:
+                wanted, kept = step, best
+        assert wanted is not None and wanted < 20
+        name = f"early-{patience}"
+        found = h.train(name, *GREEDY, *held_out(h), "--eval-steps", 1, "--patience", patience)
+        assert (found["steps"], found["kept_step"], found["stopped_early"]) == (wanted, kept, True)
+        assert looks(h, name) == {step: loss for step, loss in losses.items() if step <= wanted}
     assert not whole["stopped_early"]
 
 

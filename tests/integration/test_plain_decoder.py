@@ -236,8 +236,9 @@ def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, mo
         assert list(answer.ids) == own_answer(stacked, answer.asked, 40)[: len(answer.ids)]
 
 
-@pytest.mark.parametrize("name", KNOWN)
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [*((name, size) for name in KNOWN for size in (None, 2)), ("llama", 1), ("llama", 4)]
+)
 def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, batch_size: int | None) -> None:
     stacked = known(name)
     prompts = [
@@ -250,8 +251,10 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
         assert answer.stop == ("length" if len(answer.ids) == 12 else "end")
 
 
-@pytest.mark.parametrize(("processor", "most", "passed"), [("AVX512", 15, 100), ("AVX2", 7, 110)])
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    ("name", "processor", "most", "passed"),
+    [*((name, "AVX512", 15, 100) for name in KNOWN), ("llama", "AVX2", 7, 110)],
+)
 def test_an_answer_that_repeats_itself_takes_few_passes(
     known: Any, name: str, processor: str, most: int, passed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,10 +32,12 @@ def test_planted_weights_come_back(tiny_registry: Any, per: Any, weights: tuple[
     stacked.use(plan_stack(plan.base, members))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 260, (RECORDS, 1), generator=generator)
+    read = None
     with torch.no_grad():
         for _ in range(LENGTH):
-            logits = stacked.model(input_ids=tokens, use_cache=False).logits[:, -1]
-            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+            out = stacked.model(input_ids=tokens[:, -1:], past_key_values=read, use_cache=True)
+            drawn = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)
+            tokens, read = torch.cat([tokens, drawn], 1), out.past_key_values
     examples = [Example(row, [-100, *row[1:]]) for row in tokens.tolist()]
 
     def loss(weights: Any) -> float:

@@ -109,7 +109,7 @@ def test_equal_answers_count_half():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_learns_to_rank_on_a_frozen_stack(tiny_registry, data, objective):
     h = tiny_registry()
-    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    h.with_one()
     done = h.run(
         "train", "taste", "--on", "one", "--data", data, "--objective", objective, "--max-steps", 12,
         "--dtype", "float32", "--learning-rate", "1e-2", "--batch-size", 3, "--json",
@@ -183,7 +183,7 @@ def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(tiny_re
 
 def test_kto_learns_from_answers_with_labels(tiny_registry, labelled):
     h = tiny_registry()
-    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    h.with_one()
     args = ("--on", "one", "--data", labelled, "--objective", "kto", "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 12, "--batch-size", 4, "--json").json
     assert (done["objective"], done["beta"]) == ("kto", 0.1)
@@ -259,7 +259,7 @@ def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_held_out_answers_are_looked_at_while_training(tiny_registry, data, objective):
     h = tiny_registry()
-    h.train("one", "--max-steps", 1, "--dtype", "float32")
+    h.with_one()
     args = ("--on", "one", "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 10, "--eval-data", data, "--json").json
     looks = [point for point in _log(done) if "eval_loss" in point]
