@@ -112,11 +112,13 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
+    from stackctl.engine.libraries import import_transformers
+
+    import_transformers()
     from stackctl.engine.base.folder import base_folder
-    from stackctl.engine.models import load_base, quiet_libraries
+    from stackctl.engine.models import load_base
     from stackctl.engine.to_lora.conversion import check_header, device
 
-    quiet_libraries()
     differences = _differences(name, checkpoint, wanted, plan) if wanted.initial else None
     if differences is None:
         check_header(checkpoint, base_folder(stack.base, registry, say))

@@ -77,13 +77,14 @@ def register(app: typer.Typer) -> None:
         if revision is not None and kind != "hub":
             raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
         registry = context.registry
+        from stackctl.engine.libraries import import_transformers
+
+        import_transformers()
         from stackctl.engine.base.entry import make_base
         from stackctl.engine.base.folder import base_folder
         from stackctl.engine.base.proof import is_small, prove_base
-        from stackctl.engine.models import quiet_libraries
         from stackctl.registry.base_entries import save_base
 
-        quiet_libraries()
         before = registry.find_base(name)
         known = before.chat_template_kwargs if before and chat_template_kwargs is None else None
         arguments = template_arguments(chat_template_kwargs, enable_thinking, known)

@@ -75,6 +75,9 @@ class Computing:
             from stackctl.engine.llama_cpp.loading import load_llama_cpp
 
             return load_llama_cpp(base, registry, device=self.device, say=say)
+        from stackctl.engine.libraries import import_transformers
+
+        import_transformers()
         from stackctl.engine.models import load_base
 
         return load_base(base, registry, dtype=self.dtype, device=self.device, say=say)

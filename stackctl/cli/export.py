@@ -122,10 +122,10 @@ def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: st
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype, base=find_folder)
-    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.libraries import import_transformers
     from stackctl.registry.base_models import base_gguf
 
-    quiet_libraries()
+    import_transformers()
     if format_ == "gguf":
         from stackctl.engine.export.gguf import export_gguf
 

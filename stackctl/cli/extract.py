@@ -53,12 +53,13 @@ def register(app: typer.Typer) -> None:
         attempt(problems, _check_tolerance, rank, tolerance)
         number = attempt(problems, _rank, rank)
         raise_all(problems)
+        from stackctl.engine.libraries import import_transformers
+
+        import_transformers()
         from stackctl.engine.base.folder import base_folder
-        from stackctl.engine.models import quiet_libraries
         from stackctl.engine.to_lora import extraction
         from stackctl.engine.to_lora.low_rank import Truncation
 
-        quiet_libraries()
         say = context.output.status
         model, folder = extraction.find_tuned(found_base, tuned, registry, say)
         wanted = Truncation(number, None if number else tolerance or 0.1)

@@ -111,14 +111,15 @@ def read_sets(
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
+    from stackctl.engine.libraries import import_transformers
+
+    records = read_data(sources)
+    import_transformers()
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template
     from stackctl.engine.generation.reader import PlainReader
-    from stackctl.engine.models import quiet_libraries
 
-    records = read_data(sources)
-    quiet_libraries()
     tokenizer = load_tokenizer(base_folder(stack.base, context.registry, context.output.status))
     adopt_chat_template(tokenizer, stack.base.name, [plan])
     reader = PlainReader(stack.base, tokenizer)

@@ -44,7 +44,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
-    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.libraries import quiet_libraries
     from stackctl.engine.training.dataset import read_corpus
     from stackctl.engine.training.optimizers import check_kernels
     from stackctl.engine.training.targets import targets_of

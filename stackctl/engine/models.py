@@ -7,9 +7,6 @@ weights, mapped from its files or read again, never by subtracting: A → B → 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible
@@ -34,6 +30,7 @@ from stackctl.engine.base.own_weights import OwnWeights, forget_pages
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
+from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
@@ -42,15 +39,6 @@ from stackctl.plan.model import ModulePlan, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
-
-
-def quiet_libraries() -> None:
-    """Keep other people's bars and advice off stderr; ours says what matters."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if hf_logging.get_verbosity() != logging.ERROR:  # setting it makes every logger forget what it knows
-        hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")
 
 
 @dataclass

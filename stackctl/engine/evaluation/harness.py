@@ -28,7 +28,8 @@ from stackctl.core.errors import (
     raise_all,
 )
 from stackctl.engine.generation.padding import can_pad
-from stackctl.engine.models import StackedModel, quiet_libraries
+from stackctl.engine.libraries import quiet_libraries
+from stackctl.engine.models import StackedModel
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000

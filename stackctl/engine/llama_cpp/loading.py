@@ -48,9 +48,9 @@ def load_llama_cpp(base: Base, registry: Registry, *, device: str = "auto", say:
 
 def _read(folder: Path) -> BaseReader:
     """What prompts need of a base by transformers, kept for the next time where that can be."""
-    from stackctl.engine.models import quiet_libraries
+    from stackctl.engine.libraries import import_transformers
 
-    quiet_libraries()
+    import_transformers()
     reader = load_reader(folder)
     keep_reader(folder, reader)
     return reader

@@ -1,0 +1,48 @@
+"""What commands that only read models import, in a process that has imported nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+CODE = """
+import sys
+from pathlib import Path
+from stackctl.engine.libraries import import_transformers
+import_transformers()
+import torch, transformers
+from stackctl.engine.base.loading import load_weights
+import stackctl.engine.loss.segment_attention, stackctl.engine.generation.answering
+model = load_weights(Path(sys.argv[1]), torch.float32, torch.device("cpu"))
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(6)[None]).logits, sys.argv[2])
+loaded = {"torch._dynamo.convert_frame", "torch.distributed.tensor"} & set(sys.modules)
+assert not loaded, loaded
+assert not transformers.utils.is_torch_distributed_available() and torch.distributed.is_available()
+
+from transformers.models import LlamaConfig, llama
+assert LlamaConfig is transformers.LlamaConfig is llama.LlamaConfig
+assert transformers.models.gpt2.GPT2Config is transformers.GPT2Config
+assert not hasattr(transformers.models, "no_such_model")
+
+import torch._dynamo.utils  # whatever is asked for first, it is the real one, once
+assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"] and torch._dynamo is sys.modules["torch._dynamo"]
+assert torch._dynamo.disable is torch._dynamo.decorators.disable
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [2, 2] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+"""
+
+
+def test_a_model_is_read_without_the_compiler_and_sharded_tensors(tiny_registry: Any, tmp_path: Path) -> None:
+    base, logits = tiny_registry("llama").base, tmp_path / "logits"
+    command = [sys.executable, "-c", CODE, str(base), str(logits)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(base)(input_ids=torch.arange(6)[None]).logits
+    assert torch.equal(torch.load(logits), expected)
