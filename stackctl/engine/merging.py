@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra, aligned_merging
-from stackctl.engine.tensors import MemberTensors, misfit
+from stackctl.engine.tensors import MemberTensors, decomposing, misfit
 from stackctl.machine.resources import cores, main_memory
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.model import ModulePlan, StackPlan
@@ -35,13 +35,18 @@ def matrices(module: ModulePlan, factors: Sequence[algebra.Factors]) -> list[Seq
 
 
 def combine(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair | Tensor:
-    """A matrix's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one."""
+    """A matrix's delta by the plan's method: a pair (A, B), or a full matrix (out, in) where the method makes one.
+
+    Raises:
+        VerificationFailed: what is to be decomposed does not fit float32.
+    """
     module_name, name = METHODS[plan.method].function.split(".")
     function = getattr(_FUNCTIONS[module_name], name)
     if plan.method == SUM:
         pair: algebra.Pair = function(factors)
         return pair
-    result: algebra.Pair | Tensor = function(factors, **_options(plan, module))
+    with decomposing(module.name, factors):
+        result: algebra.Pair | Tensor = function(factors, **_options(plan, module))
     return result
 
 
@@ -72,7 +77,8 @@ def exact_delta(module: ModulePlan, factors: Sequence[algebra.Factors]) -> Tenso
 def module_pair(plan: StackPlan, module: ModulePlan, factors: Sequence[algebra.Factors]) -> algebra.Pair:
     """The delta as a pair, of experts all of theirs; a full matrix is cut to the rank that the plan gives it."""
     made, rank = _combined(plan, module, factors), plan.rank_of(module)
-    pairs = [algebra.factorise(one, rank) if isinstance(one, Tensor) else one for one in made]
+    with decomposing(module.name, factors):
+        pairs = [algebra.factorise(one, rank) if isinstance(one, Tensor) else one for one in made]
     return algebra.join_experts(pairs) if module.is_experts else pairs[0]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from stackctl.engine import algebra
 from stackctl.engine.merging import matrices
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, misfit
 from stackctl.engine.token_rows import OwnRows, new_rows
 from stackctl.plan.model import ModulePlan, StackPlan
 
@@ -20,6 +20,9 @@ def module_norms(plan: StackPlan, own: Callable[[], OwnRows] | None = None) -> l
 
     Nothing of the size of a delta is formed: ‖BA‖² = trace((BᵀB)(AAᵀ)). Of rows of single tokens it is how far they are
     from the base's own, which ``own`` makes a reader of; without it they are left out.
+
+    Raises:
+        VerificationFailed: a member's tensor is not finite, or what weights make of them does not fit float32.
     """
     rows = []
     with torch.no_grad(), MemberTensors(plan) as tensors:
@@ -30,6 +33,8 @@ def module_norms(plan: StackPlan, own: Callable[[], OwnRows] | None = None) -> l
                 for planned, own in zip(module.factors, factors, strict=True)
             }
             total = _norm(module, factors)
+            if not all(map(math.isfinite, [total, *members.values()])):
+                raise misfit(module.name, "float32")
             rows.append({"module": module.name, "norm": total, "members": members})
         apart = _row_norms(plan, own(), tensors) if own and plan.token_rows else {}
         rows += [{"module": name, "norm": math.hypot(*by.values()), "members": by} for name, by in apart.items()]

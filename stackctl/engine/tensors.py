@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +40,22 @@ def misfit(name: str, dtype: str) -> VerificationFailed:
     """What is said of values that are no numbers in ``dtype``: the widest that there is takes smaller weights alone."""
     hint = "give the members smaller weights" if dtype == "float32" else "use --dtype float32"
     return VerificationFailed(f"{name} does not fit {dtype}", hint=hint)
+
+
+@contextlib.contextmanager
+def decomposing(name: str, factors: Sequence[algebra.Factors]) -> Iterator[None]:
+    """Around decompositions of what a module's factors make, which fail in many words where that is no number.
+
+    Raises:
+        VerificationFailed: it does not fit float32.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        largest = max(float(a.abs().max()) * float(b.abs().max()) * abs(scale) for a, b, scale in factors)
+        if largest <= torch.finfo(torch.float32).max:
+            raise
+        raise misfit(name, "float32") from error
 
 
 def tensor_bytes(name: str, tensor: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, first_line, raise_all
+from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, raise_all
 from stackctl.core.expressions import BASE
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs.trained_tokens import asks
@@ -22,6 +22,7 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import missing_path, typed_path
+from stackctl.storage.yaml_files import read_text
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,7 @@ def _read_system(text: str, folder: Path | None) -> str:
     path = typed_path(text, folder, "--system")
     if not path.exists():
         raise missing_path(path, "the system prompt")
-    try:
-        found = path.read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage(f"the system prompt {path} cannot be read: {first_line(error)}", hint="give a text file") from None
+    found = read_text(path).strip()
     if not found:
         raise Usage(f"the system prompt {path} is empty", hint="write into it what the teacher is told")
     return found

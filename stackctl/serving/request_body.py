@@ -29,6 +29,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 """Fields that this server has no use for, and the values of them that ask for nothing."""
+_OF_TURNS = {"assistant": ("reasoning_content", "reasoning", "thinking"), "tool": ("name", "tool_call_id")}
+"""What a message may have beside its content, read as in prompt files; of an assistant it is its thought."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,19 @@ def _message(message: Any, place: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise _wrong(f"{place}.role", "one of " + ", ".join(_ROLES))
-    if message.get("tool_calls") or message.get("function_call"):
-        raise ApiError(400, "calls of tools are not supported by this server", code="unsupported_field", param=place)
+    known = _OF_TURNS.get(role, ())
+    for name, value in message.items():
+        if value and name not in ("role", "content", *known):  # other programs write all fields, most of them empty
+            param = f"{place}.{name[:80]}"
+            raise ApiError(400, f"'{param}' is not supported by this server", code="unsupported_field", param=param)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}.content") for part in content)
-    return {"role": "system" if role == "developer" else role, "content": _text(content, f"{place}.content")}
+    read = {"role": "system" if role == "developer" else role, "content": _text(content, f"{place}.content")}
+    beside = {name: _text(message[name], f"{place}.{name}") for name in known if message.get(name)}
+    if role == "assistant" and beside:  # of several spellings of one thought the first
+        beside = {"reasoning_content": next(iter(beside.values()))}
+    return read | beside
 
 
 def _part(part: Any, place: str) -> str:

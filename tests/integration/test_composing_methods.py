@@ -213,6 +213,9 @@ def test_a_change_that_overflows_is_named(style_and_instruct: Any, method: str) 
     ran = style_and_instruct.run(*asked, code=5 if whole else 0)
     assert ("does not fit float32" in ran.err) == whole
     assert whole or math.isfinite(ran.json["relative_error"])
+    more = "huge:1e300+style"
+    for line in (("compose", more, *asked[2:]), ("inspect", more, "--weights", "--json")):
+        assert "does not fit float32" in style_and_instruct.run(*line, code=5).out
 
 
 def test_modules_are_made_on_all_cores_in_the_order_of_the_plan(style_and_instruct: Any) -> None:

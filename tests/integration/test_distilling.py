@@ -337,6 +337,8 @@ def test_everything_wrong_is_said_at_once(tiny_registry: Any) -> None:
         (("train", "x", "--teacher", "style"), 2, "--objective distil"),
         (("train", "x", "--objective", "distil", "--teacher", "style", "--beta", 1), 2, "--beta"),
         (("distil", "style", "--name", "x", "--system", "empty.txt"), 2, "is empty"),
+        (("distil", "style", "--name", "x", "--system", "/dev/zero"), 2, "larger than 32 MiB"),
+        (("distil", "style:1e300", "--name", "x"), 5, "does not fit float32"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused_by_name(tiny_registry: Any, options: Any, code: int, said: str) -> None:

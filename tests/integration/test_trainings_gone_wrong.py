@@ -79,6 +79,9 @@ def test_without_held_out_records_a_loss_that_is_no_number_registers_nothing(
     ran = run("train", "boom", "--on", "good", "--data", "text.jsonl", *_run(20, 500), code=1)
     assert "is not a finite number" in ran.err
     assert "--learning-rate" in ran.err
+    ran = run("train", "boom", "--on", "good:1e5", "--data", "text.jsonl", *_run(1, 1e-3), code=1)
+    assert "after the last step" in ran.err
+    assert "holds values that are not finite numbers" in ran.err
     assert not (learned / "adapters" / "boom.yaml").exists()
 
 

@@ -29,6 +29,27 @@ def test_a_field_that_asks_for_nothing_is_taken_and_any_other_is_refused_by_its_
     assert caught.value.status == 400 and caught.value.message == f"'{name}' is not supported by this server"
 
 
+def test_a_message_is_read_as_in_prompt_files_and_what_else_it_says_is_refused_by_its_name():
+    def read(**message):
+        body = {**CHAT, "messages": [{"content": "x", **message}, *CHAT["messages"]]}
+        return parse_body(json.dumps(body).encode(), chat=True).messages[0]
+
+    empty = {"refusal": None, "tool_calls": [], "function_call": None, "annotations": [], "name": ""}
+    assert read(role="assistant", **empty) == {"role": "assistant", "content": "x"}
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "Hm."}
+    assert [read(role="assistant", **{key: "Hm."}) for key in ("reasoning_content", "reasoning", "thinking")] == [
+        thought, thought, thought
+    ]  # fmt: skip
+    tool = {"role": "tool", "content": "x", "name": "clock", "tool_call_id": "1"}
+    assert read(**tool) == tool
+    for role, key in (("user", "name"), ("assistant", "tool_calls"), ("assistant", "prefix"), ("user", "thinking")):
+        with pytest.raises(ApiError, match=rf"'messages\[0\]\.{key}' is not supported") as caught:
+            read(role=role, **{key: "x"})
+        assert (caught.value.status, caught.value.param) == (400, f"messages[0].{key}")
+    with pytest.raises(ApiError, match="has to be a text"):
+        read(role="assistant", reasoning=3)
+
+
 @pytest.mark.parametrize(("size", "status"), [(guard.LARGEST_BODY + 1, 413), (10, 408)])
 def test_a_body_that_stops_coming_is_told_as_too_large_when_it_is(monkeypatch, size, status):
     monkeypatch.setattr(guard, "_STALLED", 0.01)

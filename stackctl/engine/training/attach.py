@@ -18,7 +18,7 @@ from stackctl.engine.data.examples import Example
 from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
 from stackctl.engine.loss.logits import probe
 from stackctl.engine.models import StackedModel
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, decomposing
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
 from stackctl.engine.training.adapter import ADAPTER, new_layers
@@ -159,7 +159,9 @@ def attach_teacher(model: PeftModel, plan: StackPlan) -> Teaching:
     with torch.no_grad(), MemberTensors(plan) as tensors:
         for name, layer in new_layers(model):
             if name in plan.modules:
-                pair = truncate(tensors.factors(plan.modules[name]), rank=layer.r[ADAPTER])
+                factors = tensors.factors(plan.modules[name])
+                with decomposing(name, factors):
+                    pair = truncate(factors, rank=layer.r[ADAPTER])
                 put_factors(layer, *pair, 1.0)
     attach_live(model, plan)
     cast(LoraModel, model.base_model).set_adapter([ADAPTER])

@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from stackctl import __version__
-from stackctl.core.errors import VerificationFailed
+from stackctl.core.errors import Failed, VerificationFailed
 from stackctl.core.provenance import DataSource, Distilled, Moved, Run
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember
 from stackctl.engine.data.chat_template import shown_date
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.read import RecordStream
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
@@ -92,8 +92,17 @@ def register_version(
     """Write the checkpoint beside its place, read it back, and register it.
 
     A run that is resumed may have been killed right after it was registered: then it is not registered twice.
+
+    Raises:
+        Failed: the last step made a value that is no number.
+        VerificationFailed: what was written is not whole.
     """
     counters = finished.counters
+    if broken := [name for name, tensor in finished.state.items() if not all_finite(tensor)]:
+        raise Failed(
+            f"after the last step {broken[0]} holds values that are not finite numbers",
+            hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
+        )
     with atomic.staging_directory(registry.root / "weights") as staged:
         save_adapter(finished.model, staged, finished.state)
         finished.tokenizer.save_pretrained(staged)
