@@ -14,7 +14,7 @@ from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_j
 from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
-from stackctl.cli.prompt_options import RAW, SYSTEM, of_output
+from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
@@ -86,6 +86,12 @@ class _Symptom:
             yield Usage("-p needs a text that makes the answer bad", hint='name one: --bad "…"')
         if self.bad is not None and not self.bad.strip():
             yield Usage("--bad is empty, and every answer holds that", hint='name a text: --bad "…"')
+        if self.prompt is not None:
+            yield from idle_with_raw(
+                self.raw,
+                {"--system": self.system, "--chat-template-kwargs": self.chat_template_kwargs,
+                 "--enable-thinking": self.enable_thinking},
+            )  # fmt: skip
         if self.prompt is None:
             given = {"--bad": self.bad is not None, "--raw": self.raw, "--system": self.system is not None,
                      "--max-new-tokens": self.max_new_tokens is not None}  # fmt: skip

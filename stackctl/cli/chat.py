@@ -147,6 +147,8 @@ class Chat:
         self.output.status("the conversation was cleared")
 
     def system(self, text: str) -> None:
+        if self.sampling.raw and text:
+            raise Usage("with --raw there is no system message", hint="begin the chat without --raw")
         self.sampling = replace(self.sampling, system=text or None)
         self.output.status("the system message is set" if text else "there is no system message now")
 

@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         with gathering(problems):
             asked = _asked(read_prompts(prompt, prompts))
         with gathering(problems):
-            answering.check(context.output)
+            answering.check(context.output, measures=bool(data))
         with gathering(problems):
             stacks = plan_expressions(context.registry, what, base)
         if answering.computing.is_llama_cpp:

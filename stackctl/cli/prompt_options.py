@@ -44,6 +44,13 @@ RAW = Annotated[bool, of_output(help="Skip the chat template: the model continue
 SYSTEM = Annotated[str | None, of_output(parser=typed_text, help="A system message before the prompt.")]
 
 
+def idle_with_raw(raw: bool, options: dict[str, Any]) -> Iterator[Usage]:
+    """What is wrong with ``--raw`` and options that only a chat template obeys, by their names."""
+    if raw and (idle := [name for name, value in options.items() if value is not None]):
+        what = f"--raw goes on from the text as it stands, and {', '.join(idle)} would change nothing"
+        yield Usage(what, hint=f"leave out --raw, or {', '.join(idle)}")
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """How to answer. Each field is an option of generate and of compare, with its help and its default."""
@@ -82,13 +89,17 @@ class GenerateOptions:
     def computing(self) -> Computing:
         return Computing(self.engine, self.dtype, self.device)
 
-    def check(self, output: Output) -> None:
+    def check(self, output: Output, *, measures: bool = False) -> None:
         """What the ranges of the options leave open; a note says so where an option has nothing to choose from.
+
+        ``measures``: records are measured as well, which the chat template lays out whatever becomes of prompts.
 
         Raises:
             Usage: an option makes no sense.
         """
-        problems = [*self._problems()]
+        of_template = {"--chat-template-kwargs": self.chat_template_kwargs, "--enable-thinking": self.enable_thinking}
+        of_template = {"--system": self.system, **({} if measures else of_template)}
+        problems = [*self._problems(), *idle_with_raw(self.raw, of_template)]
         attempt(problems, self.template)
         attempt(problems, self.computing.check)
         raise_all(problems)

@@ -51,7 +51,7 @@ def decomposing(name: str, factors: Sequence[algebra.Factors]) -> Iterator[None]
     """
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         largest = max(float(a.abs().max()) * float(b.abs().max()) * abs(scale) for a, b, scale in factors)
         if largest <= torch.finfo(torch.float32).max:
             raise

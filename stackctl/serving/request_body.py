@@ -74,6 +74,8 @@ def parse_body(body: bytes, *, chat: bool) -> CompletionRequest:
     if (longest := given.get("max_completion_tokens")) is not None:
         values["max_tokens"] = _integer(1)(longest, "max_completion_tokens")
     values["template"] = values.pop("chat_template_kwargs", {})
+    if values["template"] and not chat:
+        raise _wrong("chat_template_kwargs", "left out: a completion goes on from its text, without a chat template")
     model = _text(given.get("model"), "model")
     values["include_usage"] = _include_usage(given.get("stream_options"), values.get("stream", False))
     values["top_logprobs"] = (_chat_logprobs if chat else _logprobs)(given)

@@ -357,7 +357,16 @@ def test_a_system_prompt_needs_conversations_a_role_and_room(tiny_registry: Any)
     h = tiny_registry()
     (h.folder / "pirate.txt").write_text(SYSTEM)
     system = ("--rank", 2, "--system", "pirate.txt")
-    assert "not a conversation" in distil(h, "base", *system, records=TEXTS, code=2).json["error"]["message"]
+    pair = {
+        "prompt": TALKS[0]["messages"][:1],
+        "chosen": TALKS[0]["messages"][1:],
+        "rejected": TALKS[1]["messages"][1:],
+    }
+    texts = {key: turns[0]["content"] for key, turns in pair.items()}
+    for records in (TEXTS, [texts]):
+        assert "not a conversation" in distil(h, "base", *system, records=records, code=2).json["error"]["message"]
+    asked = [distil(h, "base", *system, "--dry-run", records=records).json for records in ([pair], TALKS[:1])]
+    assert asked[0]["preview"] == asked[1]["preview"], "of a pair the chosen answer"
     (h.folder / "pirate.txt").write_text("Be brief. " * 60)
     assert "behind the system prompt" in distil(h, "base", *system, code=2).json["error"]["message"]
 

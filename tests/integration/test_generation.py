@@ -225,6 +225,9 @@ def test_prompts_that_cannot_be_answered_are_2(tiny_registry: Any, tmp_path: Pat
     h.run("generate", "base", "-p", " \n", code=2)
     h.run("generate", "base", stdin="", code=2)
     h.run("generate", "base", "-p", "x" * 512, "--raw", code=2)
+    for idle in (["--system", "x"], ["--enable-thinking"], ["--chat-template-kwargs", "{}"]):
+        for command in (["generate", "base"], ["compare", "base", "base"], ["bisect", "style", "--bad", "x"]):
+            assert f"{idle[0]} would change nothing" in h.run(*command, "-p", "x", "--raw", *idle, code=2).err
     h.run("generate", "base", "-p", "x" * 500, code=2)
     last = h.run("generate", "base", "-p", "x" * 510, "--raw", "--max-new-tokens", 50, "--json").json
     assert last["new_tokens"] <= 2, "an answer ends with the context"

@@ -48,6 +48,9 @@ def test_a_message_is_read_as_in_prompt_files_and_what_else_it_says_is_refused_b
         assert (caught.value.status, caught.value.param) == (400, f"messages[0].{key}")
     with pytest.raises(ApiError, match="has to be a text"):
         read(role="assistant", reasoning=3)
+    with pytest.raises(ApiError, match="without a chat template"):
+        body = {"model": "style", "prompt": "x", "chat_template_kwargs": {"enable_thinking": True}}
+        parse_body(json.dumps(body).encode(), chat=False)
 
 
 @pytest.mark.parametrize(("size", "status"), [(guard.LARGEST_BODY + 1, 413), (10, 408)])

@@ -38,11 +38,11 @@ class Layouts:
     def of(self, record: Record) -> list[Layout]:
         """The texts of a record; of a pair the chosen one, or both where answers are asked for, each in one text."""
         if isinstance(record, PreferenceRecord):
-            if not self._options.answers:
-                self._unread += 1
-                return self._of_one(record.chosen)
-            both = [self._answer(record.chosen), self._answer(record.rejected)]
-            return [layouts[0] for layouts in both] if all(both) else []
+            if self._options.answers:
+                both = [self._answer(record.chosen), self._answer(record.rejected)]
+                return [layouts[0] for layouts in both] if all(both) else []
+            self._unread += 1
+            record = record.chosen
         if self._options.system:
             return self._twice(record)
         return self._answer(record) if self._options.answers else self._of_one(record)
