@@ -209,4 +209,7 @@ def explain_oserror(error: OSError) -> Failed:
         errno.ENAMETOOLONG: "choose a shorter path",
     }
     reason = error.strerror or first_line(error)
-    return Failed(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hints.get(error.errno or 0))
+    hint = hints.get(error.errno or 0)
+    if "temporary directory" in reason:  # the words of Python's tempfile, under the number of a missing file
+        hint = "name a folder that can be written to: export TMPDIR=DIR"
+    return Failed(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hint)

@@ -91,11 +91,13 @@ class Hub:
 
         with explained(replace(self._attempt, revision=commit)):
             tree = list(self._api.list_repo_tree(self.repo, revision=commit, recursive=True))
-        found = [
-            RemoteFile(f.path, f.lfs.size if f.lfs else f.size, f.blob_id, f.lfs.sha256 if f.lfs else None)
-            for f in tree
-            if isinstance(f, RepoFile)
-        ]
+            found = [
+                RemoteFile(f.path, f.lfs.size if f.lfs else f.size, f.blob_id, f.lfs.sha256 if f.lfs else None)
+                for f in tree
+                if isinstance(f, RepoFile)
+            ]
+            if not all(isinstance(file.path, str) and isinstance(file.size, int) for file in found):
+                raise ValueError("files without a name or a size")
         return Snapshot(commit, private, {file.path: file for file in found})
 
     def create(self, *, private: bool) -> None:

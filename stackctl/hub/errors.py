@@ -23,6 +23,8 @@ _SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
     (re.compile(r"(?<=://)[^/@\s]+@"), ""),
 )
+_OF_THE_CLIENT = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+"""What huggingface_hub raises, of an answer of another shape than it expects, too."""
 _LONGEST = 300
 
 
@@ -71,7 +73,7 @@ def explained(attempt: Attempt) -> Iterator[None]:
         yield
     except StackctlError:
         raise
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, *_OF_THE_CLIENT) as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
         raise explain(error, attempt) from _scrubbed(error)
@@ -104,7 +106,7 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
 
     if told := cause(StackctlError, OfflineModeIsEnabled):
         return told if isinstance(told, StackctlError) else offline(attempt)
-    if refused := cause(HfHubHTTPError):
+    if refused := cause(HfHubHTTPError, httpx2.HTTPStatusError):
         return explain_status(refused, attempt)
     if broken := cause(httpx2.TransportError):
         return _explain_network(broken, attempt)
@@ -147,7 +149,7 @@ def _explain_network(error: Any, attempt: Attempt) -> StackctlError:
 
 
 def explain_status(error: Any, attempt: Attempt) -> StackctlError:
-    """An HTTP status (and the Hub's own error code) as an error; ``error`` is an ``HfHubHTTPError``."""
+    """An HTTP status (and the Hub's own error code) as an error; ``error`` is an ``HfHubHTTPError``, or httpx's own."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -156,7 +158,7 @@ def explain_status(error: Any, attempt: Attempt) -> StackctlError:
     )
 
     status, repo, host, again = error.response.status_code, attempt.repo, attempt.host, attempt.again
-    said = _first_line(error.server_message or "")
+    said = _first_line(getattr(error, "server_message", None) or "")
     because = f" ({said})" if said else ""
     if isinstance(error, RevisionNotFoundError):
         revision = attempt.revision or "main"

@@ -565,8 +565,13 @@ def test_no_such_repo_or_revision_is_exit_3(
 
 @pytest.mark.parametrize("match", ["GET /api/models/me/style", "tree", "HEAD /me/style/resolve", "adapter_model"])
 @pytest.mark.parametrize(
-    "fault", [{"status": 401}, {"status": 403}, {"status": 429}, {"status": 503}, {"cut": True}], ids=str
-)
+    "fault",
+    [
+        {"status": 401}, {"status": 403}, {"status": 429}, {"status": 503, "body": [5]}, {"cut": True},
+        {"status": 200, "body": [{"type": "file", "path": 5, "size": 1, "oid": "x"}]},
+    ],
+    ids=lambda fault: "-".join(map(str, fault.values())),
+)  # fmt: skip
 def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
     run: Callable[..., Any],
     own_registry: Registry,
@@ -577,7 +582,7 @@ def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
 ) -> None:
     run("push", "style@1", "me/style", *ID)
     before = tree(other_registry)
-    hub.fail(match, body={"error": f"no, {hub.token}"}, **fault)
+    hub.fail(match, **{"body": {"error": f"no, {hub.token}"}, **fault})
     ran = run("pull", "me/style", "--registry", other_registry.root, "--json", code=6)
     assert "stackctl pull me/style" in ran.json["error"]["hint"] and tree(other_registry) == before
     assert sum(line.startswith("error:") for line in ran.err.splitlines()) == 1

@@ -204,6 +204,8 @@ def test_errors_of_the_system_become_one_sentence():
     assert "/x" in error.message
     assert error.hint
     assert explain_oserror(OSError("odd")).message
+    nowhere = explain_oserror(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"))
+    assert nowhere.hint is not None and "TMPDIR" in nowhere.hint
 
 
 def test_existing(tmp_path):
