@@ -107,6 +107,25 @@ def test_a_base_with_a_broken_configuration_is_4(run, fails, models, tmp_path, t
     assert "config.json" in fails("base", "add", "x", "model", code=4)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "num_hidden_layers", "x"),
+        ("config.json", "hidden_size", 3),
+        ("generation_config.json", "suppress_tokens", 3),
+        ("generation_config.json", "eos_token_id", "x"),
+        ("tokenizer.json", "version", "["),
+        ("tokenizer_config.json", "auto_map", []),
+        ("tokenizer_config.json", "model_max_length", "x"),
+    ],
+)
+def test_a_base_with_a_value_that_its_library_cannot_take_is_4(run, fails, models, tmp_path, file, key, value):
+    run("init")
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: value}))
+    assert "tokenizer" in (told := fails("base", "add", "x", "model", code=4)) or file in told
+
+
 def test_base_rm_refuses_while_adapters_stand_on_it(filled_registry, run, fails):
     assert "foreign" in fails("base", "rm", "other", code=2)
     run("rm", "foreign")

@@ -23,6 +23,7 @@ from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.loading import check_keys
 from stackctl.engine.base.model_class import check_scheme, empty_model, quantised_skeleton, whole_model
 from stackctl.engine.base.module_shapes import converted_names, module_shapes
+from stackctl.engine.base.odd_files import read_generation_config
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.base.untrained_tokens import find_untrained
 from stackctl.engine.base.weight_conversion import former_names
@@ -91,6 +92,7 @@ def _describe(
     scheme = stored_scheme(folder)
     check_scheme(scheme, folder, source if kind == "hub" else str(folder))
     model = empty_model(folder)
+    read_generation_config(folder)
     config = model.config
     text_config = config.get_text_config()
     tensors = read_base_tensors(folder)

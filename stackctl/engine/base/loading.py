@@ -17,6 +17,7 @@ from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import check_scheme, model_class, reading, whole_model
 from stackctl.engine.base.module_shapes import text_modules
+from stackctl.engine.base.odd_files import read_generation_config
 from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme
@@ -36,6 +37,7 @@ def load_weights(
     """
     scheme = stored_scheme(folder)
     check_scheme(scheme, folder, str(folder))
+    read_generation_config(folder)  # whatever is odd about it, from_pretrained says in no words of its own
     if four_bits and scheme is not None and scheme.method != FOUR_BITS:
         raise Incompatible(
             f"{folder} is stored quantised already, by {scheme.label}: it cannot be put in four bits by --dtype nf4",

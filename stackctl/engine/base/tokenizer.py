@@ -135,8 +135,11 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(found.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {found.model_max_length!r}")
+        return found
+    except Exception as error:  # tokenizers raises no other kind
         raise Incompatible(f"{folder} has no usable tokenizer ({first_line(error)[:200]})") from error
 
 
@@ -144,15 +147,14 @@ def load_reader(folder: Path) -> BaseReader:
     """The same, and what else is read of a base, by transformers.
 
     Raises:
-        Incompatible: transformers cannot read the tokenizer.
+        Incompatible: transformers cannot read the tokenizer, or the generation configuration.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    from stackctl.engine.base.odd_files import read_generation_config
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    try:
-        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # as transformers does where a model brings none
-        generation = GenerationConfig.from_model_config(config)
+    generation = read_generation_config(folder) or GenerationConfig.from_model_config(config)
     return BaseReader(load_tokenizer(folder), generation, cached_numbers(config.get_text_config(decoder=True)))
 
 
