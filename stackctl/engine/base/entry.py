@@ -19,11 +19,11 @@ from stackctl.core.errors import HubFailure, NotFound
 from stackctl.core.schema import Base, WholeClass
 from stackctl.engine.base.config_numbers import context_length
 from stackctl.engine.base.folder import converted
+from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.loading import check_keys
 from stackctl.engine.base.model_class import check_scheme, empty_model, quantised_skeleton, whole_model
 from stackctl.engine.base.module_shapes import converted_names, module_shapes
-from stackctl.engine.base.odd_files import read_generation_config
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.base.untrained_tokens import find_untrained
 from stackctl.engine.base.weight_conversion import former_names

@@ -14,10 +14,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line, listed
+from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import check_scheme, model_class, reading, whole_model
 from stackctl.engine.base.module_shapes import text_modules
-from stackctl.engine.base.odd_files import read_generation_config
 from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme

@@ -19,7 +19,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config, QuantizationConfigMixin
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base.odd_files import ODD
 from stackctl.registry.base_quantization import FOUR_BITS, Quantization, plain_name, stored_scheme
 from stackctl.storage.files import read_json
 
@@ -37,7 +36,7 @@ def model_class(folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     kind = raw.get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ImportError, *ODD) as error:
+    except Exception as error:  # huggingface_hub's checks of types are no ValueError
         raise _unknown(folder, raw, first_line(error)[:200]) from error
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
         if type(config) not in mapping or (kind in _WHOLE and mapping is MODEL_FOR_CAUSAL_LM_MAPPING):
@@ -113,7 +112,7 @@ def _empty(folder: Path, found: type[PreTrainedModel], config: PretrainedConfig)
             f"{found.__name__} needs a package that is not installed ({first_line(error)[:200]})",
             hint="install it, and try again",
         ) from error
-    except (RuntimeError, *ODD) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise Incompatible(
             f"{folder} has a configuration of which no {found.__name__} can be made ({first_line(error)[:200]})",
             hint="get config.json again from where the model came",

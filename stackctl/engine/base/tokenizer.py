@@ -151,7 +151,7 @@ def load_reader(folder: Path) -> BaseReader:
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from stackctl.engine.base.odd_files import read_generation_config
+    from stackctl.engine.base.generation_config import read_generation_config
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     generation = read_generation_config(folder) or GenerationConfig.from_model_config(config)
