@@ -94,7 +94,11 @@ def unfitting_tensors(
     expected = expected_targets(checkpoint.config, known, base.output_embedding)
     if expected is not None:
         found = {m for m in pairs if m in known}
-        untargeted = sorted(found - expected, key=natural_order)
+        untargeted = sorted(found - expected - set(shared), key=natural_order)
+        odd = [m for m in untargeted if known[m].type == "Matrix"]
+        why = "modules that are no plain linear layers, on which PEFT runs no LoRA"
+        add("no_linear_layer", odd, why, "train it again without them")
+        untargeted = [m for m in untargeted if m not in odd]
         add("missing_tensors", sorted(expected - found, key=natural_order), "tensors are missing for", again)
         add("extra_tensors", untargeted, "tensors for modules that it does not target", again)
     return problems

@@ -16,6 +16,7 @@ from checkpoints import (
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.core.schema import ModuleShape
+from stackctl.lora.target_modules import expand_modules
 from stackctl.plan.build import plan_stack
 
 BASE = make_base()
@@ -46,6 +47,16 @@ def test_a_sound_stack():
     assert [f.scaling for f in plan.modules[Q0].factors] == [2.0, pytest.approx(6 / 3**0.5)]
     assert plan.modules["model.layers.1.mlp.up_proj"].shape == (2 * HIDDEN, HIDDEN)
     assert len(plan.modules) == 6
+
+
+@pytest.mark.parametrize(("kind", "code"), [("Matrix", "no_linear_layer"), ("Shared", "shared_modules")])
+def test_a_layer_on_which_no_lora_runs_is_refused_for_that_alone(kind, code):
+    """The checkpoint names it, so that to call it untargeted would be false."""
+    odd = {Q0: ModuleShape(type=kind, shape=[HIDDEN, HIDDEN])}
+    base = msgspec.structs.replace(BASE, modules={**expand_modules(BASE.modules), **odd})
+    plan = planned(base=base)
+    assert codes(plan) == [code]
+    assert Q0 in plan.problems[0].message and "without them" in plan.problems[0].hint
 
 
 def test_the_base_alone():
