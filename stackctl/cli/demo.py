@@ -22,7 +22,7 @@ from stackctl.storage.hashes import sha256_file
 
 PROMPTS = ("Tell me about the sea.", "How do I keep bread fresh?", "Describe a morning in a town by the water.")
 STACKS = ("base", "style", "style+instruct")
-MEASURED = 12
+MEASURED = 8
 """Held-out records of each kind that the losses are of: the stacks differ by far more than a mean of these does."""
 
 
@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
         held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
         records = [replace(found, records=found.records[:MEASURED], count=MEASURED) for found in read_data(held_out)]
         prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, records)
-        compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=80), measured)
+        compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=64), measured)
         results = _table_rows(compared.scores)
         push = prepare_push(registry, "storyteller", "me/storyteller")
         adapters = [str(resolve_expression(registry, name).members[0].label) for name in recipe.recipe.train]

@@ -189,33 +189,9 @@ def test_masking_by_the_pad_token_drops_the_end_of_turn(tiny_registry: Any) -> N
 
 # -- what cannot be summed is refused by name, before anything is loaded ----------------------------------------------
 
-REFUSED: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True, "target_modules": ["q_proj"]},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
-
 
 def must_not_load(*_: Any, **__: Any) -> Any:
     raise AssertionError("a base was loaded")
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_no_sum_no_stack(tiny_registry: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    h = tiny_registry()
-    h.add("style", seed=1, target_modules=["q_proj"])
-    path = random_adapter(h.base, tmp_path / "odd", seed=2, **REFUSED[kind])
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", must_not_load)
-    added = h.run("add", "odd", path, "--json", code=None)
-    if added.code:
-        assert added.code == 4
-        assert "odd" in added.json["error"]["message"]
-        return
-    for command in (["generate", "style+odd", "-p", "x"], ["compose", "style+odd"], ["train", "n", "--on", "odd"]):
-        data = ["--data", h.data()] if command[0] == "train" else []
-        error = h.run(*command, *data, "--json", code=4).json["error"]
-        assert "odd@1" in error["message"]
 
 
 def test_dora_in_pefts_cat_is_silently_wrong(tiny_registry: Any, tmp_path: Path) -> None:
