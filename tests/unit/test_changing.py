@@ -9,8 +9,10 @@ import pytest
 from checkpoints import full_version, lora_config, make_base, make_registry, register, write_checkpoint
 
 from stackctl.core.errors import Failed, Incompatible, NotFound, StackctlError, Usage
+from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, Base, Defaults, GivenNumber, RegistryFile, Stack
 from stackctl.lora.checkpoint import read_checkpoint
+from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import remove_base, save_base
 from stackctl.registry.planning import read_plan
 from stackctl.registry.remove import remove_entry
@@ -132,6 +134,34 @@ def test_removing_a_link_into_the_registry_removes_nothing_of_others(registry, p
     assert verify_registry(registry) == (2, [])
 
 
+def test_rm_refuses_while_something_stands_on_it(storyteller):
+    with pytest.raises(Usage) as caught:
+        remove_entry(storyteller, "style")
+    assert "instruct@1" in caught.value.message
+    assert "storyteller" in caught.value.message
+    with pytest.raises(Usage):
+        remove_entry(storyteller, "style@1")
+    with pytest.raises(Usage):
+        remove_base(storyteller, "tiny")
+    assert remove_entry(storyteller, "storyteller").removed == ("storyteller",)
+    assert remove_entry(storyteller, "instruct@1").removed == ("instruct@1",)
+    assert remove_entry(storyteller, "style").removed == ("style@1",)
+    remove_base(storyteller, "tiny")
+    assert storyteller.settings() == RegistryFile()
+
+
+def test_rm_of_one_version(registry):
+    register(registry, "style", seed=1)
+    register(registry, "style", seed=2)
+    register(registry, "instruct", ["style@1:0.5"])
+    assert remove_entry(registry, "style@2").removed == ("style@2",)
+    assert resolve_expression(registry, "style").pinned == "style@1"
+    with pytest.raises(Usage):
+        remove_entry(registry, "style")
+    with pytest.raises(NotFound):
+        remove_entry(registry, "style@2")
+
+
 def test_an_adapter_may_be_removed_with_its_own_later_versions(registry):
     register(registry, "style", seed=1)
     add_version(registry, "style", lambda n: msgspec.structs.replace(full_version(n), trained_on=["style@1"]), None)
@@ -166,6 +196,12 @@ def test_saving_a_stack_whose_member_is_gone(storyteller):
         save_stack(storyteller, "late", resolved)
     assert storyteller.names(Stack) == []
     assert isinstance(resolved, ResolvedStack)
+
+
+def test_references(storyteller):
+    assert resolve_adapter(storyteller, Reference("style")).label == "style@1"
+    with pytest.raises(NotFound):
+        resolve_adapter(storyteller, Reference("style", 9))
 
 
 def test_a_refused_adapter_is_refused_by_its_plan(registry, tmp_path):

@@ -133,6 +133,21 @@ def test_every_problem_at_once():
     assert all(p.message in caught.value.message for p in plan.errors)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config",
+        {"top_k": 2}),
+        ("kasa_config", {"x": 1}), ("monteclora_config", {"x": 1}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_summed_is_refused_by_name(key, value):
+    plan = planned(lora_config(**{key: value}))
+    assert key in codes(plan, "error")
+    assert "style@1" in next(p.message for p in plan.problems if p.code == key)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
 def test_adapters_that_changed_their_base_are_refused(init):
     assert codes(planned(lora_config(init_lora_weights=init))) == ["changed_base"]

@@ -8,11 +8,11 @@ from checkpoints import full_version, make_base, make_registry, register, write_
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Adapter, Base, RegistryFile, Stack
-from stackctl.registry.base_entries import remove_base, save_base
+from stackctl.registry.base_entries import remove_base, resolve_base, save_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.remove import remove_entry
-from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.resolve import current_stack, resolve_expression
 from stackctl.registry.stacks import save_stack, use_stack
 from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version, check_adapter_name
@@ -71,12 +71,39 @@ def test_text_that_is_no_expression(storyteller, text):
         assert caught.value.exit_code in (2, 3)
 
 
+def test_a_mistyped_name_hints_at_the_nearest(storyteller):
+    for text, near in (
+        ("stlye", "style"),
+        ("story-teller", "storyteller"),
+        ("instruct+stile", "style"),
+        ("tinny", "tiny"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            resolve_expression(storyteller, text)
+        assert caught.value.exit_code == 3
+        assert f"'{near}'" in caught.value.hint
+    with pytest.raises(NotFound) as caught:
+        resolve_base(storyteller, "tinyy")
+    assert "'tiny'" in caught.value.hint
+    with pytest.raises(NotFound) as caught:
+        use_stack(storyteller, "storytelle")
+    assert "'storyteller'" in caught.value.hint
+
+
 def test_a_missing_version_says_which_there_are(storyteller):
     register(storyteller, "style")
     with pytest.raises(NotFound) as caught:
         resolve_expression(storyteller, "style@7")
     assert "1, 2" in caught.value.message
     assert "style@2" in caught.value.hint
+
+
+def test_adapters_and_stacks_share_their_names(storyteller):
+    with pytest.raises(Usage):
+        register(storyteller, "storyteller")
+    with pytest.raises(Usage):
+        save_stack(storyteller, "style", resolve_expression(storyteller, "style"))
+    assert not (storyteller.root / "weights" / "storyteller" / "1").exists()
 
 
 def test_a_name_with_plus_is_only_ever_its_own_expression(storyteller):
@@ -118,6 +145,24 @@ def test_expressions(storyteller):
     )
 
 
+def test_the_newest_version_is_meant_and_pinned(storyteller):
+    register(storyteller, "style", seed=2)
+    assert resolve_expression(storyteller, "style").pinned == "style@2"
+    assert resolve_expression(storyteller, "style@1").pinned == "style@1"
+
+
+def test_a_stored_stack_stays_pinned(storyteller):
+    register(storyteller, "style", seed=2)
+    stack = resolve_expression(storyteller, "storyteller")
+    assert labels(stack) == ["style@1:0.5", "instruct@1"]
+    assert stack.name == "storyteller"
+    assert any("style@2" in note for note in stack.notes)
+    assert labels(resolve_expression(storyteller, "style+instruct")) == ["style@2", "instruct@1"]
+    save_stack(storyteller, "storyteller", resolve_expression(storyteller, "style:0.5+instruct"))
+    assert labels(resolve_expression(storyteller, "storyteller")) == ["style@2:0.5", "instruct@1"]
+    assert not resolve_expression(storyteller, "storyteller").notes
+
+
 def test_named_stacks_inside_expressions_multiply_their_weights(storyteller):
     register(storyteller, "poem")
     assert labels(resolve_expression(storyteller, "storyteller:0.5+poem")) == [
@@ -142,6 +187,18 @@ def test_products_of_weights_are_finite(storyteller):
     with pytest.raises(Usage) as caught:
         resolve_expression(storyteller, "big:1e200")
     assert caught.value.exit_code == 2
+
+
+def test_a_stack_has_no_versions(storyteller):
+    with pytest.raises(Usage):
+        resolve_expression(storyteller, "storyteller@1")
+
+
+def test_the_same_adapter_twice_is_a_problem_of_the_plan(storyteller):
+    for text in ("style+style", "storyteller+style", "style:0.5+style@1:0.5"):
+        with pytest.raises(Incompatible) as caught:
+            read_plan(storyteller, resolve_expression(storyteller, text)).check()
+        assert "twice" in caught.value.message
 
 
 def test_bases_that_differ(registry):
@@ -174,6 +231,17 @@ def test_which_base_is_meant(tmp_path):
     with pytest.raises(Usage) as caught:
         resolve_expression(two, "base")
     assert "three, two" in caught.value.message
+
+
+def test_the_current_stack(storyteller):
+    assert current_stack(storyteller) == "storyteller"
+    save_stack(storyteller, "second", resolve_expression(storyteller, "style"))
+    assert resolve_expression(storyteller).name == "second"
+    assert use_stack(storyteller, "storyteller").name == "storyteller"
+    assert resolve_expression(storyteller).name == "storyteller"
+    remove_entry(storyteller, "storyteller")
+    with pytest.raises(Usage):
+        resolve_expression(storyteller)
 
 
 def test_a_stack_on_a_base_that_has_become_another(storyteller):
