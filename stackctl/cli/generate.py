@@ -18,6 +18,7 @@ from stackctl.cli.prompt_options import (
     PROMPTS,
     GenerateOptions,
     answer_json,
+    choose_template,
     read_prompts,
     say_what_rounding_costs,
 )
@@ -78,13 +79,9 @@ def register(app: typer.Typer) -> None:
         check_digests(registry, stack.members)
         for note in stack.notes:
             output.note(note)
-        from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
-
         stacked = computing.load(stack.base, registry, output.status)
-        if adopted := adopt_chat_template(stacked.tokenizer, stack.base.name, [plan]):
-            output.note(adopted)
-        if not answering.raw and ensure_chat_template(stacked.tokenizer):
-            output.note(f"the base '{stack.base.name}' has no chat template: ChatML is used")
+        own_template = stacked.tokenizer.chat_template
+        choose_template(stacked, plan, answering.raw, output)
         stacked.use(plan, live=live)
         say_what_rounding_costs(stacked, output)
         name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
@@ -92,7 +89,7 @@ def register(app: typer.Typer) -> None:
             return _answer(stacked, _Questions(name, asked, sampling, answering.batch_size), output, to)
         from stackctl.cli.chat import Chat
 
-        Chat(registry, output, stacked, stack, sampling, live).run()
+        Chat(registry, output, stacked, stack, sampling, own_template, live).run()
         return None
 
 

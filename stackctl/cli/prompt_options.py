@@ -17,6 +17,7 @@ from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
+from stackctl.plan.model import StackPlan
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
@@ -168,6 +169,17 @@ def _read_stdin() -> str:
     except UnicodeError:
         raise Usage("standard input is not UTF-8", hint="convert it first, with iconv for example") from None
     return text
+
+
+def choose_template(stacked: Answers, plan: StackPlan, raw: bool, output: Output) -> None:
+    """See that the tokenizer of a base has a chat template: its own, else a member's, else ChatML where one is used.
+    A note says which, where it is not its own."""
+    from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
+
+    if adopted := adopt_chat_template(stacked.tokenizer, stacked.base.name, [plan]):
+        output.note(adopted)
+    if not raw and ensure_chat_template(stacked.tokenizer):
+        output.note(f"the base '{stacked.base.name}' has no chat template: ChatML is used")
 
 
 def say_what_rounding_costs(

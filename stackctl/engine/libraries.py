@@ -7,12 +7,13 @@ process, and compiles nothing. Training is left alone: Trainer and accelerate ma
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
@@ -55,6 +56,22 @@ def quiet_libraries() -> None:
         hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate)(\.|$)")
+
+
+@contextlib.contextmanager
+def off_stdout() -> Iterator[None]:
+    """What is printed in the body goes to stderr, by code that is not Python, too: stdout has the command's results."""
+    shown = sys.stdout
+    shown.flush()
+    before = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        shown.flush()
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def _add_models() -> None:

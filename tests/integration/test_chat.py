@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 from terminal import Terminal
+from tiny import random_adapter
 
 LENGTH = 12
 OPTIONS = ["--max-new-tokens", LENGTH]
@@ -106,6 +108,35 @@ def test_a_conversation(h: Any, chat: Any, tmp_path: Path) -> None:
     t.type("/exit\r")
     assert t.wait() == 0
     h.train("third", "--max-steps", 1, on="style", records=[{"messages": m} for m in records(tmp_path / "one.jsonl")])
+
+
+def test_another_stack_brings_its_template_to_a_base_without_one(
+    models: Any, run: Any, chat: Any, tmp_path: Path
+) -> None:
+    """As ``generate`` has it, whichever stack the chat began with."""
+    base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    run("init")
+    run("base", "add", "tiny", base)
+    for name, template in (("plain", None), ("own", "{% for m in messages %}<{{ m.content }}>{% endfor %}")):
+        adapter = random_adapter(base, tmp_path / f"{name}-adapter", seed=len(name))
+        if template:
+            (adapter / "chat_template.jinja").write_text(template)
+        run("add", name, adapter)
+    t = chat("plain", *OPTIONS)
+    assert "ChatML is used" in t.wait_for_prompt()
+    said = []
+    for number, (name, told) in enumerate((("own", "that of own@1 is used"), ("plain", "ChatML is used"))):
+        t.type(f"/use {name}\r")
+        assert told in t.wait_for_prompt()
+        for line in ("/reset", "Hi", f"/save {number}.jsonl"):
+            t.type(f"{line}\r")
+            t.wait_for_prompt()
+        said.append(records(tmp_path / f"{number}.jsonl")[0][1]["content"])
+        assert said[-1] == run("generate", name, "-p", "Hi", *OPTIONS, "--json").json["text"]
+    assert said[0] != said[1]
+    t.type("/exit\r")
+    assert t.wait() == 0
 
 
 def test_what_goes_wrong_is_said_and_the_chat_goes_on(h: Any, chat: Any, models: Any, tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
-"""What commands that only read models import, in a process that has imported nothing."""
+"""What commands import and what of it is heard."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from stackctl.engine.base.tokenizer import load_tokenizer
 
 CODE = """
 import sys
@@ -46,3 +51,17 @@ def test_a_model_is_read_without_the_compiler_and_sharded_tensors(tiny_registry:
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(base)(input_ids=torch.arange(6)[None]).logits
     assert torch.equal(torch.load(logits), expected)
+
+
+def test_what_native_code_prints_is_not_on_stdout(
+    models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where it would stand before a command's JSON."""
+    base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
+    read = json.loads((base / "tokenizer.json").read_text())
+    read["added_tokens"][0]["another"] = 1
+    (base / "tokenizer.json").write_text(json.dumps(read))
+    assert load_tokenizer(base)("a").input_ids
+    print("behind it")
+    said = capfd.readouterr()
+    assert said.out == "behind it\n" and "another" in said.err

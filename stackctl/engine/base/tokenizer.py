@@ -20,6 +20,7 @@ from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.base.config_numbers import cached_numbers
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
+from stackctl.engine.libraries import off_stdout
 from stackctl.engine.records.types import Message
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic
@@ -135,7 +136,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with off_stdout():  # tokenizers tells there which keys of its file it does not know
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not isinstance(found.model_max_length, int | float):
             raise ValueError(f"model_max_length is {found.model_max_length!r}")
         return found

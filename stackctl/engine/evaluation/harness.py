@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from stackctl.core.errors import (
     raise_all,
 )
 from stackctl.engine.generation.padding import can_pad
-from stackctl.engine.libraries import quiet_libraries
+from stackctl.engine.libraries import off_stdout, quiet_libraries
 from stackctl.engine.models import StackedModel
+from stackctl.engine.replaced import replaced
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000
@@ -227,26 +227,15 @@ def _said(error: Exception) -> str:
 def _apart() -> Iterator[None]:
     """Keep what the harness and its libraries print off stdout, and their bars off what is no terminal.
 
-    Not only Python prints: the file descriptor itself leads to stderr meanwhile. Errors by resampling are computed in
-    this process, for a fork of one that has threads may hang.
+    Errors by resampling are computed in this process, for a fork of one that has threads may hang.
     """
     from tqdm import tqdm
 
-    shown, start = sys.stdout, tqdm.__init__
+    start = tqdm.__init__
     os.environ["DISABLE_MULTIPROC"] = "1"
 
     def begin(self: Any, *args: Any, **options: Any) -> None:
         start(self, *args, **{**options, "disable": options.get("disable") or None})  # None: only on a terminal
 
-    shown.flush()
-    before = os.dup(1)
-    os.dup2(2, 1)
-    tqdm.__init__ = begin
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        shown.flush()
-        os.dup2(before, 1)
-        os.close(before)
-        tqdm.__init__ = start
+    with replaced(tqdm, "__init__", begin), off_stdout():
+        yield
