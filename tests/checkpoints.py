@@ -193,3 +193,25 @@ def register_three(registry: Registry) -> None:
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
     register(registry, "instruct", ["style@1"], seed=3)
+
+
+def tree(registry: Registry) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(registry.root)): p.read_bytes()
+        for p in registry.root.rglob("*")
+        if p.is_file() and p.name not in (".lock", ".digests.json")  # remembered hashes are written once files settled
+    }
+
+
+def version(registry: Registry, label: str) -> AdapterVersion:
+    name, _, number = label.partition("@")
+    adapter = registry.find_adapter(name)
+    assert adapter is not None, f"there is no {name}"
+    return next(v for v in adapter.versions if v.version == int(number))
+
+
+def plain_repo(tmp_path: Path, **config: Any) -> dict[str, bytes]:
+    """What PEFT's push_to_hub makes, with things beside it that nobody asked for."""
+    folder = write_checkpoint(tmp_path / "plain", lora_config(**config), seed=9)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {**files, "optimizer.pt": b"pickle", "training_args.bin": b"pickle", "run.py": b"code", "README.md": b"# x"}

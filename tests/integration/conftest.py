@@ -10,9 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checkpoints import make_base, make_registry
 from hub_server import HubServer, connect, running_hub
 from registry_fixtures import fails, filled_registry, four_adapters  # noqa: F401
 from short_texts import texts
+
+from stackctl.registry.store import Registry
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running_hub() as server:
         connect(server, tmp_path / "hf", monkeypatch)
         yield server
+
+
+@pytest.fixture
+def other_registry(tmp_path: Path) -> Registry:
+    """An empty registry of somebody else, whose base is the same model under another name."""
+    return make_registry(tmp_path / "other" / "registry", make_base("llama"))
+
+
+@pytest.fixture(scope="session")
+def adapter(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint on the tiny Llama that PEFT wrote."""
+    from tiny import random_adapter
+
+    return random_adapter(models("llama"), tmp_path_factory.mktemp("adapter") / "style")
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from tiny_registry import TinyRegistry
 from stackctl.engine.base.tokenizer import kept_reader
 from stackctl.registry.base_models import converted_folder
 
-pytest.importorskip("xllamacpp")
-
 TEXT = "Tell me of the sea."
 STACKS = ["base", "style", "tone:0.5", "style+tone", "style:-1+tone@1:2"]
 LLAMA = ("--engine", "llama.cpp")
