@@ -19,7 +19,6 @@ from stackctl.cli.common import (
     command,
     complete_bases,
 )
-from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.registry.store import Registry
@@ -70,14 +69,10 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Register a base model; its fingerprint identifies it from then on."""
         from stackctl.core.expressions import parse_name
-        from stackctl.registry.base_models import check_model_folder, parse_source
+        from stackctl.registry.base_models import parse_source
 
         parse_name(name, "base name")
-        kind, found = parse_source(name, source)  # what is wrong is said before anything heavy is loaded
-        if revision is not None and kind != "hub":
-            raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
-        if kind == "folder":
-            check_model_folder(Path(found))
+        parse_source(name, source, revision)  # what is wrong is said before anything heavy is loaded
         registry = context.registry
         from stackctl.engine.libraries import import_transformers
 

@@ -218,16 +218,24 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
-def parse_source(name: str, source: str | None) -> tuple[str, str]:
+def parse_source(name: str, source: str | None, revision: str | None = None) -> tuple[str, str]:
     """What kind of source a base called ``name`` has (``embedded``, ``gguf``, ``folder`` or ``hub``), and the source.
 
     Raises:
-        NotFound, Usage: there is none, or it is not there.
+        NotFound, Usage, Incompatible: there is none, it is not there, it is a folder that cannot be a base, or it is
+            not on the Hub and has a revision.
     """
-    if source is None:
-        if name != EMBEDDED_NAME:
-            raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
-        return "embedded", EMBEDDED
+    if source is None and name != EMBEDDED_NAME:
+        raise Usage(f"a source for '{name}' is missing", hint=f"stackctl base add {name} org/model (or a folder)")
+    kind, source = ("embedded", EMBEDDED) if source is None else _kind_of_source(source)
+    if revision is not None and kind != "hub":
+        raise Usage("--revision is for a source on the Hub", hint="leave it out, or give a Hub id as SOURCE")
+    if kind == "folder":
+        check_model_folder(Path(source))
+    return kind, source
+
+
+def _kind_of_source(source: str) -> tuple[str, str]:
     path = typed_path(source, what="the source")
     if path.suffix.lower() == ".gguf":
         existing_path(path, "the file")

@@ -63,7 +63,7 @@ def make_base(
         kind, source = ("wheel", EMBEDDED) if embedded_gguf() else ("hub", EMBEDDED_HUB_ID)
     path: str | None = None
     if kind == "folder":
-        folder = check_model_folder(Path(source)).resolve()
+        folder = Path(source).resolve()
         path = portable_path(folder, registry.root)
         source = path
     elif kind == "hub":

@@ -37,7 +37,6 @@ def load_weights(
     """
     scheme = stored_scheme(folder)
     check_scheme(scheme, folder, str(folder))
-    read_generation_config(folder)  # whatever is odd about it, from_pretrained says in no words of its own
     if four_bits and scheme is not None and scheme.method != FOUR_BITS:
         raise Incompatible(
             f"{folder} is stored quantised already, by {scheme.label}: it cannot be put in four bits by --dtype nf4",
@@ -47,6 +46,7 @@ def load_weights(
         converted, found = load_converting(folder, dtype)
         check_keys(found, folder, converted)
         return converted
+    read_generation_config(folder)  # whatever is odd about it, from_pretrained says in no words of its own
     if four_bits or (scheme is not None and scheme.method == FOUR_BITS):
         _check_bitsandbytes(needed=scheme is not None)
     settings: Any = reading(scheme) if scheme is not None else _nf4(dtype) if four_bits else None

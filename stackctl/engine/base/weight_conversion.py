@@ -9,7 +9,6 @@ them, an embedding, is there twice, and the allocator keeps much of what was fre
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -30,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from stackctl.core.schema import ModuleShape
+from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
@@ -79,6 +79,7 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
 
     Beside it what transformers reports of loading it (``output_loading_info``).
     """
+    generation = read_generation_config(folder)
     empty = empty_model(folder)
     tensors = {name: Unread(*place) for name, place in read_base_tensors(folder).items()}
     loader: Any = type(empty)  # with output_loading_info it returns a pair, which its annotation leaves out
@@ -86,8 +87,8 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     model.name_or_path = model.config.name_or_path = str(folder)
-    with contextlib.suppress(OSError):  # many models have none
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if generation is not None:
+        model.generation_config = generation
     return model, found
 
 
