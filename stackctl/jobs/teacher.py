@@ -92,15 +92,12 @@ def _no_lora_says(plan: StackPlan) -> Iterator[Incompatible]:
     if plan.method != SUM:
         what = f"a stack composed by {plan.method} is not a sum, and only a sum is kept beside the base"
         yield Incompatible(f"--teacher: {what}", hint="name a sum")
-    biases = [part for part in plan.replacements if part.is_bias(plan.members)]
-    whole = [part for part in plan.replacements if part not in biases]
-    kinds = {
-        "whole modules": {part.member for part in whole},
-        "trained biases": {part.member for part in biases},
-        "rows of single tokens": {part.member for part in plan.token_rows},
-    }
-    for kind, numbers in kinds.items():
-        for label in [plan.members[number].label for number in sorted(numbers)]:
+    for kind, parts in (
+        ("whole modules", plan.whole_modules),
+        ("trained biases", plan.trained_biases),
+        ("rows of single tokens", plan.token_rows),
+    ):
+        for label in [plan.members[number].label for number in sorted({part.member for part in parts})]:
             what = f"{label} carries {kind}, which no LoRA can say"
             yield Incompatible(f"--teacher: {what}", hint="distil a stack without it")
     if experts := [name for name, module in plan.modules.items() if module.is_experts]:

@@ -213,13 +213,11 @@ def _not_plain(plan: StackPlan, target: str, program: str) -> Iterator[Problem]:
             what = f"{member.label} is DoRA, which {program} does not apply"
             yield Problem(f"{target}_dora", what, "train it again as a plain LoRA", member.label)
     for index, member in enumerate(plan.members):
-        brought = [r for r in plan.replacements if r.member == index]
-        biases = [r for r in brought if r.is_bias(plan.members)]
-        whole = sorted({r.parameter.rpartition(".")[0] for r in brought if r not in biases})
+        whole = sorted({one.parameter.rpartition(".")[0] for one in plan.whole_modules if one.member == index})
         if whole:
             what = f"{member.label} carries whole modules ({', '.join(whole[:3])}), which {program} does not take"
             yield Problem(f"{target}_modules_to_save", what, _FULL_MODEL, member.label)
-        if biases:
+        if any(one.member == index for one in plan.trained_biases):
             what = f"{member.label} carries trained biases, which {program} does not take"
             yield Problem(f"{target}_bias", what, _FULL_MODEL, member.label)
         if modules := sorted({rows.module for rows in plan.token_rows if rows.member == index}):

@@ -202,9 +202,17 @@ class StackPlan:
         return self.base
 
     @property
+    def trained_biases(self) -> list[Replacement]:
+        return [one for one in self.replacements if one.is_bias(self.members)]
+
+    @property
+    def whole_modules(self) -> list[Replacement]:
+        return [one for one in self.replacements if not one.is_bias(self.members)]
+
+    @property
     def brought(self) -> str:
         """Who brings parameters of its own (``replacements``, of which there are some), and which, in words."""
-        whole = [one for one in self.replacements if not one.is_bias(self.members)]
+        whole = self.whole_modules
         kind, first = ("whole modules", whole[0]) if whole else ("trained biases", self.replacements[0])
         return f"{self.members[first.member].label} carries {kind}"
 
