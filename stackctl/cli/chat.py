@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stackctl.cli.common import completions
-from stackctl.cli.prompt_options import choose_template, say_what_rounding_costs
+from stackctl.cli.prompt_options import say_what_rounding_costs
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import BASE
 from stackctl.core.json_lines import json_line
@@ -35,7 +35,7 @@ class Chat:
     stacked: Answers
     stack: ResolvedStack
     sampling: Sampling
-    own_template: Any = None
+    own_template: Any
     """The chat template of the base itself."""
     live: bool = False
     messages: list[Message] = field(default_factory=list)
@@ -169,13 +169,17 @@ class Chat:
             )
         plan = read_plan(self.registry, stack).check()
         check_digests(self.registry, stack.members)
-        before, template = self.stacked.plan, self.stacked.tokenizer.chat_template
+        from stackctl.engine.data.chat_template import choose_chat_template
+
+        tokenizer = self.stacked.tokenizer
+        before, template = self.stacked.plan, tokenizer.chat_template
         try:
-            self.stacked.tokenizer.chat_template = self.own_template
-            choose_template(self.stacked, plan, self.sampling.raw, self.output)
+            tokenizer.chat_template = self.own_template
+            if note := choose_chat_template(tokenizer, stack.base.name, plan, raw=self.sampling.raw):
+                self.output.note(note)
             self.stacked.use(plan, live=self.live)
         except BaseException:
-            self.stacked.tokenizer.chat_template = template
+            tokenizer.chat_template = template
             if before is not None and self.stacked.plan is not before:
                 self.stacked.use(before, live=self.live)
             raise

@@ -18,7 +18,6 @@ from stackctl.cli.prompt_options import (
     PROMPTS,
     GenerateOptions,
     answer_json,
-    choose_template,
     read_prompts,
     say_what_rounding_costs,
 )
@@ -79,9 +78,12 @@ def register(app: typer.Typer) -> None:
         check_digests(registry, stack.members)
         for note in stack.notes:
             output.note(note)
+        from stackctl.engine.data.chat_template import choose_chat_template
+
         stacked = computing.load(stack.base, registry, output.status)
         own_template = stacked.tokenizer.chat_template
-        choose_template(stacked, plan, answering.raw, output)
+        if told := choose_chat_template(stacked.tokenizer, stack.base.name, plan, raw=answering.raw):
+            output.note(told)
         stacked.use(plan, live=live)
         say_what_rounding_costs(stacked, output)
         name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)

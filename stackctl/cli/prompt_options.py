@@ -17,7 +17,6 @@ from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.template_arguments import Arguments, template_arguments
-from stackctl.plan.model import StackPlan
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
@@ -98,8 +97,10 @@ class GenerateOptions:
         Raises:
             Usage: an option makes no sense.
         """
-        of_template = {"--chat-template-kwargs": self.chat_template_kwargs, "--enable-thinking": self.enable_thinking}
-        of_template = {"--system": self.system, **({} if measures else of_template)}
+        of_template: dict[str, Any] = {"--system": self.system}
+        if not measures:
+            of_template["--chat-template-kwargs"] = self.chat_template_kwargs
+            of_template["--enable-thinking"] = self.enable_thinking
         problems = [*self._problems(), *idle_with_raw(self.raw, of_template)]
         attempt(problems, self.template)
         attempt(problems, self.computing.check)
@@ -169,17 +170,6 @@ def _read_stdin() -> str:
     except UnicodeError:
         raise Usage("standard input is not UTF-8", hint="convert it first, with iconv for example") from None
     return text
-
-
-def choose_template(stacked: Answers, plan: StackPlan, raw: bool, output: Output) -> None:
-    """See that the tokenizer of a base has a chat template: its own, else a member's, else ChatML where one is used.
-    A note says which, where it is not its own."""
-    from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
-
-    if adopted := adopt_chat_template(stacked.tokenizer, stacked.base.name, [plan]):
-        output.note(adopted)
-    if not raw and ensure_chat_template(stacked.tokenizer):
-        output.note(f"the base '{stacked.base.name}' has no chat template: ChatML is used")
 
 
 def say_what_rounding_costs(

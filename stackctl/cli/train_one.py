@@ -43,7 +43,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.cli.progress import share_progress
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
-    from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
+    from stackctl.engine.data.chat_template import choose_chat_template
     from stackctl.engine.libraries import quiet_libraries
     from stackctl.engine.training.dataset import read_corpus
     from stackctl.engine.training.optimizers import check_kernels
@@ -53,8 +53,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     check_kernels(prepared.job.optimizer)
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = load_tokenizer(folder)
-    adopt_chat_template(tokenizer, prepared.base.name, [prepared.plan])
-    ensure_chat_template(tokenizer)
+    choose_chat_template(tokenizer, prepared.base.name, prepared.plan)
     say = context.output.status
     targets = targets_of(prepared, folder, tokenizer, say)
     with share_progress(context.output) as reading:

@@ -64,6 +64,15 @@ def ensure_chat_template(tokenizer: Any) -> bool:
     return True
 
 
+def choose_chat_template(tokenizer: Any, base: str, plan: StackPlan, *, raw: bool = False) -> str | None:
+    """See that the tokenizer of a base has a chat template: its own, else a member's, else ChatML, which ``raw`` text
+    does without; and what to say of one that is not its own."""
+    told = adopt_chat_template(tokenizer, base, [plan])
+    if not raw and ensure_chat_template(tokenizer):
+        return f"the base '{base}' has no chat template: ChatML is used"
+    return told
+
+
 def prefix_ids(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer puts before a text of its own accord; those it puts after are not wanted."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from stackctl.core.errors import Incompatible, StackctlError, Usage
-from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template
+from stackctl.engine.data.chat_template import choose_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
 from stackctl.engine.generation.reader import PlainReader, Reader
 from stackctl.engine.generation.sampling import Sampling, row_seeds
@@ -155,9 +155,7 @@ class Engine(ABC, Generic[AnyRow]):
         with self._encoding:
             tokenizer = self._encoder.tokenizer
             tokenizer.chat_template = self._template
-            adopt_chat_template(tokenizer, self._base.name, [plan])
-            if not sampling.raw:
-                ensure_chat_template(tokenizer)
+            choose_chat_template(tokenizer, self._base.name, plan, raw=sampling.raw)
             encoded = [ids for ids in encode_prompts(self._encoder, prompts, sampling) for _ in range(copies)]
             endings = endings_of(self._encoder, sampling)
         seeds = row_seeds(sampling.seed, map(tuple, encoded))

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion
-from stackctl.engine.data.chat_template import adopt_chat_template, ensure_chat_template, fix_date, shown_date
+from stackctl.engine.data.chat_template import choose_chat_template, fix_date, shown_date
 from stackctl.engine.data.rows import longest_of
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.loss.row_layout import choose_layout
@@ -110,10 +110,8 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
     """Load the base and read the data, and say what a person should know about both."""
     say = output.say
     stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
-    if note := adopt_chat_template(stacked.tokenizer, prepared.base.name, [prepared.plan]):
+    if note := choose_chat_template(stacked.tokenizer, prepared.base.name, prepared.plan):
         say(f"note: {note}")
-    if ensure_chat_template(stacked.tokenizer):
-        say(f"note: the base '{prepared.base.name}' has no chat template: ChatML is used")
     told = ranks.is_worker()  # the command that launched this read the data as well, to check it
     quiet = (lambda _: None) if told else say
     targets = targets_of(prepared, stacked.folder, stacked.tokenizer, quiet)
