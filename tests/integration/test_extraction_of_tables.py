@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,37 @@ def test_a_head_that_was_tied_and_is_no_more(tiny_registry: Any, tmp_path: Path)
     back = h.run("extract", "back", "--base", "apart", "--tuned", h.base, "--rank", 3, "--json").json
     assert back["left_out"] == [] and back["relative_error"] < 1e-5
     assert "lm_head" in h.run("inspect", "back", "--json").json["extracted"]["errors"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "saved", "left_out"),
+    [
+        ("gpt2", r"ln_\d\.weight", ["transformer.h.0.ln_1", "transformer.h.1.ln_2"], []),  # and no bias
+        ("stablelm", r"norm\.bias", ["model.layers.0.input_layernorm", "model.norm"], []),  # and no weight
+        ("phi", r"lm_head\.weight", ["lm_head"], []),  # whose bias stays
+        ("opt", r"embed_positions", ["model.decoder.embed_positions"], []),  # PEFT takes its mask for the tokens
+        ("mamba", r"mixer\.out_proj\.weight", ["backbone.layers.1.mixer.out_proj"], []),  # PEFT puts no LoRA there
+        ("bert", r"predictions\.bias|LayerNorm", ["bert.embeddings.LayerNorm"], ["cls.predictions.bias"]),
+    ],
+)
+def test_what_is_kept_whole_is_read_by_plain_peft(
+    kind: str, changed: str, saved: list[str], left_out: list[str], run: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tiny_registry import TinyRegistry
+
+    h = TinyRegistry(run, architectures.tiny_folder(kind, tmp_path / "tiny"), tmp_path, monkeypatch)
+
+    def change(key: str, parameter: torch.Tensor) -> None:
+        if re.search(changed, key) and key not in left_out:
+            parameter += 0.05 * torch.randn_like(parameter)
+        elif re.search(r"(c_attn|q_proj|in_proj|query)\.weight", key):
+            parameter += low_rank(parameter)
+
+    folder = tuned_model(h, change)
+    everything = tuned_model(h, lambda key, p: p.add_(0.1) if key in left_out else change(key, p), "everything")
+    found = h.run("extract", "chat", "--base", "tiny", "--tuned", everything, "--rank", 3, "--json").json
+    assert (set(saved) - set(found["saved"]), found["left_out"]) == (set(), left_out)
+    everywhere(h, folder, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text", "qwen2_moe"])

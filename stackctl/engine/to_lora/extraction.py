@@ -5,15 +5,19 @@ A layer of each model is in memory at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, VerificationFailed, listed
-from stackctl.core.schema import Base, ModuleShape
+from stackctl.core.schema import Base
 from stackctl.engine.base.entry import make_base
 from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
@@ -32,6 +36,11 @@ class Extraction(Pairs):
 
     left_out: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> set[str]:
+        """The modules of which something is kept as it is."""
+        return {name.rpartition(".")[0] for name in self.saved}
 
 
 def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[Base, Path]:
@@ -91,8 +100,10 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
         Incompatible: no layer that a LoRA can stand on was changed.
         VerificationFailed: one of the models holds values that are no finite numbers.
     """
-    found, modules = Extraction(), expand_modules(base.modules)
-    before, after = (BaseLayout(model, empty_model(model)) for model in (folder, place))
+    found = Extraction()
+    model = empty_model(folder)
+    before, after = BaseLayout(folder, model), BaseLayout(place, empty_model(place))
+    kinds = _Kinds(base, model)
     own, twins = _twins(base), _twins(tuned)
     with torch.no_grad(), TensorFiles() as ours, TensorFiles() as theirs:
         for group in before.groups:
@@ -104,13 +115,13 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
                 continue
             new = after.read_group(other, theirs)
             for name, old in before.read_group(group, ours).items():
-                _keep(found, base, name, modules, (old, new.pop(twins.get(name, name))), wanted)
+                _keep(found, kinds, name, (old, new.pop(twins.get(name, name))), wanted)
         for head, embedding in own.items():  # a head that is the embedding in the base, and changes with it or alone
             there = twins.get(head, head)
             own_group, new_group = before.group(embedding), after.group(there)
             assert own_group is not None and new_group is not None, "transformers loads no model without an embedding"
             values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
-            _keep(found, base, head, modules, values, wanted)
+            _keep(found, kinds, head, values, wanted)
     if found.broken:
         raise VerificationFailed(
             f"values that are not finite numbers in {listed(found.broken, _SHOWN)}",
@@ -123,7 +134,8 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
             "no linear layer differs between the two models" + (f" (but {', '.join(others[:3])})" if others else ""),
             hint="give a model whose linear layers were trained",
         )
-    found.saved_modules = sorted({name.rpartition(".")[0] for name in found.saved})
+    _complete(found, model, after, twins)
+    found.saved_modules = sorted(found.whole)
     return found
 
 
@@ -134,14 +146,41 @@ def _twins(model: Base) -> dict[str, str]:
     return {f"{model.output_embedding}.weight": f"{model.input_embedding}.weight"}
 
 
-def _keep(
-    found: Extraction,
-    base: Base,
-    name: str,
-    modules: dict[str, ModuleShape],
-    models: tuple[Tensor, Tensor],
-    wanted: Truncation,
-) -> None:
+class _Kinds:
+    """What each module of a base is, and how its change can be kept."""
+
+    def __init__(self, base: Base, model: PreTrainedModel) -> None:
+        self._base, self._model = base, model
+        self.shapes = expand_modules(base.modules)
+
+    def type(self, module: str) -> str | None:
+        """The type of ``ModuleShape``; None of what no LoRA can stand on."""
+        shape = self.shapes.get(module)
+        return shape.type if shape else None
+
+    def is_table(self, module: str) -> bool:
+        return self.type(module) == "Embedding" or module == self._base.output_embedding
+
+    def has_parts(self, module: str) -> bool:
+        """Whether other modules stand in it: PEFT would keep those whole as well."""
+        return any(True for _ in self._model.get_submodule(module).children())
+
+    def takes_lora(self, module: str) -> bool:
+        """Whether PEFT's LoRA computes on it what folding does, or can stand on it at all.
+
+        On an embedding it looks up whatever that is given first, which for positions (OPT, BART) is no token.
+        """
+        own = self._model.get_submodule(module)
+        if isinstance(own, nn.Embedding):
+            return type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), self._model, module.rpartition(".")[2])
+        except ValueError:
+            return False
+        return True
+
+
+def _keep(found: Extraction, kinds: _Kinds, name: str, models: tuple[Tensor, Tensor], wanted: Truncation) -> None:
     """What is kept of one parameter, if it changed: by more than the rounding of the dtype that it was saved in."""
     old, new = models
     if torch.equal(old.to(new.dtype), new):
@@ -151,20 +190,21 @@ def _keep(
         found.broken += [f"{name} of {which}" for which in broken]
         return
     module, _, kind = name.rpartition(".")
-    if name in modules:  # a parameter of experts
+    if own := kinds.type(name):  # a parameter of experts
         delta = new.float() - old.float()
-        found.keep(name, delta.mT if modules[name].type == "TransposedExperts" else delta, wanted)
+        found.keep(name, delta.mT if own == "TransposedExperts" else delta, wanted)
         return
-    shape = modules.get(module)
-    type_ = shape.type if shape else None
-    if kind == "weight" and (type_ == "Embedding" or module == base.output_embedding):
+    type_ = kinds.type(module)
+    if kind == "weight" and type_ and not kinds.takes_lora(module):
+        found.saved[name] = new.contiguous()
+    elif kind == "weight" and kinds.is_table(module):
         _keep_table(found, module, new, new.float() - old.float(), wanted, transposed=type_ == "Embedding")
     elif kind == "weight" and type_ in ("Linear", "Conv1D", "Matrix"):
         delta = new.float() - old.float()
         found.keep(module, delta.T if type_ == "Conv1D" else delta, wanted)
     elif kind == "bias" and type_ in ("Linear", "Conv1D"):
         found.biases[module] = new.contiguous()
-    elif type_ is None and kind in ("weight", "bias"):  # a norm
+    elif type_ is None and kind in ("weight", "bias") and not kinds.has_parts(module):  # a norm
         found.saved[name] = new.contiguous()
     else:
         found.left_out.append(name)
@@ -196,3 +236,10 @@ def _place_biases(found: Extraction) -> None:
             found.saved[f"{module}.bias"] = bias
         else:
             found.left_out.append(f"{module}.bias")
+
+
+def _complete(found: Extraction, model: PreTrainedModel, tuned: BaseLayout, twins: Mapping[str, str]) -> None:
+    """Add what did not change of modules that are kept whole: PEFT loads a module whole, or not at all."""
+    kept = (f"{module}.{name}" for module in found.whole for name in model.get_submodule(module).state_dict())
+    missing = {twins.get(name, name): name for name in kept if name not in found.saved}
+    found.saved |= {missing[there]: value.contiguous() for there, value in tuned.read(missing)}
