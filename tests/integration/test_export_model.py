@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architectures
 import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
+from tiny_registry import TinyRegistry
 from transformers import AutoConfig, AutoTokenizer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -49,6 +52,27 @@ def test_tied_embeddings_stay_tied_unless_one_is_touched(tiny_registry: Any) -> 
     h.add("embedding", seed=2, target_modules=["embed_tokens"])
     h.run("export", "embedding", "--format", "model", "--out", h.folder / "untied")
     assert AutoConfig.from_pretrained(h.folder / "untied").tie_word_embeddings is False
+
+
+@pytest.mark.parametrize(("kind", "target"), [("zamba", "embed_tokens"), ("bert", "word_embeddings")])
+def test_what_else_is_tied_is_there_when_embeddings_are_untied(
+    kind: str, target: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration unties all or nothing: the layers that Zamba shares, the head's bias of BERT."""
+    base = tmp_path / "tiny"
+    model = architectures.tiny_model(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    h = TinyRegistry(run, base, tmp_path, monkeypatch)
+    h.add("embedding", seed=2, target_modules=[target])
+    assert export(h, "embedding").json["max_relative_error"] < 1e-6
+    made = oracle.load_plain(h.folder / "out")
+    assert oracle.relative(oracle.logits(made), h.live(("embedding", 1.0)), h.live()) < 1e-5
+    assert made.config.tie_word_embeddings is False
 
 
 def test_shards_stay_shards(tiny_registry: Any, models: Any, tmp_path: Path) -> None:

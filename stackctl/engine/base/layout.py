@@ -179,8 +179,14 @@ class BaseLayout:
 
     def missing(self) -> set[str]:
         """Parameters that the files have nothing of, those left out that are another one's twin."""
-        tied = set(getattr(self._model, "all_tied_weights_keys", None) or ())
-        return set(self._shapes) - set(self._by_target) - tied
+        return set(self._shapes) - set(self._by_target) - set(self._tied())
+
+    def twins(self) -> dict[str, str]:
+        """Parameters that the files have nothing of because they are another one's twin, and that."""
+        return {name: twin for name, twin in self._tied().items() if name not in self._by_target}
+
+    def _tied(self) -> dict[str, str]:
+        return getattr(self._model, "all_tied_weights_keys", None) or {}
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         return tuple(self._shapes[parameter])

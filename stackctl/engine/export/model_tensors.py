@@ -69,9 +69,12 @@ class ModelTensors:
             self._rows.setdefault(rows.parameter, []).append(rows)
         self.untied = tied and (bool({head, embedding} & touched) or differ_on_tied(self.plan.token_rows, base))
         """Whether a tied pair has to be taken apart, for a stack that touches one of them."""
-        self._absent = head if tied and self.layout.group(head) is None else None
+        absent = {head: embedding} if tied and self.layout.group(head) is None else {}
+        self._twins = {**self.layout.twins(), **absent} if self.untied else {}
+        """Parameters that the files have nothing of while they are tied; a configuration unties all of them or none."""
+        self._head = head
         self._changed = touched | set(self._rows)
-        for parameter in sorted(self._changed - {self._absent}):
+        for parameter in sorted(self._changed - set(absent)):
             if self.layout.group(parameter) is None:
                 raise Incompatible(
                     f"the files of '{base.name}' have no {parameter}, so that no full model can be written",
@@ -79,24 +82,30 @@ class ModelTensors:
                 )
 
     def shards(self) -> dict[str, list[Written]]:
-        """What every file holds, by the names of the base's files; a head that was tied gets a file of its own."""
+        """What every file holds, by the names of the base's files; what was tied gets a file of its own."""
         shards: dict[str, list[Written]] = {}
         for name, (path, _) in self.layout.tensors.items():
             shards.setdefault(path.name, []).extend(self._made_of(name))
-        if not self.untied or self._absent is None:
+        if not self._twins:
             return shards
-        twin = self.layout.group(f"{self._base.input_embedding}.weight")
-        assert twin is not None, "an embedding is stored"
-        stored = next(iter(twin.sources))
-        (name,) = self.layout.written({self._absent: self._empty(self._absent)})
-        head = Written(
-            name, self._wanted(stored), self.layout.shape(self._absent), twin,
-            self._absent in self._changed, self._absent,
-        )  # fmt: skip
         if len(shards) == 1:  # readers prefer model.safetensors to an index, so a second file needs the first renamed
             shards = {_SINGLE: next(iter(shards.values()))}
-        shards[_SECOND if len(shards) == 1 else _EXTRA] = [head]
+        shards[_SECOND if len(shards) == 1 else _EXTRA] = [self._taken_apart(name) for name in self._twins]
         return shards
+
+    def _taken_apart(self, parameter: str) -> Written:
+        """What is written of a parameter that the files have only the twin of."""
+        group = self.layout.group(self._twins[parameter])
+        assert group is not None, "a tied parameter's twin is stored"
+        (name,) = self.layout.written({parameter: self._empty(parameter)})
+        return Written(
+            name, self._wanted(next(iter(group.sources))), self.layout.shape(parameter), group,
+            self._standing(parameter) in self._changed, parameter,
+        )  # fmt: skip
+
+    def _standing(self, untied: str) -> str:
+        """The parameter whose change a twin gets: a head its own, any other its twin's."""
+        return untied if untied == self._head else self._twins[untied]
 
     def _made_of(self, name: str) -> Iterator[Written]:
         """What is written where the base's files have the tensor ``name``."""
@@ -134,9 +143,8 @@ class ModelTensors:
         if wanted.group is None:
             return tensors.read(*self.layout.tensors[wanted.name]).to(dtype)
         if wanted.untied is not None:
-            embedding = f"{self._base.input_embedding}.weight"
-            twin = self.layout.read_group(wanted.group, tensors)[embedding]
-            return self._summed(wanted.untied, twin, tensors, dtype)
+            twin = self.layout.read_group(wanted.group, tensors)[self._twins[wanted.untied]]
+            return self._summed(self._standing(wanted.untied), twin, tensors, dtype)
         if wanted.name not in self._ready:  # what a group makes beside it is asked for later
             made = {
                 target: self._summed(target, weight, tensors, dtype)
