@@ -22,7 +22,7 @@ from stackctl.core.schema import Base
 from stackctl.core.template_arguments import template_arguments
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs import ranks
-from stackctl.jobs.beginning import Beginning, find_beginning
+from stackctl.jobs.beginning import Beginning, begin_at_own, find_beginning
 from stackctl.jobs.job_checks import (
     check_is_sum,
     check_not_on_itself,
@@ -34,7 +34,6 @@ from stackctl.jobs.job_checks import (
     data_path,
 )
 from stackctl.jobs.micro_batches import AUTO
-from stackctl.jobs.rebase import begin_at_own
 from stackctl.jobs.teacher import Teacher, find_teacher
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens

@@ -16,7 +16,7 @@ from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
 from stackctl.registry.resolve import ResolvedStack
-from stackctl.storage.data_files import texts_in
+from stackctl.storage.hashes import texts_in
 from stackctl.storage.paths import missing_path, typed_path
 
 

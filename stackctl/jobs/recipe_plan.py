@@ -15,10 +15,10 @@ from stackctl.core.errors import StackctlError, raise_all
 from stackctl.core.expressions import BASE, Reference
 from stackctl.core.schema import AdapterVersion
 from stackctl.core.train_job import Recipe
+from stackctl.jobs.beginning import own_newest
 from stackctl.jobs.former import outcome, settings_of, stands_on
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.job_checks import data_path
-from stackctl.jobs.rebase import own_newest
 from stackctl.jobs.recipe import RecipeFile, build_order, expression_of, names_in, needs_of
 from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import resolve_base
@@ -26,7 +26,7 @@ from stackctl.registry.checkpoint_files import has_files
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
-from stackctl.storage.data_files import data_digest
+from stackctl.storage.hashes import data_digest
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Hashes of files, and a memory of them, so that checking large ones again is cheap.
+"""Hashes of files and of folders of texts, and a memory of them, so that checking large ones again is cheap.
 
 A file is taken for unchanged while its :func:`file_state` is what it was; ``verify`` hashes regardless.
 """
@@ -82,3 +82,20 @@ class DigestCache:
             with contextlib.suppress(OSError):
                 kept = {path: value for path, value in self._known.items() if Path(path).exists()}
                 write_atomic(self._path, json.dumps(kept))
+
+
+TEXTS = (".txt", ".md", ".markdown", ".rst", ".text")
+"""How the names of texts end that are read from a folder."""
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """The texts in a folder and below it, by name."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in TEXTS and p.is_file())
+
+
+def data_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file's bytes, or of the names and bytes of a folder's texts."""
+    if not path.is_dir():
+        return sha256_file(path)
+    parts = [f"{text.relative_to(path).as_posix()} {sha256_file(text)}" for text in texts_in(path)]
+    return sha256_bytes("\n".join(parts).encode())

@@ -9,10 +9,9 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from stackctl.engine.generation.drafts import Drafts
-from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logits_processors import AnswerRow, are_numbers
 from stackctl.engine.generation.logprobs import not_finite
-from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
+from stackctl.engine.generation.shared_prefixes import FinishedTexts, Prefix, Text, shared_prefixes
 
 _READ_AT_ONCE = 4096
 """Tokens of prompts that go through the model in one call, a longer prompt apart."""

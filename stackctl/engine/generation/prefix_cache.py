@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from stackctl.engine.generation.finished_texts import FinishedTexts
+from stackctl.engine.generation.shared_prefixes import FinishedTexts
 from stackctl.plan.model import StackPlan
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from stackctl.engine.records.raw_lines import Seen, lines_of
 from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Unit
-from stackctl.storage.data_files import TEXTS, data_digest, texts_in
-from stackctl.storage.hashes import sha256_bytes, sha256_file
+from stackctl.storage.hashes import TEXTS, data_digest, sha256_bytes, sha256_file, texts_in
 
 KINDS_HINT = (
     "give JSON Lines (.jsonl), JSON (.json), Parquet (.parquet), CSV (.csv, .tsv), text (.txt), a folder of texts or a "

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from stackctl.engine.generation.answering import write_answers
 from stackctl.engine.generation.batch import Batch
-from stackctl.engine.generation.finished_texts import FinishedTexts
 from stackctl.engine.generation.logits_processors import AnswerRow
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder
+from stackctl.engine.generation.shared_prefixes import FinishedTexts
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.serving.requests import Engine, Limits, Row
 from stackctl.engine.serving.row_adapters import RowAdapters, RowWeights, row_weights

@@ -20,8 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stackctl.engine.training.adapter import ADAPTER
-from stackctl.engine.training.fused_norms import rms_norm, rotate
-from stackctl.engine.training.fused_products import Product, apply_gated_mlp, apply_products
+from stackctl.engine.training.fused_functions import Product, apply_gated_mlp, apply_products, rms_norm, rotate
 from stackctl.engine.training.lora_sum import is_plain
 
 _SIZES = (1e-3, 1e-3, 1.0, 1.0, 1e3, 1e3)
