@@ -16,12 +16,10 @@ from stackctl.cli.sweep_weights import score_of_all
 from stackctl.core import NOISE
 from stackctl.core.errors import Incompatible, StackctlError, attempt, raise_all
 from stackctl.core.expressions import format_weight
-from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import candidates
 from stackctl.plan.model import StackPlan
 from stackctl.plan.token_rows import rows_without_sum
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.planning import PlannedStack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,40 +33,39 @@ if TYPE_CHECKING:
 class _Tried:
     """One way to compose the members, and what of it is said in words."""
 
-    stack: ResolvedStack
-    plan: StackPlan
+    planned: PlannedStack
     settings: str = ""
     fitted: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.stack.method}{f' ({self.settings})' if self.settings else ''}"
+        return f"{self.planned.stack.method}{f' ({self.settings})' if self.settings else ''}"
 
 
-def best_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Chosen:
+def best_stack(context: Context, planned: PlannedStack, request: FitRequest) -> Chosen:
     """Try everything, and choose what is best on the held-out records if that is more than chance.
 
     What ``--fit`` would learn is among what is tried. Everything that can be wrong is found, and said at once, before
     the base is loaded.
     """
     problems: list[StackctlError] = []
-    attempt(problems, _check_has_methods, plan)
-    weighted: WeightedFactors = attempt(problems, read_weighted, stack, plan, request.per)
-    sets: FitData = attempt(problems, read_halves, context, stack, plan, request)
+    attempt(problems, _check_has_methods, planned.plan)
+    weighted: WeightedFactors = attempt(problems, read_weighted, planned, request.per)
+    sets: FitData = attempt(problems, read_halves, context, planned, request)
     raise_all(problems)
-    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
-    others = list(_other_methods(stack, plan, request.seed))
+    stacked = load_common_base(context, [planned], "auto", request.device)
+    others = list(_other_methods(planned, request.seed))
     records = sum(len(set(data.owners)) for data in sets.held_out)
     context.output.status(
         f"learning the weights of the sum, then trying it and {len(others)} other ways on {records} held-out records"
     )
-    learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps).stack
+    learned, _ = learn_weights(context, stacked, planned, weighted, sets.learned, request.steps)
     tried = [
-        _Tried(stack, plan),
-        _Tried(learned, read_plan(context.registry, learned).check(), f"learned per {request.per}", fitted=True),
+        _Tried(planned),
+        _Tried(learned, f"learned per {request.per}", fitted=True),
         *others,
     ]
-    named = [(one.name, one.plan) for one in tried]
+    named = [(one.name, one.planned.plan) for one in tried]
     both = [*sets.learned, *sets.held_out]
     scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)
     on_learned, on_held_out = zip(*map(sets.halves, scores), strict=True)
@@ -81,18 +78,12 @@ def _check_has_methods(plan: StackPlan) -> None:
         raise Incompatible(problem.message, hint="learn the weights of the sum instead: --fit FILE")
 
 
-def _other_methods(stack: ResolvedStack, plan: StackPlan, seed: int) -> Iterator[_Tried]:
-    used = sum(member.is_used for member in plan.members)
-    for candidate in candidates(used, plan.rank, seed):
-        members = tuple(member.times(candidate.scale) for member in stack.members)
-        made = replace(stack, members=members, method=candidate.method, options=candidate.options)
-        planned = [
-            replace(m, weight=scaled.weight, layer_weights=scaled.layer_weights)
-            for m, scaled in zip(plan.members, members, strict=True)
-        ]
-        yield _Tried(
-            made, plan_stack(plan.base, planned, candidate.method, candidate.options).check(), candidate.settings
-        )
+def _other_methods(planned: PlannedStack, seed: int) -> Iterator[_Tried]:
+    used = sum(member.is_used for member in planned.plan.members)
+    for candidate in candidates(used, planned.plan.rank, seed):
+        members = tuple(member.times(candidate.scale) for member in planned.stack.members)
+        made = replace(planned.stack, members=members, method=candidate.method, options=candidate.options)
+        yield _Tried(planned.changed(made), candidate.settings)
 
 
 def _judged(
@@ -114,14 +105,15 @@ def _judged(
     family = dict(zip(running, among, strict=True))
     rows = []
     for number, (one, own) in enumerate(zip(tried, scores, strict=True)):
+        stack = one.planned.stack
         compared = judge(scores[0], own) if number in others else None
         rows.append(
             {
-                "method": one.stack.method,
-                "options": msgspec.to_builtins(one.stack.options),
+                "method": stack.method,
+                "options": msgspec.to_builtins(stack.options),
                 "settings": one.settings,
                 "fitted": one.fitted,
-                **score_of_all(one.stack, own),
+                **score_of_all(stack, own),
                 "difference": compared.after - compared.before if compared else None,
                 "difference_error": compared.standard_error if compared else None,
                 "p_value": compared.p_value if compared else None,
@@ -137,7 +129,7 @@ def _judged(
     best = min(better, key=lambda number: rows[number]["loss"], default=0)
     records = sum(len(score.records) for score in scores[0])
     json = {"tried": rows, "best": rows[best], "improved": best != 0, "held_out_records": records}
-    return Chosen(tried[best].stack, json, _notes(tried, rows, best, (records, len(running))))
+    return Chosen(tried[best].planned, json, _notes(tried, rows, best, (records, len(running))))
 
 
 def _notes(tried: Sequence[_Tried], rows: Sequence[dict[str, Any]], best: int, counts: tuple[int, int]) -> list[str]:

@@ -21,8 +21,8 @@ from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
 from stackctl.plan.model import StackPlan
 from stackctl.plan.parts import StackPart, parts_of, weights_without
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.planning import plan_expression
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.render.output import Result
 
@@ -129,15 +129,17 @@ def register(app: typer.Typer) -> None:
         template: Arguments = attempt(problems, symptom.template) or {}
         sets: list[DataSet] = []
         with gathering(problems):
-            stack = resolve_expression(registry, what, base=base)
-            plan = read_plan(registry, stack).check()
-            _check_parts(stack, plan)
+            planned = stack, plan = plan_expression(registry, what, base=base)
+            if not parts_of(plan):
+                raise Usage(
+                    f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack"
+                )
             if name is not None:
                 check_stack_name(registry, name, stack)
             if symptom.data:
-                sets = read_sets(context, stack, plan, symptom.data, symptom.max_length or 1024, template)
+                sets = read_sets(context, planned, symptom.data, symptom.max_length or 1024, template)
         raise_all(problems)
-        stacked = load_common_base(context, [(stack, plan)], dtype, device)
+        stacked = load_common_base(context, [planned], dtype, device)
         probe = _probe(context, stacked, plan, symptom, sets)
         found = _search(context, stack, plan, probe, symptom)
         typed = name or _typed_without(stack, plan, found.parts, probe)
@@ -158,11 +160,6 @@ def register(app: typer.Typer) -> None:
         }
         notes = (*stack.notes, *culprit_notes(document, name))
         return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
-
-
-def _check_parts(stack: ResolvedStack, plan: StackPlan) -> None:
-    if not parts_of(plan):
-        raise Usage(f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack")
 
 
 def _probe(

@@ -25,9 +25,7 @@ from stackctl.cli.prompt_options import (
 )
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.plan.lint import check_beside_base
-from stackctl.plan.model import StackPlan
-from stackctl.registry.planning import plan_expressions
-from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.planning import PlannedStack, plan_expressions
 from stackctl.render import html as pages
 from stackctl.render.output import Result
 
@@ -93,9 +91,7 @@ def register(app: typer.Typer) -> None:
         return Result(document, texts, lambda: render_comparison(what, found.answers, found.scores), notes=notes)
 
 
-def _not_for_llama_cpp(
-    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], data: list[str] | None
-) -> list[StackctlError]:
+def _not_for_llama_cpp(context: Context, stacks: Sequence[PlannedStack], data: list[str] | None) -> list[StackctlError]:
     """What llama.cpp cannot do of what was asked."""
     problems: list[StackctlError] = []
     if data:
@@ -126,7 +122,7 @@ class Compared:
 
 def compare_stacks(
     context: Context,
-    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
+    stacks: Sequence[PlannedStack],
     prompts: Sequence[Prompt],
     sampling: Sampling,
     measured: MeasuredData | None = None,

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stackctl.engine.generation import Sampling
-    from stackctl.plan.model import StackPlan
-    from stackctl.registry.resolve import ResolvedStack
+    from stackctl.registry.planning import PlannedStack
 
 
 def by_prompt(names: Sequence[str], answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -86,7 +85,7 @@ def _card(answer: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(
-    stacks: Sequence[tuple[ResolvedStack, StackPlan]],
+    stacks: Sequence[PlannedStack],
     sampling: Sampling,
     precision: str,
     data: Sequence[str],

@@ -24,7 +24,7 @@ from stackctl.core.schema import MethodOptions
 from stackctl.plan.methods import BEST, DEFAULTS, METHODS, SUM, check_method
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.planning import read_plan
+from stackctl.registry.planning import PlannedStack, read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.stacks import check_stack_name, save_stack
 from stackctl.render import html as pages
@@ -126,25 +126,24 @@ def register(app: typer.Typer) -> None:
         request = weights.request(choice.seed, best=tries_all)
         method, options = choice.options(request)
         stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
-        plan = read_plan(registry, stack).check()
+        planned = PlannedStack(stack, read_plan(registry, stack).check())
         check_digests(registry, stack.members)
         if isinstance(request, SweepRequest):
             if name is not None:
                 check_stack_name(registry, name, stack)
-            return _swept(context, sweep_stack(context, stack, plan, request), request, None if dry_run else name)
+            return _swept(context, sweep_stack(context, planned, request), request, None if dry_run else name)
         label = name or stack.name or stack.default_name
         if label == "base":
             label = parse_stack_name(label)  # says that the name is reserved
-        chosen = Chosen(stack, {}, [])
+        chosen = Chosen(planned, {}, [])
         if request is not None:
             check_stack_name(registry, label, stack)  # before minutes of work
-            chosen = (best_stack if tries_all else fit_stack)(context, stack, plan, request)
-            stack = chosen.stack
-            plan = read_plan(registry, stack).check()
+            chosen = (best_stack if tries_all else fit_stack)(context, planned, request)
+        stack, plan = chosen.planned
         if not dry_run:
             save_stack(registry, label, stack)
         data = {
-            **_recipe_json(label, stack, plan),
+            **_recipe_json(label, chosen.planned),
             "exact": stack.method == SUM,
             "rank": plan.rank,
             **_measured(context, plan),
@@ -158,15 +157,14 @@ def register(app: typer.Typer) -> None:
 
 def _swept(context: Context, swept: Swept, request: SweepRequest, name: str | None) -> Result:
     """The losses over a grid; the best of it becomes a stack where a name was given for it."""
-    registry, stack = context.registry, swept.stack
-    plan = read_plan(registry, stack).check()
+    registry, stack = context.registry, swept.planned.stack
     if request.page is not None:
         title = f"{stack.default_name}: {' and '.join(axis.name for axis in swept.axes)}"
         pages.write_page(request.page, sweep_page(swept, title, stack.base.name, stack.method))
     if name is not None:
         save_stack(registry, name, stack)
     data = {
-        **_recipe_json(name, stack, plan),
+        **_recipe_json(name, swept.planned),
         "expression": stack.typed,
         "sweep": swept.rows,
         "best": swept.best,
@@ -206,8 +204,9 @@ def _measured(context: Context, plan: StackPlan) -> dict[str, Any]:
     }
 
 
-def _recipe_json(name: str | None, stack: ResolvedStack, plan: StackPlan) -> dict[str, Any]:
+def _recipe_json(name: str | None, composed: PlannedStack) -> dict[str, Any]:
     """A stack as JSON shows it: its name, members, method."""
+    stack, plan = composed
     members = zip(stack.members, plan.members, strict=True)
     return {
         "stack": name,

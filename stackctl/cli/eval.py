@@ -33,9 +33,8 @@ from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE
 from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed
-from stackctl.plan.model import StackPlan
-from stackctl.registry.planning import plan_expressions
-from stackctl.registry.resolve import ResolvedStack, current_stack
+from stackctl.registry.planning import PlannedStack, plan_expressions
+from stackctl.registry.resolve import current_stack
 from stackctl.render.output import Result
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def _screen(
 
 
 def _score_tasks(
-    context: Context, stacked: StackedModel, stacks: Sequence[tuple[ResolvedStack, StackPlan]], harness: Harness
+    context: Context, stacked: StackedModel, stacks: Sequence[PlannedStack], harness: Harness
 ) -> list[TaskScore]:
     scores: list[TaskScore] = []
     for stack, plan in stacks:

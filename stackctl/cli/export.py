@@ -15,8 +15,7 @@ from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
 from stackctl.plan.whole_class import on_whole_class
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import resolve_expression
+from stackctl.registry.planning import plan_expression
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
 from stackctl.storage.hashes import sha256_file
@@ -70,8 +69,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Export a stack as files for another program: streamed, checked, then moved into place."""
         registry = context.registry
-        stack = resolve_expression(registry, what, base=base)
-        plan = read_plan(registry, stack).check()
+        stack, plan = plan_expression(registry, what, base=base)
         if out is None:
             raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
         _check_place(out)

@@ -15,8 +15,7 @@ from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
 from stackctl.plan.layer_weights import Per
 from stackctl.plan.model import StackPlan
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.planning import PlannedStack
 
 if TYPE_CHECKING:
     from stackctl.engine.evaluation.scoring import DataSet, Judged, Score
@@ -58,22 +57,21 @@ class FitData:
 class Chosen:
     """The stack that is to be written, what the JSON of ``compose`` says of how it was chosen, and notes."""
 
-    stack: ResolvedStack
+    planned: PlannedStack
     json: dict[str, Any]
     notes: list[str]
 
 
-def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> Chosen:
+def fit_stack(context: Context, planned: PlannedStack, request: FitRequest) -> Chosen:
     """The stack with the weights that it is to have. All that can be wrong is found before the base is loaded."""
-    weighted = read_weighted(stack, plan, request.per)
-    sets = read_halves(context, stack, plan, request)
+    weighted = read_weighted(planned, request.per)
+    sets = read_halves(context, planned, request)
     from stackctl.engine.evaluation.scoring import judge, mean_loss
 
-    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
-    learned = learn_weights(context, stacked, stack, weighted, sets.learned, request.steps)
-    weights = learned.weights
-    both = [("typed", stack), ("tried", learned.stack)]
-    plans = [(what, read_plan(context.registry, one).check()) for what, one in both]
+    stacked = load_common_base(context, [planned], "auto", request.device)
+    fitted, steps = learn_weights(context, stacked, planned, weighted, sets.learned, request.steps)
+    weights = weights_of(fitted.stack)
+    plans = [("typed", planned.plan), ("tried", fitted.plan)]
     scores = score_stacks(context, stacked, plans, [*sets.learned, *sets.held_out], "judging")
     (typed, typed_held_out), (tried, tried_held_out) = map(sets.halves, scores)
     judged = judge(typed_held_out, tried_held_out)
@@ -82,7 +80,7 @@ def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: 
         "per": request.per,
         "records": _records(sets.learned),
         "held_out_records": _records(sets.held_out),
-        "steps": learned.steps,
+        "steps": steps,
         "loss_before": mean_loss(typed),
         "loss_after": mean_loss(tried if taken else typed),
         "held_out_before": judged.before,
@@ -90,35 +88,35 @@ def fit_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: 
         "standard_error": judged.standard_error,
         "p_value": judged.p_value,
         "fitted": taken,
-        "weights": weights if taken else weights_of(stack),
+        "weights": weights if taken else weights_of(planned.stack),
         "tried": {"weights": weights, "loss": mean_loss(tried), "held_out": judged.after},
         "leave_out": [name for name, value in weights.items() if _is_nothing(value)] if taken else [],
     }
-    return Chosen(learned.stack if taken else stack, {"fit": fit}, _notes(fit, judged))
+    return Chosen(fitted if taken else planned, {"fit": fit}, _notes(fit, judged))
 
 
 def _records(sets: Sequence[DataSet]) -> int:
     return sum(len(set(data.owners)) for data in sets)
 
 
-def read_weighted(stack: ResolvedStack, plan: StackPlan, per: Per) -> WeightedFactors:
+def read_weighted(planned: PlannedStack, per: Per) -> WeightedFactors:
     """The members' factors, with the weights that can be learned.
 
     Raises:
         Usage, Incompatible, VerificationFailed: there is nothing to learn, or a tensor holds NaN or infinity.
     """
-    _check_fits(stack, plan)
+    _check_fits(planned)
     from stackctl.engine.evaluation.weighted_members import read_factors
 
-    return replace(read_factors(_with_all_factors(plan), per), plan=plan)
+    return replace(read_factors(_with_all_factors(planned.plan), per), plan=planned.plan)
 
 
-def _check_fits(stack: ResolvedStack, plan: StackPlan) -> None:
-    if not stack.members:
+def _check_fits(planned: PlannedStack) -> None:
+    if not planned.stack.members:
         raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
-    if plan.replacements:
+    if planned.plan.replacements:
         raise Incompatible(
-            f"{plan.brought}, whose weight is not learned",
+            f"{planned.plan.brought}, whose weight is not learned",
             hint="compose it without --fit or --method best",
         )
 
@@ -129,7 +127,7 @@ def _with_all_factors(plan: StackPlan) -> StackPlan:
     return plan_stack(plan.base, members).check()
 
 
-def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, request: FitRequest) -> FitData:
+def read_halves(context: Context, planned: PlannedStack, request: FitRequest) -> FitData:
     """The records in tokens, before the base is loaded: those of ``holdout``, or half of them, to judge by.
 
     Raises:
@@ -141,14 +139,14 @@ def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, request
     sets: list[DataSet] = []
     held_out: list[DataSet] = []
     with gathering(problems):
-        sets = read_sets(context, stack, plan, request.data, request.max_length)
+        sets = read_sets(context, planned, request.data, request.max_length)
     with gathering(problems):
-        held_out = read_sets(context, stack, plan, request.holdout, request.max_length) if request.holdout else []
+        held_out = read_sets(context, planned, request.holdout, request.max_length) if request.holdout else []
     raise_all(problems)
     if not request.holdout:
         halves = [halve(data, request.seed) for data in sets]
         sets, held_out = [learned for learned, _ in halves], [kept for _, kept in halves]
-    learned = [shorten(data, request.seed, stack.base.parameters) for data in sets]
+    learned = [shorten(data, request.seed, planned.stack.base.parameters) for data in sets]
     for whole, part in zip(sets, learned, strict=True):
         if part is not whole:
             count, total = len(set(part.owners)), len(set(whole.owners))
@@ -156,39 +154,22 @@ def read_halves(context: Context, stack: ResolvedStack, plan: StackPlan, request
     return FitData(learned, held_out)
 
 
-@dataclass(frozen=True)
-class Learned:
-    """A stack with the weights that were learned, these by the names of its members, and the steps that it took."""
-
-    stack: ResolvedStack
-    weights: dict[str, Any]
-    steps: int
-
-
 def learn_weights(
     context: Context,
     stacked: StackedModel,
-    stack: ResolvedStack,
+    planned: PlannedStack,
     weighted: WeightedFactors,
     sets: Sequence[DataSet],
     steps: int,
-) -> Learned:
-    """Learn them, with a bar; nothing is judged."""
+) -> tuple[PlannedStack, int]:
+    """The stack with the weights that are learned, with a bar, and the steps that it took; nothing is judged."""
     from stackctl.engine.evaluation.weight_fit import fit_weights, member_weights
 
     with share_progress(context.output, "learning weights") as progress:
         found = fit_weights(stacked, weighted, sets, steps, lambda step: progress(step / steps))
-    made = member_weights(weighted, found.weights)
-    tried = replace(
-        stack,
-        members=tuple(
-            replace(member, **{"layer_weights": {}, **changes})
-            for member, changes in zip(stack.members, made, strict=True)
-        ),
-    )
-    weights = {m.adapter.name: change.get("layer_weights") or change.get("weight", m.weight)
-               for m, change in zip(stack.members, made, strict=True)}  # fmt: skip
-    return Learned(tried, weights, found.steps)
+    made = zip(planned.stack.members, member_weights(weighted, found.weights), strict=True)
+    members = tuple(replace(member, **{"layer_weights": {}, **changes}) for member, changes in made)
+    return planned.changed(replace(planned.stack, members=members)), found.steps
 
 
 def _is_nothing(value: float | dict[str, float]) -> bool:

@@ -26,8 +26,8 @@ from stackctl.core.json_lines import json_line
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.planning import plan_expression
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import atomic
@@ -67,8 +67,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result | None:
         """Generate text with a stack, streamed; without -p, read standard input, or chat on a terminal."""
         registry, output = context.registry, context.output
-        stack = resolve_expression(registry, what, base=base)
-        plan = read_plan(registry, stack).check()
+        stack, plan = plan_expression(registry, what, base=base)
         answering.check(output)
         computing = answering.computing
         if computing.is_llama_cpp:

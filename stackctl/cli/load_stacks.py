@@ -15,7 +15,7 @@ from stackctl.core.errors import attempt_each
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.model import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.planning import PlannedStack
 
 if TYPE_CHECKING:
     from stackctl.engine.evaluation.scoring import DataSet, Score
@@ -46,16 +46,12 @@ def read_data(sources: Sequence[str]) -> list[RecordSet]:
     return attempt_each(read_records, sources)
 
 
-def load_common_base(
-    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], dtype: str, device: str
-) -> StackedModel:
+def load_common_base(context: Context, stacks: Sequence[PlannedStack], dtype: str, device: str) -> StackedModel:
     """The base that some stacks stand on, by transformers; see :func:`load_to_answer`."""
     return cast("StackedModel", load_to_answer(context, stacks, Computing("transformers", dtype, device)))
 
 
-def load_to_answer(
-    context: Context, stacks: Sequence[tuple[ResolvedStack, StackPlan]], computing: Computing
-) -> Answers:
+def load_to_answer(context: Context, stacks: Sequence[PlannedStack], computing: Computing) -> Answers:
     """The base that some stacks stand on, once the bytes of all their members are known to be what was registered.
 
     Raises:
@@ -100,8 +96,7 @@ def tokenise_data(context: Context, reader: Reader, data: MeasuredData) -> list[
 
 def read_sets(
     context: Context,
-    stack: ResolvedStack,
-    plan: StackPlan,
+    planned: PlannedStack,
     sources: Sequence[str],
     max_length: int,
     template: Arguments | None = None,
@@ -120,9 +115,9 @@ def read_sets(
     from stackctl.engine.data.chat_template import adopt_chat_template
     from stackctl.engine.generation.reader import PlainReader
 
-    tokenizer = load_tokenizer(base_folder(stack.base, context.registry, context.output.status))
-    adopt_chat_template(tokenizer, stack.base.name, [plan])
-    reader = PlainReader(stack.base, tokenizer)
+    tokenizer = load_tokenizer(base_folder(planned.stack.base, context.registry, context.output.status))
+    adopt_chat_template(tokenizer, planned.stack.base.name, [planned.plan])
+    reader = PlainReader(planned.stack.base, tokenizer)
 
     def tokenised(found: tuple[str, RecordSet]) -> DataSet:
         return tokenise_data(context, reader, MeasuredData([found[0]], [found[1]], max_length, template or {}))[0]

@@ -87,7 +87,11 @@ def _place(swept: Swept, row: dict[str, Any]) -> list[float]:
 
 def _names(swept: Swept) -> list[str]:
     """The members that the axes are of, by name: an axis may have been typed with a version."""
-    labels = {key: member.adapter.name for member in swept.stack.members for key in (member.adapter.name, member.label)}
+    labels = {
+        key: member.adapter.name
+        for member in swept.planned.stack.members
+        for key in (member.adapter.name, member.label)
+    }
     return [labels[axis.name] for axis in swept.axes]
 
 

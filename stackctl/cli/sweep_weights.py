@@ -14,9 +14,8 @@ from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.core.weight_grid import Axis, grid_points, not_dominated, parse_axes, place_axes
-from stackctl.plan.build import plan_stack
-from stackctl.plan.model import StackPlan
 from stackctl.registry.adapters import ResolvedMember
+from stackctl.registry.planning import PlannedStack
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.render import html as pages
 
@@ -46,7 +45,7 @@ class Swept:
 
     axes: list[Axis]
     data: Sequence[str]
-    stack: ResolvedStack
+    planned: PlannedStack
     rows: list[dict[str, Any]]
     best: dict[str, Any]
     trade_off: list[dict[str, Any]]
@@ -61,7 +60,7 @@ class Swept:
         return [row for row in self.rows if row["data"] == data]
 
 
-def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request: SweepRequest) -> Swept:
+def sweep_stack(context: Context, planned: PlannedStack, request: SweepRequest) -> Swept:
     """Try every point of the grid. Each is folded in as ``eval`` would, so that its loss is that of ``eval``.
 
     Everything that can be wrong is found, and said at once, before the base is loaded.
@@ -71,19 +70,19 @@ def sweep_stack(context: Context, stack: ResolvedStack, plan: StackPlan, request
     sets: list[DataSet] = []
     with gathering(problems):
         axes = parse_axes(request.ranges)
-        places = place_axes(axes, [(member.adapter.name, member.label) for member in stack.members])
-        _check_plain([stack.members[place] for place in places])
+        places = place_axes(axes, [(member.adapter.name, member.label) for member in planned.stack.members])
+        _check_plain([planned.stack.members[place] for place in places])
     if request.page is not None:
         attempt(problems, pages.check_page_place, request.page)
     with gathering(problems):
         _check_sources(request.data)
-        sets = read_sets(context, stack, plan, request.data, request.max_length)
+        sets = read_sets(context, planned, request.data, request.max_length)
     raise_all(problems)
-    tried = [_weighted(stack, plan, dict(zip(places, point, strict=True))) for point in grid_points(axes)]
-    stacked = load_common_base(context, [(stack, plan)], "auto", request.device)
-    named = [(one.pinned, planned) for one, planned in tried]
+    tried = [_weighted(planned, dict(zip(places, point, strict=True))) for point in grid_points(axes)]
+    stacked = load_common_base(context, [planned], "auto", request.device)
+    named = [(stack.pinned, plan) for stack, plan in tried]
     scores = score_stacks(context, stacked, named, sets, "trying weights", finite=False)
-    return _found(axes, request.data, [one for one, _ in tried], scores)
+    return _found(axes, request.data, tried, scores)
 
 
 def _check_plain(members: Sequence[ResolvedMember]) -> None:
@@ -101,14 +100,13 @@ def _check_sources(data: Sequence[str]) -> None:
         raise Usage(f"'{MEAN}' is what the mean of several data sets is called", hint=f"name it ./{MEAN}")
 
 
-def _weighted(stack: ResolvedStack, plan: StackPlan, weights: dict[int, float]) -> tuple[ResolvedStack, StackPlan]:
-    """A stack with other weights for some members, and its plan."""
-    members = tuple(replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(stack.members))
-    planned = [replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(plan.members)]
-    return replace(stack, members=members), plan_stack(plan.base, planned, plan.method, plan.options).check()
+def _weighted(planned: PlannedStack, weights: dict[int, float]) -> PlannedStack:
+    """A stack with other weights for some members."""
+    members = tuple(replace(m, weight=weights.get(n, m.weight)) for n, m in enumerate(planned.stack.members))
+    return planned.changed(replace(planned.stack, members=members))
 
 
-def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], scores: list[list[Score]]) -> Swept:
+def _found(axes: list[Axis], data: Sequence[str], tried: list[PlannedStack], scores: list[list[Score]]) -> Swept:
     from stackctl.engine.evaluation.scoring import judge, mean_loss
 
     losses = [mean_loss(own) for own in scores]
@@ -117,22 +115,25 @@ def _found(axes: list[Axis], data: Sequence[str], tried: list[ResolvedStack], sc
         raise Failed("no point of the grid has a loss that is a finite number", hint="try smaller weights")
     winner = min(finite, key=losses.__getitem__)
     rows: list[dict[str, Any]] = []
-    for one, own in zip(tried, scores, strict=True):
+    for (stack, _), own in zip(tried, scores, strict=True):
         parts = list(zip(data, ([score] for score in own), ([score] for score in scores[winner]), strict=True))
         if len(data) > 1:
             parts.append((MEAN, own, scores[winner]))
         for source, mine, lowest in parts:
-            row = {"data": source, **score_of_all(one, mine)}
+            row = {"data": source, **score_of_all(stack, mine)}
             rows.append({**row, "p_value": None if row["loss"] is None else judge(lowest, mine).p_value})
     each = len(rows) // len(tried)
     best = rows[(winner + 1) * each - 1]
     front = not_dominated([[score.loss for score in scores[number]] for number in finite]) if len(data) > 1 else []
     kept = sorted((finite[number] for number in front), key=lambda number: scores[number][0].loss)
     trade_off = [
-        {"weights": weights_of(tried[n]), "losses": {s: score.loss for s, score in zip(data, scores[n], strict=True)}}
+        {
+            "weights": weights_of(tried[n].stack),
+            "losses": {s: score.loss for s, score in zip(data, scores[n], strict=True)},
+        }
         for n in kept
     ]
-    notes = _notes(axes, tried[winner], [row for row in rows if row["data"] == best["data"]], scores[winner])
+    notes = _notes(axes, tried[winner].stack, [row for row in rows if row["data"] == best["data"]], scores[winner])
     return Swept(axes, data, tried[winner], rows, best, trade_off, notes)
 
 

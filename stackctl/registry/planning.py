@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, VerificationFailed, gathering, raise_all
 from stackctl.core.expressions import BASE
@@ -13,6 +15,25 @@ from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
+
+
+class PlannedStack(NamedTuple):
+    """A resolved stack, and what it is module by module."""
+
+    stack: ResolvedStack
+    plan: StackPlan
+
+    def changed(self, stack: ResolvedStack) -> PlannedStack:
+        """The same adapters with other weights, or put together by another method; no header is read again.
+
+        Raises:
+            Incompatible, VerificationFailed: they cannot be.
+        """
+        members = [
+            replace(known, weight=member.weight, layer_weights=member.layer_weights)
+            for known, member in zip(self.plan.members, stack.members, strict=True)
+        ]
+        return PlannedStack(stack, plan_stack(stack.base, members, stack.method, stack.options).check())
 
 
 def read_plan(registry: Registry, stack: ResolvedStack) -> StackPlan:
@@ -43,21 +64,28 @@ def plan_member(registry: Registry, member: ResolvedMember) -> PlanMember:
     )  # fmt: skip
 
 
-def plan_expressions(
-    registry: Registry, expressions: Sequence[str], base: str | None = None
-) -> list[tuple[ResolvedStack, StackPlan]]:
+def plan_expression(registry: Registry, text: str | None, *, base: str | None = None) -> PlannedStack:
+    """Find everything that an expression names, and plan it; None means the current stack.
+
+    Raises:
+        StackctlError: see :func:`resolve_expression` and :func:`read_plan`, or something stands in the way of the plan.
+    """
+    stack = resolve_expression(registry, text, base=base)
+    return PlannedStack(stack, read_plan(registry, stack).check())
+
+
+def plan_expressions(registry: Registry, expressions: Sequence[str], base: str | None = None) -> list[PlannedStack]:
     """Resolve and plan expressions that one loaded base shall serve; ``base`` among them means the others' base.
 
     Raises:
         StackctlError: everything that is wrong with them, at once.
     """
     problems: list[StackctlError] = []
-    found: dict[int, tuple[ResolvedStack, StackPlan]] = {}
+    found: dict[int, PlannedStack] = {}
 
     def attempt(index: int, text: str, on: str | None) -> None:
         with gathering(problems):
-            stack = resolve_expression(registry, text, base=on)
-            found[index] = (stack, read_plan(registry, stack).check())
+            found[index] = plan_expression(registry, text, base=on)
 
     for index, text in enumerate(expressions):
         if text != BASE:

@@ -15,7 +15,7 @@ from stackctl.core.schema import Base
 from stackctl.plan.model import StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.planning import plan_expressions, read_plan
+from stackctl.registry.planning import PlannedStack, plan_expressions, read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 
@@ -36,7 +36,7 @@ class Models:
         self._lock = threading.Lock()
         self._plans: OrderedDict[tuple[Any, ...], StackPlan] = OrderedDict()
 
-    def find(self, text: str) -> tuple[ResolvedStack, StackPlan]:
+    def find(self, text: str) -> PlannedStack:
         """An expression as the registry has it now, its members' bytes checked to be those that were registered.
 
         Raises:
@@ -56,7 +56,7 @@ class Models:
                     hint=f"stackctl serve --base {stack.base.name}",
                 )
             check_digests(self.registry, stack.members)
-            return stack, self._plan(stack)
+            return PlannedStack(stack, self._plan(stack))
 
     def _plan(self, stack: ResolvedStack) -> StackPlan:
         key = (
