@@ -20,16 +20,15 @@ from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean
 from stackctl.core.library_messages import reword_message
 from stackctl.jobs.ranks import make_output
 
-# Command to module, in the order that --help shows them. A module registers its own commands and imports nothing heavy.
 _COMMANDS = {
-    "demo": "demo", "train": "train", "distil": "distil", "compose": "compose", "generate": "generate",
-    "compare": "compare",
-    "eval": "eval", "inspect": "inspect", "bisect": "bisect", "ls": "ls", "verify": "verify", "doctor": "doctor",
-    "export": "export", "serve": "serve", "push": "push", "push-to-hub": "push", "pull": "pull", "init": "init",
-    "base": "base", "add": "add", "extract": "extract", "use": "use", "rm": "rm", "gc": "gc",
+    "demo": "demo.demo", "train": "train.train", "distil": "distil.distil", "compose": "compose.compose",
+    "generate": "generate.generate", "compare": "compare.compare", "eval": "eval.evaluate",
+    "inspect": "inspect.inspect", "bisect": "bisect.bisect", "ls": "ls.ls", "verify": "verify.verify",
+    "doctor": "doctor.doctor", "export": "export.export", "serve": "serve.serve", "push": "push.push",
+    "push-to-hub": "push.push_to_hub", "pull": "pull.pull", "init": "init.init", "base": "base.base", "add": "add.add",
+    "extract": "extract.extract", "use": "use.use", "rm": "rm.rm", "gc": "gc.gc",
 }  # fmt: skip
-
-
+"""Commands in the order that --help shows them, with the module and the function; no module imports anything heavy."""
 _LINES = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
 """Where typer's scripts put the line that a shell completes: bash, and the others."""
 
@@ -60,9 +59,9 @@ def make_app(command: str | None = None) -> typer.Typer:
             Current.output.text(context.get_help() + "\n")
             raise typer.Exit
 
-    wanted = [_COMMANDS[command]] if command in _COMMANDS else dict.fromkeys(_COMMANDS.values())
-    for name in wanted:
-        import_module(f"stackctl.cli.{name}").register(app)
+    for place in [_COMMANDS[command]] if command in _COMMANDS else _COMMANDS.values():
+        module, _, function = place.partition(".")
+        getattr(import_module(f"stackctl.cli.{module}"), function)(app)
     return app
 
 

@@ -52,38 +52,36 @@ stackctl add style ./output/checkpoint-531 --base qwen3
 stackctl add style ./output/dora --convert --tolerance 0.05"""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "add", example=_EXAMPLES, panel=REGISTRY)
-    def add(
-        context: Context,
-        name: NEW_ADAPTER,
-        path: Annotated[
-            Path,
-            argument(
-                help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; mlx-lm's folder; or "
-                "the .safetensors file of sd-scripts or LyCORIS."
-            ),
-        ],
-        base: BaseOption = None,
-        on: Annotated[
-            str | None,
-            typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR"),
-        ] = None,
-        link: Annotated[bool, typer.Option(help="Refer to the folder instead of copying it.")] = False,
-        description: DESCRIPTION = "",
-        *,
-        wanted: Conversion,
-    ) -> Result:
-        """Register an existing PEFT checkpoint as the next version of an adapter."""
-        registry = context.registry
-        raise_all(wanted.problems(link=link))
-        check_adapter_name(registry, name)
-        request = _Request(name, base, on, link, description, wanted)
-        if is_mlx(path):
-            return _add_mlx(context, path, request)
-        if file := find_kohya(path):
-            return _add_kohya(context, file, request)
-        return _register(context, find_checkpoint_folder(path), request)
+@command("add", example=_EXAMPLES, panel=REGISTRY)
+def add(
+    context: Context,
+    name: NEW_ADAPTER,
+    path: Annotated[
+        Path,
+        argument(
+            help="A PEFT checkpoint: its folder, a Trainer's checkpoint-531/, or one above it; mlx-lm's folder; or "
+            "the .safetensors file of sd-scripts or LyCORIS."
+        ),
+    ],
+    base: BaseOption = None,
+    on: Annotated[
+        str | None, typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR")
+    ] = None,
+    link: Annotated[bool, typer.Option(help="Refer to the folder instead of copying it.")] = False,
+    description: DESCRIPTION = "",
+    *,
+    wanted: Conversion,
+) -> Result:
+    """Register an existing PEFT checkpoint as the next version of an adapter."""
+    registry = context.registry
+    raise_all(wanted.problems(link=link))
+    check_adapter_name(registry, name)
+    request = _Request(name, base, on, link, description, wanted)
+    if is_mlx(path):
+        return _add_mlx(context, path, request)
+    if file := find_kohya(path):
+        return _add_kohya(context, file, request)
+    return _register(context, find_checkpoint_folder(path), request)
 
 
 @dataclass(frozen=True)

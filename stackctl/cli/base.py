@@ -41,85 +41,91 @@ def base_json(base: Base, registry: Registry) -> dict[str, Any]:
     return {**told, "path": path, "proved": msgspec.to_builtins(base.proved) if base.proved else None}
 
 
-def register(app: typer.Typer) -> None:
+@command("add", example=_EXAMPLES)
+def add(
+    context: Context,
+    name: Annotated[str, argument(help="What the base is called here.")],
+    source: Annotated[
+        str | None, argument(help="A Hub id, a folder, or a .gguf file; smollm2 needs none.", metavar="[SOURCE]")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
+    ] = None,
+    prove: Annotated[
+        bool | None,
+        typer.Option(
+            "--prove/--no-prove",
+            help="Load it here and by transformers alone, and compare the logits; by default for weights of up to "
+            "1 GB.",
+            show_default=False,
+        ),
+    ] = None,
+    chat_template_kwargs: TEMPLATE_KWARGS = None,
+    enable_thinking: ENABLE_THINKING = None,
+) -> Result:
+    """Register a base model; its fingerprint identifies it from then on."""
+    from stackctl.core.expressions import parse_name
+    from stackctl.registry.base_models import parse_source
+
+    parse_name(name, "base name")
+    parse_source(name, source, revision)  # what is wrong is said before anything heavy is loaded
+    registry = context.registry
+    from stackctl.engine.libraries import import_transformers
+
+    import_transformers()
+    from stackctl.engine.base.entry import make_base
+    from stackctl.engine.base.folder import base_folder
+    from stackctl.engine.base.proof import is_small, prove_base
+    from stackctl.registry.base_entries import save_base
+
+    before = registry.find_base(name)
+    known = before.chat_template_kwargs if before and chat_template_kwargs is None else None
+    arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
+    base = make_base(name, source, revision, registry, context.output.status)
+    base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
+    folder = base_folder(base, registry, context.output.status)
+    if is_small(folder) if prove is None else prove:
+        base = msgspec.structs.replace(base, proved=prove_base(base, folder))
+    save_base(registry, base)
+    return _registered(base, before, folder, registry)
+
+
+@command("ls", example="stackctl base ls --json")
+def ls(context: Context) -> Result:
+    """List the base models."""
+    registry = context.registry
+    rows = [base_json(base, registry) for base in registry.bases()]
+
+    def screen() -> Any:
+        from stackctl.render.tables import table
+
+        return table(
+            ["base", "source", "architecture", "parameters", "dtype"],
+            [[r["name"], r["source"], r["architecture"], f"{r['parameters']:,}", r["dtype"]] for r in rows],
+        )
+
+    empty = "no base is registered; try: stackctl base add smollm2"
+    return Result({"bases": rows}, "\n".join(r["name"] for r in rows), screen if rows else empty)
+
+
+@command("rm", example="stackctl base rm qwen3")
+def rm(context: Context, name: Annotated[str, argument(help="A base.", autocompletion=complete_bases)]) -> Result:
+    """Remove a base's entry, never its files; refused while adapters depend on it."""
+    from stackctl.registry.base_entries import remove_base
+
+    remove_base(context.registry, name)
+    return Result({"removed": [name]}, name, f"removed the base {name}; its files are where they were")
+
+
+def base(app: typer.Typer) -> None:
+    """Add the group and its commands to an app."""
     group = typer.Typer(cls=Group, help="Base models: add, ls, rm.", epilog="stackctl base add smollm2")
     app.add_typer(group, name="base", rich_help_panel=REGISTRY)
-
-    @command(group, "add", example=_EXAMPLES)
-    def add(
-        context: Context,
-        name: Annotated[str, argument(help="What the base is called here.")],
-        source: Annotated[
-            str | None, argument(help="A Hub id, a folder, or a .gguf file; smollm2 needs none.", metavar="[SOURCE]")
-        ] = None,
-        revision: Annotated[
-            str | None, typer.Option(help="A branch, tag or commit of the Hub; pinned to its commit.")
-        ] = None,
-        prove: Annotated[
-            bool | None,
-            typer.Option(
-                "--prove/--no-prove",
-                help="Load it here and by transformers alone, and compare the logits; by default for weights of up to "
-                "1 GB.",
-                show_default=False,
-            ),
-        ] = None,
-        chat_template_kwargs: TEMPLATE_KWARGS = None,
-        enable_thinking: ENABLE_THINKING = None,
-    ) -> Result:
-        """Register a base model; its fingerprint identifies it from then on."""
-        from stackctl.core.expressions import parse_name
-        from stackctl.registry.base_models import parse_source
-
-        parse_name(name, "base name")
-        parse_source(name, source, revision)  # what is wrong is said before anything heavy is loaded
-        registry = context.registry
-        from stackctl.engine.libraries import import_transformers
-
-        import_transformers()
-        from stackctl.engine.base.entry import make_base
-        from stackctl.engine.base.folder import base_folder
-        from stackctl.engine.base.proof import is_small, prove_base
-        from stackctl.registry.base_entries import save_base
-
-        before = registry.find_base(name)
-        known = before.chat_template_kwargs if before and chat_template_kwargs is None else None
-        arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
-        base = make_base(name, source, revision, registry, context.output.status)
-        base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
-        folder = base_folder(base, registry, context.output.status)
-        if is_small(folder) if prove is None else prove:
-            base = msgspec.structs.replace(base, proved=prove_base(base, folder))
-        save_base(registry, base)
-        return _registered(base, before, folder, registry)
-
-    @command(group, "ls", example="stackctl base ls --json")
-    def ls(context: Context) -> Result:
-        """List the base models."""
-        registry = context.registry
-        rows = [base_json(base, registry) for base in registry.bases()]
-
-        def screen() -> Any:
-            from stackctl.render.tables import table
-
-            return table(
-                ["base", "source", "architecture", "parameters", "dtype"],
-                [[r["name"], r["source"], r["architecture"], f"{r['parameters']:,}", r["dtype"]] for r in rows],
-            )
-
-        empty = "no base is registered; try: stackctl base add smollm2"
-        return Result({"bases": rows}, "\n".join(r["name"] for r in rows), screen if rows else empty)
-
-    @command(group, "rm", example="stackctl base rm qwen3")
-    def rm(context: Context, name: Annotated[str, argument(help="A base.", autocompletion=complete_bases)]) -> Result:
-        """Remove a base's entry, never its files; refused while adapters depend on it."""
-        from stackctl.registry.base_entries import remove_base
-
-        remove_base(context.registry, name)
-        return Result({"removed": [name]}, name, f"removed the base {name}; its files are where they were")
+    for add_to in (add, ls, rm):
+        add_to(group)
 
     @group.callback(invoke_without_command=True)
-    def base(context: typer.Context) -> None:
+    def show_help(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             Current.output.text(context.get_help() + "\n")
 

@@ -60,11 +60,7 @@ def best_stack(context: Context, planned: PlannedStack, request: FitRequest) -> 
         f"learning the weights of the sum, then trying it and {len(others)} other ways on {records} held-out records"
     )
     learned, _ = learn_weights(context, stacked, planned, weighted, sets.learned, request.steps)
-    tried = [
-        _Tried(planned),
-        _Tried(learned, f"learned per {request.per}", fitted=True),
-        *others,
-    ]
+    tried = [_Tried(planned), _Tried(learned, f"learned per {request.per}", fitted=True), *others]
     named = [(one.name, one.planned.plan) for one in tried]
     both = [*sets.learned, *sets.held_out]
     scores = score_stacks(context, stacked, named, both, "trying methods", finite=False)

@@ -106,60 +106,59 @@ class _Symptom:
         return Sampling(self.longest, raw=self.raw, system=self.system, template=self.template())
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "bisect", example=_EXAMPLES, panel=INSPECT)
-    def bisect(
-        context: Context,
-        what: What = None,
-        *,
-        symptom: _Symptom,
-        name: Annotated[
-            str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
-        ] = None,
-        base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
-    ) -> Result:
-        """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
+@command("bisect", example=_EXAMPLES, panel=INSPECT)
+def bisect(
+    context: Context,
+    what: What = None,
+    *,
+    symptom: _Symptom,
+    name: Annotated[
+        str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
+    ] = None,
+    base: BaseOption = None,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+) -> Result:
+    """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
 
-        Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
-        """
-        registry = context.registry
-        problems: list[StackctlError] = [*symptom.problems()]
-        template: Arguments = attempt(problems, symptom.template) or {}
-        sets: list[DataSet] = []
-        with gathering(problems):
-            planned = stack, plan = plan_expression(registry, what, base=base)
-            if not parts_of(plan):
-                raise Usage(
-                    f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack"
-                )
-            if name is not None:
-                check_stack_name(registry, name, stack)
-            if symptom.data:
-                sets = read_sets(context, planned, symptom.data, symptom.max_length or 1024, template)
-        raise_all(problems)
-        stacked = load_common_base(context, [planned], dtype, device)
-        probe = _probe(context, stacked, plan, symptom, sets)
-        found = _search(context, stack, plan, probe, symptom)
-        typed = name or _typed_without(stack, plan, found.parts, probe)
+    Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
+    """
+    registry = context.registry
+    problems: list[StackctlError] = [*symptom.problems()]
+    template: Arguments = attempt(problems, symptom.template) or {}
+    sets: list[DataSet] = []
+    with gathering(problems):
+        planned = stack, plan = plan_expression(registry, what, base=base)
+        if not parts_of(plan):
+            raise Usage(
+                f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack"
+            )
         if name is not None:
-            save_stack(registry, name, stack_without(stack, plan, found.parts))
-        culprits = culprits_json(plan, found.parts)
-        document = {
-            "stack": stack.text,
-            "base": stack.base.name,
-            "culprit": culprits[0],
-            "culprits": culprits,
-            "evaluations": found.evaluations,
-            "without": typed,
-            "results": {
-                what: probe.look(frozenset(off))
-                for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
-            },
-        }
-        notes = (*stack.notes, *culprit_notes(document, name))
-        return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
+            check_stack_name(registry, name, stack)
+        if symptom.data:
+            sets = read_sets(context, planned, symptom.data, symptom.max_length or 1024, template)
+    raise_all(problems)
+    stacked = load_common_base(context, [planned], dtype, device)
+    probe = _probe(context, stacked, plan, symptom, sets)
+    found = _search(context, stack, plan, probe, symptom)
+    typed = name or _typed_without(stack, plan, found.parts, probe)
+    if name is not None:
+        save_stack(registry, name, stack_without(stack, plan, found.parts))
+    culprits = culprits_json(plan, found.parts)
+    document = {
+        "stack": stack.text,
+        "base": stack.base.name,
+        "culprit": culprits[0],
+        "culprits": culprits,
+        "evaluations": found.evaluations,
+        "without": typed,
+        "results": {
+            what: probe.look(frozenset(off))
+            for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
+        },
+    }
+    notes = (*stack.notes, *culprit_notes(document, name))
+    return Result(document, typed or culprits[0]["member"], lambda: culprit_screen(document, name), notes=notes)
 
 
 def _probe(

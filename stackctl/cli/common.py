@@ -147,43 +147,49 @@ class Group(Page, TyperGroup):
 
 
 def command(
-    app: typer.Typer, name: str, *, example: str, panel: str | None = None, hidden: bool = False
-) -> Callable[[Callable[..., Result | None]], Callable[..., None]]:
-    """Register a function as a command: it gets a :class:`Context` first, and the common options are added to it.
+    name: str, *, example: str, panel: str | None = None, hidden: bool = False
+) -> Callable[[Callable[..., Result | None]], Callable[[typer.Typer], None]]:
+    """Make a function a command, and what is called so from then on adds it to an app.
 
-    A parameter whose type is a dataclass is a group of options that several commands have: one for each field.
-    ``example`` is what the help ends with: one or more lines as one types them, each beginning with ``stackctl``.
+    The function gets a :class:`Context` first, and the common options are added to its own. A parameter whose type is a
+    dataclass is a group of options that several commands have: one for each field. ``example`` is what the help ends
+    with: one or more lines as one types them, each beginning with ``stackctl``.
     """
 
-    def register(function: Callable[..., Result | None]) -> Callable[..., None]:
-        own, groups = _options(function)
+    def made(function: Callable[..., Result | None]) -> Callable[[typer.Typer], None]:
+        def add_to(app: typer.Typer) -> None:
+            own, groups = _options(function)
 
-        @functools.wraps(function)
-        def run(**values: Any) -> None:
-            common = {key: values.pop(key) for key in _COMMON}  # of these, Current has read all but the registry
-            output = Current.output
-            for key, group in groups.items():
-                values[key] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-            result = function(Context(output, common["registry"]), **values)
-            if result is not None:
-                output.emit(result)
-                if result.exit_code:
-                    raise typer.Exit(result.exit_code)
+            @functools.wraps(function)
+            def run(**values: Any) -> None:
+                common = {key: values.pop(key) for key in _COMMON}  # of these, Current has read all but the registry
+                output = Current.output
+                for key, group in groups.items():
+                    values[key] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+                result = function(Context(output, common["registry"]), **values)
+                if result is not None:
+                    output.emit(result)
+                    if result.exit_code:
+                        raise typer.Exit(result.exit_code)
 
-        added = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for key, (annotation, default) in _COMMON.items()
-        ]
-        for parameter in [*own, *added]:
-            _name_in_capitals(parameter)
-            _off_unless_typed(parameter)
-            read_words(parameter)
-        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
-        app.command(name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False)(run)
-        return run
+            added = [
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                for key, (annotation, default) in _COMMON.items()
+            ]
+            for parameter in [*own, *added]:
+                _name_in_capitals(parameter)
+                _off_unless_typed(parameter)
+                read_words(parameter)
+            run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+            run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+            add = app.command(
+                name, cls=Command, epilog=example, rich_help_panel=panel, hidden=hidden, no_args_is_help=False
+            )
+            add(run)
 
-    return register
+        return add_to
+
+    return made
 
 
 def _options(function: Callable[..., Any]) -> tuple[list[inspect.Parameter], dict[str, Any]]:

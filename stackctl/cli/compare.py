@@ -41,54 +41,53 @@ stackctl compare style style:0.5 -p "Tell me of rain." --temperature 0.8 --seed 
 stackctl compare base style style+instruct -p "Tell me of rain.\""""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "compare", example=_EXAMPLES, panel=TRAIN)
-    def compare(
-        context: Context,
-        what: Annotated[list[str], expression(metavar="WHAT WHAT...", help="Two or more expressions.")],
-        prompt: PROMPT = None,
-        prompts: PROMPTS = None,
-        data: DATA = None,
-        max_length: MAX_LENGTH = 1024,
-        to: Annotated[
-            Path | None, typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE")
-        ] = None,
-        max_new_tokens: MAX_NEW = 128,
-        *,
-        answering: GenerateOptions,
-        base: BaseOption = None,
-    ) -> Result:
-        """Answer the same prompts with several stacks, side by side; the base is loaded once.
+@command("compare", example=_EXAMPLES, panel=TRAIN)
+def compare(
+    context: Context,
+    what: Annotated[list[str], expression(metavar="WHAT WHAT...", help="Two or more expressions.")],
+    prompt: PROMPT = None,
+    prompts: PROMPTS = None,
+    data: DATA = None,
+    max_length: MAX_LENGTH = 1024,
+    to: Annotated[
+        Path | None, typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE")
+    ] = None,
+    max_new_tokens: MAX_NEW = 128,
+    *,
+    answering: GenerateOptions,
+    base: BaseOption = None,
+) -> Result:
+    """Answer the same prompts with several stacks, side by side; the base is loaded once.
 
-        With --data each stack is measured on held-out records as well, as eval does.
-        """
-        problems: list[StackctlError] = []
+    With --data each stack is measured on held-out records as well, as eval does.
+    """
+    problems: list[StackctlError] = []
+    with gathering(problems):
+        asked = _asked(read_prompts(prompt, prompts))
+    with gathering(problems):
+        answering.check(context.output, measures=bool(data))
+    with gathering(problems):
+        stacks = plan_expressions(context.registry, what, base)
+    if answering.computing.is_llama_cpp:
+        problems += _not_for_llama_cpp(context, stacks if not problems else [], data)
+    if to is not None:
         with gathering(problems):
-            asked = _asked(read_prompts(prompt, prompts))
-        with gathering(problems):
-            answering.check(context.output, measures=bool(data))
-        with gathering(problems):
-            stacks = plan_expressions(context.registry, what, base)
-        if answering.computing.is_llama_cpp:
-            problems += _not_for_llama_cpp(context, stacks if not problems else [], data)
-        if to is not None:
-            with gathering(problems):
-                pages.check_page_place(to)
-        with gathering(problems):
-            records = read_data(data or ())
-        raise_all(problems)
-        sampling = answering.sampling(max_new_tokens)
-        measured = MeasuredData(data or (), records, max_length)
-        found = compare_stacks(context, stacks, asked, sampling, measured, answering)
-        notes = tuple(note for stack, _ in stacks for note in stack.notes)
-        document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
-        if to is not None:
-            settings = settings_of(stacks, sampling, found.precision, measured.sources, max_length)
-            pages.write_page(to, comparison_page(what, found.answers, found.scores, settings))
-            said = f"wrote {len(found.answers)} answers side by side to {to}"
-            return Result(document, str(to), lambda: render_comparison(what, [], found.scores, said), notes=notes)
-        texts = "\n".join(answer["text"] for answer in found.answers)
-        return Result(document, texts, lambda: render_comparison(what, found.answers, found.scores), notes=notes)
+            pages.check_page_place(to)
+    with gathering(problems):
+        records = read_data(data or ())
+    raise_all(problems)
+    sampling = answering.sampling(max_new_tokens)
+    measured = MeasuredData(data or (), records, max_length)
+    found = compare_stacks(context, stacks, asked, sampling, measured, answering)
+    notes = tuple(note for stack, _ in stacks for note in stack.notes)
+    document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
+    if to is not None:
+        settings = settings_of(stacks, sampling, found.precision, measured.sources, max_length)
+        pages.write_page(to, comparison_page(what, found.answers, found.scores, settings))
+        said = f"wrote {len(found.answers)} answers side by side to {to}"
+        return Result(document, str(to), lambda: render_comparison(what, [], found.scores, said), notes=notes)
+    texts = "\n".join(answer["text"] for answer in found.answers)
+    return Result(document, texts, lambda: render_comparison(what, found.answers, found.scores), notes=notes)
 
 
 def _not_for_llama_cpp(context: Context, stacks: Sequence[PlannedStack], data: list[str] | None) -> list[StackctlError]:

@@ -85,11 +85,7 @@ def _card(answer: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(
-    stacks: Sequence[PlannedStack],
-    sampling: Sampling,
-    precision: str,
-    data: Sequence[str],
-    max_length: int,
+    stacks: Sequence[PlannedStack], sampling: Sampling, precision: str, data: Sequence[str], max_length: int
 ) -> list[tuple[str, str]]:
     """How a comparison was made, as pairs of name and value: enough to make it again."""
     base = stacks[0][0].base

@@ -101,58 +101,56 @@ class _MethodChoice:
         return self.method, check_method(self.method, options)
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "compose", example=_EXAMPLES, panel=TRAIN)
-    def compose(
-        context: Context,
-        expression: Annotated[
-            str,
-            expression(metavar="EXPR", help="Adapters joined by '+', with versions and weights: style:0.7+instruct@2."),
-        ],
-        name: Annotated[
-            str | None, typer.Option(help="Name of the stack; by default its members' names joined by '+'.")
-        ] = None,
-        *,
-        choice: _MethodChoice,
-        weights: WeightOptions,
-        base: BaseOption = None,
-        dry_run: Annotated[bool, typer.Option(help="Check and show the stack without writing it.")] = False,
-    ) -> Result:
-        """Write a stack: a recipe of pinned adapters and weights, no tensors. It becomes the current stack."""
-        registry = context.registry
+@command("compose", example=_EXAMPLES, panel=TRAIN)
+def compose(
+    context: Context,
+    expression: Annotated[
+        str, expression(metavar="EXPR", help="Adapters joined by '+', with versions and weights: style:0.7+instruct@2.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the stack; by default its members' names joined by '+'.")
+    ] = None,
+    *,
+    choice: _MethodChoice,
+    weights: WeightOptions,
+    base: BaseOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Check and show the stack without writing it.")] = False,
+) -> Result:
+    """Write a stack: a recipe of pinned adapters and weights, no tensors. It becomes the current stack."""
+    registry = context.registry
+    if name is not None:
+        parse_stack_name(name)
+    tries_all = choice.method == BEST
+    request = weights.request(choice.seed, best=tries_all)
+    method, options = choice.options(request)
+    stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
+    planned = PlannedStack(stack, read_plan(registry, stack).check())
+    check_digests(registry, stack.members)
+    if isinstance(request, SweepRequest):
         if name is not None:
-            parse_stack_name(name)
-        tries_all = choice.method == BEST
-        request = weights.request(choice.seed, best=tries_all)
-        method, options = choice.options(request)
-        stack = replace(resolve_expression(registry, expression, base=base, fresh=True), method=method, options=options)
-        planned = PlannedStack(stack, read_plan(registry, stack).check())
-        check_digests(registry, stack.members)
-        if isinstance(request, SweepRequest):
-            if name is not None:
-                check_stack_name(registry, name, stack)
-            return _swept(context, sweep_stack(context, planned, request), request, None if dry_run else name)
-        label = name or stack.name or stack.default_name
-        if label == "base":
-            label = parse_stack_name(label)  # says that the name is reserved
-        chosen = Chosen(planned, {}, [])
-        if request is not None:
-            check_stack_name(registry, label, stack)  # before minutes of work
-            chosen = (best_stack if tries_all else fit_stack)(context, planned, request)
-        stack, plan = chosen.planned
-        if not dry_run:
-            save_stack(registry, label, stack)
-        data = {
-            **_recipe_json(label, chosen.planned),
-            "exact": stack.method == SUM,
-            "rank": plan.rank,
-            **_measured(context, plan),
-            **chosen.json,
-            "problems": [p.json() for p in plan.problems],
-            "dry_run": dry_run,
-        }
-        notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems), *chosen.notes)
-        return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
+            check_stack_name(registry, name, stack)
+        return _swept(context, sweep_stack(context, planned, request), request, None if dry_run else name)
+    label = name or stack.name or stack.default_name
+    if label == "base":
+        label = parse_stack_name(label)  # says that the name is reserved
+    chosen = Chosen(planned, {}, [])
+    if request is not None:
+        check_stack_name(registry, label, stack)  # before minutes of work
+        chosen = (best_stack if tries_all else fit_stack)(context, planned, request)
+    stack, plan = chosen.planned
+    if not dry_run:
+        save_stack(registry, label, stack)
+    data = {
+        **_recipe_json(label, chosen.planned),
+        "exact": stack.method == SUM,
+        "rank": plan.rank,
+        **_measured(context, plan),
+        **chosen.json,
+        "problems": [p.json() for p in plan.problems],
+        "dry_run": dry_run,
+    }
+    notes = (*stack.notes, *(f"{p.message}; {p.hint}" for p in plan.problems), *chosen.notes)
+    return Result(data, label, lambda: _screen(data, stack, plan), notes=notes)
 
 
 def _swept(context: Context, swept: Swept, request: SweepRequest, name: str | None) -> Result:

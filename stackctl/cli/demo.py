@@ -7,8 +7,6 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from stackctl.cli.common import TRAIN, Context, command
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Base
@@ -35,65 +33,64 @@ def examples_folder() -> Path:
     raise NotFound("the examples are not installed", hint="install stackctl again, or run the demo in a checkout")
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "demo", example="stackctl demo", panel=TRAIN)
-    def demo(context: Context) -> Result:
-        """The whole path on a real 135M model: train two adapters, stack, compare, evaluate, prepare a push."""
-        folder = examples_folder()
-        recipe = read_recipe(folder / FILE)
-        context = _context(context)
-        registry, say = context.registry, context.output.status
-        _check_free(registry, recipe)
-        if not registry.find_base(EMBEDDED_NAME):
-            _add_base(registry, say)
-        from stackctl.cli.compare import compare_stacks
-        from stackctl.cli.load_stacks import MeasuredData, read_data
-        from stackctl.cli.push import prepare_push
-        from stackctl.cli.train import Switches, build_recipe
-        from stackctl.engine.generation import Sampling
-        from stackctl.engine.records.prompt_files import Prompt
-        from stackctl.registry.planning import plan_expressions
+@command("demo", example="stackctl demo", panel=TRAIN)
+def demo(context: Context) -> Result:
+    """The whole path on a real 135M model: train two adapters, stack, compare, evaluate, prepare a push."""
+    folder = examples_folder()
+    recipe = read_recipe(folder / FILE)
+    context = _context(context)
+    registry, say = context.registry, context.output.status
+    _check_free(registry, recipe)
+    if not registry.find_base(EMBEDDED_NAME):
+        _add_base(registry, say)
+    from stackctl.cli.compare import compare_stacks
+    from stackctl.cli.load_stacks import MeasuredData, read_data
+    from stackctl.cli.push import prepare_push
+    from stackctl.cli.train import Switches, build_recipe
+    from stackctl.engine.generation import Sampling
+    from stackctl.engine.records.prompt_files import Prompt
+    from stackctl.registry.planning import plan_expressions
 
-        built = build_recipe(context, recipe, Switches(resume=True))
-        say(built.screen if isinstance(built.screen, str) else "")
-        stacks = plan_expressions(registry, STACKS)
-        say("the same prompts with the base, the style and the stack, and their loss on held-out records")
-        held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-        records = [replace(found, records=found.records[:MEASURED], count=MEASURED) for found in read_data(held_out)]
-        prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, records)
-        compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=64), measured)
-        results = _table_rows(compared.scores)
-        push = prepare_push(registry, "storyteller", "me/storyteller")
-        adapters = [str(resolve_expression(registry, name).members[0].label) for name in recipe.recipe.train]
-        data = {
-            "adapters": adapters,
-            "stack": "storyteller",
-            "results": results,
-            "texts": compared.answers,
-            "push": push,
-            "registry": str(registry.root),
-        }
+    built = build_recipe(context, recipe, Switches(resume=True))
+    say(built.screen if isinstance(built.screen, str) else "")
+    stacks = plan_expressions(registry, STACKS)
+    say("the same prompts with the base, the style and the stack, and their loss on held-out records")
+    held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
+    records = [replace(found, records=found.records[:MEASURED], count=MEASURED) for found in read_data(held_out)]
+    prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, records)
+    compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=64), measured)
+    results = _table_rows(compared.scores)
+    push = prepare_push(registry, "storyteller", "me/storyteller")
+    adapters = [str(resolve_expression(registry, name).members[0].label) for name in recipe.recipe.train]
+    data = {
+        "adapters": adapters,
+        "stack": "storyteller",
+        "results": results,
+        "texts": compared.answers,
+        "push": push,
+        "registry": str(registry.root),
+    }
 
-        def screen() -> Any:
-            from stackctl.cli.comparison import render_comparison
-            from stackctl.cli.inspect_facts import stack_tree
-            from stackctl.core.expressions import format_sum
-            from stackctl.render.tables import spaced
+    def screen() -> Any:
+        from stackctl.cli.comparison import render_comparison
+        from stackctl.cli.inspect_facts import stack_tree
+        from stackctl.core.expressions import format_sum
+        from stackctl.render.tables import spaced
 
-            stack, plan = plan_expressions(registry, ["storyteller"])[0]
-            sizes = ", ".join(f["path"] for f in push["files"])
-            return spaced(
-                [
-                    render_comparison(STACKS, compared.answers),
-                    stack_tree(stack, plan),
-                    format_sum((m.adapter.name, m.weight) for m in stack.members),
-                    _loss_table(results),
-                    f"ready to push: {sizes}",
-                    'next: stackctl generate -p "Tell me about the sea."',
-                ]
-            )
+        stack, plan = plan_expressions(registry, ["storyteller"])[0]
+        sizes = ", ".join(f["path"] for f in push["files"])
+        return spaced(
+            [
+                render_comparison(STACKS, compared.answers),
+                stack_tree(stack, plan),
+                format_sum((m.adapter.name, m.weight) for m in stack.members),
+                _loss_table(results),
+                f"ready to push: {sizes}",
+                'next: stackctl generate -p "Tell me about the sea."',
+            ]
+        )
 
-        return Result(data, "storyteller", screen)
+    return Result(data, "storyteller", screen)
 
 
 def _context(context: Context) -> Context:

@@ -27,25 +27,24 @@ else:
     JobOptions = job_options(without=_NOT_ASKED)
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "distil", example=_EXAMPLES, panel=TRAIN)
-    def distil(
-        context: Context,
-        what: What = None,
-        *,
-        name: Annotated[str, typer.Option(help="What the new adapter is called.", metavar="NAME", show_default=False)],
-        job: JobOptions,
-        resume: RESUME = False,
-        dry_run: DRY_RUN = False,
-    ) -> Result:
-        """Distil a stack, or a stack behind a system prompt, into one new adapter on the bare base.
+@command("distil", example=_EXAMPLES, panel=TRAIN)
+def distil(
+    context: Context,
+    what: What = None,
+    *,
+    name: Annotated[str, typer.Option(help="What the new adapter is called.", metavar="NAME", show_default=False)],
+    job: JobOptions,
+    resume: RESUME = False,
+    dry_run: DRY_RUN = False,
+) -> Result:
+    """Distil a stack, or a stack behind a system prompt, into one new adapter on the bare base.
 
-        It begins at the best pair of its rank for the stack (SVD), and learns the stack's token probabilities on your
-        records.
-        """
-        teacher = what or current_stack(context.registry)
-        asked = {**typed_options(job), "objective": "distil", "teacher": teacher}
-        prepared = prepare(context, name, None, asked)
-        if dry_run:
-            return dry_run_result(context, prepared)
-        return with_next(trained_result(context, prepared, resume=resume), prepared)
+    It begins at the best pair of its rank for the stack (SVD), and learns the stack's token probabilities on your
+    records.
+    """
+    teacher = what or current_stack(context.registry)
+    asked = {**typed_options(job), "objective": "distil", "teacher": teacher}
+    prepared = prepare(context, name, None, asked)
+    if dry_run:
+        return dry_run_result(context, prepared)
+    return with_next(trained_result(context, prepared, resume=resume), prepared)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from stackctl import __version__
 from stackctl.cli.common import INSPECT, Context, command
 from stackctl.core.errors import StackctlError
@@ -20,36 +18,35 @@ from stackctl.storage.files import human_bytes
 from stackctl.storage.paths import cache_root
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "doctor", example="stackctl doctor", panel=INSPECT)
-    def doctor(context: Context) -> Result:
-        """Show what this machine has, and what size of base it can train, generate with and export.
+@command("doctor", example="stackctl doctor", panel=INSPECT)
+def doctor(context: Context) -> Result:
+    """Show what this machine has, and what size of base it can train, generate with and export.
 
-        Exit code 1 when something that stackctl needs is missing.
-        """
-        packages, wrong = machine.packages()
-        problems = [{"what": "packages", "message": text, "hint": "pip install stackctl-lora"} for text in wrong]
-        devices: list[dict[str, Any]] = []
-        if packages.get("torch"):
-            from stackctl.engine.devices import describe_devices
+    Exit code 1 when something that stackctl needs is missing.
+    """
+    packages, wrong = machine.packages()
+    problems = [{"what": "packages", "message": text, "hint": "pip install stackctl-lora"} for text in wrong]
+    devices: list[dict[str, Any]] = []
+    if packages.get("torch"):
+        from stackctl.engine.devices import describe_devices
 
-            devices = describe_devices()
-        disks = _disks(context)
-        data: dict[str, Any] = {
-            "stackctl": __version__,
-            "system": machine.system(),
-            "cores": machine.cores(),
-            "devices": devices,
-            "packages": packages,
-            "optional": {name: machine.installed(name) for name in PACKAGES},
-            "disk": disks,
-            "registry": _registry(context, problems),
-            "hub": _hub(),
-            "sizes": _sizes(devices[0], min(disk["free"] for disk in disks.values())) if devices else [],
-            "problems": problems,
-        }
-        code = 1 if problems else 0
-        return Result(data, "\n".join(p["message"] for p in problems), lambda: _screen(data), code)
+        devices = describe_devices()
+    disks = _disks(context)
+    data: dict[str, Any] = {
+        "stackctl": __version__,
+        "system": machine.system(),
+        "cores": machine.cores(),
+        "devices": devices,
+        "packages": packages,
+        "optional": {name: machine.installed(name) for name in PACKAGES},
+        "disk": disks,
+        "registry": _registry(context, problems),
+        "hub": _hub(),
+        "sizes": _sizes(devices[0], min(disk["free"] for disk in disks.values())) if devices else [],
+        "problems": problems,
+    }
+    code = 1 if problems else 0
+    return Result(data, "\n".join(p["message"] for p in problems), lambda: _screen(data), code)
 
 
 def _disks(context: Context) -> dict[str, dict[str, Any]]:

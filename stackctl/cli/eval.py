@@ -52,77 +52,76 @@ stackctl eval base style+instruct --task arc_easy --limit 200
 stackctl eval base style style+instruct --data heldout.jsonl"""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "eval", example=_EXAMPLES, panel=TRAIN)
-    def evaluate(
-        context: Context,
-        what: Annotated[
-            list[str] | None, expression(metavar="[WHAT...]", help="Expressions; the current stack when left out.")
-        ] = None,
-        data: DATA = None,
-        against: Annotated[
-            str | None,
-            typer.Option(
-                help="Paired test of every stack against this one: is the difference more than noise?",
-                autocompletion=complete_what,
-                metavar="WHAT",
-            ),
-        ] = None,
-        max_length: MAX_LENGTH = 1024,
-        chat_template_kwargs: TEMPLATE_KWARGS = None,
-        enable_thinking: ENABLE_THINKING = None,
-        task: Annotated[
-            list[str] | None,
-            _of_tasks(
-                help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
-                "[eval].",
-                metavar="TASK",
-            ),
-        ] = None,
-        limit: Annotated[int | None, _of_tasks(min=1, help="Only the first N records of each task.")] = None,
-        num_fewshot: Annotated[
-            int | None, _of_tasks(min=0, help="Solved examples (shots) before each record; a task that sets 0 keeps 0.")
-        ] = None,
-        batch_size: Annotated[int | None, _of_tasks(min=1, help="Requests in a batch; 8 if left out.")] = None,
-        base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
-    ) -> Result:
-        """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks.
+@command("eval", example=_EXAMPLES, panel=TRAIN)
+def evaluate(
+    context: Context,
+    what: Annotated[
+        list[str] | None, expression(metavar="[WHAT...]", help="Expressions; the current stack when left out.")
+    ] = None,
+    data: DATA = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Paired test of every stack against this one: is the difference more than noise?",
+            autocompletion=complete_what,
+            metavar="WHAT",
+        ),
+    ] = None,
+    max_length: MAX_LENGTH = 1024,
+    chat_template_kwargs: TEMPLATE_KWARGS = None,
+    enable_thinking: ENABLE_THINKING = None,
+    task: Annotated[
+        list[str] | None,
+        _of_tasks(
+            help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
+            "[eval].",
+            metavar="TASK",
+        ),
+    ] = None,
+    limit: Annotated[int | None, _of_tasks(min=1, help="Only the first N records of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, _of_tasks(min=0, help="Solved examples (shots) before each record; a task that sets 0 keeps 0.")
+    ] = None,
+    batch_size: Annotated[int | None, _of_tasks(min=1, help="Requests in a batch; 8 if left out.")] = None,
+    base: BaseOption = None,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+) -> Result:
+    """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks.
 
-        For pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
-        """
-        data = data or []
-        template = template_arguments(chat_template_kwargs, enable_thinking)
-        _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
-        asked = what or [current_stack(context.registry)]
-        extra = [against] if against and against not in asked else []
-        stacks = plan_expressions(context.registry, [*asked, *extra], base)
-        harness = _open_tasks(task, limit, num_fewshot, batch_size) if task else None
-        records = read_data(data)
-        stacked = load_common_base(context, stacks, dtype, device)
-        if harness:
-            harness.attach(stacked)
-        sets = tokenise_data(context, stacked, MeasuredData(data, records, max_length, template, answers=True))
-        named = [(stack.text, plan) for stack, plan in stacks]
-        reference = against or BASE
-        if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):
-            ((stack, plan),) = plan_expressions(context.registry, [BASE], stacks[0][0].base.name)
-            named.append((stack.text, plan))
-            names.append(BASE)
-        scores = score_stacks(context, stacked, named, sets) if sets else []
-        found = _score_tasks(context, stacked, stacks, harness) if harness else []
-        compared = scores[names.index(reference)] if reference in names and scores else []
-        names = [stack.text for stack, _ in stacks]
-        rows = scores_json(names, data, scores[: len(stacks)], (reference, compared)) if data else []
-        comparisons: list[dict[str, Any]] = []
-        if against:
-            comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
-        notes = tuple(note for stack, _ in stacks for note in stack.notes)
-        numbers = [row["loss"] for row in rows] + [score.value for score in found]
-        document = {"results": rows, "comparisons": comparisons, "tasks": [score.json() for score in found]}
-        brief = "\n".join(map(str, numbers))
-        return Result(document, brief, lambda: _screen(rows, comparisons, found), notes=notes)
+    For pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
+    """
+    data = data or []
+    template = template_arguments(chat_template_kwargs, enable_thinking)
+    _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
+    asked = what or [current_stack(context.registry)]
+    extra = [against] if against and against not in asked else []
+    stacks = plan_expressions(context.registry, [*asked, *extra], base)
+    harness = _open_tasks(task, limit, num_fewshot, batch_size) if task else None
+    records = read_data(data)
+    stacked = load_common_base(context, stacks, dtype, device)
+    if harness:
+        harness.attach(stacked)
+    sets = tokenise_data(context, stacked, MeasuredData(data, records, max_length, template, answers=True))
+    named = [(stack.text, plan) for stack, plan in stacks]
+    reference = against or BASE
+    if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):
+        ((stack, plan),) = plan_expressions(context.registry, [BASE], stacks[0][0].base.name)
+        named.append((stack.text, plan))
+        names.append(BASE)
+    scores = score_stacks(context, stacked, named, sets) if sets else []
+    found = _score_tasks(context, stacked, stacks, harness) if harness else []
+    compared = scores[names.index(reference)] if reference in names and scores else []
+    names = [stack.text for stack, _ in stacks]
+    rows = scores_json(names, data, scores[: len(stacks)], (reference, compared)) if data else []
+    comparisons: list[dict[str, Any]] = []
+    if against:
+        comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
+    notes = tuple(note for stack, _ in stacks for note in stack.notes)
+    numbers = [row["loss"] for row in rows] + [score.value for score in found]
+    document = {"results": rows, "comparisons": comparisons, "tasks": [score.json() for score in found]}
+    brief = "\n".join(map(str, numbers))
+    return Result(document, brief, lambda: _screen(rows, comparisons, found), notes=notes)
 
 
 def _check_asked(

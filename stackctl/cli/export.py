@@ -34,72 +34,71 @@ stackctl export storyteller --format model --dtype bfloat16 --out storyteller-mo
 stackctl export storyteller --format peft --out storyteller-peft"""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "export", example=_EXAMPLES, panel=SHARE)
-    def export(
-        context: Context,
-        what: What = None,
-        format_: Annotated[
-            Literal["peft", "model", "gguf", "mlx"],
-            typer.Option(
-                "--format",
-                help="peft: one plain LoRA for PEFT and vLLM; model: the base with the stack in it; "
-                "gguf: a LoRA for llama.cpp; mlx: one for mlx-lm.",
-            ),
-        ] = "peft",
-        out: Annotated[
-            Path | None, typer.Option(help="The folder to write; must not exist yet, or be empty.", metavar="DIR")
-        ] = None,
-        dtype: Annotated[
-            Literal["auto", "float32", "bfloat16", "float16"],
-            typer.Option(
-                help="Precision of what is written; auto is float32, for a model the base's own, for mlx the adapter's."
-            ),
-        ] = "auto",
-        modelfile: Annotated[
-            bool, typer.Option(help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
-        ] = False,
-        whole_class: Annotated[
-            bool,
-            typer.Option(
-                help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants.",
-            ),
-        ] = False,
-        base: BaseOption = None,
-    ) -> Result:
-        """Export a stack as files for another program: streamed, checked, then moved into place."""
-        registry = context.registry
-        stack, plan = plan_expression(registry, what, base=base)
-        if out is None:
-            raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
-        _check_place(out)
-        if modelfile and format_ != "gguf":
-            hint = f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}"
-            raise Usage("--modelfile belongs to --format gguf", hint=hint)
-        if whole_class and format_ != "peft":
-            raise Usage("--whole-class belongs to --format peft", hint="leave it out")
-        wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
-        if wanted not in _DTYPES[format_]:
-            raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
-        plan = on_whole_class(plan) if whole_class else plan
-        check_digests(registry, stack.members)
-        report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
-        digests = report.pop("digests", {})
-        written: list[dict[str, Any]] = [
-            {
-                "path": str(path.relative_to(out)),
-                "bytes": path.stat().st_size,
-                "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
-            }
-            for path in sorted(out.rglob("*"))
-            if path.is_file()
-        ]
-        size = human_bytes(sum(file["bytes"] for file in written))
-        data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
-        text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {data['dtype']}, {size}"
-        if report["max_relative_error"]:
-            text += f", at most {report['max_relative_error']:.1e} of a module's delta lost"
-        return Result(data, str(out), text, notes=stack.notes)
+@command("export", example=_EXAMPLES, panel=SHARE)
+def export(
+    context: Context,
+    what: What = None,
+    format_: Annotated[
+        Literal["peft", "model", "gguf", "mlx"],
+        typer.Option(
+            "--format",
+            help="peft: one plain LoRA for PEFT and vLLM; model: the base with the stack in it; "
+            "gguf: a LoRA for llama.cpp; mlx: one for mlx-lm.",
+        ),
+    ] = "peft",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; must not exist yet, or be empty.", metavar="DIR")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Precision of what is written; auto is float32, for a model the base's own, for mlx the adapter's."
+        ),
+    ] = "auto",
+    modelfile: Annotated[
+        bool, typer.Option(help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
+    ] = False,
+    whole_class: Annotated[
+        bool,
+        typer.Option(
+            help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants."
+        ),
+    ] = False,
+    base: BaseOption = None,
+) -> Result:
+    """Export a stack as files for another program: streamed, checked, then moved into place."""
+    registry = context.registry
+    stack, plan = plan_expression(registry, what, base=base)
+    if out is None:
+        raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
+    _check_place(out)
+    if modelfile and format_ != "gguf":
+        hint = f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}"
+        raise Usage("--modelfile belongs to --format gguf", hint=hint)
+    if whole_class and format_ != "peft":
+        raise Usage("--whole-class belongs to --format peft", hint="leave it out")
+    wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
+    if wanted not in _DTYPES[format_]:
+        raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
+    plan = on_whole_class(plan) if whole_class else plan
+    check_digests(registry, stack.members)
+    report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
+    digests = report.pop("digests", {})
+    written: list[dict[str, Any]] = [
+        {
+            "path": str(path.relative_to(out)),
+            "bytes": path.stat().st_size,
+            "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
+        }
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    ]
+    size = human_bytes(sum(file["bytes"] for file in written))
+    data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
+    text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {data['dtype']}, {size}"
+    if report["max_relative_error"]:
+        text += f", at most {report['max_relative_error']:.1e} of a module's delta lost"
+    return Result(data, str(out), text, notes=stack.notes)
 
 
 def _check_place(out: Path) -> None:

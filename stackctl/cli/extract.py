@@ -28,69 +28,68 @@ _MUCH = 0.5
 """The share of a change from which on its loss is remarked on; strangers lose more at any usual rank."""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "extract", example=_EXAMPLES, panel=REGISTRY)
-    def extract(
-        context: Context,
-        name: NEW_ADAPTER,
-        tuned: Annotated[
-            str, typer.Option(help="The fine-tuned model: a folder or a Hub id.", metavar="SOURCE", show_default=False)
-        ],
-        base: BaseOption = None,
-        rank: Annotated[str, typer.Option(help="Rank of each layer's pair, or auto.", metavar="N")] = "16",
-        tolerance: Annotated[
-            float | None,
-            typer.Option(help="With --rank auto: the share of a layer's change that may be lost; 0.1 if left out."),
-        ] = None,
-        description: DESCRIPTION = "",
-    ) -> Result:
-        """Make a LoRA adapter of the difference between a full fine-tune and its base."""
-        registry = context.registry
-        problems: list[StackctlError] = []
-        attempt(problems, check_adapter_name, registry, name)
-        found_base = attempt(problems, resolve_base, registry, base)
-        attempt(problems, parse_source, "tuned", tuned)
-        attempt(problems, _check_tolerance, rank, tolerance)
-        number = attempt(problems, _rank, rank)
-        raise_all(problems)
-        from stackctl.engine.libraries import import_transformers
+@command("extract", example=_EXAMPLES, panel=REGISTRY)
+def extract(
+    context: Context,
+    name: NEW_ADAPTER,
+    tuned: Annotated[
+        str, typer.Option(help="The fine-tuned model: a folder or a Hub id.", metavar="SOURCE", show_default=False)
+    ],
+    base: BaseOption = None,
+    rank: Annotated[str, typer.Option(help="Rank of each layer's pair, or auto.", metavar="N")] = "16",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="With --rank auto: the share of a layer's change that may be lost; 0.1 if left out."),
+    ] = None,
+    description: DESCRIPTION = "",
+) -> Result:
+    """Make a LoRA adapter of the difference between a full fine-tune and its base."""
+    registry = context.registry
+    problems: list[StackctlError] = []
+    attempt(problems, check_adapter_name, registry, name)
+    found_base = attempt(problems, resolve_base, registry, base)
+    attempt(problems, parse_source, "tuned", tuned)
+    attempt(problems, _check_tolerance, rank, tolerance)
+    number = attempt(problems, _rank, rank)
+    raise_all(problems)
+    from stackctl.engine.libraries import import_transformers
 
-        import_transformers()
-        from stackctl.engine.base.folder import base_folder
-        from stackctl.engine.to_lora import extraction
-        from stackctl.engine.to_lora.low_rank import Truncation
+    import_transformers()
+    from stackctl.engine.base.folder import base_folder
+    from stackctl.engine.to_lora import extraction
+    from stackctl.engine.to_lora.low_rank import Truncation
 
-        say = context.output.status
-        model, folder = extraction.find_tuned(found_base, tuned, registry, say)
-        wanted = Truncation(number, None if number else tolerance or 0.1)
-        found = extraction.extract(found_base, base_folder(found_base, registry, say), model, folder, wanted)
-        told = Extracted(
-            source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
-            errors=found.errors, saved=found.saved_modules, left_out=found.left_out,
-        )  # fmt: skip
-        with atomic.staging_directory(registry.root / "weights") as staged:
-            found.write(staged, found_base, {})
-            plan_stack(found_base, [PlanMember(name, 1.0, read_checkpoint(staged), name)]).check()
-            new = NewVersion(name, found_base, [], description)
-            version = register_checkpoint(registry, new, staged, extracted=told)
-        label = f"{name}@{version.version}"
-        data = {
-            **version_facts(registry, name, version, found_base.name),
-            "rank": found.rank,
-            "relative_error": found.relative_error,
-            "modules": len(found.pairs),
-            "saved": found.saved_modules,
-            "left_out": found.left_out,
-        }
-        text = (
-            f"extracted {label}: rank {found.rank} on {len(found.pairs)} modules, "
-            f"{found.relative_error:.2%} of the change is lost"
-        )
-        notes = [f"kept whole: {', '.join(compact_names(found.saved_modules))}"] if found.saved else []
-        notes += [f"changed and not kept: {', '.join(compact_names(found.left_out))}"] if found.left_out else []
-        if found.relative_error > _MUCH:
-            notes.append(f"most of the change is lost: raise --rank, or {tuned} did not grow out of {found_base.name}")
-        return Result(data, label, text, notes=tuple(notes))
+    say = context.output.status
+    model, folder = extraction.find_tuned(found_base, tuned, registry, say)
+    wanted = Truncation(number, None if number else tolerance or 0.1)
+    found = extraction.extract(found_base, base_folder(found_base, registry, say), model, folder, wanted)
+    told = Extracted(
+        source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
+        errors=found.errors, saved=found.saved_modules, left_out=found.left_out,
+    )  # fmt: skip
+    with atomic.staging_directory(registry.root / "weights") as staged:
+        found.write(staged, found_base, {})
+        plan_stack(found_base, [PlanMember(name, 1.0, read_checkpoint(staged), name)]).check()
+        new = NewVersion(name, found_base, [], description)
+        version = register_checkpoint(registry, new, staged, extracted=told)
+    label = f"{name}@{version.version}"
+    data = {
+        **version_facts(registry, name, version, found_base.name),
+        "rank": found.rank,
+        "relative_error": found.relative_error,
+        "modules": len(found.pairs),
+        "saved": found.saved_modules,
+        "left_out": found.left_out,
+    }
+    text = (
+        f"extracted {label}: rank {found.rank} on {len(found.pairs)} modules, "
+        f"{found.relative_error:.2%} of the change is lost"
+    )
+    notes = [f"kept whole: {', '.join(compact_names(found.saved_modules))}"] if found.saved else []
+    notes += [f"changed and not kept: {', '.join(compact_names(found.left_out))}"] if found.left_out else []
+    if found.relative_error > _MUCH:
+        notes.append(f"most of the change is lost: raise --rank, or {tuned} did not grow out of {found_base.name}")
+    return Result(data, label, text, notes=tuple(notes))
 
 
 def _rank(text: str) -> int | None:

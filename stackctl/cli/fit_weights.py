@@ -116,8 +116,7 @@ def _check_fits(planned: PlannedStack) -> None:
         raise Usage("the base alone has no weights to learn", hint="name adapters: stackctl compose style --fit FILE")
     if planned.plan.replacements:
         raise Incompatible(
-            f"{planned.plan.brought}, whose weight is not learned",
-            hint="compose it without --fit or --method best",
+            f"{planned.plan.brought}, whose weight is not learned", hint="compose it without --fit or --method best"
         )
 
 

@@ -44,54 +44,53 @@ stackctl generate base --prompts prompts.txt --output answers.jsonl
 stackctl generate storyteller -p "Tell me about the sea.\""""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "generate", example=_EXAMPLES, panel=TRAIN)
-    def generate(
-        context: Context,
-        what: What = None,
-        prompt: PROMPT = None,
-        prompts: PROMPTS = None,
-        to: Annotated[
-            Path | None,
-            typer.Option(
-                "--output", help="Write the answers to a file: .jsonl as --json prints them, else text.", metavar="FILE"
-            ),
-        ] = None,
-        max_new_tokens: MAX_NEW = 256,
-        *,
-        answering: GenerateOptions,
-        live: Annotated[
-            bool, of_device(help="Keep the stack as one live LoRA instead of folding it into the base; slower.")
-        ] = False,
-        base: BaseOption = None,
-    ) -> Result | None:
-        """Generate text with a stack, streamed; without -p, read standard input, or chat on a terminal."""
-        registry, output = context.registry, context.output
-        stack, plan = plan_expression(registry, what, base=base)
-        answering.check(output)
-        computing = answering.computing
-        if computing.is_llama_cpp:
-            _check_llama_cpp(stack, plan, registry, live)
-        asked = read_prompts(prompt, prompts)
-        _check_place(to, output, asked)
-        check_digests(registry, stack.members)
-        for note in stack.notes:
-            output.note(note)
-        from stackctl.engine.data.chat_template import choose_chat_template
+@command("generate", example=_EXAMPLES, panel=TRAIN)
+def generate(
+    context: Context,
+    what: What = None,
+    prompt: PROMPT = None,
+    prompts: PROMPTS = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="Write the answers to a file: .jsonl as --json prints them, else text.", metavar="FILE"
+        ),
+    ] = None,
+    max_new_tokens: MAX_NEW = 256,
+    *,
+    answering: GenerateOptions,
+    live: Annotated[
+        bool, of_device(help="Keep the stack as one live LoRA instead of folding it into the base; slower.")
+    ] = False,
+    base: BaseOption = None,
+) -> Result | None:
+    """Generate text with a stack, streamed; without -p, read standard input, or chat on a terminal."""
+    registry, output = context.registry, context.output
+    stack, plan = plan_expression(registry, what, base=base)
+    answering.check(output)
+    computing = answering.computing
+    if computing.is_llama_cpp:
+        _check_llama_cpp(stack, plan, registry, live)
+    asked = read_prompts(prompt, prompts)
+    _check_place(to, output, asked)
+    check_digests(registry, stack.members)
+    for note in stack.notes:
+        output.note(note)
+    from stackctl.engine.data.chat_template import choose_chat_template
 
-        stacked = computing.load(stack.base, registry, output.status)
-        own_template = stacked.tokenizer.chat_template
-        if told := choose_chat_template(stacked.tokenizer, stack.base.name, plan, raw=answering.raw):
-            output.note(told)
-        stacked.use(plan, live=live)
-        say_what_rounding_costs(stacked, output)
-        name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
-        if asked is not None:
-            return _answer(stacked, _Questions(name, asked, sampling, answering.batch_size), output, to)
-        from stackctl.cli.chat import Chat
+    stacked = computing.load(stack.base, registry, output.status)
+    own_template = stacked.tokenizer.chat_template
+    if told := choose_chat_template(stacked.tokenizer, stack.base.name, plan, raw=answering.raw):
+        output.note(told)
+    stacked.use(plan, live=live)
+    say_what_rounding_costs(stacked, output)
+    name, sampling = stack.name or stack.text, answering.sampling(max_new_tokens)
+    if asked is not None:
+        return _answer(stacked, _Questions(name, asked, sampling, answering.batch_size), output, to)
+    from stackctl.cli.chat import Chat
 
-        Chat(registry, output, stacked, stack, sampling, own_template, live).run()
-        return None
+    Chat(registry, output, stacked, stack, sampling, own_template, live).run()
+    return None
 
 
 def _check_llama_cpp(stack: ResolvedStack, plan: StackPlan, registry: Registry, live: bool) -> None:

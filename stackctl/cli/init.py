@@ -13,21 +13,18 @@ from stackctl.registry.store import init_registry
 from stackctl.render.output import Result
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "init", example="stackctl init", panel=REGISTRY)
-    def init(
-        context: Context,
-        directory: Annotated[
-            Path | None, typer.Argument(metavar="[DIR]", help="The registry's folder.", show_default="registry")
-        ] = None,
-    ) -> Result:
-        """Make a registry: a folder of small YAML files that says which adapters and stacks there are."""
-        asked = context.registry_option
-        if directory is not None and asked is not None and directory.resolve() != asked.resolve():
-            raise Usage(f"two folders: {directory} and --registry {asked}", hint="leave out one of them")
-        folder = (directory or asked or Path("registry")).absolute()
-        made = init_registry(folder)
-        said = f"made an empty registry in {folder}" if made else f"there is a registry in {folder} already"
-        return Result(
-            {"registry": str(folder), "created": made}, str(folder), f"{said}\nnext: stackctl base add smollm2"
-        )
+@command("init", example="stackctl init", panel=REGISTRY)
+def init(
+    context: Context,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="The registry's folder.", show_default="registry")
+    ] = None,
+) -> Result:
+    """Make a registry: a folder of small YAML files that says which adapters and stacks there are."""
+    asked = context.registry_option
+    if directory is not None and asked is not None and directory.resolve() != asked.resolve():
+        raise Usage(f"two folders: {directory} and --registry {asked}", hint="leave out one of them")
+    folder = (directory or asked or Path("registry")).absolute()
+    made = init_registry(folder)
+    said = f"made an empty registry in {folder}" if made else f"there is a registry in {folder} already"
+    return Result({"registry": str(folder), "created": made}, str(folder), f"{said}\nnext: stackctl base add smollm2")

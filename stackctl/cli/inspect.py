@@ -80,44 +80,42 @@ class _InspectOptions:
         return any(astuple(self))
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "inspect", example=_EXAMPLES, panel=INSPECT)
-    def inspect(context: Context, what: What = None, base: BaseOption = None, *, options: _InspectOptions) -> Result:
-        """Describe an adapter, a stack, an expression, a base or any PEFT folder, with every problem found."""
-        if options.output is not None:
-            check_page_place(options.output)
-        if what is not None and _means_folder(what, context):
-            if options.serve:
-                raise Usage(
-                    "--serve is for what is registered",
-                    hint=f"register it first: stackctl add NAME {shlex.quote(what)}",
-                )
-            return _inspect_path(typed_path(what), options, context, base)
-        registry = context.registry
-        stack = resolve_expression(registry, what, base=base)
-        if not stack.members and stack.name is None:
-            if replace(options, verify=False).any:
-                raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
-            info = base_info(stack.base)
-            if options.verify:
-                check_linked_base(stack.base, registry.root)
-                info["verified"] = True
-            return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
-        if options.interference and len(stack.members) < 2:
-            raise Usage(
-                f"{stack.text} has one member; interference takes two",
-                hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
-            )
-        plan = read_plan(registry, stack)
-        if options.verify or options.weights or options.interference or options.output:
-            check_digests(registry, stack.members, fresh=options.verify)
-        one = _is_one_adapter(stack)
-        info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
-        extras = _add_asked(info, plan, options, registry)
+@command("inspect", example=_EXAMPLES, panel=INSPECT)
+def inspect(context: Context, what: What = None, base: BaseOption = None, *, options: _InspectOptions) -> Result:
+    """Describe an adapter, a stack, an expression, a base or any PEFT folder, with every problem found."""
+    if options.output is not None:
+        check_page_place(options.output)
+    if what is not None and _means_folder(what, context):
         if options.serve:
-            recipes = serve_commands(stack, plan, registry.root, named=context.registry_option is not None)
-            info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
-        return _result(info, lambda: stack_screen(info, stack, plan, extras), stack.notes)
+            raise Usage(
+                "--serve is for what is registered", hint=f"register it first: stackctl add NAME {shlex.quote(what)}"
+            )
+        return _inspect_path(typed_path(what), options, context, base)
+    registry = context.registry
+    stack = resolve_expression(registry, what, base=base)
+    if not stack.members and stack.name is None:
+        if replace(options, verify=False).any:
+            raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
+        info = base_info(stack.base)
+        if options.verify:
+            check_linked_base(stack.base, registry.root)
+            info["verified"] = True
+        return _result({**info, "problems": []}, lambda: facts_screen(info, stack.base.name))
+    if options.interference and len(stack.members) < 2:
+        raise Usage(
+            f"{stack.text} has one member; interference takes two",
+            hint=f"name several: stackctl inspect {stack.text}+OTHER --interference",
+        )
+    plan = read_plan(registry, stack)
+    if options.verify or options.weights or options.interference or options.output:
+        check_digests(registry, stack.members, fresh=options.verify)
+    one = _is_one_adapter(stack)
+    info = adapter_info(stack.members[0], plan, registry) if one else stack_info(stack, plan)
+    extras = _add_asked(info, plan, options, registry)
+    if options.serve:
+        recipes = serve_commands(stack, plan, registry.root, named=context.registry_option is not None)
+        info["serve"] = {name: recipe.json() for name, recipe in recipes.items()}
+    return _result(info, lambda: stack_screen(info, stack, plan, extras), stack.notes)
 
 
 def _add_asked(

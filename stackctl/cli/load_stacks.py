@@ -95,11 +95,7 @@ def tokenise_data(context: Context, reader: Reader, data: MeasuredData) -> list[
 
 
 def read_sets(
-    context: Context,
-    planned: PlannedStack,
-    sources: Sequence[str],
-    max_length: int,
-    template: Arguments | None = None,
+    context: Context, planned: PlannedStack, sources: Sequence[str], max_length: int, template: Arguments | None = None
 ) -> list[DataSet]:
     """Data sets in the tokens of a stack's base, before that is loaded.
 

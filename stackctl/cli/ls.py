@@ -22,40 +22,39 @@ if TYPE_CHECKING:
 _NOTHING = "nothing is registered yet; try: stackctl base add smollm2"
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "ls", example="stackctl ls --tree\nstackctl ls --json", panel=INSPECT)
-    def ls(
-        context: Context,
-        tree: Annotated[bool, typer.Option(help="Show which version was trained on which, removed ones too.")] = False,
-    ) -> Result:
-        """List adapters, stacks, bases and unfinished training; long output goes through a pager.
+@command("ls", example="stackctl ls --tree\nstackctl ls --json", panel=INSPECT)
+def ls(
+    context: Context,
+    tree: Annotated[bool, typer.Option(help="Show which version was trained on which, removed ones too.")] = False,
+) -> Result:
+    """List adapters, stacks, bases and unfinished training; long output goes through a pager.
 
-        The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
-        """
-        registry = context.registry
-        root, current = str(registry.root), registry.settings().current
-        entries = list(registry.adapters()) if tree else registry.adapters()
-        adapters = [_adapter(entry, root) for entry in entries]
-        stacks = [_stack(stack, current) for stack in registry.stacks()]
-        bases = [base_json(base, registry) for base in registry.bases()]
-        runs = list(unfinished_runs(registry))
-        data: dict[str, Any] = {
-            "registry": root,
-            "current": current,
-            "adapters": adapters,
-            "stacks": stacks,
-            "bases": bases,
-            "runs": runs,
-        }
-        names = [one["name"] for one in (*adapters, *stacks, *bases)]
-        if tree:
-            from stackctl.registry.lineage import read_lineage
+    The pager is STACKCTL_PAGER, else PAGER, else less; an empty one, or cat, is none.
+    """
+    registry = context.registry
+    root, current = str(registry.root), registry.settings().current
+    entries = list(registry.adapters()) if tree else registry.adapters()
+    adapters = [_adapter(entry, root) for entry in entries]
+    stacks = [_stack(stack, current) for stack in registry.stacks()]
+    bases = [base_json(base, registry) for base in registry.bases()]
+    runs = list(unfinished_runs(registry))
+    data: dict[str, Any] = {
+        "registry": root,
+        "current": current,
+        "adapters": adapters,
+        "stacks": stacks,
+        "bases": bases,
+        "runs": runs,
+    }
+    names = [one["name"] for one in (*adapters, *stacks, *bases)]
+    if tree:
+        from stackctl.registry.lineage import read_lineage
 
-            lineage = read_lineage(registry, entries)
-            data["lineage"] = [one.json() for one in lineage]
-            roots = [base["name"] for base in bases]
-            return Result(data, "\n".join(names), lambda: _tree_screen(lineage, roots), paged=True)
-        return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs), paged=True)
+        lineage = read_lineage(registry, entries)
+        data["lineage"] = [one.json() for one in lineage]
+        roots = [base["name"] for base in bases]
+        return Result(data, "\n".join(names), lambda: _tree_screen(lineage, roots), paged=True)
+    return Result(data, "\n".join(names), lambda: _screen(adapters, stacks, bases, runs), paged=True)
 
 
 def _adapter(adapter: Adapter, root: str) -> dict[str, Any]:

@@ -19,29 +19,28 @@ stackctl pull somebody/many-loras/style
 stackctl pull me/storyteller@v1 --dry-run"""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "pull", example=_EXAMPLES, panel=SHARE)
-    def pull(
-        context: Context,
-        repo: Annotated[
-            str,
-            argument(
-                metavar="REPO[/FOLDER][@REV]",
-                help="A repo on the Hub with an adapter or a stack, or a folder of it; a branch, tag or commit.",
-            ),
-        ],
-        name: Annotated[str | None, typer.Option(help="Name to register it under.")] = None,
-        base: BaseOption = None,
-        dry_run: Annotated[bool, typer.Option(help="Show what would be registered; fetch no weights.")] = False,
-    ) -> Result:
-        """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
-        from stackctl.hub.pull import PullOptions
-        from stackctl.hub.pull import pull as pull_repo
-        from stackctl.hub.repo_place import parse_place
+@command("pull", example=_EXAMPLES, panel=SHARE)
+def pull(
+    context: Context,
+    repo: Annotated[
+        str,
+        argument(
+            metavar="REPO[/FOLDER][@REV]",
+            help="A repo on the Hub with an adapter or a stack, or a folder of it; a branch, tag or commit.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Name to register it under.")] = None,
+    base: BaseOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be registered; fetch no weights.")] = False,
+) -> Result:
+    """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
+    from stackctl.hub.pull import PullOptions
+    from stackctl.hub.pull import pull as pull_repo
+    from stackctl.hub.repo_place import parse_place
 
-        registry, output = context.registry, context.output
-        options = PullOptions(again=typed(), name=name, base=base, dry_run=dry_run, progress=output.shows_progress)
-        return _result(pull_repo(registry, parse_place(repo), options, output.status))
+    registry, output = context.registry, context.output
+    options = PullOptions(again=typed(), name=name, base=base, dry_run=dry_run, progress=output.shows_progress)
+    return _result(pull_repo(registry, parse_place(repo), options, output.status))
 
 
 def _result(pulled: Any) -> Result:

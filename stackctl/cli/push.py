@@ -30,67 +30,63 @@ stackctl push storyteller me/storyteller --private
 stackctl push storyteller me/storyteller --members --tag v2"""
 
 
-def register(app: typer.Typer) -> None:
-    def push(
-        context: Context,
-        what: Annotated[
-            str | None, expression(help="An adapter, a stack or an expression; the current stack when left out.")
-        ] = None,
-        repo: Annotated[str | None, argument(help="The repo on the Hub, owner/name; else the recipe's push:.")] = None,
-        private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
-        revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
-        create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,
-        message: Annotated[str | None, _of_repo("--message", "-m", parser=typed_text, help="Commit message.")] = None,
-        tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None,
-        members: Annotated[
-            bool, typer.Option(help="Also push each member in its own folder, so that pull restores them separately.")
-        ] = False,
-        base_id: Annotated[
-            str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
-        ] = None,
-        license_: Annotated[
-            str | None, _of_card("--license", help="License, such as apache-2.0.", metavar="NAME")
-        ] = None,
-        language: Annotated[
-            list[str] | None, _of_card(help="Language code, such as en; may be repeated.", metavar="CODE")
-        ] = None,
-        dataset: Annotated[
-            list[str] | None, _of_card(help="A data set on the Hub; may be repeated.", metavar="ID")
-        ] = None,
-        dry_run: Annotated[bool, typer.Option(help="Show what would be pushed; send nothing.")] = False,
-    ) -> Result:
-        """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
-        from stackctl.hub.card import CardFacts
-        from stackctl.hub.push import PushOptions
-        from stackctl.hub.push import push as push_stack
-        from stackctl.hub.repo_place import parse_repo
+def _push(
+    context: Context,
+    what: Annotated[
+        str | None, expression(help="An adapter, a stack or an expression; the current stack when left out.")
+    ] = None,
+    repo: Annotated[str | None, argument(help="The repo on the Hub, owner/name; else the recipe's push:.")] = None,
+    private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
+    revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
+    create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, _of_repo("--message", "-m", parser=typed_text, help="Commit message.")] = None,
+    tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None,
+    members: Annotated[
+        bool, typer.Option(help="Also push each member in its own folder, so that pull restores them separately.")
+    ] = False,
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
+    ] = None,
+    license_: Annotated[str | None, _of_card("--license", help="License, such as apache-2.0.", metavar="NAME")] = None,
+    language: Annotated[
+        list[str] | None, _of_card(help="Language code, such as en; may be repeated.", metavar="CODE")
+    ] = None,
+    dataset: Annotated[list[str] | None, _of_card(help="A data set on the Hub; may be repeated.", metavar="ID")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be pushed; send nothing.")] = False,
+) -> Result:
+    """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
+    from stackctl.hub.card import CardFacts
+    from stackctl.hub.push import PushOptions
+    from stackctl.hub.push import push as push_stack
+    from stackctl.hub.repo_place import parse_repo
 
-        registry, output = context.registry, context.output
-        problems = [*_unfit_words(dataset or [], {"--revision": revision, "--tag": tag})]
-        target = attempt(problems, _target, registry, what, repo)
-        stack: Any = attempt(problems, resolve_expression, registry, target.stack) if target else None
-        repo_id: Any = attempt(problems, parse_repo, target.repo) if target else None
-        raise_all(problems)
-        options = PushOptions(
-            again=typed(),
-            export=functools.partial(_export, registry, output.status),
-            base_id=target.base_id if base_id is None else base_id,
-            facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
-            members=members,
-            private=private or target.private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            tag=tag,
-            dry_run=dry_run,
-            progress=output.shows_progress,
-        )
-        return _result(push_stack(registry, stack, repo_id, options, output.status), stack.notes)
-
-    command(app, "push", example=_EXAMPLES, panel=SHARE)(push)
-    command(app, "push-to-hub", example="stackctl push-to-hub storyteller me/storyteller", panel=SHARE, hidden=True)(
-        push
+    registry, output = context.registry, context.output
+    problems = [*_unfit_words(dataset or [], {"--revision": revision, "--tag": tag})]
+    target = attempt(problems, _target, registry, what, repo)
+    stack: Any = attempt(problems, resolve_expression, registry, target.stack) if target else None
+    repo_id: Any = attempt(problems, parse_repo, target.repo) if target else None
+    raise_all(problems)
+    options = PushOptions(
+        again=typed(),
+        export=functools.partial(_export, registry, output.status),
+        base_id=target.base_id if base_id is None else base_id,
+        facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
+        members=members,
+        private=private or target.private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        tag=tag,
+        dry_run=dry_run,
+        progress=output.shows_progress,
     )
+    return _result(push_stack(registry, stack, repo_id, options, output.status), stack.notes)
+
+
+push = command("push", example=_EXAMPLES, panel=SHARE)(_push)
+push_to_hub = command(
+    "push-to-hub", example="stackctl push-to-hub storyteller me/storyteller", panel=SHARE, hidden=True
+)(_push)
 
 
 def _unfit_words(datasets: list[str], refs: dict[str, str | None]) -> Iterator[StackctlError]:

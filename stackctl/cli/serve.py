@@ -33,66 +33,65 @@ class Address:
     ] = None
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "serve", example=_EXAMPLES, panel=TRAIN)
-    def serve(
-        context: Context,
-        what: Annotated[
-            list[str] | None,
-            expression(
-                metavar="[WHAT...]", help="Expressions to have ready; any other on the same base is answered as well."
-            ),
-        ] = None,
-        engine: Annotated[
-            Literal["auto", "transformers", "llama.cpp", "vllm"],
-            of_device(
-                help="The inference engine. auto is transformers, in this process; llama.cpp runs a base that came "
-                "from a GGUF file as it is; vllm starts vLLM, for many GPUs."
-            ),
-        ] = "auto",
-        *,
-        address: Address,
-        base: BaseOption = None,
-        dtype: DTYPE = "auto",
-        device: DEVICE = "auto",
-    ) -> None:
-        """Serve every expression of the registry under OpenAI's API, and a page to mix them.
+@command("serve", example=_EXAMPLES, panel=TRAIN)
+def serve(
+    context: Context,
+    what: Annotated[
+        list[str] | None,
+        expression(
+            metavar="[WHAT...]", help="Expressions to have ready; any other on the same base is answered as well."
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "transformers", "llama.cpp", "vllm"],
+        of_device(
+            help="The inference engine. auto is transformers, in this process; llama.cpp runs a base that came "
+            "from a GGUF file as it is; vllm starts vLLM, for many GPUs."
+        ),
+    ] = "auto",
+    *,
+    address: Address,
+    base: BaseOption = None,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+) -> None:
+    """Serve every expression of the registry under OpenAI's API, and a page to mix them.
 
-        The model of a request is an expression such as style:0.7+instruct, a stored name, or base.
-        """
-        for package in ("starlette", "uvicorn") if engine != "vllm" else ():
-            check_installed(package)
-        from stackctl.serving.models import Models, common_base
+    The model of a request is an expression such as style:0.7+instruct, a stored name, or base.
+    """
+    for package in ("starlette", "uvicorn") if engine != "vllm" else ():
+        check_installed(package)
+    from stackctl.serving.models import Models, common_base
 
-        output, registry = context.output, context.registry
-        computing = Computing(engine, dtype, device)
-        computing.check()
-        found, first = common_base(registry, what or [], base)
-        models = Models(registry, found, first)
-        if computing.is_llama_cpp:
-            check_has_gguf(found, registry)
-        if engine == "vllm":
-            _serve_by_vllm(context, models, address, dtype, device)
-            return
-        from stackctl.serving.run import listen, run
+    output, registry = context.output, context.registry
+    computing = Computing(engine, dtype, device)
+    computing.check()
+    found, first = common_base(registry, what or [], base)
+    models = Models(registry, found, first)
+    if computing.is_llama_cpp:
+        check_has_gguf(found, registry)
+    if engine == "vllm":
+        _serve_by_vllm(context, models, address, dtype, device)
+        return
+    from stackctl.serving.run import listen, run
 
-        ready = [models.find(text)[1] for text in first or (models.usual(),)]
-        bound = listen(address.host, address.port)
-        from stackctl.serving.app import App, Service
-        from stackctl.serving.guard import Guard
+    ready = [models.find(text)[1] for text in first or (models.usual(),)]
+    bound = listen(address.host, address.port)
+    from stackctl.serving.app import App, Service
+    from stackctl.serving.guard import Guard
 
-        answering = computing.start(found, registry, output.status)
-        try:
-            answering.warm(ready)
-            port = bound.getsockname()[1]
+    answering = computing.start(found, registry, output.status)
+    try:
+        answering.warm(ready)
+        port = bound.getsockname()[1]
 
-            def say_ready() -> None:
-                _say_ready(context, models, address, computing.name, port)
+        def say_ready() -> None:
+            _say_ready(context, models, address, computing.name, port)
 
-            service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
-            run(App(service), bound, say_ready)
-        finally:
-            answering.close()
+        service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
+        run(App(service), bound, say_ready)
+    finally:
+        answering.close()
 
 
 def _say_ready(context: Context, models: Models, address: Address, engine: str, port: int) -> None:

@@ -83,39 +83,38 @@ def typed_options(options: Any) -> dict[str, Any]:
     return {key.rstrip("_"): value for key, value in vars(options).items() if value is not None}
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "train", example=_EXAMPLES, panel=TRAIN)
-    def train(
-        context: Context,
-        name: Annotated[str | None, argument(help="What the new adapter is called.")] = None,
-        *,
-        job: JobOptions,
-        config: Annotated[
-            Path | None,
-            _run_option(help="Settings as YAML or JSON; a flag beats the file.", metavar="FILE", show_default=False),
-        ] = None,
-        switches: Switches,
-    ) -> Result:
-        """Train one new adapter on a frozen, active stack; without NAME, build what stackctl.yaml says.
+@command("train", example=_EXAMPLES, panel=TRAIN)
+def train(
+    context: Context,
+    name: Annotated[str | None, argument(help="What the new adapter is called.")] = None,
+    *,
+    job: JobOptions,
+    config: Annotated[
+        Path | None,
+        _run_option(help="Settings as YAML or JSON; a flag beats the file.", metavar="FILE", show_default=False),
+    ] = None,
+    switches: Switches,
+) -> Result:
+    """Train one new adapter on a frozen, active stack; without NAME, build what stackctl.yaml says.
 
-        Only the new adapter learns and only it is saved. That the stack under it was active and did not change is
-        proved on every run, or nothing is registered.
-        """
-        given = typed_options(job)
-        if name is None and (config is None or is_recipe(config)):
-            return _build(context, config, given, switches)
-        found = read_job(config, context.registry) if config else None
-        name = name or (found.name if found else None)
-        if name is None:
-            raise Usage(
-                f"{config} does not name the adapter", hint=f"stackctl train NAME --config {shlex.quote(str(config))}"
-            )
-        if found and found.ignored:
-            context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
-        prepared = prepare(context, name, found, given)
-        if switches.dry_run:
-            return dry_run_result(context, prepared)
-        return with_next(trained_result(context, prepared, resume=switches.resume), prepared)
+    Only the new adapter learns and only it is saved. That the stack under it was active and did not change is
+    proved on every run, or nothing is registered.
+    """
+    given = typed_options(job)
+    if name is None and (config is None or is_recipe(config)):
+        return _build(context, config, given, switches)
+    found = read_job(config, context.registry) if config else None
+    name = name or (found.name if found else None)
+    if name is None:
+        raise Usage(
+            f"{config} does not name the adapter", hint=f"stackctl train NAME --config {shlex.quote(str(config))}"
+        )
+    if found and found.ignored:
+        context.output.note(f"{config}: {', '.join(found.ignored)} has no meaning here and is ignored")
+    prepared = prepare(context, name, found, given)
+    if switches.dry_run:
+        return dry_run_result(context, prepared)
+    return with_next(trained_result(context, prepared, resume=switches.resume), prepared)
 
 
 def _place(option: str) -> tuple[int, int]:

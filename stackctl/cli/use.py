@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from stackctl.cli.common import REGISTRY, Context, argument, command, complete_stacks
 from stackctl.registry.stacks import use_stack
 from stackctl.render.output import Result
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "use", example="stackctl use storyteller", panel=REGISTRY)
-    def use(
-        context: Context, stack: Annotated[str, argument(help="A stored stack.", autocompletion=complete_stacks)]
-    ) -> Result:
-        """Set the current stack: the one that is used when none is named."""
-        entry = use_stack(context.registry, stack)
-        return Result({"stack": entry.name}, entry.name, f"the current stack is {entry.name}")
+@command("use", example="stackctl use storyteller", panel=REGISTRY)
+def use(
+    context: Context, stack: Annotated[str, argument(help="A stored stack.", autocompletion=complete_stacks)]
+) -> Result:
+    """Set the current stack: the one that is used when none is named."""
+    entry = use_stack(context.registry, stack)
+    return Result({"stack": entry.name}, entry.name, f"the current stack is {entry.name}")

@@ -29,47 +29,46 @@ stackctl verify --repair --from backup/weights
 stackctl verify --repair"""
 
 
-def register(app: typer.Typer) -> None:
-    @command(app, "verify", example=_EXAMPLES, panel=INSPECT)
-    def verify(
-        context: Context,
-        what: Annotated[
-            str | None,
-            expression(help="An adapter, a stack or an expression; everything that is registered when left out."),
-        ] = None,
-        repair: Annotated[
-            bool, typer.Option(help="Restore missing or changed files from any copy with the same digest.")
-        ] = False,
-        from_: Annotated[
-            Path | None, typer.Option("--from", help="With --repair: a folder to search first.", metavar="FOLDER")
-        ] = None,
-    ) -> Result:
-        """Rehash all registered files, or only those of WHAT; exit code 5 when something is wrong.
+@command("verify", example=_EXAMPLES, panel=INSPECT)
+def verify(
+    context: Context,
+    what: Annotated[
+        str | None,
+        expression(help="An adapter, a stack or an expression; everything that is registered when left out."),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option(help="Restore missing or changed files from any copy with the same digest.")
+    ] = False,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="With --repair: a folder to search first.", metavar="FOLDER")
+    ] = None,
+) -> Result:
+    """Rehash all registered files, or only those of WHAT; exit code 5 when something is wrong.
 
-        What is missing or changed, and where it can be had from, is listed. --repair brings it back: from a copy in the
-        registry, or from the repository on the Hub that the entry records. Intact files are left alone.
-        """
-        if from_ is not None and not repair:
-            raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {shlex.quote(str(from_))}")
-        if from_ is not None:
-            existing_path(from_, "the folder")
-        registry = context.registry
-        asked = resolve_expression(registry, what) if what else None
-        damaged: list[ResolvedMember] = []
-        checked, problems = _hash(context, asked, damaged)
-        problems += _changed_bases(registry, [asked.base.name] if asked else registry.names(Base))
-        checked += 1 if asked else 0
-        sources = find_sources(registry, damaged, from_)
-        restored = []
-        if repair:
-            registry.sweep()
-            restored = _restore(context, damaged, sources, problems)
-        for problem in problems:
-            found = sources.get(problem["what"]) if not repair else None
-            problem["restore"] = found[0].json() if found else None
-        data = {"checked": checked, "problems": problems, "restored": restored}
-        code = VerificationFailed.exit_code if problems else 0
-        return Result(data, "\n".join(p["what"] for p in problems), _screen(data), code)
+    What is missing or changed, and where it can be had from, is listed. --repair brings it back: from a copy in the
+    registry, or from the repository on the Hub that the entry records. Intact files are left alone.
+    """
+    if from_ is not None and not repair:
+        raise Usage("--from belongs to --repair", hint=f"stackctl verify --repair --from {shlex.quote(str(from_))}")
+    if from_ is not None:
+        existing_path(from_, "the folder")
+    registry = context.registry
+    asked = resolve_expression(registry, what) if what else None
+    damaged: list[ResolvedMember] = []
+    checked, problems = _hash(context, asked, damaged)
+    problems += _changed_bases(registry, [asked.base.name] if asked else registry.names(Base))
+    checked += 1 if asked else 0
+    sources = find_sources(registry, damaged, from_)
+    restored = []
+    if repair:
+        registry.sweep()
+        restored = _restore(context, damaged, sources, problems)
+    for problem in problems:
+        found = sources.get(problem["what"]) if not repair else None
+        problem["restore"] = found[0].json() if found else None
+    data = {"checked": checked, "problems": problems, "restored": restored}
+    code = VerificationFailed.exit_code if problems else 0
+    return Result(data, "\n".join(p["what"] for p in problems), _screen(data), code)
 
 
 def _hash(
