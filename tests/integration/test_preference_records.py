@@ -89,6 +89,19 @@ def test_a_pair_of_which_one_answer_is_cut_away_is_left_out(tmp_path):
     assert (len(found.examples), found.unsupervised) == (2, [2])
 
 
+def test_a_pair_whose_answers_are_equal_after_the_cut_is_left_out(tmp_path):
+    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = _written(tmp_path, short, {"prompt": "a", "chosen": "b" * 50 + "c", "rejected": "b" * 50 + "d"})
+    found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20, answers=True))
+    assert (len(found.examples), found.unsupervised, found.truncated) == (2, [2], 1)
+
+
+def test_arguments_for_a_template_that_nothing_is_rendered_with_are_named(tmp_path):
+    path = _written(tmp_path, {"prompt": "a", "completion": "b"})
+    found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20, template={"enable_thinking": False}))
+    assert found.notes == ["no record is a conversation, so that the chat template is not given enable_thinking"]
+
+
 def test_without_pairs_the_chosen_answer_is_read_and_said(tmp_path):
     path = _written(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"})
     found = encode(read_records(path), tiny_tokenizer(), EncodeOptions(20))

@@ -88,7 +88,7 @@ def _kept(
 
 
 def _shortened(record: Record, texts: list[Example], options: EncodeOptions) -> tuple[list[Example], bool]:
-    """What is kept of a record's texts, and whether one was cut; of a pair both or none."""
+    """What is kept of a record's texts, and whether one was cut; of a pair both, or none where nothing differs."""
     kept: list[Example] = []
     cut = False
     for text in texts:
@@ -97,10 +97,11 @@ def _shortened(record: Record, texts: list[Example], options: EncodeOptions) -> 
         else:
             shorter, was_cut = _cut(text, options.max_length)
             kept, cut = [*kept, shorter], cut or was_cut
-    if isinstance(record, PreferenceRecord):
+    if isinstance(record, PreferenceRecord) and options.answers:
         for number, example in enumerate(kept):
             example.desired = number == 0
-        return (kept if all(example.input_ids for example in kept) else []), cut
+        empty = not all(example.input_ids for example in kept)
+        return ([] if empty or kept[0].input_ids == kept[-1].input_ids else kept), cut
     desired = record.desired if isinstance(record, CompletionRecord | ChatRecord) else True
     for example in kept:
         example.desired = desired

@@ -145,6 +145,9 @@ class Layouts:
         if self._unread:
             notes.append(f"of {self._unread} pairs of answers 'chosen' is read, and 'rejected' is ignored")
         notes += [f"the chat template {said}: {number} of {count} conversations" for said, number in self._said.items()]
+        if self._options.template and self._turns is None:
+            given = ", ".join(self._options.template)
+            notes.append(f"no record is a conversation, so that the chat template is not given {given}")
         if self._muted:
             notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")
         return notes
