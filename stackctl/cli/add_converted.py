@@ -112,7 +112,7 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
 
     import_transformers()
     from stackctl.engine.base.folder import base_folder

@@ -70,7 +70,7 @@ def add(
     parse_name(name, "base name")
     parse_source(name, source, revision)  # what is wrong is said before anything heavy is loaded
     registry = context.registry
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
 
     import_transformers()
     from stackctl.engine.base.entry import make_base

@@ -75,7 +75,7 @@ class Computing:
             from stackctl.engine.llama_cpp.loading import load_llama_cpp
 
             return load_llama_cpp(base, registry, device=self.device, say=say)
-        from stackctl.engine.libraries import import_transformers
+        from stackctl.engine.quick_imports import import_transformers
 
         import_transformers()
         from stackctl.engine.models import load_base

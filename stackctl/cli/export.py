@@ -119,7 +119,7 @@ def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: st
         from stackctl.engine.export.peft import export_peft
 
         return export_peft(plan, out, dtype=dtype, base=find_folder)
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
     from stackctl.registry.base_models import base_gguf
 
     import_transformers()

@@ -52,7 +52,7 @@ def extract(
     attempt(problems, _check_tolerance, rank, tolerance)
     number = attempt(problems, _rank, rank)
     raise_all(problems)
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
 
     import_transformers()
     from stackctl.engine.base.folder import base_folder

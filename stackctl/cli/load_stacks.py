@@ -102,7 +102,7 @@ def read_sets(
     Raises:
         StackctlError: everything that is wrong with any of them, at once.
     """
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
 
     records = read_data(sources)
     import_transformers()

@@ -82,6 +82,8 @@ class Adder:
             before = after if base is None else base[start : start + step]
             change = delta.rows(start, start + step)
             total, gained, lost = self._blocks(after)
+            if base is not None and after.dtype == torch.float32:
+                total = after
             torch.add(before, change, out=total)
             if after.dtype == torch.float32:  # lost is exact: Knuth's two-sum (TAOCP 4.2.2)
                 torch.sub(total, before, out=gained)
@@ -89,7 +91,8 @@ class Adder:
                 torch.sub(before, lost, out=lost)
                 torch.sub(change, gained, out=gained)
                 lost.add_(gained)
-                after.copy_(total)
+                if base is None:
+                    after.copy_(total)
             else:
                 after.copy_(total)
                 torch.sub(total, after, out=lost)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from stackctl.engine.base.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from stackctl.engine.base.tokenizer import load_tokenizer
 CODE = """
 import sys
 from pathlib import Path
-from stackctl.engine.libraries import import_transformers
+from stackctl.engine.quick_imports import import_transformers
 import_transformers()
 import torch, transformers
 from stackctl.engine.base.loading import load_weights
@@ -26,10 +27,14 @@ import stackctl.engine.loss.segment_attention, stackctl.engine.generation.answer
 model = load_weights(Path(sys.argv[1]), torch.float32, torch.device("cpu"))
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(6)[None]).logits, sys.argv[2])
-loaded = {"torch._dynamo.convert_frame", "torch.distributed.tensor"} & set(sys.modules)
+loaded = {"torch._dynamo.convert_frame", "torch.distributed.tensor", "sympy"} & set(sys.modules)
 assert not loaded, loaded
 assert not transformers.utils.is_torch_distributed_available() and torch.distributed.is_available()
 
+assert "BertConfig" not in transformers._class_to_module and not hasattr(transformers, "__wrapped__")
+assert "BertConfig" not in transformers._class_to_module, "the table was made for a name that nothing has"
+assert transformers.BertConfig.model_type == "bert" and "BertConfig" in transformers._class_to_module
+assert not hasattr(transformers, "no_such_name") and transformers.BertTokenizerFast
 from transformers.models import LlamaConfig, llama
 assert LlamaConfig is transformers.LlamaConfig is llama.LlamaConfig
 assert transformers.models.gpt2.GPT2Config is transformers.GPT2Config
@@ -39,6 +44,7 @@ import torch._dynamo.utils  # whatever is asked for first, it is the real one, o
 assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"] and torch._dynamo is sys.modules["torch._dynamo"]
 assert torch._dynamo.disable is torch._dynamo.decorators.disable
 compiled = torch.compile(lambda x: x + 1, backend="eager")
+print(*dir(transformers))
 assert compiled(torch.ones(2)).tolist() == [2, 2] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 """
 
@@ -48,6 +54,7 @@ def test_a_model_is_read_without_the_compiler_and_sharded_tensors(tiny_registry:
     command = [sys.executable, "-c", CODE, str(base), str(logits)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert not set(transformers.__all__) - set(done.stdout.split())
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(base)(input_ids=torch.arange(6)[None]).logits
     assert torch.equal(torch.load(logits), expected)

@@ -6,6 +6,7 @@ either is an error.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import check_scheme, model_class, reading, whole_model
 from stackctl.engine.base.module_shapes import text_modules
+from stackctl.engine.base.uninitialised import loading_into
 from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme
@@ -53,17 +55,18 @@ def load_weights(
     loader: Any  # with output_loading_info it returns a pair, which its annotation leaves out
     loader, config = model_class(folder)
     try:
-        model, found = loader.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=settings,
-            device_map={"": device} if device.type != "cpu" or scheme is not None else None,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with contextlib.nullcontext() if settings is not None else loading_into(loader):
+            model, found = loader.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                quantization_config=settings,
+                device_map={"": device} if device.type != "cpu" or scheme is not None else None,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (ImportError, ValueError) as error:
         if scheme is None:
             raise

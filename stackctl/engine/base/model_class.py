@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config, QuantizationConfigMixin
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.base.uninitialised import without_weights
 from stackctl.registry.base_quantization import FOUR_BITS, Quantization, plain_name, stored_scheme
 from stackctl.storage.files import read_json
 
@@ -93,7 +94,7 @@ def _unknown(folder: Path, raw: dict[str, Any], why: str) -> Incompatible:
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder without its weights: modules and shapes on the meta device, as after loading.
+    """The model of a folder without its weights: modules, and parameters on the meta device, as after loading.
 
     Raises:
         Incompatible: there is no class for it, or its configuration makes no model.
@@ -104,7 +105,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 def _empty(folder: Path, found: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
+        with without_weights():
             model: PreTrainedModel = found._from_config(config)
             return model
     except ImportError as error:

@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 from stackctl.core.schema import ModuleShape
 from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.base.uninitialised import loading_into
 from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.safetensors_header import TensorInfo
@@ -83,9 +84,10 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     empty = empty_model(folder)
     tensors = {name: Unread(*place) for name, place in read_base_tensors(folder).items()}
     loader: Any = type(empty)  # with output_loading_info it returns a pair, which its annotation leaves out
-    model, found = loader.from_pretrained(
-        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
+    with loading_into(loader):
+        model, found = loader.from_pretrained(
+            None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
     model.name_or_path = model.config.name_or_path = str(folder)
     if generation is not None:
         model.generation_config = generation

@@ -48,7 +48,7 @@ def load_llama_cpp(base: Base, registry: Registry, *, device: str = "auto", say:
 
 def _read(folder: Path) -> BaseReader:
     """What prompts need of a base by transformers, kept for the next time where that can be."""
-    from stackctl.engine.libraries import import_transformers
+    from stackctl.engine.quick_imports import import_transformers
 
     import_transformers()
     reader = load_reader(folder)
