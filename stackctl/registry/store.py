@@ -34,14 +34,18 @@ _KEEP_ONE_SIDE = "keep one side, register the other's weights anew: git checkout
 _IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", ".digests.json")
 
 
+def asked_registry(explicit: Path | None) -> Path | None:
+    """The folder that was asked for, else that of ``STACKCTL_REGISTRY``, if there is one."""
+    return explicit or (typed_path(value) if (value := os.environ.get("STACKCTL_REGISTRY")) else None)
+
+
 def find_registry(explicit: Path | None) -> Path:
     """The registry in use: what was asked for, else ``STACKCTL_REGISTRY``, else the nearest one upward.
 
     Raises:
         NotFound: there is none.
     """
-    asked = explicit or (typed_path(value) if (value := os.environ.get("STACKCTL_REGISTRY")) else None)
-    if asked is not None:
+    if (asked := asked_registry(explicit)) is not None:
         for folder in (asked, asked / "registry"):
             if (folder / _FILE).is_file():
                 return folder.resolve()

@@ -138,6 +138,13 @@ def test_the_registry_is_the_option_then_the_variable_then_the_nearest_upward(ru
     assert option["registry"] == str(tmp_path / "option" / "registry")
 
 
+def test_init_without_a_folder_makes_the_registry_that_is_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKCTL_REGISTRY", str(tmp_path / "variable"))
+    assert run("init", "--json").json["registry"] == str(tmp_path / "variable") == run("ls", "--json").json["registry"]
+    assert run("init", "given", "--json").json["registry"] == str(tmp_path / "given")
+    assert run("init", "--registry", "option", "--json").json["registry"] == str(tmp_path / "option")
+
+
 def test_without_a_registry_the_hint_is_init(fails, monkeypatch, tmp_path):
     assert fails("ls", code=3).endswith("| stackctl init")
     assert fails("ls", "--registry", tmp_path / "no where", code=3).count("stackctl init") == 1
