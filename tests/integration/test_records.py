@@ -368,7 +368,8 @@ def test_turns_and_records_that_are_not_to_be_learned(tmp_path: Path) -> None:
     good, bad = ({"prompt": "q", "completion": "a", "label": label} for label in (True, False))
     found = read_records(write(tmp_path / "a.jsonl", good, bad, bad))
     assert found.count == 1
-    assert "2 records with 'label': false" in found.notes[0]
+    (note,) = found.notes  # and none that says that the label means nothing
+    assert "2 records with 'label': false" in note
 
 
 def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -147,6 +148,16 @@ def test_what_is_cut_and_what_is_left_without_anything_to_learn_is_counted(smoll
     assert found.supervised_tokens == sum(label != IGNORED for e in found.examples for label in e.labels)
     with pytest.raises(Usage, match="anything to learn within 8 tokens"):
         encoded(smollm2, long_user, short, max_length=8)
+
+
+def test_conversations_of_which_nothing_is_learned(smollm2: Any) -> None:
+    """However many stand one behind another; and where there are no others that is why, not their length."""
+    muted = [replace(chat("Hi", "no", number=number), muted=frozenset({1})) for number in range(1, 602)]
+    found = encoded(smollm2, *muted, chat("Hi", "yes", number=602))
+    assert [turns(smollm2, example) for example in found.examples] == [["yes<|im_end|>"]]
+    assert found.owners == [602]
+    with pytest.raises(Usage, match="every turn is marked as not to be learned"):
+        encoded(smollm2, *muted[:3])
 
 
 def test_what_follows_the_last_turn_is_no_reason_to_count_a_record_as_cut(smollm2: Any) -> None:

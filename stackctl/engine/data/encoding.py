@@ -58,6 +58,11 @@ def encode_pieces(
         yield _kept(laid_out, pieces, encoded, options)
     layouts.check()
     encoded.notes += [*records.notes, *layouts.notes()]
+    if not encoded.tokens and layouts.muted and not encoded.unsupervised:
+        raise Usage(
+            f"no record of {records.path} has anything to learn: every turn is marked as not to be learned",
+            hint="take the marks off the turns that are to be learned: 'weight', 'train' or 'loss'",
+        )
     if not encoded.tokens:
         raise Usage(
             f"no record of {records.path} has anything to learn within {options.max_length} tokens",

@@ -32,7 +32,9 @@ class Layouts:
         self._problems: list[str] = []
         self._said: Counter[str] = Counter()
         self._said_last: dict[str, int] = {}
-        self._several = self._muted = self._unread = 0
+        self._several = self._unread = 0
+        self.muted = 0
+        """Conversations of which nothing is to be learned."""
         self.refused = 0
 
     def of(self, record: Record) -> list[Layout]:
@@ -100,7 +102,7 @@ class Layouts:
         """
         learned = [position for position in range(len(record.messages)) if record.is_learned(position)]
         if not learned:
-            self._muted += 1
+            self.muted += 1
             return []
         talk = converse(template, record.messages, record.tools, {**self._options.template, **record.template})
         said = set(talk.said)
@@ -148,8 +150,8 @@ class Layouts:
         if self._options.template and self._turns is None:
             given = ", ".join(self._options.template)
             notes.append(f"no record is a conversation, so that the chat template is not given {given}")
-        if self._muted:
-            notes.append(f"every turn is marked as not to be learned: {self._muted} of {count} conversations left out")
+        if self.muted:
+            notes.append(f"every turn is marked as not to be learned: {self.muted} of {count} conversations left out")
         return notes
 
 

@@ -31,6 +31,8 @@ class Tokenise:
         A text is tokenised in pieces that begin where a span begins, because that is what generation does: it gets
         the prompt's tokens and goes on from there. "assistant⏎" and "⏎⏎Yes" are never joined in one token.
         """
+        if not layouts:  # the tokenizer takes no empty list
+            return
         pieces = [self._pieces(layout) for layout in layouts]
         flat = [layout.text[a:b] for layout, bounds in zip(layouts, pieces, strict=True) for a, b in bounds]
         encoding = self._tokenizer(

@@ -172,8 +172,9 @@ def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False
     ]
     if labelled or isinstance(record, TextRecord):
         return record, [key for key in ignored if not labelled or key not in LABELS]
+    ignored = [key for key in ignored if key not in LABELS or not isinstance(value[key], bool)]
     if any(value.get(key) is False for key in LABELS):  # what KTO learns to avoid
-        return None, [key for key in ignored if key not in LABELS]
+        return None, ignored
     return record, ignored
 
 
