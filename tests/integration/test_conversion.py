@@ -126,6 +126,26 @@ def test_other_layers(tiny_registry: Any, name: str) -> None:
     assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4, "and to PEFT"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("gpt2", "DORA", {"target_modules": ["c_attn"], "bias": "all"}),
+        ("neox", "KASA", {"target_modules": ["dense_4h_to_h"], "bias": "all", "modules_to_save": ["embed_out"]}),
+        ("qwen2", "DORA", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+        ("tied", "OLORA", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_biases_come_along_and_embeddings(tiny_registry: Any, name: str, kind: str, more: Any) -> None:
+    """Those of norms and of layers that it does not adapt, too."""
+    h = tiny_registry(name)
+    path = h.folder / "made"
+    make_adapter(fresh(h.base), peft_config(kind, **more), path)
+    live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
+    h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
+    assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
+    assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4, "and to PEFT"
+
+
 def test_what_trained_on_a_stack_is_converted_against_it(tiny_registry: Any) -> None:
     h = tiny_registry()
     style = h.add("style", seed=1, scale=0.3)

@@ -129,7 +129,8 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     tensors = _read(checkpoint)
     tokens = probe_tokens(stacked.base)
     without = probe(model, tokens)
-    kept = {name: Kept(model.get_submodule(name)) for name in _targets(checkpoint, stacked)}
+    biases = {slot.module: tensors[name] for name, slot in checkpoint.slots.items() if slot.role == "bias"}
+    kept = {name: Kept(model.get_submodule(name)) for name in {*_targets(checkpoint, stacked), *biases}}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -143,8 +144,9 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
         raise _cannot_attach(checkpoint, error) from error
     live = probe(attached, tokens)
     found = Pairs(
-        saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ())
-    )
+        saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ()),
+        biases={name: b.float() for name, b in biases.items() if not torch.equal(b, kept[name].values["bias"].to(b))},
+    )  # fmt: skip
     for name, layer in tuner_layers(model, BaseTunerLayer):
         if name not in kept:
             raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
@@ -238,7 +240,10 @@ def _is_difference(checkpoint: Checkpoint) -> bool:
 
 
 def _factors_of(layer: Any) -> algebra.Factors:
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    if ADAPTER in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+    else:
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return a.detach().float().cpu().clone(), b.detach().float().cpu().clone(), float(layer.scaling[ADAPTER])
 
 

@@ -106,7 +106,9 @@ class Pairs:
     def write(self, folder: Path, base: Base, settings: Mapping[str, Any]) -> None:
         """Write a PEFT checkpoint: alpha = rank on every module, so that nothing is scaled."""
         tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in self.saved.items()}
-        tensors |= {f"{_PREFIX}{module}.base_layer.bias": bias.contiguous() for module, bias in self.biases.items()}
+        for module, bias in self.biases.items():
+            within = f"{module}.base_layer" if module in self.pairs else module
+            tensors[f"{_PREFIX}{within}.bias"] = bias.contiguous()
         known = expand_modules(base.modules)
         wrapped = wrapped_names([module for module in self.pairs if known[module].type in EXPERTS], known)
         modules, parameters = dict[str, int](), dict[str, int]()
@@ -127,7 +129,7 @@ class Pairs:
             **settings,
         }
         if self.biases:
-            config["bias"] = "lora_only"
+            config["bias"] = "lora_only" if self.biases.keys() <= self.pairs.keys() else "all"
         atomic.write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
