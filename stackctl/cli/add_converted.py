@@ -112,9 +112,10 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     _check(checkpoint, name)
-    from stackctl.engine.quick_imports import import_transformers
+    from stackctl.engine.quick_imports import import_peft, import_transformers
 
     import_transformers()
+    import_peft()
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.models import load_base
     from stackctl.engine.to_lora.conversion import check_header, device

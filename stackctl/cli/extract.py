@@ -52,9 +52,10 @@ def extract(
     attempt(problems, _check_tolerance, rank, tolerance)
     number = attempt(problems, _rank, rank)
     raise_all(problems)
-    from stackctl.engine.quick_imports import import_transformers
+    from stackctl.engine.quick_imports import import_peft, import_transformers
 
     import_transformers()
+    import_peft()
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.to_lora import extraction
     from stackctl.engine.to_lora.low_rank import Truncation

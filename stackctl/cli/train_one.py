@@ -45,6 +45,9 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import choose_chat_template
     from stackctl.engine.libraries import quiet_libraries
+    from stackctl.engine.quick_imports import import_peft
+
+    import_peft()
     from stackctl.engine.training.dataset import read_corpus
     from stackctl.engine.training.optimizers import check_kernels
     from stackctl.engine.training.targets import targets_of

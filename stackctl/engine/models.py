@@ -32,6 +32,7 @@ from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
 from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
+from stackctl.engine.quick_imports import import_peft
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory
@@ -70,9 +71,8 @@ class StackedModel:
         if live and plan.members:
             self.write_token_rows(plan)
             if plan.modules:
-                from stackctl.engine.live_adapter import (
-                    attach_live,  # peft takes seconds to import, and folding needs none of it
-                )
+                import_peft()  # which takes seconds, and folding needs none of it
+                from stackctl.engine.live_adapter import attach_live
 
                 attach_live(self.model, plan)
                 self._live = True

@@ -8,9 +8,10 @@ accelerate may use all of it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -46,6 +47,27 @@ def import_transformers() -> None:
             sys.modules[_COMPILER] = _CompilerLater(spec)
             sys.meta_path.insert(0, _PartsLater())
     quiet_libraries()
+
+
+def import_peft() -> None:
+    """Import PEFT, and bitsandbytes, which comes with it, without setting up the compiler for functions of that.
+
+    It has torch compile some for devices without kernels of its own; here each is compiled when it is first called.
+    """
+    if "peft" in sys.modules:
+        return
+    import torch
+
+    compile_ = torch.compile
+
+    def later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(later, **options)
+        compiled = functools.cache(lambda: compile_(function, **options))
+        return lambda *args, **kwargs: compiled()(*args, **kwargs)
+
+    with replaced(torch, "compile", later):
+        import peft  # noqa: F401
 
 
 def _import_without_models() -> None:

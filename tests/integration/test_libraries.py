@@ -19,7 +19,7 @@ from stackctl.engine.base.tokenizer import load_tokenizer
 CODE = """
 import sys
 from pathlib import Path
-from stackctl.engine.quick_imports import import_transformers
+from stackctl.engine.quick_imports import import_peft, import_transformers
 import_transformers()
 import torch, transformers
 from stackctl.engine.base.loading import load_weights
@@ -27,8 +27,7 @@ import stackctl.engine.loss.segment_attention, stackctl.engine.generation.answer
 model = load_weights(Path(sys.argv[1]), torch.float32, torch.device("cpu"))
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(6)[None]).logits, sys.argv[2])
-loaded = {"torch._dynamo.convert_frame", "torch.distributed.tensor", "sympy"} & set(sys.modules)
-assert not loaded, loaded
+assert "sympy" not in sys.modules
 assert not transformers.utils.is_torch_distributed_available() and torch.distributed.is_available()
 
 assert "BertConfig" not in transformers._class_to_module and not hasattr(transformers, "__wrapped__")
@@ -40,6 +39,11 @@ assert LlamaConfig is transformers.LlamaConfig is llama.LlamaConfig
 assert transformers.models.gpt2.GPT2Config is transformers.GPT2Config
 assert not hasattr(transformers.models, "no_such_model")
 
+import_peft()
+import bitsandbytes, peft.tuners.lora
+loaded = {"torch._dynamo.convert_frame", "torch._inductor.compile_fx", "torch.distributed.tensor"} & set(sys.modules)
+assert not loaded, loaded
+
 import torch._dynamo.utils  # whatever is asked for first, it is the real one, once
 assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"] and torch._dynamo is sys.modules["torch._dynamo"]
 assert torch._dynamo.disable is torch._dynamo.decorators.disable
@@ -49,7 +53,9 @@ assert compiled(torch.ones(2)).tolist() == [2, 2] and torch._dynamo.utils.counte
 """
 
 
-def test_a_model_is_read_without_the_compiler_and_sharded_tensors(tiny_registry: Any, tmp_path: Path) -> None:
+def test_a_model_is_read_and_peft_imported_without_the_compiler_and_sharded_tensors(
+    tiny_registry: Any, tmp_path: Path
+) -> None:
     base, logits = tiny_registry("llama").base, tmp_path / "logits"
     command = [sys.executable, "-c", CODE, str(base), str(logits)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
