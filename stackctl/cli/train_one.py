@@ -38,21 +38,30 @@ _TOLD_OF_A_RUN = (
 """What ``--json`` says of a run, by the names of its entry."""
 
 
+def _import_libraries() -> None:
+    """What training stands on, without what a single process never uses of it."""
+    from stackctl.engine.libraries import quiet_libraries
+    from stackctl.engine.quick_imports import import_peft, import_transformers
+
+    if ranks.is_launched():
+        quiet_libraries()
+    else:
+        import_transformers()
+        import_peft()
+
+
 def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]:
     """A job's corpus, the tokenizer that it was read with, and what it would adapt; the base itself is not loaded."""
     from stackctl.cli.progress import share_progress
+
+    _import_libraries()
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import choose_chat_template
-    from stackctl.engine.libraries import quiet_libraries
-    from stackctl.engine.quick_imports import import_peft
-
-    import_peft()
     from stackctl.engine.training.dataset import read_corpus
     from stackctl.engine.training.optimizers import check_kernels
     from stackctl.engine.training.targets import targets_of
 
-    quiet_libraries()
     check_kernels(prepared.job.optimizer)
     folder = base_folder(prepared.base, context.registry, context.output.status)
     tokenizer = load_tokenizer(folder)
@@ -162,6 +171,7 @@ def trained_result(context: Context, prepared: PreparedJob, *, resume: bool) -> 
     ):
         if launch:
             return launch_training(launch, prepared, context.registry.root, context.output, progress)
+        _import_libraries()
         from stackctl.engine.training.run import train_adapter
         from stackctl.engine.training.state import RunOutput
 

@@ -1,9 +1,8 @@
-"""Import transformers without what a command that only reads models never uses: a third of its way to a first token.
+"""Import transformers and PEFT without what a command never uses of them: half of its way to a first token or step.
 
 transformers loads torch's compiler for decorators that tell it what to leave alone, and sharded tensors for models that
 are spread over several processes; and it reads the source of all its models, twice, for a table of what they define. A
-command that reads a model is one process, compiles nothing, and reads one model. Training is left alone: Trainer and
-accelerate may use all of it.
+command is one process, compiles nothing, and reads one model. Processes that train together import everything.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.replaced import replaced
 
 _COMPILER = "torch._dynamo"
-_MARKS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "mark_static_address")
+_MARKS = (
+    "allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "graph_break", "mark_static_address",
+)  # fmt: skip
 """What only tells the compiler how to treat a function or a tensor, if it ever compiles."""
 _INDEPENDENT = f"{_COMPILER}._trace_wrapped_higher_order_op"
 """A submodule of it that transformers imports, and that uses nothing else of it."""
@@ -33,16 +34,19 @@ _INDEPENDENT = f"{_COMPILER}._trace_wrapped_higher_order_op"
 def import_transformers() -> None:
     """Import what every model of transformers needs, once, quickly and quietly; where it is imported, keep it quiet.
 
-    From then on transformers takes torch for one that was built without ``torch.distributed``.
+    From then on transformers takes torch for one that was built without ``torch.distributed``, and the package datasets
+    for one that is not installed.
     """
     if "transformers" not in sys.modules:
         import torch
 
         _import_without_models()
-        from transformers.utils.import_utils import is_torch_distributed_available
+        from transformers.utils import import_utils
 
         with replaced(torch.distributed, "is_available", lambda: False):
-            is_torch_distributed_available()  # which keeps its answer
+            import_utils.is_torch_distributed_available()  # which keeps its answer
+        with replaced(import_utils, "_is_package_available", lambda *_, **__: (False, "N/A")):
+            import_utils.is_datasets_available()  # Trainer looks whether what it is given is one of them
         if _COMPILER not in sys.modules and (spec := find_spec(_COMPILER)):
             sys.modules[_COMPILER] = _CompilerLater(spec)
             sys.meta_path.insert(0, _PartsLater())
@@ -53,6 +57,7 @@ def import_peft() -> None:
     """Import PEFT, and bitsandbytes, which comes with it, without setting up the compiler for functions of that.
 
     It has torch compile some for devices without kernels of its own; here each is compiled when it is first called.
+    From then on PEFT and accelerate take torch for one that was built without ``torch.distributed``.
     """
     if "peft" in sys.modules:
         return
@@ -66,7 +71,7 @@ def import_peft() -> None:
         compiled = functools.cache(lambda: compile_(function, **options))
         return lambda *args, **kwargs: compiled()(*args, **kwargs)
 
-    with replaced(torch, "compile", later):
+    with replaced(torch, "compile", later), replaced(torch.distributed, "is_available", lambda: False):
         import peft  # noqa: F401
 
 
@@ -149,7 +154,21 @@ class _CompilerLater(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # looked for in every module by some libraries
             raise AttributeError(name)
-        return _leave if name in _MARKS and sys.modules.get(_COMPILER) is self else getattr(_compiler(), name)
+        if sys.modules.get(_COMPILER) is not self:
+            return getattr(_compiler(), name)
+        if name == "eval_frame":
+            return _FramesLater(name)
+        return _leave if name in _MARKS else getattr(_compiler(), name)
+
+
+class _FramesLater(ModuleType):
+    """Stands for the compiler's module of what it compiled, of which there is nothing yet."""
+
+    OptimizedModule = type("OptimizedModule", (), {})
+    """The class that accelerate looks for in every model."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_compiler().eval_frame, name)
 
 
 class _PartsLater(MetaPathFinder, Loader):

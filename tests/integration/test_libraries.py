@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stackctl.engine.base.tokenizer import load_tokenizer
@@ -40,7 +41,8 @@ assert transformers.models.gpt2.GPT2Config is transformers.GPT2Config
 assert not hasattr(transformers.models, "no_such_model")
 
 import_peft()
-import bitsandbytes, peft.tuners.lora
+import bitsandbytes, peft
+peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
 loaded = {"torch._dynamo.convert_frame", "torch._inductor.compile_fx", "torch.distributed.tensor"} & set(sys.modules)
 assert not loaded, loaded
 
@@ -64,6 +66,31 @@ def test_a_model_is_read_and_peft_imported_without_the_compiler_and_sharded_tens
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(base)(input_ids=torch.arange(6)[None]).logits
     assert torch.equal(torch.load(logits), expected)
+
+
+TRAINED = """
+import sys
+from stackctl.cli import main
+try:
+    main()
+finally:
+    unwanted = {"torch._dynamo.convert_frame", "torch._inductor.compile_fx", "datasets", "pandas"} & set(sys.modules)
+    assert not unwanted, unwanted
+"""
+
+
+def test_a_training_without_the_compiler_is_that_of_one_that_imported_everything(tiny_registry: Any) -> None:
+    h = tiny_registry("llama")
+    h.add("style", seed=1)
+    options = ["--on", "style", "--data", h.data(), "--max-steps", "2", "--rank", "2"]
+    h.run("train", "here", *options)
+    command = [sys.executable, "-c", TRAINED, "train", "alone", *map(str, options), "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=h.folder)
+    assert (done.returncode, done.stdout) == (0, "alone@1\n"), done.stderr
+    here, alone = (load_file(h.weights(name) / "adapter_model.safetensors") for name in ("here", "alone"))
+    assert here.keys() == alone.keys()
+    for name, weight in here.items():
+        torch.testing.assert_close(alone[name], weight, rtol=1e-5, atol=1e-7)
 
 
 def test_what_native_code_prints_is_not_on_stdout(

@@ -166,12 +166,12 @@ class ExampleStore(LazyExamples):
         place = bisect.bisect_right(self._ends, number)
         batch = self._batches[place]
         row = number - (self._ends[place] - batch.num_rows)
-        ids = batch.column(0)[row].values.to_numpy()
-        learned = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
+        ids = np.from_dlpack(batch.column(0)[row].values)  # to_numpy imports pandas
+        learned = batch.column(1)[row].values.to_pylist()
         labels = np.where(learned, ids, IGNORED).tolist()
         return Example(ids.tolist(), labels, desired=batch.column(2)[row].as_py())
 
     def lengths(self) -> np.ndarray:
         """The tokens of each example."""
-        found = [np.diff(batch.column(0).offsets.to_numpy()) for batch in self._batches]
+        found = [np.diff(np.from_dlpack(batch.column(0).offsets)) for batch in self._batches]
         return np.concatenate(found) if found else np.zeros(0, np.int32)

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 
 from stackctl.core.errors import Failed
@@ -120,11 +119,18 @@ class WholeSteps(Sampler[int]):
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter as one tensor, gathered if it is sharded; then every rank has to ask."""
+    if not is_sharded():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, value: Tensor) -> Any:
     """``value``, sharded as ``tensor`` is."""
-    if isinstance(tensor, DTensor):
-        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    return value.to(tensor.device)
+    here = value.to(tensor.device)
+    if not is_sharded():
+        return here
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(here, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else here

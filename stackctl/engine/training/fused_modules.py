@@ -234,5 +234,5 @@ def _probe_attention(module: Any, seen: list[dict[str, Any]] | None = None) -> l
 
 def _with_gradients(module: nn.Module, output: Tensor, x: Tensor) -> list[Tensor]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(output, [x, *trained], _random(*output.shape, seed=2))
+    gradients = torch.autograd.grad((output * _random(*output.shape, seed=2)).sum(), [x, *trained])
     return [output.detach(), *gradients]
