@@ -61,6 +61,12 @@ def tiny_registry(run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def h(tiny_registry: Any) -> Any:
+    """Such a registry with the tiny Llama."""
+    return tiny_registry()
+
+
+@pytest.fixture
 def empty_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the test's own cache has tokens and references; nothing is there yet."""
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))

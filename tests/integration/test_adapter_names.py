@@ -149,9 +149,8 @@ def test_an_export_for_the_class_that_sees(run: Any, seeing: Any, tmp_path: Path
     assert "vllm_names" not in [problem["code"] for problem in told]
 
 
-def test_an_adapter_on_a_tower_is_not_put_on_the_text(tiny_registry: Any) -> None:
+def test_an_adapter_on_a_tower_is_not_put_on_the_text(h: Any) -> None:
     """Layer for layer the names end alike, and the shapes fit."""
-    h = tiny_registry()
     for number, tower in enumerate(("model.vision_tower.encoder", "vision_model", "audio_tower", "model.visual")):
         shapes = {f"{tower}.layers.{i}.self_attn.q_proj": (32, 32) for i in (0, 1)}
         path = write(h.folder / f"a{number}", pairs(shapes), target_modules=["q_proj"])
@@ -170,8 +169,7 @@ def test_an_adapter_on_a_tower_is_not_put_on_the_text(tiny_registry: Any) -> Non
         (".weight", ".default.weight"),
     ],
 )
-def test_wrappers_are_no_part_of_a_name(tiny_registry: Any, old: str, new: str) -> None:
-    h = tiny_registry()
+def test_wrappers_are_no_part_of_a_name(h: Any, old: str, new: str) -> None:
     path = random_adapter(h.base, h.folder / "own", seed=1, target_modules=["q_proj", "v_proj"])
     tensors = load_file(path / "adapter_model.safetensors")
     h.run("add", "a", write(h.folder / "a", renamed(tensors, old, new)))
@@ -246,9 +244,8 @@ def whole(rows: int, form: str) -> dict[str, torch.Tensor]:
     ("form", "config"), [("short", {"modules_to_save": ["embed_tokens", "lm_head"]}), ("short", {}),
                          ("long", {"modules_to_save": ["embed_tokens", "lm_head"]})]
 )  # fmt: skip
-def test_saved_embeddings_are_read_as_peft_reads_them(tiny_registry: Any, form: str, config: dict[str, Any]) -> None:
+def test_saved_embeddings_are_read_as_peft_reads_them(h: Any, form: str, config: dict[str, Any]) -> None:
     """Under PEFT's long names beside its short one, and where nothing targets them: the short name is what counts."""
-    h = tiny_registry()
     own = random_adapter(h.base, h.folder / "own", seed=1, target_modules=["q_proj"])
     tensors = load_file(own / "adapter_model.safetensors")
     path = write(h.folder / "a", tensors | whole(260, form), target_modules=["q_proj"], **config)
@@ -258,8 +255,7 @@ def test_saved_embeddings_are_read_as_peft_reads_them(tiny_registry: Any, form: 
     assert "weight 1" in h.run("compose", "a:0.5", code=4).err
 
 
-def test_more_rows_than_the_base_has_are_refused_with_both_numbers(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_more_rows_than_the_base_has_are_refused_with_both_numbers(h: Any) -> None:
     own = random_adapter(h.base, h.folder / "own", seed=1, target_modules=["q_proj"])
     tensors = load_file(own / "adapter_model.safetensors")
     for number, (form, config) in enumerate((("short", {}), ("long", {"modules_to_save": [*EMBEDDINGS]}))):

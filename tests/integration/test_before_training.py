@@ -12,8 +12,7 @@ LONG = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant
 ENDLESS = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
 
 
-def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(h: Any) -> None:
     records = [*CHAT, LONG, ENDLESS, LONG, ENDLESS]
     lengths = [len(oracle.label(record)[0]) for record in records]
     limit = 200
@@ -27,8 +26,7 @@ def test_a_dry_run_tells_what_is_cut_what_is_left_out_and_what_is_learned(tiny_r
     assert [piece["supervised"] for piece in pieces] == [False, True]
 
 
-def test_a_run_says_the_same_before_its_first_step(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_run_says_the_same_before_its_first_step(h: Any) -> None:
     data = h.data([*CHAT, ENDLESS])
     ran = h.run("train", "new", "--data", data, "--max-length", 200, "--max-steps", 1, "--rank", 2)
     before = ran.err[: ran.err.index("training new: step 1")]
@@ -39,8 +37,7 @@ def test_a_run_says_the_same_before_its_first_step(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", ["messages", "conversations"])
-def test_records_without_an_assistant_turn_are_named_by_line(tiny_registry: Any, fails: Any, shape: str) -> None:
-    h = tiny_registry()
+def test_records_without_an_assistant_turn_are_named_by_line(h: Any, fails: Any, shape: str) -> None:
     spelled = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}[shape]
     role, content, assistant = spelled
     good = {shape: [{role: "user", content: "a"}, {role: assistant, content: "b"}]}

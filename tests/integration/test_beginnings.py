@@ -25,9 +25,8 @@ def row_overlap(h: Any, stack: str) -> tuple[float, float]:
     return sum(rows) / len(rows), max(rows)
 
 
-def test_members_of_a_stack_begin_in_different_subspaces(tiny_registry: Any) -> None:
+def test_members_of_a_stack_begin_in_different_subspaces(h: Any) -> None:
     """Raw PEFT with one seed draws one A for all; here what an adapter stands on has a say in it."""
-    h = tiny_registry()
     h.train("style", "--max-steps", 3, records=TEXTS)
     h.train("instruct", "--max-steps", 3, on="style")
     mean, _ = row_overlap(h, "style+instruct")
@@ -37,8 +36,7 @@ def test_members_of_a_stack_begin_in_different_subspaces(tiny_registry: Any) -> 
     assert row_overlap(h, "style+twin")[0] > 0.5
 
 
-def test_the_beginning_follows_from_the_recipe(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_beginning_follows_from_the_recipe(h: Any) -> None:
     h.add("style", seed=1)
     h.add("tone", seed=2)
     still = ("--max-steps", 1, "--learning-rate", 1e-30)
@@ -58,8 +56,7 @@ def test_the_beginning_follows_from_the_recipe(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
-def test_orthogonal_rows_stay_orthogonal(tiny_registry: Any, frozen: str) -> None:
-    h = tiny_registry()
+def test_orthogonal_rows_stay_orthogonal(h: Any, frozen: str) -> None:
     h.add("style", seed=1)
     h.add("tone", seed=2)
     whole = h.train("new", "--orthogonal", "--weight-decay", 0.1, "--frozen", frozen, *LONG, on="style:0.5+tone")
@@ -73,8 +70,7 @@ def test_orthogonal_rows_stay_orthogonal(tiny_registry: Any, frozen: str) -> Non
     assert row_overlap(h, "style+free")[1] > 1e-3, "without the option nothing keeps them apart"
 
 
-def test_a_resumed_run_stays_orthogonal(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_resumed_run_stays_orthogonal(h: Any) -> None:
     h.add("style", seed=1)
     h.train("whole", "--orthogonal", *LONG, on="style")
     h.at_step(5, interrupt)
@@ -89,8 +85,7 @@ def test_a_resumed_run_stays_orthogonal(tiny_registry: Any) -> None:
 
 
 @pytest.mark.usefixtures("forked_ranks")
-def test_two_processes_stay_orthogonal(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_two_processes_stay_orthogonal(h: Any) -> None:
     h.add("style", seed=1)
     two = h.train("new", "--orthogonal", "--num-processes", 2, "--batch-size", 2, "--max-steps", 4, on="style")
     assert two["processes"] == 2
@@ -106,8 +101,7 @@ def test_orthogonal_rows_of_other_layers(tiny_registry: Any, name: str) -> None:
     assert row_overlap(h, "style+new")[1] < 1e-6
 
 
-def test_orthogonal_is_refused_where_it_cannot_be(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_orthogonal_is_refused_where_it_cannot_be(h: Any) -> None:
     alone = h.train("new", "--orthogonal", code=2)["error"]
     assert "--on" in alone["hint"]
     h.add("style", seed=1, r=16)

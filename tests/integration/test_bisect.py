@@ -38,8 +38,7 @@ def damage(h: Any, name: str, *modules: str, times: float, factors: str = "B") -
 
 
 @pytest.fixture
-def three(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def three(h: Any) -> Any:
     h.add("style", seed=1, scale=0.05)
     h.add("tone", seed=2, r=3, scale=0.05)
     h.add("odd", seed=3, scale=0.05, target_modules=["q_proj", "down_proj"])
@@ -191,8 +190,7 @@ def test_weights_and_layers_of_a_stored_stack_are_kept(three: Any) -> None:
     assert again["without"] is None and again["culprit"]["member"] == "style@2"
 
 
-def test_what_a_member_brings_whole_is_one_part(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_what_a_member_brings_whole_is_one_part(h: Any) -> None:
     h.add("style", seed=1, scale=0.05)
     h.add("saved", seed=2, scale=0.05, modules_to_save=["lm_head"], target_modules=["q_proj"])
     path = h.paths["saved"] / "adapter_model.safetensors"

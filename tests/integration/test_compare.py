@@ -14,8 +14,7 @@ STACKS = ("base", "style", "style+instruct")
 
 
 @pytest.fixture
-def three(tiny_registry: Any) -> Any:
-    h = tiny_registry()
+def three(h: Any) -> Any:
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     return h

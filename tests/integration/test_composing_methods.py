@@ -34,8 +34,7 @@ def test_every_method_is_tried_here() -> None:
 
 
 @pytest.fixture
-def style_and_instruct(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def style_and_instruct(h: Any) -> Any:
 
     def make() -> None:
         h.add("style", seed=1)

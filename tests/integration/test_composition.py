@@ -147,9 +147,8 @@ def test_trained_biases_in_one_member(tiny_registry: Any, name: str, bias: str) 
         assert "style@1 carries trained biases" in h.run(*command, code=4).err
 
 
-def test_pefts_own_sums_are_not_sums(tiny_registry: Any) -> None:
+def test_pefts_own_sums_are_not_sums(h: Any) -> None:
     """The trap: "linear" adds A's and B's apart; "cat" takes one scaling for all; "svd" cuts to the larger rank."""
-    h = tiny_registry("llama")
     h.add("style", seed=1, use_rslora=True)
     h.add("instruct", seed=2)
     truth, base = h.live(("style", 1), ("instruct", 1)), h.live()

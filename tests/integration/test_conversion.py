@@ -63,9 +63,8 @@ def shares(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> f
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_error_that_is_recorded_is_the_one_against_peft(tiny_registry: Any, kind: str) -> None:
+def test_the_error_that_is_recorded_is_the_one_against_peft(h: Any, kind: str) -> None:
     """Whole, and cut by a rank or by a tolerance in turn: that is the same work on any change of a weight."""
-    h = tiny_registry()
     path = h.folder / "made"
     make_adapter(fresh(h.base), peft_config(kind), path, scale=LOUD.get(kind, 0.1))
     name = kind.partition(" ")[0]
@@ -146,8 +145,7 @@ def test_biases_come_along_and_embeddings(tiny_registry: Any, name: str, kind: s
     assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4, "and to PEFT"
 
 
-def test_what_trained_on_a_stack_is_converted_against_it(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_trained_on_a_stack_is_converted_against_it(h: Any) -> None:
     style = h.add("style", seed=1, scale=0.3)
     folded = oracle.live(h.base, (style, 1.0), dtype=torch.float32).merge_and_unload()
     path = h.folder / "dora"
@@ -161,8 +159,7 @@ def test_what_trained_on_a_stack_is_converted_against_it(tiny_registry: Any) -> 
     assert oracle.relative(h.logits(stacked, "style+alone"), wanted, oracle.logits(fresh(h.base))) > 0.01
 
 
-def test_whole_modules_come_along(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_whole_modules_come_along(h: Any) -> None:
     path = h.folder / "made"
     make_adapter(fresh(h.base), peft_config("LOKR", modules_to_save=["lm_head"]), path)
     h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
@@ -173,11 +170,8 @@ def test_whole_modules_come_along(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga"])
-def test_what_was_taken_out_of_the_base_is_told_by_the_adapter_before_its_training(
-    tiny_registry: Any, begun: str
-) -> None:
+def test_what_was_taken_out_of_the_base_is_told_by_the_adapter_before_its_training(h: Any, begun: str) -> None:
     """As PEFT's own ``path_initial_model_for_weight_conversion``: the difference of both, at twice the rank."""
-    h = tiny_registry()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
     paths = {}
     for which, seed in (("before", 1), ("after", 2)):
@@ -200,8 +194,7 @@ def test_what_was_taken_out_of_the_base_is_told_by_the_adapter_before_its_traini
         assert torch.allclose(delta, 2 * (b @ a - b0 @ a0), atol=1e-6)
 
 
-def test_bad_input_is_named_at_once_and_leaves_nothing(tiny_registry: Any, models: Any) -> None:
-    h = tiny_registry()
+def test_bad_input_is_named_at_once_and_leaves_nothing(h: Any, models: Any) -> None:
     path = h.folder / "made"
     make_adapter(fresh(h.base), peft_config("LOHA"), path)
     for options, said in (

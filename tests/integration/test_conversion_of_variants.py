@@ -26,8 +26,7 @@ def refused_with_the_command(h: Any, path: Path) -> None:
     assert f"stackctl add x {path} --convert" in h.run("add", "x", path, code=4).err
 
 
-def test_a_block_diagonal_lora(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_block_diagonal_lora(h: Any) -> None:
     path = h.folder / "made"
     blocks = BdLoraConfig(target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
     make_adapter(fresh(h.base), LoraConfig(r=4, target_modules=TARGETS, use_bdlora=blocks, task_type="CAUSAL_LM"), path)
@@ -53,8 +52,7 @@ def test_a_bias_in_b(tiny_registry: Any) -> None:
     assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4
 
 
-def test_a_bias_in_b_where_the_base_has_none(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_bias_in_b_where_the_base_has_none(h: Any) -> None:
     path = h.folder / "made"
     make_adapter(fresh(h.base), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM"), path)
     error = h.run("add", "x", path, "--convert", "--json", code=4).json["error"]

@@ -186,8 +186,7 @@ def test_a_rank_that_suffices_begins_where_the_stack_is(tiny_registry: Any, kind
     assert oracle.relative(own, theirs, bare) < 1e-4
 
 
-def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_smaller_rank_begins_at_the_best_pair_and_comes_nearer(h: Any) -> None:
     members = two(h)
     done = distil(h, "style:0.7+chat", "--rank", 2, "--max-steps", 12, "--learning-rate", 3e-3).json
     found = done["distilled"]
@@ -216,8 +215,7 @@ def test_the_error_is_that_of_ratios_over_records(tiny_registry: Any) -> None:
     assert found["divergence_before_error"] == pytest.approx(ratio_error(totals, sizes), rel=1e-3)
 
 
-def test_weights_that_only_got_worse_are_not_taken(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_weights_that_only_got_worse_are_not_taken(h: Any) -> None:
     two(h)
     done = distil(h, "style+chat", "--rank", 2, "--max-steps", 2, "--learning-rate", 3.0).json
     assert done["kept_step"] == 0
@@ -225,8 +223,7 @@ def test_weights_that_only_got_worse_are_not_taken(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("stack", ["base", "style"])
-def test_a_system_prompt_is_read_by_the_teacher_alone(tiny_registry: Any, stack: str) -> None:
-    h = tiny_registry()
+def test_a_system_prompt_is_read_by_the_teacher_alone(h: Any, stack: str) -> None:
     h.add("style", seed=1)
     (h.folder / "pirate.txt").write_text(SYSTEM + "\n")
     members = h.members(("style", 1.0)) if stack == "style" else []
@@ -249,8 +246,7 @@ def test_a_records_own_system_message_follows_the_prompt() -> None:
     assert (plain.messages[0]["role"], plain.context, plain.muted) == ("system", 2, {1})
 
 
-def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(h: Any) -> None:
     h.add("style", seed=1)
     done = distil(h, "style", "--rank", 2, "--pack", "--max-length", 24, *STILL, records=TEXTS, held_out=TEXTS).json
     assert done["distilled"]["divergence_before"] > 0
@@ -259,8 +255,7 @@ def test_it_is_cut_to_a_length_as_ever_and_texts_teach_too(tiny_registry: Any) -
     assert distil(h, "style", *options, records=TALKS, held_out=TALKS).json["version"] == 2
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_an_interrupted_run_goes_on_to_the_same_weights(h: Any) -> None:
     two(h)
     options = ("--rank", 2, "--max-steps", 6, "--save-steps", 2, "--learning-rate", 1e-3)
     whole = distil(h, "style+chat", *options).json["digest"]
@@ -273,8 +268,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tiny_registry: Any) -> N
     assert distil(h, "style+chat", *options, "--resume").json["digest"] == whole
 
 
-def test_a_recipe_says_it(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_recipe_says_it(h: Any) -> None:
     h.data(CHAT, "chat.jsonl")
     (h.folder / "pirate.txt").write_text(SYSTEM)
     recipe = {
@@ -300,15 +294,13 @@ def test_a_recipe_says_it(tiny_registry: Any) -> None:
     assert {step["name"]: step["why"] for step in plan}["one"] is None
 
 
-def test_dry_run_says_the_teacher(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_dry_run_says_the_teacher(h: Any) -> None:
     h.add("style", seed=1)
     done = distil(h, "style", "--rank", 2, "--dry-run").json
     assert (done["teacher"], done["dry_run"], done["on"]) == ("style@1", True, [])
 
 
-def test_everything_wrong_is_said_at_once(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_everything_wrong_is_said_at_once(h: Any) -> None:
     h.add("style", seed=1)
     told = h.run(
         "distil", "style", "--name", "base", "--rank", 4000, "--system", "no.txt", "--patience", 2, "--json", code=2
@@ -341,8 +333,7 @@ def test_everything_wrong_is_said_at_once(tiny_registry: Any) -> None:
         (("distil", "style:1e300", "--name", "x"), 5, "does not fit float32"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_by_name(tiny_registry: Any, options: Any, code: int, said: str) -> None:
-    h = tiny_registry()
+def test_what_cannot_be_distilled_is_refused_by_name(h: Any, options: Any, code: int, said: str) -> None:
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     h.add("rows", seed=3, trainable_token_indices=[3, 4])
@@ -353,8 +344,7 @@ def test_what_cannot_be_distilled_is_refused_by_name(tiny_registry: Any, options
     assert "x" not in h.adapters()
 
 
-def test_a_system_prompt_needs_conversations_a_role_and_room(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_system_prompt_needs_conversations_a_role_and_room(h: Any) -> None:
     (h.folder / "pirate.txt").write_text(SYSTEM)
     system = ("--rank", 2, "--system", "pirate.txt")
     pair = {
@@ -388,8 +378,7 @@ def test_a_template_without_the_role_is_refused(run: Any, models: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("forked_ranks")
-def test_two_processes_are_taught_as_one(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_two_processes_are_taught_as_one(h: Any) -> None:
     two(h)
     options = ("--rank", 2, "--max-steps", 3, "--learning-rate", 1e-3)
     alone = distil(h, "style+chat", *options, records=TALKS).json

@@ -44,9 +44,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 
 @pytest.fixture
-def stacked(tiny_registry: Any) -> StackedModel:
+def stacked(h: Any) -> StackedModel:
     """A tiny model with a stack folded."""
-    h = tiny_registry()
     h.add("style", seed=1)
     loaded: StackedModel = h.load()
     loaded.use(h.plan("style"))
@@ -110,8 +109,7 @@ def test_guesses_that_are_never_right_cost_little(length: int, costs: dict[int, 
     assert 0 < spent <= 0.3 + 0.02 * length
 
 
-def test_half_precision_takes_one_token_at_a_time(tiny_registry: Any, passes: Passes) -> None:
-    h = tiny_registry()
+def test_half_precision_takes_one_token_at_a_time(h: Any, passes: Passes) -> None:
     loaded = h.load(dtype="bfloat16")
     alone(loaded, Sampling(max_new_tokens=LENGTH, raw=True))
     assert set(passes.tokens) == {1}

@@ -76,8 +76,7 @@ def test_a_stacks_loss_does_not_depend_on_its_company(tiny_registry: Any) -> Non
     assert [together[2], together[5]] == losses("base") * 2
 
 
-def test_the_current_stack_and_a_named_one(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_current_stack_and_a_named_one(h: Any) -> None:
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     h.run("compose", "style:0.5+instruct", "--name", "teller")
@@ -92,8 +91,7 @@ def test_the_current_stack_and_a_named_one(tiny_registry: Any) -> None:
     assert double == pytest.approx(oracle.loss(twice, CHAT), rel=1e-5)
 
 
-def test_what_is_too_long_is_cut_and_still_counted_right(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_is_too_long_is_cut_and_still_counted_right(h: Any) -> None:
     long = [{"text": "abc " * 40}, {"text": "short"}]
     cut = [{"text": "abc " * 8}, {"text": "short"}]
     found = h.run("eval", "base", "--data", h.data(long), "--max-length", 32, "--json").json["results"][0]
@@ -107,8 +105,7 @@ def test_what_is_too_long_is_cut_and_still_counted_right(tiny_registry: Any) -> 
     assert found["loss"] == pytest.approx((first - last + second) / 36, rel=1e-5)
 
 
-def test_a_training_is_better_on_what_it_learned(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_training_is_better_on_what_it_learned(h: Any) -> None:
     h.train("style", "--max-steps", 30, "--learning-rate", 0.01, records=TEXTS)
     held = h.data(TEXTS)
     base, style = h.run("eval", "base", "style", "--data", held, "--json").json["results"]
@@ -117,8 +114,7 @@ def test_a_training_is_better_on_what_it_learned(tiny_registry: Any) -> None:
     assert style["loss"] == pytest.approx(again, rel=1e-5)
 
 
-def test_against_tests_every_stack_on_the_same_records(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_against_tests_every_stack_on_the_same_records(h: Any) -> None:
     h.add("style", seed=1)
     h.add("instruct", seed=2, scale=0.4)
     data = h.data(TEXTS)
@@ -137,8 +133,7 @@ def test_against_tests_every_stack_on_the_same_records(tiny_registry: Any) -> No
     assert "style and base: no difference that these 5 records can show" in text
 
 
-def test_a_difference_that_is_no_noise_is_found(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_difference_that_is_no_noise_is_found(h: Any) -> None:
     h.train("style", "--max-steps", 30, "--learning-rate", 0.01, records=TEXTS)
     held = h.data(TEXTS * 2)
     found = h.run("eval", "base", "style", "--against", "base", "--data", held, "--json").json["comparisons"]
@@ -157,9 +152,8 @@ def test_a_stack_against_itself_however_it_is_written(tiny_registry: Any) -> Non
     assert (compared["difference"], compared["p_value"]) == (0, 1)
 
 
-def test_a_conversation_of_many_examples_is_one_record(tiny_registry: Any) -> None:
+def test_a_conversation_of_many_examples_is_one_record(h: Any) -> None:
     """This template renders a turn otherwise once another follows, so that each turn becomes an example of its own."""
-    h = tiny_registry()
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if loop.last and m['role'] == 'assistant' %}(now) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -176,8 +170,7 @@ def test_a_conversation_of_many_examples_is_one_record(tiny_registry: Any) -> No
     assert ran.json["results"][0]["records"] == len(CHAT)
 
 
-def test_records_with_nothing_to_learn_are_said_and_do_not_count(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_records_with_nothing_to_learn_are_said_and_do_not_count(h: Any) -> None:
     long = {"prompt": "a" * 100, "completion": "b"}
     data = h.data([long, {"prompt": "a", "completion": "b"}])
     ran = h.run("eval", "base", "--data", data, "--max-length", 32, "--json")

@@ -180,8 +180,7 @@ def test_every_value_is_the_stacks(tiny_registry: Any, name: str) -> None:
     assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
 
 
-def test_the_permutation_is_there_and_only_for_q_and_k(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_permutation_is_there_and_only_for_q_and_k(h: Any) -> None:
     style = h.adapter("style", 1)
     h.export(h.plan(style))
     tensors = {tensor.name: tensor.data for tensor in h.read().tensors}
@@ -195,8 +194,7 @@ def test_the_permutation_is_there_and_only_for_q_and_k(tiny_registry: Any) -> No
             assert np.allclose(in_transformers_order(written, heads), factor)
 
 
-def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(h: Any) -> None:
     style = h.adapter("style", 1, r=2, target_modules=["q_proj"])
     instruct = h.adapter("instruct", 2, r=9, lora_alpha=3, target_modules=["v_proj", "q_proj"])
     third = h.adapter("third", 3, weight=0.3, r=1, target_modules=["up_proj"])
@@ -207,8 +205,7 @@ def test_unlike_ranks_are_padded_so_that_one_alpha_is_right_for_all(tiny_registr
     assert error(h.deltas(), exact(style, instruct, third, architecture="llama")) < 1e-6
 
 
-def test_embedding_and_output_of_an_untied_model(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_embedding_and_output_of_an_untied_model(h: Any) -> None:
     style = h.adapter("style", 1, r=3, target_modules=["embed_tokens", "lm_head"])
     instruct = h.adapter("instruct", 2, weight=0.5, r=2, target_modules=["embed_tokens", "q_proj"])
     h.export(h.plan(style, instruct))
@@ -226,8 +223,7 @@ def test_embedding_and_output_of_an_untied_model(tiny_registry: Any) -> None:
     assert error(h.deltas(), wanted) < 1e-6
 
 
-def test_in_float16_the_rounding_is_measured(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_in_float16_the_rounding_is_measured(h: Any) -> None:
     style, instruct = h.adapter("style", 1), h.adapter("instruct", 2, target_modules=["q_proj", "o_proj"])
     report = h.export(h.plan(style, instruct), dtype="float16")
     assert not report["exact"]
@@ -238,8 +234,7 @@ def test_in_float16_the_rounding_is_measured(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, "auto"])
-def test_other_methods_are_written_at_their_own_rank(tiny_registry: Any, rank: int | str) -> None:
-    h = tiny_registry()
+def test_other_methods_are_written_at_their_own_rank(h: Any, rank: int | str) -> None:
     members = h.adapter("style", 1, r=6), h.adapter("instruct", 2, r=6, target_modules=["q_proj", "v_proj"])
     options = check_method("svd", MethodOptions(rank=rank, tolerance=0.3 if rank == "auto" else None))
     report = h.export(h.plan(*members, method="svd", options=options))
@@ -250,8 +245,7 @@ def test_other_methods_are_written_at_their_own_rank(tiny_registry: Any, rank: i
     assert report["max_relative_error"] == pytest.approx(measured, rel=1e-3)
 
 
-def test_only_the_configuration_of_the_base_is_read(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_only_the_configuration_of_the_base_is_read(h: Any, tmp_path: Path) -> None:
     plan = h.plan(h.adapter("style", 1))
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -280,8 +274,7 @@ def write_base(path: Path, plan: StackPlan, architecture: str = "llama", heads: 
     return path
 
 
-def test_the_modelfile_names_base_and_adapter(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_the_modelfile_names_base_and_adapter(h: Any, tmp_path: Path) -> None:
     plan = h.plan(h.adapter("style", 1))
     base = write_base(tmp_path / "a base.gguf", plan)
     h.export(plan, "my adapter.gguf", modelfile=True, base_gguf=base)
@@ -303,10 +296,7 @@ def test_the_modelfile_names_base_and_adapter(tiny_registry: Any, tmp_path: Path
         ({"ffn_up": (16, 32)}, "blk.0.ffn_up.weight of shape [16, 32]"),
     ],
 )
-def test_a_base_that_the_adapter_would_not_fit_is_refused(
-    tiny_registry: Any, tmp_path: Path, kind: Any, said: str
-) -> None:
-    h = tiny_registry()
+def test_a_base_that_the_adapter_would_not_fit_is_refused(h: Any, tmp_path: Path, kind: Any, said: str) -> None:
     plan = h.plan(h.adapter("style", 1))
     with pytest.raises(Incompatible) as caught:
         h.export(plan, base_gguf=write_base(tmp_path / "base.gguf", plan, **kind))
@@ -314,8 +304,7 @@ def test_a_base_that_the_adapter_would_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_is_no_gguf_or_not_there(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_base_that_is_no_gguf_or_not_there(h: Any, tmp_path: Path) -> None:
     plan = h.plan(h.adapter("style", 1))
     (tmp_path / "text.gguf").write_text("this is no GGUF file, whatever it is called")
     with pytest.raises(Incompatible):
@@ -369,8 +358,7 @@ def test_what_no_lora_holds_and_what_no_dtype_is(tiny_registry: Any) -> None:
     refused(h, h.plan(plain, plain), "twice")
 
 
-def test_a_configuration_that_does_not_say_the_heads(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_configuration_that_does_not_say_the_heads(h: Any, tmp_path: Path) -> None:
     plan = h.plan(h.adapter("style", 1))
     for change in ({"num_attention_heads": None}, {"num_attention_heads": 5}):
         bare = tmp_path / "bare"
@@ -384,15 +372,13 @@ def test_a_configuration_that_does_not_say_the_heads(tiny_registry: Any, tmp_pat
 # -- failing, with nothing left ---------------------------------------------------------------------------------------
 
 
-def test_values_that_do_not_fit_float16(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_values_that_do_not_fit_float16(h: Any) -> None:
     style = h.adapter("style", 1, scale=1e6)
     refused(h, h.plan(style), "blk.0.", "does not fit float16", kind=VerificationFailed, dtype="float16")
     assert h.export(h.plan(style))["exact"]
 
 
-def test_values_that_are_no_numbers(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_values_that_are_no_numbers(h: Any) -> None:
     style = h.adapter("style", 1)
     tensors = load_file(style.checkpoint.weights_path)
     next(iter(tensors.values()))[0, 0] = float("nan")
@@ -402,9 +388,8 @@ def test_values_that_are_no_numbers(tiny_registry: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("fault", ["a value", "the order of rows", "the padding", "alpha", "a name"])
-def test_what_is_read_back_is_compared(tiny_registry: Any, monkeypatch: Any, fault: str, dtype: str) -> None:
+def test_what_is_read_back_is_compared(h: Any, monkeypatch: Any, fault: str, dtype: str) -> None:
     """A test of the check: each of these would make llama.cpp compute something else without a word."""
-    h = tiny_registry()
     plan = h.plan(
         h.adapter("style", 1, r=2, target_modules=["q_proj"]), h.adapter("more", 2, target_modules=["v_proj"])
     )
@@ -433,10 +418,7 @@ def test_what_is_read_back_is_compared(tiny_registry: Any, monkeypatch: Any, fau
 
 
 @pytest.mark.parametrize("missing", [1, 100, 5000])
-def test_a_file_that_cannot_be_written_to_its_end_is_told_by_the_system(
-    tiny_registry: Any, tmp_path: Path, missing: int
-) -> None:
-    h = tiny_registry()
+def test_a_file_that_cannot_be_written_to_its_end_is_told_by_the_system(h: Any, tmp_path: Path, missing: int) -> None:
     plan = h.plan(h.adapter("style", 1))
     export_gguf(plan, h.base, tmp_path / "whole")
     [whole] = (tmp_path / "whole").iterdir()
@@ -451,8 +433,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_told_by_the_system(
     assert not [path for path in tmp_path.iterdir() if "cut" in path.name]
 
 
-def test_a_folder_that_is_taken_stays_as_it_is(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_folder_that_is_taken_stays_as_it_is(h: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     refused(h, h.plan(h.adapter("style", 1)), "already exists", kind=Usage)

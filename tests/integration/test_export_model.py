@@ -75,8 +75,7 @@ def test_what_else_is_tied_is_there_when_embeddings_are_untied(
     assert made.config.tie_word_embeddings is False
 
 
-def test_shards_stay_shards(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
-    h = tiny_registry("llama")
+def test_shards_stay_shards(h: Any, models: Any, tmp_path: Path) -> None:
     model = oracle.load_plain(models("llama"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     AutoTokenizer.from_pretrained(models("llama")).save_pretrained(tmp_path / "sharded")
@@ -91,8 +90,7 @@ def test_shards_stay_shards(tiny_registry: Any, models: Any, tmp_path: Path) -> 
     assert oracle.relative(oracle.logits(again), h.live(("style", 1.0)), h.live()) < 1e-5
 
 
-def test_tokenizer_and_configuration_come_along_and_no_pickle(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_tokenizer_and_configuration_come_along_and_no_pickle(h: Any) -> None:
     h.add("style", seed=1)
     export(h, "style")
     tokenizer = AutoTokenizer.from_pretrained(h.folder / "out")
@@ -101,9 +99,8 @@ def test_tokenizer_and_configuration_come_along_and_no_pickle(tiny_registry: Any
     assert not [*(h.folder / "out").glob("adapter_*")]
 
 
-def test_half_precision_is_rounded_once_and_the_loss_is_told(tiny_registry: Any) -> None:
+def test_half_precision_is_rounded_once_and_the_loss_is_told(h: Any) -> None:
     """Every weight is the exact sum's nearest neighbour, and the reported error is the one measured here."""
-    h = tiny_registry("llama")
     h.add("style", seed=1, scale=0.02)
     h.add("instruct", seed=2, scale=0.02)
     report = export(h, "style+instruct", "--dtype", "bfloat16").json
@@ -121,8 +118,7 @@ def test_half_precision_is_rounded_once_and_the_loss_is_told(tiny_registry: Any)
     assert json.loads((h.folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_saved_modules_replace_the_base_s_own(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_saved_modules_replace_the_base_s_own(h: Any) -> None:
     h.add("style", seed=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
     h.add("instruct", seed=2, target_modules=["v_proj"])
     export(h, "style+instruct")
@@ -131,8 +127,7 @@ def test_saved_modules_replace_the_base_s_own(tiny_registry: Any) -> None:
     assert oracle.relative(oracle.logits(model), wanted, h.live()) < 1e-5
 
 
-def test_values_that_are_no_numbers_leave_nothing_behind(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_values_that_are_no_numbers_leave_nothing_behind(h: Any) -> None:
     path = h.add("style", seed=1)
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -147,10 +142,7 @@ def test_values_that_are_no_numbers_leave_nothing_behind(tiny_registry: Any) -> 
 @pytest.mark.parametrize(
     ("weight", "dtype", "way_out"), [(1e300, "float32", "smaller weights"), (1e10, "float16", "float32")]
 )
-def test_what_does_not_fit_a_dtype_says_the_way_out(
-    tiny_registry: Any, weight: float, dtype: str, way_out: str
-) -> None:
-    h = tiny_registry()
+def test_what_does_not_fit_a_dtype_says_the_way_out(h: Any, weight: float, dtype: str, way_out: str) -> None:
     h.add("style", seed=1)
     out = h.folder / "out"
     error = h.run(
@@ -160,8 +152,7 @@ def test_what_does_not_fit_a_dtype_says_the_way_out(
     assert not out.exists()
 
 
-def test_an_existing_folder_is_not_touched(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_an_existing_folder_is_not_touched(h: Any) -> None:
     h.add("style", seed=1)
     (h.folder / "out").mkdir()
     (h.folder / "out" / "mine.txt").write_text("mine")
@@ -169,8 +160,7 @@ def test_an_existing_folder_is_not_touched(tiny_registry: Any) -> None:
     assert [p.name for p in (h.folder / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_sum_is_exact_in_float32_alone(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_a_sum_is_exact_in_float32_alone(h: Any) -> None:
     h.add("style", seed=1)
     assert export(h, "style").json["exact"] is True
     rounded = h.run("export", "style", "--format", "model", "--out", h.folder / "half", "--dtype", "bfloat16", "--json")

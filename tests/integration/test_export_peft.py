@@ -87,8 +87,7 @@ def test_every_layout(tiny_registry: Any, base: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_rounding_costs_is_reported(tiny_registry: Any, dtype: str) -> None:
-    h = tiny_registry()
+def test_what_rounding_costs_is_reported(h: Any, dtype: str) -> None:
     h.add("style", seed=1)
     h.add("instruct", seed=2, r=2)
     report = export(h, "style+instruct:2", "out", "--dtype", dtype).json
@@ -105,8 +104,7 @@ def test_what_rounding_costs_is_reported(tiny_registry: Any, dtype: str) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_failed_export_leaves_nothing(tiny_registry: Any, value: float) -> None:
-    h = tiny_registry()
+def test_a_failed_export_leaves_nothing(h: Any, value: float) -> None:
     h.add("style", seed=1)
     path = h.add("spare", seed=2)
     tensors = load_file(path / "adapter_model.safetensors")
@@ -119,8 +117,7 @@ def test_a_failed_export_leaves_nothing(tiny_registry: Any, value: float) -> Non
     assert {p.name for p in h.folder.iterdir()} == before, "no --out, and nothing beside it"
 
 
-def test_what_does_not_fit_float16_is_5(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_does_not_fit_float16_is_5(h: Any) -> None:
     h.add("huge", seed=1, scale=3e5)
     before = {p.name for p in h.folder.iterdir()}
     export(h, "huge", "out", "--dtype", "float16", code=5)
@@ -128,8 +125,7 @@ def test_what_does_not_fit_float16_is_5(tiny_registry: Any) -> None:
     export(h, "huge", "out")
 
 
-def test_tampered_taken_and_empty(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_tampered_taken_and_empty(h: Any) -> None:
     h.add("style", seed=1)
     export(h, "style", "out")
     kept = (h.folder / "out" / "adapter_model.safetensors").read_bytes()
@@ -145,9 +141,8 @@ def test_tampered_taken_and_empty(tiny_registry: Any) -> None:
     assert not (h.folder / "none").exists()
 
 
-def test_the_exported_weights_are_used_in_half_precision_too(tiny_registry: Any) -> None:
+def test_the_exported_weights_are_used_in_half_precision_too(h: Any) -> None:
     """The scale is shared over both factors, so that neither loses range where it is rounded."""
-    h = tiny_registry()
     h.add("style", seed=1, lora_alpha=4000, scale=0.01)
     export(h, "style", "out", "--dtype", "float16")
     tensors = load_file(h.folder / "out" / "adapter_model.safetensors")
@@ -157,9 +152,8 @@ def test_the_exported_weights_are_used_in_half_precision_too(tiny_registry: Any)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_the_exact_sum_is_the_algebras_bit_for_bit(tiny_registry: Any, dtype: torch.dtype) -> None:
+def test_the_exact_sum_is_the_algebras_bit_for_bit(h: Any, dtype: torch.dtype) -> None:
     """It is written by other means, without torch, from whatever the members are stored in."""
-    h = tiny_registry()
     path = h.add("style", seed=1, target_modules=["q_proj", "embed_tokens"])
     stored = {n: t.to(dtype) for n, t in load_file(path / "adapter_model.safetensors").items()}
     save_file(stored, path / "adapter_model.safetensors", {"format": "pt"})
@@ -176,8 +170,7 @@ def test_the_exact_sum_is_the_algebras_bit_for_bit(tiny_registry: Any, dtype: to
                 assert torch.equal(found[f"base_model.model.{name}.{kind.format(part)}"], wanted)
 
 
-def test_what_does_not_fit_float32_is_5(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_does_not_fit_float32_is_5(h: Any) -> None:
     h.add("huge", seed=1, scale=1e38)
     before = {p.name for p in h.folder.iterdir()}
     failed = export(h, "huge:100", "out", code=5)
@@ -185,8 +178,7 @@ def test_what_does_not_fit_float32_is_5(tiny_registry: Any) -> None:
     assert {p.name for p in h.folder.iterdir()} == before
 
 
-def test_the_exact_sum_needs_no_torch(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_exact_sum_needs_no_torch(h: Any) -> None:
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     program = "import sys\nfrom stackctl.cli import main\ntry:\n  main()\nfinally:\n  print(*sys.modules)"

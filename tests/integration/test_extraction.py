@@ -57,8 +57,7 @@ def test_biases_come_along_with_the_layers_that_changed(tiny_registry: Any, name
     }
 
 
-def test_a_full_change_is_cut_to_the_best_of_its_rank(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_full_change_is_cut_to_the_best_of_its_rank(h: Any) -> None:
     folder = tuned_model(h, lambda key, p: p.add_(0.1 * torch.randn_like(p)) if "proj" in key else None)
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 4, "--json").json
     before, after = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (h.base, folder))
@@ -91,8 +90,7 @@ def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> Non
     assert total == pytest.approx(float(delta.double().square().sum()))
 
 
-def test_what_cannot_be_extracted_is_refused(tiny_registry: Any, models: Any) -> None:
-    h = tiny_registry()
+def test_what_cannot_be_extracted_is_refused(h: Any, models: Any) -> None:
     cases: list[tuple[object, int, str]] = [
         (h.base, 4, "nothing was changed"),
         (models("gpt2"), 4, "not a fine-tune"),
@@ -112,17 +110,15 @@ def test_what_cannot_be_extracted_is_refused(tiny_registry: Any, models: Any) ->
     assert h.adapters() == set()
 
 
-def test_what_is_wrong_with_the_options_is_told_together(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_is_wrong_with_the_options_is_told_together(h: Any) -> None:
     wrong = ("--base", "other", "--tuned", h.folder / "nowhere", "--rank", 0, "--tolerance", 7, "--json")
     ran = h.run("extract", "NO", *wrong, code=2)
     message = ran.json["error"]["message"]
     assert all(word in message for word in ("NO", "other", "nowhere", "--rank 0", "--tolerance 7"))
 
 
-def test_values_that_are_no_numbers_are_named(tiny_registry: Any) -> None:
+def test_values_that_are_no_numbers_are_named(h: Any) -> None:
     """They were a failure inside the decomposition, told as a bug."""
-    h = tiny_registry()
 
     def break_two(key: str, parameter: torch.Tensor) -> None:
         planted(key, parameter)
@@ -135,9 +131,8 @@ def test_values_that_are_no_numbers_are_named(tiny_registry: Any) -> None:
     assert h.adapters() == set()
 
 
-def test_a_fine_tune_needs_no_tokenizer(tiny_registry: Any) -> None:
+def test_a_fine_tune_needs_no_tokenizer(h: Any) -> None:
     """Its weights alone are read; a Trainer that was given none saves none."""
-    h = tiny_registry()
     folder = tuned_model(h, planted)
     for file in folder.iterdir():
         if file.name != "config.json" and file.suffix != ".safetensors":
@@ -146,8 +141,7 @@ def test_a_fine_tune_needs_no_tokenizer(tiny_registry: Any) -> None:
     assert found["relative_error"] < 1e-5
 
 
-def test_a_fine_tune_on_the_hub_is_its_newest_commit(tiny_registry: Any, hub: Any) -> None:
-    h = tiny_registry()
+def test_a_fine_tune_on_the_hub_is_its_newest_commit(h: Any, hub: Any) -> None:
     folder = tuned_model(h, planted)
     hub.repo("acme/tuned", {path.name: path.read_bytes() for path in folder.iterdir()})
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", "acme/tuned", "--rank", 3, "--json").json

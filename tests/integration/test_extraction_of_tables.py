@@ -184,9 +184,8 @@ def test_experts_of_unlike_ranks_get_the_largest(run: Any, tmp_path: Path, monke
     everywhere(h, folder, tmp_path)
 
 
-def test_what_only_rounding_changed_is_not_kept(tiny_registry: Any) -> None:
+def test_what_only_rounding_changed_is_not_kept(h: Any) -> None:
     """A fine-tune that was saved in bfloat16: its norms and embeddings are the base's, as far as it can tell."""
-    h = tiny_registry()
     folder = tuned_model(h, lambda key, p: planted(key, p) if "proj" in key else None)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     found = h.run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 3, "--json").json
@@ -195,8 +194,7 @@ def test_what_only_rounding_changed_is_not_kept(tiny_registry: Any) -> None:
         assert all("lora_" in key for key in tensors.keys())  # noqa: SIM118
 
 
-def test_all_that_is_unlike_is_named_before_anything_is_read(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_all_that_is_unlike_is_named_before_anything_is_read(h: Any, models: Any, tmp_path: Path) -> None:
     config = json.loads((h.base / "config.json").read_text())
     for name, changed, said in (
         ("words", {"vocab_size": 264}, ["264 tokens, not 260"]),

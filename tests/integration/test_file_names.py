@@ -92,9 +92,8 @@ def test_a_path_that_is_too_long_is_one_short_error_and_leaves_nothing(filled_re
         assert sorted(tmp_path.rglob("*")) == before, command
 
 
-def test_names_that_the_engine_reads_and_writes(tiny_registry, tmp_path):
+def test_names_that_the_engine_reads_and_writes(h, tmp_path):
     """Training, answering and exporting, once, with files whose names are as bad as can be."""
-    h = tiny_registry()
     h.add("style", seed=1, r=2, target_modules=["q_proj"])
     data = tmp_path / f"{EVERYTHING}.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in CHAT))

@@ -47,8 +47,7 @@ def run_of(h: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_are_computed_again_where_they_fit_only_so(tiny_registry: Any, roomy: Any, dropout: float) -> None:
-    h = tiny_registry()
+def test_activations_are_computed_again_where_they_fit_only_so(h: Any, roomy: Any, dropout: float) -> None:
     options = ("--dropout", dropout, "--max-steps", 3)
     kept, again = needed(h, *options, KEPT), needed(h, *options, AGAIN)
     assert again < kept
@@ -69,8 +68,7 @@ def test_activations_are_computed_again_where_they_fit_only_so(tiny_registry: An
     assert h.bytes_of("new")[WEIGHTS] == h.bytes_of("plain")[WEIGHTS]
 
 
-def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(tiny_registry: Any, roomy: Any) -> None:
-    h = tiny_registry()
+def test_they_are_kept_where_there_is_room_and_where_it_would_not_help(h: Any, roomy: Any) -> None:
     kept, again = needed(h, KEPT), needed(h, AGAIN)
     for room in (kept, again - 1):
         roomy(room)
@@ -112,9 +110,8 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     ])],
 )  # fmt: skip
 def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
-    tiny_registry: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]]
+    h: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]]
 ) -> None:
-    h = tiny_registry()
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2)
     two = needed(h, *options, "--batch-size", 2, records=records)
     roomy(two)
@@ -144,9 +141,8 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
 ])  # fmt: skip
 @pytest.mark.usefixtures("forked_ranks")
 def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], processes: int
+    h: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], processes: int
 ) -> None:
-    h = tiny_registry()
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2, "--num-processes", processes)
     found = gradients(monkeypatch)
     runs, estimates, sizes = [], [], list[int]()
@@ -174,8 +170,7 @@ def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
         assert all(float((second[name] - value).abs().max()) <= 1e-6 * largest for name, value in first.items())
 
 
-def test_a_resumed_run_keeps_its_parts(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_a_resumed_run_keeps_its_parts(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--epochs", 2, "--save-steps", 1, "--dropout", 0.2)
     monkeypatch.setattr(memory, "PART", 60)
     whole = train(h, "whole", *options)
@@ -186,8 +181,7 @@ def test_a_resumed_run_keeps_its_parts(tiny_registry: Any, monkeypatch: pytest.M
     assert train(h, "new", *options, "--resume")["digest"] == whole["digest"]
 
 
-def test_a_step_stays_what_the_file_says(tiny_registry: Any, roomy: Any) -> None:
-    h = tiny_registry()
+def test_a_step_stays_what_the_file_says(h: Any, roomy: Any) -> None:
     roomy(needed(h, "--batch-size", 3, "--rank", 16, "--alpha", 32))
     (h.folder / "stackctl.yaml").write_text(
         f"base: tiny\ntrain:\n"
@@ -207,16 +201,14 @@ def test_a_step_stays_what_the_file_says(tiny_registry: Any, roomy: Any) -> None
     assert h.run("train", "--json").json["built"] == [], "how a step is cut makes nothing out of date"
 
 
-def test_where_nothing_fits_the_least_is_taken(tiny_registry: Any, roomy: Any) -> None:
-    h = tiny_registry()
+def test_where_nothing_fits_the_least_is_taken(h: Any, roomy: Any) -> None:
     roomy(1000)
     told = dry(h, "--batch-size", "auto").json
     assert (told["batch_size"], told["gradient_accumulation"], told["gradient_checkpointing"]) == (1, 8, True)
     assert told["memory"]["fits"] is False
 
 
-def test_a_resumed_run_keeps_how_it_was_cut(tiny_registry: Any, roomy: Any) -> None:
-    h = tiny_registry()
+def test_a_resumed_run_keeps_how_it_was_cut(h: Any, roomy: Any) -> None:
     options = ("--batch-size", "auto", "--epochs", 2, "--save-steps", 1, "--dropout", 0.2)
     enough = needed(h, *options)
     roomy(needed(h, "--batch-size", 2, "--dropout", 0.2))
@@ -232,8 +224,7 @@ def test_a_resumed_run_keeps_how_it_was_cut(tiny_registry: Any, roomy: Any) -> N
 
 
 @pytest.mark.usefixtures("forked_ranks")
-def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any) -> None:
-    h = tiny_registry()
+def test_several_processes_cut_alike(h: Any, roomy: Any) -> None:
     options = ("--num-processes", 2, "--max-steps", 2, "--dtype", "float32")
     roomy(2 * needed(h, *options, "--batch-size", 2))
     both = train(h, "both", *options, "--batch-size", "auto")
@@ -243,8 +234,7 @@ def test_several_processes_cut_alike(tiny_registry: Any, roomy: Any) -> None:
     assert both["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_what_runs_out_of_memory_is_cut_smaller(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = memory.micro_batch_loss
     tried: list[tuple[int, bool]] = []
 
@@ -272,8 +262,7 @@ def test_what_runs_out_of_memory_is_cut_smaller(tiny_registry: Any, monkeypatch:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "2.5"])
-def test_what_is_no_batch_size_is_2(tiny_registry: Any, value: str) -> None:
-    h = tiny_registry()
+def test_what_is_no_batch_size_is_2(h: Any, value: str) -> None:
     error = train(h, "new", "--batch-size", value, code=2)["error"]
     assert "batch-size" in error["message"]
 

@@ -24,8 +24,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def two(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def two(h: Any) -> Any:
     h.add("style", seed=1, target_modules=["q_proj", "down_proj"])
     h.add("instruct", seed=2, target_modules=["down_proj", "up_proj"])
     return h

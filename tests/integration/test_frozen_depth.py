@@ -33,8 +33,7 @@ def rounding_error(base: Path, adapters: list[Path], dtype: torch.dtype) -> floa
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_every_depth_trains_alike_folded_and_live(tiny_registry: Any, depth: int) -> None:
-    h = tiny_registry()
+def test_every_depth_trains_alike_folded_and_live(h: Any, depth: int) -> None:
     for seed, name in enumerate(NAMES[:depth], 1):
         h.add(name, seed=seed)
     on = "+".join(NAMES[:depth])
@@ -48,8 +47,7 @@ def test_every_depth_trains_alike_folded_and_live(tiny_registry: Any, depth: int
     assert live["loss"] == pytest.approx(folded["loss"], rel=1e-4)
 
 
-def test_half_precision_is_kept_live_unless_folding_is_forced_and_then_tells_its_error(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_half_precision_is_kept_live_unless_folding_is_forced_and_then_tells_its_error(h: Any) -> None:
     for seed, name in enumerate(NAMES[:2], 1):
         h.add(name, seed=seed, scale=0.02)
     adapters = [h.paths[name] / "adapter_model.safetensors" for name in NAMES[:2]]

@@ -77,8 +77,7 @@ def test_greedy_text_is_transformers_own_on_raw_peft(tiny_registry: Any, name: s
     assert [greedy(bare, chat_ids(p), 12) for p in PROMPTS] != texts
 
 
-def test_raw_adds_nothing_and_system_goes_first(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_raw_adds_nothing_and_system_goes_first(h: Any) -> None:
     model = oracle.live(h.base)
     for prompt in ("The sea", " is\n"):
         raw = h.run("generate", "base", "-p", prompt, "--raw", "--max-new-tokens", 8, "--json").json
@@ -88,9 +87,8 @@ def test_raw_adds_nothing_and_system_goes_first(tiny_registry: Any) -> None:
     assert told["text"] == text(greedy(model, chat_ids("Hi", "Be brief."), 8))
 
 
-def test_raw_keeps_what_the_tokenizer_puts_before_any_text(tiny_registry: Any, tmp_path: Path) -> None:
+def test_raw_keeps_what_the_tokenizer_puts_before_any_text(h: Any, tmp_path: Path) -> None:
     """A style was trained behind the BOS of such a base, and its next text begins there, too."""
-    h = tiny_registry()
     folder = tmp_path / "begins"
     shutil.copytree(h.base, folder)
     tokenizer = tiny_tokenizer()
@@ -110,8 +108,7 @@ def test_raw_keeps_what_the_tokenizer_puts_before_any_text(tiny_registry: Any, t
         assert raw["prompt"] == prompt
 
 
-def test_streamed_text_is_the_same_text(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_streamed_text_is_the_same_text(h: Any) -> None:
     h.add("style", seed=1)
     known = h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 20, "--json").json["text"]
     assert h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 20).out == known + "\n"
@@ -132,9 +129,8 @@ def eager_to_end(base: Path, out: Path, after: int) -> Path:
     return out
 
 
-def test_it_stops_at_the_end_of_the_turn(tiny_registry: Any, tmp_path: Path) -> None:
+def test_it_stops_at_the_end_of_the_turn(h: Any, tmp_path: Path) -> None:
     """The trap: the end of a turn is the padding token here, and a batch goes on padding with it."""
-    h = tiny_registry()
     folder = eager_to_end(h.base, tmp_path / "brief", 4)
     h.run("base", "add", "brief", folder)
     model = oracle.load_plain(folder)
@@ -148,8 +144,7 @@ def test_it_stops_at_the_end_of_the_turn(tiny_registry: Any, tmp_path: Path) -> 
     assert both[1]["new_tokens"] == len(wanted)
 
 
-def test_a_stop_text_ends_the_answer_before_it(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_stop_text_ends_the_answer_before_it(h: Any) -> None:
     ids = greedy(oracle.load_plain(h.base), oracle.byte_ids("The sea"), 20)
     whole = text(ids)
     piece = next(whole[i : i + 2] for i in range(4, len(whole)) if whole[i : i + 2].isascii())
@@ -193,8 +188,7 @@ def test_the_bases_own_generation_defaults_change_nothing(tiny_registry: Any, tm
     assert draws["tiny"] == draws["opinionated"]
 
 
-def test_a_seed_repeats_and_temperature_varies(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_seed_repeats_and_temperature_varies(h: Any) -> None:
     h.add("style", seed=1)
     options = ["generate", "style", "-p", "Hi", "-p", "Who?", "--temperature", 1.5, "--max-new-tokens", 16, "--json"]
     first, again, other = ([a["text"] for a in answers(h.run(*options, "--seed", seed))] for seed in (1, 1, 2))
@@ -207,8 +201,7 @@ def test_a_seed_repeats_and_temperature_varies(tiny_registry: Any) -> None:
     assert [a["text"] for a in tiny_p] == [a["text"] for a in plain], "so is a nucleus of one token"
 
 
-def test_logits_that_are_no_numbers_are_no_answer(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_logits_that_are_no_numbers_are_no_answer(h: Any) -> None:
     h.add("style", seed=1)
     for line in (
         ["generate", "style:1e300"],
@@ -219,8 +212,7 @@ def test_logits_that_are_no_numbers_are_no_answer(tiny_registry: Any) -> None:
         assert "not a finite number" in ran.out, line
 
 
-def test_prompts_that_cannot_be_answered_are_2(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_prompts_that_cannot_be_answered_are_2(h: Any, tmp_path: Path) -> None:
     h.run("generate", "base", "-p", "", code=2)
     h.run("generate", "base", "-p", " \n", code=2)
     h.run("generate", "base", stdin="", code=2)
@@ -241,8 +233,7 @@ def test_prompts_that_cannot_be_answered_are_2(tiny_registry: Any, tmp_path: Pat
     assert all(answer["schema"] == 1 for answer in found)
 
 
-def test_compare_is_generate_side_by_side(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_compare_is_generate_side_by_side(h: Any) -> None:
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     stacks = ["base", "style", "style+instruct", "style"]

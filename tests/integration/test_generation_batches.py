@@ -49,11 +49,8 @@ def test_a_batch_writes_what_each_prompt_alone_writes(tiny_registry: Any, name: 
 
 
 @pytest.mark.parametrize("model_type", ["bart", "rwkv", "doge", "git", "recurrent_gemma", "bloom", "mamba"])
-def test_a_model_that_takes_padding_for_text_is_never_padded(
-    tiny_registry: Any, tmp_path: Path, model_type: str
-) -> None:
+def test_a_model_that_takes_padding_for_text_is_never_padded(h: Any, tmp_path: Path, model_type: str) -> None:
     """All but the last two wrote other texts in a batch than alone: masks are not obeyed by every model."""
-    h = tiny_registry()
     h.run("base", "add", "other", tiny_folder(model_type, tmp_path / "other"), "--no-prove")
     stacked = load_base(resolve_base(h.registry, "other"), h.registry)
     assert can_pad(stacked.model) == (model_type in ("bloom", "mamba"))
@@ -89,10 +86,9 @@ def test_angles_of_positions_are_those_of_the_text_alone(tiny_registry: Any, tmp
     ],
 )
 def test_what_an_indexer_chooses_is_that_of_the_text_alone(
-    tiny_registry: Any, tmp_path: Path, model_type: str, chooses: dict[str, Any]
+    h: Any, tmp_path: Path, model_type: str, chooses: dict[str, Any]
 ) -> None:
     """Padding moves the columns that it chooses among."""
-    h = tiny_registry()
     h.run("base", "add", "other", tiny_folder(model_type, tmp_path / "other", **chooses), "--no-prove")
     stacked = load_base(resolve_base(h.registry, "other"), h.registry)
     assert can_pad(stacked.model, 8) == (model_type == "glm_moe_dsa") and not can_pad(stacked.model, 9)
@@ -184,8 +180,7 @@ def test_prompts_of_like_length_go_together_and_long_ones_alone() -> None:
     assert max(map(max, many[:16])) < 64, "the first answers do not wait for the last prompts"
 
 
-def test_prompts_from_every_kind_of_file(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_prompts_from_every_kind_of_file(h: Any, tmp_path: Path) -> None:
     talk = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "One it is."},
@@ -220,8 +215,7 @@ def test_prompts_from_every_kind_of_file(tiny_registry: Any, tmp_path: Path) -> 
     assert [a["prompt"] for a in asked(plain)] == ["Hi", "Who?"]
 
 
-def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(h: Any, tmp_path: Path) -> None:
     said = h.run("generate", "base", "-p", "Hi", "-p", " ", "-p", "", code=2).err
     assert "prompt 2 is empty; prompt 3 is empty" in said
     said = h.run("generate", "base", "-p", "x" * 600, "-p", "Hi", "-p", "y" * 700, "--raw", code=2).err
@@ -240,8 +234,7 @@ def test_what_is_wrong_with_prompts_is_said_by_number_and_all_at_once(tiny_regis
     h.run("generate", "base", "-p", "Hi", "--repetition-penalty", 0, code=2)
 
 
-def test_answers_go_into_a_file_whole_or_not_at_all(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_answers_go_into_a_file_whole_or_not_at_all(h: Any, tmp_path: Path) -> None:
     asked = ["generate", "base", "-p", "Hi", "-p", "Who?", "--max-new-tokens", 6]
     lines = h.run(*asked, "--json").out
     text = h.run(*asked).out
@@ -275,15 +268,13 @@ def test_live_writes_what_folded_writes(tiny_registry: Any, name: str) -> None:
     assert torch.equal(h.logits(stacked, "style:0.7+instruct"), folded)
 
 
-def test_live_refuses_what_is_no_sum(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_live_refuses_what_is_no_sum(h: Any) -> None:
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     assert "no --live" in h.run("generate", "style+whole", "-p", "Hi", "--live", code=4).err
 
 
-def test_rounding_is_reported_where_there_is_some(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_rounding_is_reported_where_there_is_some(h: Any) -> None:
     h.add("style", seed=1, scale=0.01)
     exact = h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 2, "--json")
     assert exact.json["rounding_error"] < 1e-5

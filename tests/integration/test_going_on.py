@@ -33,8 +33,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("case", "frozen"), [("plain", "fold"), *((case, "live") for case in CONFIGS)])
-def test_the_first_step_is_taken_with_it_active(tiny_registry: Any, case: str, frozen: str) -> None:
-    h = tiny_registry()
+def test_the_first_step_is_taken_with_it_active(h: Any, case: str, frozen: str) -> None:
     h.add("style", seed=1)
     h.add("chat", seed=2, **CONFIGS[case])
     report = begin(h, "more", "--from", "chat", "--frozen", frozen, *STILL, on="style")
@@ -70,8 +69,7 @@ def test_a_higher_rank_begins_with_no_effect(tiny_registry: Any, rslora: bool) -
     assert settings["alpha"] == pytest.approx(6 * (2.5**0.5 if rslora else 2.5))
 
 
-def test_a_next_version_goes_on_where_the_last_one_stopped(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_next_version_goes_on_where_the_last_one_stopped(h: Any) -> None:
     h.train("style", "--rank", 5, "--max-steps", 4, records=TEXTS)
     h.paths["style"] = h.weights("style")
     reached = oracle.loss(oracle.live(h.base, *h.members(("style", 1))), TEXTS)
@@ -83,8 +81,7 @@ def test_a_next_version_goes_on_where_the_last_one_stopped(tiny_registry: Any) -
     assert factors_of(h.weights("style", 2)).keys() == factors_of(h.weights("style")).keys()
 
 
-def test_moving_to_a_new_version_underneath(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_moving_to_a_new_version_underneath(h: Any) -> None:
     h.train("style", "--max-steps", 2, records=TEXTS)
     h.train("instruct", "--max-steps", 2, on="style")
     h.train("style", "--max-steps", 4, records=TEXTS)
@@ -92,8 +89,7 @@ def test_moving_to_a_new_version_underneath(tiny_registry: Any) -> None:
     assert (moved["version"], moved["on"], moved["from"]) == (2, ["style@2"], "instruct@1")
 
 
-def test_what_cannot_be_begun_at_is_refused(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_cannot_be_begun_at_is_refused(h: Any) -> None:
     h.add("style", seed=1)
     h.add("whole", seed=2, modules_to_save=["lm_head"])
     h.add("dora", seed=3, r=4)
@@ -126,8 +122,7 @@ def test_what_cannot_be_begun_at_is_refused(tiny_registry: Any) -> None:
     assert h.adapters() == {"style", "whole", "dora", "silent", "partly", "instruct"}
 
 
-def test_recipes_begin_at_versions(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_recipes_begin_at_versions(h: Any) -> None:
     h.data(TEXTS, "texts.jsonl")
     recipe = h.folder / "stackctl.yaml"
     plain = "rank: 4, data: texts.jsonl, max_steps: 2"

@@ -123,8 +123,7 @@ def test_each_stack_is_put_to_each_task_on_a_base_that_is_loaded_once(tiny_regis
         assert row["loss"] == pytest.approx(oracle.loss(oracle.live(h.base, *h.members(*members)), CHAT), rel=1e-5)
 
 
-def test_solved_examples_and_the_table(tiny_registry: Any, harness: None) -> None:
-    h = tiny_registry()
+def test_solved_examples_and_the_table(h: Any, harness: None) -> None:
     h.add("style", seed=1)
     rows = h.run("eval", "style", "--task", "arc_easy", "--task", "zero", "--num-fewshot", 5, "--json").json["tasks"]
     assert {row["task"]: row["num_fewshot"] for row in rows} == {"arc_easy": 5, "zero": 0}
@@ -136,9 +135,8 @@ def test_solved_examples_and_the_table(tiny_registry: Any, harness: None) -> Non
 
 
 def test_what_cannot_be_put_to_a_model_is_told_before_one_is_loaded(
-    tiny_registry: Any, harness: None, fails: Any, monkeypatch: pytest.MonkeyPatch
+    h: Any, harness: None, fails: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = tiny_registry()
     monkeypatch.setattr("stackctl.engine.models.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     (h.folder / "bad.yaml").write_text("dataset_path: json\n")
     (h.folder / "one.yaml").write_text("task: own\n")
@@ -183,10 +181,7 @@ def test_without_the_extra_it_says_how_to_get_it(
         ([], "no data"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(
-    tiny_registry: Any, fails: Any, options: list[str], named: str
-) -> None:
-    h = tiny_registry()
+def test_options_that_would_change_nothing_are_refused(h: Any, fails: Any, options: list[str], named: str) -> None:
     h.add("style", seed=1)
     h.data(CHAT)
     assert named in fails("eval", "style", *options, code=2)

@@ -37,8 +37,7 @@ def run_of(h: Any, name: str) -> dict[str, Any]:
     return h.run("inspect", name, "--json").json["run"]
 
 
-def test_looking_disturbs_nothing(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_looking_disturbs_nothing(h: Any) -> None:
     h.add("style", seed=1, lora_dropout=0.5)
     plain = h.train("plain", *GREEDY, on="style")
     watched = h.train("watched", *GREEDY, *held_out(h), "--eval-steps", 3, "--keep", "last", on="style")
@@ -49,8 +48,7 @@ def test_looking_disturbs_nothing(tiny_registry: Any) -> None:
         assert plain[key] == watched[key]
 
 
-def test_what_is_found_is_the_loss_of_the_weights_and_the_best_are_kept(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_is_found_is_the_loss_of_the_weights_and_the_best_are_kept(h: Any) -> None:
     style = h.add("style", seed=1)
     found = h.train("best", *GREEDY, *held_out(h), "--eval-steps", 1, on="style")
     losses = looks(h, "best")
@@ -73,8 +71,7 @@ def test_what_is_found_is_the_loss_of_the_weights_and_the_best_are_kept(tiny_reg
     assert (last["kept_step"], last["eval_loss"]) == (20, losses[20])
 
 
-def test_the_curve_is_seen(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_curve_is_seen(h: Any) -> None:
     h.train("style", *GREEDY, *held_out(h), "--eval-steps", 10)
     curve = h.run("inspect", "style", "--curve", "--json").json["curves"]["style@1"]
     log = h.log("style")
@@ -91,16 +88,14 @@ def test_the_curve_is_seen(tiny_registry: Any) -> None:
     assert "no losses were recorded" in h.run("inspect", "made", "--curve").out
 
 
-def test_ten_looks_unless_told_otherwise(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_ten_looks_unless_told_otherwise(h: Any) -> None:
     h.train("ten", *GREEDY, *held_out(h))
     assert list(looks(h, "ten")) == list(range(0, 21, 2))
     h.train("few", *GREEDY[:-1], 3, *held_out(h))
     assert list(looks(h, "few")) == [0, 1, 2, 3]
 
 
-def test_it_stops_when_nothing_better_comes(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_it_stops_when_nothing_better_comes(h: Any) -> None:
     whole = h.train("whole", *GREEDY, *held_out(h), "--eval-steps", 1)
     losses = looks(h, "whole")
     for patience in (1, 3):
@@ -117,9 +112,8 @@ def test_it_stops_when_nothing_better_comes(tiny_registry: Any) -> None:
     assert not whole["stopped_early"]
 
 
-def test_a_resumed_run_knows_what_was_best(tiny_registry: Any) -> None:
+def test_a_resumed_run_knows_what_was_best(h: Any) -> None:
     """The best weights came before the save; a second kill comes after a look that the save does not know of."""
-    h = tiny_registry()
     h.add("style", seed=1)
     options = (*GREEDY, "--learning-rate", 0.15, "--eval-steps", 1, "--save-steps", 6, "--frozen", "live")
     whole = h.train("whole", *options, *held_out(h), on="style")
@@ -142,8 +136,7 @@ def test_a_resumed_run_knows_what_was_best(tiny_registry: Any) -> None:
     assert same(weights(h, "new"), weights(h, "whole"))
 
 
-def test_a_run_that_stopped_early_and_was_killed_trains_no_further(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_run_that_stopped_early_and_was_killed_trains_no_further(h: Any) -> None:
     options = (*GREEDY, *held_out(h), "--eval-steps", 1, "--save-steps", 1, "--patience", 2)
     whole = h.train("whole", *options)
     assert whole["stopped_early"]
@@ -160,16 +153,14 @@ def test_a_run_that_stopped_early_and_was_killed_trains_no_further(tiny_registry
     )  # fmt: skip
 
 
-def test_held_out_records_have_to_be_there(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_held_out_records_have_to_be_there(h: Any) -> None:
     for option in ("--eval-steps", "--patience"):
         error = h.train("new", option, 2, code=2)["error"]
         assert option in error["message"]
         assert "--eval-data" in error["hint"]
 
 
-def test_a_recipe_is_out_of_date_when_records_are_others_that_decide(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_recipe_is_out_of_date_when_records_are_others_that_decide(h: Any) -> None:
     data = h.data()
     h.data(TEXTS, "held-out.jsonl")
 

@@ -14,9 +14,8 @@ HOSTILE = "</title></dd></text><script>alert(1)</script><img src=x onerror=alert
 
 
 @pytest.fixture
-def stack(tiny_registry: Any) -> Any:
+def stack(h: Any) -> Any:
     """storyteller = style + instruct on it + tone, with a curve of style's training."""
-    h = tiny_registry("llama")
     h.add("style", seed=1)
     log = "".join(json.dumps({"step": n, "loss": 4 - n / 10}) + "\n" for n in range(1, 20))
     (h.weights("style") / "training_log.jsonl").write_text(log)

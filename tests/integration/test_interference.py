@@ -199,8 +199,7 @@ def test_what_is_no_delta_is_named_and_left_out(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pair_of_adapters(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def pair_of_adapters(h: Any) -> Any:
     h.add("style", seed=1)
     h.add("instruct", seed=2, r=3)
     return h
@@ -216,8 +215,7 @@ def test_the_command_tells_the_same_as_the_engine(pair_of_adapters: Any) -> None
     assert len(plain["most_opposed"]) == 2  # layers, of a model that has two
 
 
-def test_whole_modules_are_named_as_not_compared(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_whole_modules_are_named_as_not_compared(h: Any) -> None:
     h.add("style", seed=1, modules_to_save=["lm_head"])
     h.add("instruct", seed=2)
     told = h.run("inspect", "style+instruct", "--interference", "--json").json["interference"]

@@ -92,8 +92,7 @@ def test_no_bit_of_a_factor_changes(tiny_registry: Any, dtype: torch.dtype) -> N
     assert len(made) == expected
 
 
-def test_what_is_none_is_refused_by_name(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_what_is_none_is_refused_by_name(h: Any) -> None:
     good = lora_file(h.base, h.folder / "good.safetensors")
     key = next(iter(good)).partition(".")[0]
     cases: list[tuple[dict[str, torch.Tensor], str]] = [

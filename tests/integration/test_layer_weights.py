@@ -42,8 +42,7 @@ def edit(h: Any, name: str, layer_weights: dict[str, float]) -> None:
 
 
 @pytest.fixture
-def layered(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def layered(h: Any) -> Any:
     h.add("style", seed=1)
     h.add("instruct", seed=2, r=3, use_rslora=True)
     h.run("compose", "style:2+instruct:0.5", "--name", "s")

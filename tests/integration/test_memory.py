@@ -139,10 +139,7 @@ def test_more_of_everything_costs_more(base_of: Any) -> None:
     assert replace(many, available=one.total, shared=False).fits
 
 
-def test_the_dry_run_says_what_is_needed_and_whether_it_fits(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h = tiny_registry()
+def test_the_dry_run_says_what_is_needed_and_whether_it_fits(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = h.data()
     one = h.run("train", "new", "--data", data, "--batch-size", 1, "--dry-run", "--json").json["memory"]
     all_ = h.run("train", "new", "--data", data, "--batch-size", 5, "--dry-run", "--json").json["memory"]

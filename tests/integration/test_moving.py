@@ -18,9 +18,8 @@ STILL = ("--max-steps", 1, "--learning-rate", 1e-30)
 
 
 @pytest.fixture
-def moved(tiny_registry: Any) -> Any:
+def moved(h: Any) -> Any:
     """style@1, instruct@1 on it, and style@2, which is another."""
-    h = tiny_registry()
 
     def make() -> None:
         h.train("style", "--max-steps", 15, "--learning-rate", 0.02, records=TEXTS)

@@ -39,8 +39,7 @@ def quantised(base: Any) -> Any:
     return model
 
 
-def test_training_on_a_base_of_four_bits_has_the_stack_live(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_training_on_a_base_of_four_bits_has_the_stack_live(h: Any) -> None:
     style = h.add("style", seed=1, scale=0.2)
     before = h.bytes_of("style")
     alone = oracle.loss(quantised(h.base), CHAT)
@@ -81,8 +80,7 @@ def test_gradients_go_through_weights_that_were_evaluated(packing_cpu: bool, tmp
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_a_run_on_four_bits_is_resumed(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_run_on_four_bits_is_resumed(h: Any) -> None:
     options = ("--dtype", "nf4", "--max-steps", 4, "--save-steps", 2)
     h.train("whole", *options)
 
@@ -96,8 +94,7 @@ def test_a_run_on_four_bits_is_resumed(tiny_registry: Any) -> None:
     assert h.bytes_of("new")["adapter_model.safetensors"] == h.bytes_of("whole")["adapter_model.safetensors"]
 
 
-def test_what_four_bits_cannot_do_is_told_at_once(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_what_four_bits_cannot_do_is_told_at_once(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h.add("style", seed=1)
     error = h.train("new", "--dtype", "nf4", "--frozen", "fold", on="style", code=4)["error"]
     assert "--frozen fold" in error["hint"]

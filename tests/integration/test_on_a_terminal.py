@@ -26,9 +26,8 @@ def watched(tmp_path: Path) -> Iterator[Any]:
         terminal.close()
 
 
-def test_one_ctrl_c_ends_the_step_and_says_how_to_go_on(tiny_registry: Any, watched: Any) -> None:
+def test_one_ctrl_c_ends_the_step_and_says_how_to_go_on(h: Any, watched: Any) -> None:
     """The preview is coloured, the key is answered at once, and what is typed again is what the hint says."""
-    h = tiny_registry()
     data = h.data(CHAT * 8)
     words = ["train", "new", "--data", data, "--rank", 2, "--max-steps", 60]
     run = watched(*words)

@@ -24,8 +24,7 @@ def states(h: Any, name: str) -> list[dict[str, Any]]:
     return [{**state, **state.get("__bnb_optimizer_quant_state__", {})} for state in found]
 
 
-def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(h: Any) -> None:
     whole = h.train("plain", *WIDE, "--max-steps", 4)
     eight = h.train("eight", *WIDE, *EIGHT, "--max-steps", 4)
     assert eight["loss"] == pytest.approx(whole["loss"], rel=0.02)
@@ -33,8 +32,7 @@ def test_the_state_has_eight_bits_and_the_run_is_near_that_of_adamw(tiny_registr
     assert h.registry.find_adapter("eight").newest().settings["optimizer"] == "adamw-8bit"
 
 
-def test_a_run_of_eight_bits_goes_on_as_it_was(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_run_of_eight_bits_goes_on_as_it_was(h: Any) -> None:
     options = (*WIDE, *EIGHT, "--epochs", 4, "--save-steps", 1, "--batch-size", 3)
     whole = h.train("whole", *options)
     h.at_step(3, interrupt)
@@ -46,9 +44,8 @@ def test_a_run_of_eight_bits_goes_on_as_it_was(tiny_registry: Any) -> None:
     assert h.train("new", *options, "--resume")["digest"] == whole["digest"]
 
 
-def test_the_estimate_counts_what_is_kept(tiny_registry: Any) -> None:
+def test_the_estimate_counts_what_is_kept(h: Any) -> None:
     """Against the bytes of the states that a run has saved."""
-    h = tiny_registry()
     options = (*WIDE, "--epochs", 2, "--save-steps", 1, "--batch-size", 3)
     for name, more in (("plain", ()), ("eight", EIGHT)):
         told = h.run("train", name, "--data", h.data(CHAT), *options, *more, "--dry-run", "--json").json["memory"]
@@ -88,8 +85,7 @@ def test_a_missing_kernel_is_refused_with_the_reason(tiny_registry: Any, monkeyp
     optimizers.check_kernels("adamw")
 
 
-def test_without_the_package_it_is_refused_by_name(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_without_the_package_it_is_refused_by_name(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else found(name, *more)
@@ -100,8 +96,7 @@ def test_without_the_package_it_is_refused_by_name(tiny_registry: Any, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_kept_in_parts_it_is_refused(tiny_registry: Any, tmp_path: Path, kind: str) -> None:
-    h = tiny_registry()
+def test_kept_in_parts_it_is_refused(h: Any, tmp_path: Path, kind: str) -> None:
     config = tmp_path / "accelerate.yaml"
     config.write_text(f"distributed_type: {kind}\nnum_processes: 2\nfsdp_config: {{fsdp_version: 2}}\n")
     assert "8 bits" in h.train("new", *EIGHT, "--accelerate-config", config, code=2)["error"]["message"]

@@ -176,10 +176,7 @@ def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypat
     assert moved == 2, "when it has paid, and no more often"
 
 
-def test_copied_weights_are_the_bases_and_stacks_are_folded_into_them(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h = tiny_registry("llama")
+def test_copied_weights_are_the_bases_and_stacks_are_folded_into_them(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h.add("style", seed=1)
     stacked, plain = h.load(), h.load()
     base = {name: weight.clone() for name, weight in stacked.model.named_parameters()}

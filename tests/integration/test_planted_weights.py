@@ -21,8 +21,7 @@ RECORDS, LENGTH = 15, 240
     ("per", "weights"),
     [("member", (0.6, 1.4)), ("layer", (0.7, 1.3, 1.2, 0.8))],
 )
-def test_planted_weights_come_back(tiny_registry: Any, per: Any, weights: tuple[float, ...]) -> None:
-    h = tiny_registry("llama")
+def test_planted_weights_come_back(h: Any, per: Any, weights: tuple[float, ...]) -> None:
     h.add("style", seed=1, scale=0.4)
     h.add("instruct", seed=2, scale=0.4)
     plan, stacked = h.plan("style+instruct"), h.load()

@@ -45,11 +45,8 @@ def test_autocast_is_chosen_only_where_it_helps(
     assert found is expected
 
 
-def test_training_under_autocast_is_nearly_training_in_float32(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_under_autocast_is_nearly_training_in_float32(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen and active all the same, the proofs pass, and what is saved is float32."""
-    h = tiny_registry("llama")
     h.add("style", seed=1)
     plain = h.train("plain", "--max-steps", 3, on="style")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)

@@ -43,8 +43,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_the_reference_is_kept_for_a_run_that_is_the_same(tiny_registry: Any, data: Path, computed: list[int]) -> None:
-    h = tiny_registry()
+def test_the_reference_is_kept_for_a_run_that_is_the_same(h: Any, data: Path, computed: list[int]) -> None:
     h.with_one()
     args = ("--on", "one", "--data", data, "--objective", "dpo", "--max-steps", 4, *RUN, "--json")
     first = h.run("train", "a", *args).json
@@ -59,8 +58,7 @@ def test_the_reference_is_kept_for_a_run_that_is_the_same(tiny_registry: Any, da
 
 
 @pytest.mark.parametrize("change", ["data", "stack", "weight", "base alone", "precision"])
-def test_another_run_has_another_reference(tiny_registry: Any, data: Path, computed: list[int], change: str) -> None:
-    h = tiny_registry()
+def test_another_run_has_another_reference(h: Any, data: Path, computed: list[int], change: str) -> None:
     common = {"--on": "one", "--data": data, "--objective": "dpo", "--max-steps": 1, "--dtype": "float32"}
 
     def train(name: str, **_: Any) -> None:
@@ -84,9 +82,8 @@ def test_another_run_has_another_reference(tiny_registry: Any, data: Path, compu
 
 
 def test_a_damaged_reference_is_computed_again(
-    tiny_registry: Any, data: Path, computed: list[int], empty_token_cache: Path
+    h: Any, data: Path, computed: list[int], empty_token_cache: Path
 ) -> None:
-    h = tiny_registry()
     args = ("--data", data, "--objective", "dpo", "--max-steps", 2, *RUN, "--json")
     first = h.run("train", "a", *args).json
     (file,) = empty_token_cache.rglob("log_probabilities.npy")
@@ -101,9 +98,8 @@ def test_a_damaged_reference_is_computed_again(
     ("objective", "dtype"), [("dpo", "float32"), ("dpo", "bfloat16"), ("kto", "bfloat16"), ("simpo", "float32")]
 )
 def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
-    tiny_registry: Any, data: Path, objective: str, dtype: str, tmp_path: Path
+    h: Any, data: Path, objective: str, dtype: str, tmp_path: Path
 ) -> None:
-    h = tiny_registry()
     h.with_one()
     held_out = write_jsonl(tmp_path / "held.jsonl", PAIRS[:3])
     args = (
@@ -123,8 +119,7 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
 
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_two_processes_have_the_numbers_of_one(tiny_registry: Any, tmp_path: Path, objective: str) -> None:
-    h = tiny_registry()
+def test_two_processes_have_the_numbers_of_one(h: Any, tmp_path: Path, objective: str) -> None:
     data = write_jsonl(tmp_path / "answers.jsonl", (LABELLED if objective == "kto" else PAIRS)[:13])
     held_out = write_jsonl(tmp_path / "held.jsonl", (LABELLED if objective == "kto" else PAIRS)[:3])
     args = (
@@ -140,8 +135,7 @@ def test_two_processes_have_the_numbers_of_one(tiny_registry: Any, tmp_path: Pat
     assert distance(factors_of(Path(two["path"])), factors_of(Path(one["path"]))) < 1e-3
 
 
-def test_a_recipe_says_the_objective(tiny_registry: Any, data: Path, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_recipe_says_the_objective(h: Any, data: Path, tmp_path: Path) -> None:
     recipe = (
         "base: tiny\ntrain:\n  taste: {data: pairs.jsonl, objective: dpo, beta: 0.3, sft_weight: 0.1, max_steps: 2}\n"
     )
@@ -154,8 +148,7 @@ def test_a_recipe_says_the_objective(tiny_registry: Any, data: Path, tmp_path: P
     assert "objective" in step["why"]
 
 
-def test_a_dry_run_shows_both_answers(tiny_registry: Any, data: Path) -> None:
-    h = tiny_registry()
+def test_a_dry_run_shows_both_answers(h: Any, data: Path) -> None:
     ran = h.run("train", "x", "--data", data, "--objective", "dpo", "--dry-run", "--json")
     assert [(piece["text"], piece["supervised"]) for piece in ran.json["preview"]] == [
         ("Say red:", False), (" red<|im_end|>", True), (" no red, and nothing else<|im_end|>", True),
@@ -170,9 +163,8 @@ def test_that_both_kinds_of_answers_became_less_likely_is_said() -> None:
     assert fallen({True: -1.0}) is None
 
 
-def test_a_run_that_makes_both_less_likely_says_so(tiny_registry: Any, tmp_path: Path) -> None:
+def test_a_run_that_makes_both_less_likely_says_so(h: Any, tmp_path: Path) -> None:
     """One answer is desired, and the same one behind other prompts is to be avoided: it goes down everywhere."""
-    h = tiny_registry()
     same = [{"prompt": f"{n}:", "completion": "so it goes", "label": n == 5} for n in range(9)]
     data = write_jsonl(tmp_path / "same.jsonl", same)
     args = ("--data", data, "--objective", "kto", "--dtype", "float32", "--learning-rate", 0.01, "--max-steps", 5)

@@ -107,8 +107,7 @@ def test_equal_answers_count_half():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_learns_to_rank_on_a_frozen_stack(tiny_registry, data, objective):
-    h = tiny_registry()
+def test_a_run_learns_to_rank_on_a_frozen_stack(h, data, objective):
     h.with_one()
     done = h.run(
         "train", "taste", "--on", "one", "--data", data, "--objective", objective, "--max-steps", 12,
@@ -126,8 +125,7 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(tiny_registry, data, objective):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_accumulation_and_layout_change_no_number(tiny_registry, data, objective):
-    h = tiny_registry()
+def test_accumulation_and_layout_change_no_number(h, data, objective):
     losses = []
     for name, flags in (("a", ("--batch-size", 6)), ("b", ("--batch-size", 2, "--gradient-accumulation", 3))):
         args = ("--data", data, "--objective", objective, "--max-steps", 4, "--dtype", "float32", "--json")
@@ -136,8 +134,7 @@ def test_accumulation_and_layout_change_no_number(tiny_registry, data, objective
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_without_it(tiny_registry, data):
-    h = tiny_registry()
+def test_a_run_that_begins_at_another_adapter_is_compared_with_the_frozen_stack_without_it(h, data):
     args = ("--data", data, "--objective", "dpo", "--dtype", "float32", "--learning-rate", "1e-2", "--json")
     h.run("train", "first", *args, "--max-steps", 6)
     done = h.run("train", "second", *args, "--max-steps", 1, "--from", "first").json
@@ -167,8 +164,7 @@ def test_an_objective_of_pairs_wants_pairs(tiny_registry, tmp_path):
     assert "takes pairs of answers" in ran.err
 
 
-def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(tiny_registry, data):
-    h = tiny_registry()
+def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(h, data):
     h.train("one", "--max-steps", 2, "--dtype", "float32")
     losses = []
     for name, frozen in (("a", "fold"), ("b", "live")):
@@ -181,8 +177,7 @@ def test_a_frozen_stack_that_is_live_gives_the_run_of_one_that_is_folded(tiny_re
 # -- KTO -----------------------------------------------------------------------------------------------------------
 
 
-def test_kto_learns_from_answers_with_labels(tiny_registry, labelled):
-    h = tiny_registry()
+def test_kto_learns_from_answers_with_labels(h, labelled):
     h.with_one()
     args = ("--on", "one", "--data", labelled, "--objective", "kto", "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 12, "--batch-size", 4, "--json").json
@@ -194,8 +189,7 @@ def test_kto_learns_from_answers_with_labels(tiny_registry, labelled):
     assert log[-1]["loss"] < 0.5
 
 
-def test_answers_with_labels_in_another_spelling_are_the_same_run(tiny_registry, labelled, tmp_path):
-    h = tiny_registry()
+def test_answers_with_labels_in_another_spelling_are_the_same_run(h, labelled, tmp_path):
     other = tmp_path / "labelled.csv"
     rows = [f'"{r["prompt"]}","{r["completion"]}",{r["label"]}' for r in LABELLED]
     other.write_text("\n".join(["prompt,completion,label", *rows, ""]))
@@ -257,8 +251,7 @@ def test_an_answer_is_swapped_with_the_nearest_of_another_prompt():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_held_out_answers_are_looked_at_while_training(tiny_registry, data, objective):
-    h = tiny_registry()
+def test_held_out_answers_are_looked_at_while_training(h, data, objective):
     h.with_one()
     args = ("--on", "one", "--data", data, "--objective", objective, "--dtype", "float32", "--learning-rate", "1e-2")
     done = h.run("train", "taste", *args, "--max-steps", 10, "--eval-data", data, "--json").json
@@ -329,8 +322,7 @@ def _log_p(model: Any, tokenizer: Any, pair: dict[str, str], answer: str) -> flo
     return float(sum(logs[n - 1, tokens[0, n]] for n in range(len(prompt), tokens.shape[1])))
 
 
-def test_without_against_pairs_are_ranked_compared_with_the_base(tiny_registry, data):
-    h = tiny_registry()
+def test_without_against_pairs_are_ranked_compared_with_the_base(h, data):
     h.train("one", "--max-steps", 2, "--dtype", "float32")
     found = h.run("eval", "one", "--data", data, "--json").json
     both = h.run("eval", "one", "base", "--data", data, "--json").json

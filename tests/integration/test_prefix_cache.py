@@ -103,8 +103,7 @@ def test_the_text_of_every_turn_is_that_from_nothing(tiny_registry: Any, other: 
             assert talk.widths[0] == (1 if name not in CONFIGS else tokens)
 
 
-def test_another_stack_another_beginning_and_back(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_another_stack_another_beginning_and_back(h: Any) -> None:
     h.add("style", seed=1)
     stacked = h.load()
     style, bare = h.plan("style"), h.plan("base")

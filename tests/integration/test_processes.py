@@ -57,10 +57,9 @@ def meddle(h: Any, monkeypatch: pytest.MonkeyPatch, *, delay: float = 0, error: 
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EACCES, False)])
 def test_a_save_that_one_process_cannot_write_ends_both(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, number: int, room: bool
+    h: Any, monkeypatch: pytest.MonkeyPatch, number: int, room: bool
 ) -> None:
     """Both say the true reason, nothing is left of it, and the save before it is what --resume goes on from."""
-    h = tiny_registry()
     options = (*TWO, "--save-steps", 2, "--max-steps", 6)
     meddle(h, monkeypatch, error=number)
     error = h.train("new", *options, code=1)["error"]
@@ -75,12 +74,11 @@ def test_a_save_that_one_process_cannot_write_ends_both(
     assert h.train("new", *options, "--resume")["steps"] == 6
 
 
-def test_two_processes_are_one_training(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_are_one_training(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the middle and resumed, two processes end with what one process makes of the same steps.
 
     The process that makes a save's folder is late, and the other has something to write into it.
     """
-    h = tiny_registry()
     meddle(h, monkeypatch, delay=0.3)
     h.add("style", seed=1)
     style = h.bytes_of("style")
@@ -113,8 +111,7 @@ def test_two_processes_are_one_training(tiny_registry: Any, monkeypatch: pytest.
     assert h.run("verify", "--json").json["problems"] == []
 
 
-def test_what_is_wrong_is_told_before_anything_is_launched(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_what_is_wrong_is_told_before_anything_is_launched(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was launched"))
     error = h.train("new", "--num-processes", 2, records=[{"text": "a"}, {"messages": "no"}], code=2)["error"]
     assert "line 2" in error["message"]
@@ -134,9 +131,8 @@ def test_what_is_wrong_is_told_before_anything_is_launched(tiny_registry: Any, m
     assert h.adapters() == set()
 
 
-def test_a_launcher_that_makes_one_process_of_two_is_found_out(tiny_registry: Any) -> None:
+def test_a_launcher_that_makes_one_process_of_two_is_found_out(h: Any) -> None:
     """The trap: accelerate starts a single process for a CPU configuration, and says nothing."""
-    h = tiny_registry()
     config = h.folder / "accelerate.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
@@ -154,8 +150,7 @@ def command(h: Any, name: str, *options: object) -> list[str]:
     return [str(part) for part in ("train", name, "--data", h.data(RECORDS), *COMMON, "--batch-size", 2, *options)]
 
 
-def test_a_launched_process_does_not_launch_again(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_a_launched_process_does_not_launch_again(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was launched"))

@@ -55,8 +55,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_registry: Any, name: str, f
 
 
 @pytest.mark.parametrize("at", [5, 12])
-def test_ctrl_c_saves_the_step_it_came_in(tiny_registry: Any, at: int) -> None:
-    h = tiny_registry()
+def test_ctrl_c_saves_the_step_it_came_in(h: Any, at: int) -> None:
     h.add("style", seed=1)
     whole = h.train("whole", *SHAPE, on="style")
     h.at_step(at, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -67,8 +66,7 @@ def test_ctrl_c_saves_the_step_it_came_in(tiny_registry: Any, at: int) -> None:
     same_run(h, h.train("new", *SHAPE, "--resume", on="style"), whole)
 
 
-def test_resuming_twice_and_with_nothing_saved(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_resuming_twice_and_with_nothing_saved(h: Any) -> None:
     h.add("style", seed=1)
     whole = h.train("whole", *LIVELY, on="style")
     h.at_step(1, interrupt)
@@ -83,9 +81,8 @@ def test_resuming_twice_and_with_nothing_saved(tiny_registry: Any) -> None:
 
 
 def test_a_run_that_was_cut_off_after_it_was_registered_is_not_registered_twice(
-    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+    h: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = tiny_registry()
     remove = shutil.rmtree
 
     def cut_off(path: Any, **options: Any) -> None:

@@ -32,8 +32,7 @@ def weights(h: Any, name: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_the_settings_a_resumed_run_is_the_uninterrupted_one(tiny_registry: Any, kind: str) -> None:
-    h = tiny_registry()
+def test_whatever_the_settings_a_resumed_run_is_the_uninterrupted_one(h: Any, kind: str) -> None:
     h.add("style", seed=1)
     h.data(CHAT, "held-out.jsonl")
     records = TEXTS if kind == "packed" else CHAT
@@ -62,8 +61,7 @@ def without_its_last_word(save: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [half_written, being_removed, without_its_last_word])
-def test_half_a_save_is_never_taken(tiny_registry: Any, damage: Any) -> None:
-    h = tiny_registry()
+def test_half_a_save_is_never_taken(h: Any, damage: Any) -> None:
     options = (*SAVED, "--epochs", 3)
     h.train("whole", *options)
     h.at_step(5, interrupt)
@@ -78,8 +76,7 @@ def test_half_a_save_is_never_taken(tiny_registry: Any, damage: Any) -> None:
     assert weights(h, "new") == weights(h, "whole")
 
 
-def test_sigterm_saves_the_step_it_came_in_and_ends_with_143(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_sigterm_saves_the_step_it_came_in_and_ends_with_143(h: Any) -> None:
     h.train("whole", *SAVED, "--epochs", 3)
     handler = signal.getsignal(signal.SIGTERM)
     h.at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -94,9 +91,8 @@ def test_sigterm_saves_the_step_it_came_in_and_ends_with_143(tiny_registry: Any)
     assert weights(h, "new") == weights(h, "whole"), "the hint is the command that goes on"
 
 
-def test_a_full_disk_keeps_the_save_before(tiny_registry: Any) -> None:
+def test_a_full_disk_keeps_the_save_before(h: Any) -> None:
     """The system refuses to write more of a file; torch, safetensors and Trainer each say it in words of their own."""
-    h = tiny_registry()
     options = (*SAVED, "--epochs", 3)
     h.train("whole", *options)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -133,8 +129,7 @@ def test_a_base_that_went_away_costs_nothing(tiny_registry: Any, tmp_path: Path,
     assert weights(h, "new") == weights(h, "whole")
 
 
-def test_other_settings_are_named_with_what_they_were(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_other_settings_are_named_with_what_they_were(h: Any) -> None:
     h.at_step(3, interrupt)
     h.train("new", *SAVED, "--epochs", 3, code=130)
     message = h.train("new", *SAVED, "--epochs", 4, "--seed", 5, "--resume", code=2)["error"]["message"]
@@ -142,8 +137,7 @@ def test_other_settings_are_named_with_what_they_were(tiny_registry: Any) -> Non
     assert "seed (0, now 5)" in message
 
 
-def test_two_runs_of_one_name_are_one_too_many(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_two_runs_of_one_name_are_one_too_many(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "_HELD_TIMEOUT", 0.1)
     with run_folder(h.registry, "new").held():
         message = h.train("new", "--max-steps", 1, code=1)["error"]["message"]

@@ -223,9 +223,8 @@ def test_padding_and_a_cache_still_work_under_it(models: Any) -> None:
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), wanted)
 
 
-def test_gradient_checkpointing_changes_memory_alone(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_changes_memory_alone(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights; layers run again on the way back."""
-    h = tiny_registry()
     h.add("style", seed=1)
     calls: list[bool] = []
     right = attention.segment_attention

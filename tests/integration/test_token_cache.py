@@ -185,8 +185,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     assert peak(5600) < 1.5 * peak(700)
 
 
-def test_training_is_the_same_with_and_without(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_training_is_the_same_with_and_without(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h.train("without", "--max-steps", 3, "--no-cache")
     h.train("made", "--max-steps", 3)
     monkeypatch.setattr(cache, "encode_pieces", never)

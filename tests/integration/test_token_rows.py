@@ -160,8 +160,7 @@ def test_half_precision_says_what_it_lost(tiny_registry: Any, tmp_path: Path) ->
     assert not told["exact"]
 
 
-def test_a_token_is_one_members(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    h = tiny_registry("llama")
+def test_a_token_is_one_members(h: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     h.add("chat", seed=2, trainable_token_indices={"embed_tokens": [10, 200]})
     h.add("apart", seed=3, trainable_token_indices={"lm_head": [10]})
@@ -219,8 +218,7 @@ def test_a_weight_by_module_stands_on_its_rows(tiny_registry: Any, kind: str, tm
         assert oracle.relative(peft_logits(h.base, tmp_path / "peft"), wanted, bare) < 1e-5
 
 
-def test_what_other_programs_take(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry("llama")
+def test_what_other_programs_take(h: Any, tmp_path: Path) -> None:
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     for target in ("vllm", "gguf", "ollama"):
         problems = h.run("inspect", "style", "--for", target, "--json", code=None).json["problems"]
@@ -261,8 +259,7 @@ def broken(h: Any, out: Path, **change: Any) -> Path:
         ({"narrow": True}, "31 values"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_itself(tiny_registry: Any, tmp_path: Path, change: Any, said: str) -> None:
-    h = tiny_registry("llama")
+def test_a_checkpoint_that_does_not_fit_itself(h: Any, tmp_path: Path, change: Any, said: str) -> None:
     message = h.run("add", "odd", broken(h, tmp_path / "odd", **change), "--json", code=4).json["error"]["message"]
     assert said in message
 
@@ -291,8 +288,7 @@ def test_weights_can_be_learned(tiny_registry: Any, kind: str, per: Any) -> None
     assert names == {""} if per == "member" else {"model.embed_tokens", "lm_head"} <= names
 
 
-def test_what_fit_and_best_and_sweep_do(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_what_fit_and_best_and_sweep_do(h: Any) -> None:
     h.add("style", seed=1, trainable_token_indices=[3, 10])
     data = h.data()
     made = h.run("compose", "style:0.7", "--name", "s", "--fit", data, "--fit-steps", 2, "--json").json
@@ -333,8 +329,7 @@ def test_every_command_has_the_rows(tiny_registry: Any) -> None:
     assert h.run("inspect", h.paths["style"], "--json").json["token_rows"][0]["tokens"] == [3, 10]
 
 
-def test_a_served_stack_with_rows_is_answered_in_its_turn(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_a_served_stack_with_rows_is_answered_in_its_turn(h: Any) -> None:
     h.add("style", seed=1, scale=0.3, trainable_token_indices=[3, 10])
     h.add("plain", seed=2, scale=0.3)
     sampling, names = Sampling(max_new_tokens=12), ["style", "plain", "style:0.5+plain", "base"]

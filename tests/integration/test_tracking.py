@@ -18,8 +18,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_gets_the_losses_of_the_log(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_tensorboard_gets_the_losses_of_the_log(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     eval_data = h.data(TEXTS, "held-out.jsonl")
     ran = h.run(
         "train", "style", "--data", h.data(), "--rank", 2, "--max-steps", 4, "--eval-data", eval_data, "--eval-steps",
@@ -43,9 +42,8 @@ def test_tensorboard_gets_the_losses_of_the_log(tiny_registry: Any, monkeypatch:
 
 
 def test_what_is_not_installed_is_said_before_anything_is_loaded(
-    tiny_registry: Any, fails: Any, monkeypatch: pytest.MonkeyPatch
+    h: Any, fails: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = tiny_registry()
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name in ("wandb", "trackio") else real(name, *rest)
@@ -57,6 +55,5 @@ def test_what_is_not_installed_is_said_before_anything_is_loaded(
     assert "pip install wandb" in fails("train", code=4)
 
 
-def test_a_tracker_that_nobody_knows_is_2(tiny_registry: Any, fails: Any) -> None:
-    h = tiny_registry()
+def test_a_tracker_that_nobody_knows_is_2(h: Any, fails: Any) -> None:
     assert "'tensorboard'" in fails("train", "style", "--data", h.data(), "--report-to", "tensorbord", code=2)

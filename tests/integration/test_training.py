@@ -104,8 +104,7 @@ def test_documents_in_one_row_do_not_see_each_other(tiny_registry: Any, name: st
     assert not close(float(joined.detach()), wanted, 1e-3), "seeing each other would show"
 
 
-def test_the_json_counts_every_epoch_and_weighs_every_token_alike(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_json_counts_every_epoch_and_weighs_every_token_alike(h: Any) -> None:
     found = h.train("style", "--epochs", 3, "--batch-size", 2, "--learning-rate", 1e-12, records=TEXTS)
     assert found["steps"] == 9, "three steps an epoch, the last of them short"
     assert found["supervised_tokens"] == 3 * oracle.supervised_count(TEXTS)
@@ -120,17 +119,15 @@ def test_the_json_counts_every_epoch_and_weighs_every_token_alike(tiny_registry:
     assert chat["tokens"] == 2 * oracle.token_count(CHAT)
 
 
-def test_the_curve_tells_the_rate_of_each_step(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_curve_tells_the_rate_of_each_step(h: Any) -> None:
     h.train("style", "--max-steps", 4, "--scheduler", "linear", "--learning-rate", 0.008, records=TEXTS)
     assert [point["learning_rate"] for point in h.log("style")] == pytest.approx([0.008, 0.006, 0.004, 0.002])
     tokens = oracle.token_count(TEXTS)
     assert [point["tokens"] for point in h.log("style")] == [tokens, 2 * tokens, 3 * tokens, 4 * tokens]
 
 
-def test_accumulating_gradients_changes_nothing(tiny_registry: Any) -> None:
+def test_accumulating_gradients_changes_nothing(h: Any) -> None:
     """The trap: a mean of means weighs a token by the length of its neighbours."""
-    h = tiny_registry()
     h.add("style", seed=1)
     records = [*CHAT, *CHAT[:3]]
     whole = h.train("whole", "--batch-size", 4, "--max-steps", 4, on="style", records=records)
@@ -147,8 +144,7 @@ def test_accumulating_gradients_changes_nothing(tiny_registry: Any) -> None:
         assert close(report["loss"], whole["loss"], 1e-6)
 
 
-def test_dropout_is_the_new_adapters_alone(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_dropout_is_the_new_adapters_alone(h: Any) -> None:
     h.add("style", seed=1, lora_dropout=0.9)
     h.train("plain", "--max-steps", 2, on="style")
     h.train("noisy", "--max-steps", 2, "--dropout", 0.5, on="style")
@@ -193,9 +189,8 @@ def test_the_checkpoint_is_plain_peft_at_its_root(tiny_registry: Any, name: str)
     assert h.run("verify", "--json").json["problems"] == []
 
 
-def test_names_of_adapters_never_reach_peft(tiny_registry: Any) -> None:
+def test_names_of_adapters_never_reach_peft(h: Any) -> None:
     """The trap: PEFT and stackctl use names of their own inside (default, frozen), and match by prefix."""
-    h = tiny_registry()
     h.train("frozen", "--max-steps", 2)
     on, members = "frozen", [(h.weights("frozen"), 1.0)]
     for name in ("default", "foo", "foobar", "keys"):
@@ -208,8 +203,7 @@ def test_names_of_adapters_never_reach_peft(tiny_registry: Any) -> None:
         on, members = f"{on}+{name}", [*members, (h.weights(name), 1.0)]
 
 
-def test_held_out_data_changes_nothing_about_the_training(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_held_out_data_changes_nothing_about_the_training(h: Any) -> None:
     h.add("style", seed=1)
     held_out = h.data(TEXTS, "held-out.jsonl")
     h.train("plain", "--max-steps", 3, "--dropout", 0.3, on="style")
@@ -233,8 +227,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["fold", "live"])
-def test_frozen_files_that_change_are_5(tiny_registry: Any, frozen: str) -> None:
-    h = tiny_registry()
+def test_frozen_files_that_change_are_5(h: Any, frozen: str) -> None:
     h.add("style", seed=1)
     file = h.weights("style") / "adapter_model.safetensors"
     h.at_step(2, lambda: flip_a_byte(file))
@@ -251,8 +244,7 @@ def test_frozen_files_that_change_are_5(tiny_registry: Any, frozen: str) -> None
 
 
 @pytest.mark.parametrize("frozen", ["auto", "fold", "live"])
-def test_a_stack_without_effect_is_5(tiny_registry: Any, frozen: str) -> None:
-    h = tiny_registry()
+def test_a_stack_without_effect_is_5(h: Any, frozen: str) -> None:
     h.add("style", seed=1)
     h.train("instruct", "--frozen", frozen, "--max-steps", 2, on="style:0", code=5)
     nothing = h.add("nothing", seed=2, scale=0.0)
@@ -261,8 +253,7 @@ def test_a_stack_without_effect_is_5(tiny_registry: Any, frozen: str) -> None:
     assert h.adapters() == {"style", "nothing"}
 
 
-def test_a_loss_that_is_no_number_is_1(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_loss_that_is_no_number_is_1(h: Any) -> None:
     h.add("style", seed=1)
     handler = signal.getsignal(signal.SIGINT)
     h.train("instruct", "--learning-rate", 1e30, "--max-steps", 5, on="style", code=1)
@@ -270,8 +261,7 @@ def test_a_loss_that_is_no_number_is_1(tiny_registry: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is as it was"
 
 
-def test_a_frozen_member_with_nan_is_5(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_frozen_member_with_nan_is_5(h: Any, tmp_path: Path) -> None:
     h.add("style", seed=1)
     tensors = load_file(h.paths["style"] / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("inf")
@@ -281,8 +271,7 @@ def test_a_frozen_member_with_nan_is_5(tiny_registry: Any, tmp_path: Path) -> No
         assert "instruct" not in h.adapters()
 
 
-def test_wrong_usage_is_told_at_once(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_wrong_usage_is_told_at_once(h: Any) -> None:
     h.add("style", seed=1)
     data = h.data()
     typo = h.run("train", "new", "--data", data, "--target-modules", "q_proj,v_prj", "--json", code=2).json["error"]

@@ -118,8 +118,7 @@ def test_auto_learns_to_stop(run: Any, tmp_path: Path) -> None:
     assert "never learned" not in ran.err
 
 
-def test_the_dry_run_says_what_it_would_train(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_the_dry_run_says_what_it_would_train(h: Any) -> None:
     ran = h.run("train", "new", "--data", h.data(), *ROWS, "--dry-run", "--json").json
     assert ran["trained_tokens"] == [START, END]
     plain = h.run("train", "new", "--data", h.data(), "--dry-run", "--json").json
@@ -166,8 +165,7 @@ def test_best_weights_pairs_and_two_processes(tiny_registry: Any, tmp_path: Path
     assert ran["trained_tokens"] == [START, END]
 
 
-def test_beginning_at_another_ones_rows(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_beginning_at_another_ones_rows(h: Any) -> None:
     h.train("first", *ROWS, "--max-steps", 3, "--learning-rate", 0.05)
     end = h.run("eval", "first", "--data", h.data(), "--json").json["results"][0]["loss"]
     told = h.train("more", "--from", "first", "--train-tokens", "a", "--max-steps", 1)
@@ -188,8 +186,7 @@ def test_half_a_base_has_rows_in_float32(tiny_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [("--gradient-checkpointing",), ("--pack", "--max-length", 64), ("--dropout", 0.1)])
-def test_rows_learn_however_it_is_trained(tiny_registry: Any, options: tuple[object, ...]) -> None:
-    h = tiny_registry("llama")
+def test_rows_learn_however_it_is_trained(h: Any, options: tuple[object, ...]) -> None:
     texts = [{"text": f"{n}. A tide, and a lamp."} for n in range(6)]
     h.train("new", *ROWS, *options, "--max-steps", 2, records=texts if "--pack" in options else CHAT)
     rows = load_file(h.weights("new") / "adapter_model.safetensors")
@@ -197,8 +194,7 @@ def test_rows_learn_however_it_is_trained(tiny_registry: Any, options: tuple[obj
     assert (head - oracle.load_plain(h.base).get_output_embeddings().weight[NUMBERS]).norm(dim=1).min() > 1e-4
 
 
-def test_what_cannot_be_trained_is_refused_by_name(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_what_cannot_be_trained_is_refused_by_name(h: Any) -> None:
     h.add("style", seed=1, trainable_token_indices=NUMBERS)
     h.add("lora", seed=2, target_modules=["q_proj", "lm_head"])
     h.add("whole", seed=3, modules_to_save=["embed_tokens"])
@@ -222,8 +218,7 @@ def test_what_cannot_be_trained_is_refused_by_name(tiny_registry: Any) -> None:
     assert h.adapters() == {"style", "lora", "whole"}
 
 
-def test_a_recipe_names_tokens_and_is_up_to_date(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_a_recipe_names_tokens_and_is_up_to_date(h: Any) -> None:
     h.data()
     recipe = h.folder / "stackctl.yaml"
     text = "base: tiny\ntrain:\n  chat: {data: data.jsonl, max_steps: 1, rank: 2, train_tokens: %s}\n"
@@ -235,9 +230,8 @@ def test_a_recipe_names_tokens_and_is_up_to_date(tiny_registry: Any) -> None:
     assert h.run("train", "--dry-run", "--json").json["plan"][0]["why"] == "other train_tokens"
 
 
-def test_a_token_is_named_as_it_is_written(tiny_registry: Any) -> None:
+def test_a_token_is_named_as_it_is_written(h: Any) -> None:
     """By its name in the vocabulary, or by the text that it stands for."""
-    h = tiny_registry("llama")
     for asked, name in (("Ġ", "Ġ"), (" ", " "), ("a, b", None)):
         found = h.run("train", "new", "--data", h.data(), "--train-tokens", asked, "--dry-run", "--json").json
         assert found["trained_tokens"] == ([name] if name else ["a", " b"])

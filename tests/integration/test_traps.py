@@ -36,8 +36,7 @@ def two_adapters(h: Any) -> Any:
 
 
 @pytest.fixture
-def style_and_instruct(tiny_registry: Any) -> Any:
-    h = tiny_registry()
+def style_and_instruct(h: Any) -> Any:
     h.add("style", seed=1)
     h.add("instruct", seed=2)
     return h
@@ -158,9 +157,8 @@ def test_trainers_own_resume_goes_on_with_the_wrong_adapter(style_and_instruct: 
 # -- no noise, the right place, the right labels ----------------------------------------------------------------------
 
 
-def test_a_frozen_adapters_dropout_is_noise(tiny_registry: Any) -> None:
+def test_a_frozen_adapters_dropout_is_noise(h: Any) -> None:
     """That stackctl's frozen adapters make none is in test_training: its losses are those without dropout."""
-    h = tiny_registry()
     h.add("style", seed=1, lora_dropout=0.5)
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), h.paths["style"]).train()
     assert not torch.equal(oracle.logits(model), oracle.logits(model))
@@ -194,9 +192,8 @@ def must_not_load(*_: Any, **__: Any) -> Any:
     raise AssertionError("a base was loaded")
 
 
-def test_dora_in_pefts_cat_is_silently_wrong(tiny_registry: Any, tmp_path: Path) -> None:
+def test_dora_in_pefts_cat_is_silently_wrong(h: Any, tmp_path: Path) -> None:
     """Why DoRA is refused: PEFT sums it without a word."""
-    h = tiny_registry()
     h.add("style", seed=1)
     h.paths["dora"] = random_adapter(h.base, tmp_path / "dora", seed=2, use_dora=True)
     model = PeftModel.from_pretrained(oracle.load_plain(h.base), h.paths["style"], adapter_name="style")
@@ -207,8 +204,7 @@ def test_dora_in_pefts_cat_is_silently_wrong(tiny_registry: Any, tmp_path: Path)
     assert oracle.relative(oracle.logits(model.double()), wanted, h.live()) > 0.05
 
 
-def test_another_peft_type_is_refused(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_another_peft_type_is_refused(h: Any, tmp_path: Path) -> None:
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(oracle.load_plain(h.base), config).save_pretrained(tmp_path / "ia3")
     error = h.run("add", "ia3", tmp_path / "ia3", "--json", code=4).json["error"]
@@ -216,8 +212,7 @@ def test_another_peft_type_is_refused(tiny_registry: Any, tmp_path: Path) -> Non
     assert h.adapters() == set()
 
 
-def test_whole_modules_in_two_members_are_refused(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    h = tiny_registry()
+def test_whole_modules_in_two_members_are_refused(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     h.add("style", seed=1, modules_to_save=["norm"])
     h.add("instruct", seed=2, modules_to_save=["norm"])
     h.add("plain", seed=3)
@@ -230,8 +225,7 @@ def test_whole_modules_in_two_members_are_refused(tiny_registry: Any, monkeypatc
     h.run("compose", "style:0.5+plain", code=4)
 
 
-def test_a_frozen_member_with_whole_modules(tiny_registry: Any) -> None:
-    h = tiny_registry()
+def test_a_frozen_member_with_whole_modules(h: Any) -> None:
     h.add("style", seed=1, modules_to_save=["norm"])
     h.train("new", "--frozen", "live", "--max-steps", 2, on="style", code=4)
     h.train("new", "--max-steps", 2, on="style")
@@ -243,8 +237,7 @@ def test_a_frozen_member_with_whole_modules(tiny_registry: Any) -> None:
 # -- base and adapter fit ---------------------------------------------------------------------------------------------
 
 
-def test_a_base_that_became_another_is_5(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_a_base_that_became_another_is_5(h: Any, models: Any, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(h.base, folder)
     h.run("base", "add", "mine", folder)
@@ -257,8 +250,7 @@ def test_a_base_that_became_another_is_5(tiny_registry: Any, models: Any, tmp_pa
     h.run("train", "new", "--on", "style", "--data", h.data(), code=5)
 
 
-def test_members_of_two_bases_are_refused(tiny_registry: Any, models: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_members_of_two_bases_are_refused(h: Any, models: Any, tmp_path: Path) -> None:
     h.add("style", seed=1)
     h.run("base", "add", "other", models("llama", seed=5))
     h.run("add", "alien", random_adapter(models("llama", seed=5), tmp_path / "alien", seed=2), "--base", "other")
@@ -290,9 +282,8 @@ def of_another_rank(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("damage", [without_one, with_one_more, of_another_shape, of_another_rank])
-def test_tensors_that_find_no_place_are_refused(tiny_registry: Any, damage: Any, tmp_path: Path) -> None:
+def test_tensors_that_find_no_place_are_refused(h: Any, damage: Any, tmp_path: Path) -> None:
     """The trap: PEFT loads what fits and warns, or passes over the rest."""
-    h = tiny_registry()
     path = random_adapter(h.base, tmp_path / "odd", seed=1)
     tensors = load_file(path / "adapter_model.safetensors")
     damage(tensors)
@@ -303,8 +294,7 @@ def test_tensors_that_find_no_place_are_refused(tiny_registry: Any, damage: Any,
     assert h.adapters() == set()
 
 
-def test_pickles_are_never_read(tiny_registry: Any, tmp_path: Path) -> None:
-    h = tiny_registry()
+def test_pickles_are_never_read(h: Any, tmp_path: Path) -> None:
     path = random_adapter(h.base, tmp_path / "old", seed=1)
     torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
     (path / "adapter_model.safetensors").unlink()

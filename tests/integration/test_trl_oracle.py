@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,7 @@ def plain_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plain_sgd")
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_factors_are_those_of_trl(tiny_registry: Callable[..., Any], tmp_path: Path, case: str) -> None:
-    h = tiny_registry()
+def test_losses_and_factors_are_those_of_trl(h: Any, tmp_path: Path, case: str) -> None:
     objective, (flags, _) = case.split()[0], CASES[case]
     frozen = random_adapter(h.base, tmp_path / "frozen", seed=1, scale=0.1)
     start = random_adapter(h.base, tmp_path / "start", seed=2, scale=0.1)
@@ -152,9 +150,8 @@ def test_losses_and_factors_are_those_of_trl(tiny_registry: Callable[..., Any], 
 
 
 def test_the_reference_is_raw_peft_with_all_members_live(
-    tiny_registry: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    h: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h = tiny_registry()
     members = [random_adapter(h.base, tmp_path / name, seed=n, scale=0.1) for n, name in enumerate(("one", "two"), 1)]
     h.run("add", "one", members[0])
     h.run("add", "two", members[1], "--on", "one")

@@ -25,8 +25,7 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def style_and_noise(tiny_registry: Any) -> Any:
-    h = tiny_registry("llama")
+def style_and_noise(h: Any) -> Any:
     h.add("style", seed=1, scale=0.1)
     h.add("noise", seed=2, r=3, scale=0.1)
     return h
