@@ -9,18 +9,16 @@ import msgspec
 import typer
 
 from stackctl.cli.common import (
-    ENABLE_THINKING,
     REGISTRY,
-    TEMPLATE_KWARGS,
     Context,
     Current,
     Group,
+    TemplateOptions,
     argument,
     command,
     complete_bases,
 )
 from stackctl.core.schema import Base
-from stackctl.core.template_arguments import template_arguments
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result
 
@@ -60,8 +58,8 @@ def add(
             show_default=False,
         ),
     ] = None,
-    chat_template_kwargs: TEMPLATE_KWARGS = None,
-    enable_thinking: ENABLE_THINKING = None,
+    *,
+    arguments: TemplateOptions,
 ) -> Result:
     """Register a base model; its fingerprint identifies it from then on."""
     from stackctl.core.expressions import parse_name
@@ -79,10 +77,10 @@ def add(
     from stackctl.registry.base_entries import save_base
 
     before = registry.find_base(name)
-    known = before.chat_template_kwargs if before and chat_template_kwargs is None else None
-    arguments = template_arguments(chat_template_kwargs, enable_thinking, known)
+    known = before.chat_template_kwargs if before and arguments.chat_template_kwargs is None else None
+    template = arguments.template(known)
     base = make_base(name, source, revision, registry, context.output.status)
-    base = msgspec.structs.replace(base, chat_template_kwargs=arguments or None)
+    base = msgspec.structs.replace(base, chat_template_kwargs=template or None)
     folder = base_folder(base, registry, context.output.status)
     if is_small(folder) if prove is None else prove:
         base = msgspec.structs.replace(base, proved=prove_base(base, folder))

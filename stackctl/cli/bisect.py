@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
-from stackctl.cli.common import ENABLE_THINKING, INSPECT, TEMPLATE_KWARGS, BaseOption, Context, What, command
+from stackctl.cli.common import INSPECT, BaseOption, Context, TemplateOptions, What, command
 from stackctl.cli.engines import DEVICE, DTYPE
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
-from stackctl.core.template_arguments import Arguments, template_arguments
+from stackctl.core.template_arguments import Arguments
 from stackctl.plan.bisection import Found, Off, find_culprits
 from stackctl.plan.model import StackPlan
 from stackctl.plan.parts import StackPart, parts_of, weights_without
@@ -42,7 +42,7 @@ stackctl bisect storyteller -p "Tell me about the sea." --bad "the the the\""""
 
 
 @dataclass(frozen=True)
-class _Symptom:
+class _Symptom(TemplateOptions):
     """What is bad: a text in the answer to a prompt, or losses. Each field is an option, with its help."""
 
     prompt: Annotated[
@@ -57,8 +57,6 @@ class _Symptom:
     max_new_tokens: Annotated[
         int | None, of_output(min=1, help="Longest answer in tokens.", show_default=str(_LONGEST))
     ] = None
-    chat_template_kwargs: TEMPLATE_KWARGS = None
-    enable_thinking: ENABLE_THINKING = None
     data: DATA = None
     max_length: Annotated[
         int | None,
@@ -68,10 +66,6 @@ class _Symptom:
     @property
     def longest(self) -> int:
         return self.max_new_tokens or _LONGEST
-
-    def template(self) -> Arguments:
-        """Raises: Usage: what is given to the chat template is no JSON object."""
-        return template_arguments(self.chat_template_kwargs, self.enable_thinking)
 
     def problems(self) -> Iterator[Usage]:
         """Everything that is missing or too much."""

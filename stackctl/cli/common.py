@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -18,6 +18,7 @@ from stackctl.cli.progress import share_progress
 from stackctl.cli.typed_values import read_words, typed_text
 from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
+from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
 
@@ -201,7 +202,8 @@ def _options(function: Callable[..., Any]) -> tuple[list[inspect.Parameter], dic
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             groups[parameter.name] = hint
             types = get_type_hints(hint, include_extras=True)
-            found = [(field, types[field.name]) for field in inspect.signature(hint).parameters.values()]
+            fields, own = inspect.signature(hint).parameters.values(), inspect.get_annotations(hint)
+            found = [(field, types[field.name]) for field in sorted(fields, key=lambda field: field.name not in own)]
         else:
             found = [(parameter, hint)]
         options += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind) for p, kind in found]
@@ -273,14 +275,30 @@ BaseOption = Annotated[
 ]
 NEW_ADAPTER = Annotated[str, argument(help="What the adapter is called here.")]
 DESCRIPTION = Annotated[str, typer.Option(parser=typed_text, metavar="TEXT", help="A line about the adapter.")]
-TEMPLATE_KWARGS = Annotated[
-    str | None,
-    typer.Option("--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"),
-]
-ENABLE_THINKING = Annotated[
-    bool | None,
-    typer.Option(
-        "--enable-thinking/--no-enable-thinking",
-        help="The chat template's argument of that name: whether the assistant thinks first.",
-    ),
-]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateOptions:
+    """What is given to the chat template; each field is an option, with its help."""
+
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template-kwargs", help="Arguments for the chat template, as a JSON object.", metavar="JSON"
+        ),
+    ] = None
+    enable_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-thinking/--no-enable-thinking",
+            help="The chat template's argument of that name: whether the assistant thinks first.",
+        ),
+    ] = None
+
+    def template(self, known: Mapping[str, Any] | None = None) -> Arguments:
+        """The arguments by their names, with ``known`` ones where these options say nothing of them.
+
+        Raises:
+            Usage: they are no JSON object.
+        """
+        return template_arguments(self.chat_template_kwargs, self.enable_thinking, known)

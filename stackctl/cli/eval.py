@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackctl.cli.common import (
-    ENABLE_THINKING,
-    TEMPLATE_KWARGS,
     TRAIN,
     BaseOption,
     Context,
+    TemplateOptions,
     command,
     complete_what,
     expression,
@@ -31,7 +31,6 @@ from stackctl.cli.load_stacks import (
 )
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE
-from stackctl.core.template_arguments import template_arguments
 from stackctl.machine.optional_packages import check_installed
 from stackctl.registry.planning import PlannedStack, plan_expressions
 from stackctl.registry.resolve import current_stack
@@ -52,6 +51,43 @@ stackctl eval base style+instruct --task arc_easy --limit 200
 stackctl eval base style style+instruct --data heldout.jsonl"""
 
 
+@dataclass(frozen=True)
+class _Tasks:
+    """Benchmark tasks, and how they are put; each field is an option, with its help."""
+
+    task: Annotated[
+        list[str] | None,
+        _of_tasks(
+            help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
+            "[eval].",
+            metavar="TASK",
+        ),
+    ] = None
+    limit: Annotated[int | None, _of_tasks(min=1, help="Only the first N records of each task.")] = None
+    num_fewshot: Annotated[
+        int | None, _of_tasks(min=0, help="Solved examples (shots) before each record; a task that sets 0 keeps 0.")
+    ] = None
+    batch_size: Annotated[int | None, _of_tasks(min=1, help="Requests in a batch; 8 if left out.")] = None
+
+    def check(self) -> None:
+        """Raises ``Usage`` where it is said how tasks are put, and none is."""
+        options = {"--limit": self.limit, "--num-fewshot": self.num_fewshot, "--batch-size": self.batch_size}
+        given = [option for option, value in options.items() if value is not None]
+        if given and not self.task:
+            raise Usage(f"{' and '.join(given)} apply to --task, and none was given", hint="name one: --task arc_easy")
+
+    def open(self) -> Harness | None:
+        """The tasks with their data; None where none was asked for."""
+        if not self.task:
+            return None
+        check_installed("lm_eval")
+        from stackctl.engine.evaluation.harness import open_tasks
+
+        return open_tasks(
+            self.task, limit=self.limit, num_fewshot=self.num_fewshot, batch_size=self.batch_size or _BATCH
+        )
+
+
 @command("eval", example=_EXAMPLES, panel=TRAIN)
 def evaluate(
     context: Context,
@@ -68,21 +104,9 @@ def evaluate(
         ),
     ] = None,
     max_length: MAX_LENGTH = 1024,
-    chat_template_kwargs: TEMPLATE_KWARGS = None,
-    enable_thinking: ENABLE_THINKING = None,
-    task: Annotated[
-        list[str] | None,
-        _of_tasks(
-            help="A task of lm-evaluation-harness, by its name or its YAML file; may be repeated. Needs the extra "
-            "[eval].",
-            metavar="TASK",
-        ),
-    ] = None,
-    limit: Annotated[int | None, _of_tasks(min=1, help="Only the first N records of each task.")] = None,
-    num_fewshot: Annotated[
-        int | None, _of_tasks(min=0, help="Solved examples (shots) before each record; a task that sets 0 keeps 0.")
-    ] = None,
-    batch_size: Annotated[int | None, _of_tasks(min=1, help="Requests in a batch; 8 if left out.")] = None,
+    *,
+    arguments: TemplateOptions,
+    tasks: _Tasks,
     base: BaseOption = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
@@ -91,13 +115,18 @@ def evaluate(
 
     For pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
     """
-    data = data or []
-    template = template_arguments(chat_template_kwargs, enable_thinking)
-    _check_asked(data, task, against, {"--limit": limit, "--num-fewshot": num_fewshot, "--batch-size": batch_size})
+    data, template = data or [], arguments.template()
+    if not data and not tasks.task:
+        raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
+    if against and not data:
+        raise Usage(
+            "--against compares losses on records, and no --data was given", hint="name some: --data heldout.jsonl"
+        )
+    tasks.check()
     asked = what or [current_stack(context.registry)]
     extra = [against] if against and against not in asked else []
     stacks = plan_expressions(context.registry, [*asked, *extra], base)
-    harness = _open_tasks(task, limit, num_fewshot, batch_size) if task else None
+    harness = tasks.open()
     records = read_data(data)
     stacked = load_common_base(context, stacks, dtype, device)
     if harness:
@@ -106,7 +135,7 @@ def evaluate(
     named = [(stack.text, plan) for stack, plan in stacks]
     reference = against or BASE
     if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):
-        ((stack, plan),) = plan_expressions(context.registry, [BASE], stacks[0][0].base.name)
+        ((stack, plan),) = plan_expressions(context.registry, [BASE], stacks[0].stack.base.name)
         named.append((stack.text, plan))
         names.append(BASE)
     scores = score_stacks(context, stacked, named, sets) if sets else []
@@ -122,27 +151,6 @@ def evaluate(
     document = {"results": rows, "comparisons": comparisons, "tasks": [score.json() for score in found]}
     brief = "\n".join(map(str, numbers))
     return Result(document, brief, lambda: _screen(rows, comparisons, found), notes=notes)
-
-
-def _check_asked(
-    data: Sequence[str], tasks: Sequence[str] | None, against: str | None, of_tasks: dict[str, int | None]
-) -> None:
-    if not data and not tasks:
-        raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
-    if against and not data:
-        raise Usage(
-            "--against compares losses on records, and no --data was given", hint="name some: --data heldout.jsonl"
-        )
-    given = [option for option, value in of_tasks.items() if value is not None]
-    if given and not tasks:
-        raise Usage(f"{' and '.join(given)} apply to --task, and none was given", hint="name one: --task arc_easy")
-
-
-def _open_tasks(names: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int | None) -> Harness:
-    check_installed("lm_eval")
-    from stackctl.engine.evaluation.harness import open_tasks
-
-    return open_tasks(names, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size or _BATCH)
 
 
 def _screen(

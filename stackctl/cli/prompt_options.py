@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import ENABLE_THINKING, TEMPLATE_KWARGS
+from stackctl.cli.common import TemplateOptions
 from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
-from stackctl.core.template_arguments import Arguments, template_arguments
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def idle_with_raw(raw: bool, options: dict[str, Any]) -> Iterator[Usage]:
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(TemplateOptions):
     """How to answer. Each field is an option of generate and of compare, with its help and its default."""
 
     raw: RAW = False
@@ -76,8 +75,6 @@ class GenerateOptions:
     stop: Annotated[list[str] | None, of_output(parser=typed_text, help="Stop before this text; may be repeated.")] = (
         None
     )
-    chat_template_kwargs: TEMPLATE_KWARGS = None
-    enable_thinking: ENABLE_THINKING = None
     batch_size: Annotated[
         int | None, of_output(min=1, help="Prompts answered at once; left out, as many as suit model and memory.")
     ] = None
@@ -118,14 +115,6 @@ class GenerateOptions:
             yield Usage("--repetition-penalty is larger than 0", hint="1 changes nothing, 1.1 is usual")
         if any(not text for text in self.stop or ()):
             yield Usage("--stop is empty", hint="leave it out, or name a text")
-
-    def template(self) -> Arguments:
-        """What is given to the chat template.
-
-        Raises:
-            Usage: it is no JSON object.
-        """
-        return template_arguments(self.chat_template_kwargs, self.enable_thinking)
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """The same as the engine takes it."""
