@@ -18,8 +18,8 @@ from stackctl.jobs.trained_tokens import asks
 from stackctl.lora.target_modules import expand_modules, named_targets, natural_order, parse_targets
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
-from stackctl.registry.planning import read_plan
-from stackctl.registry.resolve import ResolvedStack, resolve_expression
+from stackctl.registry.planning import PlannedStack, plan_expression
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import missing_path, typed_path
 from stackctl.storage.yaml_files import read_text
@@ -58,22 +58,19 @@ def find_teacher(
     """
     problems: list[StackctlError] = [*_unfit(job)]
     system = attempt(problems, _read_system, job.system, folder) if job.system is not None else None
-    plan: StackPlan | None = None
+    planned: PlannedStack | None = None
     if job.teacher is None:
         problems.append(Usage("--objective distil needs a teacher", hint="name a stack: --teacher STACK"))
-    elif stack := attempt(
-        problems, lambda text: resolve_expression(registry, text, base=job.base, fresh=fresh), job.teacher
-    ):
-        plan = attempt(problems, lambda: read_plan(registry, stack).check())
-    if plan is not None:
-        problems += _no_lora_says(plan)
-        if not any(factor.weight for module in plan.modules.values() for factor in module.factors) and not job.system:
+    elif planned := attempt(problems, plan_expression, registry, job.teacher, base=job.base, fresh=fresh):
+        problems += _no_lora_says(planned.plan)
+        factors = (factor for module in planned.plan.modules.values() for factor in module.factors)
+        if not any(factor.weight for factor in factors) and not job.system:
             what = f"--teacher {job.teacher} says what the bare base says: there is nothing to distil"
             problems.append(Usage(what, hint="name a stack, or give it a system prompt: --system FILE"))
-        job = attempt(problems, _settled, job, plan) or job
+        job = attempt(problems, _settled, job, planned.plan) or job
     raise_all(problems)
-    assert plan is not None and stack is not None, "what could not be found was raised"
-    return Teacher(stack, plan, system), msgspec.structs.replace(job, base=stack.base.name)
+    assert planned is not None, "what could not be found was raised"
+    return Teacher(*planned, system), msgspec.structs.replace(job, base=planned.stack.base.name)
 
 
 def _unfit(job: TrainJob) -> Iterator[Usage]:

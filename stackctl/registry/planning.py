@@ -64,13 +64,15 @@ def plan_member(registry: Registry, member: ResolvedMember) -> PlanMember:
     )  # fmt: skip
 
 
-def plan_expression(registry: Registry, text: str | None, *, base: str | None = None) -> PlannedStack:
+def plan_expression(
+    registry: Registry, text: str | None, *, base: str | None = None, fresh: bool = False
+) -> PlannedStack:
     """Find everything that an expression names, and plan it; None means the current stack.
 
     Raises:
         StackctlError: see :func:`resolve_expression` and :func:`read_plan`, or something stands in the way of the plan.
     """
-    stack = resolve_expression(registry, text, base=base)
+    stack = resolve_expression(registry, text, base=base, fresh=fresh)
     return PlannedStack(stack, read_plan(registry, stack).check())
 
 
