@@ -16,6 +16,7 @@ from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.safetensors_header import DTYPE_BYTES, TensorInfo
 from stackctl.plan.model import PlanMember
 from stackctl.registry.base_entries import resolve_base, save_base
+from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, init_registry
 from stackctl.registry.versions import add_version
 
@@ -201,6 +202,18 @@ def tree(registry: Registry) -> dict[str, bytes]:
         for p in registry.root.rglob("*")
         if p.is_file() and p.name not in (".lock", ".digests.json")  # remembered hashes are written once files settled
     }
+
+
+def labels(stack: ResolvedStack) -> list[str]:
+    """The members of a stack as terms, pinned."""
+    return [str(member) for member in stack.members]
+
+
+def flip(path: Path) -> None:
+    """Change the last bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
 
 
 def version(registry: Registry, label: str) -> AdapterVersion:

@@ -60,3 +60,20 @@ def fails(run: Callable[..., Any]) -> Callable[..., str]:
         return lines[-2].removeprefix("error: ") + " | " + lines[-1].removeprefix("hint: ")
 
     return check
+
+
+@pytest.fixture
+def project(registry: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with a registry, data, and the ``RECIPE`` of the test's file."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "style.jsonl").write_text('{"text": "The tide."}\n{"text": "A lamp."}\n')
+    chat = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "data" / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    (tmp_path / "stackctl.yaml").write_text(request.module.RECIPE)
+    return tmp_path
+
+
+def why(run: Callable[..., Any], *flags: str) -> dict[str, str]:
+    """What a dry run of a recipe says is out of date, and why, in its order."""
+    plan = run("train", "--dry-run", "--json", *flags).json["plan"]
+    return {step["name"]: step["why"] for step in plan if step["why"]}

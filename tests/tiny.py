@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ def long_rope(original: int) -> Phi3Config:
     angles = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "rope_theta": 10_000.0}
     rope = {"rope_type": "longrope", "original_max_position_embeddings": original, **angles}
     return Phi3Config(**SIZES, original_max_position_embeddings=original, rope_parameters=rope)
+
+
+def made_of(config: Any) -> Any:
+    """The model of a configuration, with weights that matter."""
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -111,6 +111,14 @@ class TinyRegistry:
         self.paths[name] = path
         return path
 
+    def add_on_every_kind(self, name: str) -> None:
+        """``style`` on what a LoRA can stand on in that model (embedding, head, experts), and a plain ``instruct``."""
+        odd = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        more = {"target_parameters": experts} if name == "mixtral" else {}
+        self.add("style", seed=1, target_modules=odd.get(name, ["q_proj"]), **more)
+        self.add("instruct", seed=2, r=3)
+
     def data(self, records: list[dict[str, Any]] = CHAT, name: str = "data.jsonl") -> Path:
         return oracle.write_jsonl(self.folder / name, records)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import make_base, make_registry
 from hub_server import HubServer, connect, running_hub
-from registry_fixtures import fails, filled_registry, four_adapters  # noqa: F401
+from registry_fixtures import fails, filled_registry, four_adapters, project  # noqa: F401
 from short_texts import texts
 
 from stackctl.registry.store import Registry

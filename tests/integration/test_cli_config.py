@@ -13,17 +13,6 @@ from stackctl.registry.store import Registry
 RECIPE = "base: tiny\ntrain: {style: {data: data/style.jsonl}}\n"
 
 
-@pytest.fixture
-def project(registry, tmp_path):
-    """A folder with a registry, data and a small recipe."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "style.jsonl").write_text('{"text": "The tide."}\n{"text": "A lamp."}\n')
-    chat = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "data" / "chat.jsonl").write_text(json.dumps(chat) + "\n")
-    (tmp_path / "stackctl.yaml").write_text(RECIPE)
-    return tmp_path
-
-
 def planned(run, *arguments):
     """What train would do, down to its settings."""
     return run("train", *arguments, "--dry-run", "--json").json

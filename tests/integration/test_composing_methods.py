@@ -177,12 +177,7 @@ def test_embeddings_heads_transposed_layers_and_experts_come_back_as_one_adapter
     tiny_registry: Any, name: str, method: str
 ) -> None:
     h = tiny_registry(name)
-    heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
-    more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
-    if name == "mixtral":
-        more["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    h.add("style", seed=1, **more)
-    h.add("instruct", seed=2, r=3)
+    h.add_on_every_kind(name)
     h.run("compose", "style:0.5+instruct:-1.5", "--name", "s", "--method", method)
     h.run("export", "s", "--out", h.folder / "out")
     h.run("add", "again", h.folder / "out")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny import SIZES, tiny_tokenizer
+from tiny import SIZES, made_of, tiny_tokenizer
 from transformers import Gemma3TextConfig, Lfm2Config, LlamaConfig, MistralConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.generation import PrefixCache, Sampling, generate_reply
 from stackctl.engine.models import load_base
@@ -35,12 +32,7 @@ def other(run: Any, tmp_path: Path) -> Any:
     """A loaded base of one of ``CONFIGS``."""
 
     def load(name: str) -> Any:
-        torch.manual_seed(0)
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](copy.deepcopy(CONFIGS[name]))
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
-        model.save_pretrained(tmp_path / "other")
+        made_of(CONFIGS[name]).save_pretrained(tmp_path / "other")
         tiny_tokenizer().save_pretrained(tmp_path / "other")
         run("init")
         run("base", "add", "other", tmp_path / "other")

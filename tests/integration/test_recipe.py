@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
+from registry_fixtures import why
 from tiny import random_adapter
 
 RECIPE = """\
@@ -19,29 +19,12 @@ stacks:
 """
 
 
-@pytest.fixture
-def project(registry, tmp_path):
-    """A folder with a registry, data and a recipe whose order is not that of building."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "style.jsonl").write_text('{"text": "The tide."}\n{"text": "A lamp."}\n')
-    chat = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "data" / "chat.jsonl").write_text(json.dumps(chat) + "\n")
-    (tmp_path / "stackctl.yaml").write_text(RECIPE)
-    return tmp_path
-
-
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file and folder with its time and its bytes."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in sorted(folder.rglob("*"))
     }
-
-
-def why(run, *flags: str) -> dict[str, str]:
-    """What a dry run says is out of date, and why, in its order."""
-    plan = run("train", "--dry-run", "--json", *flags).json["plan"]
-    return {step["name"]: step["why"] for step in plan if step["why"]}
 
 
 # -- building ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from registry_fixtures import why
 
 STYLE = "data: style.jsonl, rank: 2, max_steps: 2, warmup: 0"
 CHAT = "on: style, data: chat.jsonl, rank: 2, max_steps: 2, warmup: 0"
@@ -27,12 +28,6 @@ def project(registry: Path, tmp_path: Path) -> Any:
 
     write()
     return write
-
-
-def why(run: Any, *flags: str) -> dict[str, str]:
-    """What a dry run says is out of date, and why, in its order."""
-    plan = run("train", "--dry-run", "--json", *flags).json["plan"]
-    return {step["name"]: step["why"] for step in plan if step["why"]}
 
 
 def built(run: Any, *flags: str) -> list[str]:

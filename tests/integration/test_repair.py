@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import hub_base, make_registry, register
+from checkpoints import flip, hub_base, make_registry, register
 from hub_server import HubServer
 
 from stackctl.registry.store import Registry
@@ -46,12 +46,6 @@ def entries(registry: Registry) -> dict[str, bytes]:
 
 def checkpoint(registry: Registry, label: str) -> Path:
     return registry.root / "weights" / label.replace("@", "/")
-
-
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
 
 
 def damaged(registry: Registry) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import architectures
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import SIZES, long_rope
+from tiny import SIZES, long_rope, made_of
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
@@ -51,11 +49,7 @@ def examples(count: int = 5, *, longest: int = 70) -> list[Example]:
 
 def model_of(name: str, models: Any) -> Any:
     if name in CONFIGS:
-        torch.manual_seed(0)
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(CONFIGS[name])](copy.deepcopy(CONFIGS[name]))
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
+        model = made_of(CONFIGS[name])
     else:
         model = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
     model.requires_grad_(False)

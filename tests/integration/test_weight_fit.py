@@ -91,11 +91,6 @@ def test_what_cannot_be_fitted_is_said_before_the_base_is_loaded(
 def test_weights_live_are_weights_folded(tiny_registry: Any, name: str) -> None:
     """With all that a LoRA stands on: embeddings, a head, transposed layers, experts."""
     h = tiny_registry(name)
-    heads = {"gpt2": ["c_attn", "wte", "lm_head"], "tied": ["q_proj", "lm_head"], "gemma": ["embed_tokens", "o_proj"]}
-    more: dict[str, Any] = {"target_modules": heads.get(name, ["q_proj"])}
-    if name == "mixtral":
-        more["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    h.add("style", seed=1, **more)
-    h.add("instruct", seed=2, r=3)
+    h.add_on_every_kind(name)
     smooth = name != "mixtral"  # whose router jumps
     check_live_weights(h, {"style": 0.3, "instruct": -1.2}, oracle.TOKENS, smooth=smooth)

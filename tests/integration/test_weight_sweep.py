@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from short_texts import texts
 
 WEIGHTS = [0.0, 0.5, 1.0]
-
-
-def texts(first: int, last: int) -> list[dict[str, Any]]:
-    things, moods = ("sea", "gull", "boat", "rain", "shore", "night"), ("grey", "loud", "cold", "slow", "far", "still")
-    return [{"text": f"The {a} was {b}, and nobody came."} for a in things for b in moods][first:last]
 
 
 def chats(count: int) -> list[dict[str, Any]]:

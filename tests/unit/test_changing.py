@@ -248,6 +248,26 @@ def test_weights_whose_entry_cannot_be_written_do_not_stay(registry, monkeypatch
     assert verify_registry(registry)[1] == []
 
 
+def entries(registry):
+    return {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
+
+
+def fails_on_a_full_disk(monkeypatch, registry, change, is_full):
+    """A change that fails where a file in a full folder begins, and leaves all entries as they were."""
+    before, claim = entries(registry), atomic.tempfile.mkstemp
+
+    def full(prefix, dir):
+        if is_full(dir):
+            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+        return claim(prefix=prefix, dir=dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.tempfile, "mkstemp", full)
+        with pytest.raises(OSError, match="No space"):
+            change()
+    assert entries(registry) == before
+
+
 @pytest.mark.parametrize("what", ["compose", "rm", "base add", "base rm"])
 def test_a_full_disk_leaves_an_entry_and_what_the_settings_say_of_it_as_they_were(registry, monkeypatch, what):
     """The settings are the second file of one change; when there is no space for them, the first stays too."""
@@ -271,23 +291,10 @@ def test_a_full_disk_leaves_an_entry_and_what_the_settings_say_of_it_as_they_wer
         "base rm": lambda: remove_base(registry, "other"),
     }
 
-    def tree():
-        return {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
-
-    before, claim = tree(), atomic.tempfile.mkstemp
-
-    def full(prefix, dir):
-        if dir == registry.root:
-            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
-        return claim(prefix=prefix, dir=dir)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.tempfile, "mkstemp", full)
-        with pytest.raises(OSError, match="No space"):
-            changes[what]()
-    assert tree() == before
+    before = entries(registry)
+    fails_on_a_full_disk(monkeypatch, registry, changes[what], lambda folder: folder == registry.root)
     changes[what]()
-    assert tree() != before
+    assert entries(registry) != before
     assert not [*registry.root.rglob(".tmp-*")]
 
 
@@ -306,21 +313,7 @@ def test_a_full_disk_leaves_a_version_in_the_one_place_where_it_was(registry, mo
         "on": lambda: register(registry, "poem", ["style@2"], seed=2),
     }
 
-    def tree():
-        return {path: path.read_bytes() for path in registry.root.rglob("*.yaml")}
-
-    before, claim = tree(), atomic.tempfile.mkstemp
-
-    def full(prefix, dir):
-        if dir.name == full_folder:
-            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
-        return claim(prefix=prefix, dir=dir)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.tempfile, "mkstemp", full)
-        with pytest.raises(OSError, match="No space"):
-            changes[what]()
-    assert tree() == before
+    fails_on_a_full_disk(monkeypatch, registry, changes[what], lambda folder: folder.name == full_folder)
     changes[what]()
     here = {version.version for version in registry.find_adapter("style").versions}
     gone = {version.version for version in registry.find_removed("style").versions}

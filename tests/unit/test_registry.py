@@ -4,7 +4,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import full_version, make_base, register
+from checkpoints import full_version, labels, make_base, register
 
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
@@ -12,11 +12,6 @@ from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.stacks import save_stack
 from stackctl.registry.store import Registry, find_registry, init_registry
 from stackctl.registry.verify import verify_registry
-
-
-def labels(stack):
-    return [str(member) for member in stack.members]
-
 
 # -- finding and making ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import make_base, make_registry, register, register_three
+from checkpoints import labels, make_base, make_registry, register, register_three
 
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Adapter, GivenNumber, Member, Removed, Stack
@@ -35,10 +35,6 @@ def freed(registry, **options):
 
 def weights(registry):
     return sorted(str(p.relative_to(registry.root / "weights")) for p in (registry.root / "weights").glob("*/*"))
-
-
-def labels(stack):
-    return [str(member) for member in stack.members]
 
 
 def test_a_removed_version_is_out_of_sight_and_its_weights_stay(registry):

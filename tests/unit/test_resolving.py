@@ -4,7 +4,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import full_version, make_base, make_registry, register, write_checkpoint
+from checkpoints import full_version, labels, make_base, make_registry, register, write_checkpoint
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Adapter, Base, RegistryFile, Stack
@@ -18,10 +18,6 @@ from stackctl.registry.verify import verify_registry
 from stackctl.registry.versions import add_version, check_adapter_name
 
 OTHER = "sha256:" + "0" * 64
-
-
-def labels(stack):
-    return [str(member) for member in stack.members]
 
 
 # -- names ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import shutil
 
 import msgspec
 import pytest
-from checkpoints import lora_config, make_base, make_registry, register, register_three, write_checkpoint
+from checkpoints import flip, lora_config, make_base, make_registry, register, register_three, write_checkpoint
 
 from stackctl.core.errors import NotFound, VerificationFailed
 from stackctl.core.expressions import Reference
@@ -46,12 +46,6 @@ def weights(registry, label="style@2"):
 def member(registry, label="style@2"):
     name, _, number = label.partition("@")
     return resolve_adapter(registry, Reference(name, int(number)))
-
-
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
 
 
 def everything(root):
