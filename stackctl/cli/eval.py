@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,7 +148,7 @@ def evaluate(
         comparisons = comparisons_json(names, data, scores, [*asked, *extra].index(against), tested=len(asked))
     notes = tuple(note for stack, _ in stacks for note in stack.notes)
     numbers = [row["loss"] for row in rows] + [score.value for score in found]
-    document = {"results": rows, "comparisons": comparisons, "tasks": [score.json() for score in found]}
+    document = {"results": rows, "comparisons": comparisons, "tasks": [asdict(score) for score in found]}
     brief = "\n".join(map(str, numbers))
     return Result(document, brief, lambda: _screen(rows, comparisons, found), notes=notes)
 

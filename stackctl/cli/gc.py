@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def gc(
     freed += cached
     total = sum(found.bytes for found in freed)
     kept = _kept(registry, {found.path for found in freed})
-    data = {"freed": [found.json() for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
+    data = {"freed": [asdict(found) for found in freed], "bytes": total, "kept": kept, "dry_run": dry_run}
     verb = "would free" if dry_run else "freed"
     said = [f"{verb} {human_bytes(total)}" if freed else "nothing to free"]
     said += [f"kept {human_bytes(size)} of {_KEPT[name]}: stackctl gc --{name}" for name, size in kept.items() if size]

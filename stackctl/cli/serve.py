@@ -85,11 +85,8 @@ def serve(
         answering.warm(ready)
         port = bound.getsockname()[1]
 
-        def say_ready() -> None:
-            _say_ready(context, models, address, computing.name, port)
-
         service = Service(answering, models, Guard(address.host, address.api_key), output.status, Current.debug)
-        run(App(service), bound, say_ready)
+        run(App(service), bound, lambda: _say_ready(context, models, address, computing.name, port))
     finally:
         answering.close()
 

@@ -9,10 +9,9 @@ import contextlib
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -39,9 +38,6 @@ class Freed:
     why: str
     path: str
     bytes: int
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: bool = False) -> list[Freed]:

@@ -84,18 +84,10 @@ def plan_expressions(registry: Registry, expressions: Sequence[str], base: str |
     """
     problems: list[StackctlError] = []
     found: dict[int, PlannedStack] = {}
-
-    def attempt(index: int, text: str, on: str | None) -> None:
+    for index, text in sorted(enumerate(expressions), key=lambda place: place[1] == BASE):  # once the others' is known
+        others = next((stack.base.name for stack, _ in found.values()), None) if text == BASE else None
         with gathering(problems):
-            found[index] = plan_expression(registry, text, base=on)
-
-    for index, text in enumerate(expressions):
-        if text != BASE:
-            attempt(index, text, base)
-    common = base or next((stack.base.name for stack, _ in found.values()), None)
-    for index, text in enumerate(expressions):
-        if text == BASE:
-            attempt(index, text, common)
+            found[index] = plan_expression(registry, text, base=base or others)
     raise_all(problems)
     stacks = [found[index] for index in range(len(expressions))]
     if len({stack.base.name for stack, _ in stacks}) > 1:

@@ -167,14 +167,14 @@ def test_gc_frees_what_was_never_registered_and_left_behind(registry):
     (registry.root / "weights" / "style" / "mine").mkdir()
     (registry.root / "weights" / "style" / "notes.txt").write_text("mine")
     before = sorted(registry.root.rglob("*"))
-    would = [found.json() for found in free_weights(registry, dry_run=True)]
+    would = free_weights(registry, dry_run=True)
     assert sorted(registry.root.rglob("*")) == before
-    assert [found.json() for found in free_weights(registry)] == would
-    assert {found["what"] for found in would} == {
+    assert free_weights(registry) == would
+    assert {found.what for found in would} == {
         "style@9", "ghost@1", "ghost@2", "ghost@9",
         os.path.relpath(left[0].parent, registry.root), os.path.relpath(left[1], registry.root),
     }  # fmt: skip
-    assert [f["bytes"] for f in would if f["why"] == "left by a killed process"] == [7, 7]
+    assert [found.bytes for found in would if found.why == "left by a killed process"] == [7, 7]
     assert weights(registry) == ["instruct/1", "style/1", "style/2", "style/mine", "style/notes.txt"]
     assert (registry.root / "weights" / "README").is_file()
     assert verify_registry(registry) == (4, [])

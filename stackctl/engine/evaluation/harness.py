@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,6 @@ class TaskScore:
     records: int
     num_fewshot: int | None
     version: str | None
-
-    def json(self) -> dict[str, Any]:
-        """A row of ``tasks``."""
-        return asdict(self)
 
     @property
     def label(self) -> str:
