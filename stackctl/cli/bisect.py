@@ -18,9 +18,8 @@ from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
-from stackctl.plan.bisection import Found, Off, find_culprits
+from stackctl.plan.bisection import Found, Off, StackPart, find_culprits, parts_of, weights_without
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import StackPart, parts_of, weights_without
 from stackctl.registry.planning import plan_expression
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.stacks import check_stack_name, save_stack

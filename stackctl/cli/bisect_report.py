@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stackctl.core import NOISE
+from stackctl.plan.bisection import StackPart
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import StackPart
 
 
 def culprits_json(plan: StackPlan, parts: Sequence[StackPart]) -> list[dict[str, Any]]:

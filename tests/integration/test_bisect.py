@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stackctl.plan.bisection import find_culprits
+from stackctl.plan.bisection import StackPart, find_culprits, parts_of, switch_off
 from stackctl.plan.model import StackPlan
-from stackctl.plan.parts import StackPart, parts_of, switch_off
 
 MODULES = 14
 """Linear layers of the tiny Llama: two layers of seven."""

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from stackctl.plan.bisection import Found, Off
+from stackctl.plan.bisection import Found, Off, StackPart
 from stackctl.plan.bisection import find_culprits as find
-from stackctl.plan.parts import StackPart
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
