@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,16 +84,7 @@ def export(
     plan = on_whole_class(plan) if whole_class else plan
     check_digests(registry, stack.members)
     report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
-    digests = report.pop("digests", {})
-    written: list[dict[str, Any]] = [
-        {
-            "path": str(path.relative_to(out)),
-            "bytes": path.stat().st_size,
-            "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
-        }
-        for path in sorted(out.rglob("*"))
-        if path.is_file()
-    ]
+    written = _files(out, report.pop("digests", {}))
     size = human_bytes(sum(file["bytes"] for file in written))
     data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
     text = f"wrote {stack.text} to {out}: {format_}, rank {report['rank']}, {data['dtype']}, {size}"
@@ -131,6 +123,19 @@ def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: st
     from stackctl.engine.export.model import export_model
 
     return export_model(plan, find_folder(), out, dtype=dtype)
+
+
+def _files(out: Path, digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every file in a folder; those whose digests are known by their names are not hashed again."""
+    return [
+        {
+            "path": str(path.relative_to(out)),
+            "bytes": path.stat().st_size,
+            "sha256": (digests.get(path.name) or sha256_file(path)).removeprefix("sha256:"),
+        }
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    ]
 
 
 def _base_folder(context: Context, base: Base) -> Path:
