@@ -51,19 +51,14 @@ class Service:
         Raises:
             StackctlError: the model or a prompt cannot be had.
         """
-        from stackctl.engine.generation import Sampling
         from stackctl.engine.records.prompt_files import Prompt
 
         _, plan = self.models.find(asked.model)
-        sampling = Sampling(
-            asked.max_tokens, asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty,
-            asked.seed, not asked.messages, None, asked.stop, asked.template, asked.top_logprobs,
-        )  # fmt: skip
         prompts = [Prompt(text) for text in asked.prompts]
         if asked.messages:
             prompts = [Prompt(asked.messages[-1]["content"], [dict(m) for m in asked.messages])]  # type: ignore[misc]
         try:
-            return self.engine.prepare(plan, prompts, sampling, copies=asked.n, streams=asked.stream)
+            return self.engine.prepare(plan, prompts, asked.sampling, copies=asked.n, streams=asked.stream)
         except NotFound as error:
             raise ApiError(500, error.message) from error
 
@@ -186,7 +181,7 @@ class App:
         rows = await run_in_threadpool(self.service.prepare, asked)
         pending = PendingRows(rows)
         self.service.engine.submit(rows)
-        completion = Completion(asked.model, chat, asked.top_logprobs)
+        completion = Completion(asked.model, chat, asked.sampling.top_logprobs)
 
         def done() -> None:
             pending.cancel()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from stackctl.core.errors import did_you_mean
 from stackctl.serving.api_errors import ApiError
+
+if TYPE_CHECKING:
+    from stackctl.engine.generation import Sampling
 
 DEFAULT_TOKENS = 256
 """The longest answer when a request does not say, as of ``generate``."""
@@ -38,21 +41,12 @@ class CompletionRequest:
     """What one request asks for. ``messages`` of a chat, else ``prompts``; limits and kinds are checked."""
 
     model: str
+    sampling: Sampling
     messages: tuple[dict[str, str], ...] = ()
     prompts: tuple[str, ...] = ()
-    max_tokens: int = DEFAULT_TOKENS
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
     n: int = 1
-    stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
-    template: dict[str, Any] = field(default_factory=dict)
-    top_logprobs: int | None = None
 
 
 def parse_body(body: bytes, *, chat: bool) -> CompletionRequest:
@@ -61,6 +55,8 @@ def parse_body(body: bytes, *, chat: bool) -> CompletionRequest:
     Raises:
         ApiError: 400, and what is wrong with which field.
     """
+    from stackctl.engine.generation import Sampling
+
     given = _object(body)
     allowed = {*_FIELDS, *_IGNORED, *_NEUTRAL, "model", "stream_options", "max_completion_tokens", "logprobs"}
     allowed |= {"messages", "top_logprobs"} if chat else {"prompt"}
@@ -71,19 +67,22 @@ def parse_body(body: bytes, *, chat: bool) -> CompletionRequest:
         if name in _NEUTRAL and value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
             raise ApiError(400, f"'{name}' is not supported by this server", code="unsupported_field", param=name)
     values = {name: read(given[name], name) for name, read in _FIELDS.items() if given.get(name) is not None}
-    if (longest := given.get("max_completion_tokens")) is not None:
-        values["max_tokens"] = _integer(1)(longest, "max_completion_tokens")
-    values["template"] = values.pop("chat_template_kwargs", {})
-    if values["template"] and not chat:
+    longest = values.pop("max_tokens", DEFAULT_TOKENS)
+    if (asked := given.get("max_completion_tokens")) is not None:
+        longest = _integer(1)(asked, "max_completion_tokens")
+    template = values.pop("chat_template_kwargs", {})
+    if template and not chat:
         raise _wrong("chat_template_kwargs", "left out: a completion goes on from its text, without a chat template")
     model = _text(given.get("model"), "model")
-    values["include_usage"] = _include_usage(given.get("stream_options"), values.get("stream", False))
-    values["top_logprobs"] = (_chat_logprobs if chat else _logprobs)(given)
+    answers = {"n": values.pop("n", 1), "stream": values.pop("stream", False)}
+    answers["include_usage"] = _include_usage(given.get("stream_options"), answers["stream"])
+    top_logprobs = (_chat_logprobs if chat else _logprobs)(given)
     if values.get("top_k", 1) < 1:
         values["top_k"] = None  # -1 and 0 are how others say: all of them
+    sampling = Sampling(longest, raw=not chat, template=template, top_logprobs=top_logprobs, **values)
     if chat:
-        return CompletionRequest(model, messages=_messages(given.get("messages")), **values)
-    return CompletionRequest(model, prompts=_prompts(given.get("prompt")), **values)
+        return CompletionRequest(model, sampling, messages=_messages(given.get("messages")), **answers)
+    return CompletionRequest(model, sampling, prompts=_prompts(given.get("prompt")), **answers)
 
 
 def _object(body: bytes) -> dict[str, Any]:
