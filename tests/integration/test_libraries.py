@@ -79,8 +79,7 @@ finally:
 """
 
 
-def test_a_training_without_the_compiler_is_that_of_one_that_imported_everything(tiny_registry: Any) -> None:
-    h = tiny_registry("llama")
+def test_a_training_without_the_compiler_is_that_of_one_that_imported_everything(h: Any) -> None:
     h.add("style", seed=1)
     options = ["--on", "style", "--data", h.data(), "--max-steps", "2", "--rank", "2"]
     h.run("train", "here", *options)
