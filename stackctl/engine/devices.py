@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stackctl.core.errors import Incompatible
@@ -54,6 +55,22 @@ def choose_dtype(name: str, device: torch.device, base: Base) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else DTYPES.get(base.dtype, torch.float32)
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on a device: there, but for MPS, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on :func:`exact_device`: moved first, for a copy from MPS would convert it there."""
+    return tensor.to(exact_device(tensor.device)).double()
+
+
+def generators_of(device: torch.device) -> list[torch.device]:
+    """The devices, besides the CPU, whose random numbers a computation on ``device`` draws: for ``fork_rng``, which
+    would begin to use every GPU there is."""
+    return [device] if device.type == "cuda" else []
+
+
 _WIDE = 256
 """Hidden size from which on casting to bfloat16 costs less than its faster products save."""
 
@@ -67,14 +84,16 @@ def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedMode
     """
     if device.type == "cuda":
         fits = dtype in ("auto", "bfloat16", "nf4") and model.dtype in (torch.float32, torch.bfloat16)
-        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype != "auto" or model.dtype != torch.float32:
-        return False
-    return multiplies_in_bfloat16(device, getattr(model.config.get_text_config(), "hidden_size", 0))
+    else:
+        fits = dtype == "auto" and model.dtype == torch.float32
+    return fits and multiplies_in_bfloat16(device, getattr(model.config.get_text_config(), "hidden_size", 0))
 
 
 def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
-    """Whether casting to bfloat16 pays: on a CPU that has it in hardware, for matrices that are not small."""
+    """Whether casting to bfloat16 pays: on CUDA that has it in hardware, on such a CPU for matrices that are not small."""
+    if device.type == "cuda":
+        fast: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return fast
     if device.type != "cpu" or hidden_size < _WIDE:
         return False
     return cpu_multiplies_bfloat16()

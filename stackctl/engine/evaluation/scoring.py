@@ -20,6 +20,7 @@ from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_toke
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions, Example
 from stackctl.engine.data.rows import collate
+from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.significance import RecordScore, ratio_error, sign_flip_p
 from stackctl.engine.generation.reader import Reader
 from stackctl.engine.loss.logits import causal_lm, supervised_token_losses
@@ -186,7 +187,7 @@ class Scoring:
         try:
             if self._attention is None:  # the architecture decides, and no stack changes that
                 layout = choose_layout(inner, examples, longest=max(len(example.input_ids) for example in examples))
-                self._attention = inner.config._attn_implementation if layout in ("per_record", "flash") else ""
+                self._attention = inner.config._attn_implementation if layout not in ("mask", "one_by_one") else ""
             elif self._attention:
                 inner.set_attn_implementation(self._attention)
             yield bool(self._attention)
@@ -225,7 +226,7 @@ def score_examples(
             batch = {key: value.to(device) for key, value in collate(part).items()}
             found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
             assert found.correct is not None, "no gradients are wanted here"
-            losses, right = found.losses.double().split(counts), found.correct.split(counts)
+            losses, right = float64(found.losses).split(counts), found.correct.split(counts)
             for number, count, loss, correct in zip(row, counts, losses, right, strict=True):
                 scores[number] = RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))
             if progress:

@@ -125,7 +125,7 @@ def _beside(
     spread = torch.repeat_interleave(places, torch.tensor([A.shape[0] for A, _, _ in factors]))
 
     def add(_: nn.Module, given: tuple[Any, ...], made: Tensor) -> Tensor:
-        inner = nn.functional.linear(given[0].to(a.dtype), a) * weights().to(device, a.dtype)[spread.to(device)]
+        inner = nn.functional.linear(given[0].to(a.dtype), a) * weights().to(a.dtype).to(device)[spread.to(device)]
         return made + nn.functional.linear(inner, b).to(made.dtype)
 
     with layer.register_forward_hook(add):
@@ -160,7 +160,7 @@ class _Changed(nn.Module):
         """Where the numbers come from, so that whoever looks for what is trained finds it here."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        now = self._weights().to(weight.device, torch.float32)[self._places.to(weight.device)]
+        now = self._weights().float().to(weight.device)[self._places.to(weight.device)]
         read = [(A.to(weight.device), B.to(weight.device), s) for A, B, s in self._factors]
         deltas = []
         for own in matrices(self._module, read):
@@ -180,7 +180,7 @@ class _WithRows(nn.Module):
         self.learned = getattr(weights, "parameter", None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        now, changed = self._weights().to(weight.device, torch.float32), weight
+        now, changed = self._weights().float().to(weight.device), weight
         for tokens, values, number in self._rows:
             index = tokens.to(weight.device)
             own = weight[index].float()

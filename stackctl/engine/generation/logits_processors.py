@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from stackctl.engine.devices import float64
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer
@@ -91,11 +92,12 @@ class _Draw(LogitsProcessor):
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Any, scores: Any) -> Tensor:
-        shares = scores.double().softmax(-1).cumsum(-1)  # (rows, vocabulary)
+        shares = float64(scores).softmax(-1).cumsum(-1)  # (rows, vocabulary)
         points = torch.stack([torch.rand((1,), generator=g, dtype=torch.float64) for g in self._generators])
         # The first token beyond the point; one whose share is zero is never the first.
         drawn = torch.searchsorted(shares, points.to(shares.device) * shares[:, -1:], right=True)
-        return torch.full_like(scores, float("-inf")).scatter(-1, drawn.clamp(max=shares.shape[-1] - 1), 0.0)
+        drawn = drawn.clamp(max=shares.shape[-1] - 1).to(scores.device)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
 def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, first: bool) -> TokenLogprob:

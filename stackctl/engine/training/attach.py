@@ -15,8 +15,9 @@ from stackctl.core import Say
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
+from stackctl.engine.devices import generators_of
 from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
-from stackctl.engine.loss.logits import probe
+from stackctl.engine.loss.logits import causal_lm, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, decomposing
 from stackctl.engine.training import distributed as group
@@ -39,7 +40,8 @@ FOLD_TOLERANCE = 1e-3
 class Attached:
     """A model that is ready to learn. ``how`` the frozen stack is kept: none, fold or live.
 
-    ``frozen`` are the logits for ``probe_tokens`` with the new adapter off, ``trainable`` the number of parameters.
+    ``frozen`` are the logits for ``probe_tokens`` with the new adapter off, by the model's own ``attention``;
+    ``trainable`` is the number of parameters.
     """
 
     model: PeftModel
@@ -47,6 +49,7 @@ class Attached:
     teaching: Teaching | None
     probe_tokens: Tensor
     frozen: Tensor
+    attention: str
     trainable: int
 
     @property
@@ -55,11 +58,16 @@ class Attached:
         return LIVE if self.how == "live" else None
 
     def check_unchanged(self) -> None:
-        """Look at what is frozen once more, and at what learns.
+        """Look at what is frozen once more, and at what learns; the model has its own attention afterwards.
+
+        Another kernel rounds otherwise, which in two bytes a value is no small difference.
 
         Raises:
             VerificationFailed: it is not what it was.
         """
+        inner = causal_lm(self.model)
+        if inner.config._attn_implementation != self.attention:
+            inner.set_attn_implementation(self.attention)
         with proofs.new_adapter_off(self.model, self.live):
             proofs.check_unchanged(self.frozen, probe(self.model, self.probe_tokens))
         proofs.check_trainable(self.model)
@@ -89,7 +97,8 @@ def attach_all(stacked: StackedModel, prepared: PreparedJob, targets: Targets, f
         with teaching.speaking():
             effect = proofs.check_active(bare, probe(model, probe_tokens), teaching.label)
         say(f"{teaching.label} is the teacher, live beside the base: it moves the logits by {effect:.1%}")
-    return Attached(model, how, teaching, probe_tokens, frozen, trainable)
+    attention: str = stacked.model.config._attn_implementation
+    return Attached(model, how, teaching, probe_tokens, frozen, attention, trainable)
 
 
 def freeze_stack(stacked: StackedModel, prepared: PreparedJob, targets: Targets, say: Say) -> str:
@@ -134,7 +143,7 @@ def attach_new(stacked: StackedModel, prepared: PreparedJob, targets: Targets, *
     if live:
         stacked.write_token_rows(prepared.plan)
     stacked.model.name_or_path = base.hub_id or str(stacked.folder)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(generators_of(stacked.device)):
         torch.manual_seed(prepared.initial_seed)
         model: PeftModel = get_peft_model(stacked.model, config, adapter_name=ADAPTER)
     if odd := sorted({name for name, _ in new_layers(model)} ^ targets.modules, key=natural_order):

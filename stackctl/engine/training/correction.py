@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.engine.algebra import Factors
+from stackctl.engine.devices import float64
 
 _RIDGE = 0.1
 """λ as a share of the mean eigenvalue of A R."""
@@ -49,15 +50,15 @@ def corrected(
 
     In float64; the result has the dtype of B.
     """
-    r = moment.double()
-    gram = a.double() @ r  # (r, r), symmetric up to rounding
+    r, own = float64(moment), float64(b)
+    gram = float64(a) @ r  # (r, r), symmetric up to rounding
     gram = (gram + gram.T) / 2
     mean = float(gram.diagonal().mean())
     if not mean > 0 or not difference:
         return b.clone()
     gram.diagonal().add_(ridge * mean)
-    missed = torch.zeros_like(b, dtype=torch.float64)  # D R, (out, r)
+    missed = torch.zeros_like(own)  # D R, (out, r)
     for d_a, d_b, weight in difference:
-        missed += d_b.double() @ (d_a.double() @ r) * weight
+        missed += float64(d_b) @ (float64(d_a) @ r) * weight
     solved: Tensor = torch.linalg.solve(gram, missed, left=False)
-    return (b.double() + solved / scale).to(b.dtype)
+    return (own + solved / scale).to(b.dtype).to(b.device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from stackctl.core.errors import Failed
+from stackctl.engine.devices import exact_device
 from stackctl.jobs import ranks
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def wait() -> None:
 
 def numbers_of_each(numbers: list[float], device: torch.device) -> Tensor:
     """Some numbers of each process as rows, (processes, N), in float64; every process gets them all."""
-    own = torch.tensor([numbers], dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    own = torch.tensor([numbers], dtype=torch.float64, device=exact_device(device))
     rows: Tensor = gather(own) if ranks.world_size() > 1 else own
     return rows
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from stackctl.core import Say
 from stackctl.core.errors import Failed
-from stackctl.engine.devices import choose_device, choose_dtype, multiplies_in_bfloat16
+from stackctl.engine.devices import choose_device, choose_dtype, generators_of, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import is_sharded, told_by_each
 from stackctl.engine.training.preferences import collate_answers
@@ -219,8 +219,8 @@ def _runs(model: PeftModel, corpus: Corpus, parts: TrainerParts, cut: StepCut) -
         model.train()
         if cut.checkpointing:
             model.gradient_checkpointing_enable(CHECKPOINTING)
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, enabled=parts.bfloat16):
+        casting = torch.autocast(device.type, torch.bfloat16, enabled=parts.bfloat16)
+        with torch.random.fork_rng(generators_of(device)), casting:
             micro_batch_loss(model, inputs, parts, drift)[0].backward()  # type: ignore[no-untyped-call]
         del state
     except torch.OutOfMemoryError:

@@ -22,6 +22,7 @@ from stackctl.core.errors import Incompatible
 from stackctl.core.provenance import Moved
 from stackctl.engine.data.examples import Encoded, Example
 from stackctl.engine.data.rows import collate
+from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.scoring import record_losses, supervised_count
 from stackctl.engine.evaluation.significance import RecordScore, paired_test, ratio_error
 from stackctl.engine.live_adapter import layer_factors
@@ -212,7 +213,7 @@ def _run(model: nn.Module, examples: Sequence[Example]) -> _Outputs:
         for example in examples:
             batch = {key: value.to(device) for key, value in collate([example]).items()}
             found = supervised_logits(model, batch).float().log_softmax(-1)  # (K, vocabulary)
-            own = found.gather(1, batch["labels"][:, None]).double()
+            own = float64(found.gather(1, batch["labels"][:, None]))
             right = int((found.argmax(-1) == batch["labels"]).sum())
             scores.append(RecordScore(-float(own.sum()), len(own), right))
             logs.append(found)

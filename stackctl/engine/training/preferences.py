@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
 from stackctl.engine.data.rows import collate
+from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each, share_of
@@ -104,7 +105,7 @@ def drift_of(model: nn.Module, batches: Sequence[dict[str, Any]], *, one_by_one:
     for batch in batches:
         inputs = {key: value.to(device) for key, value in batch["swapped"].items()}
         given, _ = _summed(model, inputs, one_by_one=one_by_one)
-        own[0] += float((given - inputs["references"]).double().sum())
+        own[0] += float(float64(given - inputs["references"]).sum())
         own[1] += given.numel()
     total, count = numbers_of_each(own, device).sum(0).tolist()
     return torch.tensor(max(total / count, 0.0) if count else 0.0, device=device)

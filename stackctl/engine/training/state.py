@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stackctl.core import Say
 from stackctl.engine.data.encoding import Reading
+from stackctl.engine.devices import exact_device, float64
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
 from stackctl.engine.training.objectives import ranked
 from stackctl.engine.training.preferences import Scores
@@ -108,7 +109,7 @@ class RunState:
     _supervised: int = 0
 
     def __post_init__(self) -> None:
-        where = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        where = exact_device(self.device)
         self._loss = torch.zeros((), dtype=torch.float64, device=where)
         self._pairs = torch.zeros(7, dtype=torch.float64, device=where)
 
@@ -117,11 +118,11 @@ class RunState:
         margins, kinds = scores.margins, (scores.desired, scores.avoided)
         sums = [ranked(margins).sum(), margins.sum(), *(kind.sum() for kind in kinds)]
         counts = torch.tensor([len(margins), *map(len, kinds)])
-        self._pairs += torch.cat([counts.to(self._pairs), torch.stack(sums).to(self._pairs)])
+        self._pairs += torch.cat([counts.to(self._pairs), float64(torch.stack(sums))])
 
     def add_loss(self, loss: Tensor) -> None:
         """Add the summed loss (scalar, nats) of a micro-batch, or of a part of it, to that of the step."""
-        self._loss += loss.detach().to(self._loss)
+        self._loss += float64(loss.detach())
 
     def add_micro_batch(self, inputs: dict[str, Any]) -> None:
         """Add the tokens of a micro-batch to those of the step."""

@@ -22,6 +22,7 @@ from torch.nn.functional import kl_div
 
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import TEACHER, collate
+from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.significance import ratio_error
 from stackctl.engine.loss.logits import losses_of_hidden, split, supervised_hidden
 from stackctl.engine.loss.output_head import OutputHead
@@ -88,7 +89,7 @@ class Teaching:
                 head, hidden = supervised_hidden(wrapped, batch)
                 divergences = self._of_hidden(head, hidden, labels, taught)
                 own = losses_of_hidden(head, hidden, labels).losses
-                rows.append((float(divergences.double().sum()), float(len(own)), float(own.double().sum())))
+                rows.append((float(float64(divergences).sum()), float(len(own)), float(float64(own).sum())))
         rows += [(0.0, 0.0, 0.0)] * (-(-len(examples) // ranks.world_size()) - len(rows))  # as many of each process
         told = numbers_of_each([number for row in rows for number in row], device).view(-1, 3)
         totals, sizes, losses = told[told[:, 1] > 0].T.tolist()
