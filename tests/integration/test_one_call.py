@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import SIZES
+from tiny_registry import CHAT
 from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
@@ -138,6 +139,26 @@ def test_a_kernel_that_is_wrong_or_missing_is_not_chosen(monkeypatch: pytest.Mon
     for kernel in (missing, forgetful):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         assert row_layout.choose_layout(model_of("llama"), rows(), longest=max(LENGTHS)) == "per_record"
+
+
+def test_a_run_in_bfloat16_passes_its_proofs_and_eval_shares_rows_by_it(
+    calls: list[int], tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel rounds otherwise than the attention by which the frozen stack was looked at before."""
+    h = tiny_registry("llama")
+    h.add("style", seed=1)
+    monkeypatch.setattr(row_layout, "has_one_call", lambda device, dtype: True)
+    data = h.data(CHAT)
+    h.train("new", "--max-steps", 1, "--dtype", "bfloat16", on="style")
+    assert max(calls) > 1
+    losses = {}
+    for kernel in (True, False):
+        calls.clear()
+        monkeypatch.setattr(row_layout, "has_one_call", lambda device, dtype, kernel=kernel: kernel)
+        report = h.run("eval", "style+new", "--data", data, "--dtype", "bfloat16", "--json").json
+        losses[kernel] = report["results"][0]["loss"]
+        assert (max(calls, default=0) > 1) is kernel
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)
 
 
 def test_only_a_gpu_and_weights_of_two_bytes_are_asked() -> None:
