@@ -90,7 +90,7 @@ def computes_in_bfloat16(dtype: str, device: torch.device, model: PreTrainedMode
 
 
 def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
-    """Whether casting to bfloat16 pays: on CUDA that has it in hardware, on such a CPU for matrices that are not small."""
+    """Whether casting to bfloat16 pays: on CUDA with it in hardware, on such a CPU for matrices that are not small."""
     if device.type == "cuda":
         fast: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return fast

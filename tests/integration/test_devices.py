@@ -23,7 +23,7 @@ import stackctl.engine
 from stackctl.engine import devices
 from stackctl.engine.generation.logits_processors import processors
 from stackctl.engine.generation.sampling import Sampling
-from stackctl.engine.training import memory
+from stackctl.engine.training import memory, trainer
 from stackctl.engine.training.preferences import Scores
 from stackctl.engine.training.state import RunState
 
@@ -96,6 +96,23 @@ def test_float64_is_asked_for_in_one_way_wherever_tensors_are_on_the_models_devi
                 if asks or ("torch.float64" in names and not on_cpu):
                     found.add(f"{path.relative_to(engine)}:{function.name}")
     assert {place for place in found if place not in ON_THE_CPU and place.split(":")[0] not in ON_THE_CPU} == set()
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would make its micro-batches larger, and cut each along its first dimension, which is one row."""
+    made = trainer.TrainingArguments
+
+    def several(**settings: Any) -> Any:
+        arguments = made(**settings)
+        arguments._n_gpu = 2
+        return arguments
+
+    h = tiny_registry()
+    options = ("--max-steps", 2, "--batch-size", 2)
+    alone = h.train("alone", *options)
+    monkeypatch.setattr(trainer, "TrainingArguments", several)
+    beside = h.train("beside", *options)
+    assert [beside[key] for key in ("loss", "tokens", "digest")] == [alone[key] for key in ("loss", "tokens", "digest")]
 
 
 def test_random_numbers_are_kept_of_the_runs_own_gpu_alone() -> None:

@@ -240,7 +240,7 @@ def training_arguments(
     job = prepared.job
     steps = optimizer_steps(job, rows, ranks.world_size())
     evaluates = job.eval_data is not None
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=cut.records,
         gradient_accumulation_steps=cut.count,
@@ -272,6 +272,8 @@ def training_arguments(
         average_tokens_across_devices=False,  # the loss is normalised over all ranks by StackTrainer itself
         label_names=["labels"],
     )
+    made._n_gpu = min(made.n_gpu, 1)  # else a process that sees several GPUs would deal a micro-batch's one row to all
+    return made
 
 
 def _warmup_steps(job: TrainJob, steps: int) -> int:
