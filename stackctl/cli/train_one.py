@@ -74,10 +74,10 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
 
 def dry_run_result(context: Context, prepared: PreparedJob) -> Result:
     """Check a job down to its tokens, and say what would be trained; nothing is written."""
-    from stackctl.engine.training.dataset import preview_parts
-
     launch = plan_launch(prepared)
     corpus, tokenizer, targets = _check_data(context, prepared)
+    from stackctl.engine.training.dataset import preview_parts
+
     job = prepared.job
     processes = launch.processes if launch else ranks.world_size()
     plan = _plan_step(prepared, corpus, targets, launch)
