@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,14 +13,6 @@ import torch
 from tiny import CHATML, SIZES
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
-
-_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -36,19 +31,35 @@ def write_tiny_gguf(out: Path, seed: int = 0) -> Path:
                 parameter.normal_(0, 0.15)
         other = [number for number, letter in enumerate(LETTERS) if not (letter.isascii() and letter.isprintable())]
         model.lm_head.weight[other] = 0.0
-    writer = gguf.GGUFWriter(out, "llama")
+    return write_gguf(out, "llama", model)
+
+
+def write_gguf(
+    out: Path,
+    architecture: str,
+    model: Any,
+    facts: Mapping[str, float | int | str] = MappingProxyType({}),
+    extra: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    left_out: Collection[str] = (),
+) -> Path:
+    """A model as llama.cpp's converter writes it; ``facts`` are more keys of its architecture, ``extra`` tensors."""
+    writer = gguf.GGUFWriter(out, architecture)
     _write_facts(writer, model.config)
+    for key, value in facts.items():
+        add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add(f"{architecture}.{key}", value)
+    known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(known, model.config.num_hidden_layers)
     for name, value in model.state_dict().items():
-        module = name.removesuffix(".weight")
+        module, _, kind = name.rpartition(".")
         array = value.numpy().astype(np.float32)
-        if module in _WHOLE:
-            writer.add_tensor(f"{_WHOLE[module]}.weight", array)
-            continue
-        layer, _, rest = module.removeprefix("model.layers.").partition(".")
-        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(rest)
-        if heads:  # the two halves of every head in turns
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(f"blk.{layer}.{_NAMES[rest]}.weight", np.ascontiguousarray(array))
+        parts = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+        if architecture == "llama" and (heads := parts.get(module.rpartition(".")[2])):  # halves of heads in turns
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if (called := f"{names.get_name(module)}.{kind}") not in left_out:
+            writer.add_tensor(called, np.ascontiguousarray(array))
+    for name, values in extra.items():
+        writer.add_tensor(name, np.asarray(values, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -56,7 +67,7 @@ def write_tiny_gguf(out: Path, seed: int = 0) -> Path:
     return out
 
 
-def _write_facts(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+def _write_facts(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.max_position_embeddings)
@@ -65,9 +76,13 @@ def _write_facts(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(getattr(config, "norm_epsilon", None) or config.layer_norm_eps)
+    rope, head = config.rope_parameters, config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     tokens = [*LETTERS, "<|im_start|>", "<|im_end|>", "aa", "<|unused|>"]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL

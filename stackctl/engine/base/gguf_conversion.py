@@ -14,27 +14,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.base.gguf_facts import complete
 from stackctl.engine.base.tokenizer import keep_reader, load_reader
 from stackctl.engine.replaced import replaced
+
+_UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, IndexError)
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
     """Write the folder ``out``, which is there.
 
     Raises:
-        Incompatible: transformers cannot read the file.
+        Incompatible: transformers cannot read the file, or not all of it.
     """
     hf_logging.disable_progress_bar()
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with reading_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), dtype=torch.float32, output_loading_info=True, **source
+            )
+            model, loading = loaded
+            unread = list(complete(model, loading, gguf))
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
+    except Exception as error:
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:  # as which tokenizers raises its own
+            raise
         raise Incompatible(
             f"{gguf} cannot be read as a causal language model ({first_line(error)[:200]})",
             hint="give the model as a folder or a Hub id instead",
         ) from error
+    if unread:
+        raise Incompatible(
+            f"{gguf} is not all that transformers makes of it: {'; '.join(unread)}",
+            hint="give the model as a folder or a Hub id instead",
+        )
     # A model that came from GGUF refuses to be saved while it claims to be quantised; its weights no longer are.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,0 +1,144 @@
+"""``base add FILE.gguf``: what transformers passes over in a GGUF file is read, or the file is refused for it.
+
+Each file is written from a model of transformers', whose logits the base has to have.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SIZES
+from tiny_gguf import LETTERS, write_gguf
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
+
+from stackctl.engine.models import load_base
+from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.store import Registry
+
+TOKENS = torch.arange(3, 260)[None] * 7 % 250
+"""(1, 257): longer than any window and any original context here."""
+SMALL = {**SIZES, "vocab_size": len(LETTERS) + 4}
+ORIGINAL = {"rope.scaling.original_context_length": 64}
+LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 9.0, 27.0]}
+
+
+def llama_3_frequencies(base: float, head: int, factor: float) -> list[float]:
+    """As llama.cpp writes them (conversion/llama.py, ``generate_extra_tensors``)."""
+    made = []
+    for number in range(head // 2):
+        wave = 2 * math.pi * base ** (2 * number / head)
+        smooth = (8192 / wave - 1) / (4 - 1)
+        own = 1 / ((1 - smooth) / factor + smooth)
+        made.append(1.0 if wave < 8192 / 4 else factor if wave > 8192 else own)
+    return made
+
+
+def rope(**more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10_000.0, **more}
+
+
+LLAMA_3 = rope(
+    rope_type="llama3", rope_theta=500_000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)  # fmt: skip
+READ: dict[str, tuple[str, Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "Llama 3": (
+        "llama", LlamaForCausalLM, LlamaConfig(**{**SMALL, "hidden_size": 64}, rope_parameters=LLAMA_3),
+        {}, {"rope_freqs.weight": llama_3_frequencies(500_000.0, 16, 32.0)},
+    ),
+    "tied": ("llama", LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True), {}, {}),
+    "linear": (
+        "llama", LlamaForCausalLM, LlamaConfig(**SMALL, rope_parameters=rope(rope_type="linear", factor=4.0)),
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {},
+    ),
+    "YaRN": (
+        "qwen2", Qwen2ForCausalLM,
+        Qwen2Config(
+            **SMALL, rope_parameters=rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+        ),
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, **ORIGINAL}, {},
+    ),
+    "a window": (
+        "phi3", Phi3ForCausalLM, Phi3Config(**SMALL, sliding_window=24), {"attention.sliding_window": 24}, {}
+    ),
+    "part of a head": (
+        "phi3", Phi3ForCausalLM, Phi3Config(**SMALL, rope_parameters=rope(partial_rotary_factor=0.5)), {}, {}
+    ),
+    "long texts": (
+        "phi3", Phi3ForCausalLM,
+        Phi3Config(
+            **SMALL, original_max_position_embeddings=64,
+            rope_parameters=rope(rope_type="longrope", original_max_position_embeddings=64, **LONG),
+        ),
+        {"rope.scaling.attn_factor": math.sqrt(1 + math.log(512 / 64) / math.log(64)), **ORIGINAL},
+        {f"rope_factors_{name.split('_')[0]}.weight": values for name, values in LONG.items()},
+    ),
+    "another base of the angles": (
+        "starcoder2", Starcoder2ForCausalLM,
+        Starcoder2Config(**SMALL, rope_parameters=rope(rope_theta=999_999.0), sliding_window=24),
+        {"attention.sliding_window": 24}, {},
+    ),
+    "both": (
+        "stablelm", StableLmForCausalLM,
+        StableLmConfig(**SMALL, rope_parameters=rope(rope_theta=50_000.0, partial_rotary_factor=0.5)), {}, {},
+    ),
+}  # fmt: skip
+
+
+def made(kind: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits.double()
+
+
+@pytest.mark.parametrize("case", READ)
+def test_the_base_is_the_model_that_was_written(run: Any, tmp_path: Path, case: str) -> None:
+    architecture, kind, config, facts, extra = READ[case]
+    model = made(kind, config)
+    wanted = logits(model)
+    run("init")
+    run("base", "add", "tiny", write_gguf(tmp_path / "tiny.gguf", architecture, model, facts, extra))
+    registry = Registry(tmp_path / "registry")
+    found = logits(load_base(resolve_base(registry, "tiny"), registry, dtype="float32").model)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"left_out": ["blk.1.ffn_up.weight"]}, "it lacks model.layers.1.mlp.up_proj.weight"),
+        ({"extra": {"blk.0.attn_q.bias": [0.1] * 32}}, "transformers reads nothing of blk.0.attn_q.bias"),
+        ({"extra": {"rope_freqs.weight": [1.0, 2.0, 3.0, 5.0]}}, "are not those of Llama 3"),
+        ({"extra": {"rope_factors_long.weight": [1.0] * 4}}, "rotary factors for long texts"),
+        ({"facts": {"rope.scaling.type": "longrope"}}, "scaled (longrope)"),
+        ({"facts": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "scaled (yarn)"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(run: Any, tmp_path: Path, change: Any, said: str) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", made(LlamaForCausalLM, LlamaConfig(**SMALL)), **change)
+    run("init")
+    assert said in run("base", "add", "tiny", file, code=4).err
+    assert run("ls", "--json").json["bases"] == []
