@@ -41,10 +41,11 @@ def write_gguf(
     facts: Mapping[str, float | int | str] = MappingProxyType({}),
     extra: Mapping[str, Sequence[float]] = MappingProxyType({}),
     left_out: Collection[str] = (),
+    pre: str = "gpt-2",
 ) -> Path:
     """A model as llama.cpp's converter writes it; ``facts`` are more keys of its architecture, ``extra`` tensors."""
     writer = gguf.GGUFWriter(out, architecture)
-    _write_facts(writer, model.config)
+    _write_facts(writer, model.config, pre)
     for key, value in facts.items():
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(f"{architecture}.{key}", value)
@@ -67,7 +68,7 @@ def write_gguf(
     return out
 
 
-def _write_facts(writer: gguf.GGUFWriter, config: Any) -> None:
+def _write_facts(writer: gguf.GGUFWriter, config: Any, pre: str) -> None:
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.max_position_embeddings)
@@ -87,7 +88,7 @@ def _write_facts(writer: gguf.GGUFWriter, config: Any) -> None:
     tokens = [*LETTERS, "<|im_start|>", "<|im_end|>", "aa", "<|unused|>"]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([*[normal] * len(LETTERS), control, control, normal, control])
     writer.add_token_merges(["a a"])

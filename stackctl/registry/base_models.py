@@ -294,9 +294,13 @@ def no_gguf(base: Base) -> Incompatible:
     )
 
 
+_CONVERSION = 2
+"""Raised when another folder is made of the same file."""
+
+
 def converted_folder(gguf: Path) -> Path:
     """Where the cache keeps what a GGUF file was converted to, whether it is there or not."""
     digests = DigestCache(cache_root())
     digest = digests.sha256(gguf)
     digests.save()
-    return cache_root() / "bases" / f"gguf-{digest.removeprefix('sha256:')[:24]}"
+    return cache_root() / "bases" / f"gguf-{_CONVERSION}-{digest.removeprefix('sha256:')[:24]}"

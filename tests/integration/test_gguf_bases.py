@@ -5,6 +5,7 @@ Each file is written from a model of transformers', whose logits the base has to
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from stackctl.engine.base.gguf_facts import take_splits
 from stackctl.engine.models import load_base
 from stackctl.registry.base_entries import resolve_base
+from stackctl.registry.base_models import embedded_gguf
 from stackctl.registry.store import Registry
 
 TOKENS = torch.arange(3, 260)[None] * 7 % 250
@@ -124,6 +127,38 @@ def test_the_base_is_the_model_that_was_written(run: Any, tmp_path: Path, case: 
     registry = Registry(tmp_path / "registry")
     found = logits(load_base(resolve_base(registry, "tiny"), registry, dtype="float32").model)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world! 123", [19556, 905, 17, 216, 33, 34, 35]),
+        ("  multiple   spaces", [216, 2701, 256, 5600]),
+        ("a  12", 4),
+        ("x\n\n12", 4),
+        ("\t\t5", 2),
+        ("ab   12  3", 6),
+    ],
+)
+def test_text_is_split_as_the_vocabulary_was_learned(smollm2_tokenizer: Any, text: str, ids: list[int] | int) -> None:
+    """The ids, or how many they are, that llama.cpp makes of it with the real model's file."""
+    tokenizer, file = copy.deepcopy(smollm2_tokenizer), embedded_gguf()
+    assert file
+    assert list(take_splits(tokenizer, file)) == []
+    found = tokenizer(text)["input_ids"]
+    assert ids in (found, len(found))
+
+
+def test_splits_that_are_not_known_are_named(smollm2_tokenizer: Any, tmp_path: Path) -> None:
+    def splits(pre: str) -> tuple[list[str], list[str]]:
+        file = write_gguf(tmp_path / f"{pre}.gguf", "llama", made(LlamaForCausalLM, LlamaConfig(**SMALL)), pre=pre)
+        tokenizer = copy.deepcopy(smollm2_tokenizer)
+        told = list(take_splits(tokenizer, file))
+        return told, [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("I'M 12!\n\n")]
+
+    assert splits("gpt-2") == ([], ["I", "'", "M", "Ġ12", "!", "ĊĊ"])
+    assert splits("stablelm2") == ([], ["I", "'M", "Ġ", "1", "2", "!ĊĊ"])
+    assert splits("deepseek-coder")[0] == ["how it splits text (deepseek-coder) is not read from GGUF"]
 
 
 @pytest.mark.parametrize(

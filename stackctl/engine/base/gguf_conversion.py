@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base.gguf_facts import complete
+from stackctl.engine.base.gguf_facts import complete, take_splits
 from stackctl.engine.base.tokenizer import keep_reader, load_reader
 from stackctl.engine.replaced import replaced
 
@@ -37,6 +37,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
             model, loading = loaded
             unread = list(complete(model, loading, gguf))
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+            unread += take_splits(tokenizer, gguf)
     except Exception as error:
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:  # as which tokenizers raises its own
             raise

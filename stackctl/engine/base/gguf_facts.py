@@ -14,7 +14,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedModel
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from stackctl.core.errors import listed
@@ -25,6 +28,14 @@ _YARN = {f"rope.scaling.{name}" for name in (
     "attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
 )}  # fmt: skip
 """What YaRN's angles may depend on besides, where it is not as usual."""
+_AS_QWEN2 = {"stablelm2", "hunyuan", "solar-open"}
+_BY_DIGITS = {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"}
+_AS_GPT2 = {
+    "default", "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum",
+    "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4",
+    "modern-bert",
+}  # fmt: skip
+"""How byte-level vocabularies split text (``tokenizer.ggml.pre``), by what llama.cpp does (src/llama-vocab.cpp)."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every Llama 3.1 to 3.3; a GGUF file has only what follows from them."""
 
@@ -55,7 +66,8 @@ def complete(model: PreTrainedModel, loading: dict[str, Any], file: Path) -> Ite
     if model.config.tie_word_embeddings:
         found.pop("output.weight", None)  # the embedding once more
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    if not missing and sum(int(tensor.n_elements) for tensor in found.values()) != sum(parameters.values()):
+    own = architecture in GGUF_CONFIG_ARCHS  # which transformers reads by rules of their own
+    if not missing and not own and sum(int(tensor.n_elements) for tensor in found.values()) != sum(parameters.values()):
         known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)())  # type: ignore[no-untyped-call]
         yield f"transformers reads nothing of {listed(sorted(found.keys() - known.keys()))}"
     yield from _take_rope(model.config, said, has_long)
@@ -86,7 +98,7 @@ def _take_rope(config: Any, said: dict[str, Any], has_long: bool) -> Iterator[st
     rope["rope_theta"] = said.get("rope.freq_base", rope["rope_theta"])
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     turned = said.get("rope.dimension_count")
-    if turned and not hasattr(config, "rotary_dim"):
+    if turned and turned != round(head * rope.get("partial_rotary_factor", 1.0)) and not hasattr(config, "rotary_dim"):
         rope["partial_rotary_factor"] = turned / head
         if hasattr(config, "partial_rotary_factor"):
             config.partial_rotary_factor = turned / head
@@ -124,3 +136,20 @@ def _take_long_rope(config: Any, factors: list[Any], said: dict[str, Any]) -> bo
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = original
     return True
+
+
+def take_splits(tokenizer: Any, file: Path) -> Iterator[str]:
+    """Have a tokenizer split text as its vocabulary was learned, where transformers takes GPT-2's way for all that it
+    does not know; yields what it cannot be given."""
+    fields = gguf.GGUFReader(str(file)).fields
+    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
+    if fields["tokenizer.ggml.model"].contents() != "gpt2" or pre in GGUF_PRE_TOKENIZER_SPLITS.keys() | _AS_GPT2:
+        return
+    if pre not in _BY_DIGITS | _AS_QWEN2:
+        yield f"how it splits text ({pre}) is not read from GGUF"
+        return
+    first: Any = pre_tokenizers.Digits(individual_digits=True)
+    if pre in _AS_QWEN2:
+        first = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _BY_DIGITS)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
