@@ -16,7 +16,15 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.core.errors import Interrupted, StackctlError, Usage, did_you_mean, explain_oserror, system_error
+from stackctl.core.errors import (
+    Interrupted,
+    StackctlError,
+    Usage,
+    did_you_mean,
+    explain_oserror,
+    memory_error,
+    system_error,
+)
 from stackctl.core.library_messages import reword_message
 from stackctl.jobs.ranks import make_output
 
@@ -107,6 +115,8 @@ def _as_ours(error: BaseException) -> StackctlError:
         return _usage_error(error)
     if (said := system_error(error)) is not None:
         return explain_oserror(said)
+    if (full := memory_error(error)) is not None:
+        return full
     return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
 
 

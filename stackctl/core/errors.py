@@ -194,6 +194,16 @@ def system_error(error: BaseException) -> OSError | None:
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
+def memory_error(error: BaseException) -> Failed | None:
+    """What an allocator said: torch's of a device, which light code knows by its name, or Python's; else None."""
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "end what else uses it, or use --dtype bfloat16 or --device cpu where the command has them"
+        return Failed("the device's memory is full", hint=hint)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return Failed("main memory is full", hint="end what else uses it and run the command again")
+    return None
+
+
 def explain_oserror(error: OSError) -> Failed:
     """An operating-system error as one sentence and a way on."""
     name = str(error.filename or "")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import GPT2LMHeadModel
 
 import stackctl.engine
 from stackctl.engine import devices
@@ -128,3 +129,16 @@ def test_the_estimate_knows_of_autocast_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     for dtype, expected in (("auto", "autocast" if hardware else "float32"), ("float32", "float32")):
         prepared: Any = SimpleNamespace(job=SimpleNamespace(dtype=dtype), base=base)
         assert memory._precision(prepared, torch.device("cuda")) == expected
+
+
+def test_a_full_memory_while_answering_is_told_as_that(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a model that transformers cannot generate with, though a few tokens alone run out of memory, too."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    h = tiny_registry("gpt2")
+    h.add("style", seed=1)
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", full)
+    error = h.run("generate", "style", "-p", "Hi", "--max-new-tokens", 2, "--json", code=1).json["error"]
+    assert error["message"] == "the device's memory is full"

@@ -51,6 +51,32 @@ def test_a_full_disk_is_one_also_in_the_words_of_a_library(run, monkeypatch):
     assert "free some space" in told["hint"]
 
 
+class OutOfMemoryError(RuntimeError):
+    """What torch's is called, which no light command imports."""
+
+
+@pytest.mark.parametrize(
+    ("error", "which", "hint"),
+    [
+        (
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …"),
+            "the device's",
+            "--device cpu",
+        ),
+        (RuntimeError("… DefaultCPUAllocator: can't allocate memory: you tried to …"), "main", "again"),
+        (MemoryError(), "main", "again"),
+    ],
+)
+def test_a_full_memory_is_no_bug(run, monkeypatch, error, which, hint):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(Context, "registry", property(full))
+    told = run("ls", "--json", code=1).json["error"]
+    assert told["message"] == f"{which} memory is full"
+    assert hint in told["hint"]
+
+
 def test_every_documented_exit_code_is_one_of_a_kind():
     assert {kind.exit_code for kind in _kinds(StackctlError)} == {1, 2, 3, 4, 5, 6, 130, 143}
     assert {kind.code for kind in _kinds(StackctlError)} >= {"usage", "not_found", "incompatible", "hub"}

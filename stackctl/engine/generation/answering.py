@@ -144,6 +144,8 @@ def _write_padded(
                 stopping_criteria=StoppingCriteriaList([answering]),
                 **({} if cache is None else {"past_key_values": cache}),
             )
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         if _fails_by_itself(stacked, input_ids, type(error)):
             raise Incompatible(
