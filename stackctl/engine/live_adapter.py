@@ -61,7 +61,7 @@ def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
         raise Incompatible(f"a stack composed by {plan.method} cannot be kept live: only a sum can", hint=_HINT)
     if plan.replacements:
         raise Incompatible(f"{plan.brought}, which cannot be kept live", hint=_HINT)
-    own = [module.name for module in plan.modules.values() if module.is_experts]
+    own = plan.peft_names(dict.fromkeys(plan.modules, 1))[1]  # experts, and a router that is no linear layer
     if left_out := [name for name in own if parameters and not is_parameter_target(parameters, name)]:
         raise Incompatible(
             f"the frozen stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "

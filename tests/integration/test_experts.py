@@ -146,6 +146,17 @@ def test_auto_folds_a_stack_that_cannot_stay_live_beside_the_new_adapter(h):
     assert whole.json["frozen"] == "live"
 
 
+def test_a_stack_on_the_router_is_folded_or_refused_beside_an_adapter_on_experts(tiny_registry):
+    """PEFT's own all-linear takes the router's matrix, as a parameter: what is live beside experts has to name it."""
+    h = tiny_registry("mixtral")
+    h.add("raw", seed=1)
+    assert any(name.endswith(".gate") for name in h.plan("raw").modules)
+    steps = ["--max-steps", 1, "--batch-size", 2]
+    error = h.train("n", *steps, "--frozen", "live", on="raw", records=CHAT[:2], code=4)["error"]
+    assert "mlp.gate" in error["message"] and "--frozen fold" in error["hint"]
+    assert h.train("m", *steps, "--dtype", "bfloat16", on="raw", records=CHAT[:2])["frozen"] == "fold"
+
+
 def test_a_regular_expression_of_layers_means_those_layers(h):
     """PEFT makes last names of it in some mixtures, and adapts every layer."""
     h.train("style", "--target-modules", r".*\.1\.self_attn\.(q|o)_proj", "--max-steps", 1, records=CHAT[:2])
