@@ -64,9 +64,9 @@ def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
     own = plan.peft_names(dict.fromkeys(plan.modules, 1))[1]  # experts, and a router that is no linear layer
     if left_out := [name for name in own if parameters and not is_parameter_target(parameters, name)]:
         raise Incompatible(
-            f"the frozen stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
+            f"the live stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
             "the same parameters live together",
-            hint="fold it: --frozen fold",
+            hint="name it in --target-modules, too, or fold the stack: --frozen fold in train",
         )
 
 
