@@ -114,7 +114,8 @@ def bisect(
 ) -> Result:
     """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
 
-    Bad is a text in the answer to a prompt, or with --data a loss that is worse than that of the base alone.
+    Bad is a text in the answer to a prompt, or with --data a loss that is higher than without one of the members, or
+    than that of the base alone.
     """
     registry = context.registry
     problems: list[StackctlError] = [*symptom.problems()]
