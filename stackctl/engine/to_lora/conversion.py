@@ -25,6 +25,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed, first_line, l
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
@@ -240,10 +241,7 @@ def _is_difference(checkpoint: Checkpoint) -> bool:
 
 
 def _factors_of(layer: Any) -> algebra.Factors:
-    if ADAPTER in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-    else:
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a, b = layer_factors(layer, ADAPTER)
     return a.detach().float().cpu().clone(), b.detach().float().cpu().clone(), float(layer.scaling[ADAPTER])
 
 
