@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import os
@@ -11,6 +12,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctypes import CDLL
 
 DISTRIBUTION = "stackctl-lora"
 
@@ -154,12 +159,18 @@ def packages() -> tuple[dict[str, str | None], list[str]]:
     return found, wrong
 
 
-def return_freed_memory() -> None:
-    """Give what this process has freed back to the system, where its C library keeps it (glibc) and can be told."""
+@functools.cache
+def c_library() -> CDLL:
+    """The C library that this process runs on; Windows has none by that name (``TypeError``)."""
     import ctypes
 
+    return ctypes.CDLL(None)
+
+
+def return_freed_memory() -> None:
+    """Give what this process has freed back to the system, where its C library keeps it (glibc) and can be told."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        c_library().malloc_trim(0)
 
 
 def map_large_blocks() -> None:
@@ -167,7 +178,5 @@ def map_large_blocks() -> None:
 
     It otherwise learns to keep blocks of up to 32 MB in its heap, where those that stay for long cut up what is free.
     """
-    import ctypes
-
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+        c_library().mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)

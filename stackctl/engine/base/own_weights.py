@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from stackctl.machine.resources import c_library
 from stackctl.registry.base_models import weight_files
 
 _ALIGNMENT = 64
@@ -90,17 +91,12 @@ class MappedModules:
         return [weight for weight in weights if weight.dim() > 1 and _lies_in(weight, self._ranges)]
 
 
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def forget_pages(mapped: Tensor) -> None:
     """Let go of a mapped tensor's pages, to which nothing was written; they come from the file again when asked for."""
     first, last = mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
     start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
     if (size := last // mmap.PAGESIZE * mmap.PAGESIZE - start) > 0:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _mapped_ranges(folder: Path) -> list[tuple[int, int]]:
