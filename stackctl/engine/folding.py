@@ -82,8 +82,8 @@ class Adder:
             before = after if base is None else base[start : start + step]
             change = delta.rows(start, start + step)
             total, gained, lost = self._blocks(after)
-            if base is not None and after.dtype == torch.float32:
-                total = after
+            if base is not None and after.dtype == total.dtype:
+                total = after  # the base's own values are elsewhere
             torch.add(before, change, out=total)
             if after.dtype == torch.float32:  # lost is exact: Knuth's two-sum (TAOCP 4.2.2)
                 torch.sub(total, before, out=gained)
@@ -91,7 +91,7 @@ class Adder:
                 torch.sub(before, lost, out=lost)
                 torch.sub(change, gained, out=gained)
                 lost.add_(gained)
-                if base is None:
+                if total is not after:
                     after.copy_(total)
             else:
                 after.copy_(total)

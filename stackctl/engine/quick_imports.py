@@ -1,4 +1,4 @@
-"""Import transformers and PEFT without what a command never uses of them: half of its way to a first token or step.
+"""Import transformers and PEFT without what a command never uses of them: a third of its way to a first token or step.
 
 transformers loads torch's compiler for decorators that tell it what to leave alone, and sharded tensors for models that
 are spread over several processes; and it reads the source of all its models, twice, for a table of what they define. A
@@ -91,17 +91,16 @@ def _import_without_models() -> None:
     from transformers.utils import import_utils
 
     tables = import_utils.define_import_structure
-    classes = "models.auto"  # which find the class of a model
     folder = Path(package.__path__[0])
-    models = str(folder / "models")
-    found = {frozenset[str](): {}, **tables(str(folder / "models" / "auto"), prefix=classes)}
+    models = folder / "models"
+    found = {frozenset[str](): {}, **tables(str(models / "auto"), prefix="models.auto")}  # finds the class of a model
     with replaced(import_utils, "define_import_structure", lambda *_, **__: found):
         spec.loader.exec_module(package)
     whole = sys.modules["transformers"]
     kind: Any = type(whole)
 
     def complete() -> None:
-        table = tables(models, prefix="models")
+        table = tables(str(models), prefix="models")
         names = table.setdefault(frozenset(), {})
         names.update({key: value for key, value in found[frozenset()].items() if key not in names})
         made = kind(whole.__name__, whole.__file__, table, whole.__spec__)
