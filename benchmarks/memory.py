@@ -89,8 +89,9 @@ def prepare(folder: Path) -> None:
     _many_words(folder / "words", smollm2)
     run_stackctl(registry, "base", "add", "words", str(folder / "words"))
     text = " ".join(json.loads(line)["text"] for line in (EXAMPLES / "style.jsonl").read_text().splitlines())
-    line = json.dumps({"text": (text + " ") * (1 + 8 * LONG // len(text))}) + "\n"
-    (folder / "texts.jsonl").write_text(line * 8)
+    long = (text + " ") * (1 + 8 * LONG // len(text))
+    lines = [json.dumps({"text": f"{number} {long}"}) + "\n" for number in range(8)]
+    (folder / "texts.jsonl").write_text("".join(lines))
 
 
 def _many_words(out: Path, tokenizer: Path) -> None:

@@ -221,7 +221,13 @@ def alone_score(model: Any, example: Any) -> tuple[float, int]:
 
 def test_a_row_has_a_bound_and_a_longer_record_stands_alone() -> None:
     lengths = [700, 100, 300, 5, 90, 512, 200, 7]
-    rows = rows_of([Example([1] * length, [1] * length) for length in lengths])
-    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    rows = rows_of([Example([number] * length, [1] * length) for number, length in enumerate(lengths)])
+    assert rows == [[0], [1, 2, 3, 4], [5], [6, 7]]
     assert all(len(row) == 1 or sum(lengths[n] for n in row) <= 512 for row in rows)
-    assert rows == [[3, 7, 4, 1, 6], [2], [5], [0]]
+
+
+def test_what_records_begin_with_counts_once_in_a_row() -> None:
+    question = list(range(400))
+    answers = [[*question, *([number] * 30)] for number in (7, 3, 9, 1)]
+    rows = rows_of([Example(ids, ids) for ids in [*answers, [999] * 10]])
+    assert rows == [[3, 1, 0], [2, 4]]

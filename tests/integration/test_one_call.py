@@ -90,6 +90,19 @@ def test_it_is_the_loop(calls: list[int], groups: int, window: int | None) -> No
     assert float((one.double() - exact).abs().max()) < 0.02
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_it_is_the_loop_where_records_share_pieces(calls: list[int], window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths, paths = [10, 5, 7, 3, 20], [[0, 1], [0, 1], [0, 2, 3], [0, 2], [4]]
+    states = [torch.randn(1, heads, sum(lengths), 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    options: dict[str, Any] = {"segment_lengths": lengths, "segment_paths": paths, "sliding_window": window}
+    one, _ = attention.one_call_attention(torch.nn.Module(), *states, None, **options)
+    assert calls == [3], "what is no record's own is left out"
+    exact, _ = attention.segment_attention(torch.nn.Module(), *(s.double() for s in states), None, **options)
+    assert one.shape == exact.shape == (1, sum(lengths), 4, 8)
+    assert float((one.double() - exact).abs().max()) < 0.02
+
+
 @pytest.mark.parametrize(
     ("dtype", "width", "options"),
     [(torch.float32, 8, {}), (torch.bfloat16, 264, {}), (torch.bfloat16, 8, {"dropout": 0.5})],

@@ -95,6 +95,55 @@ def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) 
     assert layout == EXPECTED.get(name, "per_record")
 
 
+def alike() -> list[Example]:
+    """Records that begin alike: two with a question of 20 tokens and an answer each, twice; one of these again; and one
+    that goes on from another one."""
+    chosen = examples(6, longest=30)
+    system, question, other = (chosen[number].input_ids[:10] for number in (0, 1, 2))
+    made = []
+    for number, beginning in enumerate([[*system, *question]] * 2 + [[*system, *other]] * 2):
+        ids = [*beginning, *[100 + number] * 2, *chosen[number].input_ids]
+        made.append(Example(ids, [IGNORED] * len(beginning) + ids[len(beginning) :]))
+    longer = [*made[0].input_ids, *chosen[5].input_ids]
+    return [*made, chosen[3], Example(made[1].input_ids, made[1].input_ids), Example(longer, longer)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_records_begin_with_is_computed_once_and_changes_no_number(name: str, models: Any) -> None:
+    rows = alike()
+    model = model_of(name, models)
+    expected, expected_gradient = alone(model, rows)
+    layout = choose_layout(model, rows, longest=70)
+    supervised_loss(model, collate(rows[:1]))  # the first time looks for the head
+    computed: list[int] = []
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
+    loss.backward()
+    gradient = gradients(model)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
+    assert layout == EXPECTED.get(name, "per_record")
+    every = [tuple(row.input_ids[:length]) for row in rows for length in range(1, len(row.input_ids) + 1)]
+    assert sum(computed) == len(set(every) if layout == "per_record" else every)
+
+
+def test_dropout_is_drawn_for_each_record_by_itself(models: Any) -> None:
+    model = model_of("llama", models)
+    rows = alike()
+    assert choose_layout(model, rows, longest=70) == "per_record"
+    supervised_loss(model, collate(rows[:1]))
+    computed: list[int] = []
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    for dropped, training in ((0.0, True), (0.5, False), (0.5, True)):
+        layer.lora_dropout["default"] = torch.nn.Dropout(dropped)
+        model.train(training)
+        supervised_loss(model, collate(rows))
+    assert computed[0] == computed[1] < computed[2] == sum(len(row.input_ids) for row in rows)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi"])  # without and with a bias, and transposed weights
 @pytest.mark.parametrize("autocast", [False, True])
 def test_adding_in_place_changes_no_number(name: str, autocast: bool, models: Any) -> None:

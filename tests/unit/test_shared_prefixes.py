@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from stackctl.engine.data.shared_beginnings import common
 from stackctl.engine.generation import shared_prefixes as module
-from stackctl.engine.generation.shared_prefixes import Prefix, Text, common, shared_prefixes
+from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
 
 
 def texts(chance: random.Random, count: int) -> list[Text]:
@@ -20,7 +21,7 @@ def texts(chance: random.Random, count: int) -> list[Text]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_each_beginning_is_computed_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FEWEST", 1)
+    monkeypatch.setattr(module, "FEWEST", 1)
     chance = random.Random(seed)
     known, prompts = texts(chance, chance.randrange(4)), texts(chance, chance.randrange(1, 9))
     prefixes = shared_prefixes(prompts, known)

@@ -1,7 +1,8 @@
 """Loss and next-token accuracy on supervised tokens, of a model as it stands, for each record.
 
-Records of like length share a row, where attention can keep them apart without a mask; there is no padding. What
-shares a row is decided by the records, not by their order, so that the numbers are the same in any order.
+Records share a row, where attention can keep them apart without a mask; there is no padding, and what several of them
+begin with is computed once. What shares a row is decided by the records, not by their order, so that the numbers are
+the same in any order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_toke
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions, Example
 from stackctl.engine.data.rows import collate
+from stackctl.engine.data.shared_beginnings import shared_with
 from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.significance import RecordScore, ratio_error, sign_flip_p
 from stackctl.engine.generation.reader import Reader
@@ -213,7 +215,7 @@ def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, shar
 def score_examples(
     model: torch.nn.Module, examples: Sequence[Example], progress: Progress | None = None, *, sharing: bool = False
 ) -> list[RecordScore]:
-    """The score of each example, each alone in its row, or ``sharing`` one with others of like length.
+    """The score of each example, each alone in its row, or ``sharing`` one with others.
 
     There is no padding, and nothing of a neighbour in what an example sees, so that sharing changes a loss by rounding
     alone.
@@ -235,20 +237,20 @@ def score_examples(
 
 
 def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[int]]:
-    """Which examples share a row, by number: those of like length, up to 512 tokens; a longer one stands alone, as all
-    do without ``sharing``."""
+    """Which examples share a row, by number: neighbours in the order of their tokens, up to 512 of them, shared
+    beginnings once; a longer one stands alone, as all do without ``sharing``."""
     if not sharing:
         return [[number] for number in range(len(examples))]
     rows: list[list[int]] = []
     room = 0
-    lengths = [len(example.input_ids) for example in examples]
-    order = sorted((lengths[n], example.input_ids, example.labels, n) for n, example in enumerate(examples))
-    for length, *_, number in order:
-        if length > room:
+    before: Sequence[int] = ()
+    for ids, _, number in sorted((example.input_ids, example.labels, n) for n, example in enumerate(examples)):
+        if len(ids) - shared_with(before, ids) > room:
             rows.append([])
-            room = max(_ROW, length)
+            room, before = max(_ROW, len(ids)), ()
         rows[-1].append(number)
-        room -= length
+        room -= len(ids) - shared_with(before, ids)
+        before = ids
     return rows
 
 

@@ -7,14 +7,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from stackctl.engine.data.shared_beginnings import FEWEST, common
 from stackctl.machine.resources import main_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_FEWEST = 4
-"""Shared tokens from which on copying their keys and values is worth its calls."""
 
 
 class Text(NamedTuple):
@@ -53,7 +50,7 @@ def shared_prefixes(prompts: Sequence[Text], known: Sequence[Text]) -> list[Pref
             beside = pool[max(0, place - 1) : place + 1]
             tokens, source = max(((common(ids, other), source) for other, source in beside), default=(0, 0))
             tokens = min(tokens, len(ids) - 1)
-            if tokens >= _FEWEST:
+            if tokens >= FEWEST:
                 prefixes.append(Prefix(number - len(known), source, tokens))
             pool.insert(place, one)
     return prefixes
@@ -63,12 +60,6 @@ def _number(kinds: list[object], weights: object) -> int:
     if weights not in kinds:
         kinds.append(weights)
     return kinds.index(weights)
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two texts share."""
-    length = min(len(one), len(other))
-    return bisect.bisect_left(range(1, length + 1), True, key=lambda count: one[:count] != other[:count])
 
 
 _SHARE = 8

@@ -12,10 +12,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stackctl.engine.data.rows import split_row, starts_of
+from stackctl.engine.data.shared_beginnings import SharedRow, share_beginnings
 from stackctl.engine.loss.output_head import OutputHead, find_head, passed_through
 from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.loss.token_losses import TokenLosses, token_losses
 from stackctl.engine.models import evaluating
+
+_WORTH_IT = 32
+"""Beginnings stand in a row once where that spares one token in so many."""
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
@@ -55,19 +59,19 @@ def supervised_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Outp
     ``inputs`` are as above; of their labels nothing is read.
     """
     inner = causal_lm(model)
-    arguments, keeps = _arguments(inner, inputs), _takes_positions(inner)
+    (arguments, keep), keeps = _arguments(inner, inputs), _takes_positions(inner)
     head = find_head(inner, arguments)
     if head is None:
         return None, supervised_logits(model, inputs)
     with passed_through(head.module) as seen:
-        model(**arguments, **({"logits_to_keep": inputs["keep"]} if keeps else {}))
-    return head, seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[inputs["keep"]]  # (K, d)
+        model(**arguments, **({"logits_to_keep": keep} if keeps else {}))
+    return head, seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[keep]  # (K, d)
 
 
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits (K, vocabulary) at the positions that predict a supervised token."""
     inner = causal_lm(model)
-    arguments, keep = _arguments(inner, inputs), inputs["keep"]
+    arguments, keep = _arguments(inner, inputs)
     if _takes_positions(inner):
         logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
         return logits
@@ -80,16 +84,37 @@ def _takes_positions(inner: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What a model's forward is given for a row of records."""
-    arguments: dict[str, Any] = {"input_ids": inputs["input_ids"], "use_cache": False, "return_dict": True}
-    # A record alone in its row has the positions that the model gives it: not all of them count from 0.
-    accepted, starts = inspect.signature(inner.forward).parameters, starts_of(inputs["position_ids"])
-    if "position_ids" in accepted and len(starts) > 2:
-        arguments["position_ids"] = inputs["position_ids"]
+def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """What a model's forward is given for a row of records, and the places in it that have a label behind them (K,)."""
+    ids, positions, keep = inputs["input_ids"], inputs["position_ids"], inputs["keep"]
+    starts = starts_of(positions)
+    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if inner.config._attn_implementation in OWN:
         arguments["segment_lengths"] = [end - start for start, end in itertools.pairwise(starts)]
-    return arguments
+        if shared := _shared(inner, ids, starts):
+            tokens, places = (torch.tensor(numbers, device=ids.device) for numbers in (shared.tokens, shared.places))
+            ids, positions, keep = ids[:, tokens], positions[:, tokens], places[keep]
+            arguments |= {"segment_lengths": shared.lengths, "segment_paths": shared.paths}
+    arguments["input_ids"] = ids
+    # A record alone in its row has the positions that the model gives it: not all of them count from 0.
+    if "position_ids" in inspect.signature(inner.forward).parameters and len(starts) > 2:
+        arguments["position_ids"] = positions
+    return arguments, keep
+
+
+def _shared(inner: nn.Module, ids: Tensor, starts: list[int]) -> SharedRow | None:
+    """The records of a row with what several of them begin with once, where that is worth it.
+
+    Dropout is drawn for each record by itself.
+    """
+    if len(starts) < 3:
+        return None
+    all_ids = ids[0].tolist()
+    row = share_beginnings([all_ids[start:end] for start, end in itertools.pairwise(starts)])
+    if (len(all_ids) - len(row.tokens)) * _WORTH_IT < len(all_ids):
+        return None
+    drops = inner.training and any(isinstance(module, nn.Dropout) and module.p for module in inner.modules())
+    return None if drops else row
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -168,7 +168,8 @@ def _prove(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> Ou
     scales = [*([1 / divisor] if divisor else []), *([float(factor)] if factor else []), 1.0]
     # What the configuration names comes first: small logits would fit without a cap as well, and larger ones not.
     heads = [OutputHead(module, scale, c) for scale in dict.fromkeys(scales) for c in dict.fromkeys((cap, None))]
-    short = {name: value for name, value in arguments.items() if name not in ("position_ids", "logits_to_keep")}
+    left_out = ("position_ids", "logits_to_keep", "segment_paths")
+    short = {name: value for name, value in arguments.items() if name not in left_out}
     short["input_ids"] = arguments["input_ids"][:, :_PROOF_TOKENS]
     if "segment_lengths" in short:
         short["segment_lengths"] = [short["input_ids"].shape[1]]

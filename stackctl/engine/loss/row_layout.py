@@ -36,6 +36,8 @@ _COUNTS_TOKENS = re.compile("window|chunk|block|budget|topk|top_k")
 _TOKENS = 48
 _BEYOND = 32
 """By how much a probe is longer than what a model attends to at once, so that a window that was lost shows."""
+_ALIKE = 8
+"""Tokens that both probes begin with."""
 
 
 def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int) -> RowLayout:
@@ -73,14 +75,15 @@ def _faster(inner: PreTrainedModel, own: str | None) -> Iterator[RowLayout]:
 
 
 def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) -> list[Example]:
-    """Two records made of the data's tokens, the first longer than any bound that a record of the data exceeds."""
+    """Two records made of the data's tokens that begin alike, the first longer than any bound that one of them exceeds.
+
+    What they have in common is computed once where the attention knows of it, so that this is looked at as well.
+    """
     exceeded = [bound + _BEYOND for bound in _bounds(inner.config.get_text_config()) if bound < longest]
     tokens = itertools.cycle([token for example in examples[:2] for token in example.input_ids])
-    pair = []
-    for length in (max([_TOKENS, *exceeded]), _TOKENS // 2):
-        ids = list(itertools.islice(tokens, min(length, longest)))
-        pair.append(Example(ids, [IGNORED, *ids[1:]]))
-    return pair
+    first = list(itertools.islice(tokens, min(max([_TOKENS, *exceeded]), longest)))
+    second = [*first[:_ALIKE], *itertools.islice(tokens, min(_TOKENS // 2, longest))][: min(_TOKENS // 2, longest)]
+    return [Example(ids, [IGNORED, *ids[1:]]) for ids in (first, second)]
 
 
 def _bounds(config: Any) -> list[int]:

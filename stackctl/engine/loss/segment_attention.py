@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +43,52 @@ _WIDEST_HEAD = 256
 """Values of a head that PyTorch's flash attention takes at most."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Records that consist of pieces of a row: how many tokens each piece has, and which pieces each record.
+
+    The last ``own`` tokens of a record are those that no earlier one has; in the row they follow one another. A record
+    without any is left out.
+    """
+
+    lengths: Sequence[int]
+    paths: Sequence[Sequence[int]]
+    own: Sequence[int]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None) -> _Row:
+        if paths is None:
+            return cls(lengths, [[piece] for piece in range(len(lengths))], lengths)
+        kept, own, seen = [], [], 0
+        for path in paths:
+            if new := [piece for piece in path if piece >= seen]:
+                kept.append(path)
+                own.append(sum(lengths[piece] for piece in new))
+                seen += len(new)
+        return cls(lengths, kept, own)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """The tokens of each record."""
+        return tuple(sum(self.lengths[piece] for piece in path) for path in self.paths)
+
+    def records(self, states: Tensor, dim: int) -> list[Tensor]:
+        """What belongs to each record, of something that has the row's tokens along ``dim``."""
+        pieces = states.split(list(self.lengths), dim)
+        return [pieces[path[0]] if len(path) == 1 else torch.cat([pieces[n] for n in path], dim) for path in self.paths]
+
+    def laid_out(self, states: Tensor) -> Tensor:
+        """The records one behind another, of something that has the row's tokens first."""
+        return states if self.own is self.lengths else torch.cat(self.records(states, 0))
+
+    def own_of(self, states: Tensor) -> Tensor:
+        """The reverse: the row out of its records."""
+        if self.own is self.lengths:
+            return states
+        records = states.split(list(self.totals))
+        return torch.cat([record[len(record) - own :] for record, own in zip(records, self.own, strict=True)])
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -50,13 +98,15 @@ def segment_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     segment_lengths: list[int] | None = None,
+    segment_paths: list[list[int]] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``query`` (1, heads, T, d), ``key`` and ``value`` (1, groups, T, d) to (1, T, heads, d).
 
-    ``segment_lengths`` sum to T; without them the row is one record. A ``sliding_window`` is a token and those before
-    it, as many as it says in all.
+    ``segment_lengths`` sum to T; without them the row is one record. Each is a record, or with ``segment_paths`` a
+    piece of those that are named there (:class:`stackctl.engine.data.shared_beginnings.SharedRow`). A
+    ``sliding_window`` is a token and those before it, as many as it says in all.
     """
     if attention_mask is not None:
         return sdpa_attention_forward(
@@ -64,11 +114,11 @@ def segment_attention(
         )
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = segment_lengths or [query.shape[2]]
+    row = _Row.of(segment_lengths or [query.shape[2]], segment_paths)
     outputs = []
     in_halves = query.dtype in _HALVES or torch.is_autocast_enabled("cpu")
     widens = in_halves and query.device.type == "cpu" and torch.is_grad_enabled()
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    for q, k, v, own in zip(*(row.records(states, 2) for states in (query, key, value)), row.own, strict=True):
         length = q.shape[2]
         windowed = sliding_window is not None and length > sliding_window
         with contextlib.ExitStack() as precision:
@@ -80,7 +130,7 @@ def segment_attention(
                 attn_mask=_band(length, sliding_window, q.device) if windowed else None,
                 dropout_p=dropout, is_causal=not windowed, scale=scaling,
             )  # fmt: skip
-        outputs.append(output.transpose(1, 2).to(value.dtype))
+        outputs.append(output[:, :, length - own :].transpose(1, 2).to(value.dtype))
     return torch.cat(outputs, 1), None
 
 
@@ -99,16 +149,17 @@ def one_call_attention(
     wide = query.dtype not in _HALVES or query.shape[-1] > _WIDEST_HEAD
     if attention_mask is not None or options.get("dropout") or wide:
         return segment_attention(module, query, key, value, attention_mask, **options)
-    lengths, window = tuple(options.get("segment_lengths") or [query.shape[2]]), options.get("sliding_window")
-    ends, longest = _ends(lengths, query.device), max(lengths)
+    row = _Row.of(options.get("segment_lengths") or [query.shape[2]], options.get("segment_paths"))
+    window = options.get("sliding_window")
+    ends, longest = _ends(row.totals, query.device), max(row.totals)
     before = -1 if window is None or window >= longest else window - 1
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
+    q, k, v = (row.laid_out(states[0].transpose(0, 1)) for states in (query, key, value))  # (T', heads, d)
     output = varlen.varlen_attn(
         q, k, v, ends, ends, longest, longest,
         scale=options.get("scaling"), window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor), "nothing but the output was asked for"
-    return output[None], None
+    return row.own_of(output)[None], None
 
 
 @functools.lru_cache(maxsize=4)
