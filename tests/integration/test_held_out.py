@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_registry import CHAT, TEXTS
 
+from stackctl.engine.evaluation import scoring
+from stackctl.engine.loss.row_layout import choose_layout
+from stackctl.engine.training import run
+
 # A rate at which a tiny random model soon learns its data by heart, and forgets how to read others.
 GREEDY = ("--epochs", 10, "--batch-size", 2, "--learning-rate", 0.1, "--dropout", 0.3, "--max-steps", 20)
 
@@ -69,6 +73,30 @@ def test_what_is_found_is_the_loss_of_the_weights_and_the_best_are_kept(h: Any) 
     }  # fmt: skip
     last = h.train("last", *GREEDY, *held_out(h), "--eval-steps", 1, "--keep", "last", on="style")
     assert (last["kept_step"], last["eval_loss"]) == (20, losses[20])
+
+
+def test_held_out_records_share_rows_and_count_as_the_longest(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that only they exceed has to be felt before training."""
+    longest: list[int] = []
+    rows: list[int] = []
+
+    def watch_layout(*arguments: Any, **options: Any) -> Any:
+        longest.append(options["longest"])
+        return choose_layout(*arguments, **options)
+
+    def watch_rows(*arguments: Any, **options: Any) -> Any:
+        found = rows_of(*arguments, **options)
+        rows.append(len(found))
+        return found
+
+    rows_of = scoring.rows_of
+    monkeypatch.setattr(run, "choose_layout", watch_layout)
+    monkeypatch.setattr(scoring, "rows_of", watch_rows)
+    texts = [{"text": TEXTS[0]["text"] * times} for times in (1, 2, 3)]
+    found = h.train("new", "--max-steps", 1, "--eval-data", h.data(texts, "held-out.jsonl"), records=TEXTS[:1])
+    assert rows == [1, 1], "before the first step and after the last one"
+    assert longest[0] > 2 * found["tokens"]
+    assert oracle.loss(oracle.live(h.base), texts) == pytest.approx(found["eval_loss_before"], rel=1e-5)
 
 
 def test_the_curve_is_seen(h: Any) -> None:

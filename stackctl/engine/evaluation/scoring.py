@@ -27,8 +27,10 @@ from stackctl.engine.evaluation.significance import RecordScore, ratio_error, si
 from stackctl.engine.generation.reader import Reader
 from stackctl.engine.loss.logits import causal_lm, supervised_token_losses
 from stackctl.engine.loss.row_layout import choose_layout
+from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.types import RecordSet
+from stackctl.jobs import ranks
 
 Progress = Callable[[int], None]
 _LOOKS = 3
@@ -255,8 +257,13 @@ def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[i
 
 
 def record_losses(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:
-    """Summed cross-entropy (nats) of each example's supervised tokens."""
-    return [score.loss for score in score_examples(model, examples)]
+    """Summed cross-entropy (nats) of each example's supervised tokens.
+
+    They share rows where the model has an attention of ours, which was chosen because it keeps them apart; but not
+    where several processes train together, which have to take as many forward passes each.
+    """
+    sharing = causal_lm(model).config._attn_implementation in OWN and ranks.world_size() == 1
+    return [score.loss for score in score_examples(model, examples, sharing=sharing)]
 
 
 def supervised_count(examples: Sequence[Example]) -> int:

@@ -42,6 +42,11 @@ class Corpus:
     evaluation: Encoded | None
     max_length: int
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest record, held-out ones among them."""
+        return max(longest_of(own.examples) for own in (self.encoded, self.evaluation) if own)
+
 
 def read_corpus(
     prepared: PreparedJob,

@@ -16,7 +16,6 @@ from transformers import set_seed
 from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.engine.data.chat_template import choose_chat_template, fix_date, shown_date
-from stackctl.engine.data.rows import longest_of
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
@@ -148,21 +147,23 @@ def _train(
         move = None
     attached = attach_all(stacked, prepared, loaded.targets, corpus.encoded.examples[0], output.say)
     model, teaching, state = attached.model, attached.teaching, RunState(stacked.device)
-    bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    reference, answers, measure = _compared(prepared, corpus, attached, output, bfloat16=bfloat16)
     if move:
         state.counters.moved = move.begin(model)
+    examples = corpus.encoded.examples
+    longest = corpus.max_length if job.objective == "kto" else corpus.longest  # its swapped answers are of any length
+    layout = choose_layout(model, examples, longest=longest)
+    bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
+    reference, answers, measure = _compared(prepared, corpus, attached, output, bfloat16=bfloat16)
     held_out = None
     if corpus.evaluation:
         first = 0 if teaching and teaching.name else 1  # what begins as the best pair may stay that
         held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, measure, first=first)
-    examples = corpus.encoded.examples
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
         steps=StepCallback(state, output.progress, output.say, held_out),
         held_out=held_out,
-        one_by_one=choose_layout(model, examples, longest=longest_of(examples)) == "one_by_one",
+        one_by_one=layout == "one_by_one",
         bfloat16=bfloat16,
         job=job,
         cut=loaded.cuts[0],
