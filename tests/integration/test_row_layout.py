@@ -128,7 +128,17 @@ def test_what_records_begin_with_is_computed_once_and_changes_no_number(name: st
     assert sum(computed) == len(set(every) if layout == "per_record" else every)
 
 
-def test_dropout_is_drawn_for_each_record_by_itself(models: Any) -> None:
+def drop_before_the_adapter(model: Any, share: float) -> None:
+    model.get_base_model().model.layers[0].mlp.up_proj.lora_dropout["default"] = torch.nn.Dropout(share)
+
+
+def drop_in_attention(model: Any, share: float) -> None:
+    """By a function that is given a number, as transformers does it."""
+    model.get_base_model().model.layers[1].self_attn.attention_dropout = share
+
+
+@pytest.mark.parametrize("drop", [drop_before_the_adapter, drop_in_attention])
+def test_dropout_is_drawn_for_each_record_by_itself(drop: Any, models: Any) -> None:
     model = model_of("llama", models)
     rows = alike()
     assert choose_layout(model, rows, longest=70) == "per_record"
@@ -136,9 +146,8 @@ def test_dropout_is_drawn_for_each_record_by_itself(models: Any) -> None:
     computed: list[int] = []
     embedding = model.get_base_model().get_input_embeddings()
     embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
     for dropped, training in ((0.0, True), (0.5, False), (0.5, True)):
-        layer.lora_dropout["default"] = torch.nn.Dropout(dropped)
+        drop(model, dropped)
         model.train(training)
         supervised_loss(model, collate(rows))
     assert computed[0] == computed[1] < computed[2] == sum(len(row.input_ids) for row in rows)

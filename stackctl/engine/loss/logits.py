@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from stackctl.engine.models import evaluating
 
 _WORTH_IT = 32
 """Beginnings stand in a row once where that spares one token in so many."""
+_NOISE = re.compile("drop|jitter")
+"""In the names of how much noise modules add in training."""
 
 
 def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], *, one_by_one: bool = False) -> Tensor:
@@ -105,7 +108,7 @@ def _arguments(inner: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[dict[
 def _shared(inner: nn.Module, ids: Tensor, starts: list[int]) -> SharedRow | None:
     """The records of a row with what several of them begin with once, where that is worth it.
 
-    Dropout is drawn for each record by itself.
+    Dropout, and any other noise, is drawn for each record by itself.
     """
     if len(starts) < 3:
         return None
@@ -113,8 +116,15 @@ def _shared(inner: nn.Module, ids: Tensor, starts: list[int]) -> SharedRow | Non
     row = share_beginnings([all_ids[start:end] for start, end in itertools.pairwise(starts)])
     if (len(all_ids) - len(row.tokens)) * _WORTH_IT < len(all_ids):
         return None
-    drops = inner.training and any(isinstance(module, nn.Dropout) and module.p for module in inner.modules())
-    return None if drops else row
+    return None if inner.training and any(map(_draws, inner.modules())) else row
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module draws noise in training: as a dropout, or by a function that is given one of its numbers, as
+    attention and routers are."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    return any(type(value) is float and value > 0 and _NOISE.search(name) for name, value in vars(module).items())
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
