@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stackctl.core.errors import Incompatible
+from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors
 from stackctl.lora.lora_config import plain_lora_config
@@ -28,13 +29,15 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
     """Add a whole stack to a model as one live, frozen LoRA without dropout.
 
     Raises:
-        Incompatible: a member brings whole modules or biases, which cannot be kept beside the base.
+        Incompatible: a member brings whole modules or biases, which cannot be kept beside the base, or changes a layer
+            that the model does not call.
     """
     plan.check()
     others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
     named = next((names for names in others if names), None)
     check_live(plan, named)
     target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_called(target, plan)
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
     config = LoraConfig(**plain_lora_config(modules, parameters))
     if parameters and named:  # PEFT wants the same set, word for word; what has no factors stays without effect
@@ -49,6 +52,18 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
             pair = module_pair(plan, module, tensors.factors(module))
             for own, factor in zip(layer_factors(layer, LIVE), pair, strict=True):
                 own.copy_(factor)
+
+
+def _check_called(model: nn.Module, plan: StackPlan) -> None:
+    """Whether the model calls every layer that a stack changes: what is beside one that it does not has no effect."""
+    with MemberTensors(plan) as tensors:
+        for module in plan.modules.values():
+            if not is_called(model, module.name) and any(B.any() for _, B, _ in tensors.factors(module)):
+                raise Incompatible(
+                    f"{plan.expression} changes {module.name}, which {type(model).__name__} does not call but reads the"
+                    " weight of: kept live beside it the change would have no effect",
+                    hint=_HINT,
+                )
 
 
 def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:

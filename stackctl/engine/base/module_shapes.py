@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from stackctl.core.schema import ModuleShape
 from stackctl.lora.target_parameters import CONVERTED_NAMES
 
+_READ = {"dt_proj": "MambaMixer", "classifier": "LongcatFlashTopkRouter", "ngram_embeddings": "ProphetNetDecoder"}
+"""Modules whose weight is read and who are not called, with how the class is called that does so in transformers."""
+
 
 def module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
     """What a LoRA can stand on, with the shape of its delta, in the order in which the model declares it."""
@@ -70,6 +73,16 @@ def is_plain_linear(kind: type[nn.Linear]) -> bool:
             return isinstance(made, torch.Tensor) and torch.equal(made, functional.linear(given, probe.weight))
     except Exception:  # it wants what this one has not: it is no plain one
         return False
+
+
+def is_called(model: nn.Module, name: str) -> bool:
+    """Whether a model calls a module, and does not read its weight alone: what PEFT puts beside one that is not called
+    has no effect.
+    """
+    holder, _, own = name.rpartition(".")
+    if own not in _READ or hasattr(getattr(model, "config", None), "_is_quantized"):  # then Mamba's mixers call it
+        return True
+    return not type(model.get_submodule(holder)).__name__.endswith(_READ[own])
 
 
 def converted_names(model: PreTrainedModel) -> list[str]:

@@ -1,9 +1,9 @@
 """A stack's members live beside the base with nothing but their weights to learn.
 
 Each weight stands on a group of modules: all of a member's, those of one layer, or a single one. On a linear layer a
-member adds w · scaling · B (A x) to what the layer makes of x. Anything else, an embedding, experts, the head, has its
-whole weight changed by w · scaling · BA for each forward pass, as folding would. So have rows of single tokens: own +
-w · (value - own).
+member adds w · scaling · B (A x) to what the layer makes of x. Anything else, an embedding, experts, the head, a layer
+whose weight the model reads without calling it, has its whole weight changed by w · scaling · BA for each forward pass,
+as folding would. So have rows of single tokens: own + w · (value - own).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stackctl.engine import algebra
+from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased
@@ -104,7 +105,8 @@ def attached(model: nn.Module, weighted: WeightedFactors, weights: Callable[[], 
             places = torch.tensor(weighted.index[module.name])
             factors = weighted.factors[module.name]
             layer = None if module.is_experts else model.get_submodule(module.name)
-            if layer is not None and layer is not head and module.type in ("Linear", "Conv1D"):
+            plain = module.type in ("Linear", "Conv1D") and is_called(model, module.name)
+            if layer is not None and layer is not head and plain:
                 stack.enter_context(_beside(layer, factors, places, weights))
             else:
                 changed = _Changed(module, factors, places, weights)

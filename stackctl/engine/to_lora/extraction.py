@@ -22,6 +22,7 @@ from stackctl.engine.base.entry import make_base
 from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.tensors import TensorFiles, all_finite
 from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, Pairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
@@ -171,6 +172,8 @@ class _Kinds:
         On an embedding it looks up whatever that is given first, which for positions (OPT, BART) is no token.
         """
         own = self._model.get_submodule(module)
+        if not is_called(self._model, module):
+            return False
         if isinstance(own, nn.Embedding):
             return type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
         try:

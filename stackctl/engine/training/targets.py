@@ -27,7 +27,7 @@ from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.base.module_shapes import text_modules
+from stackctl.engine.base.module_shapes import is_called, text_modules
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
@@ -223,6 +223,7 @@ def _try(
     model: PreTrainedModel, base: Base, job: TrainJob, settings: dict[str, Any], chosen: set[str]
 ) -> dict[str, str]:
     """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
+    uncalled = [name for name in chosen if not is_called(model, name)]
     config = LoraConfig(r=job.effective_rank(), lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -238,6 +239,7 @@ def _try(
             check_rows(peft, base, settings)
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
+            lost |= dict.fromkeys(uncalled, "the model reads its weight without calling it")
             return lost or _unread(peft, chosen)
         finally:
             peft.unload()
