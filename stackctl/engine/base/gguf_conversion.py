@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -64,11 +65,18 @@ def reading_once() -> Iterator[None]:
     """While the body runs, a header is parsed once, and the names of an architecture's tensors are listed once.
 
     transformers (5.23) has the header parsed for the configuration, the weights and the tokenizer, where each word of
-    the vocabulary costs gguf four views of an array; and the names listed for every module of the model.
+    the vocabulary costs gguf four views of an array; and the names listed for every module of the model. The views are
+    of a plain array over the mapped file: of ``numpy.memmap`` each would be made, and each byte read, in Python.
     """
     import gguf
 
-    with contextlib.ExitStack() as stack:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            stack.enter_context(replaced(gguf, name, functools.cache(getattr(gguf, name))))
+    reader, memmap = gguf.GGUFReader, np.memmap
+
+    @functools.cache
+    def read(file: str) -> gguf.GGUFReader:
+        with replaced(np, "memmap", lambda *given, **options: np.asarray(memmap(*given, **options))):
+            return reader(file)
+
+    names = functools.cache(gguf.get_tensor_name_map)
+    with replaced(gguf, "GGUFReader", read), replaced(gguf, "get_tensor_name_map", names):
         yield
