@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,6 @@ The shapes:
 """
 
 
-@cache
-def _file(shape: str) -> Path:
-    folder = Path(tempfile.mkdtemp())
-    path = folder / "record.jsonl"
-    path.write_text(json.dumps(SHAPES[shape].record) + "\n")
-    return path
-
-
 def _turns(tokenizer: Any, example: Example) -> list[tuple[str, str]]:
     """Each run of supervised tokens as text, behind the text before it."""
     found, ids = [], example.input_ids
@@ -82,10 +73,13 @@ def verdict(oracle: Oracle, shape: str) -> tuple[str, bool, list[str]]:
     """What becomes of one cell, whether the template can show all of it, and what is wrong where something is."""
     case: Case = SHAPES[shape]
     meaningful = all(turn.answer or turn.calls for turn in case.wanted) and oracle.can(case)
-    try:
-        encoded = encode(read_records(_file(shape)), oracle.tokenizer, EncodeOptions(100_000))
-    except Usage as error:
-        return "refused", meaningful, [error.message]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "record.jsonl")
+        path.write_text(json.dumps(case.record) + "\n")
+        try:
+            encoded = encode(read_records(path), oracle.tokenizer, EncodeOptions(100_000))
+        except Usage as error:
+            return "refused", meaningful, [error.message]
     found = [turn for example in encoded.examples for turn in _turns(oracle.tokenizer, example)]
     if len(found) != len(case.wanted):
         return "wrong", meaningful, [f"{len(found)} turns of {len(case.wanted)}"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from registry_fixtures import why
 
 STYLE = "data: style.jsonl, rank: 2, max_steps: 2, warmup: 0"
@@ -142,18 +144,14 @@ def test_what_was_built_before_a_failure_stays_and_the_rest_is_built_later(proje
 
 
 _KILLED = """
-import contextlib, os, signal, sys
+import contextlib, os, signal
 import stackctl.cli.progress
-from stackctl.cli import main
 
 @contextlib.contextmanager
 def progress(output, name):
     yield lambda step, steps, counters: os.kill(os.getpid(), signal.SIGKILL) if (name, step) == ("chat", 3) else None
 
 stackctl.cli.progress.training_progress = progress
-import torch
-torch.set_num_threads(1)
-main()
 """
 
 
@@ -166,8 +164,11 @@ def test_a_killed_building_is_resumed(project: Any, run: Any, tmp_path: Path) ->
     run("rm", "chat")
     run("rm", "style")
     project(chat=f"{chat}, save_steps: 2")
-    killed = subprocess.run([sys.executable, "-c", _KILLED, "train"], cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "sitecustomize.py").write_text(_KILLED)
+    killed = warm.run(["train"], tmp_path, {**os.environ, "PYTHONPATH": str(first)}, timeout=120)
+    assert killed.returncode == -9, killed.stderr
     assert [(r["name"], r["step"]) for r in run("ls", "--json").json["runs"]] == [("chat", 2)]
     resumed = run("train", "--resume", "--json")
     assert [b.get("adapter") or b["stack"] for b in resumed.json["built"]] == ["chat", "both"]
