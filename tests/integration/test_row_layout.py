@@ -128,6 +128,16 @@ def test_what_records_begin_with_is_computed_once_and_changes_no_number(name: st
     assert sum(computed) == len(set(every) if layout == "per_record" else every)
 
 
+def test_a_row_may_be_longer_than_what_a_model_reads_at_once() -> None:
+    """GPT-Neo keeps a causal mask of its context's size, which a row of its own mask cannot exceed."""
+    model = architectures.tiny_model("gpt_neo", max_position_embeddings=80).eval()
+    rows = examples(longest=70)
+    assert sum(len(row.input_ids) for row in rows) > 80
+    layout = choose_layout(model, rows, longest=70)
+    loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
+    assert float(loss.detach()) == pytest.approx(alone(model, rows)[0], rel=1e-5)
+
+
 def drop_before_the_adapter(model: Any, share: float) -> None:
     model.get_base_model().model.layers[0].mlp.up_proj.lora_dropout["default"] = torch.nn.Dropout(share)
 

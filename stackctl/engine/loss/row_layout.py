@@ -61,7 +61,13 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], *, longest: int
                 if agrees():
                     return layout
             inner.set_attn_implementation(own)
-        return "mask" if agrees() else "one_by_one"
+        return "mask" if not _bounds_rows(inner) and agrees() else "one_by_one"
+
+
+def _bounds_rows(inner: PreTrainedModel) -> bool:
+    """Whether a model keeps its causal mask, (T, T), as GPT-Neo does: no row can be longer, however short its records
+    are."""
+    return any(buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2] > 1 for buffer in inner.buffers())
 
 
 def _faster(inner: PreTrainedModel, own: str | None) -> Iterator[RowLayout]:
