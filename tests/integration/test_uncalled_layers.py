@@ -12,10 +12,13 @@ import architectures
 import oracle
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from tiny import tiny_tokenizer
 from tiny_registry import TEXTS, TinyRegistry
 
+from stackctl.engine.base.loading import load_weights
 from stackctl.engine.base.module_shapes import is_called, module_shapes
 from stackctl.engine.evaluation.weighted_members import attached, read_factors
 
@@ -95,3 +98,32 @@ def test_what_extract_finds_on_one_is_read_by_plain_peft(h: TinyRegistry, tmp_pa
     again = PeftModel.from_pretrained(oracle.load_plain(h.base), done["path"])
     bare = oracle.logits(oracle.load_plain(h.base))
     assert oracle.relative(oracle.logits(again), oracle.logits(tuned), bare) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", "longcat_flash"])
+def test_four_bits_leave_it_readable(kind: str, tmp_path: Path) -> None:
+    folder = architectures.tiny_folder(kind, tmp_path / kind)
+    packed = load_weights(folder, torch.float32, torch.device("cpu"), four_bits=True).eval()
+    plain = architectures.tiny_model(kind).eval()
+    found = [name for name in module_shapes(plain) if not is_called(plain, name)]
+    for name in found:
+        assert torch.equal(packed.get_submodule(name).weight, plain.get_submodule(name).weight)
+    others = [module for module in packed.modules() if isinstance(module, Linear4bit)]
+    assert others
+    assert packed.get_output_embeddings().weight.dtype == torch.float32
+    dequantised = architectures.tiny_model(kind).eval()
+    for name, module in packed.named_modules():
+        if isinstance(module, Linear4bit):
+            own = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dequantised.get_submodule(name).weight.data = own.float()
+    wanted = oracle.logits(dequantised)
+    assert float((oracle.logits(packed) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+def test_a_stack_is_live_on_four_bits_where_they_are_called(h: TinyRegistry) -> None:
+    """Jamba calls the layer where it is quantised, so that the stack has its effect there."""
+    job = ["train", "new", "--on", "one", "--data", h.data(TEXTS), "--max-steps", 1, "--dtype", "nf4", "--json"]
+    assert h.run(*job).json["frozen"] == "live"
+    model = load_weights(h.base, torch.float32, torch.device("cpu"), four_bits=True)
+    live = PeftModel.from_pretrained(model, h.paths["one"]).eval()
+    assert h.log("new")[0]["loss"] == pytest.approx(oracle.loss(live, TEXTS), rel=1e-5)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
-from stackctl.engine.base.model_class import check_scheme, model_class, reading, whole_model
-from stackctl.engine.base.module_shapes import text_modules
+from stackctl.engine.base.model_class import check_scheme, empty_model, model_class, reading, whole_model
+from stackctl.engine.base.module_shapes import is_called, module_shapes, text_modules
 from stackctl.engine.base.uninitialised import loading_into
 from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
@@ -51,7 +52,7 @@ def load_weights(
     read_generation_config(folder)  # whatever is odd about it, from_pretrained says in no words of its own
     if four_bits or (scheme is not None and scheme.method == FOUR_BITS):
         _check_bitsandbytes(needed=scheme is not None)
-    settings: Any = reading(scheme) if scheme is not None else _nf4(dtype) if four_bits else None
+    settings: Any = reading(scheme) if scheme is not None else _nf4(dtype, folder) if four_bits else None
     loader: Any  # with output_loading_info it returns a pair, which its annotation leaves out
     loader, config = model_class(folder)
     try:
@@ -147,8 +148,14 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _nf4(computing: torch.dtype) -> BitsAndBytesConfig:
-    """Weights of linear modules in four bits, as QLoRA has them (https://arxiv.org/abs/2305.14314)."""
+def _nf4(computing: torch.dtype, folder: Path) -> BitsAndBytesConfig:
+    """Weights of linear modules in four bits, as QLoRA has them (https://arxiv.org/abs/2305.14314).
+
+    Not of those whose weight the model reads by itself, which could not be told from packed bytes.
+    """
+    model = empty_model(folder)
+    read = [name for name in module_shapes(model) if not is_called(model, name)]
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing,
+        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *read] if read else None,
+    )  # fmt: skip

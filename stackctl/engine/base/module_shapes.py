@@ -16,6 +16,8 @@ from stackctl.lora.target_parameters import CONVERTED_NAMES
 
 _READ = {"dt_proj": "MambaMixer", "classifier": "LongcatFlashTopkRouter", "ngram_embeddings": "ProphetNetDecoder"}
 """Modules whose weight is read and who are not called, with how the class is called that does so in transformers."""
+_CALL_QUANTISED = ("FalconMambaMixer", "JambaMambaMixer")
+"""Those that do call them where the model is quantised."""
 
 
 def module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
@@ -80,9 +82,12 @@ def is_called(model: nn.Module, name: str) -> bool:
     has no effect.
     """
     holder, _, own = name.rpartition(".")
-    if own not in _READ or hasattr(getattr(model, "config", None), "_is_quantized"):  # then Mamba's mixers call it
+    if own not in _READ:
         return True
-    return not type(model.get_submodule(holder)).__name__.endswith(_READ[own])
+    kind = type(model.get_submodule(holder)).__name__
+    if kind in _CALL_QUANTISED and hasattr(getattr(model, "config", None), "_is_quantized"):
+        return True
+    return not kind.endswith(_READ[own])
 
 
 def converted_names(model: PreTrainedModel) -> list[str]:
