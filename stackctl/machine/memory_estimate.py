@@ -25,8 +25,9 @@ LOSS_CHUNK = 64 * 2**20
 """Bytes of float32 logits that the loss is computed of at once (:mod:`stackctl.engine.loss.token_losses`)."""
 _LOGIT = 12
 """A logit of such a chunk in float32, exponentiated, and in two bytes as the head makes it and as its gradient."""
-_LIBRARIES = 600_000_000
-"""Python with torch and its family."""
+_LIBRARIES, _ALL_LIBRARIES = 400_000_000, 600_000_000
+"""Python with torch and its family: what one process imports, and what each of several that train together does
+(:mod:`stackctl.engine.quick_imports`)."""
 _FRAGMENTATION, _FRAGMENTATION_FUSED = 0.5, 0.25
 """By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc. Fused
 functions write over what they no longer need, and leave fewer holes."""
@@ -208,7 +209,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         checkpointed=checkpointed,
         backward=backward,
         logits=logits,
-        libraries=_LIBRARIES,
+        libraries=_ALL_LIBRARIES if processes > 1 else _LIBRARIES,
         fragmentation=int(holes * ((checkpointed if checkpointing else activations) + backward + logits)),
         loading=weights if sharded else 0,
         processes=processes,
