@@ -173,10 +173,10 @@ def return_freed_memory() -> None:
         c_library().malloc_trim(0)
 
 
-def map_large_blocks() -> None:
-    """From now on blocks of 4 MB and more are given back to the system as soon as they are free, by glibc.
+def map_blocks(smallest: int) -> None:
+    """From now on blocks of so many bytes and more are given back to the system as soon as they are free, by glibc.
 
     It otherwise learns to keep blocks of up to 32 MB in its heap, where those that stay for long cut up what is free.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        c_library().mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+        c_library().mallopt(_M_MMAP_THRESHOLD, smallest)

@@ -89,9 +89,9 @@ def test_what_is_missing_or_too_old_is_said(monkeypatch):
 
 BLOCKS = """
 import sys
-from stackctl.machine.resources import map_large_blocks, own_memory
+from stackctl.machine.resources import map_blocks, own_memory
 if sys.argv[1] == "mapped":
-    map_large_blocks()
+    map_blocks(4 * 2**20)
 large = b"x" * (30 << 20)
 del large  # glibc learns to keep as much in its heap
 free, stays = [b"x" * (20 << 20)], b"y" * (20 << 20)

@@ -42,11 +42,16 @@ from stackctl.jobs.job import PreparedJob, changed_since
 from stackctl.jobs.launch_plan import check_whole_parameters
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.jobs.trackers import log_folder, tracking
-from stackctl.machine.resources import map_large_blocks
+from stackctl.machine.resources import map_blocks
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.run_folders import RunFolder, run_folder
 from stackctl.registry.store import Registry
 from stackctl.storage import files
+
+_MAPPED, _MAPPED_BF16 = 2**20, 4 * 2**20
+"""Bytes of the smallest blocks that are mapped where activations are computed again: what layers hand on cuts the heap
+up. SmolLM2 on four records of 1,024 tokens, in float32: 1.95 GB with blocks of 4 MB, and 1.27 with those of 1 MB, at
+three quarters of the speed; under autocast 1.73 and 1.56, at the same cost."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _train(
     if ranks.rank() == 0:
         folder.begin({**folder.signature, CUT: asdict(parts.cut)})
     if parts.cut.checkpointing:
-        map_large_blocks()  # what layers hand on cuts the heap up: SmolLM2 on 4,096 tokens took 3.5 GB in place of 1.9
+        map_blocks(_MAPPED_BF16 if bfloat16 else _MAPPED)
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
     with tracking(job, log_folder(registry, prepared.name), output.say):
         trainer = StackTrainer(model, arguments, corpus, parts)
