@@ -75,7 +75,7 @@ def empty_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--num-processes`` forks its processes, each in one thread; test_two_processes_are_one_training has a launch."""
+    """``--num-processes`` forks its processes, each in one thread; test_two_processes_are_one_training launches."""
     import warm
 
     kept = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}

@@ -74,13 +74,10 @@ def test_a_save_that_one_process_cannot_write_ends_both(
     assert h.train("new", *options, "--resume")["steps"] == 6
 
 
-def test_two_processes_are_one_training(
-    h: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_two_processes_are_one_training(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the middle and resumed, two processes end with what one process makes of the same steps.
 
-    The process that makes a save's folder is late, and the other has something to write into it. Those that are
-    interrupted are launched, those that go on are forked.
+    The process that makes a save's folder is late, and the other has something to write into it.
     """
     meddle(h, monkeypatch, delay=0.3)
     h.add("style", seed=1)
@@ -98,7 +95,6 @@ def test_two_processes_are_one_training(
     assert EPOCH < run["step"] < STEPS, "in the middle of the second epoch, whose order is not the first one's"
     other = h.train("two", *ONE, *watched, "--resume", on="style", records=RECORDS, code=2)["error"]["message"]
     assert "processes (2, now 1)" in other
-    request.getfixturevalue("forked_ranks")
     two = h.train("two", *TWO, *watched, "--resume", on="style", records=RECORDS)
     counted = ("kept_step", "steps", "tokens", "supervised_tokens", "trainable_parameters", "frozen", "on")
     assert {key: two[key] for key in counted} == {key: one[key] for key in counted}
