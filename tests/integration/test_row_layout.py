@@ -81,18 +81,27 @@ def alone(model: Any, rows: list[Example]) -> tuple[float, torch.Tensor]:
 ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "neox", "phi3", "mixtral", *CONFIGS]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) -> None:
-    rows = examples()
-    model = model_of(name, models)
+def check_row(name: str, model: Any, rows: list[Example], *, computed: list[int]) -> str:
+    """Loss and gradient of a row are those of its records alone; returns the layout. ``computed`` gets the tokens that
+    the row's forward passes had."""
     expected, expected_gradient = alone(model, rows)
     layout = choose_layout(model, rows, longest=70)
+    supervised_loss(model, collate(rows[:1]))  # the first time looks for the head
+    embedding = model.get_base_model().get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
     loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
+    handle.remove()
     loss.backward()
     gradient = gradients(model)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
     assert layout == EXPECTED.get(name, "per_record")
+    return layout
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) -> None:
+    check_row(name, model_of(name, models), examples(), computed=[])
 
 
 def alike() -> list[Example]:
@@ -110,20 +119,8 @@ def alike() -> list[Example]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_records_begin_with_is_computed_once_and_changes_no_number(name: str, models: Any) -> None:
-    rows = alike()
-    model = model_of(name, models)
-    expected, expected_gradient = alone(model, rows)
-    layout = choose_layout(model, rows, longest=70)
-    supervised_loss(model, collate(rows[:1]))  # the first time looks for the head
-    computed: list[int] = []
-    embedding = model.get_base_model().get_input_embeddings()
-    embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
-    loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
-    loss.backward()
-    gradient = gradients(model)
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
-    assert layout == EXPECTED.get(name, "per_record")
+    rows, computed = alike(), list[int]()
+    layout = check_row(name, model_of(name, models), rows, computed=computed)
     every = [tuple(row.input_ids[:length]) for row in rows for length in range(1, len(row.input_ids) + 1)]
     assert sum(computed) == len(set(every) if layout == "per_record" else every)
 
