@@ -81,27 +81,32 @@ def alone(model: Any, rows: list[Example]) -> tuple[float, torch.Tensor]:
 ARCHITECTURES = ["llama", "tied", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "neox", "phi3", "mixtral", *CONFIGS]
 
 
-def check_row(name: str, model: Any, rows: list[Example], *, computed: list[int]) -> str:
-    """Loss and gradient of a row are those of its records alone; returns the layout. ``computed`` gets the tokens that
-    the row's forward passes had."""
+def watch_tokens(model: Any) -> list[int]:
+    """How many tokens each forward pass from now on has."""
+    computed: list[int] = []
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    return computed
+
+
+def check_row(name: str, model: Any, rows: list[Example]) -> tuple[str, int]:
+    """Loss and gradient of a row are those of its records alone; returns the layout, and the tokens computed for it."""
     expected, expected_gradient = alone(model, rows)
     layout = choose_layout(model, rows, longest=70)
     supervised_loss(model, collate(rows[:1]))  # the first time looks for the head
-    embedding = model.get_base_model().get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    computed = watch_tokens(model)
     loss = supervised_loss(model, collate(rows), one_by_one=layout == "one_by_one")
-    handle.remove()
     loss.backward()
     gradient = gradients(model)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
     assert layout == EXPECTED.get(name, "per_record")
-    return layout
+    return layout, sum(computed)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_of_a_row_is_that_of_its_records_alone(name: str, models: Any) -> None:
-    check_row(name, model_of(name, models), examples(), computed=[])
+    check_row(name, model_of(name, models), examples())
 
 
 def alike() -> list[Example]:
@@ -119,10 +124,10 @@ def alike() -> list[Example]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_records_begin_with_is_computed_once_and_changes_no_number(name: str, models: Any) -> None:
-    rows, computed = alike(), list[int]()
-    layout = check_row(name, model_of(name, models), rows, computed=computed)
+    rows = alike()
+    layout, computed = check_row(name, model_of(name, models), rows)
     every = [tuple(row.input_ids[:length]) for row in rows for length in range(1, len(row.input_ids) + 1)]
-    assert sum(computed) == len(set(every) if layout == "per_record" else every)
+    assert computed == len(set(every) if layout == "per_record" else every)
 
 
 def test_a_row_may_be_longer_than_what_a_model_reads_at_once() -> None:
@@ -150,9 +155,7 @@ def test_dropout_is_drawn_for_each_record_by_itself(drop: Any, models: Any) -> N
     rows = alike()
     assert choose_layout(model, rows, longest=70) == "per_record"
     supervised_loss(model, collate(rows[:1]))
-    computed: list[int] = []
-    embedding = model.get_base_model().get_input_embeddings()
-    embedding.register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    computed = watch_tokens(model)
     for dropped, training in ((0.0, True), (0.5, False), (0.5, True)):
         drop(model, dropped)
         model.train(training)

@@ -247,11 +247,12 @@ def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[i
     room = 0
     before: Sequence[int] = ()
     for ids, _, number in sorted((example.input_ids, example.labels, n) for n, example in enumerate(examples)):
-        if len(ids) - shared_with(before, ids) > room:
+        own = len(ids) - shared_with(before, ids)
+        if own > room:
             rows.append([])
-            room, before = max(_ROW, len(ids)), ()
+            room, own = max(_ROW, len(ids)), len(ids)
         rows[-1].append(number)
-        room -= len(ids) - shared_with(before, ids)
+        room -= own
         before = ids
     return rows
 

@@ -65,7 +65,7 @@ def supervised_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Outp
     (arguments, keep), keeps = _arguments(inner, inputs), _takes_positions(inner)
     head = find_head(inner, arguments)
     if head is None:
-        return None, supervised_logits(model, inputs)
+        return None, _logits(model, arguments, keep)
     with passed_through(head.module) as seen:
         model(**arguments, **({"logits_to_keep": keep} if keeps else {}))
     return head, seen[0].flatten(0, -2) if keeps else seen[0].flatten(0, -2)[keep]  # (K, d)
@@ -73,9 +73,11 @@ def supervised_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Outp
 
 def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits (K, vocabulary) at the positions that predict a supervised token."""
-    inner = causal_lm(model)
-    arguments, keep = _arguments(inner, inputs)
-    if _takes_positions(inner):
+    return _logits(model, *_arguments(causal_lm(model), inputs))
+
+
+def _logits(model: nn.Module, arguments: dict[str, Any], keep: Tensor) -> Tensor:
+    if _takes_positions(causal_lm(model)):
         logits: Tensor = model(**arguments, logits_to_keep=keep).logits[0]
         return logits
     whole: Tensor = model(**arguments).logits

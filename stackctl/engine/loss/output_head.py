@@ -168,11 +168,9 @@ def _prove(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> Ou
     scales = [*([1 / divisor] if divisor else []), *([float(factor)] if factor else []), 1.0]
     # What the configuration names comes first: small logits would fit without a cap as well, and larger ones not.
     heads = [OutputHead(module, scale, c) for scale in dict.fromkeys(scales) for c in dict.fromkeys((cap, None))]
-    left_out = ("position_ids", "logits_to_keep", "segment_paths")
-    short = {name: value for name, value in arguments.items() if name not in left_out}
-    short["input_ids"] = arguments["input_ids"][:, :_PROOF_TOKENS]
-    if "segment_lengths" in short:
-        short["segment_lengths"] = [short["input_ids"].shape[1]]
+    of_the_row = ("position_ids", "logits_to_keep", "segment_lengths", "segment_paths")
+    short = {name: value for name, value in arguments.items() if name not in of_the_row}
+    short["input_ids"] = arguments["input_ids"][:, :_PROOF_TOKENS]  # one record
     try:
         with evaluating(model):
             with _reading(module) as read:

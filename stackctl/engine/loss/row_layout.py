@@ -88,7 +88,7 @@ def _probe(inner: PreTrainedModel, examples: Sequence[Example], longest: int) ->
     exceeded = [bound + _BEYOND for bound in _bounds(inner.config.get_text_config()) if bound < longest]
     tokens = itertools.cycle([token for example in examples[:2] for token in example.input_ids])
     first = list(itertools.islice(tokens, min(max([_TOKENS, *exceeded]), longest)))
-    second = [*first[:_ALIKE], *itertools.islice(tokens, min(_TOKENS // 2, longest))][: min(_TOKENS // 2, longest)]
+    second = [*first[:_ALIKE], *itertools.islice(tokens, _TOKENS // 2 - _ALIKE)][:longest]
     return [Example(ids, [IGNORED, *ids[1:]]) for ids in (first, second)]
 
 

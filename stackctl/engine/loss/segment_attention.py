@@ -68,6 +68,10 @@ class _Row:
         return cls(lengths, kept, own)
 
     @property
+    def _shares(self) -> bool:
+        return any(len(path) > 1 for path in self.paths)
+
+    @property
     def totals(self) -> tuple[int, ...]:
         """The tokens of each record."""
         return tuple(sum(self.lengths[piece] for piece in path) for path in self.paths)
@@ -79,11 +83,11 @@ class _Row:
 
     def laid_out(self, states: Tensor) -> Tensor:
         """The records one behind another, of something that has the row's tokens first."""
-        return states if self.own is self.lengths else torch.cat(self.records(states, 0))
+        return torch.cat(self.records(states, 0)) if self._shares else states
 
     def own_of(self, states: Tensor) -> Tensor:
         """The reverse: the row out of its records."""
-        if self.own is self.lengths:
+        if not self._shares:
             return states
         records = states.split(list(self.totals))
         return torch.cat([record[len(record) - own :] for record, own in zip(records, self.own, strict=True)])
