@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -105,7 +107,24 @@ def test_byte_order_mark_crlf_blank_lines_and_u2028_are_read(tmp_path: Path) -> 
 )
 def test_lines_may_end_with_a_carriage_return(name: str, content: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode(encoding))
-    assert [record.text for record in read_records(tmp_path / name).records] == ["one,\ntwo", "three"]
+    inside = "\r" if name == "a.csv" else "\n"  # what is quoted stays as it is
+    assert [record.text for record in read_records(tmp_path / name).records] == [f"one,{inside}two", "three"]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("semicolons.csv", ";"), ("a.tsv", "\t")])
+def test_line_ends_in_a_quoted_field_stay_as_they_are(name: str, separator: str, line_end: str, tmp_path: Path) -> None:
+    text = "one\r\ntwo\nthree\rfour\r\n"
+    rows = [["text", "note"], [text, "x"], ["five", "\r"], [f"{line_end}y", ""], ["six", ""]]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter=separator, lineterminator=line_end).writerows(rows)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / name).write_bytes(stream.getvalue().encode(encoding))
+        with (tmp_path / name).open(encoding=encoding, newline="") as file:
+            wanted = [row["text"] for row in csv.DictReader(file, delimiter=separator)]
+        records = read_records(tmp_path / name).records
+        assert [record.text for record in records] == wanted == [text, "five", f"{line_end}y", "six"]
+        assert [record.number for record in records] == [2, 6, 7, 9]
 
 
 def test_a_text_file_holds_documents_separated_by_blank_lines(tmp_path: Path) -> None:

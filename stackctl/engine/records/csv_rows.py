@@ -27,7 +27,7 @@ def csv_rows(path: Path, name: str, seen: Seen, *, separators: str) -> Iterator[
         Usage: there is no header, or it names a column twice.
     """
     csv.field_size_limit(_LONGEST)
-    lines = (line.decode().removesuffix("\r") + "\n" for line in lines_of(path, name, seen))
+    lines = (line.decode() for line in lines_of(path, name, seen, ends=True))  # a quoted field may have some in it
     first = next(lines, "")
     headers = {separator: _header(first, separator) for separator in separators}
     known = (separator for separator, header in headers.items() if shape_of(dict.fromkeys(header, "")))

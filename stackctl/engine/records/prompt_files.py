@@ -48,7 +48,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         raise Usage(f"{path} is a device, not a file of prompts", hint=_HINT)
     data = b"\n".join(lines_of(path, str(path)))
     if path.suffix.lower() not in (".jsonl", ".json"):
-        lines = enumerate((line.removesuffix("\r") for line in data.decode().split("\n")), 1)
+        lines = enumerate(data.decode().split("\n"), 1)
         return [Prompt(line, place=f"{path}, line {number}") for number, line in lines if line.strip()]
     values: Iterable[tuple[int, Any]]
     unit: Literal["line", "record"]

@@ -26,8 +26,8 @@ _WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 
 
-def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[bytes]:
-    """A file's lines without their newline and without a byte-order mark, known to be UTF-8.
+def lines_of(path: Path, name: str, seen: Seen = lambda _: None, *, ends: bool = False) -> Iterator[bytes]:
+    """A file's lines without a byte-order mark, known to be UTF-8, and with ``ends`` as they end in the file.
 
     gzip, bzip2 and xz are unpacked, UTF-16 and UTF-32 with a byte-order mark made into UTF-8.
 
@@ -45,7 +45,7 @@ def lines_of(path: Path, name: str, seen: Seen = lambda _: None) -> Iterator[byt
             if line is None:
                 return
             seen(min(raw.tell() / size, 1.0))
-            line = line.removesuffix(b"\n")
+            line = line if ends else line.removesuffix(b"\n").removesuffix(b"\r")
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
@@ -78,7 +78,7 @@ def _parted(lines: Iterator[bytes]) -> Iterator[bytes]:
         yield from (first,) if first else ()
         yield from lines
     else:
-        yield from (line + b"\n" for line in first.removesuffix(b"\r").split(b"\r"))
+        yield from first.splitlines(keepends=True)
 
 
 def _narrowed(text: IO[str], name: str, encoding: str) -> Iterator[bytes]:

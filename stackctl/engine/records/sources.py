@@ -131,7 +131,7 @@ def open_folder(path: Path, name: str) -> Source:
 def _whole_texts(folder: Path, paths: list[Path], seen: Seen) -> Values:
     for number, path in enumerate(paths, 1):
         name = path.relative_to(folder).as_posix()
-        text = "\n".join(line.decode().removesuffix("\r") for line in lines_of(path, name))
+        text = "\n".join(line.decode() for line in lines_of(path, name))
         yield number, {"text": text} if text.strip() else BadRecord(f"{name} is empty")
         seen(number / len(paths))
 
@@ -142,7 +142,7 @@ def _documents(path: Path, name: str, seen: Seen) -> Values:
     number = 0
     for number, line in enumerate((line.decode() for line in lines_of(path, name, seen)), 1):
         if line.strip():
-            lines.append(line.removesuffix("\r"))
+            lines.append(line)
         elif lines:
             yield number - len(lines), {"text": "\n".join(lines)}
             lines = []
