@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+_BOUND = """
+import ctypes, os, sys
+starter, number, *line = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG, which the program keeps
+if os.getppid() == int(starter):
+    os.execv(line[0], line)
+"""
+"""Run by another Python, since what runs between fork and exec could wait for a lock of this process's threads."""
 
 
 @contextlib.contextmanager
@@ -21,6 +32,16 @@ def on_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
     finally:
         for number, known in before.items():
             signal.signal(number, known)
+
+
+def bound(line: Sequence[str], number: signal.Signals = signal.SIGKILL) -> list[str]:
+    """The words that start a program which gets a signal when who starts it ends, however that is; on Linux.
+
+    That is the thread that starts it, which therefore has to live as long as the program is wanted.
+    """
+    if sys.platform != "linux":
+        return list(line)
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), str(int(number)), *line]
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> None:

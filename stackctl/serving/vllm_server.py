@@ -106,7 +106,9 @@ def run_vllm(line: list[str], registry: Path, wanted: VllmOptions, ready: Callab
         process.send_signal(signal.SIGINT)
 
     # Its log goes to stderr, for stdout has our one line; in a session of its own a Ctrl-C reaches it only through us.
-    process = subprocess.Popen(line, env=environment, stdout=2, start_new_session=True)
+    # Where we are killed it is asked to end, for it has processes of its own.
+    bound = processes.bound(line, signal.SIGTERM)
+    process = subprocess.Popen(bound, env=environment, stdout=2, start_new_session=True)
     with processes.on_signals(stop):
         try:
             if _is_up(process, wanted, lambda: asked_to_stop):

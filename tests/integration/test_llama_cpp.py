@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -258,6 +260,46 @@ def test_the_program_llama_server_is_used_where_the_package_is_missing(filled_re
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such device')\n")
     failed = run("generate", "style", "-p", TEXT, *LLAMA, code=1)
     assert "no such device" in failed.err
+
+
+_WAITING = """#!{python}
+import os, pathlib, time
+pathlib.Path("{told}.new").write_text(str(os.getpid()))
+pathlib.Path("{told}.new").rename("{told}")
+time.sleep(600)
+"""
+"""Stands for a program that has started and does not end by itself."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a program that who started it is gone")
+@pytest.mark.parametrize(("engine", "name"), [("llama.cpp", "llama-server"), ("vllm", "vllm")])
+def test_a_command_that_is_killed_leaves_no_server_behind(engine, name, filled_registry, tmp_path, monkeypatch):
+    def wait_for(what):
+        end = time.monotonic() + 60
+        while not what() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert what()
+
+    told = tmp_path / "started"
+    program = tmp_path / "bin" / name
+    program.parent.mkdir()
+    program.write_text(_WAITING.format(python=sys.executable, told=told))
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    line = "import stackctl.engine.llama_cpp.server as s, sys; s.is_installed = lambda _: False; "
+    line += "sys.argv[0] = 'stackctl'; from stackctl.cli import main; main()"
+    serve = [sys.executable, "-c", line, "serve", "style", "--port", "0", "--engine", engine]
+    process = subprocess.Popen(serve, cwd=filled_registry.folder)
+    wait_for(lambda: told.exists() or process.poll() is not None)
+    server = psutil.Process(int(told.read_text()))
+    assert str(program) in server.cmdline() and server.ppid() == process.pid
+    process.kill()
+    process.wait(30)
+    try:
+        wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server.kill()
 
 
 def test_logprobs_are_those_of_transformers_or_refused(filled_registry):

@@ -151,7 +151,9 @@ def _as_program(settings: Settings, adapters: Sequence[Path], key: str) -> tuple
     log = tempfile.TemporaryFile()  # noqa: SIM115
     environment = {**os.environ, "LLAMA_API_KEY": key}
     with openmp.sleeping(environment):
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            processes.bound(line), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
 
     def stop() -> None:
         atexit.unregister(stop)
