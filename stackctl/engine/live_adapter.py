@@ -23,6 +23,7 @@ from stackctl.plan.model import ModulePlan, StackPlan
 LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
 _HINT = "fold it: --frozen fold in train, no --live in generate"
+_FOUR_BITS_HINT = "fold it: train without --dtype nf4, and without --frozen live"
 
 
 def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
@@ -35,9 +36,10 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
     plan.check()
     others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
     named = next((names for names in others if names), None)
-    check_live(plan, named)
     target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_called(target, plan)
+    hint = _FOUR_BITS_HINT if getattr(target, "is_loaded_in_4bit", False) else _HINT
+    check_live(plan, named, hint)
+    _check_called(target, plan, hint)
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
     config = LoraConfig(**plain_lora_config(modules, parameters))
     if parameters and named:  # PEFT wants the same set, word for word; what has no factors stays without effect
@@ -54,7 +56,7 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
                 own.copy_(factor)
 
 
-def _check_called(model: nn.Module, plan: StackPlan) -> None:
+def _check_called(model: nn.Module, plan: StackPlan, hint: str) -> None:
     """Whether the model calls every layer that a stack changes: what is beside one that it does not has no effect."""
     with MemberTensors(plan) as tensors:
         for module in plan.modules.values():
@@ -62,26 +64,28 @@ def _check_called(model: nn.Module, plan: StackPlan) -> None:
                 raise Incompatible(
                     f"{plan.expression} changes {module.name}, which {type(model).__name__} does not call but reads the"
                     " weight of: kept live beside it the change would have no effect",
-                    hint=_HINT,
+                    hint=hint,
                 )
 
 
-def check_live(plan: StackPlan, parameters: Sequence[str] | None) -> None:
+def check_live(plan: StackPlan, parameters: Sequence[str] | None, hint: str = _HINT) -> None:
     """Whether a stack can be kept beside the base, and beside an adapter on ``parameters`` where there is one.
+
+    ``hint`` is what can be done where it cannot.
 
     Raises:
         Incompatible: it cannot; the message says why.
     """
     if plan.method != SUM:
-        raise Incompatible(f"a stack composed by {plan.method} cannot be kept live: only a sum can", hint=_HINT)
+        raise Incompatible(f"a stack composed by {plan.method} cannot be kept live: only a sum can", hint=hint)
     if plan.replacements:
-        raise Incompatible(f"{plan.brought}, which cannot be kept live", hint=_HINT)
+        raise Incompatible(f"{plan.brought}, which cannot be kept live", hint=hint)
     own = plan.peft_names(dict.fromkeys(plan.modules, 1))[1]  # experts, and a router that is no linear layer
     if left_out := [name for name in own if parameters and not is_parameter_target(parameters, name)]:
         raise Incompatible(
             f"the live stack stands on {left_out[0]} and the new adapter does not, and PEFT keeps only adapters of "
             "the same parameters live together",
-            hint="name it in --target-modules, too, or fold the stack: --frozen fold in train",
+            hint=f"name it in --target-modules, too, or {hint}",
         )
 
 

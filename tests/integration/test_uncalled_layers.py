@@ -69,6 +69,18 @@ def test_a_stack_on_one_is_not_kept_live(h: TinyRegistry) -> None:
     h.run("generate", "one", "-p", "x", "--raw", "--max-new-tokens", 1)
 
 
+@pytest.mark.parametrize("more", [{"target_modules": ["dt_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_stack_that_four_bits_cannot_have_live_is_said_to_be_folded_without_them(
+    more: dict[str, Any], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = TinyRegistry(run, architectures.tiny_folder("mamba", tmp_path / "tiny"), tmp_path, monkeypatch)
+    h.add("one", seed=1, **{"target_modules": ["x_proj"], **more})
+    job = ["train", "new", "--on", "one", "--data", h.data(TEXTS), "--max-steps", 1]
+    said = run(*job, "--dtype", "nf4", "--frozen", "live", code=4).err
+    assert "hint: fold it: train without --dtype nf4, and without --frozen live" in said
+    assert run(*job, "--json").json["frozen"] == "fold"
+
+
 def test_nothing_is_trained_on_one(h: TinyRegistry) -> None:
     job = ["train", "new", "--base", "tiny", "--data", h.data(TEXTS), "--dry-run"]
     plan = h.run(*job, "--json").json
