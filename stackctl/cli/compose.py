@@ -225,10 +225,9 @@ def _screen(data: dict[str, Any], stack: ResolvedStack, plan: StackPlan) -> Any:
     head = f"{'would compose' if data['dry_run'] else 'composed'} {data['stack']}: {total}"
     foot = f"exact sum, rank {data['rank']} at most, {len(plan.modules)} modules"
     if not data["exact"]:
-        foot = (
-            f"{plan.method}, not the exact sum: relative error {data.get('relative_error', 0.0):.3g}, "
-            f"at worst {data.get('worst_relative_error', 0.0):.3g} on {data.get('worst_module')}"
-        )
+        foot = f"{plan.method}, not the exact sum: relative error {data.get('relative_error', 0.0):.3g}"
+        if worst := data.get("worst_module"):
+            foot += f", at worst {data['worst_relative_error']:.3g} on {worst}"
     follow = "" if data["dry_run"] else '\nit is the current stack; next: stackctl generate -p "…"'
     fitted = [Text(line) for line in fit_lines(data["fit"])] if "fit" in data else []
     tried = [best_table(data), Text("")] if "tried" in data else []

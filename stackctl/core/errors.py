@@ -216,6 +216,8 @@ def explain_oserror(error: OSError) -> Failed:
         errno.EACCES: "check who owns the folder and its permissions",
         errno.EPERM: "check who owns the folder and its permissions",
         errno.EROFS: "the file system is read-only: choose another place with --registry or --out",
+        errno.EFBIG: "a limit is in the way (ulimit -f), or the file system takes no larger: choose another place",
+        errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
         errno.ENAMETOOLONG: "choose a shorter path",
     }
     reason = error.strerror or first_line(error)

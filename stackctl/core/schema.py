@@ -259,6 +259,11 @@ class Stack(Entry, frozen=True, kw_only=True):
     members: list[Member]
     created: str
 
+    @property
+    def recipe(self) -> tuple[list[Member], str, MethodOptions]:
+        """All that decides what it computes."""
+        return self.members, self.method, self.options
+
 
 class CheckpointMember(Pinned, frozen=True, kw_only=True):
     """One adapter that a checkpoint stands on; ``repo`` is where it lives on the Hub, when that was known."""

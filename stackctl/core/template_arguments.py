@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from stackctl.core.errors import Usage
 
@@ -15,6 +15,8 @@ _NOT_THE_TEMPLATES = {
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 """Arguments of transformers' ``apply_chat_template`` that are not the template's."""
+_DEEPEST = 100
+"""Levels of lists and objects: whoever copies or writes out what is nested needs a call for each."""
 _HINT = """write JSON, as --chat-template-kwargs '{"enable_thinking": false}'"""
 
 
@@ -28,9 +30,11 @@ def template_arguments(
     """
     if isinstance(given, str):
         try:
-            given = json.loads(given)
+            given = json.loads(given, parse_constant=_refuse)
         except ValueError as error:
             raise Usage(f"--chat-template-kwargs is not JSON ({error})", hint=_HINT) from None
+        except RecursionError:
+            raise Usage("--chat-template-kwargs is nested too deeply", hint=_HINT) from None
     if given is not None and not isinstance(given, Mapping):
         raise Usage("--chat-template-kwargs is not an object", hint=_HINT)
     found = {**(base or {}), **(given or {})}
@@ -41,9 +45,26 @@ def template_arguments(
 
 
 def check_template_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ``Usage`` where an argument for a chat template is none of a template's."""
+    """Raises ``Usage`` where an argument for a chat template is none of a template's, or holds half a character."""
     if wrong := sorted(_NOT_THE_TEMPLATES & set(arguments)):
         raise Usage(
             f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is not an argument of a chat template",
             hint="give what the template reads, such as enable_thinking",
         )
+    if not _is_shallow(arguments, _DEEPEST):
+        raise Usage("chat_template_kwargs is nested too deeply", hint="give what the template reads")
+    try:
+        json.dumps(arguments, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError:
+        raise Usage(
+            "chat_template_kwargs holds half a character (a lone surrogate)", hint="write the whole character"
+        ) from None
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(each, levels - 1) for each in inner)
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")

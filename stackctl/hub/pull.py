@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, attempt, did_you_mean, raise_all
-from stackctl.core.expressions import parse_name, parse_stack_name
+from stackctl.core.expressions import format_expression, parse_name, parse_stack_name
 from stackctl.core.schema import Base, Member, Stack
 from stackctl.hub.bundle import STACK
 from stackctl.hub.client import Hub, open_hub
@@ -22,7 +22,7 @@ from stackctl.hub.remote_files import Snapshot
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG
-from stackctl.plan.methods import check_method
+from stackctl.plan.methods import SUM, check_method, compose_command
 from stackctl.registry.adapters import ResolvedMember, find_digest
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, find_stated_base
@@ -221,13 +221,12 @@ class _Pull:
         stack = ResolvedStack(name, own, tuple(members), name, method=recipe.method, options=recipe.options)
         entry = stack.entry(name, recipe.created)
         before = put_stack(self.registry, entry)
-        if before is not None and before.members != entry.members:
-            old = "+".join(map(str, before.members))
-            back = f"to have that back: stackctl compose {old} --name NAME"
-            if any(m.layer_weights for m in before.members):
-                back = "its weights by layer are gone"
+        if before is not None and before.recipe != entry.recipe:
+            old = format_expression(before.members) + (f" by {before.method}" if before.method != SUM else "")
+            again = compose_command(before, "NAME")
+            back = f"to have that back: {again}" if again else "its weights by layer are gone"
             self.say(f"note: '{name}' was {old} ({back})")
-        if before is None or before.members != entry.members:
+        if before is None or before.recipe != entry.recipe:
             added = [*added, name]
         return replace(self._done(added), stack=name, members=tuple(members), restored=tuple(restored))
 

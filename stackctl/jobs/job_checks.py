@@ -15,7 +15,7 @@ from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
 from stackctl.plan.model import StackPlan
-from stackctl.registry.resolve import ResolvedStack
+from stackctl.registry.resolve import ResolvedStack, one_adapter
 from stackctl.storage.hashes import texts_in
 from stackctl.storage.paths import missing_path, typed_path
 
@@ -43,7 +43,7 @@ def check_is_sum(stack: ResolvedStack) -> None:
     if stack.method != SUM:
         raise Incompatible(
             f"the stack '{stack.name}' is composed by {stack.method}, and only a sum can be trained on",
-            hint="train on its members: --on " + "+".join(member.adapter.name for member in stack.members),
+            hint=one_adapter(str(stack.name)),
         )
 
 

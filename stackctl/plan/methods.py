@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stackctl.core.errors import Usage, did_you_mean
-from stackctl.core.expressions import format_weight
-from stackctl.core.schema import MethodOptions
+from stackctl.core.expressions import format_expression, format_weight
+from stackctl.core.schema import MethodOptions, Stack
 
 SUM = "sum"
 BEST = "best"
@@ -84,6 +84,17 @@ def check_method(name: str, options: MethodOptions) -> MethodOptions:
         if (values["rank"] == "auto") != (values["tolerance"] is not None):
             raise Usage("--rank auto and --tolerance belong together", hint="--rank auto --tolerance 0.01")
     return MethodOptions(**values)
+
+
+def compose_command(stack: Stack, name: str) -> str | None:
+    """What composes a stack's versions, weights and method again; None where no expression says them: by layer."""
+    if any(member.layer_weights for member in stack.members):
+        return None
+    said = [] if stack.method == SUM else ["--method", stack.method]
+    for key in MethodOptions.__struct_fields__:
+        if (value := getattr(stack.options, key)) is not None:
+            said += [f"--{key}", str(value)]
+    return " ".join(["stackctl compose", format_expression(stack.members), *said, "--name", name])
 
 
 _DENSITIES = {

@@ -76,7 +76,13 @@ def refusals(member: PlanMember) -> Iterator[Problem]:
     init = beginning_of(config)
     if init.startswith(_CHANGED_BASE):
         what = f"{label} was initialised with {init}, which changed the base it was trained on"
-        hint = _converted(member, "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion")
+        otherwise = "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        if init.startswith("loftq"):  # of which PEFT's conversion knows nothing
+            otherwise = (
+                "register the base as LoftQ left it (get_base_model().save_pretrained), and add it there with "
+                '"init_lora_weights": true'
+            )
+        hint = _converted(member, otherwise)
         yield Problem("changed_base", what, hint, label)
     elif init not in _KEPT_BASE:
         what = f"{label} was initialised with {init[:60]}, which is not known here and may have changed its base"

@@ -24,14 +24,15 @@ from stackctl.plan.token_rows import ADD_TOKENS
 
 
 def same_adapter_twice(members: Sequence[PlanMember]) -> Iterator[Problem]:
-    seen: dict[str, str] = {}
+    labels: dict[str, list[str]] = {}
     for member in members:
-        key = member.adapter or member.label
-        if key in seen:
-            what = f"the adapter '{key}' is in the stack twice ({seen[key]} and {member.label})"
+        labels.setdefault(member.adapter or member.label, []).append(member.label)
+    for name, found in labels.items():
+        if len(found) > 1:
+            times = "twice" if len(found) == 2 else f"{len(found)} times"
+            what = f"the adapter '{name}' is in the stack {times} ({' and '.join(dict.fromkeys(found))})"
             hint = "name it once, with the weight that it should have"
-            yield Problem("same_adapter_twice", what, hint, member.label)
-        seen.setdefault(key, member.label)
+            yield Problem("same_adapter_twice", what, hint, found[1])
 
 
 def unlike_bases(base: Base | None, members: Sequence[PlanMember]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from stackctl.core.errors import Incompatible, Usage, VerificationFailed, attempt_each
 from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
 from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
-from stackctl.plan.methods import SUM
+from stackctl.plan.methods import SUM, compose_command
 from stackctl.registry.adapters import DIGEST, ResolvedMember, resolve_adapter, resolve_digest, resolve_kept
 from stackctl.registry.base_entries import resolve_base, resolve_stack_base
 from stackctl.registry.store import Registry
@@ -52,9 +52,9 @@ class ResolvedStack:
         """
         if layered := [member.label for member in self.members if member.layer_weights]:
             raise Incompatible(
-                f"{', '.join(layered)} has weights by layer in '{self.text}', which nothing can be trained on as it is",
-                hint=f"make it one adapter: stackctl export {self.text} --format peft --out DIR, then stackctl add "
-                "NAME DIR",
+                f"{', '.join(layered)} {'has' if len(layered) == 1 else 'have'} weights by layer in '{self.text}', "
+                "which nothing can be trained on as it is",
+                hint=one_adapter(self.text),
             )
         return [str(member) for member in self.members]
 
@@ -69,6 +69,11 @@ class ResolvedStack:
     def default_name(self) -> str:
         """The expression's names joined by '+', which is what an unnamed stack is called."""
         return "+".join(member.adapter.name for member in self.members) or BASE
+
+
+def one_adapter(text: str) -> str:
+    """How a stack that is more than weights becomes something that can be a term."""
+    return f"make it one adapter: stackctl export {text} --format peft --out DIR, then stackctl add NAME DIR"
 
 
 def resolve_expression(
@@ -115,7 +120,7 @@ def pinned_members(registry: Registry, stack: Stack) -> Iterator[ResolvedMember]
         if found.version.digest != member.digest:
             raise VerificationFailed(
                 f"{found.label} is not the one that the stack '{stack.name}' was composed of (digests differ)",
-                hint=f"stackctl compose {'+'.join(m.adapter for m in stack.members)} --name {stack.name}",
+                hint=compose_command(stack, stack.name) or "learn its weights again: stackctl compose EXPR --fit FILE",
             )
         yield replace(found, weight=member.weight, layer_weights=member.layer_weights)
 
@@ -158,7 +163,7 @@ def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:
         if stack.method != SUM:
             raise Incompatible(
                 f"the stack '{name}' is composed by {stack.method} and cannot be a term of a sum",
-                hint="write out its members: " + "+".join(m.adapter for m in stack.members),
+                hint=one_adapter(name),
             )
         members = [m.times(term.weight) for m in pinned_members(registry, stack)]
         if not all(math.isfinite(w) for m in members for w in (m.weight, *m.layer_weights.values())):

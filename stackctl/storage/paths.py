@@ -44,6 +44,10 @@ def missing_path(path: Path, what: str = "") -> NotFound:
     with contextlib.suppress(OSError), os.scandir(path.parent) as found:
         near = closest(path.name, [each.name for each in itertools.islice(found, _LOOKED_AT)])
     hint = "check the path; it may be relative to the working directory"
+    if "*" in path.name or "?" in path.name:
+        near, hint = None, "a pattern is no path: name one file or folder"
+    if path.name == "-":
+        near, hint = None, "standard input is not read here: name a file"
     return NotFound(
         f"{what} {path} does not exist".strip(), hint=f"did you mean '{path.with_name(near)}'?" if near else hint
     )

@@ -104,6 +104,31 @@ def test_a_method_goes_up_as_what_it_makes_and_comes_back_as_itself(
     assert again["outcome"] == "unchanged"
 
 
+def test_a_stack_that_becomes_another_is_said_and_what_it_was_can_be_composed_again(
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer
+) -> None:
+    other = ("--registry", other_registry.root)
+    run("compose", "style:0.25+instruct", "--name", "teller")
+    run("push", "teller", "me/teller", "--members", *ID)
+    run("pull", "me/teller", *other)
+    run("compose", "style:0.25+instruct", "--name", "teller", "--method", "ties", "--density", "0.4")
+    run("push", "teller", "me/teller", "--members", *ID)
+    pulled = run("pull", "me/teller", *other, "--json")
+    before = other_registry.find_stack("teller")
+    assert pulled.json["added"] == ["teller"] and "note: 'teller' was style@2:0.25+instruct@1 (" in pulled.err
+    run("compose", "style:0.25+instruct", "--name", "teller", "--method", "sum")
+    run("push", "teller", "me/teller", "--members", *ID)
+    back = run("pull", "me/teller", *other).err
+    assert "note: 'teller' was style@2:0.25+instruct@1 by ties (to have that back: stackctl compose" in back
+    command = back.partition("to have that back: stackctl ")[2].partition(")")[0].replace("NAME", "teller")
+    run(*shlex.split(command), *other)
+    again = other_registry.find_stack("teller")
+    assert before is not None and again is not None and again.members == before.members
+    assert (again.method, again.options.density) == ("ties", 0.4)
+    assert run("pull", "me/teller", *other, "--json").json["added"] == ["teller"]
+    assert run("pull", "me/teller", *other, "--json").json["added"] == []
+
+
 @pytest.mark.parametrize(
     ("there", "wrong"),
     [("method: sum", "method: of_tomorrow"), ("method: sum", "method: svd"), ("adapter: instruct", "adapter: style")],

@@ -116,6 +116,10 @@ def test_arguments_are_used_alike_in_training_evaluation_and_generation_and_reco
     assert without["prompt_tokens"] - on["prompt_tokens"] == len("</think>")
     wrong = run("generate", "x", "-p", "a", "--chat-template-kwargs", "{", code=2)
     assert "--chat-template-kwargs is not JSON" in wrong.err
+    odd = {'{"x": NaN}': "NaN is not JSON", r'{"x": "\ud800"}': "half a character", "[" * 5000: "nested too deeply"}
+    odd['{"x": ' + "[" * 500 + "]" * 500 + "}"] = "nested too deeply"
+    for text, why in odd.items():
+        assert why in run("generate", "x", "-p", "a", "--chat-template-kwargs", text, code=2).err
     wrong = run("train", "y", "--base", "tiny", "--data", data, "--chat-template-kwargs", '{"tools": 1}', code=2)
     assert "'tools', which is not an argument of a chat template" in wrong.err
 

@@ -136,6 +136,7 @@ def test_a_text_file_holds_documents_separated_by_blank_lines(tmp_path: Path) ->
 
 
 GOOD = {"text": "fine"}
+CALL = {"role": "assistant", "content": None}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,9 @@ GOOD = {"text": "fine"}
         ('{"text": "a", "n": ' + "9" * 5000 + "}", r"line 2: not valid JSON: a number of thousands of digits"),
         ('{"text": "a", "score": -Infinity}', r"line 2, column 25: not valid JSON: -Infinity is not JSON"),
         (r'{"text": "\ud800"}', r"line 2: not valid JSON: half a character"),
+        (r'{"text": "lost", "text": "\u0022\u0022\u0022\u0022 kept"}', r"line 2: the key 'text' is there twice"),
+        ('\ufeff{"text": "a"}', r"line 2, column 1: not valid JSON: a byte-order mark that is not at the beginning"),
+        ('{"text": "a", "score": 1e999}', r"line 2: not valid JSON: a number too large for 64 bits"),
         ("[" * 100_000, r"line 2: not valid JSON: nested too deeply"),
         ('["a"]', r"line 2: a list, not an object"),
         ("7", r"line 2: a number, not an object"),
@@ -187,6 +191,11 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
         ([{"from": "alien", "value": "x"}], "message 1 has the unknown 'from' 'alien'"),
         ([USER, {"role": "assistant", "content": "a", "tool_calls": [{}]}], "'tool_calls' has a call without a 'name'"),
         ([{"content": "a"}], "message 1's 'role' is null"),
+        (r'[{"role": "user", "content": "\ud800"}]', "'messages' is a string that is not JSON: half a character"),
+        ("[" * 5000, "'messages' is a string that is not JSON: nested too deeply"),
+        ('[{"role": "user", "role": "x"}]', "'messages' is a string that is not JSON: the key 'role' is there twice"),
+        ([USER, {**CALL, "tool_calls": r'[{"name": "f", "arguments": {"x": "\ud800"}}]'}], "half a character"),
+        ([USER, {**CALL, "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}], "NaN is not JSON"),
     ],
 )
 def test_a_bad_conversation_is_named(messages: Any, message: str, tmp_path: Path) -> None:
@@ -356,6 +365,12 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"question": "q", "answer": "a"}, PAIR),
         ({"query": "q", "response": "a"}, PAIR),
         ({"instruction": "q", "context": "", "response": "a"}, PAIR),
+        ({"instruction": "q", "context": "about", "output": "a"}, [{"role": "user", "content": "q\n\nabout"}, PAIR[1]]),
+        ({"instruction": "q", "input": "about", "response": "a"}, [{"role": "user", "content": "q\n\nabout"}, PAIR[1]]),
+        (
+            {"instruction": "q", "input": "", "context": "about", "output": "a"},
+            [{"role": "user", "content": "q\n\nabout"}, PAIR[1]],
+        ),
         ({"conversation": PAIR}, PAIR),
         ({"messages": json.dumps(PAIR)}, PAIR),
         ({"messages": PAIR, "system": "s"}, [SYSTEM, *PAIR]),
@@ -396,6 +411,25 @@ def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: P
     found = read_records(write(tmp_path / "a.jsonl", known, known, {**known, "rejected": "b", "images": []}))
     (note,) = found.notes
     assert note.endswith("ignored: 'images' (2 records), 'rejected' (1 record)")
+    asked = {"question": "q", "context": "about", "reasoning": "Hm.", "answer": "a"}
+    (note,) = read_records(write(tmp_path / "a.jsonl", asked)).notes
+    assert note.endswith("ignored: 'context' (1 record), 'reasoning' (1 record)")
+    tool = {"role": "tool", "name": "f", "content": "1"}
+    named = [{**PAIR[0], "name": "Bob"}, tool, {**PAIR[1], "prefix": True}, *PAIR]
+    (note,) = read_records(write(tmp_path / "a.jsonl", {"messages": named})).notes
+    assert note.endswith("ignored: 'messages[].name' (1 record), 'messages[].prefix' (1 record)")
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"instruction": "q", "input": "one", "context": "two", "output": "a"}, "has an 'input' and a 'context'"),
+        ({"question": "q", "answer": "a", "system": "one", "system_prompt": "two"}, "has two system messages"),
+    ],
+)
+def test_of_two_things_of_one_meaning_neither_is_dropped(record: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(Usage, match=why):
+        read_records(write(tmp_path / "a.jsonl", record))
 
 
 def test_fields_that_only_other_rows_of_a_table_have_are_absent(tmp_path: Path) -> None:

@@ -204,8 +204,18 @@ def test_errors_of_the_system_become_one_sentence():
     assert "/x" in error.message
     assert error.hint
     assert explain_oserror(OSError("odd")).message
+    too_large = explain_oserror(OSError(errno.EFBIG, "File too large"))
+    assert too_large.hint is not None and "ulimit -f" in too_large.hint
     nowhere = explain_oserror(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"))
     assert nowhere.hint is not None and "TMPDIR" in nowhere.hint
+
+
+@pytest.mark.parametrize(("name", "hint"), [("*.jsonl", "a pattern is no path"), ("-", "standard input")])
+def test_what_a_shell_would_have_made_of_a_path_is_said(tmp_path, name, hint):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(NotFound) as caught:
+        existing_path(tmp_path / name, "the file")
+    assert hint in str(caught.value.hint)
 
 
 def test_existing(tmp_path):

@@ -153,6 +153,11 @@ def test_adapters_that_changed_their_base_are_refused(init):
     assert codes(planned(lora_config(init_lora_weights=init))) == ["changed_base"]
 
 
+def test_what_loftq_did_is_not_undone_by_what_pefts_conversion_does():
+    hint = planned(lora_config(init_lora_weights="loftq")).problems[0].hint
+    assert hint is not None and "path_initial_model" not in hint and "as LoftQ left it" in hint
+
+
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_other_beginnings_are_fine(init):
     assert not planned(lora_config(init_lora_weights=init)).problems

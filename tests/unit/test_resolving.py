@@ -1,13 +1,16 @@
 """Names, references and expressions: what is meant, what is refused, and what a plan of it says."""
 
 import shutil
+from dataclasses import replace
 
 import msgspec
 import pytest
 from checkpoints import full_version, labels, make_base, make_registry, register, write_checkpoint
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
-from stackctl.core.schema import Adapter, Base, RegistryFile, Stack
+from stackctl.core.schema import Adapter, Base, MethodOptions, RegistryFile, Stack
+from stackctl.jobs.job_checks import check_is_sum
+from stackctl.plan.methods import compose_command
 from stackctl.registry.base_entries import remove_base, resolve_base, save_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
@@ -195,6 +198,24 @@ def test_the_same_adapter_twice_is_a_problem_of_the_plan(storyteller):
         with pytest.raises(Incompatible) as caught:
             read_plan(storyteller, resolve_expression(storyteller, text)).check()
         assert "twice" in caught.value.message
+    with pytest.raises(Incompatible, match=r"^the adapter 'style' is in the stack 9 times \(style@1\)$"):
+        read_plan(storyteller, resolve_expression(storyteller, "+".join(["style"] * 9))).check()
+
+
+def test_what_no_term_can_say_keeps_its_weights_in_what_is_hinted(storyteller):
+    """A method or weights by layer: its members' names alone would be another model."""
+    sum_of = resolve_expression(storyteller, "style:0.5")
+    save_stack(storyteller, "merged", replace(sum_of, method="ties", options=MethodOptions(density=0.4)))
+    with pytest.raises(Incompatible, match="cannot be a term of a sum") as caught:
+        resolve_expression(storyteller, "merged:2")
+    assert "stackctl export merged" in str(caught.value.hint)
+    with pytest.raises(Incompatible, match="only a sum can be trained on") as caught:
+        check_is_sum(resolve_expression(storyteller, "merged"))
+    assert "stackctl export merged" in str(caught.value.hint)
+    merged = storyteller.find_stack("merged")
+    assert compose_command(merged, "x") == "stackctl compose style@1:0.5 --method ties --density 0.4 --name x"
+    layered = msgspec.structs.replace(merged.members[0], layer_weights={"model.layers.0": 2.0})
+    assert compose_command(msgspec.structs.replace(merged, members=[layered]), "x") is None
 
 
 def test_bases_that_differ(registry):

@@ -69,7 +69,10 @@ def export_gguf(
     """
     plan.check()
     if not plan.modules:
-        raise Incompatible(f"{plan.expression} adds nothing to the base: there is no adapter to write")
+        raise Incompatible(
+            f"{plan.expression} adds nothing to the base: there is no adapter to write",
+            hint="--format model writes the base itself",
+        )
     refuse([problem for problem in lint_for("gguf", plan, dtype=dtype) if problem.severity == "error"])
     architecture = GGUF_ARCHITECTURES[plan.known_base.architecture]
     config = read_json(base / "config.json")

@@ -44,7 +44,7 @@ def export_peft(
     plan.check()
     if not plan.modules:
         what = "changes only rows of single tokens, and a LoRA" if plan.token_rows else "adds nothing to the base:"
-        hint = "--format model" if plan.token_rows else None
+        hint = "--format model" if plan.token_rows else "--format model writes the base itself"
         raise Incompatible(f"{plan.expression} {what} there is no adapter to write", hint=hint)
     if plan.replacements:
         raise Incompatible(f"{plan.brought}, which a plain LoRA cannot hold", hint="--format model")

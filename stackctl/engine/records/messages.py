@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackctl.core.errors import did_you_mean
+from stackctl.engine.records.strict_json import parse_json
 from stackctl.engine.records.types import BadRecord, Message
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -51,9 +52,10 @@ def json_of(value: Any, what: str, *kinds: type) -> Any:
     """A value that may also be given as its JSON text, as tables and some data sets have it."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRecord(f"{what} is a string that is not JSON") from None
+            value = parse_json(value.encode())
+        except BadRecord as error:
+            why = str(error).removeprefix("not valid JSON: ")
+            raise BadRecord(f"{what} is a string that is not JSON: {why}") from None
     if not isinstance(value, kinds):
         raise BadRecord(f"{what} is {kind_of(value)}, not {'a list' if kinds[0] is list else 'an object'}")
     return value

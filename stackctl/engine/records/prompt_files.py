@@ -85,17 +85,12 @@ def _prompt(value: Any, place: str) -> Prompt:
     for key in ("messages", "conversations", "conversation", "prompt"):
         if isinstance(value.get(key), list):
             return _beside(value, turns_of(value[key], f"'{key}'").messages, place)
-    for key, given in (("prompt", ""), ("instruction", _below(value)), ("question", ""), ("query", "")):
+    for key in ("prompt", "instruction", "question", "query"):
         if value.get(key) is not None:
-            asked = Prompt(asked_text(value, key, given), place=place)
+            asked = Prompt(asked_text(value, key), place=place)
             spoken = _beside(value, [{"role": "user", "content": asked.text}], place)
             return spoken if spoken.tools or spoken.template or len(spoken.messages or ()) > 1 else asked
     raise BadRecord(f"no prompt (it has {', '.join(repr(key) for key in list(value)[:6]) or 'nothing'})")
-
-
-def _below(value: dict[str, Any]) -> str:
-    """What stands below an instruction: Alpaca calls it the input, Dolly the context."""
-    return "input" if value.get("input") is not None else "context"
 
 
 def _beside(value: dict[str, Any], messages: list[Message], place: str) -> Prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,11 +21,17 @@ from stackctl.engine.records.types import (
 
 _AROUND = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", "enable_thinking")
 """What may stand beside the turns of any conversation."""
+BELOW = ("input", "context")
+"""What stands below an instruction: Alpaca calls it the input, Dolly the context."""
 _ELSEWHERE = (
     "chosen", "rejected", "label", "kto_tag", "images", "image", "videos", "audios", "documents", "weight", "train",
-    "loss", "loss_weight", "mask_history", "parallel_tool_calls", "tool_choice", "response_format",
+    "loss", "loss_weight", "mask_history", "parallel_tool_calls", "tool_choice", "response_format", *BELOW,
+    "reasoning_content", "reasoning", "thinking",
 )  # fmt: skip
-"""Keys of a record that mean something to peers and nothing here."""
+"""Keys of a record that mean something to peers and nothing here, unless its shape reads them."""
+_OF_TURNS = ("name", "prefix", "partial", "refusal", "audio", "audios", "images", "image", "videos")
+"""The same of a turn; of a tool's the name is read."""
+_LISTED = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
 
 LABELS = ("label", "kto_tag")
 """Where a record says whether its answer is desired or to be avoided: TRL's name, and LLaMA-Factory's."""
@@ -63,11 +69,11 @@ def _completion(number: int, record: dict[str, Any]) -> Record:
     return CompletionRecord(number, text_of(prompt, "'prompt'"), text_of(completion, "'completion'"))
 
 
-def _asked(question: str, answer: str, given: str = "") -> Callable[[int, dict[str, Any]], Record]:
+def _asked(question: str, answer: str) -> Callable[[int, dict[str, Any]], Record]:
     """Two texts that are a question and its answer: a conversation of two turns."""
 
     def parse(number: int, record: dict[str, Any]) -> Record:
-        user = asked_text(record, question, given)
+        user = asked_text(record, question)
         said = _pair(user, text_of(record[answer], f"'{answer}'"))
         return _chat(number, record, ParsedMessages(said))
 
@@ -122,8 +128,8 @@ SHAPES = (
     RecordShape("conversations", ("conversations",), _listed("conversations")),
     RecordShape("conversation", ("conversation",), _listed("conversation")),
     RecordShape("prompt", ("prompt", "completion"), _completion),
-    RecordShape("instruction", ("instruction", "output"), _asked("instruction", "output", "input"), ("input",)),
-    RecordShape("instruction", ("instruction", "response"), _asked("instruction", "response", "context"), ("context",)),
+    RecordShape("instruction", ("instruction", "output"), _asked("instruction", "output"), BELOW),
+    RecordShape("instruction", ("instruction", "response"), _asked("instruction", "response"), BELOW),
     RecordShape("response", ("prompt", "response"), _asked("prompt", "response")),
     RecordShape("question", ("question", "answer"), _asked("question", "answer")),
     RecordShape("query", ("query", "response"), _asked("query", "response")),
@@ -170,12 +176,20 @@ def parse(number: int, value: Any, shape: RecordShape, *, labelled: bool = False
     ignored = [
         key for key in unread if value.get(key) not in (None, "", [], {}) and key not in (*shape.keys, *shape.also)
     ]
+    ignored += sorted({f"{key}[].{name}" for key in _LISTED for name in _unread_of_turns(value.get(key))})
     if labelled or isinstance(record, TextRecord):
         return record, [key for key in ignored if not labelled or key not in LABELS]
     ignored = [key for key in ignored if key not in LABELS or not isinstance(value[key], bool)]
     if any(value.get(key) is False for key in LABELS):  # what KTO learns to avoid
         return None, ignored
     return record, ignored
+
+
+def _unread_of_turns(turns: Any) -> Iterator[str]:
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):
+            of_a_tool = turn.get("role") in ("tool", "function", "ipython")
+            yield from (name for name in _OF_TURNS if turn.get(name) and not (of_a_tool and name == "name"))
 
 
 def _label(record: dict[str, Any]) -> bool:
@@ -193,12 +207,15 @@ def _label(record: dict[str, Any]) -> bool:
     return label
 
 
-def asked_text(record: dict[str, Any], question: str, given: str = "") -> str:
-    """What is asked: the question, and what is given with it below, where there is something."""
+def asked_text(record: dict[str, Any], question: str) -> str:
+    """What is asked: the question, and below an instruction what is given with it, where there is something."""
     asked = text_of(record[question], f"'{question}'")
-    beside = record.get(given) if given else None
-    beside = "" if beside is None else text_of(beside, f"'{given}'", may_be_empty=True)
-    return f"{asked}\n\n{beside}" if beside.strip() else asked
+    keys = [key for key in BELOW if question == "instruction" and record.get(key) is not None]
+    given = {key: text_of(record[key], f"'{key}'", may_be_empty=True) for key in keys}
+    texts = {text for text in given.values() if text.strip()}
+    if len(texts) > 1:
+        raise BadRecord("has an 'input' and a 'context': which of them the instruction is about is not known")
+    return "\n\n".join([asked, *texts])
 
 
 def _pair(user: str, assistant: str) -> list[Message]:
@@ -215,6 +232,8 @@ def before_turns(record: dict[str, Any], messages: list[Message]) -> list[Messag
         own = messages[0]["content"] if messages and messages[0]["role"] in ("system", "developer") else None
         if own is not None and own != system:
             raise BadRecord(f"has two system messages: '{key}' and its first turn")
+        if before and system.strip() and before[0]["content"] != system:
+            raise BadRecord("has two system messages: 'system' and 'system_prompt'")
         if own is None and system.strip() and not before:
             before = [{"role": "system", "content": system}]
     history = record.get("history")

@@ -35,6 +35,8 @@ def parse_json(data: bytes) -> Any:
 
 def _is_whole(data: bytes, value: Any) -> bool:
     """Whether nothing was dropped, as far as its quotation marks tell: written otherwise, all of them may be there."""
+    if rb"\u0022" in data:  # a quotation mark that is none before it is decoded
+        return False
     try:
         return data.count(b'"') == msgspec.json.encode(value).count(b'"')
     except (OverflowError, RecursionError):  # a number of more than 64 bits
@@ -58,10 +60,13 @@ def _explain_json(data: bytes, error: Exception) -> NoReturn:
 
     line = column = None
     try:
-        json.loads(data, parse_constant=refuse)
-        message = str(error) if isinstance(error, msgspec.ValidationError) else "half a character (a lone surrogate)"
+        json.loads(data.decode(errors="surrogatepass"), parse_constant=refuse)  # of bytes it drops a byte-order mark
+        too_large = isinstance(error, msgspec.ValidationError)
+        message = "a number too large for 64 bits" if too_large else "half a character (a lone surrogate)"
     except json.JSONDecodeError as standard:
-        raise BadRecord(f"not valid JSON: {standard.msg}", line=standard.lineno, column=standard.colno) from None
+        marked = "BOM" in standard.msg
+        what = "a byte-order mark that is not at the beginning of the file" if marked else standard.msg
+        raise BadRecord(f"not valid JSON: {what}", line=standard.lineno, column=standard.colno) from None
     except RecursionError:
         message = "nested too deeply"
     except ValueError as standard:
