@@ -74,7 +74,10 @@ class _Tasks:
         options = {"--limit": self.limit, "--num-fewshot": self.num_fewshot, "--batch-size": self.batch_size}
         given = [option for option, value in options.items() if value is not None]
         if given and not self.task:
-            raise Usage(f"{' and '.join(given)} apply to --task, and none was given", hint="name one: --task arc_easy")
+            raise Usage(
+                f"{' and '.join(given)} {'apply' if len(given) > 1 else 'applies'} to --task, and none was given",
+                hint="name one: --task arc_easy",
+            )
 
     def open(self) -> Harness | None:
         """The tasks with their data; None where none was asked for."""

@@ -95,7 +95,10 @@ def inspect(context: Context, what: What = None, base: BaseOption = None, *, opt
     stack = resolve_expression(registry, what, base=base)
     if not stack.members and stack.name is None:
         if replace(options, verify=False).any:
-            raise Usage("a base has no deltas to measure", hint=f"stackctl inspect {stack.base.name}")
+            raise Usage(
+                f"{stack.base.name} is a base, and what was asked about are adapters",
+                hint=f"name a stack, or leave the options out: stackctl inspect {stack.base.name}",
+            )
         info = base_info(stack.base)
         if options.verify:
             check_linked_base(stack.base, registry.root)

@@ -158,7 +158,7 @@ def _read_stdin() -> str:
         text.encode()  # in the C locale, Python takes other bytes for halves of characters
     except UnicodeError:
         raise Usage("standard input is not UTF-8", hint="convert it first, with iconv for example") from None
-    return text
+    return text.removeprefix("\ufeff")  # a byte-order mark, as PowerShell puts one before a pipe
 
 
 def say_what_rounding_costs(

@@ -72,9 +72,9 @@ def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
         )
     if not adapter:
         raise _not_found(registry, reference.name)
-    have = ", ".join(str(v.version) for v in adapter.versions)
+    have = f"version{'s' if len(adapter.versions) > 1 else ''} {', '.join(str(v.version) for v in adapter.versions)}"
     hint = f"use {adapter.name}@{adapter.newest().version}"
-    raise NotFound(f"there is no {reference}; '{adapter.name}' has version {have}", hint=hint)
+    raise NotFound(f"there is no {reference}; '{adapter.name}' has {have}", hint=hint)
 
 
 def find_digest(registry: Registry, digest: str) -> ResolvedMember | None:

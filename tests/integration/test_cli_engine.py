@@ -146,6 +146,7 @@ def test_prompts_come_from_a_file_or_from_standard_input(style, run, fails, tmp_
         ran = run("generate", "style", "--prompts", name, *quick)
         assert [json.loads(line)["prompt"] for line in ran.out.splitlines()] == expected
     assert run("generate", "style", *quick, stdin="from a pipe\n").json["prompt"] == "from a pipe"
+    assert run("generate", "style", *quick, stdin="\ufefffrom a pipe\n").json["prompt"] == "from a pipe"
     fails("generate", "style", "--max-new-tokens", "1", code=2)  # an empty stdin: nothing prompts
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert "line 2" in fails("generate", "style", "--prompts", "bad.jsonl", code=2)

@@ -237,6 +237,7 @@ def test_bad_records_of_lists_and_tables_are_numbered(tmp_path: Path) -> None:
         ("a.json", b"7", "neither a JSON list of records nor JSON Lines"),
         ("a.json", b'{"data": []}', "is one JSON object, not a list of records"),
         ("a.parquet", b"PAR1 no, it is not", "not a Parquet file that can be read"),
+        ("a.parquet.gz", b"", "is packed Parquet, which is not read: unpack it"),
         ("a.yaml", b"text: a\n", r"not a kind of data file that can be read \(.yaml\)"),
         ("a.xlsx", b"PK", "is a spreadsheet, which is not read: save it as CSV"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is an archive, which is not read: unpack it"),
@@ -430,6 +431,14 @@ def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: P
 def test_of_two_things_of_one_meaning_neither_is_dropped(record: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(Usage, match=why):
         read_records(write(tmp_path / "a.jsonl", record))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(Usage, match="two columns called 'text'"):
+        read_records(tmp_path / "a.parquet")
 
 
 def test_fields_that_only_other_rows_of_a_table_have_are_absent(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def open_records(source: str | Path) -> RecordStream:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] and suffixes[-1] in PACKED_SUFFIXES
     suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
+    if packed and suffix == ".parquet":
+        raise Usage(f"{name} is packed Parquet, which is not read: unpack it", hint=KINDS_HINT)
     if suffix not in sources.READERS:
         what = _ELSEWHERE.get(suffix, f"is not a kind of data file that can be read ({suffix or 'it has no suffix'})")
         raise Usage(f"{name} {what}", hint=KINDS_HINT)

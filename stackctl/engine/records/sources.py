@@ -103,6 +103,8 @@ def _parquet_rows(path: Path, name: str, seen: Seen) -> Values:
         try:
             file = pq.ParquetFile(stream)
             known = [column for column in file.schema_arrow.names if column in COLUMNS]
+            if twice := next((column for column in known if known.count(column) > 1), None):
+                raise Usage(f"{name} has two columns called '{twice}'", hint="rename or drop one of them")
             for batch in file.iter_batches(_ROWS, columns=known or None):
                 for row in batch.to_pylist():
                     number += 1
