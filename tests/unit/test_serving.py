@@ -143,5 +143,5 @@ def test_lines_are_not_broken_for_a_person(run, filled_registry, monkeypatch):  
 
 
 def test_what_cannot_be_served(fails, filled_registry, tmp_path):  # noqa: F811
-    assert "a base has no deltas" in fails("inspect", "base", "--base", "tiny", "--serve", code=2)
+    assert "what was asked about are adapters" in fails("inspect", "base", "--base", "tiny", "--serve", code=2)
     assert "stackctl add" in fails("inspect", "./somewhere", "--serve", code=2)
