@@ -29,7 +29,7 @@ from stackctl.lora.mlx import is_mlx, read_mlx
 from stackctl.plan.build import plan_stack
 from stackctl.plan.model import PlanMember
 from stackctl.plan.refusals import no_plain_lora
-from stackctl.registry.base_matching import choose_base
+from stackctl.registry.base_matching import StatedBase, choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
@@ -140,7 +140,9 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
     kind = wanted.kind(checkpoint)
     if no_plain_lora(member) and not kind:
         plan_stack(None, [member]).check()
-    own, unknown = (None, "") if on or request.base else choose_base(registry, checkpoint, read_info(folder))
+    own, unknown = None, ""
+    if not on and not request.base:
+        own, unknown = choose_base(registry, StatedBase.of(checkpoint.config, read_info(folder)), checkpoint.digest)
     stack = resolve_expression(registry, on or "base", base=own.name if own else request.base)
     if kind:
         return add_converted(context, wanted, checkpoint, stack, request.new(stack))

@@ -30,7 +30,7 @@ from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import lint_for
 from stackctl.plan.model import PlanMember, Problem, StackPlan
 from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.base_matching import recognise_base
+from stackctl.registry.base_matching import StatedBase, recognise_base
 from stackctl.registry.base_models import check_linked_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.lineage import read_lineage
@@ -188,7 +188,7 @@ def _own_base(checkpoint: Checkpoint, context: Context, asked: str | None) -> Ba
     if asked is not None:
         return resolve_base(context.registry, asked)
     try:
-        return recognise_base(context.registry, checkpoint.config, read_info(checkpoint.path))
+        return recognise_base(context.registry, StatedBase.of(checkpoint.config, read_info(checkpoint.path)))
     except NotFound:  # no registry
         return None
 

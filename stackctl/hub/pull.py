@@ -25,7 +25,7 @@ from stackctl.lora.checkpoint import CONFIG
 from stackctl.plan.methods import SUM, check_method, compose_command
 from stackctl.registry.adapters import ResolvedMember, find_digest
 from stackctl.registry.base_entries import resolve_base
-from stackctl.registry.base_matching import StatedBase, find_stated_base
+from stackctl.registry.base_matching import StatedBase, choose_base
 from stackctl.registry.checkpoint_files import damaged_members
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.stacks import put_stack
@@ -142,8 +142,12 @@ class _Pull:
         """The base that was asked for, else the one that an adapter of the repo says it was trained on."""
         if self.options.base is not None:
             return resolve_base(self.registry, self.options.base)
-        stated = StatedBase.of(part.config, part.entry, part.info, recipe)
-        return find_stated_base(self.registry, stated, self.say)
+        stated = StatedBase.of(part.config, part.info, part.entry, recipe)
+        base, unknown = choose_base(self.registry, stated, lambda: part.digest)
+        if unknown:
+            told = f"it says that its base is '{unknown}'; it is registered on '{base.name}'"
+            self.say(f"note: {told} (--base chooses another)")
+        return base
 
     def _known(self, part: RepoAdapter) -> ResolvedMember | None:
         """The same adapter in this registry: under the name that was asked for, else under any."""

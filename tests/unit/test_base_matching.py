@@ -6,8 +6,9 @@ import pytest
 from checkpoints import make_base
 from msgspec.structs import replace
 
+from stackctl.core.errors import Incompatible, NotFound
 from stackctl.core.schema import AdapterInfo, Defaults, RegistryFile
-from stackctl.registry.base_matching import is_called, recognise_base
+from stackctl.registry.base_matching import StatedBase, choose_base, is_called, recognise_base
 from stackctl.registry.base_models import converted_folder
 from stackctl.registry.store import Registry
 
@@ -21,9 +22,15 @@ def bases(tmp_path):
     ]
     registry = Registry(tmp_path / "registry")
     registry.bases = lambda: iter(found)
+    registry.find_base = lambda name: next((base for base in registry.bases() if base.name == name), None)
+    registry.names = lambda _: [base.name for base in registry.bases()]
     registry.settings = lambda: RegistryFile(current=None, defaults=Defaults(base="theirs"))
     (tmp_path / "model").mkdir()
     return registry
+
+
+def stated(name, own=None):
+    return StatedBase.of({"base_model_name_or_path": name}, own)
 
 
 def info(fingerprint):
@@ -36,26 +43,55 @@ def test_by_its_name_on_the_hub_or_its_folder(bases, tmp_path):
         "them/model": "theirs", str(tmp_path / "model"): "mine", str(tmp_path / "link"): "mine",
         f"{tmp_path}/registry/../model/": "mine",
     }.items():  # fmt: skip
-        found = recognise_base(bases, {"base_model_name_or_path": name}, None)
+        found = recognise_base(bases, stated(name))
         assert found and found.name == wanted
 
 
 def test_a_fingerprint_counts_for_more_than_a_name(bases):
-    config = {"base_model_name_or_path": "them/model"}
-    assert recognise_base(bases, config, info("sha256:1")).name == "mine"
-    assert recognise_base(bases, config, info("sha256:3")) is None
-    assert recognise_base(bases, config, info("")).name == "theirs"
+    assert recognise_base(bases, stated("them/model", info("sha256:1"))).name == "mine"
+    assert recognise_base(bases, stated("them/model", info("sha256:3"))) is None
+    assert recognise_base(bases, stated("them/model", info(""))).name == "theirs"
 
 
 def test_of_two_that_are_the_same_model_the_default_one(bases):
     first, second = bases.bases()
     bases.bases = lambda: iter([replace(first, fingerprint=second.fingerprint), second])
-    assert recognise_base(bases, {}, info(second.fingerprint)).name == "theirs"
+    assert recognise_base(bases, stated(None, info(second.fingerprint))).name == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("here", "name", "own", "wanted"),
+    [
+        ("mine theirs", "them/model", None, ("theirs", "")),
+        ("mine theirs", "", None, ("theirs", "")),
+        ("mine theirs", "mine", None, ("mine", "")),
+        ("mine theirs", "org/other", None, NotFound),
+        ("theirs", "org/other", None, NotFound),
+        ("mine", "org/other", None, ("mine", "org/other")),
+        ("mine", "org/other", "sha256:1", ("mine", "")),
+        ("mine", "org/other", "sha256:3", NotFound),
+        ("mine theirs", "them/model", "sha256:3", Incompatible),
+        ("mine theirs", "mine", "sha256:2", ("theirs", "")),
+        ("", "org/other", None, NotFound),
+        ("", "", None, NotFound),
+    ],
+)
+def test_the_base_is_the_one_that_is_stated_or_the_only_folder_here(bases, here, name, own, wanted):
+    found = [base for base in bases.bases() if base.name in here.split()]
+    bases.bases = lambda: iter(found)
+    asked = StatedBase.of({"base_model_name_or_path": name}, info(own) if own else None)
+    if isinstance(wanted, tuple):
+        base, unknown = choose_base(bases, asked, lambda: None)
+        assert (base.name, unknown) == wanted
+    else:
+        with pytest.raises(wanted) as caught:
+            choose_base(bases, asked, lambda: None)
+        assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["me/model", "", None, 7, ["them/model"], "/a\0b", "\ud800", "x" * 10_000])
 def test_whatever_else_a_configuration_says_is_no_base_of_these(bases, name):
-    assert recognise_base(bases, {"base_model_name_or_path": name}, None) is None
+    assert recognise_base(bases, stated(name)) is None
 
 
 def test_what_a_gguf_file_was_converted_to_is_its_base_s_folder(bases, tmp_path, monkeypatch):
