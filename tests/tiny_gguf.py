@@ -13,6 +13,7 @@ import torch
 from tiny import CHATML, SIZES
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -54,9 +55,12 @@ def write_gguf(
     for name, value in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         array = value.numpy().astype(np.float32)
-        parts = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-        if architecture == "llama" and (heads := parts.get(module.rpartition(".")[2])):  # halves of heads in turns
+        parts = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        if architecture == "llama" and (own := parts.get(module.rpartition(".")[2])):  # halves of heads in turns
+            heads = getattr(model.config, own)
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if isinstance(model.get_submodule(module), Conv1D):
+            array = array.T
         if (called := f"{names.get_name(module)}.{kind}") not in left_out:
             writer.add_tensor(called, np.ascontiguousarray(array))
     for name, values in extra.items():
@@ -74,17 +78,26 @@ def _write_facts(writer: gguf.GGUFWriter, config: Any, pre: str) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    _write_words(writer, pre)
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
         writer.add_layer_norm_eps(getattr(config, "norm_epsilon", None) or config.layer_norm_eps)
-    rope, head = config.rope_parameters, config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+
+
+def _write_words(writer: gguf.GGUFWriter, pre: str) -> None:
     tokens = [*LETTERS, "<|im_start|>", "<|im_end|>", "aa", "<|unused|>"]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")

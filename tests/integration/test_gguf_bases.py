@@ -15,12 +15,16 @@ import torch
 from tiny import SIZES
 from tiny_gguf import LETTERS, write_gguf
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
@@ -91,6 +95,14 @@ READ: dict[str, tuple[str, Any, Any, dict[str, Any], dict[str, Any]]] = {
         ),
         {"rope.scaling.attn_factor": math.sqrt(1 + math.log(512 / 64) / math.log(64)), **ORIGINAL},
         {f"rope_factors_{name.split('_')[0]}.weight": values for name, values in LONG.items()},
+    ),
+    "heads of another width": (
+        "qwen3", Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16),
+        {"attention.key_length": 16, "attention.value_length": 16}, {},
+    ),
+    "other positions and widths": (
+        "gpt2", GPT2LMHeadModel, GPT2Config(n_positions=300, n_embd=32, n_layer=2, n_head=4, n_inner=96,
+        vocab_size=SMALL["vocab_size"]), {}, {},
     ),
     "another base of the angles": (
         "starcoder2", Starcoder2ForCausalLM,
@@ -176,6 +188,7 @@ def test_splits_that_are_not_known_are_named(smollm2_tokenizer: Any, tmp_path: P
         ({"extra": {"blk.0.attn_q.bias": [0.1] * 32}}, "transformers reads nothing of blk.0.attn_q.bias"),
         ({"extra": {"rope_freqs.weight": [1.0, 2.0, 3.0, 5.0]}}, "are not those of Llama 3"),
         ({"extra": {"rope_factors_long.weight": [1.0] * 4}}, "rotary factors for long texts"),
+        ({"facts": {"attention.key_length": 16}}, "q_proj.weight has the shape [32, 32], and by what it says"),
         ({"facts": {"rope.scaling.type": "longrope"}}, "scaled (longrope)"),
         ({"facts": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "scaled (yarn)"),
     ],

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base.gguf_facts import complete, take_splits
+from stackctl.engine.base.gguf_facts import complete, take_sizes, take_splits
 from stackctl.engine.base.tokenizer import keep_reader, load_reader
 from stackctl.engine.replaced import replaced
 
@@ -32,9 +32,12 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with reading_once(), contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+            config = AutoConfig.from_pretrained(str(gguf.parent), **source)
+            take_sizes(config, gguf)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), dtype=torch.float32, output_loading_info=True, **source
-            )
+                str(gguf.parent), config=config, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True, **source,
+            )  # fmt: skip
             model, loading = loaded
             unread = list(complete(model, loading, gguf))
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)

@@ -40,6 +40,22 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 """Of every Llama 3.1 to 3.3; a GGUF file has only what follows from them."""
 
 
+def take_sizes(config: Any, file: Path) -> None:
+    """Give a configuration the sizes that a file says, of which transformers takes those of the first models."""
+    said = _said(gguf.GGUFReader(str(file)))
+    head = said.get("attention.key_length")
+    if head and hasattr(config, "head_dim") and not hasattr(config, "global_head_dim"):
+        config.head_dim = head
+    if config.model_type == "gpt2":
+        config.n_positions, config.n_inner = said["context_length"], said["feed_forward_length"]
+
+
+def _said(reader: gguf.GGUFReader) -> dict[str, Any]:
+    """What a file says of its model, by the keys of its architecture."""
+    own = f"{reader.fields['general.architecture'].contents()}."
+    return {key.removeprefix(own): field.contents() for key, field in reader.fields.items() if key.startswith(own)}
+
+
 def complete(model: PreTrainedModel, loading: dict[str, Any], file: Path) -> Iterator[str]:
     """Give a model's configuration what transformers passed over in its file; yields what it cannot be given.
 
@@ -49,12 +65,10 @@ def complete(model: PreTrainedModel, loading: dict[str, Any], file: Path) -> Ite
     reader = gguf.GGUFReader(str(file))
     if missing := sorted(loading["missing_keys"]):
         yield f"it lacks {listed(missing)}"
+    for name, own, wanted in loading["mismatched_keys"]:
+        yield f"its {name} has the shape {list(own)}, and by what it says of its sizes {list(wanted)}"
     architecture = reader.fields["general.architecture"].contents()
-    said = {
-        key.removeprefix(f"{architecture}."): field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith(f"{architecture}.")
-    }
+    said = _said(reader)
     found = {tensor.name: tensor for tensor in reader.tensors}
     frequencies = found.pop(_ROPE_FREQUENCIES, None)
     if frequencies is not None and not _take_frequencies(model.config, frequencies.data):
