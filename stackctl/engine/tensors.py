@@ -24,6 +24,12 @@ TORCH_DTYPES = {
 """The dtypes of safetensors as torch calls them."""
 
 
+def without_ruled_out(logits: Tensor) -> Tensor:
+    """Logits with zeros where a model writes the lowest number there is, so that a token is never taken, as Chameleon
+    does with images: beside that number every difference is none."""
+    return logits.masked_fill(logits == torch.finfo(logits.dtype).min, 0.0)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 

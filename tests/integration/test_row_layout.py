@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import architectures
+import oracle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import SIZES, long_rope, made_of
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, PhiConfig
+from tiny_registry import TEXTS, TinyRegistry
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    PhiConfig,
+)  # fmt: skip
 
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
@@ -41,7 +51,7 @@ def examples(count: int = 5, *, longest: int = 70) -> list[Example]:
     made = []
     for number in range(count):
         length = longest if not number else generator.randrange(2, longest)
-        ids = [generator.randrange(256) for _ in range(length)]
+        ids = [generator.randrange(2, 256) for _ in range(length)]  # 1 is an image to Chameleon
         labels = [IGNORED, *(token if generator.random() < 0.6 else IGNORED for token in ids[1:-1]), ids[-1]]
         made.append(Example(ids, labels[:length]))
     return made
@@ -50,6 +60,8 @@ def examples(count: int = 5, *, longest: int = 70) -> list[Example]:
 def model_of(name: str, models: Any) -> Any:
     if name in CONFIGS:
         model = made_of(CONFIGS[name])
+    elif name == "chameleon":
+        model = architectures.tiny_model(name)
     else:
         model = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
     model.requires_grad_(False)
@@ -240,20 +252,41 @@ def test_a_bound_on_what_a_token_sees_is_felt_whatever_its_name(name: str, bound
         assert one_by_one == (longest == 150)
 
 
-def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(models: Any) -> None:
-    """A state that runs through the row, as in a recurrent model, whatever the attention."""
-    model = model_of("llama", models)
+@pytest.mark.parametrize("name", ["llama", "chameleon"])
+def test_a_model_that_mixes_the_records_of_a_row_runs_them_apart(name: str, models: Any) -> None:
+    """A state that runs through the row, as in a recurrent model, whatever the attention.
+
+    Chameleon rules a token out by the lowest number there is, beside which nothing differs.
+    """
+    model = model_of(name, models)
 
     def leak(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         return output + 0.1 * output.cumsum(1)
 
-    model.get_base_model().model.embed_tokens.register_forward_hook(leak)
+    model.get_base_model().get_input_embeddings().register_forward_hook(leak)
     rows = examples()
     assert choose_layout(model, rows, longest=70) == "one_by_one"
     expected, _ = alone(model, rows)
     with torch.no_grad():
         assert float(supervised_loss(model, collate(rows), one_by_one=True)) == pytest.approx(expected, rel=1e-5)
         assert float(supervised_loss(model, collate(rows))) != pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_ruled_out_hides_no_effect(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of Chameleon are those of transformers, and by how much a stack moves its logits is told."""
+    h = TinyRegistry(run, architectures.tiny_folder("chameleon", tmp_path / "tiny"), tmp_path, monkeypatch)
+    plain = AutoModelForImageTextToText.from_pretrained(h.base, dtype=torch.float32)
+    rows = [torch.tensor([oracle.label(record)[0]]) for record in TEXTS]
+    with torch.no_grad():
+        losses = [float(plain(input_ids=ids, labels=ids).loss) for ids in rows]
+    counts = [ids.shape[1] - 1 for ids in rows]
+    wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert run("eval", "base", "--data", h.data(TEXTS), "--json").json["results"][0]["loss"] == pytest.approx(wanted)
+    h.train("style", "--max-steps", 2, "--dtype", "float32", records=TEXTS)
+    assert h.log("style")[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    said = run("train", "new", "--on", "style", "--data", h.data(TEXTS), "--max-steps", 1).err
+    moved = re.search(r"it moves the logits by ([0-9.]+)%", said)
+    assert moved and float(moved[1]) > 1
 
 
 def test_no_mask_of_all_pairs_is_made(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

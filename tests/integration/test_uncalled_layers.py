@@ -112,6 +112,19 @@ def test_what_extract_finds_on_one_is_read_by_plain_peft(h: TinyRegistry, tmp_pa
     assert oracle.relative(oracle.logits(again), oracle.logits(tuned), bare) < 1e-4
 
 
+def test_extract_refuses_an_embedding_that_has_another_name_in_the_files(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = TinyRegistry(run, architectures.tiny_folder("prophetnet", tmp_path / "tiny"), tmp_path, monkeypatch)
+    tuned = oracle.load_plain(h.base)
+    with torch.no_grad():
+        tuned.prophetnet.decoder.layers[0].feed_forward.intermediate.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    said = run("extract", "found", "--base", "tiny", "--tuned", tmp_path / "tuned", code=4).err
+    assert "'tiny' has prophetnet.decoder.word_embeddings.weight under another name in its files" in said
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", "longcat_flash"])
 def test_four_bits_leave_it_readable(kind: str, tmp_path: Path) -> None:
     folder = architectures.tiny_folder(kind, tmp_path / kind)

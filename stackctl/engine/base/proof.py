@@ -22,6 +22,7 @@ from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import Base, Proof
 from stackctl.engine.base.loading import load_weights
 from stackctl.engine.base.tokenizer import load_tokenizer
+from stackctl.engine.tensors import without_ruled_out
 from stackctl.registry.base_models import weight_files
 from stackctl.registry.base_quantization import FOUR_BITS
 from stackctl.storage.atomic import write_atomic
@@ -101,6 +102,6 @@ def _plain_logits(folder: Path, ids: Tensor) -> Tensor | None:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+        found = without_ruled_out(model(input_ids=ids, use_cache=False).logits).float()
     gc.collect()
     return found

@@ -18,6 +18,7 @@ from stackctl.engine.loss.output_head import OutputHead, find_head, passed_throu
 from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.loss.token_losses import TokenLosses, token_losses
 from stackctl.engine.models import evaluating
+from stackctl.engine.tensors import without_ruled_out
 
 _WORTH_IT = 32
 """Beginnings stand in a row once where that spares one token in so many."""
@@ -148,7 +149,7 @@ def probe(model: nn.Module, tokens: Tensor) -> Tensor:
     with evaluating(model):
         device = next(model.parameters()).device
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
-        return logits.float().cpu()
+        return without_ruled_out(logits).float().cpu()
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -23,6 +23,7 @@ from stackctl.engine.data.rows import collate
 from stackctl.engine.loss.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.loss.segment_attention import ONE_CALL, SEGMENTS, has_one_call
 from stackctl.engine.models import evaluating
+from stackctl.engine.tensors import without_ruled_out
 
 RowLayout = Literal["per_record", "one_call", "flash", "mask", "one_by_one"]
 """Attention record by record; of all records in one call, PyTorch's or the package flash-attn's; a mask of all pairs in
@@ -102,4 +103,4 @@ def _bounds(config: Any) -> list[int]:
 def _logits(model: nn.Module, rows: list[Example]) -> Tensor:
     device = next(model.parameters()).device
     batch: dict[str, Any] = {key: value.to(device) for key, value in collate(rows).items()}
-    return supervised_logits(model, batch)
+    return without_ruled_out(supervised_logits(model, batch))

@@ -120,7 +120,11 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
         for head, embedding in own.items():  # a head that is the embedding in the base, and changes with it or alone
             there = twins.get(head, head)
             own_group, new_group = before.group(embedding), after.group(there)
-            assert own_group is not None and new_group is not None, "transformers loads no model without an embedding"
+            if own_group is None or new_group is None:  # as in ProphetNet, which has it outside of the decoder
+                raise Incompatible(
+                    f"'{base.name}' has {embedding} under another name in its files, where no change is looked for",
+                    hint="train the adapter instead: stackctl train",
+                )
             values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
             _keep(found, kinds, head, values, wanted)
     if found.broken:
