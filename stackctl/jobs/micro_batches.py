@@ -18,13 +18,20 @@ class StepCut:
     """A step of each process: ``count`` micro-batches of ``records`` (or pairs, or packed sequences).
 
     ``checkpointing``: activations are computed again for the backward pass instead of kept. ``tokens``: a micro-batch
-    goes forward and back in parts of at most so many, between records.
+    goes forward and back in parts of at most so many, between records; ``at_once``: so many parts at a time.
     """
 
     records: int
     count: int = 1
     checkpointing: bool = False
     tokens: int | None = None
+    at_once: int = 1
+
+    @property
+    def beside(self) -> int:
+        """Tokens of a part that is computed beside another. A longer record has all threads for itself."""
+        assert self.tokens, "nothing is computed at once that is not parted"
+        return self.tokens * 2 // 3
 
     def __str__(self) -> str:
         cut = (
@@ -42,17 +49,25 @@ def read_cut(told: Any) -> StepCut | None:
 
 
 def possible_cuts(
-    records: int, count: int, *, smaller: bool = False, checkpointing: bool | None = None, tokens: int | None = None
+    records: int,
+    count: int,
+    *,
+    smaller: bool = False,
+    checkpointing: bool | None = None,
+    tokens: int | None = None,
+    at_once: int = 1,
 ) -> list[StepCut]:
     """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
 
     ``smaller`` admits every other cut of the same step into equal micro-batches. ``checkpointing`` None admits both:
-    activations are kept wherever that fits, for computing them again takes a third of the time more.
+    activations are kept wherever that fits, for computing them again takes a third of the time more. Parts are computed
+    ``at_once`` where they are kept, and one after another in less memory.
     """
     step = records * count
     sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [records]
-    kinds = (False, True) if checkpointing is None else (checkpointing,)
-    return [StepCut(size, step // size, kind, tokens) for kind in kinds for size in sizes]
+    kinds = [(False, parts) for parts in dict.fromkeys((at_once, 1))] if not checkpointing else []
+    kinds += [(True, 1)] if checkpointing is not False else []
+    return [StepCut(size, step // size, kept, tokens, parts) for kept, parts in kinds for size in sizes]
 
 
 def first_that_fits(cuts: Sequence[StepCut], fits: Callable[[StepCut], bool], *, smaller: bool = False) -> StepCut:

@@ -131,13 +131,14 @@ class LargestBatch:
     """The largest micro-batch: its tokens, and those with a label.
 
     ``checkpointing``: activations inside a layer are computed again for the backward pass instead of kept; ``taught``:
-    logits of a teacher stand beside its own.
+    logits of a teacher stand beside its own. ``at_once``: in how many parts it is computed at once.
     """
 
     tokens: int
     supervised: int
     checkpointing: bool = False
     taught: bool = False
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     between = 4.0 if precision == "autocast" else value  # what layers hand on stays in float32
     checkpointed = int(tokens * layers * hidden * between) + activations // layers
     backward = activations // layers
-    logits = min(supervised * base.vocabulary_size, max(LOSS_CHUNK // 4, base.vocabulary_size)) * _LOGIT
+    chunk = max(LOSS_CHUNK // 4, base.vocabulary_size) * batch.at_once
+    logits = min(supervised * base.vocabulary_size, chunk) * _LOGIT
     logits *= 2 if batch.taught else 1
     if token_rows:
         logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from stackctl.engine.data.examples import IGNORED, Example
-from stackctl.engine.data.rows import collate, pack, split_row
+from stackctl.engine.data.rows import collate, deal_row, pack, split_row
 
 
 def example_of(length: int, first: int = 0) -> Example:
@@ -54,6 +54,30 @@ def test_a_row_is_split_between_records() -> None:
 def test_parts_are_of_like_length() -> None:
     batch = collate([example_of(4, 100 * i) for i in range(9)])
     assert [part["input_ids"].shape[1] for part in split_row(batch, 30)] == [20, 16]
+
+
+def test_a_row_is_dealt_to_those_who_compute_at_once() -> None:
+    examples = [example_of(n, 100 * i) for i, n in enumerate((3, 7, 12, 2, 4, 5))]  # 33 tokens
+    batch = collate(examples) | {"references": torch.arange(6.0), "desired": torch.arange(6) % 2 == 0}
+    for count, most, together, wanted in (
+        (2, 20, 1, [[0, 1, 3, 5], [2, 4]]),
+        (2, 12, 1, [[2], [1], [3, 5], [0, 4]]),
+        (2, 10, 1, [[2], [1], [3, 5], [0, 4]]),
+        (3, 12, 1, [[2], [3, 4, 5], [0, 1]]),
+        (2, 20, 2, [[0, 1, 4, 5], [2, 3]]),
+        (2, 5, 1, [[2], [1], [5], [4], [0], [3]]),
+    ):
+        parts = deal_row(batch, count, most, together=together)
+        if together == 1:
+            assert all(part["input_ids"].numel() <= most or part["references"].numel() == 1 for part in parts)
+        lengths = [part["input_ids"].numel() for part in parts]
+        assert lengths == sorted(lengths, reverse=True)
+        assert sorted(record for part in parts for record in part["references"].tolist()) == list(range(6))
+        assert [part["references"].tolist() for part in parts] == wanted, (count, most)
+        for part in parts:
+            alone = collate([examples[int(number)] for number in part["references"]])
+            assert all(torch.equal(part[key], value) for key, value in alone.items())
+    assert len(deal_row(collate(examples[:1]), 2, 50)) == 1
 
 
 def test_collate_keeps_no_prediction_across_examples() -> None:

@@ -195,11 +195,47 @@ def split_row(batch: dict[str, Tensor], most: int, *, together: int = 1) -> list
         now, then = (starts[at] - starts[cuts[-1]] for at in (first, min(first + together, count)))
         if then > most or abs(now - wanted) < abs(then - wanted):
             cuts.append(first)
-    parts = []
-    for first, end in itertools.pairwise([*cuts, count]):
-        tokens = slice(starts[first], starts[end])
-        inside = (batch["keep"] >= tokens.start) & (batch["keep"] < tokens.stop)
-        part = {key: value[first:end] for key, value in batch.items() if key in _OF_RECORDS}
-        part |= {key: batch[key][:, tokens] for key in ("input_ids", "position_ids")}
-        parts.append(part | {"keep": batch["keep"][inside] - tokens.start, "labels": batch["labels"][inside]})
-    return parts
+    return [_records(batch, starts, range(first, end)) for first, end in itertools.pairwise([*cuts, count])]
+
+
+def deal_row(batch: dict[str, Tensor], count: int, most: int, *, together: int = 1) -> list[dict[str, Tensor]]:
+    """A collated micro-batch in parts that are computed ``count`` at a time, the longest first.
+
+    They are of like length, as many as can be computed without one that waits, and of at most ``most`` tokens; records
+    that follow one another and are ``together``, or one that is longer, are a part alone.
+    """
+    starts = starts_of(batch["position_ids"])
+    records = len(starts) - 1
+    groups = [range(first, min(first + together, records)) for first in range(0, records, together)]
+    lengths = [starts[group.stop] - starts[group.start] for group in groups]
+    wanted = count * math.ceil(starts[-1] / (count * most))
+    parts = _dealt(lengths, wanted)
+    while any(len(part) > 1 and sum(lengths[n] for n in part) > most for part in parts):
+        parts = _dealt(lengths, wanted := wanted + count)
+    return [_records(batch, starts, [record for n in sorted(part) for record in groups[n]]) for part in parts]
+
+
+def _dealt(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Numbers of ``lengths`` in at most ``count`` parts, each given in turn, the longest first, to the one that has
+    least (Graham 1969); the fullest part first."""
+    parts: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(count)]
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        total, place, part = parts[0]
+        heapq.heapreplace(parts, (total + lengths[number], place, [*part, number]))
+    return [part for _, _, part in sorted(parts, key=lambda part: (-part[0], part[1])) if part]
+
+
+def _records(batch: dict[str, Tensor], starts: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """A collated micro-batch of some of a row's records."""
+    keep, labels, tokens, before = [], [], [], 0
+    for number in numbers:
+        start, end = starts[number], starts[number + 1]
+        inside = (batch["keep"] >= start) & (batch["keep"] < end)
+        keep.append(batch["keep"][inside] - start + before)
+        labels.append(batch["labels"][inside])
+        tokens.append(slice(start, end))
+        before += end - start
+    part = {key: value[list(numbers)] if len(value) else value for key, value in batch.items() if key in _OF_RECORDS}
+    for key in ("input_ids", "position_ids"):
+        part[key] = torch.cat([batch[key][:, place] for place in tokens], 1)
+    return part | {"keep": torch.cat(keep), "labels": torch.cat(labels)}

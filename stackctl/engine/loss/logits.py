@@ -119,7 +119,12 @@ def _shared(inner: nn.Module, ids: Tensor, starts: list[int]) -> SharedRow | Non
     row = share_beginnings([all_ids[start:end] for start, end in itertools.pairwise(starts)])
     if (len(all_ids) - len(row.tokens)) * _WORTH_IT < len(all_ids):
         return None
-    return None if inner.training and any(map(_draws, inner.modules())) else row
+    return None if inner.training and draws_noise(inner) else row
+
+
+def draws_noise(model: nn.Module) -> bool:
+    """Whether something in a model is random in training."""
+    return any(map(_draws, model.modules()))
 
 
 def _draws(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Whether logits really are what a head makes of hidden states is looked at and no
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackctl.engine.models import evaluating
-from stackctl.engine.replaced import replaced
 
 _PROOF_TOKENS = 4
 Projection = Callable[[Tensor], Tensor]
@@ -201,14 +201,42 @@ def _reading(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
 
 
-@contextlib.contextmanager
-def passed_through(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module is given, while it hands that on and computes nothing."""
-    seen: list[Tensor] = []
+class _HandsOn:
+    """The forward of a module that hands on what the threads of ``seen`` give it, and works as ever for others."""
 
-    def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.own, self.before = module, module.forward, vars(module).get("forward")
+        self.seen: dict[int, list[Tensor]] = {}
+
+    def __call__(self, hidden: Tensor, *more: Any, **options: Any) -> Any:
+        seen = self.seen.get(threading.get_ident())
+        if seen is None:
+            return self.own(hidden, *more, **options)
         seen.append(hidden)
         return hidden
 
-    with replaced(module, "forward", hand_on):
+    def leave(self, thread: int) -> None:
+        del self.seen[thread]
+        if not self.seen:
+            del self.module.forward
+            if self.before is not None:
+                self.module.forward = self.before
+
+
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def passed_through(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What a module is given by this thread, while it hands that on and computes nothing."""
+    seen: list[Tensor] = []
+    thread = threading.get_ident()
+    with _LOCK:
+        forward = module.forward if isinstance(module.forward, _HandsOn) else _HandsOn(module)
+        module.forward = forward
+        forward.seen[thread] = seen
+    try:
         yield seen
+    finally:
+        with _LOCK:
+            forward.leave(thread)

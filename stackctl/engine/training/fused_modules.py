@@ -28,6 +28,8 @@ _SIZES = (1e-3, 1e-3, 1.0, 1.0, 1e3, 1e3)
 epsilon elsewhere in a norm with small ones."""
 _TOLERANCE = 1e-4
 _PROBE = "stackctl_probe"
+_CAST = "stackctl_cast"
+"""Where a layer has its weight in the precision of autocast."""
 Forward = Callable[..., Any]
 
 
@@ -44,6 +46,15 @@ def fuse(model: PeftModel) -> int:
         elif type(module).__name__.endswith("RMSNorm"):
             count += _try(module, _rms_norm, _probe_rows)
     return count
+
+
+def keep_casts(model: PeftModel, dtype: torch.dtype) -> None:
+    """Hold the frozen weights of fused layers in the precision of autocast as well, to which they are cast in each pass
+    otherwise, and in each part that is computed at once."""
+    for module in model.modules():
+        for layer in filter(is_plain, module.children() if "forward" in vars(module) else ()):
+            base: Any = layer.get_base_layer()  # type: ignore[operator]
+            vars(base)[_CAST] = base.weight.detach().to(dtype)
 
 
 def _try(module: Any, make: Callable[[Any], Forward], probe: Callable[[Any], list[Tensor]]) -> bool:
@@ -181,7 +192,8 @@ def _products(x: Tensor, layers: Sequence[Any]) -> list[Product] | None:
     found = []
     for layer in layers:
         base = layer.get_base_layer()
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+        weight = vars(base).get(_CAST, base.weight)
+        weight = weight if isinstance(base, nn.Linear) else weight.T
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b = layer.lora_A[ADAPTER].weight.to(dtype), layer.lora_B[ADAPTER].weight.to(dtype)
         found.append(Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER]))

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from stackctl.core import Say
 from stackctl.core.errors import Failed
+from stackctl.engine.at_once import computations_at_once
 from stackctl.engine.devices import choose_device, choose_dtype, generators_of, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import is_sharded, told_by_each
@@ -91,7 +92,10 @@ def plan_step(
     step = StepCut(job.effective_batch_size(), job.gradient_accumulation)
     parted = choose_device().type == "cpu" and not group.sharded and not prepared.teacher
     tokens = PART if parted else None
-    cuts = possible_cuts(step.records, step.count, smaller=auto, checkpointing=checkpointing, tokens=tokens)
+    at_once = computations_at_once() if parted and group.processes == 1 else 1
+    cuts = possible_cuts(
+        step.records, step.count, smaller=auto, checkpointing=checkpointing, tokens=tokens, at_once=at_once
+    )
     if kept and kept.records * kept.count == step.records * step.count and (auto or kept.records == step.records):
         chosen = replace(kept, checkpointing=kept.checkpointing if checkpointing is None else checkpointing)
         return StepPlan(chosen, estimate(chosen))
@@ -129,6 +133,15 @@ def _largest_part(lengths: np.ndarray, records: int, most: int) -> int:
     return total
 
 
+def _at_once(lengths: np.ndarray, cut: StepCut) -> int:
+    """Tokens that are computed at once at most: of parts, or of the longest record, which is one alone."""
+    assert cut.tokens is not None, "else nothing is parted"
+    longest = int(lengths.max())
+    if cut.at_once == 1:
+        return max(_largest_part(lengths, cut.records, cut.tokens), longest)
+    return max(cut.at_once * _largest_part(lengths, cut.records, cut.beside), longest)
+
+
 def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGroup, cut: StepCut) -> MemoryEstimate:
     """The memory of one process, of the largest micro-batch that the data can make.
 
@@ -139,8 +152,8 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     largest = largest_rows(corpus, cut.records)
     tokens = int(lengths[largest].sum())
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
-    if cut.tokens is not None:  # a part, or the longest record that is one alone
-        tokens = min(tokens, max(_largest_part(lengths, cut.records, cut.tokens), int(lengths[largest[0]])))
+    if cut.tokens is not None:
+        tokens = min(tokens, _at_once(lengths, cut))
         supervised = min(supervised, tokens)
     beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
@@ -151,7 +164,9 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     return estimate_memory(
         base,
         NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.eight_bits),
-        LargestBatch(tokens, supervised, cut.checkpointing or group.checkpoints, taught=prepared.teacher is not None),
+        LargestBatch(
+            tokens, supervised, cut.checkpointing or group.checkpoints, prepared.teacher is not None, cut.at_once
+        ),
         Surroundings(precision, group.processes, group.sharded, heap=device.type == "cpu", fused=fused),
     )
 

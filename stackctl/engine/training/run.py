@@ -11,12 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import set_seed
 
 from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion
+from stackctl.engine.at_once import AtOnce, keeps_nothing
 from stackctl.engine.data.chat_template import choose_chat_template, fix_date, shown_date
+from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.data.rows import collate
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
+from stackctl.engine.loss.logits import draws_noise, supervised_loss
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
 from stackctl.engine.training import distributed as group
@@ -26,6 +31,7 @@ from stackctl.engine.training.attach import Attached, attach_all
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
 from stackctl.engine.training.early_stopping import HeldOut, Measure
+from stackctl.engine.training.fused_modules import keep_casts
 from stackctl.engine.training.memory import ProcessGroup, first_that_runs, memory_full, plan_step, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
@@ -48,6 +54,8 @@ from stackctl.registry.run_folders import RunFolder, run_folder
 from stackctl.registry.store import Registry
 from stackctl.storage import files
 
+_LOOK = 32
+"""Tokens of the look at whether a model keeps something of what it computed."""
 _MAPPED, _MAPPED_BF16 = 2**20, 4 * 2**20
 """Bytes of the smallest blocks that are mapped where activations are computed again: what layers hand on cuts the heap
 up. SmolLM2 on four records of 1,024 tokens, in float32: 1.95 GB with blocks of 4 MB, and 1.27 with those of 1 MB, at
@@ -179,6 +187,7 @@ def _train(
         parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))
     if ranks.rank() == 0:
         folder.begin({**folder.signature, CUT: asdict(parts.cut)})
+    parts = replace(parts, at_once=_at_once(model, parts, examples[0]))
     if parts.cut.checkpointing:
         map_blocks(_MAPPED_BF16 if bfloat16 else _MAPPED)
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
@@ -186,7 +195,11 @@ def _train(
         trainer = StackTrainer(model, arguments, corpus, parts)
         if job.orthogonal:
             trainer.add_callback(OrthogonalRows(model, prepared.plan))
-        _run_trainer(trainer, parts, saves, output)
+        try:
+            _run_trainer(trainer, parts, saves, output)
+        finally:
+            if parts.at_once:
+                parts.at_once.close()
 
     if reference and (note := fallen(reference.changes(examples))):
         output.say(f"note: {note}")
@@ -200,6 +213,33 @@ def _train(
         state.counters, [token for _, token in sorted(loaded.targets.tokens.items())],
     )  # fmt: skip
     return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
+
+
+def _at_once(model: PeftModel, parts: TrainerParts, example: Example) -> AtOnce | None:
+    """What computes parts of a micro-batch at once, if this model may be called by several threads.
+
+    Noise would be drawn in another order each time.
+    """
+    if parts.cut.at_once == 1 or draws_noise(model):
+        return None
+    batch = collate([Example(example.input_ids[:_LOOK], [IGNORED, *example.input_ids[1:_LOOK]])])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def compute() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=parts.bfloat16):
+            loss = supervised_loss(model, batch)
+        torch.autograd.grad(loss, trained, allow_unused=True)
+
+    was_training = model.training
+    model.train()
+    try:
+        if not keeps_nothing(model, compute):
+            return None
+    finally:
+        model.train(was_training)
+    if parts.bfloat16:
+        keep_casts(model, torch.bfloat16)
+    return AtOnce(parts.cut.at_once)
 
 
 def _compared(

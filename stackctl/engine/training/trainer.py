@@ -27,7 +27,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
-from stackctl.engine.data.rows import split_row
+from stackctl.engine.at_once import AtOnce
+from stackctl.engine.data.rows import deal_row, split_row
 from stackctl.engine.loss.logits import supervised_loss
 from stackctl.engine.training.adapter import adapter_state, named_parameters, save_adapter
 from stackctl.engine.training.callbacks import StepCallback
@@ -75,6 +76,8 @@ class TrainerParts:
     """What is known of the answers, where it learns from those."""
     teaching: Teaching | None = None
     """By whom it is taught, where it distils."""
+    at_once: AtOnce | None = None
+    """What computes parts of a micro-batch at once, where that is done."""
 
     @property
     def drifts(self) -> bool:
@@ -130,6 +133,8 @@ class StackTrainer(Trainer):
     ) -> Tensor:
         """A micro-batch forward and back, in parts where it has many tokens: the gradients add up to that of all."""
         self._run.add_micro_batch(inputs)
+        if self._parts.at_once:
+            return self._parts_at_once(model, inputs, num_items_in_batch, self._parts.at_once)
         *before, last = self._split(inputs)
         losses = []
         for part in before:
@@ -138,24 +143,63 @@ class StackTrainer(Trainer):
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
 
+    def _parts_at_once(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, at_once: AtOnce
+    ) -> Tensor:
+        """The same in parts of which some are computed at once; one that has too many tokens, by all threads before."""
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def compute(part: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Scores | None], tuple[Tensor | None, ...]]:
+            share, total, scores = self._loss(model, part, num_items_in_batch)
+            gradients = torch.autograd.grad(share, trained, allow_unused=True)
+            return (share.detach(), total.detach(), scores), gradients
+
+        most = self._parts.cut.beside
+        parts = deal_row(inputs, at_once.count, most, together=self._together)
+        alone = [part for part in parts if part["input_ids"].numel() > most]
+        others = parts[len(alone) :]
+        found = [*map(compute, alone), *(at_once.map(compute, others) if len(others) > 1 else map(compute, others))]
+        shares = []
+        for (share, total, scores), gradients in found:
+            self._count(total, scores)
+            shares.append(share)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return torch.stack(shares).sum()
+
+    @property
+    def _together(self) -> int:
+        return OBJECTIVES[self._parts.job.objective].answers if self._parts.answers else 1
+
     def _split(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        most, job = self._parts.cut.tokens, self._parts.job
+        most = self._parts.cut.tokens
         if most is None or self.is_deepspeed_enabled:  # its engine counts backward passes
             return [inputs]
-        return split_row(inputs, most, together=OBJECTIVES[job.objective].answers if self._parts.answers else 1)
+        return split_row(inputs, most, together=self._together)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The loss summed over this micro-batch, divided by the supervised tokens, or pairs or answers, of the step."""
+        share, total, scores = self._loss(model, inputs, num_items_in_batch)
+        self._count(total, scores)
+        return share
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Scores | None]:
+        """The same, the sum alone, and of answers their scores."""
         with self._autocast():
             total, scores = micro_batch_loss(model, inputs, self._parts, self._drift)
+        # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
+        return total / num_items_in_batch * self.args.world_size, total, scores
+
+    def _count(self, total: Tensor, scores: Scores | None) -> None:
         if scores:
             self._run.add_answers(scores)
         self._run.add_loss(total)
-        # DDP averages gradients over ranks, and this is each rank's share of one mean: undo the average.
-        share: Tensor = total / num_items_in_batch * self.args.world_size
-        return share
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """What the held-out records say. Trainer's own loop would pad them and average over batches."""
