@@ -47,7 +47,7 @@ class AtOnce:
         one_heap()
         self.count = count
         whole = torch.get_num_threads()
-        self._threads: list[int] = []
+        self._at_work: set[int] = set()
         self._share = max(1, whole // count)
         self._pool = ThreadPoolExecutor(count, "part", initializer=self._begin, initargs=(threading.Barrier(count),))
         wait([self._pool.submit(int) for _ in range(count)])
@@ -57,7 +57,6 @@ class AtOnce:
         """A thread takes the number that was set last when it first asks for it, so that all ask before it changes."""
         torch.set_num_threads(self._share)
         torch.get_num_threads()
-        self._threads.append(threading.get_ident())
         all_are_here.wait()
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -74,9 +73,11 @@ class AtOnce:
             raise
 
     def _run(self, function: Callable[[T], R], item: T) -> R:
+        self._at_work.add(threading.get_ident())
         try:
             return function(item)
         finally:
+            self._at_work.discard(threading.get_ident())
             if self._share > 1:
                 openmp.give_up_pool()
 
@@ -86,7 +87,7 @@ class AtOnce:
             future.cancel()
         running = [future for future in futures if not future.done()]
         while running:
-            for thread in self._threads:
+            for thread in list(self._at_work):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Ended))
             running = list(wait(running, timeout=1).not_done)
 
