@@ -105,3 +105,18 @@ def smollm2(smollm2_tokenizer: Any) -> Iterator[Any]:
     template = smollm2_tokenizer.chat_template
     yield smollm2_tokenizer
     smollm2_tokenizer.chat_template = template
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each optimizer step is given, in order."""
+    from stackctl.engine.training.callbacks import StepCallback
+
+    seen: list[dict[str, Any]] = []
+
+    def watch(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        seen.append({name: p.grad.clone() for name, p in named if p.requires_grad})
+
+    monkeypatch.setattr(StepCallback, "on_pre_optimizer_step", watch, raising=False)
+    return seen

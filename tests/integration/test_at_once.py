@@ -20,7 +20,6 @@ from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
 from stackctl.engine.loss.logits import supervised_loss
 from stackctl.engine.training import memory, trainer
-from stackctl.engine.training.callbacks import StepCallback
 
 RECORDS = [CHAT[number % len(CHAT)] for number in range(24)]
 PAIRS = [{"prompt": f"{n}?", "chosen": "x" * (n + 1), "rejected": "y" * (20 - n)} for n in range(16)]
@@ -32,19 +31,6 @@ SHORT = 60
 
 def train(h: Any, name: str, *options: object, records: list[dict[str, Any]] = RECORDS, code: int = 0) -> Any:
     return h.train(name, "--rank", 4, "--alpha", 8, "--batch-size", 8, *options, records=records, code=code)
-
-
-@pytest.fixture
-def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """What each optimizer step is given, in order."""
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def watch(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        named = kwargs["model"].named_parameters()
-        seen.append({name: p.grad.clone() for name, p in named if p.requires_grad})
-
-    monkeypatch.setattr(StepCallback, "on_pre_optimizer_step", watch, raising=False)
-    return seen
 
 
 @pytest.fixture

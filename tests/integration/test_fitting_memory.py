@@ -11,7 +11,6 @@ from tiny_registry import CHAT, interrupt
 
 from stackctl.engine.training import memory, trainer
 from stackctl.engine.training import run as run_module
-from stackctl.engine.training.callbacks import StepCallback
 from stackctl.registry.store import Registry
 
 WEIGHTS = "adapter_model.safetensors"
@@ -92,25 +91,13 @@ def test_a_model_that_cannot_is_left_alone_or_refused(
     assert "LlamaForCausalLM" in error["message"]
 
 
-def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """What each optimizer step is given, in order."""
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def watch(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        named = kwargs["model"].named_parameters()
-        seen.append({name: p.grad.clone() for name, p in named if p.requires_grad})
-
-    monkeypatch.setattr(StepCallback, "on_pre_optimizer_step", watch, raising=False)
-    return seen
-
-
 @pytest.mark.parametrize(
     ("objective", "records"), [("sft", RECORDS), ("dpo", PAIRS), ("kto", [
         {"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)
     ])],
 )  # fmt: skip
 def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
-    h: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]]
+    h: Any, roomy: Any, gradients: list[dict[str, torch.Tensor]], objective: str, records: list[dict[str, Any]]
 ) -> None:
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2)
     two = needed(h, *options, "--batch-size", 2, records=records)
@@ -119,14 +106,13 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
     assert (told["batch_size"], told["gradient_accumulation"]) == (2, 4)
     assert told["settings"]["batch_size"] == 8
     assert told["memory"]["total"] == two
-    found = gradients(monkeypatch)
     cut = train(h, "new", *options, "--batch-size", "auto", records=records)
     whole = train(h, "whole", *options, "--batch-size", 8, "--no-gradient-checkpointing", records=records)
     assert (cut["batch_size"], cut["gradient_accumulation"], cut["gradient_checkpointing"]) == (2, 4, False)
     assert (whole["batch_size"], whole["gradient_accumulation"]) == (8, 1)
     run = run_of(h, "new")
     assert (run.batch_size, run.gradient_accumulation) == (2, 4)
-    first, second = found[0], found[2]  # two steps of each run
+    first, second = gradients[0], gradients[2]  # two steps of each run
     largest = max(float(value.abs().max()) for value in second.values())
     assert largest > 0
     assert all(float((first[name] - value).abs().max()) <= 1e-6 * largest for name, value in second.items())
@@ -141,10 +127,14 @@ def test_the_largest_micro_batch_that_fits_has_the_gradient_of_the_whole_step(
 ])  # fmt: skip
 @pytest.mark.usefixtures("forked_ranks")
 def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
-    h: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], processes: int
+    h: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    gradients: list[dict[str, torch.Tensor]],
+    objective: str,
+    records: list[dict[str, Any]],
+    processes: int,
 ) -> None:
     options = ("--objective", objective, "--dtype", "float32", "--max-steps", 2, "--num-processes", processes)
-    found = gradients(monkeypatch)
     runs, estimates, sizes = [], [], list[int]()
     right = trainer.micro_batch_loss
 
@@ -165,7 +155,8 @@ def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(
     for key in ("tokens", "supervised_tokens", "steps", "batch_size", "gradient_accumulation"):
         assert parts[key] == whole[key]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    for first, second in zip(found[:2], found[2:], strict=True):  # two steps of each run, if they are in this process
+    # Two steps of each run, if they are in this process.
+    for first, second in zip(gradients[:2], gradients[2:], strict=True):
         largest = max(float(value.abs().max()) for value in first.values())
         assert all(float((second[name] - value).abs().max()) <= 1e-6 * largest for name, value in first.items())
 
