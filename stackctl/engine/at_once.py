@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -59,23 +60,39 @@ class AtOnce:
         torch.get_num_threads()
         all_are_here.wait()
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], alone: Callable[[T], bool] = lambda _: False
+    ) -> Iterator[R]:
         """What ``function`` makes of each item, in their order; begun in that order, too.
+
+        It is computed as whoever asks would: with or without gradients, and in the precision of autocast. The first
+        items may stand ``alone``: each of them has all threads, as has a last one that nothing is left beside.
 
         One that fails, or a signal, ends all of them.
         """
+        first = list(itertools.takewhile(alone, items))
+        others = items[len(first) :]
+        if len(others) < 2:
+            first, others = [*first, *others], []
+        yield from map(function, first)
+        if not others:
+            return
         openmp.give_up_pool()
-        futures = [self._pool.submit(self._run, function, item) for item in items]
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        futures = [self._pool.submit(self._run, function, item, modes) for item in others]
         try:
-            return [future.result() for future in futures]
+            for future in futures:
+                yield future.result()
         except BaseException:
             self._end(futures)
             raise
 
-    def _run(self, function: Callable[[T], R], item: T) -> R:
+    def _run(self, function: Callable[[T], R], item: T, modes: tuple[bool, bool, torch.dtype]) -> R:
+        gradients, autocast, dtype = modes
         self._at_work.add(threading.get_ident())
         try:
-            return function(item)
+            with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype, enabled=autocast):
+                return function(item)
         finally:
             self._at_work.discard(threading.get_ident())
             if self._share > 1:

@@ -18,7 +18,8 @@ from torch import nn
 from stackctl.engine.at_once import AtOnce, computations_at_once, keeps_nothing
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.loss.logits import supervised_loss
+from stackctl.engine.evaluation import scoring, weight_fit
+from stackctl.engine.loss.logits import supervised_loss, supervised_token_losses
 from stackctl.engine.training import memory, trainer
 
 RECORDS = [CHAT[number % len(CHAT)] for number in range(24)]
@@ -57,7 +58,7 @@ def test_each_has_its_share_of_the_threads_and_results_come_in_order(at_once: At
         time.sleep(0.01 * (4 - number))
         return number, torch.get_num_threads()
 
-    assert at_once.map(work, range(4)) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert list(at_once.map(work, range(4))) == [(0, 1), (1, 1), (2, 1), (3, 1)]
     assert torch.get_num_threads() == 2
 
 
@@ -82,10 +83,10 @@ def test_one_that_fails_ends_all(at_once: AtOnce) -> None:
 
     before = time.monotonic()
     with pytest.raises(ValueError, match="wrong"):
-        at_once.map(work, range(4))
+        list(at_once.map(work, range(4)))
     assert done == []
     assert time.monotonic() - before < 10
-    assert at_once.map(lambda number: number, [1, 2]) == [1, 2]
+    assert list(at_once.map(lambda number: number, [1, 2])) == [1, 2]
 
 
 @pytest.mark.usefixtures("threads")
@@ -147,6 +148,82 @@ def test_the_same_run_has_the_same_weights_and_one_that_goes_on_too(h: Any, monk
     assert train(h, "new", *options, "--resume")["digest"] == first
 
 
+@pytest.fixture
+def threads_that_score(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
+    """Which threads compute losses, and with how many for torch; two records of a row are many."""
+    seen = set[tuple[int, int]]()
+
+    def watched(model: Any, batch: dict[str, torch.Tensor], **more: Any) -> Any:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return supervised_token_losses(model, batch, **more)
+
+    monkeypatch.setattr(scoring, "_ROW", 64)
+    monkeypatch.setattr(scoring, "_BESIDE", 128)
+    for module in (scoring, weight_fit):
+        monkeypatch.setattr(module, "supervised_token_losses", watched)
+    yield seen
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "style+instruct", "style"),
+        ("compare", "style", "base", "-p", "the sea"),
+        ("compose", "style:0.5+instruct", "--fit-steps", 2),
+    ],
+)
+def test_losses_at_once_are_those_of_one_after_another(
+    tiny_registry: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    threads_that_score: set[tuple[int, int]],
+    command: tuple[object, ...],
+) -> None:
+    h = tiny_registry()
+    h.add("style", seed=1)
+    h.add("instruct", seed=2)
+    data = h.data([{"text": word * times} for word in ("the sea ", "cold water ", "well ") for times in (2, 5, 7, 40)])
+    found = []
+    for count in (1, 2):
+        monkeypatch.setattr(scoring, "computations_at_once", lambda count=count: count)
+        threads_that_score.clear()
+        option = ("--name", f"s{count}", "--fit") if command[0] == "compose" else ("--data",)
+        found.append(h.run(*command, *option, data, "--json").json)
+        by_others = {numbers for thread, numbers in threads_that_score if thread != threading.get_ident()}
+        assert by_others == ({1} if count == 2 else set())
+        assert (threading.get_ident(), 2) in threads_that_score, "a long row has all threads"
+    one, other = (sorted(numbers_of(document).items()) for document in found)
+    assert [name for name, _ in one] == [name for name, _ in other]
+    assert [value for _, value in other] == pytest.approx([value for _, value in one], rel=1e-4, abs=1e-6)
+
+
+def numbers_of(document: Any, place: str = "") -> dict[str, float]:
+    """Every number in a document but its times, by where it stands."""
+    if isinstance(document, dict | list):
+        items = document.items() if isinstance(document, dict) else enumerate(document)
+        return {name: value for key, one in items for name, value in numbers_of(one, f"{place}/{key}").items()}
+    return {place: document} if isinstance(document, int | float) and "second" not in place else {}
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_a_run_looks_at_its_held_out_records_and_its_reference_at_once(
+    h: Any, monkeypatch: pytest.MonkeyPatch, threads_that_score: set[tuple[int, int]], objective: str
+) -> None:
+    monkeypatch.setattr(memory, "PART", SHORT)
+    records = {"sft": RECORDS, "dpo": PAIRS, "kto": ANSWERS}[objective]
+    held = h.data(records[:9], "held.jsonl")
+    options = ("--objective", objective, "--dtype", "float32", "--max-steps", 1, "--eval-data", held)
+    losses = []
+    for name, count in (("one", 1), ("other", 2)):
+        monkeypatch.setattr(memory, "computations_at_once", lambda count=count: count)
+        threads_that_score.clear()
+        done = train(h, name, *options, records=records)
+        losses.append([done["eval_loss_before"], done["eval_loss"]])
+        assert any(thread != threading.get_ident() for thread, _ in threads_that_score) == (count == 2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def adapted(model_type: str, **besides: Any) -> nn.Module:
     model = tiny_model(model_type, **besides)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -174,7 +251,9 @@ def test_what_is_computed_at_once_is_equal_bit_for_bit(at_once: AtOnce, model_ty
     model = adapted(model_type)
     assert keeps_nothing(model, lambda: gradient(model, batch_of(12)))
     batches = [batch_of(9, 5), batch_of(23), batch_of(4, 4, 4), batch_of(17), batch_of(30), batch_of(8, 3)]
-    apart = [at_once.map(lambda batch: gradient(model, batch), [batch])[0] for batch in batches]
+    torch.set_num_threads(1)
+    apart = [gradient(model, batch) for batch in batches]
+    torch.set_num_threads(2)
     together = at_once.map(lambda batch: gradient(model, batch), batches * 2)
     for one, other in zip(apart * 2, together, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stackctl.engine.data.examples import IGNORED, Example, LazyExamples, TaughtExample
 
+_FEW = 32
 TEACHER = "teacher_"
 """What the keys of a micro-batch begin with that a teacher reads."""
 
@@ -175,6 +176,12 @@ def collate(rows: Sequence[Example]) -> dict[str, Tensor]:
         "keep": torch.tensor(keep, dtype=torch.int64),
         "labels": torch.tensor(labels, dtype=torch.int64),
     }
+
+
+def few_tokens(example: Example) -> dict[str, Tensor]:
+    """The first tokens of an example as a micro-batch, for a look at what a model does with it."""
+    ids = example.input_ids[:_FEW]
+    return collate([Example(ids, [IGNORED, *ids[1:]])])
 
 
 def starts_of(positions: Tensor) -> list[int]:

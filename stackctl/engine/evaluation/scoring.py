@@ -11,16 +11,18 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from stackctl.core import NOISE, Say
 from stackctl.core.errors import Failed
+from stackctl.engine.at_once import AtOnce, computations_at_once, keeps_nothing
 from stackctl.engine.data.chat_template import ensure_chat_template
 from stackctl.engine.data.embedded_tokens import check_embedded, unembedded_tokens
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import EncodeOptions, Example
-from stackctl.engine.data.rows import collate
+from stackctl.engine.data.rows import collate, few_tokens, lengths_of
 from stackctl.engine.data.shared_beginnings import shared_with
 from stackctl.engine.devices import float64
 from stackctl.engine.evaluation.significance import RecordScore, ratio_error, sign_flip_p
@@ -32,11 +34,14 @@ from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.types import RecordSet
 from stackctl.jobs import ranks
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 _LOOKS = 3
 """Forward passes that it takes to see whether a model can keep records in a row apart."""
 _ROW = 512
 """Tokens of the records in a row: products of a good size, and no more logits than a record of this length has."""
+_BESIDE = 2 * _ROW
+"""Tokens of a row that is computed beside another, at most; so many in all are worth the look whether it may be."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class Scoring:
     def __init__(self, stacked: StackedModel, sets: Sequence[DataSet]) -> None:
         self._stacked, self._sets = stacked, sets
         self._attention: str | None = None
+        self._keeps_nothing: bool | None = None
 
     def score(self, name: str, progress: Progress | None = None) -> list[Score]:
         """What the stack that is folded in makes of each data set; ``name`` is what errors call it.
@@ -176,8 +182,30 @@ class Scoring:
 
     def measure(self, progress: Progress | None = None) -> list[Score]:
         """The same, whatever the losses are."""
-        with self.sharing() as sharing:
-            return [_score(self._stacked, data, progress, sharing) for data in self._sets]
+        with self.sharing() as sharing, self.computing() as at_once:
+            return [
+                _score(data, score_examples(self._stacked.model, data.examples, progress, sharing, at_once))
+                for data in self._sets
+            ]
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[AtOnce | None]:
+        """What computes several rows at once, on a CPU, where they are enough and this model may be called so."""
+        examples = [example for data in self._sets for example in data.examples]
+        tokens = int(lengths_of(examples).sum())
+        count, model = computations_at_once(), self._stacked.model
+        if count == 1 or self._stacked.device.type != "cpu" or tokens < _BESIDE:
+            yield None
+            return
+        if self._keeps_nothing is None:  # the architecture decides here, too
+            batch = few_tokens(examples[0])
+            with evaluating(model):
+                self._keeps_nothing = keeps_nothing(model, lambda: supervised_token_losses(model, batch))
+        if not self._keeps_nothing:
+            yield None
+            return
+        with contextlib.closing(AtOnce(count)) as at_once:
+            yield at_once
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[bool]:
@@ -199,9 +227,8 @@ class Scoring:
             inner.set_attn_implementation(own)
 
 
-def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, sharing: bool) -> Score:
+def _score(data: DataSet, parts: list[RecordScore]) -> Score:
     by_record: dict[int, list[RecordScore]] = {}
-    parts = score_examples(stacked.model, data.examples, progress, sharing=sharing)
     if data.pairs:
         chosen, rejected = parts[::2], parts[1::2]
         return Score(chosen, [other.loss - one.loss for one, other in zip(chosen, rejected, strict=True)])
@@ -215,27 +242,54 @@ def _score(stacked: StackedModel, data: DataSet, progress: Progress | None, shar
 
 
 def score_examples(
-    model: torch.nn.Module, examples: Sequence[Example], progress: Progress | None = None, *, sharing: bool = False
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    progress: Progress | None = None,
+    sharing: bool = False,
+    at_once: AtOnce | None = None,
 ) -> list[RecordScore]:
-    """The score of each example, each alone in its row, or ``sharing`` one with others.
+    """The score of each example, each alone in its row, or ``sharing`` one with others; rows may be computed at once.
 
     There is no padding, and nothing of a neighbour in what an example sees, so that sharing changes a loss by rounding
     alone.
     """
     device = next(model.parameters()).device
+
+    def scored(part: Sequence[Example]) -> list[RecordScore]:
+        batch = {key: value.to(device) for key, value in collate(part).items()}
+        found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
+        assert found.correct is not None, "no gradients are wanted here"
+        losses, right = float64(found.losses).split(counts), found.correct.split(counts)
+        return [
+            RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))
+            for count, loss, correct in zip(counts, losses, right, strict=True)
+        ]
+
     scores: dict[int, RecordScore] = {}
     with evaluating(model):
-        for row in rows_of(examples, sharing=sharing):
-            part = [examples[number] for number in row]
-            batch = {key: value.to(device) for key, value in collate(part).items()}
-            found, counts = supervised_token_losses(model, batch), [example.supervised for example in part]
-            assert found.correct is not None, "no gradients are wanted here"
-            losses, right = float64(found.losses).split(counts), found.correct.split(counts)
-            for number, count, loss, correct in zip(row, counts, losses, right, strict=True):
-                scores[number] = RecordScore(math.fsum(loss.tolist()), count, int(correct.sum()))
+        for row, own in compute_rows(scored, examples, rows_of(examples, sharing=sharing), at_once):
+            scores.update(zip(row, own, strict=True))
             if progress:
                 progress(len(row))
     return [scores[number] for number in range(len(examples))]
+
+
+def compute_rows(
+    compute: Callable[[Sequence[Example]], T],
+    examples: Sequence[Example],
+    rows: Sequence[list[int]],
+    at_once: AtOnce | None,
+) -> Iterator[tuple[list[int], T]]:
+    """Each row with what is computed of its examples: the longest first, and several ``at_once`` if they are short."""
+    lengths = lengths_of(examples)
+    sizes = {row[0]: int(lengths[row].sum()) for row in rows}
+    rows = sorted(rows, key=lambda row: sizes[row[0]], reverse=True)
+
+    def computed(row: list[int]) -> T:
+        return compute([examples[number] for number in row])
+
+    found = at_once.map(computed, rows, lambda row: sizes[row[0]] > _BESIDE) if at_once else map(computed, rows)
+    yield from zip(rows, found, strict=True)
 
 
 def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[int]]:
@@ -257,14 +311,14 @@ def rows_of(examples: Sequence[Example], *, sharing: bool = True) -> list[list[i
     return rows
 
 
-def record_losses(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:
-    """Summed cross-entropy (nats) of each example's supervised tokens.
+def record_losses(model: torch.nn.Module, examples: Sequence[Example], at_once: AtOnce | None = None) -> list[float]:
+    """Summed cross-entropy (nats) of each example's supervised tokens, of which ``at_once`` computes several.
 
     They share rows where the model has an attention of ours, which was chosen because it keeps them apart; but not
     where several processes train together, which have to take as many forward passes each.
     """
     sharing = causal_lm(model).config._attn_implementation in OWN and ranks.world_size() == 1
-    return [score.loss for score in score_examples(model, examples, sharing=sharing)]
+    return [score.loss for score in score_examples(model, examples, sharing=sharing, at_once=at_once)]
 
 
 def supervised_count(examples: Sequence[Example]) -> int:

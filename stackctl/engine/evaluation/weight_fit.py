@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.core.errors import Failed, Usage
+from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.evaluation.scoring import DataSet, Scoring, rows_of
+from stackctl.engine.evaluation.scoring import DataSet, Scoring, compute_rows, rows_of
 from stackctl.engine.evaluation.weighted_members import Group, WeightedFactors, attached
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.models import StackedModel
@@ -147,12 +148,19 @@ def fit_weights(
     def told(step: int) -> None:
         progress(taken + step)
 
-    with Scoring(stacked, sets).sharing() as sharing, attached(stacked.model, weighted, learned), torch.enable_grad():
+    scoring = Scoring(stacked, sets)
+    with (
+        scoring.sharing() as sharing,
+        attached(stacked.model, weighted, learned),
+        scoring.computing() as at_once,
+        torch.enable_grad(),
+    ):
+        computing = _Computing(stacked.model, stacked.device, learned.parameter, sharing, at_once)
         while taken < steps and looks < _LOOKS * steps:
             if taken:  # far from the best, what the information tells of the way there misleads
-                learned.whiten(_gradients(stacked, sets, learned.parameter))
+                learned.whiten(_gradients(computing, sets))
             most, left = min(_ROUND, steps - taken), _LOOKS * steps - looks
-            made, looked = _descend(stacked, sets, learned.parameter, (most, left), sharing, told)
+            made, looked = _descend(computing, sets, (most, left), told)
             taken, looks = taken + made, looks + looked
             if made < most and looked < left:
                 break  # the loss is as small as it gets
@@ -160,25 +168,53 @@ def fit_weights(
     return Fitted(dict(zip(weighted.groups, found, strict=True)), taken)
 
 
+@dataclass(frozen=True)
+class _Computing:
+    """Losses of examples with their gradients of the weights, of rows of which several may be computed ``at_once``."""
+
+    model: nn.Module
+    device: torch.device
+    parameter: nn.Parameter
+    sharing: bool
+    at_once: AtOnce | None
+
+    def rows(self, examples: Sequence[Example], *, sharing: bool) -> Iterator[tuple[list[int], tuple[float, Tensor]]]:
+        """Rows by the numbers of their examples, with their summed loss (nats) and its gradient (groups,)."""
+
+        def compute(row: Sequence[Example]) -> tuple[float, Tensor]:
+            batch = {key: value.to(self.device) for key, value in collate(row).items()}
+            loss = supervised_token_losses(self.model, batch).losses.sum()
+            # All zero where no member stands on the model's path.
+            (gradient,) = torch.autograd.grad(loss, [self.parameter], allow_unused=True, materialize_grads=True)
+            return float(loss.detach()), gradient
+
+        return compute_rows(compute, examples, rows_of(examples, sharing=sharing), self.at_once)
+
+    def mean(self, sets: Sequence[DataSet]) -> float:
+        """The mean of the data sets' losses; its gradient becomes the parameter's."""
+        total, gradients = 0.0, torch.zeros_like(self.parameter)
+        for data in sets:
+            count = sum(example.supervised for example in data.examples) * len(sets)
+            for _, (loss, gradient) in self.rows(data.examples, sharing=self.sharing):
+                total += loss / count
+                gradients += gradient / count
+        self.parameter.grad = gradients
+        return total
+
+
 def _descend(
-    stacked: StackedModel,
-    sets: Sequence[DataSet],
-    parameter: nn.Parameter,
-    most: tuple[int, int],
-    sharing: bool,
-    progress: Callable[[int], None],
+    computing: _Computing, sets: Sequence[DataSet], most: tuple[int, int], progress: Callable[[int], None]
 ) -> tuple[int, int]:
     """At ``most`` so many steps of L-BFGS and looks at the data; returns how many they were: fewer of both where the
     loss is as small as it gets."""
-    steps, looks = most
+    parameter, (steps, looks) = computing.parameter, most
     optimizer = torch.optim.LBFGS(
         [parameter], max_iter=steps, max_eval=looks, line_search_fn="strong_wolfe",
         tolerance_grad=_FLAT, tolerance_change=_SAME,
     )  # fmt: skip
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = sum(_add_gradient(stacked, data.examples, len(sets), sharing) for data in sets)
+        loss = computing.mean(sets)
         if not math.isfinite(loss):
             raise Failed("the loss is not a finite number", hint="begin with smaller weights")
         progress(int(optimizer.state[parameter].get("n_iter", 0)))
@@ -189,7 +225,7 @@ def _descend(
     return int(state["n_iter"]), int(state["func_evals"])
 
 
-def _gradients(stacked: StackedModel, sets: Sequence[DataSet], parameter: nn.Parameter) -> Tensor:
+def _gradients(computing: _Computing, sets: Sequence[DataSet]) -> Tensor:
     """How the gradient of each example's loss differs from what all tokens have in common, (n, groups).
 
     The products of these add up to the information of a token. Far from the best weights the common part is large and
@@ -198,28 +234,12 @@ def _gradients(stacked: StackedModel, sets: Sequence[DataSet], parameter: nn.Par
     found: list[Tensor] = []
     for data in sets:
         sizes = torch.tensor([example.supervised for example in data.examples], dtype=torch.float64)
-        sums = torch.zeros(len(sizes), len(parameter), dtype=torch.float64)
-        for number, example in enumerate(data.examples):
-            parameter.grad = None
-            _add_gradient(stacked, [example], 1, sharing=False)
-            if parameter.grad is not None:  # it has one, unless no member stands on the model's path
-                sums[number] = parameter.grad * example.supervised
+        sums = torch.zeros(len(sizes), len(computing.parameter), dtype=torch.float64)
+        for (number,), (_, gradient) in computing.rows(data.examples, sharing=False):
+            sums[number] = gradient
         common = sums.sum(0) / sizes.sum()
         found.append((sums - sizes[:, None] * common) / (sizes.sum() * len(sets)).sqrt())
-    parameter.grad = None
     return torch.nan_to_num(torch.cat(found), nan=0.0, posinf=0.0, neginf=0.0)  # such a loss is refused when it is seen
-
-
-def _add_gradient(stacked: StackedModel, examples: Sequence[Example], sets: int, sharing: bool) -> float:
-    """The share of a data set in the mean loss; its gradient is added to that of the weights."""
-    tokens, total = sum(example.supervised for example in examples), 0.0
-    for row in rows_of(examples, sharing=sharing):
-        batch = collate([examples[number] for number in row])
-        batch = {key: value.to(stacked.device) for key, value in batch.items()}
-        loss = supervised_token_losses(stacked.model, batch).losses.sum() / (tokens * sets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
 
 
 def member_weights(weighted: WeightedFactors, weights: Mapping[Group, float]) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def token_losses(head: OutputHead, hidden: Tensor, labels: Tensor, target: Targe
     is trained. The extra memory is that of one chunk.
     """
     counted = None if torch.is_grad_enabled() else torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
-    target = target or (lambda logits, part, _: _cross_entropy(logits, labels[part]))
+    own = _cross_entropy if counted is None else _losses_alone
+    target = target or (lambda logits, part, _: own(logits, labels[part]))
     losses = _TokenLosses.apply(hidden, labels, target, head, counted, *head.parameters)
     return TokenLosses(losses, counted)
 
@@ -132,6 +133,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     losses = -_log_softmax(logits).gather(-1, place)  # (c, 1)
     logits.exp_().scatter_add_(-1, place, torch.full_like(losses, -1.0))
     return losses[:, 0]
+
+
+def _losses_alone(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same without the gradient; the logits are overwritten as well."""
+    return -_log_softmax(logits).gather(-1, labels[:, None])[:, 0]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

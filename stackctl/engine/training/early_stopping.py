@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
+from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation.scoring import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
@@ -40,25 +41,21 @@ def evaluation_steps(job: TrainJob, steps: int) -> int:
 class HeldOut(TrainerCallback):
     """The held-out records of a run.
 
-    ``evaluations`` has an entry for each: ``step`` and ``eval_loss``, the mean cross-entropy (nats) over supervised
-    tokens, or what else ``measure`` finds, ``eval_accuracy`` and ``eval_margin`` of answers; the first is of step 0,
-    before anything is learned. The list is that of the run's counters, with which it is saved and restored. Weights
-    are kept from the ``first`` step on.
+    ``evaluations`` has an entry for each: ``step`` and ``eval_loss``, by :func:`held_out_loss` or what else ``measure``
+    finds, ``eval_accuracy`` and ``eval_margin`` of answers; the first is of step 0, before anything is learned. The
+    list is that of the run's counters, with which it is saved and restored. Weights are kept from step ``first`` on.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
         job: TrainJob,
         counters: Counters,
         say: Say,
-        measure: Measure | None = None,
+        measure: Measure,
         *,
         first: int = 1,
     ) -> None:
-        self._examples = examples
-        self._measure, self._first = measure or self._loss, first
-        self._tokens = supervised_count(examples)
+        self._measure, self._first = measure, first
         self._keeps_best = job.keep == "best"
         self._patience = job.patience
         self._counters = counters
@@ -126,15 +123,6 @@ class HeldOut(TrainerCallback):
             moved["reached_step"] = step
             self._say(f"step {step}: as good as it was where it stood, {moved['mark']:.3f}")
 
-    def _loss(self, model: nn.Module) -> dict[str, float]:
-        """The mean cross-entropy over the supervised tokens."""
-        count = len(self._examples)
-        places = share_of(count)
-        losses = record_losses(model, [self._examples[place % count] for place in places])
-        own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < count)
-        device = next(model.parameters()).device
-        return {"eval_loss": float(numbers_of_each([own], device).sum()) / max(self._tokens, 1)}
-
     def end_with_best(self, step: int) -> bool:
         """End the run at a loss that is no number, if there are best weights to go back to. Returns whether it did."""
         best = self.best if self._keeps_best else None
@@ -168,6 +156,16 @@ class HeldOut(TrainerCallback):
     def load(self, folder: Path, rank: int) -> None:
         file = folder / _BEST.format(rank=rank)
         self._best = load_file(file) if file.is_file() else {}
+
+
+def held_out_loss(model: nn.Module, examples: Sequence[Example], at_once: AtOnce | None = None) -> dict[str, float]:
+    """``eval_loss``, the mean cross-entropy (nats) over supervised tokens; each process reads its share."""
+    count = len(examples)
+    places = share_of(count)
+    losses = record_losses(model, [examples[place % count] for place in places], at_once)
+    own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < count)
+    device = next(model.parameters()).device
+    return {"eval_loss": float(numbers_of_each([own], device).sum()) / max(supervised_count(examples), 1)}
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.core.train_job import TrainJob
+from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
 from stackctl.engine.data.rows import collate
 from stackctl.engine.devices import float64
@@ -120,7 +121,7 @@ def scores_of(answers: AnswerBatch, job: TrainJob) -> Scores:
     return Scores(losses, objective.margin(answers, beta).detach(), given[answers.desired], given[~answers.desired])
 
 
-def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, float]:
+def measure(model: nn.Module, known: KnownAnswers, job: TrainJob, at_once: AtOnce | None = None) -> dict[str, float]:
     """``eval_loss``, ``eval_accuracy`` and ``eval_margin`` of a model as it stands; each process reads its share."""
     device, size = next(model.parameters()).device, OBJECTIVES[job.objective].answers
     count = len(known.examples) // size
@@ -129,12 +130,12 @@ def measure(model: nn.Module, known: KnownAnswers, job: TrainJob) -> dict[str, f
     real = sum(place < count for place in places)
     drift = None
     if (swapped := known.swapped) is not None:
-        losses = record_losses(model, [swapped.examples[n] for n in numbers])
+        losses = record_losses(model, [swapped.examples[n] for n in numbers], at_once)
         gaps = [-loss - swapped.references[n] for loss, n in zip(losses, numbers, strict=True)]
         total = float(numbers_of_each([math.fsum(gaps[:real])], device).sum())
         drift = torch.tensor(max(total / count, 0.0))
     examples = [known.examples[n] for n in numbers]
-    given = -torch.tensor(record_losses(model, examples), dtype=torch.float64)
+    given = -torch.tensor(record_losses(model, examples, at_once), dtype=torch.float64)
     references = torch.tensor([known.references[n] for n in numbers], dtype=torch.float64)
     tokens = torch.tensor([example.supervised for example in examples])
     desired = torch.tensor([example.desired for example in examples])

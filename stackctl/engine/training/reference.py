@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from stackctl.core.errors import Usage, VerificationFailed
 from stackctl.core.train_job import TrainJob
+from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazyExamples
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
@@ -27,7 +28,8 @@ from stackctl.storage import atomic
 
 _LOOKED_AT = 8
 """Answers that are computed on every run: with the new adapter at zero, which changes nothing, and at the end."""
-_AT_ONCE = 16
+_CHUNK = 32
+"""Answers between two words on how far this is."""
 _SAME = 1e-3
 """How far (nats, relative) a kept log-probability may be from the one of today: other threads round otherwise."""
 _FILE = "log_probabilities.npy"
@@ -39,6 +41,7 @@ class ReferenceModel:
 
     ``live`` is the frozen stack's name in it, where it is not folded. ``at_zero``: the new adapter has no effect yet.
     ``stands_on`` is everything besides the data that decides what is computed: base, members, weights, precision.
+    ``at_once`` computes several rows of answers before the training.
     """
 
     model: PeftModel
@@ -47,6 +50,7 @@ class ReferenceModel:
     bfloat16: bool
     stands_on: list[Any]
     comparing: Callable[[float], None] = lambda _: None
+    at_once: AtOnce | None = None
     _first: list[float] = field(default_factory=list)
 
     def know(self, encoded: Encoded, job: TrainJob, max_length: int, *, held_out: bool = False) -> KnownAnswers:
@@ -88,7 +92,10 @@ class ReferenceModel:
 
     def _compute(self, examples: Sequence[Example]) -> list[float]:
         with new_adapter_off(self.model, self.live):
-            return [-loss for loss in record_losses(self.model, examples)]
+            return self._as_it_stands(examples)
+
+    def _as_it_stands(self, examples: Sequence[Example]) -> list[float]:
+        return [-loss for loss in record_losses(self.model, examples, self.at_once)]
 
     def _log_probabilities(self, examples: Sequence[Example], place: Path | None, first: list[float]) -> list[float]:
         """The log-probability (nats) of each answer under the frozen stack, of which the ``first`` are known.
@@ -96,16 +103,16 @@ class ReferenceModel:
         They are kept from another run if it is the same.
         """
         found = list(first)
-        if self.at_zero and [-loss for loss in record_losses(self.model, examples[: len(first)])] != first:
+        if self.at_zero and self._as_it_stands(examples[: len(first)]) != first:
             raise VerificationFailed(
                 "the new adapter changes log-probabilities before its first step: the margins are not zero, "
                 "and the reference is not the frozen stack"
             )
         if place and (kept := _read(place, len(examples))) and np.allclose(kept[: len(found)], found, _SAME, _SAME):
             return kept
-        for start in range(len(first), len(examples), _AT_ONCE):
+        for start in range(len(first), len(examples), _CHUNK):
             self.comparing(start / len(examples))
-            found += self._compute(examples[start : start + _AT_ONCE])
+            found += self._compute(examples[start : start + _CHUNK])
         self.comparing(1.0)
         if place:
             _write(place, found)

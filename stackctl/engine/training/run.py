@@ -18,8 +18,8 @@ from stackctl.core.errors import Interrupted, Terminated, Usage
 from stackctl.core.schema import AdapterVersion
 from stackctl.engine.at_once import AtOnce, keeps_nothing
 from stackctl.engine.data.chat_template import choose_chat_template, fix_date, shown_date
-from stackctl.engine.data.examples import IGNORED, Example
-from stackctl.engine.data.rows import collate
+from stackctl.engine.data.examples import Example
+from stackctl.engine.data.rows import few_tokens
 from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.loss.logits import draws_noise, supervised_loss
 from stackctl.engine.loss.row_layout import choose_layout
@@ -30,7 +30,7 @@ from stackctl.engine.training.adapter import adapter_state
 from stackctl.engine.training.attach import Attached, attach_all
 from stackctl.engine.training.callbacks import StepCallback
 from stackctl.engine.training.dataset import Corpus, read_corpus
-from stackctl.engine.training.early_stopping import HeldOut, Measure
+from stackctl.engine.training.early_stopping import HeldOut, Measure, held_out_loss
 from stackctl.engine.training.fused_modules import keep_casts
 from stackctl.engine.training.memory import ProcessGroup, first_that_runs, memory_full, plan_step, runs_out_safely
 from stackctl.engine.training.moving import plan_move
@@ -54,8 +54,6 @@ from stackctl.registry.run_folders import RunFolder, run_folder
 from stackctl.registry.store import Registry
 from stackctl.storage import files
 
-_LOOK = 32
-"""Tokens of the look at whether a model keeps something of what it computed."""
 _MAPPED, _MAPPED_BF16 = 2**20, 4 * 2**20
 """Bytes of the smallest blocks that are mapped where activations are computed again: what layers hand on cuts the heap
 up. SmolLM2 on four records of 1,024 tokens, in float32: 1.95 GB with blocks of 4 MB, and 1.27 with those of 1 MB, at
@@ -166,11 +164,13 @@ def _train(
     longest = corpus.max_length if job.objective == "kto" else corpus.longest  # its swapped answers are of any length
     layout = choose_layout(model, examples, longest=longest)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    reference, answers, measure = _compared(prepared, corpus, attached, output, bfloat16=bfloat16)
+    at_once = _at_once(model, loaded.cuts[0], examples[0], bfloat16=bfloat16)
+    reference, answers, measure = _compared(prepared, corpus, attached, output, at_once, bfloat16=bfloat16)
     held_out = None
     if corpus.evaluation:
         first = 0 if teaching and teaching.name else 1  # what begins as the best pair may stay that
-        held_out = HeldOut(corpus.evaluation.examples, job, state.counters, output.say, measure, first=first)
+        measure = measure or functools.partial(held_out_loss, examples=corpus.evaluation.examples, at_once=at_once)
+        held_out = HeldOut(job, state.counters, output.say, measure, first=first)
     parts = TrainerParts(
         state=state,
         saves=RunSaves(folder),
@@ -182,12 +182,12 @@ def _train(
         cut=loaded.cuts[0],
         answers=answers,
         teaching=teaching,
+        at_once=at_once,
     )
     if prepared.auto_batch and runs_out_safely(stacked.device):
         parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))
     if ranks.rank() == 0:
         folder.begin({**folder.signature, CUT: asdict(parts.cut)})
-    parts = replace(parts, at_once=_at_once(model, parts, examples[0]))
     if parts.cut.checkpointing:
         map_blocks(_MAPPED_BF16 if bfloat16 else _MAPPED)
     arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
@@ -198,8 +198,8 @@ def _train(
         try:
             _run_trainer(trainer, parts, saves, output)
         finally:
-            if parts.at_once:
-                parts.at_once.close()
+            if at_once:
+                at_once.close()
 
     if reference and (note := fallen(reference.changes(examples))):
         output.say(f"note: {note}")
@@ -215,18 +215,18 @@ def _train(
     return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
 
 
-def _at_once(model: PeftModel, parts: TrainerParts, example: Example) -> AtOnce | None:
+def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool) -> AtOnce | None:
     """What computes parts of a micro-batch at once, if this model may be called by several threads.
 
     Noise would be drawn in another order each time, and what keeps parameters in parts has its own way back.
     """
-    if parts.cut.at_once == 1 or group.keeps_parts() or draws_noise(model):
+    if cut.at_once == 1 or group.keeps_parts() or draws_noise(model):
         return None
-    batch = collate([Example(example.input_ids[:_LOOK], [IGNORED, *example.input_ids[1:_LOOK]])])
+    batch = few_tokens(example)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def compute() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=parts.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = supervised_loss(model, batch)
         torch.autograd.grad(loss, trained, allow_unused=True)
 
@@ -237,13 +237,19 @@ def _at_once(model: PeftModel, parts: TrainerParts, example: Example) -> AtOnce 
             return None
     finally:
         model.train(was_training)
-    if parts.bfloat16:
+    if bfloat16:
         keep_casts(model, torch.bfloat16)
-    return AtOnce(parts.cut.at_once)
+    return AtOnce(cut.at_once)
 
 
 def _compared(
-    prepared: PreparedJob, corpus: Corpus, attached: Attached, output: RunOutput, *, bfloat16: bool
+    prepared: PreparedJob,
+    corpus: Corpus,
+    attached: Attached,
+    output: RunOutput,
+    at_once: AtOnce | None,
+    *,
+    bfloat16: bool,
 ) -> tuple[ReferenceModel | None, preferences.KnownAnswers | None, Measure | None]:
     """What an objective compares with: the frozen stack as the reference and what it makes of the answers, and how
     held-out records are measured."""
@@ -254,13 +260,14 @@ def _compared(
     if job.objective not in OBJECTIVES:
         return None, None, None
     reference = ReferenceModel(
-        attached.model, attached.live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing
-    )
+        attached.model, attached.live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing,
+        at_once,
+    )  # fmt: skip
     answers = reference.know(corpus.encoded, job, corpus.max_length)
     if not evaluation:
         return reference, answers, None
     known = reference.know(evaluation, job, corpus.max_length, held_out=True)
-    return reference, answers, functools.partial(preferences.measure, known=known, job=job)
+    return reference, answers, functools.partial(preferences.measure, known=known, job=job, at_once=at_once)
 
 
 def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], output: RunOutput) -> None:

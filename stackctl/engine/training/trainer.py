@@ -157,11 +157,10 @@ class StackTrainer(Trainer):
 
         most = self._parts.cut.beside
         parts = deal_row(inputs, at_once.count, most, together=self._together)
-        alone = [part for part in parts if part["input_ids"].numel() > most]
-        others = parts[len(alone) :]
-        found = [*map(compute, alone), *(at_once.map(compute, others) if len(others) > 1 else map(compute, others))]
         shares = []
-        for (share, total, scores), gradients in found:
+        for (share, total, scores), gradients in at_once.map(
+            compute, parts, lambda part: part["input_ids"].numel() > most
+        ):
             self._count(total, scores)
             shares.append(share)
             for parameter, gradient in zip(trained, gradients, strict=True):
