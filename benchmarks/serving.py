@@ -26,7 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,12 @@ def main(options: Sequence[str] = ()) -> None:
         merged = _prepare(folder)
         found: dict[tuple[str, int, int], Load] = {}
         for server, command, models in _servers(folder, merged):
-            with _running(command, folder) as url:
+            with running_server(command, folder) as url:
                 for stacks in (1, 8):
                     if names := models[:stacks] if len(models) >= stacks else ():
-                        _burst(url, names, len(names), 2)  # each stack once, so that none is loaded while timed
+                        burst(url, names, len(names), 2)  # each stack once, so that none is loaded while timed
                         for clients in given.clients:
-                            found[server, clients, stacks] = _burst(url, names, clients, given.tokens)
+                            found[server, clients, stacks] = burst(url, names, clients, given.tokens)
         _show(found)
 
 
@@ -93,7 +93,7 @@ def _servers(folder: Path, merged: Path) -> Iterator[tuple[str, list[str], tuple
 
 
 @contextlib.contextmanager
-def _running(command: list[str], folder: Path) -> Iterator[str]:
+def running_server(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """The server on a free port of this machine, once it answers; it is stopped in the end."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -101,7 +101,9 @@ def _running(command: list[str], folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with (folder / "server.log").open("w") as log:
         where = ["--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen([*command, *where], cwd=folder, stdout=log, stderr=log, env=os.environ)
+        process = subprocess.Popen(
+            [*command, *where], cwd=folder, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
+        )
     try:
         deadline = time.monotonic() + _START
         while not _answers(url):
@@ -124,7 +126,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _burst(url: str, models: Sequence[str], clients: int, tokens: int) -> Load:
+def burst(url: str, models: Sequence[str], clients: int, tokens: int) -> Load:
     with ThreadPoolExecutor(clients) as pool:
         started = time.perf_counter()
         answers = list(pool.map(lambda n: _ask(url, models[n % len(models)], n, tokens), range(clients)))

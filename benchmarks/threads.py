@@ -1,21 +1,24 @@
 """How OpenMP's threads wait: tokens a second of typed commands, alone and beside one and two busy processes.
 
-Each row is a way of waiting that is set in the environment, the last one what stackctl does when nothing is set.
+Each row is a way of waiting that is set in the environment, the last one what stackctl does when nothing is set. Of
+``eval`` the tokens of its records are counted, over the whole command; of ``serve`` those of an answer, once the stack
+is loaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.timing import parse_runs, run_json, run_stackctl
+from benchmarks.serving import burst, running_server
+from benchmarks.timing import run_stackctl, run_whole
 
 _WAYS: dict[str, dict[str, str]] = {
     "asleep (OMP_WAIT_POLICY=PASSIVE)": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -27,43 +30,69 @@ _WAYS: dict[str, dict[str, str]] = {
 }
 _BUSY = "while True: pass"
 _TOKENS = 64
+Rate = Callable[[Mapping[str, str]], float]
+"""Tokens a second of a command under some variables of the environment."""
 
 
 def main(options: Sequence[str] = ()) -> None:
-    runs = parse_runs(options, "threads", 3)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks threads")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn (3)")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="processes beside (0 1 2)")
+    parser.add_argument("--commands", nargs="+", default=["generate", "train", "eval", "serve"])
+    given = parser.parse_args(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        registry = folder / "registry"
-        run_stackctl(registry, "init")
-        run_stackctl(registry, "base", "add", "smollm2")
-        texts = [{"text": f"Chapter {number}. " + "The tide came in and went out again. " * 3} for number in range(24)]
-        (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-        generate = ["generate", "base", "-p", "Once upon a time", "--raw", "--max-new-tokens", str(_TOKENS)]
-        train = ["train", "new", "--base", "smollm2", "--data", str(folder / "texts.jsonl"), "--max-steps", "6"]
-        for title, command in (("generate", generate), ("train", train)):
-            _table(title, [*command, "--registry", str(registry), "--json"], runs)
+        run_stackctl(folder, "init")
+        run_stackctl(folder, "base", "add", "smollm2")
+        rates = _rates(folder)
+        for command in given.commands:
+            _table(command, rates[command], given.runs, given.busy)
 
 
-def _table(title: str, command: list[str], runs: int) -> None:
-    print(f"\n{title}, tokens/s{'':18}{'alone':>12}{'1 busy':>12}{'2 busy':>12}")
+def _rates(folder: Path) -> dict[str, Rate]:
+    texts = [{"text": f"Chapter {number}. " + "The tide came in and went out again. " * 3} for number in range(24)]
+    data = folder / "texts.jsonl"
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    few = ["--max-new-tokens", str(_TOKENS)]
+
+    def typed(*words: object) -> Rate:
+        command = [sys.executable, "-m", "stackctl", *map(str, words), "--registry", str(folder), "--json"]
+        return lambda environment: float(run_whole(command, environment).said["tokens_per_second"])
+
+    def evaluated(environment: Mapping[str, str]) -> float:
+        command = [sys.executable, "-m", "stackctl", "eval", "base", "--data", str(data)]
+        whole = run_whole([*command, "--registry", str(folder), "--json"], environment)
+        return float(whole.said["results"][0]["tokens"]) / whole.seconds
+
+    def served(environment: Mapping[str, str]) -> float:
+        with running_server([sys.executable, "-m", "stackctl", "serve", "-q"], folder, environment) as url:
+            burst(url, ["base"], 1, 2)  # which loads it
+            return burst(url, ["base"], 1, _TOKENS).tokens
+
+    return {
+        "generate": typed("generate", "base", "-p", "Once upon a time", "--raw", *few),
+        "train": typed("train", "new", "--base", "smollm2", "--data", data, "--max-steps", 6),
+        "eval": evaluated,
+        "serve": served,
+    }
+
+
+def _table(title: str, rate: Rate, runs: int, beside: Sequence[int]) -> None:
+    print(
+        f"\n{title + ', tokens/s':34}" + "".join(f"{f'{number} busy' if number else 'alone':>12}" for number in beside)
+    )
     found: dict[str, list[float]] = {name: [] for name in _WAYS}
-    for others in (0, 1, 2):
+    for others in beside:
         rates: dict[str, list[float]] = {name: [] for name in _WAYS}
         with busy(others):
             for _ in range(runs):
                 for name, environment in _WAYS.items():
-                    document, _ = run_json([sys.executable, "-m", "stackctl", *command], environment)
-                    rates[name].append(_rate(document))
+                    rates[name].append(rate(environment))
         for name in _WAYS:
             found[name].append(statistics.median(rates[name]))
-    best = [max(rates[place] for rates in found.values()) for place in range(3)]
+    best = [max(rates[place] for rates in found.values()) for place in range(len(beside))]
     for name, medians in found.items():
         print(f"{name:34}" + "".join(f"{m:7.1f} {m / b:4.2f}" for m, b in zip(medians, best, strict=True)), flush=True)
-
-
-def _rate(document: dict[str, Any]) -> float:
-    rate: float = document["tokens_per_second"]
-    return rate
 
 
 @contextlib.contextmanager
