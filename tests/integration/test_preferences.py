@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import made_of, tiny_tokenizer
 from torch.nn.functional import logsigmoid
+from transformers import GPTNeoConfig, OPTConfig
 
 from stackctl.engine.data.examples import IGNORED, Example
+from stackctl.engine.loss.logits import without_noise
 from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 from stackctl.engine.training.reference import MismatchedAnswers
 
@@ -122,6 +125,42 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(h, data, objective):
         assert log[0]["margin"] == pytest.approx(0, abs=1e-5)
     if objective == "dpo":
         assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "differs"),
+    [("gpt2", "dpo", False), ("gpt2", "kto", False), ("llama", "orpo", False), ("gpt2", "sft", True)],
+)
+def test_answers_are_compared_without_the_dropout_of_the_base(run, models, data, tmp_path, name, objective, differs):
+    run("init")
+    losses = []
+    for base, share in (("plain", 0.0), ("noisy", 0.5)):
+        folder = Path(shutil.copytree(models(name), tmp_path / base))
+        config = json.loads((folder / "config.json").read_text())
+        config |= {key: share for key in config if key.endswith(("_pdrop", "_dropout"))}
+        (folder / "config.json").write_text(json.dumps(config))
+        run("base", "add", base, folder)
+        done = run(
+            "train", f"on-{base}", "--base", base, "--data", data, "--objective", objective, "--max-steps", 2,
+            "--dtype", "float32", "--learning-rate", "1e-2", "--json",
+        ).json  # fmt: skip
+        losses.append([step["loss"] for step in _log(done)])
+    assert (losses[0] != losses[1]) is differs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GPTNeoConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]],
+                  attention_dropout=0.5, embed_dropout=0.5, resid_dropout=0.5),
+     OPTConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, dropout=0.5,
+               word_embed_proj_dim=16, layerdrop=0.5)],
+)  # fmt: skip
+def test_noise_that_modules_read_in_their_configuration_is_switched_off(config):
+    model, tokens = made_of(config), torch.arange(4, 24)[None]
+    quiet = model.eval()(input_ids=tokens).logits
+    assert not torch.equal(model.train()(input_ids=tokens).logits, quiet)
+    without_noise(model)
+    assert torch.equal(model(input_ids=tokens).logits, quiet)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

@@ -132,7 +132,22 @@ def _draws(module: nn.Module) -> bool:
     attention and routers are."""
     if isinstance(module, nn.Dropout):
         return module.p > 0
-    return any(type(value) is float and value > 0 and _NOISE.search(name) for name, value in vars(module).items())
+    return bool(_noises(module))
+
+
+def _noises(of: object) -> list[str]:
+    """The attributes of a module, or of a configuration, that say how much noise is drawn."""
+    return [name for name, value in vars(of).items() if type(value) is float and value > 0 and _NOISE.search(name)]
+
+
+def without_noise(model: nn.Module) -> None:
+    """Let nothing in a model be random in training any more; some modules read how much in their configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for of in (module, getattr(module, "config", None)):
+            for name in _noises(of) if of is not None else ():
+                setattr(of, name, 0.0)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
 from stackctl.engine.devices import generators_of
 from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
-from stackctl.engine.loss.logits import causal_lm, probe
+from stackctl.engine.loss.logits import causal_lm, probe, without_noise
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, decomposing
 from stackctl.engine.training import distributed as group
@@ -79,6 +79,8 @@ def attach_all(stacked: StackedModel, prepared: PreparedJob, targets: Targets, f
     Raises:
         VerificationFailed: other parameters than the new adapter's are trainable, or the stack has no effect.
     """
+    if prepared.job.objective != "sft":  # else the answers would have noise that what they are compared with has not
+        without_noise(stacked.model)
     probe_tokens = proofs.probe_tokens(first.input_ids)
     bare = probe(stacked.model, probe_tokens)
     how = freeze_stack(stacked, prepared, targets, say)
