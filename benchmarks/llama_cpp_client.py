@@ -34,7 +34,7 @@ from stackctl.engine.models import StackedModel, load_base
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.base_models import EMBEDDED_NAME, embedded_gguf
 from stackctl.registry.store import Registry, init_registry
 

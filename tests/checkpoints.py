@@ -14,7 +14,7 @@ from stackctl.core.provenance import DataSource, HubSource, Run
 from stackctl.core.schema import AdapterVersion, Base, Lora, ModuleShape
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.safetensors_header import DTYPE_BYTES, TensorInfo
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_entries import resolve_base, save_base
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, init_registry

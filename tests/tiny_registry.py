@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_adapter
 
 from stackctl.engine.models import StackedModel, load_base
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression

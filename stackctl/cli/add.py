@@ -23,12 +23,12 @@ from stackctl.cli.common import (
 from stackctl.core.errors import Incompatible, Usage, raise_all
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
-from stackctl.lora.effect import NO_EFFECT, has_no_effect
 from stackctl.lora.kohya import find_kohya, read_kohya
 from stackctl.lora.mlx import is_mlx, read_mlx
+from stackctl.lora.no_effect import NO_EFFECT, has_no_effect
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
 from stackctl.plan.refusals import no_plain_lora
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_matching import StatedBase, choose_base
 from stackctl.registry.checkpoint_files import check_links, copy_checkpoint
 from stackctl.registry.resolve import ResolvedStack, resolve_expression

@@ -18,8 +18,8 @@ from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoin
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
 from stackctl.lora.recognition import recognise_task
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, Problem, StackPlan, refuse
 from stackctl.plan.refusals import refusals
+from stackctl.plan.stack_plan import PlanMember, Problem, StackPlan, refuse
 from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
@@ -30,7 +30,7 @@ from stackctl.storage import atomic
 if TYPE_CHECKING:
     from stackctl.engine.models import StackedModel
     from stackctl.engine.to_lora.conversion import Original
-    from stackctl.engine.to_lora.low_rank import Pairs
+    from stackctl.engine.to_lora.low_rank import LowRankPairs
 
 _PROVED = 1e-3
 """Where next to nothing of the weights is lost, this share at most of the effect on the logits may be."""
@@ -202,7 +202,7 @@ def _differences(
 
 def _convert(
     stacked: StackedModel, checkpoint: Checkpoint, differences: tuple[StackPlan, StackPlan] | None, wanted: Conversion
-) -> tuple[Pairs, Original]:
+) -> tuple[LowRankPairs, Original]:
     from stackctl.engine.loss.logits import probe
     from stackctl.engine.to_lora import conversion
     from stackctl.engine.to_lora.low_rank import Truncation
@@ -220,7 +220,7 @@ def _convert(
     return pairs, conversion.Original(tokens, live, without)
 
 
-def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: Original, pairs: Pairs) -> float:
+def _proved(stacked: StackedModel, stack: StackPlan, new: StackPlan, original: Original, pairs: LowRankPairs) -> float:
     """How far what was written is from the original in its logits, read back by the road that every stack takes.
 
     Raises:

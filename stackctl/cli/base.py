@@ -71,9 +71,9 @@ def add(
     from stackctl.engine.quick_imports import import_transformers
 
     import_transformers()
+    from stackctl.engine.base.base_proof import is_small, prove_base
     from stackctl.engine.base.entry import make_base
     from stackctl.engine.base.folder import base_folder
-    from stackctl.engine.base.proof import is_small, prove_base
     from stackctl.registry.base_entries import save_base
 
     before = registry.find_base(name)

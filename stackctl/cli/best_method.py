@@ -17,7 +17,7 @@ from stackctl.core import NOISE
 from stackctl.core.errors import Incompatible, StackctlError, attempt, raise_all
 from stackctl.core.expressions import format_weight
 from stackctl.plan.methods import candidates
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.token_rows import rows_without_sum
 from stackctl.registry.planning import PlannedStack
 

@@ -19,7 +19,7 @@ from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.bisection import Found, Off, StackPart, find_culprits, parts_of, weights_without
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import plan_expression
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.stacks import check_stack_name, save_stack

@@ -7,7 +7,7 @@ from typing import Any
 
 from stackctl.core import NOISE
 from stackctl.plan.bisection import StackPart
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 
 def culprits_json(plan: StackPlan, parts: Sequence[StackPart]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from stackctl.storage import atomic
 from stackctl.storage.paths import existing_path, typed_path
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Answers, PrefixCache, Sampling
+    from stackctl.engine.generation import AnswerEngine, PrefixCache, Sampling
 
 Message = dict[str, str]
 
@@ -32,7 +32,7 @@ class Chat:
 
     registry: Registry
     output: Output
-    stacked: Answers
+    stacked: AnswerEngine
     stack: ResolvedStack
     sampling: Sampling
     own_template: Any

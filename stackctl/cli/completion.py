@@ -20,7 +20,7 @@ _CUTS = (":", "@", "=")
 _VALUE = re.compile(r"(.*\s)(--[a-z][a-z-]*)=(\S*)", re.DOTALL)
 """A line that ends with the value of an option."""
 
-Answer = Callable[[str], str]
+FormatAnswer = Callable[[str], str]
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def completing(environment: MutableMapping[str, str]) -> Iterator[None]:
         sys.stdout.write(answer(said.getvalue()))
 
 
-def ask_bash(environment: MutableMapping[str, str]) -> Answer | None:
+def ask_bash(environment: MutableMapping[str, str]) -> FormatAnswer | None:
     """Put the pieces of each word together; of the last one, bash wants what follows its own last piece."""
     if "\n" not in environment.get("COMP_WORDS", ""):
         return None
@@ -63,12 +63,12 @@ def ask_bash(environment: MutableMapping[str, str]) -> Answer | None:
     return lambda said: "".join(line.removeprefix(there) for line in said.splitlines(keepends=True))
 
 
-def ask_zsh(environment: MutableMapping[str, str]) -> Answer | None:
+def ask_zsh(environment: MutableMapping[str, str]) -> FormatAnswer | None:
     """Part an option from its value; zsh is told that the option is there."""
     return (lambda said: f"compset -P 1 '*='; {said}") if _part_value(environment) else None
 
 
-def ask_fish(environment: MutableMapping[str, str]) -> Answer | None:
+def ask_fish(environment: MutableMapping[str, str]) -> FormatAnswer | None:
     """Part an option from its value; fish wants both back."""
     option = _part_value(environment)
     if not option:

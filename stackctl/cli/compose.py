@@ -22,7 +22,7 @@ from stackctl.core.expressions import format_sum, parse_stack_name
 from stackctl.core.library_messages import explain_option
 from stackctl.core.schema import MethodOptions
 from stackctl.plan.methods import BEST, DEFAULTS, METHODS, SUM, check_method
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import PlannedStack, read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression

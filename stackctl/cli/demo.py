@@ -10,7 +10,7 @@ from typing import Any
 from stackctl.cli.common import TRAIN, Context, command
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Base
-from stackctl.jobs.recipe import FILE, RecipeFile, read_recipe
+from stackctl.jobs.recipe import RECIPE_FILE, RecipeFile, read_recipe
 from stackctl.registry.base_entries import save_base
 from stackctl.registry.base_models import EMBEDDED_NAME
 from stackctl.registry.resolve import resolve_expression
@@ -28,7 +28,7 @@ def examples_folder() -> Path:
     """The data that the demo trains on: inside an installed package, or beside it in a checkout."""
     package = Path(str(package_files("stackctl")))
     for folder in (package / "examples", package.parent / "examples"):
-        if (folder / FILE).is_file():
+        if (folder / RECIPE_FILE).is_file():
             return folder
     raise NotFound("the examples are not installed", hint="install stackctl again, or run the demo in a checkout")
 
@@ -37,7 +37,7 @@ def examples_folder() -> Path:
 def demo(context: Context) -> Result:
     """The whole path on a real 135M model: train two adapters, stack, compare, evaluate, prepare a push."""
     folder = examples_folder()
-    recipe = read_recipe(folder / FILE)
+    recipe = read_recipe(folder / RECIPE_FILE)
     context = _context(context)
     registry, say = context.registry, context.output.status
     _check_free(registry, recipe)
@@ -123,7 +123,7 @@ def _check_free(registry: Registry, recipe: RecipeFile) -> None:
 
 def _add_base(registry: Registry, say: Any) -> Base:
     from stackctl.engine.base.entry import make_base
-    from stackctl.engine.libraries import quiet_libraries
+    from stackctl.engine.quiet_libraries import quiet_libraries
 
     quiet_libraries()
     base = make_base(EMBEDDED_NAME, None, None, registry, say)

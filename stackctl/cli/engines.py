@@ -14,7 +14,7 @@ from stackctl.registry.base_models import base_gguf, no_gguf
 from stackctl.registry.store import Registry
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Answers
+    from stackctl.engine.generation import AnswerEngine
     from stackctl.engine.serving.requests import Engine
 
 LLAMA_CPP = "llama.cpp"
@@ -65,7 +65,7 @@ class Computing:
             check_llama_cpp()
         raise_all(problems)
 
-    def load(self, base: Base, registry: Registry, say: Say) -> Answers:
+    def load(self, base: Base, registry: Registry, say: Say) -> AnswerEngine:
         """The base, ready to answer.
 
         Raises:

@@ -13,7 +13,7 @@ import typer
 from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.whole_class import on_whole_class
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import plan_expression

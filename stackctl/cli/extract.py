@@ -12,7 +12,7 @@ from stackctl.core.provenance import Extracted
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import compact_names
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_models import parse_source
 from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint, version_facts

@@ -14,7 +14,7 @@ from stackctl.core.errors import Incompatible, StackctlError, Usage, gathering, 
 from stackctl.core.expressions import format_weight
 from stackctl.plan.build import plan_stack
 from stackctl.plan.layer_weights import Per
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import PlannedStack
 
 if TYPE_CHECKING:

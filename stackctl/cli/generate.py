@@ -24,7 +24,7 @@ from stackctl.cli.prompt_options import (
 from stackctl.core.errors import Usage
 from stackctl.core.json_lines import json_line
 from stackctl.plan.lint import check_beside_base
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import plan_expression
 from stackctl.registry.resolve import ResolvedStack
@@ -34,7 +34,7 @@ from stackctl.storage import atomic
 from stackctl.storage.paths import check_output
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Answers, Generated, Sampling
+    from stackctl.engine.generation import AnswerEngine, Generated, Sampling
     from stackctl.engine.records.prompt_files import Prompt
 
 _EXAMPLES = """\
@@ -124,7 +124,7 @@ class _Questions:
     batch_size: int | None
 
 
-def _answer(stacked: Answers, questions: _Questions, output: Output, to: Path | None) -> Result | None:
+def _answer(stacked: AnswerEngine, questions: _Questions, output: Output, to: Path | None) -> Result | None:
     """Every answer on stdout as soon as it is there, or all of them in a file once the last one is."""
     from stackctl.engine.generation import generate
 

@@ -25,10 +25,10 @@ from stackctl.core.errors import NotFound, Usage
 from stackctl.core.expressions import parse_expression
 from stackctl.core.schema import Adapter, Base, Stack
 from stackctl.lora.checkpoint import CONFIG, Checkpoint, find_checkpoint_folder, read_checkpoint, read_info
-from stackctl.lora.effect import NO_EFFECT, has_no_effect
+from stackctl.lora.no_effect import NO_EFFECT, has_no_effect
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import lint_for
-from stackctl.plan.model import PlanMember, Problem, StackPlan
+from stackctl.plan.stack_plan import PlanMember, Problem, StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.base_matching import StatedBase, recognise_base
 from stackctl.registry.base_models import check_linked_base

@@ -12,7 +12,7 @@ from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import INFO, Checkpoint
 from stackctl.lora.lora_config import describe_lora
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import Problem, StackPlan
+from stackctl.plan.stack_plan import Problem, StackPlan
 from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry

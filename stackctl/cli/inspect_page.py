@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl.cli.inspect_maps import Picture, cosine_pictures, figures, norm_pictures
 from stackctl.cli.inspect_screen import adapter_facts
 from stackctl.core.expressions import format_weight
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.lineage import LineageNode, relatives, tree_lines
 from stackctl.render.html import render_page
 from stackctl.render.loss_curve import Curve, render_curve_svg

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stackctl.cli.inspect_facts import facts_tree, stack_tree
 from stackctl.cli.inspect_maps import interference_screen, weights_screen
 from stackctl.lora.target_modules import compact_names
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.render.loss_curve import Curve, read_curve, render_curve
 from stackctl.serving.commands import TITLES

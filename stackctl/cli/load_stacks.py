@@ -13,13 +13,13 @@ from stackctl.cli.engines import Computing
 from stackctl.cli.progress import share_progress
 from stackctl.core.errors import attempt_each
 from stackctl.core.template_arguments import Arguments
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import PlannedStack
 
 if TYPE_CHECKING:
     from stackctl.engine.evaluation.scoring import DataSet, Score
-    from stackctl.engine.generation import Answers
+    from stackctl.engine.generation import AnswerEngine
     from stackctl.engine.generation.reader import Reader
     from stackctl.engine.models import StackedModel
     from stackctl.engine.records.types import RecordSet
@@ -51,7 +51,7 @@ def load_common_base(context: Context, stacks: Sequence[PlannedStack], dtype: st
     return cast("StackedModel", load_to_answer(context, stacks, Computing("transformers", dtype, device)))
 
 
-def load_to_answer(context: Context, stacks: Sequence[PlannedStack], computing: Computing) -> Answers:
+def load_to_answer(context: Context, stacks: Sequence[PlannedStack], computing: Computing) -> AnswerEngine:
     """The base that some stacks stand on, once the bytes of all their members are known to be what was registered.
 
     Raises:

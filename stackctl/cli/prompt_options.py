@@ -19,7 +19,7 @@ from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.render.output import Output
 
 if TYPE_CHECKING:
-    from stackctl.engine.generation import Answers, Generated, Sampling
+    from stackctl.engine.generation import AnswerEngine, Generated, Sampling
     from stackctl.engine.records.prompt_files import Prompt
 
 of_output = partial(typer.Option, rich_help_panel="Output")
@@ -162,7 +162,7 @@ def _read_stdin() -> str:
 
 
 def say_what_rounding_costs(
-    stacked: Answers, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
+    stacked: AnswerEngine, output: Output, *, of: str = "the stack", instead: str = "--dtype float32 or --live"
 ) -> None:
     """A note when the weights that the stack was folded into are too coarse to hold it exactly."""
     if stacked.rounding_error > _EXACT:
@@ -172,7 +172,7 @@ def say_what_rounding_costs(
         )
 
 
-def answer_json(stack: str, answer: Generated, stacked: Answers) -> dict[str, Any]:
+def answer_json(stack: str, answer: Generated, stacked: AnswerEngine) -> dict[str, Any]:
     """One answer as JSON shows it, by the stack that is in use."""
     messages = answer.prompt.messages
     return {

@@ -17,7 +17,7 @@ from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.hub_ids import is_dataset_id, is_ref_name
 from stackctl.core.train_job import PushTarget
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.resolve import current_stack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result

@@ -14,7 +14,7 @@ from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
 
 if TYPE_CHECKING:
-    from stackctl.serving.models import Models
+    from stackctl.serving.model_names import ModelNames
 
 _EXAMPLES = """\
 stackctl serve
@@ -61,19 +61,19 @@ def serve(
     """
     for package in ("starlette", "uvicorn") if engine != "vllm" else ():
         check_installed(package)
-    from stackctl.serving.models import Models, common_base
+    from stackctl.serving.model_names import ModelNames, common_base
 
     output, registry = context.output, context.registry
     computing = Computing(engine, dtype, device)
     computing.check()
     found, first = common_base(registry, what or [], base)
-    models = Models(registry, found, first)
+    models = ModelNames(registry, found, first)
     if computing.is_llama_cpp:
         check_has_gguf(found, registry)
     if engine == "vllm":
         _serve_by_vllm(context, models, address, dtype, device)
         return
-    from stackctl.serving.run import listen, run
+    from stackctl.serving.http_server import listen, run
 
     ready = [models.find(text)[1] for text in first or (models.usual(),)]
     bound = listen(address.host, address.port)
@@ -91,7 +91,7 @@ def serve(
         answering.close()
 
 
-def _say_ready(context: Context, models: Models, address: Address, engine: str, port: int) -> None:
+def _say_ready(context: Context, models: ModelNames, address: Address, engine: str, port: int) -> None:
     """The one line on stdout, once it answers."""
     from stackctl.serving.guard import is_loopback
 
@@ -106,9 +106,9 @@ def _say_ready(context: Context, models: Models, address: Address, engine: str, 
         output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
 
 
-def _serve_by_vllm(context: Context, models: Models, address: Address, dtype: str, device: str) -> None:
+def _serve_by_vllm(context: Context, models: ModelNames, address: Address, dtype: str, device: str) -> None:
     """Start vLLM with the registry's expressions as its models, and wait for its end."""
-    from stackctl.serving.run import listen
+    from stackctl.serving.http_server import listen
     from stackctl.serving.vllm_server import VllmOptions, check_vllm, run_vllm, vllm_line
 
     if device != "auto":

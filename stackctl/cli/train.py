@@ -23,7 +23,7 @@ from stackctl.core.train_job import TrainJob
 from stackctl.jobs.config_file import JobFile, is_recipe, read_job
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.micro_batches import AUTO
-from stackctl.jobs.recipe import FILE, RecipeFile, find_recipe, read_recipe
+from stackctl.jobs.recipe import RECIPE_FILE, RecipeFile, find_recipe, read_recipe
 from stackctl.jobs.recipe_plan import Step, plan_recipe, prepare_recipe_job, resolve_recipe_stack, rests_after_all
 from stackctl.registry.planning import read_plan
 from stackctl.registry.stacks import save_stack
@@ -199,12 +199,14 @@ def _build(context: Context, config: Path | None, flags: dict[str, Any], switche
     if flags:
         given = ", ".join("--" + key.replace("_", "-") for key in flags)
         raise Usage(
-            f"{given} needs the NAME of an adapter", hint=f"stackctl train NAME {given} …, or write it into {FILE}"
+            f"{given} needs the NAME of an adapter",
+            hint=f"stackctl train NAME {given} …, or write it into {RECIPE_FILE}",
         )
     path = config or find_recipe()
     if path is None:
         raise Usage(
-            f"no NAME was given and there is no {FILE} here or above", hint="stackctl train style --data style.jsonl"
+            f"no NAME was given and there is no {RECIPE_FILE} here or above",
+            hint="stackctl train style --data style.jsonl",
         )
     return build_recipe(context, read_recipe(path), switches)
 

@@ -40,8 +40,8 @@ _TOLD_OF_A_RUN = (
 
 def _import_libraries() -> None:
     """What training stands on, without what a single process never uses of it."""
-    from stackctl.engine.libraries import quiet_libraries
     from stackctl.engine.quick_imports import import_peft, import_transformers
+    from stackctl.engine.quiet_libraries import quiet_libraries
 
     if ranks.is_launched():
         quiet_libraries()

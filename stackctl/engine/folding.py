@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stackctl.engine import algebra
 from stackctl.engine.merging import combine, matrices
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 _BLOCK = 1 << 18
 """Elements of a block on a CPU, a megabyte in float32."""

@@ -30,7 +30,7 @@ from stackctl.engine import algebra
 from stackctl.engine.merging import matrices
 from stackctl.engine.overlaps import Interference, ModuleOverlap, NotCompared, Overlap, PairOverlap
 from stackctl.engine.tensors import MemberTensors
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding."""

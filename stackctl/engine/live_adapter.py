@@ -18,7 +18,7 @@ from stackctl.engine.tensors import MemberTensors
 from stackctl.lora.lora_config import plain_lora_config
 from stackctl.lora.target_parameters import is_parameter_target
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""

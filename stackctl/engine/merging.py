@@ -21,7 +21,7 @@ from stackctl.engine import algebra, aligned_merging
 from stackctl.engine.tensors import MemberTensors, decomposing, misfit
 from stackctl.machine.resources import cores, main_memory
 from stackctl.plan.methods import METHODS, SUM
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 T = TypeVar("T")
 _MATRICES = 6

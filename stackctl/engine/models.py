@@ -26,17 +26,17 @@ from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.loading import load_weights
 from stackctl.engine.base.model_class import quantised_skeleton
-from stackctl.engine.base.own_weights import OwnWeights, forget_pages
+from stackctl.engine.base.private_weights import PrivateWeights, forget_pages
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
-from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
 from stackctl.engine.quick_imports import import_peft
+from stackctl.engine.quiet_libraries import quiet_libraries
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
@@ -165,8 +165,8 @@ class StackedModel:
                     self._parameter(name).copy_(value)
 
     @cached_property
-    def _own(self) -> OwnWeights:
-        return OwnWeights(self.folder)
+    def _own(self) -> PrivateWeights:
+        return PrivateWeights(self.folder)
 
     @property
     def generation_config(self) -> Any:

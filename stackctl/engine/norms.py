@@ -12,7 +12,7 @@ from stackctl.engine import algebra
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors, misfit
 from stackctl.engine.token_rows import OwnRows, new_rows
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 
 def module_norms(plan: StackPlan, own: Callable[[], OwnRows] | None = None) -> list[dict[str, Any]]:

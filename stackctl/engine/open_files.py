@@ -12,7 +12,7 @@ from typing import BinaryIO
 from stackctl.core.errors import VerificationFailed
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.safetensors_header import TensorInfo
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 
 class OpenFiles(contextlib.ExitStack):

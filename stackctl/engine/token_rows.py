@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stackctl.core.errors import Incompatible
 from stackctl.engine.folding import Rounding
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
-from stackctl.plan.model import StackPlan, TokenRows
+from stackctl.plan.stack_plan import StackPlan, TokenRows
 from stackctl.plan.token_rows import all_tokens, peft_rows
 
 OwnRows = Callable[[str, Sequence[int]], Tensor]

@@ -18,7 +18,7 @@ from stackctl.core.hub_ids import is_hub_id
 from stackctl.core.schema import AdapterInfo, Base
 from stackctl.hub.card import CARD, Card, CardFacts, render_card
 from stackctl.hub.published import (
-    ADAPTER,
+    ADAPTER_FILE,
     CHECKPOINT,
     MEMBERS,
     TOKENIZER_CONFIG,
@@ -55,7 +55,7 @@ def is_ours(path: str) -> bool:
     """Whether a file of a repo is one that a push writes, and so may remove when it is no longer wanted."""
     if path.startswith(f"{MEMBERS}/"):
         return path.count("/") == 2
-    return path in {*CHECKPOINT, STACK, ADAPTER, PICTURE}
+    return path in {*CHECKPOINT, STACK, ADAPTER_FILE, PICTURE}
 
 
 def resolve_base_id(registry: Registry, stack: ResolvedStack, asked: str | None, again: CommandLine) -> str:

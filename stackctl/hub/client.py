@@ -21,8 +21,8 @@ from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed, raise_all
 from stackctl.hub import http_client
-from stackctl.hub.errors import Attempt, explained, offline, scrub
 from stackctl.hub.http_client import impatient_client, plain_client
+from stackctl.hub.hub_errors import Attempt, explained, offline, scrub
 from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
 from stackctl.hub.repo_place import parse_repo
 from stackctl.storage.files import human_bytes

@@ -23,7 +23,7 @@ from stackctl.hub.repo_contents import RepoAdapter, RepoReader
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.convertible import convert_hint, kind_of
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.adapters import ResolvedMember, find_digest, foundations, resolve_adapter
 from stackctl.registry.restore import own_folder, restore_files
 from stackctl.registry.store import Registry

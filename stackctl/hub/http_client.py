@@ -10,7 +10,7 @@ from typing import Any
 from stackctl.core import Say
 from stackctl.core.environment import seconds_setting
 from stackctl.core.errors import HubFailure
-from stackctl.hub.errors import Attempt, explain_status, retry_after
+from stackctl.hub.hub_errors import Attempt, explain_status, retry_after
 
 TIMEOUT_SECONDS = seconds_setting("STACKCTL_HUB_TIMEOUT", 60)
 """How long a server may be silent."""

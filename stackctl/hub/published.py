@@ -23,7 +23,7 @@ from stackctl.render.loss_curve import LOG
 from stackctl.storage.files import read_json
 from stackctl.storage.yaml_text import format_yaml
 
-ADAPTER = "adapter.yaml"
+ADAPTER_FILE = "adapter.yaml"
 MEMBERS = "members"
 """The folder with those members of a stack that lie in it by themselves."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -54,7 +54,7 @@ def checkpoint_files(
         name=member.adapter.name, description=member.adapter.description,
         versions=[msgspec.structs.replace(published_entry(member), base=own_base_name(folder, base))],
     )  # fmt: skip
-    content[ADAPTER] = format_yaml(msgspec.to_builtins(entry)).encode()
+    content[ADAPTER_FILE] = format_yaml(msgspec.to_builtins(entry)).encode()
     return content
 
 

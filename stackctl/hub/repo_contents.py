@@ -14,7 +14,7 @@ from stackctl.core.errors import Incompatible, NotFound, Usage, VerificationFail
 from stackctl.core.fields import SCHEMA
 from stackctl.core.schema import Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.client import Hub
-from stackctl.hub.published import ADAPTER, CHECKPOINT, MEMBERS
+from stackctl.hub.published import ADAPTER_FILE, CHECKPOINT, MEMBERS
 from stackctl.hub.remote_files import RemoteFile, Snapshot
 from stackctl.hub.repo_place import RepoPlace
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info
@@ -100,10 +100,10 @@ class RepoReader:
         if f"{prefix}{WEIGHTS}" not in self.seen.files:
             raise self._no_weights(prefix)
         config = self._config(f"{prefix}{CONFIG}")
-        adapter = self.read(f"{prefix}{ADAPTER}", Adapter)
+        adapter = self.read(f"{prefix}{ADAPTER_FILE}", Adapter)
         entry = adapter.versions[-1] if adapter and adapter.versions else None
         if entry and not 1 <= entry.version < 10**9:
-            raise Incompatible(f"{prefix}{ADAPTER} of {self.hub.repo} has no valid version")
+            raise Incompatible(f"{prefix}{ADAPTER_FILE} of {self.hub.repo} has no valid version")
         weights = self.seen.files[f"{prefix}{WEIGHTS}"].sha256
         digest = adapter_digest(config, f"sha256:{weights}") if weights else None
         if entry and digest and entry.digest != digest:

@@ -13,11 +13,11 @@ import msgspec
 from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_expression, parse_expression
 from stackctl.core.train_job import TrainJob
-from stackctl.jobs.former import Former, find_former, outcome, settings_of, stands_on
+from stackctl.jobs.former_training import Former, find_former, outcome, settings_of, stands_on
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
 from stackctl.registry.checkpoint_files import has_files
 from stackctl.registry.resolve import ResolvedStack

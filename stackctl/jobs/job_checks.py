@@ -14,7 +14,7 @@ from stackctl.lora.target_modules import expand_modules, named_targets, parse_ta
 from stackctl.lora.target_parameters import EXPERTS, PLAIN
 from stackctl.machine.optional_packages import check_installed
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.resolve import ResolvedStack, one_adapter
 from stackctl.storage.hashes import texts_in
 from stackctl.storage.paths import missing_path, typed_path

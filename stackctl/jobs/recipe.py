@@ -16,7 +16,7 @@ from stackctl.core.train_job import Recipe, TrainJob
 from stackctl.storage.yaml_files import convert, read_text
 from stackctl.storage.yaml_text import parse_yaml
 
-FILE = "stackctl.yaml"
+RECIPE_FILE = "stackctl.yaml"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RecipeFile:
 def find_recipe() -> Path | None:
     """The nearest ``stackctl.yaml`` from the working directory upward."""
     here = Path.cwd()
-    return next((p / FILE for p in (here, *here.parents) if (p / FILE).is_file()), None)
+    return next((p / RECIPE_FILE for p in (here, *here.parents) if (p / RECIPE_FILE).is_file()), None)
 
 
 def read_recipe(path: Path) -> RecipeFile:

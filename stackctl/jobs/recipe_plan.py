@@ -16,7 +16,7 @@ from stackctl.core.expressions import BASE, Reference
 from stackctl.core.schema import AdapterVersion
 from stackctl.core.train_job import Recipe
 from stackctl.jobs.beginning import own_newest
-from stackctl.jobs.former import outcome, settings_of, stands_on
+from stackctl.jobs.former_training import outcome, settings_of, stands_on
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.job_checks import data_path
 from stackctl.jobs.recipe import RecipeFile, build_order, expression_of, names_in, needs_of

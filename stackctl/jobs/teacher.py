@@ -17,7 +17,7 @@ from stackctl.core.train_job import TrainJob
 from stackctl.jobs.trained_tokens import asks
 from stackctl.lora.target_modules import expand_modules, named_targets, natural_order, parse_targets
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import PlannedStack, plan_expression
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry

@@ -6,7 +6,7 @@ from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import Base
 from stackctl.core.train_job import TrainJob
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 
 AUTO, NONE = "auto", "none"

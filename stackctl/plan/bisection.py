@@ -23,7 +23,7 @@ from typing import Protocol
 from stackctl.lora.module_grid import place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Weights
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 WHOLE = ""
 """The module of a part that is all that a member brings whole."""

@@ -1,4 +1,4 @@
-"""Entries and headers to a :class:`stackctl.plan.model.StackPlan`, with *all* problems at once. Pure."""
+"""Entries and headers to a :class:`stackctl.plan.stack_plan.StackPlan`, with *all* problems at once. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
 from stackctl.plan.refusals import no_plain_lora, refusals
+from stackctl.plan.stack_plan import Factor, ModulePlan, PlanMember, Problem, Replacement, StackPlan, TokenRows
 from stackctl.plan.token_rows import clashing_rows, member_rows, rows_without_sum
 from stackctl.plan.validate import (
     clashing_replacements,

@@ -15,7 +15,7 @@ from pathlib import Path
 from stackctl.core.errors import Incompatible, Usage, did_you_mean, listed
 from stackctl.core.schema import Base
 from stackctl.plan.methods import METHODS
-from stackctl.plan.model import Problem, StackPlan
+from stackctl.plan.stack_plan import Problem, StackPlan
 from stackctl.plan.whole_class import is_named_for
 
 

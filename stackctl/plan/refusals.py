@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.recognition import recognise_task, trains_parts_of_fused_layers
-from stackctl.plan.model import PlanMember, Problem
+from stackctl.plan.stack_plan import PlanMember, Problem
 
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEPT_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")

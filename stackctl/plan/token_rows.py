@@ -18,7 +18,7 @@ from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.naming import Naming
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.plan.layer_weights import Weights
-from stackctl.plan.model import PlanMember, Problem, Replacement, StackPlan, TokenRows
+from stackctl.plan.stack_plan import PlanMember, Problem, Replacement, StackPlan, TokenRows
 
 KEY = "trainable_token_indices"
 ADD_TOKENS = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"

@@ -18,8 +18,8 @@ from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
 from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing
-from stackctl.plan.model import PlanMember, Problem, Replacement
 from stackctl.plan.refusals import saved_modules
+from stackctl.plan.stack_plan import PlanMember, Problem, Replacement
 from stackctl.plan.token_rows import ADD_TOKENS
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from stackctl.core.errors import Incompatible
 from stackctl.core.schema import WholeClass
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 
 def on_whole_class(plan: StackPlan) -> StackPlan:

@@ -20,7 +20,7 @@ from stackctl.core.schema import Removed
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.registry.adapters import foundations
 from stackctl.registry.base_models import converted_models
-from stackctl.registry.exported import exported_adapters
+from stackctl.registry.export_cache import exported_adapters
 from stackctl.registry.run_folders import RunFolder, run_folder, unfinished_runs
 from stackctl.registry.store import Registry
 from stackctl.storage import atomic, files

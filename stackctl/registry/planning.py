@@ -10,7 +10,7 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Verifica
 from stackctl.core.expressions import BASE
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.resolve import ResolvedStack, resolve_expression

@@ -20,11 +20,11 @@ from starlette.routing import Route
 
 from stackctl.core import Say
 from stackctl.core.errors import NotFound, StackctlError
-from stackctl.serving.answers import DONE, Choice, Completion, event
 from stackctl.serving.api_errors import ApiError, api_error
 from stackctl.serving.guard import Guard, read_body
-from stackctl.serving.models import Models
+from stackctl.serving.model_names import ModelNames
 from stackctl.serving.request_body import CompletionRequest, parse_body
+from stackctl.serving.response_body import DONE, Choice, Completion, event
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.logprobs import TokenLogprob
@@ -40,7 +40,7 @@ class Service:
     """What answers: the engine, the models it may be asked for, who may ask, and where a line on each request goes."""
 
     engine: Engine[Any]
-    models: Models
+    models: ModelNames
     guard: Guard
     say: Say
     debug: bool = False
@@ -64,7 +64,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class _Delta:
+class _Piece:
     """More of an answer, by its number: text and how likely its tokens were; its end, where ``text`` is None."""
 
     index: int
@@ -78,11 +78,11 @@ class PendingRows:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.events: asyncio.Queue[_Delta] = asyncio.Queue()
+        self.events: asyncio.Queue[_Piece] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(index: int, row: Row, text: str | None, error: Exception | None = None) -> None:
-            delta = _Delta(index, text, row.answer.next_logprobs(), error)
+            delta = _Piece(index, text, row.answer.next_logprobs(), error)
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self.events.put_nowait, delta)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stackctl.core.schema import Base
 from stackctl.plan.lint import gguf_file_name, lint_for, vllm_max_rank
-from stackctl.plan.model import Problem, StackPlan
+from stackctl.plan.stack_plan import Problem, StackPlan
 from stackctl.registry.base_models import base_gguf, converted_folder
 from stackctl.registry.resolve import ResolvedStack
 

@@ -20,12 +20,12 @@ from typing import Any
 from stackctl.core.errors import Incompatible, NotFound, StackctlError
 from stackctl.core.schema import Base
 from stackctl.plan.lint import VLLM_DEFAULT_RANK, check_beside_base
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.whole_class import on_whole_class
 from stackctl.registry.base_models import fingerprint
-from stackctl.registry.exported import exported
+from stackctl.registry.export_cache import exported
 from stackctl.registry.store import Registry, find_registry
-from stackctl.serving.models import Models
+from stackctl.serving.model_names import ModelNames
 
 REGISTRY = "STACKCTL_REGISTRY"
 
@@ -73,7 +73,7 @@ class Expressions:
 
     registry: Registry
     rank: int
-    _models: dict[str, Models] = field(default_factory=dict)
+    _models: dict[str, ModelNames] = field(default_factory=dict)
 
     def export(self, base_model: str, text: str) -> Path:
         """The folder with an expression as one plain LoRA. ``base_model`` is what vLLM was told to run.
@@ -82,7 +82,7 @@ class Expressions:
             NotFound, Usage, Incompatible, VerificationFailed: there is no such model, or why it cannot be served.
         """
         if base_model not in self._models:
-            self._models[base_model] = Models(self.registry, self._base(base_model))
+            self._models[base_model] = ModelNames(self.registry, self._base(base_model))
         stack, plan = self._models[base_model].find(text)
         if stack.base.whole is not None:
             plan = on_whole_class(plan)
@@ -123,6 +123,6 @@ def _write(plan: StackPlan, out: Path) -> None:
 
         export_peft(plan, out)
         return
-    from stackctl.engine.export.zero import export_zero
+    from stackctl.engine.export.zero_adapter import export_zero
 
     export_zero(plan, out)

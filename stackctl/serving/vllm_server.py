@@ -17,9 +17,9 @@ from pathlib import Path
 from stackctl.core.errors import Failed, Incompatible, StackctlError
 from stackctl.machine import processes
 from stackctl.plan.lint import VLLM_DEFAULT_RANK, check_beside_base, vllm_max_rank
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.serving.commands import vllm_base
-from stackctl.serving.models import Models
+from stackctl.serving.model_names import ModelNames
 from stackctl.serving.vllm_plugin import REGISTRY
 
 PROGRAM = "vllm"
@@ -57,7 +57,7 @@ def check_vllm(plans: list[StackPlan]) -> str:
     return program
 
 
-def vllm_line(program: str, models: Models, plans: list[StackPlan], wanted: VllmOptions) -> list[str]:
+def vllm_line(program: str, models: ModelNames, plans: list[StackPlan], wanted: VllmOptions) -> list[str]:
     """The words that start vLLM with the base of a registry, and with room for the ranks of its stacks.
 
     Not under the name ``base``: that is left to the plug-in, as every other expression.
@@ -77,7 +77,7 @@ def _without(line: list[str], option: str) -> list[str]:
     return line[:at] + line[at + 2 :]
 
 
-def _rank(models: Models, plans: list[StackPlan]) -> int:
+def _rank(models: ModelNames, plans: list[StackPlan]) -> int:
     """Room for the sum of all adapters, as far as that is bearable, and for each stack that is stored or was named."""
     single, largest = 0, max((plan.rank for plan in plans), default=0)
     for row in models.listed():

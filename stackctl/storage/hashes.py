@@ -17,7 +17,7 @@ from pathlib import Path
 from stackctl.storage.atomic import write_atomic
 from stackctl.storage.files import read_json_if_any
 
-FILE = ".digests.json"
+DIGESTS_FILE = ".digests.json"
 _CHUNK = 1 << 20
 _SETTLED_SECONDS = 2.0
 """A file system's clock may give two changes one time, when one follows the other at once."""
@@ -55,7 +55,7 @@ class DigestCache:
     """``sha256:<hex>`` of files, kept in one JSON file; what cannot be read or written is only hashed again."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+        self._path = folder / DIGESTS_FILE
         self._changed = False
 
     @functools.cached_property

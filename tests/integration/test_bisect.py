@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stackctl.plan.bisection import StackPart, find_culprits, parts_of, switch_off
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 MODULES = 14
 """Linear layers of the tiny Llama: two layers of seven."""

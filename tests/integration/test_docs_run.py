@@ -165,7 +165,9 @@ def test_every_command_of_a_page_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("stackctl.serving.run.run", lambda app, bound, ready: ready())  # and it would serve on and on
+    monkeypatch.setattr(
+        "stackctl.serving.http_server.run", lambda app, bound, ready: ready()
+    )  # and it would serve on and on
     lay_out(tmp_path, page, made)
     for line in GIVEN.get(str(page.relative_to(ROOT)), []):
         run(*shlex.split(line)[1:])

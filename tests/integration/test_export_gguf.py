@@ -35,7 +35,7 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import GGUF_ARCHITECTURES
 from stackctl.plan.methods import check_method
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.store import Registry, init_registry
 
 HEADS = {"q_proj": 4, "k_proj": 2}

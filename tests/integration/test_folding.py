@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stackctl.engine.base import own_weights
+from stackctl.engine.base import private_weights
 from stackctl.engine.folding import Adder
 from stackctl.engine.models import StackedModel
 
@@ -39,7 +39,7 @@ def test_the_bits_are_those_of_folding_in_place(tiny_registry: Any, name: str, m
     apart, in_place = h.load(), h.load()
     before = weights(apart)
     apart.use(plan)
-    monkeypatch.setattr(own_weights, "_mapped_ranges", lambda _: [])
+    monkeypatch.setattr(private_weights, "_mapped_ranges", lambda _: [])
     in_place.use(plan)
     assert not same(weights(apart), before)
     assert same(weights(apart), weights(in_place))

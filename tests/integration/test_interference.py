@@ -16,7 +16,7 @@ from stackctl.engine.interference import measure_interference
 from stackctl.engine.overlaps import ModuleOverlap, PairOverlap
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Module to A (rank, in) and B (out, rank)."""

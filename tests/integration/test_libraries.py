@@ -24,7 +24,7 @@ from stackctl.engine.quick_imports import import_peft, import_transformers
 import_transformers()
 import torch, transformers
 from stackctl.engine.base.loading import load_weights
-import stackctl.engine.loss.segment_attention, stackctl.engine.generation.answering
+import stackctl.engine.loss.segment_attention, stackctl.engine.generation.transformers_answers
 model = load_weights(Path(sys.argv[1]), torch.float32, torch.device("cpu"))
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(6)[None]).logits, sys.argv[2])

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from stackctl.engine.base.own_weights import MappedModules
+from stackctl.engine.base.private_weights import MappedModules
 from stackctl.engine.generation import (
     Sampling,
+    attention_groups,
     generate,
+    kv_cache,
     mapped_weights,
-    neighbours,
-    products,
-    running_rows,
+    row_products,
     shared_prefixes,
 )
 from stackctl.engine.generation.mapped_weights import MappedWeights
@@ -152,8 +152,8 @@ def test_what_prompts_share_is_computed_once(known: Any, name: str) -> None:
 def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = known("qwen3")
     config = stacked.model.config
-    monkeypatch.setattr(neighbours, "_CALL", 10 * config.num_key_value_heads * config.head_dim)
-    monkeypatch.setattr(running_rows, "_MOVED", 1)
+    monkeypatch.setattr(attention_groups, "_CALL", 10 * config.num_key_value_heads * config.head_dim)
+    monkeypatch.setattr(kv_cache, "_MOVED", 1)
     rows = decoder_of(stacked).rows(8)
     texts = [[(7 * row + at) % 50 for at in range(length)] for row, length in enumerate((40, 3, 90, 5, 41, 4, 88))]
     rows.join(texts)
@@ -218,13 +218,13 @@ def test_a_row_that_is_no_number_leaves_nothing_behind(known: Any) -> None:
 def test_many_answers_from_packed_weights_are_the_same(known: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = known(name)
     prompts = [Prompt("word " * (number % 7 + 1) + str(number)) for number in range(20)]
-    packed, pack = [], products.pack
+    packed, pack = [], row_products.pack
 
     def counted(asked: Sequence[Any]) -> None:
         pack(asked)
         packed.append(sum(getattr(one, "packed", None) is not None for one in asked[:7]))
 
-    monkeypatch.setattr(products, "pack", counted)
+    monkeypatch.setattr(row_products, "pack", counted)
     answers = list(generate(stacked, prompts, Sampling(max_new_tokens=40, raw=True)))
     assert packed
     assert set(packed) == {7 if torch.backends.mkl.is_available() else 0}
@@ -255,7 +255,7 @@ def test_answers_are_those_of_transformers_own_generate(known: Any, name: str, b
 def test_an_answer_that_repeats_itself_takes_few_passes(
     known: Any, name: str, processor: str, most: int, passed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_processor", lambda: processor)
+    monkeypatch.setattr(row_products, "_processor", lambda: processor)
     stacked = known(name)
     passes = []
     step = PlainDecoder.step
@@ -317,11 +317,11 @@ def operators(stacked: StackedModel, prompts: list[Prompt], *, more: int = 8) ->
 def test_a_token_takes_half_the_operators_of_transformers_and_no_more_for_more_rows(
     tiny_registry: Any, processor: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_processor", lambda: processor)
+    monkeypatch.setattr(row_products, "_processor", lambda: processor)
     stacked = tiny_registry().load()
     ours = operators(stacked, [Prompt("Hi")])
     many = operators(stacked, [Prompt("Hi"), Prompt("Who?"), Prompt("A rather longer prompt.")])
-    monkeypatch.setattr("stackctl.engine.generation.answering.plain_decoder", lambda _: None)
+    monkeypatch.setattr("stackctl.engine.generation.transformers_answers.plain_decoder", lambda _: None)
     theirs = operators(stacked, [Prompt("Hi")])
     assert ours < share * theirs
     assert many < 1.6 * ours, "rows of unlike length have a mask, and places of their own"

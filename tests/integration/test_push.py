@@ -490,7 +490,7 @@ def test_the_token_is_nowhere(
     ],
 )
 def test_secrets_of_others_are_taken_out_too(text: str, clean: str) -> None:
-    from stackctl.hub.errors import scrub
+    from stackctl.hub.hub_errors import scrub
 
     assert scrub(text) == clean
 

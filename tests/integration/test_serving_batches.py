@@ -10,8 +10,8 @@ import pytest
 
 from stackctl.core.errors import Usage
 from stackctl.engine.generation import Sampling, generate
-from stackctl.engine.generation.padded_rows import PaddedRows
-from stackctl.engine.generation.running_rows import RunningRows
+from stackctl.engine.generation.kv_cache import KVCache
+from stackctl.engine.generation.padded_kv_cache import PaddedKVCache
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.engine.serving.batching import BatchingEngine
 from stackctl.engine.serving.requests import Limits, QueueFull
@@ -81,7 +81,7 @@ def test_twenty_rows_of_five_stacks_at_once(filled, kind):
         engine.close()
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("llama", RunningRows), ("qwen3", RunningRows), ("gpt2", PaddedRows)])
+@pytest.mark.parametrize(("kind", "rows"), [("llama", KVCache), ("qwen3", KVCache), ("gpt2", PaddedKVCache)])
 def test_prompts_are_read_together_and_plain_decoders_step_by_few_operators(filled, kind, rows, monkeypatch):
     filled_registry, read, steps = filled(kind), [], []
     filled_registry.add("heads", seed=4, target_modules=["lm_head"])
@@ -111,7 +111,7 @@ def test_prompts_are_read_together_and_plain_decoders_step_by_few_operators(fill
             assert (made[0].text, made[0].stop, made[0].new_tokens) == known[name, text], (name, text)
     finally:
         engine.close()
-    if rows is RunningRows:
+    if rows is KVCache:
         assert read == [24]
     else:
         assert 1 < len(read) < 8 and sum(read) == 24
@@ -154,8 +154,8 @@ def test_a_single_answer_is_guessed_ahead(filled, monkeypatch):
     stacked.use(filled_registry.plan("style+tone:-1.5"))
     prompt = Prompt("one two three, one two three, one two")
     known = next(generate(stacked, [prompt], sampling))
-    engine, tokens, step = BatchingEngine(filled_registry.load()), [], RunningRows.step
-    monkeypatch.setattr(RunningRows, "step", lambda self, new: tokens.append(len(new[0])) or step(self, new))
+    engine, tokens, step = BatchingEngine(filled_registry.load()), [], KVCache.step
+    monkeypatch.setattr(KVCache, "step", lambda self, new: tokens.append(len(new[0])) or step(self, new))
     try:
         rows, ended, errors = answered(engine, filled_registry.plan("style+tone:-1.5"), prompt.text, sampling)
         assert ended.wait(60) and not errors

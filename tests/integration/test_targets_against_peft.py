@@ -17,7 +17,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import compact_modules, expand_modules, expected_targets, lora_rank, lora_scaling
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 32}
 LLAMA = SMALL | {"intermediate_size": 24, "num_hidden_layers": 3, "num_key_value_heads": 1}

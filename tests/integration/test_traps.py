@@ -25,7 +25,7 @@ from stackctl.core.errors import StackctlError, VerificationFailed
 from stackctl.engine.training import attach as attaching
 from stackctl.engine.training import proofs
 from stackctl.engine.training import register as registering
-from stackctl.plan.model import Problem
+from stackctl.plan.stack_plan import Problem
 
 
 def two_adapters(h: Any) -> Any:

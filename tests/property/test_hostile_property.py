@@ -26,7 +26,7 @@ from stackctl.core.expressions import parse_expression, parse_name, parse_stack_
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.storage import yaml_text
 from stackctl.storage.yaml_text import parse_yaml
 

@@ -34,7 +34,7 @@ from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.lora_config import describe_lora
 from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import resolve_expression
 from stackctl.registry.stacks import save_stack

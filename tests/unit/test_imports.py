@@ -40,8 +40,8 @@ def test_the_light_floor_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("words", "unneeded"),
     [
-        (["ls"], ["stackctl.plan.model", "stackctl.lora.checkpoint", "stackctl.registry.resolve", "socket"]),
-        (["ls", "-q"], ["rich", "stackctl.plan.model", "stackctl.lora.checkpoint"]),
+        (["ls"], ["stackctl.plan.stack_plan", "stackctl.lora.checkpoint", "stackctl.registry.resolve", "socket"]),
+        (["ls", "-q"], ["rich", "stackctl.plan.stack_plan", "stackctl.lora.checkpoint"]),
         (["rm", "sty"], ["rich", "stackctl.registry.resolve", "yaml"]),
     ],
     ids=["ls", "ls -q", "completing"],

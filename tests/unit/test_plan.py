@@ -362,7 +362,7 @@ def test_foundations_may_stand_in_any_order():
 def test_a_damaged_member_is_a_failed_verification():
     from dataclasses import replace
 
-    from stackctl.plan.model import Problem
+    from stackctl.plan.stack_plan import Problem
 
     plan = replace(plan_stack(BASE, []), problems=(Problem("damaged", "x is damaged"),))
     with pytest.raises(VerificationFailed):

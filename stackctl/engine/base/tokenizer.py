@@ -20,7 +20,7 @@ from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.base.config_numbers import cached_numbers
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
-from stackctl.engine.libraries import off_stdout
+from stackctl.engine.quiet_libraries import off_stdout
 from stackctl.engine.records.types import Message
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic

@@ -17,8 +17,8 @@ from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.reasoning import Tag, tags_in
 from stackctl.engine.records.types import Message
 from stackctl.engine.replaced import replaced
-from stackctl.lora.own_template import templates_of
-from stackctl.plan.model import StackPlan
+from stackctl.lora.checkpoint_template import templates_of
+from stackctl.plan.stack_plan import StackPlan
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

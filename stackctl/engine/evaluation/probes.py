@@ -21,7 +21,7 @@ from stackctl.engine.generation.stopping import decode
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.plan.bisection import Off, switch_off
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _WORSE = 3.0
 """Nats above the best loss from which on a loss is bad, however much worse the stack is."""

@@ -25,7 +25,7 @@ from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.module_grid import place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Per, Weights
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 Group = tuple[int, str]
 """A member's number, and the name of a layer or module; empty for all of the member."""

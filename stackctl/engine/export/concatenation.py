@@ -16,7 +16,7 @@ from stackctl.core.errors import VerificationFailed
 from stackctl.engine.open_files import OpenFiles, not_finite
 from stackctl.lora.naming import ExpertFactors
 from stackctl.lora.safetensors_header import TensorInfo
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

@@ -28,7 +28,7 @@ from stackctl.engine.merging import found_ranks, made_pairs
 from stackctl.engine.tensors import all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan, refuse
+from stackctl.plan.stack_plan import StackPlan, refuse
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json
 from stackctl.storage.paths import existing_path

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from stackctl.core.errors import Incompatible, listed
 from stackctl.plan.lint import GgufArchitecture
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 
 @dataclass(frozen=True, slots=True)

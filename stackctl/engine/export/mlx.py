@@ -26,7 +26,7 @@ from stackctl.lora.mlx import MLX_WEIGHTS, peft_alpha
 from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expand_modules, natural_order
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, StackPlan
 from stackctl.storage import atomic
 
 _DECODERS = {

@@ -18,7 +18,7 @@ from stackctl.engine.tensors import MemberTensors, tensor_bytes
 from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.base_quantization import KEYS
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json

@@ -16,7 +16,7 @@ from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors
 from stackctl.engine.token_rows import new_rows
 from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import ModulePlan, Replacement, StackPlan, TokenRows
+from stackctl.plan.stack_plan import ModulePlan, Replacement, StackPlan, TokenRows
 from stackctl.plan.token_rows import differ_on_tied
 
 _SINGLE, _SECOND = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

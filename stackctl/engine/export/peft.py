@@ -11,14 +11,13 @@ from typing import Any
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from stackctl.lora.checkpoint_template import TEMPLATE_FILE, templates_of
 from stackctl.lora.lora_config import factor_names, plain_lora_config
-from stackctl.lora.own_template import FILE as TEMPLATE
-from stackctl.lora.own_template import templates_of
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.plan.token_rows import KEY, all_tokens, peft_rows
 from stackctl.storage import atomic
 
@@ -54,7 +53,7 @@ def export_peft(
         error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype], base)
         _write_config(plan, ranks, staged / CONFIG)
         if plan.base and plan.base.chat_template is None and (templates := templates_of(plan.folders)):
-            atomic.write_atomic(staged / TEMPLATE, templates[0][1])
+            atomic.write_atomic(staged / TEMPLATE_FILE, templates[0][1])
         _check_written(plan, ranks, staged)
         atomic.publish_directory(staged, out)
     return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prompts import EncodedPrompts, encode_prompts
-from stackctl.engine.generation.reader import Answers, Generated
+from stackctl.engine.generation.reader import AnswerEngine, Generated
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.records.prompt_files import Prompt
@@ -23,7 +23,7 @@ _WINDOW = 16
 """Batches within which prompts are sorted by length: enough to waste little, few enough for answers to come soon."""
 
 
-class OtherEngine(Answers, Protocol):
+class TokenEngine(AnswerEngine, Protocol):
     """An engine that is not transformers in this process, and takes token ids."""
 
     def answer_encoded(self, asked: EncodedPrompts, sampling: Sampling, on_text: OnText | None) -> list[Generated]:
@@ -31,7 +31,7 @@ class OtherEngine(Answers, Protocol):
 
 
 def generate(
-    stacked: Answers,
+    stacked: AnswerEngine,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -61,7 +61,7 @@ def generate(
 
 
 def _answered(
-    stacked: Answers,
+    stacked: AnswerEngine,
     asked: EncodedPrompts,
     sampling: Sampling,
     batch_size: int | None,
@@ -70,9 +70,9 @@ def _answered(
 ) -> Iterator[tuple[list[int], list[Generated]]]:
     """Answers with their numbers, as they are there: of a batch that rows join and leave, or batch by batch."""
     if hasattr(stacked, "answer_encoded"):
-        answer, together = functools.partial(cast(OtherEngine, stacked).answer_encoded, on_text=on_text), True
+        answer, together = functools.partial(cast(TokenEngine, stacked).answer_encoded, on_text=on_text), True
     else:
-        from stackctl.engine.generation.answering import (  # with torch, which others do without
+        from stackctl.engine.generation.transformers_answers import (  # with torch, which others do without
             answer_encoded,
             answer_running,
         )
@@ -105,7 +105,7 @@ def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> It
 
 
 def generate_reply(
-    stacked: Answers, prompt: Prompt, sampling: Sampling, on_text: OnText, prefix_cache: PrefixCache | None = None
+    stacked: AnswerEngine, prompt: Prompt, sampling: Sampling, on_text: OnText, prefix_cache: PrefixCache | None = None
 ) -> Generated:
     """The answer to one prompt, streamed."""
     return next(generate(stacked, [prompt], sampling, on_text=on_text, prefix_cache=prefix_cache))

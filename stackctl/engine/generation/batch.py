@@ -17,7 +17,7 @@ _READ_AT_ONCE = 4096
 """Tokens of prompts that go through the model in one call, a longer prompt apart."""
 
 
-class KeptRows(Protocol):
+class BatchCache(Protocol):
     """Keys and values of a batch, and the model that reads and goes on from them: :class:`RunningRows` of a decoder of
     ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in; ``pads``: prompts that are
     read together are padded; ``draft_costs`` see :class:`Drafts`, none where a step takes one token."""
@@ -48,7 +48,7 @@ class Batch(Generic[AnyRow]):
 
     def __init__(
         self,
-        kept: KeptRows,
+        kept: BatchCache,
         before: Callable[[Sequence[AnyRow], Sequence[int]], object] = lambda rows, tokens: None,
         finished: FinishedTexts | None = None,
     ) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from stackctl.engine.base.config_numbers import longrope_lengths
-from stackctl.engine.base.own_weights import MappedModules
+from stackctl.engine.base.private_weights import MappedModules
+from stackctl.engine.generation.kv_cache import Attending, CacheShape, KVCache
 from stackctl.engine.generation.mapped_weights import MappedWeights
+from stackctl.engine.generation.prefill import Prefill
 from stackctl.engine.generation.prefix_cache import new_cache
-from stackctl.engine.generation.products import Packing, Product, draft_costs, product
-from stackctl.engine.generation.reading import Reading
-from stackctl.engine.generation.running_rows import Attending, KeptShape, RunningRows
+from stackctl.engine.generation.row_products import Packing, RowProduct, draft_costs, product
 from stackctl.engine.models import StackedModel
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,18 +44,18 @@ class PlainDecoder:
         """In half precision a pass over several tokens rounds so coarsely in another way that another text may come."""
         self.groups: int = inner.layers[0].self_attn.num_key_value_groups
         heads, width = model.config.num_key_value_heads, inner.layers[0].self_attn.head_dim
-        self.kept = KeptShape(len(inner.layers), heads, width, model.dtype)
+        self.kept = CacheShape(len(inner.layers), heads, width, model.dtype)
         self.bytes_of_token: int = 2 * len(inner.layers) * heads * width * model.dtype.itemsize
 
-    def rows(self, places: int) -> RunningRows:
+    def rows(self, places: int) -> KVCache:
         """An empty batch of up to so many rows."""
-        return RunningRows(self, places)
+        return KVCache(self, places)
 
-    def read(self, tokens: Tensor, prompts: Reading) -> Tensor:
+    def read(self, tokens: Tensor, prompts: Prefill) -> Tensor:
         """The logits (prompts, vocabulary) behind prompts, of all their tokens; keys and values are written."""
         return self._logits(self._through(tokens, prompts)[prompts.last])
 
-    def step(self, tokens: Tensor, rows: RunningRows) -> Tensor:
+    def step(self, tokens: Tensor, rows: KVCache) -> Tensor:
         """The logits (rows · tokens, vocabulary) behind new tokens of each row, whose keys and values are written."""
         self._mapped.begin()
         logits = self._logits(self._through(tokens, rows, self._mapped.passed))
@@ -78,7 +78,7 @@ class PlainDecoder:
         """Before a step of so many rows, with so many that may still come: lay out the weights as it is quickest."""
         if not self._packing.prepare(rows, steps) and self._mapped.prepare(rows, steps):
             for one in self._products:
-                if isinstance(one, Product):
+                if isinstance(one, RowProduct):
                     one.renew()
 
     def _turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

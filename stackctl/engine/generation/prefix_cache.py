@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from stackctl.engine.generation.shared_prefixes import FinishedTexts
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from stackctl.core.schema import Base
 from stackctl.engine.records.prompt_files import Prompt
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 
 class Reader(Protocol):
@@ -30,7 +30,7 @@ class PlainReader:
     generation_config: Any = None
 
 
-class Answers(Reader, Protocol):
+class AnswerEngine(Reader, Protocol):
     """A base that answers with one stack at a time: :class:`stackctl.engine.models.StackedModel` by transformers, or
     another engine.
 

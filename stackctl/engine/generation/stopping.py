@@ -175,7 +175,7 @@ class Answer:
             self._on_text(piece)
 
 
-class Answering:
+class AnswerCriteria:
     """Hands every new token to its row's answer, and says which rows are finished: a criterion of transformers'
     ``generate``, which calls it after each step.
 

@@ -24,7 +24,7 @@ from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
 from stackctl.engine.serving.requests import Engine, FieldRefused, Limits, Row, endings_of
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p"]
 """In which transformers applies them."""

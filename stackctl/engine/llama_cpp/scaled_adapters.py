@@ -14,8 +14,8 @@ from stackctl.core import Say
 from stackctl.plan.build import plan_stack
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
-from stackctl.registry.exported import exported
+from stackctl.plan.stack_plan import StackPlan
+from stackctl.registry.export_cache import exported
 
 Scaled = dict[Path, float]
 """The files of a stack's adapters, and how often each counts."""

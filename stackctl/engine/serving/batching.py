@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stackctl.engine.generation.answering import write_answers
 from stackctl.engine.generation.batch import Batch
 from stackctl.engine.generation.logits_processors import AnswerRow
 from stackctl.engine.generation.logprobs import TokenBytes
-from stackctl.engine.generation.padded_rows import PaddedRows, can_batch
+from stackctl.engine.generation.padded_kv_cache import PaddedKVCache, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.generation.shared_prefixes import FinishedTexts
+from stackctl.engine.generation.transformers_answers import write_answers
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.serving.requests import Engine, Limits, Row
 from stackctl.engine.serving.row_adapters import RowAdapters, RowWeights, row_weights
 from stackctl.machine import openmp
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _BASE: RowWeights = {}
 
@@ -140,7 +140,7 @@ class BatchingEngine(Engine[BatchRow]):
             if self._stacked.plan is not None:
                 self._stacked.restore()
             decoder = plain_decoder(self._stacked)
-            kept = decoder.rows(self.limits.rows) if decoder else PaddedRows(self._stacked.model)
+            kept = decoder.rows(self.limits.rows) if decoder else PaddedKVCache(self._stacked.model)
             self._batch = Batch(kept, self._weigh, self._finished)
         return self._batch
 

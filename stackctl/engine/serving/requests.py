@@ -19,7 +19,7 @@ from stackctl.engine.generation.reader import PlainReader, Reader
 from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
 from stackctl.engine.records.prompt_files import Prompt
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _UNKNOWN_CONTEXT = 1 << 20
 """Tokens that a prompt may have on a base that says nothing of its context."""

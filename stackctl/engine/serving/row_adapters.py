@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.build import plan_stack
 from stackctl.plan.methods import SUM
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _KINDS = (nn.Linear, nn.Embedding, Conv1D)
 """Modules whose output grows by exactly the product of the factors; a subclass may do more with its weight."""
 
-Factors = dict[str, tuple[Tensor, Tensor]]
+RowFactors = dict[str, tuple[Tensor, Tensor]]
 """By module: A (rank, in) and B (out, rank), the scaling in B."""
 
 
@@ -60,7 +60,7 @@ class RowAdapters:
 
     def __init__(self, model: Any, limit: int) -> None:
         self._model, self._limit = model, limit
-        self._resident: OrderedDict[str, Factors] = OrderedDict()
+        self._resident: OrderedDict[str, RowFactors] = OrderedDict()
         self._active: tuple[str, ...] = ()
         self._blocks: dict[str, _Block] = {}
         self._weights: dict[str, Tensor] = {}
@@ -102,9 +102,9 @@ class RowAdapters:
             if digest not in wanted and digest not in in_use:
                 del self._resident[digest]
 
-    def _read(self, plan: StackPlan) -> Factors:
+    def _read(self, plan: StackPlan) -> RowFactors:
         """All factors of a single member, also those on which this or that stack has a weight of zero."""
-        factors: Factors = {}
+        factors: RowFactors = {}
         with torch.no_grad(), MemberTensors(plan) as tensors:
             for module in plan.modules.values():
                 weight = self._model.get_submodule(module.name).weight

@@ -29,12 +29,12 @@ from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
-from stackctl.engine.to_lora.low_rank import Pairs, Truncation
+from stackctl.engine.to_lora.low_rank import LowRankPairs, Truncation
 from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, tuner_layers
 from stackctl.lora.checkpoint import Checkpoint
 from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
 from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _OUTPUT_TOLERANCE = 1e-3
 """How far the logits may be from the live adapter's once all layers are merged, as a share of what it changes."""
@@ -117,7 +117,7 @@ def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
         )
 
 
-def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -> tuple[Pairs, Original]:
+def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -> tuple[LowRankPairs, Original]:
     """Make a plain LoRA of an adapter, on a base into which the stack is folded that it was trained on.
 
     The model is as it was afterwards.
@@ -144,7 +144,7 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
     live = probe(attached, tokens)
-    found = Pairs(
+    found = LowRankPairs(
         saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ()),
         biases={name: b.float() for name, b in biases.items() if not torch.equal(b, kept[name].values["bias"].to(b))},
     )  # fmt: skip
@@ -175,12 +175,12 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     return found, original
 
 
-def subtract(now: StackPlan, begun: StackPlan, wanted: Truncation) -> Pairs:
+def subtract(now: StackPlan, begun: StackPlan, wanted: Truncation) -> LowRankPairs:
     """A plain LoRA out of an adapter and the same one as it was before its training, which its base was left without.
 
     Both plans are of one member, which begins with a change of zero: ΔW = s B A - s₀ B₀ A₀.
     """
-    found = Pairs()
+    found = LowRankPairs()
     with torch.no_grad(), MemberTensors(now) as tensors, MemberTensors(begun) as before:
         for name, module in now.modules.items():
             factors = tensors.factors(module) + _negative(before.factors(begun.modules[name]))
@@ -216,7 +216,12 @@ def _whole(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _keep(
-    found: Pairs, name: str, kept: Kept, merged: Any, factors: tuple[Any, algebra.Factors] | None, wanted: Truncation
+    found: LowRankPairs,
+    name: str,
+    kept: Kept,
+    merged: Any,
+    factors: tuple[Any, algebra.Factors] | None,
+    wanted: Truncation,
 ) -> None:
     """Keep what merging changed in one layer: its weight as a pair, its bias whole."""
     delta = merged.weight.detach().double() - kept.values["weight"].double()

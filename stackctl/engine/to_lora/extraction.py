@@ -24,13 +24,13 @@ from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.tensors import TensorFiles, all_finite
-from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, Pairs, Truncation, whole_pair
+from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, LowRankPairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry
 
 
 @dataclass
-class Extraction(Pairs):
+class Extraction(LowRankPairs):
     """What came out of two models. ``left_out`` are parameters that changed and are not kept, ``broken`` those that
     hold NaN or infinity in one of the two.
     """

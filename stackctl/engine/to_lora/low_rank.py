@@ -53,7 +53,7 @@ class Truncation:
 
 
 @dataclass
-class Pairs:
+class LowRankPairs:
     """A LoRA in the making. ``pairs`` are A (r, in) and B (out, r) by module; ``errors`` ‖ΔW - B A‖ / ‖ΔW‖.
 
     The pair of a parameter of experts holds the factors of all of them, as PEFT's does; ``experts`` says how many.

@@ -30,7 +30,7 @@ from stackctl.engine.training.teaching import Teaching
 from stackctl.jobs.beginning import Beginning
 from stackctl.jobs.job import PreparedJob
 from stackctl.lora.target_modules import natural_order
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 FOLD_TOLERANCE = 1e-3
 """Largest share of the frozen deltas that folding may lose to rounding before ``auto`` keeps the stack live."""

@@ -33,9 +33,9 @@ from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.correction import corrected, input_moments
 from stackctl.engine.training.dataset import Corpus
 from stackctl.jobs.beginning import Beginning
-from stackctl.jobs.former import Former
+from stackctl.jobs.former_training import Former
 from stackctl.jobs.job import PreparedJob, optimizer_steps
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.store import Registry
 
 _RECORDS = 16

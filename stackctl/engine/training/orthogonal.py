@@ -22,7 +22,7 @@ from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER, new_layers
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding, and no direction that is read."""

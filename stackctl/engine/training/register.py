@@ -32,7 +32,7 @@ from stackctl.jobs.outcome import problems_of_run
 from stackctl.jobs.teacher import Teacher
 from stackctl.lora.checkpoint import INFO, read_checkpoint
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember
+from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import add_version, entry_of, find_same_version

@@ -41,7 +41,7 @@ def can_batch(stacked: StackedModel) -> bool:
     )
 
 
-class PaddedRows:
+class PaddedKVCache:
     """Keys and values (rows, heads, columns, width) of every layer; a row's own columns are its last ``length``.
 
     Layers with a sliding window keep all columns, too: the mask cuts them, and a padded row's window stays right.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from stackctl.storage import files
 
-FILE = "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def own_template(folder: Path) -> str | None:
     """The chat template that lies in a checkpoint's folder, where transformers looks for it."""
-    if (file := folder / FILE).is_file():
+    if (file := folder / TEMPLATE_FILE).is_file():
         return files.read_bounded(file).decode("utf-8-sig", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = files.read_json_if_any(folder / name).get("chat_template")

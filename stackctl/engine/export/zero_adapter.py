@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.to_lora.low_rank import Pairs
+from stackctl.engine.to_lora.low_rank import LowRankPairs
 from stackctl.lora.target_modules import expand_modules
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.storage import atomic
 
 
@@ -23,7 +23,7 @@ def export_zero(plan: StackPlan, out: Path) -> None:
     for name, module in expand_modules(base.modules).items():
         if module.type == "Linear" and name != base.output_embedding:
             rows, columns = module.shape
-            nothing = Pairs({name: (torch.zeros(1, columns), torch.zeros(rows, 1))})
+            nothing = LowRankPairs({name: (torch.zeros(1, columns), torch.zeros(rows, 1))})
             with atomic.staging_directory(out.parent) as staged:
                 nothing.write(staged, base, {})
                 atomic.publish_directory(staged, out)

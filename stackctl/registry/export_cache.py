@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.storage.locks import locked_cache
 
 _LAYOUT = 1

@@ -12,7 +12,7 @@ from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
 from stackctl.core.expressions import BASE, format_term
 from stackctl.core.provenance import Run
 from stackctl.core.schema import Base
-from stackctl.plan.model import StackPlan
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.base_entries import resolve_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import PlannedStack, plan_expressions, read_plan
@@ -25,7 +25,7 @@ _JOINS = set("+:@")
 
 
 @dataclass
-class Models:
+class ModelNames:
     """The models of a server: the expressions on ``base``, those in ``first`` listed first."""
 
     registry: Registry

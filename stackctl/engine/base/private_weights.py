@@ -23,7 +23,7 @@ _ALIGNMENT = 64
 """Bytes: what vector instructions like best."""
 
 
-class OwnWeights:
+class PrivateWeights:
     """Memory for some weights of a folder's model; those that are not mapped to its files stay where they are."""
 
     def __init__(self, folder: Path) -> None:

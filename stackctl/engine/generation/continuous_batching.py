@@ -23,7 +23,7 @@ _ROWS = 32
 """From here on a step takes twice as long for twice as many rows."""
 
 
-class RunningAnswers:
+class ContinuousBatching:
     """Answers rows with the stack that a model holds, as many at once as there are ``places``.
 
     ``finished`` has what was computed of earlier prompts, and keeps what is computed of these.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stackctl.engine.generation.neighbours import neighbours
-from stackctl.engine.generation.reading import Copy, Reading
+from stackctl.engine.generation.attention_groups import attention_groups
+from stackctl.engine.generation.prefill import Copy, Prefill
 from stackctl.engine.generation.shared_prefixes import Prefix
 
 _MORE_COLUMNS = 128
@@ -24,7 +24,7 @@ _MOVED = 4
 
 
 @dataclass(frozen=True)
-class KeptShape:
+class CacheShape:
     """What is kept of a token: keys and values of so many layers and heads, of a width, in a type."""
 
     layers: int
@@ -46,12 +46,12 @@ class Decoder(Protocol):
     one step cost, see :class:`Drafts`."""
 
     draft_costs: Mapping[int, float]
-    kept: KeptShape
+    kept: CacheShape
 
     @property
     def groups(self) -> int: ...
-    def read(self, tokens: Tensor, prompts: Reading) -> Tensor: ...
-    def step(self, tokens: Tensor, rows: RunningRows) -> Tensor: ...
+    def read(self, tokens: Tensor, prompts: Prefill) -> Tensor: ...
+    def step(self, tokens: Tensor, rows: KVCache) -> Tensor: ...
     def prepare(self, rows: int, steps: int) -> None: ...
 
 
@@ -64,7 +64,7 @@ class _Together:
     mask: Tensor | None
 
 
-class RunningRows:
+class KVCache:
     """Keys and values of rows that join and leave, up to so many ``places``, each from column 0 on.
 
     In a step every row has the same number of new ``tokens``; ``positions`` (rows · tokens) are their columns.
@@ -103,7 +103,7 @@ class RunningRows:
             seen = self._memory[:, :, one.source] if one.source < first else finished[one.source - first]
             self._memory[:, :, row, :, : one.tokens] = seen[:, :, :, : one.tokens]
         lengths = list(map(len, prompts))
-        reading = Reading(self._memory, first, list(zip(known, lengths, strict=True)), copies)
+        reading = Prefill(self._memory, first, list(zip(known, lengths, strict=True)), copies)
         ids = [token for prompt, begin in zip(prompts, known, strict=True) for token in prompt[begin:]]
         logits = self._decoder.read(torch.tensor(ids), reading)
         self._lengths += lengths
@@ -193,8 +193,8 @@ class RunningRows:
         """Decide which rows attend together, if they are others than in the last step."""
         if not self._counts:
             width = self._memory.shape[3] * self._memory.shape[5]
-            self._counts, cost = neighbours(self._lengths, width)
-            self._loss = cost - neighbours(sorted(self._lengths), width)[1]
+            self._counts, cost = attention_groups(self._lengths, width)
+            self._loss = cost - attention_groups(sorted(self._lengths), width)[1]
 
     def _cut(self, positions: Tensor) -> None:
         """Views of the memory for a step, made at once for all layers, keys and values of each: what is seen, and where

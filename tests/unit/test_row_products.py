@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stackctl.engine.generation import products
-from stackctl.engine.generation.products import Packing, Product, pack, product
+from stackctl.engine.generation import row_products
+from stackctl.engine.generation.row_products import Packing, RowProduct, pack, product
 from stackctl.machine.resources import Memory
 
 PROCESSORS = ["AVX512", "AVX2", "DEFAULT"]
@@ -25,9 +25,9 @@ def linear(bias: bool = False, out: int = 96, width: int = 40) -> nn.Linear:
     return nn.Linear(width, out, bias=bias).requires_grad_(False)
 
 
-def packed(module: nn.Linear) -> Product:
+def packed(module: nn.Linear) -> RowProduct:
     made = product(module)
-    assert isinstance(made, Product)
+    assert isinstance(made, RowProduct)
     pack([made])
     return made
 
@@ -35,7 +35,7 @@ def packed(module: nn.Linear) -> Product:
 @pytest.fixture(params=PROCESSORS)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways to multiply on a processor of a kind, which every processor can go."""
-    monkeypatch.setattr(products, "_processor", lambda: request.param)
+    monkeypatch.setattr(row_products, "_processor", lambda: request.param)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -70,21 +70,21 @@ def test_hooks_count_in_their_order() -> None:
 
 @pytest.mark.parametrize("missing", ["mkl", "operators", "memory", "right products", "float32"])
 def test_what_cannot_be_packed_is_multiplied_as_it_is(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products._is_right.cache_clear()
+    row_products._is_right.cache_clear()
     module = linear()
     if missing == "mkl":
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     elif missing == "operators":
         monkeypatch.setattr(torch.ops, "mkl", object())
     elif missing == "memory":
-        monkeypatch.setattr(products, "main_memory", lambda: Memory(10**9, 4 * 96 * 40 * 4 - 1))
+        monkeypatch.setattr(row_products, "main_memory", lambda: Memory(10**9, 4 * 96 * 40 * 4 - 1))
     elif missing == "right products":
-        right = products._by_packed
-        monkeypatch.setattr(products, "_by_packed", lambda rows, *rest: right(rows, *rest) + (len(rows) == 31))
+        right = row_products._by_packed
+        monkeypatch.setattr(row_products, "_by_packed", lambda rows, *rest: right(rows, *rest) + (len(rows) == 31))
     else:
         module = module.to(torch.bfloat16)
     made = packed(module)
-    products._is_right.cache_clear()
+    row_products._is_right.cache_clear()
     assert made.packed is None
     rows = torch.randn(32, 40).to(module.weight.dtype)
     torch.testing.assert_close(made(rows), module(rows))
@@ -103,7 +103,7 @@ def test_modules_that_are_not_plain_are_called() -> None:
 @pytest.mark.parametrize(("steps", "packings"), [(16, 3), (15, 0)])
 def test_a_few_rows_or_steps_need_no_packed_weight(steps: int, packings: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[int] = []
-    monkeypatch.setattr(products, "pack", lambda _: packed.append(count))
+    monkeypatch.setattr(row_products, "pack", lambda _: packed.append(count))
     for count in COUNTS:
         packing = Packing([])
         for _ in range(12):

@@ -32,7 +32,7 @@ class _Alike:
     mask: Tensor | None
 
 
-class Reading:
+class Prefill:
     """Reads prompts into the rows of a memory (layers, 2, rows, heads, columns, head width) from ``first`` on.
 
     ``spans`` are the columns of each prompt's new tokens: from the first that is computed up to its length. What comes

@@ -24,7 +24,7 @@ _PACKED_FOR = 32
 """Rows that a weight is packed for; it is right for any number, and measured for 13 to 64."""
 
 
-class Product:
+class RowProduct:
     """What a plain linear module makes of rows (rows, in): (rows, out), by the weight that it had when this was made.
 
     BLAS copies a weight into its own order before it multiplies, which takes longer than a product with a few rows;
@@ -71,7 +71,7 @@ class Product:
 def product(module: Any) -> Callable[[Tensor], Tensor]:
     """The quickest way to what a linear module makes of rows; one that is not plain is called as it is."""
     if type(module) is nn.Linear and "forward" not in vars(module):
-        return Product(module)
+        return RowProduct(module)
     called: Callable[[Tensor], Tensor] = module
     return called
 
@@ -89,7 +89,7 @@ class Packing:
         if many and self._full_steps >= _BEFORE and steps >= _BEHIND:
             pack(self._products)
             self._full_steps = 0  # looked at again after as many steps: there may be memory by then
-        return many and any(isinstance(one, Product) and one.packed is not None for one in self._products)
+        return many and any(isinstance(one, RowProduct) and one.packed is not None for one in self._products)
 
 
 def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
@@ -98,7 +98,7 @@ def pack(products: Iterable[Callable[[Tensor], Tensor]]) -> None:
     Nothing is done where this is not to be had (another BLAS, half precision), or would take more than a quarter of the
     free memory.
     """
-    plain = [one for one in products if isinstance(one, Product) and one.packed is None and _is_known(one.weight)]
+    plain = [one for one in products if isinstance(one, RowProduct) and one.packed is None and _is_known(one.weight)]
     if not plain or sum(one.weight.nbytes for one in plain) > main_memory().available // 4:
         return
     for one in plain:

@@ -12,15 +12,15 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.generation.continuous_batching import ContinuousBatching, places_for
 from stackctl.engine.generation.logits_processors import RawLogits, processors, token_logprob
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.prompts import EncodedPrompts
 from stackctl.engine.generation.reader import Generated
-from stackctl.engine.generation.running import RunningAnswers, places_for
 from stackctl.engine.generation.sampling import Sampling
-from stackctl.engine.generation.stopping import Answer, Answering, OnText, end_tokens, turn_text
+from stackctl.engine.generation.stopping import Answer, AnswerCriteria, OnText, end_tokens, turn_text
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.engine.replaced import replaced
@@ -40,7 +40,7 @@ def answer_running(
     if decoder is None:
         return None
     places = batch_size or places_for(decoder, max(map(len, asked.ids)) + sampling.max_new_tokens)
-    running = RunningAnswers(stacked, decoder, sampling, min(places, len(asked.ids)))
+    running = ContinuousBatching(stacked, decoder, sampling, min(places, len(asked.ids)))
     answers = _new_answers(len(asked.ids), stacked, sampling, None)
     rows = zip(answers, asked.ids, asked.seeds, strict=True)
     numbers = {running.add(*one): number for number, one in enumerate(rows)}
@@ -93,7 +93,9 @@ def write_answers(
     if decoder is None:
         _write_padded(answers, batch, seeds, stacked, sampling, prefix_cache)
         return
-    running = RunningAnswers(stacked, decoder, sampling, len(batch), prefix_cache.finished if prefix_cache else None)
+    running = ContinuousBatching(
+        stacked, decoder, sampling, len(batch), prefix_cache.finished if prefix_cache else None
+    )
     for one in zip(answers, batch, seeds, strict=True):
         running.add(*one)
     for _ in running.finished():
@@ -131,7 +133,7 @@ def _write_padded(
             return None
         return token_logprob(raw.logits[row], token, count, spell, first=not answers[row].ids)
 
-    answering = Answering(answers, width, likely)
+    answering = AnswerCriteria(answers, width, likely)
     cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
     try:
         # ``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there.

@@ -8,7 +8,7 @@ _CALL = 1 << 14
 """Numbers of keys that are read in the time of one more call: measured, see decision 46."""
 
 
-def neighbours(lengths: Sequence[int], width: int) -> tuple[list[int], int]:
+def attention_groups(lengths: Sequence[int], width: int) -> tuple[list[int], int]:
     """How many rows, one after another, attend in each call, and what all calls cost in columns; the cheapest way.
 
     A column has ``width`` numbers of keys. One more token in every row changes nothing.

@@ -13,7 +13,7 @@ from stackctl.core.train_job import TrainSettings
 from stackctl.jobs.trained_tokens import parse_tokens
 from stackctl.lora.target_modules import parse_targets
 from stackctl.plan.build import plan_stack
-from stackctl.plan.model import PlanMember, StackPlan
+from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_kept
 from stackctl.registry.planning import plan_member, read_plan
 from stackctl.registry.resolve import ResolvedStack
