@@ -11,7 +11,7 @@ import typer
 
 from stackctl.cli.common import TRAIN, BaseOption, Context, What, command, of_device
 from stackctl.cli.engines import check_has_gguf
-from stackctl.cli.progress import counting
+from stackctl.cli.progress import counting_answers
 from stackctl.cli.prompt_options import (
     MAX_NEW,
     PROMPT,
@@ -132,7 +132,7 @@ def _answer(stacked: AnswerEngine, questions: _Questions, output: Output, to: Pa
     streams = len(asked) == 1 and not output.json_mode and to is None
     written: list[str] = []
     hidden = len(asked) == 1 or (to is None and sys.stdout.isatty())
-    with counting(output, "answering", len(asked), hidden=hidden) as advance:
+    with counting_answers(output, len(asked), hidden=hidden) as advance:
         answers = generate(
             stacked, asked, sampling, batch_size=questions.batch_size, on_text=output.speech if streams else None
         )

@@ -17,13 +17,13 @@ _LINES = 10
 
 
 @contextlib.contextmanager
-def counting(output: Output, what: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
-    """A function to call after every one of ``total`` things; ``hidden`` where they are seen on the terminal anyway."""
+def counting_answers(output: Output, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
+    """A function to call after every one of ``total`` answers; ``hidden`` where they are seen on the terminal."""
     if hidden or not output.shows_progress:
         yield lambda: None
         return
     with output.progress() as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task("answering", total=total)
         yield lambda: progress.advance(task)
 
 

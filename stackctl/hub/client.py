@@ -27,6 +27,8 @@ from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
 from stackctl.hub.repo_place import parse_repo
 from stackctl.storage.files import human_bytes
 
+_BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -181,8 +183,8 @@ class Hub:
             _throw_away(path)
         raise self._other_bytes(file)
 
-    def download_folder(self, seen: Snapshot, patterns: list[str]) -> Path:
-        """The files of a repo that match patterns, as one folder of huggingface_hub's cache, with the right bytes.
+    def download_base_folder(self, seen: Snapshot) -> Path:
+        """The files of a base model in a repo, as one folder of huggingface_hub's cache, with the right bytes.
 
         Raises:
             VerificationFailed: other bytes arrived.
@@ -190,20 +192,22 @@ class Hub:
         from huggingface_hub import snapshot_download
 
         with explained(replace(self._attempt, revision=seen.commit)):
-            folder = Path(snapshot_download(self.repo, revision=seen.commit, allow_patterns=patterns))
+            folder = Path(snapshot_download(self.repo, revision=seen.commit, allow_patterns=_BASE_FILES))
         for path, file in seen.files.items():
             if (folder / path).is_file() and not file.holds(folder / path):
                 _throw_away(folder / path)
                 raise self._other_bytes(file)
         return folder
 
-    def cached_folder(self, commit: str, patterns: list[str]) -> Path | None:
-        """What :meth:`download_folder` fetched before; None when some of it is missing. Asks nobody."""
+    def cached_base_folder(self, commit: str) -> Path | None:
+        """What :meth:`download_base_folder` fetched before; None when some of it is missing. Asks nobody."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(self.repo, revision=commit, allow_patterns=patterns, local_files_only=True))
+            return Path(
+                snapshot_download(self.repo, revision=commit, allow_patterns=_BASE_FILES, local_files_only=True)
+            )
         return None
 
     def _other_bytes(self, file: RemoteFile) -> VerificationFailed:
@@ -219,9 +223,6 @@ def _throw_away(path: Path) -> None:
         damaged.unlink(missing_ok=True)
 
 
-_BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-
-
 def download_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:
     """A base model's files in huggingface_hub's cache, and their commit; a commit that is there asks nobody.
 
@@ -229,14 +230,14 @@ def download_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]
         NotFound, HubFailure, VerificationFailed: it is not there; it cannot be fetched; other bytes arrived.
     """
     with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=sys.stderr.isatty()) as hub:
-        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_folder(revision, _BASE_FILES)):
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (kept := hub.cached_base_folder(revision)):
             return kept, revision
         seen = hub.find(revision)
         if seen is None or seen.commit is None:
             raise NotFound(f"there is no model '{repo}' at {hub.url}", hint="check the name; if private: hf auth login")
         size = sum(f.size for f in seen.files.values() if any(fnmatch.fnmatch(f.path, p) for p in _BASE_FILES))
         say(f"fetching {repo} at {seen.commit[:12]} ({human_bytes(size)})")
-        return hub.download_folder(seen, _BASE_FILES), seen.commit
+        return hub.download_base_folder(seen), seen.commit
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from stackctl.core.environment import seconds_setting
 from stackctl.core.errors import HubFailure
 from stackctl.hub.hub_errors import Attempt, explain_status, retry_after
 
-TIMEOUT_SECONDS = seconds_setting("STACKCTL_HUB_TIMEOUT", 60)
+TIMEOUT_SECONDS = seconds_setting("STACKCTL_HUB_TIMEOUT")
 """How long a server may be silent."""
 _PATIENCE_SECONDS = 30
 _MOST_FAILURES = 10

@@ -48,7 +48,7 @@ def locked(path: Path, what: str, timeout: float | None = None) -> Iterator[None
     import filelock
 
     make_directory(path.parent)
-    lock = filelock.UnixFileLock(path, timeout=seconds_setting(_TIMEOUT, 60) if timeout is None else timeout)
+    lock = filelock.UnixFileLock(path, timeout=seconds_setting(_TIMEOUT) if timeout is None else timeout)
     try:
         lock.acquire()
     except filelock.Timeout:

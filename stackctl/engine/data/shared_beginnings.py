@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +28,16 @@ class SharedRow:
     places: list[int]
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two texts share."""
-    length = min(len(one), len(other))
-    return bisect.bisect_left(range(1, length + 1), True, key=lambda count: one[:count] != other[:count])
+def common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
+    """How many first tokens, or characters, two texts share."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def shared_with(before: Sequence[int], ids: Sequence[int]) -> int:

@@ -11,18 +11,6 @@ from stackctl.engine.data.reasoning import ReasonedAnswer, tag_of
 from stackctl.engine.records.types import Message
 
 
-def common(one: str, other: str) -> int:
-    """How many characters two texts have in common from their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def whole_tags(text: str, at: int) -> int:
     """A place in a text, moved back to the beginning of the tag that it lies in."""
     opened = max(text.rfind("<", 0, at), text.rfind("[", 0, at))

@@ -11,7 +11,8 @@ from typing import Any
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
 from stackctl.engine.data.reasoning import ReasonedAnswer, closes, tag_of, without_empty
-from stackctl.engine.data.turn_text import common, missing, saying_otherwise, whole_tags
+from stackctl.engine.data.shared_beginnings import common
+from stackctl.engine.data.turn_text import missing, saying_otherwise, whole_tags
 from stackctl.engine.records.types import Message
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")

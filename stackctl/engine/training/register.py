@@ -18,9 +18,10 @@ from stackctl.core.errors import Failed, VerificationFailed
 from stackctl.core.provenance import DataSource, Distilled, Moved, Run
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember
 from stackctl.engine.data.chat_template import shown_date
+from stackctl.engine.finite import all_finite
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.read import RecordStream
-from stackctl.engine.tensors import MemberTensors, all_finite
+from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
