@@ -52,6 +52,18 @@ stackctl add style ./output/checkpoint-531 --base qwen3
 stackctl add style ./output/dora --convert --tolerance 0.05"""
 
 
+@dataclass(frozen=True)
+class _PlaceOptions:
+    """Where an adapter comes to stand; each field is an option."""
+
+    base: BaseOption = None
+    on: Annotated[
+        str | None, typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR")
+    ] = None
+    link: Annotated[bool, typer.Option(help="Refer to the folder instead of copying it.")] = False
+    description: DESCRIPTION = ""
+
+
 @command("add", example=_EXAMPLES, panel=REGISTRY)
 def add(
     context: Context,
@@ -63,20 +75,15 @@ def add(
             "the .safetensors file of sd-scripts or LyCORIS."
         ),
     ],
-    base: BaseOption = None,
-    on: Annotated[
-        str | None, typer.Option(help="The stack that it was trained on.", autocompletion=complete_what, metavar="EXPR")
-    ] = None,
-    link: Annotated[bool, typer.Option(help="Refer to the folder instead of copying it.")] = False,
-    description: DESCRIPTION = "",
     *,
+    place: _PlaceOptions,
     wanted: Conversion,
 ) -> Result:
     """Register an existing PEFT checkpoint as the next version of an adapter."""
     registry = context.registry
-    raise_all(wanted.problems(link=link))
+    raise_all(wanted.problems(link=place.link))
     check_adapter_name(registry, name)
-    request = _Request(name, base, on, link, description, wanted)
+    request = _Request(name, place, wanted, base=place.base)
     if is_mlx(path):
         return _add_mlx(context, path, request)
     if file := find_kohya(path):
@@ -89,15 +96,13 @@ class _Request:
     """What is to be added, and how."""
 
     name: str
-    base: str | None
-    on: str | None
-    link: bool
-    description: str
+    place: _PlaceOptions
     wanted: Conversion
+    base: str | None
     from_mlx: bool = False
 
     def new(self, stack: ResolvedStack) -> NewVersion:
-        return NewVersion(self.name, stack.base, stack.terms(), self.description)
+        return NewVersion(self.name, stack.base, stack.terms(), self.place.description)
 
 
 def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
@@ -117,23 +122,23 @@ def _add_mlx(context: Context, path: Path, request: _Request) -> Result:
 def _add_kohya(context: Context, file: Path, request: _Request) -> Result:
     """Register a LoRA in one file, whose names only a base resolves."""
     _refuse_link(request, "sd-scripts and LyCORIS")
-    base = resolve_expression(context.registry, request.on or "base", base=request.base).base
+    base = resolve_expression(context.registry, request.place.on or "base", base=request.base).base
     adapter = read_kohya(file, base)
     from stackctl.engine.to_lora.foreign_adapters import write_kohya_as_peft
 
     with atomic.staging_directory(context.registry.root / "weights") as staged:
         write_kohya_as_peft(adapter, staged)
-        return _register(context, staged, replace(request, base=None if request.on else base.name))
+        return _register(context, staged, replace(request, base=None if request.place.on else base.name))
 
 
 def _refuse_link(request: _Request, program: str) -> None:
-    if request.link:
+    if request.place.link:
         raise Usage(f"--link refers to PEFT's files, and those of {program} are laid out anew", hint="leave out --link")
 
 
 def _register(context: Context, folder: Path, request: _Request) -> Result:
     """Register the PEFT checkpoint in a folder."""
-    registry, name, wanted, on = context.registry, request.name, request.wanted, request.on
+    registry, name, wanted, on = context.registry, request.name, request.wanted, request.place.on
     left_out = check_links(folder)
     checkpoint = read_checkpoint(folder)
     member = PlanMember(name, 1.0, checkpoint, name)
@@ -164,7 +169,7 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
 
         check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
     known = find_same_version(registry, name, checkpoint.digest(), stack)
-    version = known or _add(registry, request.new(stack), checkpoint, link=request.link)
+    version = known or _add(registry, request.new(stack), checkpoint, link=request.place.link)
     label = f"{name}@{version.version}"
     data = version_facts(registry, name, version, stack.base.name)
     where = f"on {stack.pinned} of {stack.base.name}" if stack.members else f"on {stack.base.name}"

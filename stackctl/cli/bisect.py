@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
-from stackctl.cli.common import INSPECT, BaseOption, Context, TemplateOptions, What, command
-from stackctl.cli.engines import DEVICE, DTYPE
+from stackctl.cli.common import INSPECT, Context, TemplateOptions, What, command
+from stackctl.cli.engines import BaseOptions
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
 from stackctl.cli.typed_values import typed_text
@@ -108,9 +108,7 @@ def bisect(
     name: Annotated[
         str | None, typer.Option(help="Write the stack without the culprit, exactly, under this name.")
     ] = None,
-    base: BaseOption = None,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
+    loading: BaseOptions,
 ) -> Result:
     """Find the member, the layers and the module that make a stack go wrong, by switching parts off in halves.
 
@@ -122,7 +120,7 @@ def bisect(
     template: Arguments = attempt(problems, symptom.template) or {}
     sets: list[DataSet] = []
     with gathering(problems):
-        planned = stack, plan = plan_expression(registry, what, base=base)
+        planned = stack, plan = plan_expression(registry, what, base=loading.base)
         if not parts_of(plan):
             raise Usage(
                 f"'{stack.text}' changes nothing of its base: there is nothing to switch off", hint="name a stack"
@@ -132,7 +130,7 @@ def bisect(
         if symptom.data:
             sets = read_sets(context, planned, symptom.data, symptom.max_length or 1024, template)
     raise_all(problems)
-    stacked = load_common_base(context, [planned], dtype, device)
+    stacked = load_common_base(context, [planned], loading.dtype, loading.device)
     probe = _probe(context, stacked, plan, symptom, sets)
     found = _search(context, stack, plan, probe, symptom)
     typed = name or _typed_without(stack, plan, found.parts, probe)

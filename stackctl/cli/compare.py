@@ -13,12 +13,11 @@ from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.eval_table import scores_json
-from stackctl.cli.load_stacks import DATA, MAX_LENGTH, MeasuredData, load_to_answer, read_data, tokenise_data
+from stackctl.cli.load_stacks import MeasuredData, RecordOptions, load_to_answer, read_data, tokenise_data
 from stackctl.cli.prompt_options import (
     MAX_NEW,
-    PROMPT,
-    PROMPTS,
     GenerateOptions,
+    PromptOptions,
     answer_json,
     read_prompts,
     say_what_rounding_costs,
@@ -45,15 +44,13 @@ stackctl compare base style style+instruct -p "Tell me of rain.\""""
 def compare(
     context: Context,
     what: Annotated[list[str], expression(metavar="WHAT WHAT...", help="Two or more expressions.")],
-    prompt: PROMPT = None,
-    prompts: PROMPTS = None,
-    data: DATA = None,
-    max_length: MAX_LENGTH = 1024,
+    *,
+    prompts: PromptOptions,
+    held_out: RecordOptions,
     to: Annotated[
         Path | None, typer.Option("--output", help="Write one self-contained page: report.html.", metavar="FILE")
     ] = None,
     max_new_tokens: MAX_NEW = 128,
-    *,
     answering: GenerateOptions,
     base: BaseOption = None,
 ) -> Result:
@@ -63,26 +60,26 @@ def compare(
     """
     problems: list[StackctlError] = []
     with gathering(problems):
-        asked = _asked(read_prompts(prompt, prompts))
+        asked = _asked(read_prompts(prompts))
     with gathering(problems):
-        answering.check(context.output, measures=bool(data))
+        answering.check(context.output, measures=bool(held_out.data))
     with gathering(problems):
         stacks = plan_expressions(context.registry, what, base)
     if answering.computing.is_llama_cpp:
-        problems += _not_for_llama_cpp(context, stacks if not problems else [], data)
+        problems += _not_for_llama_cpp(context, stacks if not problems else [], held_out.data)
     if to is not None:
         with gathering(problems):
             pages.check_page_place(to)
     with gathering(problems):
-        records = read_data(data or ())
+        records = read_data(held_out.data or ())
     raise_all(problems)
     sampling = answering.sampling(max_new_tokens)
-    measured = MeasuredData(data or (), records, max_length)
+    measured = MeasuredData(held_out.data or (), records, held_out.max_length)
     found = compare_stacks(context, stacks, asked, sampling, measured, answering)
     notes = tuple(note for stack, _ in stacks for note in stack.notes)
     document = {"results": found.answers, "scores": found.scores, "path": str(to.absolute()) if to else None}
     if to is not None:
-        settings = settings_of(stacks, sampling, found.precision, measured.sources, max_length)
+        settings = settings_of(stacks, sampling, found.precision, measured.sources, held_out.max_length)
         pages.write_page(to, comparison_page(what, found.answers, found.scores, settings))
         said = f"wrote {len(found.answers)} answers side by side to {to}"
         return Result(document, str(to), lambda: render_comparison(what, [], found.scores, said), notes=notes)

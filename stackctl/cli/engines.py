@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from stackctl.cli.common import of_device
+from stackctl.cli.common import BaseOption, of_device
 from stackctl.core import Say
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.schema import Base
@@ -30,8 +30,17 @@ DEVICE = Annotated[Literal["auto", "cpu", "cuda", "mps"], of_device(help="Device
 
 
 @dataclass(frozen=True)
+class BaseOptions:
+    """Which base is loaded, how precisely and where to; each field is an option."""
+
+    base: BaseOption = None
+    dtype: DTYPE = "auto"
+    device: DEVICE = "auto"
+
+
+@dataclass(frozen=True)
 class Computing:
-    """The three options together."""
+    """By which engine answers are computed, how precisely and where."""
 
     engine: str = "auto"
     dtype: str = "auto"

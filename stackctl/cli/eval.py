@@ -11,19 +11,17 @@ import typer
 
 from stackctl.cli.common import (
     TRAIN,
-    BaseOption,
     Context,
     TemplateOptions,
     command,
     complete_what,
     expression,
 )
-from stackctl.cli.engines import DEVICE, DTYPE
+from stackctl.cli.engines import BaseOptions
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import (
-    DATA,
-    MAX_LENGTH,
     MeasuredData,
+    RecordOptions,
     load_common_base,
     read_data,
     score_stacks,
@@ -97,7 +95,8 @@ def evaluate(
     what: Annotated[
         list[str] | None, expression(metavar="[WHAT...]", help="Expressions; the current stack when left out.")
     ] = None,
-    data: DATA = None,
+    *,
+    held_out: RecordOptions,
     against: Annotated[
         str | None,
         typer.Option(
@@ -106,19 +105,15 @@ def evaluate(
             metavar="WHAT",
         ),
     ] = None,
-    max_length: MAX_LENGTH = 1024,
-    *,
     arguments: TemplateOptions,
     tasks: _Tasks,
-    base: BaseOption = None,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
+    loading: BaseOptions,
 ) -> Result:
     """Measure loss, perplexity and accuracy on supervised tokens, and scores on benchmark tasks.
 
     For pairs of answers: how many each stack ranks rightly and by how much, compared with --against or the base.
     """
-    data, template = data or [], arguments.template()
+    data, template = held_out.data or [], arguments.template()
     if not data and not tasks.task:
         raise Usage("no data to evaluate on", hint="stackctl eval base style --data heldout.jsonl")
     if against and not data:
@@ -128,13 +123,13 @@ def evaluate(
     tasks.check()
     asked = what or [current_stack(context.registry)]
     extra = [against] if against and against not in asked else []
-    stacks = plan_expressions(context.registry, [*asked, *extra], base)
+    stacks = plan_expressions(context.registry, [*asked, *extra], loading.base)
     harness = tasks.open()
     records = read_data(data)
-    stacked = load_common_base(context, stacks, dtype, device)
+    stacked = load_common_base(context, stacks, loading.dtype, loading.device)
     if harness:
         harness.attach(stacked)
-    sets = tokenise_data(context, stacked, MeasuredData(data, records, max_length, template, answers=True))
+    sets = tokenise_data(context, stacked, MeasuredData(data, records, held_out.max_length, template, answers=True))
     named = [(stack.text, plan) for stack, plan in stacks]
     reference = against or BASE
     if reference not in (names := [*asked, *extra]) and any(found.pairs for found in sets):

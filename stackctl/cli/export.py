@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,21 @@ stackctl export storyteller --format model --dtype bfloat16 --out storyteller-mo
 stackctl export storyteller --format peft --out storyteller-peft"""
 
 
+@dataclass(frozen=True)
+class _FormatOptions:
+    """What only one format has; each field is an option."""
+
+    modelfile: Annotated[bool, typer.Option(help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")] = (
+        False
+    )
+    whole_class: Annotated[
+        bool,
+        typer.Option(
+            help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants."
+        ),
+    ] = False
+
+
 @command("export", example=_EXAMPLES, panel=SHARE)
 def export(
     context: Context,
@@ -56,15 +72,8 @@ def export(
             help="Precision of what is written; auto is float32, for a model the base's own, for mlx the adapter's."
         ),
     ] = "auto",
-    modelfile: Annotated[
-        bool, typer.Option(help="With gguf: also write a Modelfile, for Ollama before 0.34.1.")
-    ] = False,
-    whole_class: Annotated[
-        bool,
-        typer.Option(
-            help="With peft, for a model that also takes images: names of the class in config.json, as vLLM wants."
-        ),
-    ] = False,
+    *,
+    extra: _FormatOptions,
     base: BaseOption = None,
 ) -> Result:
     """Export a stack as files for another program: streamed, checked, then moved into place."""
@@ -73,17 +82,17 @@ def export(
     if out is None:
         raise Usage("--out is missing", hint=f"stackctl export {stack.text} --format {format_} --out DIR")
     _check_place(out)
-    if modelfile and format_ != "gguf":
+    if extra.modelfile and format_ != "gguf":
         hint = f"stackctl export {stack.text} --format gguf --modelfile --out {shlex.quote(str(out))}"
         raise Usage("--modelfile belongs to --format gguf", hint=hint)
-    if whole_class and format_ != "peft":
+    if extra.whole_class and format_ != "peft":
         raise Usage("--whole-class belongs to --format peft", hint="leave it out")
     wanted = _DTYPES[format_][0] if dtype == "auto" else dtype
     if wanted not in _DTYPES[format_]:
         raise Usage(f"{format_} is not written in {dtype}", hint=f"choose --dtype {' or '.join(_DTYPES[format_])}")
-    plan = on_whole_class(plan) if whole_class else plan
+    plan = on_whole_class(plan) if extra.whole_class else plan
     check_digests(registry, stack.members)
-    report = _write(context, plan, format_, out.absolute(), wanted, modelfile)
+    report = _write(context, plan, format_, out.absolute(), wanted, modelfile=extra.modelfile)
     written = _files(out, report.pop("digests", {}))
     size = human_bytes(sum(file["bytes"] for file in written))
     data = {"format": format_, "path": str(out.absolute()), "files": written, "dtype": wanted, **report}
@@ -100,7 +109,9 @@ def _check_place(out: Path) -> None:
         raise Usage(f"{files[0]} is a file, so that {out} cannot be a folder", hint="choose another folder")
 
 
-def _write(context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, modelfile: bool) -> dict[str, Any]:
+def _write(
+    context: Context, plan: StackPlan, format_: str, out: Path, dtype: str, *, modelfile: bool
+) -> dict[str, Any]:
     """Write the files; returns rank, max_relative_error, exact, and digests of files where they are known already."""
     if format_ == "mlx":
         from stackctl.engine.export.mlx import export_mlx

@@ -14,9 +14,8 @@ from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.progress import counting_answers
 from stackctl.cli.prompt_options import (
     MAX_NEW,
-    PROMPT,
-    PROMPTS,
     GenerateOptions,
+    PromptOptions,
     answer_json,
     read_prompts,
     say_what_rounding_costs,
@@ -48,8 +47,8 @@ stackctl generate storyteller -p "Tell me about the sea.\""""
 def generate(
     context: Context,
     what: What = None,
-    prompt: PROMPT = None,
-    prompts: PROMPTS = None,
+    *,
+    prompts: PromptOptions,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -57,7 +56,6 @@ def generate(
         ),
     ] = None,
     max_new_tokens: MAX_NEW = 256,
-    *,
     answering: GenerateOptions,
     live: Annotated[
         bool, of_device(help="Keep the stack as one live LoRA instead of folding it into the base; slower.")
@@ -71,7 +69,7 @@ def generate(
     computing = answering.computing
     if computing.is_llama_cpp:
         _check_llama_cpp(stack, plan, registry, live)
-    asked = read_prompts(prompt, prompts)
+    asked = read_prompts(prompts)
     _check_place(to, output, asked)
     check_digests(registry, stack.members)
     for note in stack.notes:

@@ -32,7 +32,14 @@ DATA = Annotated[
         metavar="FILE",
     ),
 ]
-MAX_LENGTH = Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")]
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What stacks are measured on; each field is an option."""
+
+    data: DATA = None
+    max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")] = 1024
 
 
 def read_data(sources: Sequence[str]) -> list[RecordSet]:

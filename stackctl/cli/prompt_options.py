@@ -27,17 +27,6 @@ _of_sampling = partial(typer.Option, rich_help_panel="Sampling")
 _EXACT = 1e-3
 """The share of a stack's change that may go without a word."""
 
-PROMPT = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", parser=typed_text, help="A prompt; may be given several times.", metavar="TEXT"),
-]
-PROMPTS = Annotated[
-    Path | None,
-    typer.Option(
-        help="A file of prompts: one a line, or JSON Lines of {'prompt'} or {'messages'} (.jsonl, .json).",
-        metavar="FILE",
-    ),
-]
 MAX_NEW = Annotated[int, of_output(min=1, help="Longest answer in tokens.")]
 RAW = Annotated[bool, of_output(help="Skip the chat template: the model continues the text.")]
 SYSTEM = Annotated[str | None, of_output(parser=typed_text, help="A system message before the prompt.")]
@@ -48,6 +37,23 @@ def idle_with_raw(raw: bool, options: dict[str, Any]) -> Iterator[Usage]:
     if raw and (idle := [name for name, value in options.items() if value is not None]):
         what = f"--raw goes on from the text as it stands, and {', '.join(idle)} would change nothing"
         yield Usage(what, hint=f"leave out --raw, or {', '.join(idle)}")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is answered; each field is an option."""
+
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", parser=typed_text, help="A prompt; may be given several times.", metavar="TEXT"),
+    ] = None
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts: one a line, or JSON Lines of {'prompt'} or {'messages'} (.jsonl, .json).",
+            metavar="FILE",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class GenerateOptions(TemplateOptions):
         )  # fmt: skip
 
 
-def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | None:
+def read_prompts(asked: PromptOptions) -> list[Prompt] | None:
     """The prompts that were asked for; None means: chat, for nobody gave any and this is a terminal.
 
     Raises:
@@ -134,6 +140,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt] | N
     """
     from stackctl.engine.records.prompt_files import Prompt, read_prompt_file
 
+    given, file = asked.prompt, asked.prompts
     several = len(given or ()) > 1
     prompts = [
         Prompt(text, place=f"prompt {number}" if several else "the prompt")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,28 +31,47 @@ stackctl push storyteller me/storyteller --private
 stackctl push storyteller me/storyteller --members --tag v2"""
 
 
+@dataclass(frozen=True)
+class _RepoOptions:
+    """How the commit comes into the repo; each field is an option."""
+
+    private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False
+    revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None
+    create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False
+    message: Annotated[str | None, _of_repo("--message", "-m", parser=typed_text, help="Commit message.")] = None
+    tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None
+
+
+@dataclass(frozen=True)
+class _CardOptions:
+    """What the model card says beyond the entries; each field is an option."""
+
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
+    ] = None
+    license_: Annotated[str | None, _of_card("--license", help="License, such as apache-2.0.", metavar="NAME")] = None
+    language: Annotated[
+        list[str] | None, _of_card(help="Language code, such as en; may be repeated.", metavar="CODE")
+    ] = None
+    dataset: Annotated[list[str] | None, _of_card(help="A data set on the Hub; may be repeated.", metavar="ID")] = None
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return tuple(self.dataset or ())
+
+
 def _push(
     context: Context,
     what: Annotated[
         str | None, expression(help="An adapter, a stack or an expression; the current stack when left out.")
     ] = None,
     repo: Annotated[str | None, argument(help="The repo on the Hub, owner/name; else the recipe's push:.")] = None,
-    private: Annotated[bool, _of_repo(help="Make a new repo private.")] = False,
-    revision: Annotated[str | None, _of_repo(help="The branch to push to.", metavar="BRANCH")] = None,
-    create_pr: Annotated[bool, _of_repo(help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, _of_repo("--message", "-m", parser=typed_text, help="Commit message.")] = None,
-    tag: Annotated[str | None, _of_repo(help="Tag for the commit.")] = None,
+    *,
+    into: _RepoOptions,
     members: Annotated[
         bool, typer.Option(help="Also push each member in its own folder, so that pull restores them separately.")
     ] = False,
-    base_id: Annotated[
-        str | None, typer.Option("--base-id", help="The base's id on the Hub, when it is not known.", metavar="ID")
-    ] = None,
-    license_: Annotated[str | None, _of_card("--license", help="License, such as apache-2.0.", metavar="NAME")] = None,
-    language: Annotated[
-        list[str] | None, _of_card(help="Language code, such as en; may be repeated.", metavar="CODE")
-    ] = None,
-    dataset: Annotated[list[str] | None, _of_card(help="A data set on the Hub; may be repeated.", metavar="ID")] = None,
+    card: _CardOptions,
     dry_run: Annotated[bool, typer.Option(help="Show what would be pushed; send nothing.")] = False,
 ) -> Result:
     """Push an adapter or a stack to the Hub, in one commit: weights, tokenizer, recipe and card."""
@@ -61,7 +81,7 @@ def _push(
     from stackctl.hub.repo_place import parse_repo
 
     registry, output = context.registry, context.output
-    problems = [*_unfit_words(dataset or [], {"--revision": revision, "--tag": tag})]
+    problems = [*_unfit_words(card.datasets, {"--revision": into.revision, "--tag": into.tag})]
     target = attempt(problems, _target, registry, what, repo)
     stack: Any = attempt(problems, resolve_expression, registry, target.stack) if target else None
     repo_id: Any = attempt(problems, parse_repo, target.repo) if target else None
@@ -69,14 +89,14 @@ def _push(
     options = PushOptions(
         again=typed(),
         export=functools.partial(_export, registry, output.status),
-        base_id=target.base_id if base_id is None else base_id,
-        facts=CardFacts(license_, tuple(language or ()), tuple(dataset or ())),
+        base_id=target.base_id if card.base_id is None else card.base_id,
+        facts=CardFacts(card.license_, tuple(card.language or ()), card.datasets),
         members=members,
-        private=private or target.private,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        tag=tag,
+        private=into.private or target.private,
+        revision=into.revision,
+        create_pr=into.create_pr,
+        message=into.message,
+        tag=into.tag,
         dry_run=dry_run,
         progress=output.shows_progress,
     )
@@ -89,7 +109,7 @@ push_to_hub = command(
 )(_push)
 
 
-def _unfit_words(datasets: list[str], refs: dict[str, str | None]) -> Iterator[StackctlError]:
+def _unfit_words(datasets: Sequence[str], refs: dict[str, str | None]) -> Iterator[StackctlError]:
     """What the Hub, or git, has no place for: ids of data sets, and names of a branch or a tag by their options."""
     if wrong := [one for one in datasets if not is_dataset_id(one)]:
         said = f"--dataset {', '.join(map(repr, wrong))}: not the id of a data set on the Hub"

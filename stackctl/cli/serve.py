@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, Current, command, expression, of_device
-from stackctl.cli.engines import DEVICE, DTYPE, Computing, check_has_gguf
+from stackctl.cli.common import TRAIN, Context, Current, command, expression, of_device
+from stackctl.cli.engines import BaseOptions, Computing, check_has_gguf
 from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
 
@@ -51,9 +51,7 @@ def serve(
     ] = "auto",
     *,
     address: Address,
-    base: BaseOption = None,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
+    loading: BaseOptions,
 ) -> None:
     """Serve every expression of the registry under OpenAI's API, and a page to mix them.
 
@@ -64,14 +62,14 @@ def serve(
     from stackctl.serving.model_names import ModelNames, common_base
 
     output, registry = context.output, context.registry
-    computing = Computing(engine, dtype, device)
+    computing = Computing(engine, loading.dtype, loading.device)
     computing.check()
-    found, first = common_base(registry, what or [], base)
+    found, first = common_base(registry, what or [], loading.base)
     models = ModelNames(registry, found, first)
     if computing.is_llama_cpp:
         check_has_gguf(found, registry)
     if engine == "vllm":
-        _serve_by_vllm(context, models, address, dtype, device)
+        _serve_by_vllm(context, models, address, loading)
         return
     from stackctl.serving.http_server import listen, run
 
@@ -106,18 +104,18 @@ def _say_ready(context: Context, models: ModelNames, address: Address, engine: s
         output.note(f"{address.host} can be reached from other machines, and no --api-key is asked for")
 
 
-def _serve_by_vllm(context: Context, models: ModelNames, address: Address, dtype: str, device: str) -> None:
+def _serve_by_vllm(context: Context, models: ModelNames, address: Address, loading: BaseOptions) -> None:
     """Start vLLM with the registry's expressions as its models, and wait for its end."""
     from stackctl.serving.http_server import listen
     from stackctl.serving.vllm_server import VllmOptions, check_vllm, run_vllm, vllm_line
 
-    if device != "auto":
-        raise Usage("vLLM uses the devices that it was built for", hint=f"leave out --device {device}")
+    if loading.device != "auto":
+        raise Usage("vLLM uses the devices that it was built for", hint=f"leave out --device {loading.device}")
     plans = [models.find(text)[1] for text in models.first]
     program = check_vllm(plans)
     with listen(address.host, address.port) as free:  # it is free, and vLLM takes it a moment later
         port = free.getsockname()[1]
-    wanted = VllmOptions(address.host, port, address.api_key, dtype)
+    wanted = VllmOptions(address.host, port, address.api_key, loading.dtype)
     line = vllm_line(program, models, plans, wanted)
     context.output.status("starting " + shlex.join(line))
     run_vllm(line, context.registry.root, wanted, lambda: _say_ready(context, models, address, "vllm", port))
