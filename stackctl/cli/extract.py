@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,9 @@ from stackctl.registry.base_models import parse_source
 from stackctl.registry.versions import NewVersion, check_adapter_name, register_checkpoint, version_facts
 from stackctl.render.output import Result
 from stackctl.storage import atomic
+
+if TYPE_CHECKING:
+    from stackctl.engine.to_lora.extraction import Extraction
 
 _EXAMPLES = """\
 stackctl extract chat --base smollm2 --tuned ./my-full-finetune --rank 32
@@ -86,11 +90,17 @@ def extract(
         f"extracted {label}: rank {found.rank} on {len(found.pairs)} modules, "
         f"{found.relative_error:.2%} of the change is lost"
     )
-    notes = [f"kept whole: {', '.join(compact_names(found.saved_modules))}"] if found.saved else []
-    notes += [f"changed and not kept: {', '.join(compact_names(found.left_out))}"] if found.left_out else []
+    return Result(data, label, text, notes=tuple(_notes(found, f"{tuned} did not grow out of {found_base.name}")))
+
+
+def _notes(found: Extraction, else_: str) -> Iterator[str]:
+    """What is remarkable about an extraction; ``else_`` is why much may be lost at any rank."""
+    if found.saved:
+        yield f"kept whole: {', '.join(compact_names(found.saved_modules))}"
+    if found.left_out:
+        yield f"changed and not kept: {', '.join(compact_names(found.left_out))}"
     if found.relative_error > _MUCH:
-        notes.append(f"most of the change is lost: raise --rank, or {tuned} did not grow out of {found_base.name}")
-    return Result(data, label, text, notes=tuple(notes))
+        yield f"most of the change is lost: raise --rank, or {else_}"
 
 
 def _rank(text: str) -> int | None:

@@ -21,9 +21,10 @@ BASE = "base"
 """The expression that means: the base model alone."""
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
-_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+"""A finite number, in an expression and in YAML alike."""
 _NAME_RE = re.compile(_NAME)
-_TERM_RE = re.compile(rf"(?P<name>{_NAME})(?:@(?P<version>[0-9]+))?(?::(?P<weight>{_NUMBER}))?")
+_TERM_RE = re.compile(rf"(?P<name>{_NAME})(?:@(?P<version>[0-9]+))?(?::(?P<weight>{NUMBER}))?")
 _STACK_NAME_RE = re.compile(rf"{_NAME}(?:\+{_NAME})*")
 _MAX_STACK_NAME = 240  # it is the name of a file, with an extension, and file systems hold 255 bytes
 _QUOTED = 120

@@ -15,6 +15,7 @@ from stackctl.core.provenance import DataSource
 from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember
 from stackctl.hub.remote_files import Content
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_config, read_info
+from stackctl.lora.checkpoint_template import TEMPLATE_FILE
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.registry.checkpoint_files import check_links, stays_inside
@@ -27,7 +28,7 @@ ADAPTER_FILE = "adapter.yaml"
 MEMBERS = "members"
 """The folder with those members of a stack that lie in it by themselves."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_CHAT_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+_CHAT_TEMPLATES = {TEMPLATE_FILE, "chat_template.json"}
 TOKENIZER_FILES = (*TOKENIZER, *sorted(_CHAT_TEMPLATES))
 CHECKPOINT = (CONFIG, WEIGHTS, INFO, LOG, *TOKENIZER_FILES)
 """The files of a checkpoint that travel. Nothing else does, in either direction: what is not here is not fetched."""

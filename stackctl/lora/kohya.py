@@ -19,7 +19,7 @@ from typing import Any
 from stackctl.core.errors import Incompatible, StackctlError, listed_problems
 from stackctl.core.schema import Base
 from stackctl.lora.checkpoint import CONFIG
-from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.recognition import KOHYA
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.lora.target_modules import expand_modules
@@ -58,7 +58,7 @@ class KohyaAdapter:
         """The tensors by PEFT's names, and whether each lies the other way round, as none does."""
         made = {}
         for module, parts in self.tensors.items():
-            for name, part in zip(factor_names(f"base_model.model.{module}", "Linear"), "AB", strict=True):
+            for name, part in zip(factor_names(f"{PEFT_PREFIX}{module}", "Linear"), "AB", strict=True):
                 made[name] = parts[part], False
         return made
 

@@ -12,6 +12,8 @@ from stackctl.core.errors import Incompatible
 from stackctl.core.fields import Finite
 from stackctl.core.schema import Lora
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, listed_problems
 from stackctl.lora.checkpoint import CONFIG
-from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
 from stackctl.storage.files import read_json_if_any
 
@@ -46,9 +46,9 @@ class MlxAdapter:
         made = {}
         for module, parts in self.tensors.items():
             kind = "Embedding" if is_embedding(module) else "Linear"
-            names = dict(zip(("lora_a", "lora_b"), factor_names(f"base_model.model.{module}", kind), strict=True))
+            names = dict(zip(("lora_a", "lora_b"), factor_names(f"{PEFT_PREFIX}{module}", kind), strict=True))
             for part, info in parts.items():
-                name = names.get(part, f"base_model.model.{module}.lora_magnitude_vector")
+                name = names.get(part, f"{PEFT_PREFIX}{module}.lora_magnitude_vector")
                 made[name] = info, part != "m"
         return made
 

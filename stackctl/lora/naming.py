@@ -22,7 +22,8 @@ _DECODERS = frozenset(
     ("model", "language_model", "text_model", "decoder", "transformer", "backbone", "llm", "gpt_neox", "thinker", "")
 )
 """What the way to a decoder is made of; a tower for images or sound is reached by other names."""
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+"""A number between dots in a module's name: of a layer, of an expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,8 @@ def _former(base: Base, known: dict[str, ModuleShape]) -> Naming | None:
     names: dict[str, ModuleShape] = {}
     places: dict[str, Place] = {}
     for name, shape in known.items():
-        indices = _INDEX.findall(name)
-        former = base.former_names.get(_INDEX.sub("*", name))
+        indices = INDEX.findall(name)
+        former = base.former_names.get(INDEX.sub("*", name))
         if former is None:
             names[name], places[name] = shape, Place(name)
         elif shape.type in EXPERTS:

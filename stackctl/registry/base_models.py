@@ -32,7 +32,7 @@ TOKENIZER = (
 )  # fmt: skip
 """The files that say how text becomes tokens; a folder has some of them, and its chat template besides."""
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SAMPLE = 256
 # What loading and saving a model changes in its configuration without changing the model.
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
         Incompatible: none, or only pickles.
         NotFound: a file that the configuration or the index names is missing.
     """
-    config, single, index = (folder / name for name in ("config.json", "model.safetensors", _INDEX))
+    config, single, index = (folder / name for name in ("config.json", "model.safetensors", INDEX_FILE))
     if config.is_file() and (named := read_json(config).get("transformers_weights")) is not None:
         single = index = _named_weights(folder, named)
     if single.suffix == ".safetensors" and single.is_file():

@@ -23,6 +23,7 @@ from stackctl.core.fields import SCHEMA
 from stackctl.core.schema import Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
 from stackctl.plan.methods import check_method
 from stackctl.storage import atomic, files
+from stackctl.storage.hashes import DIGESTS_FILE
 from stackctl.storage.locks import locked
 from stackctl.storage.paths import typed_path
 from stackctl.storage.yaml_files import read_yaml
@@ -31,7 +32,7 @@ E = TypeVar("E", Base, Adapter, Stack, Removed)
 _FILE = "registry.yaml"
 _FOLDERS: dict[type, str] = {Base: "bases", Adapter: "adapters", Stack: "stacks", Removed: "removed"}
 _KEEP_ONE_SIDE = "keep one side, register the other's weights anew: git checkout --ours {path}; stackctl add {name} DIR"
-_IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", ".digests.json")
+_IGNORED_BY_GIT = ("weights/", "runs/", "logs/", ".lock", ".tmp-*", DIGESTS_FILE)
 
 
 def asked_registry(explicit: Path | None) -> Path | None:

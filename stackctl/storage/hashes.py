@@ -47,7 +47,7 @@ def file_state(info: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def is_settled(info: os.stat_result, now: float) -> bool:
-    """Whether a file's next change is sure to show in its :func:`state`, as it was at the time ``now``."""
+    """Whether a file's next change is sure to show in its :func:`file_state`, as it was at the time ``now``."""
     return now - max(info.st_mtime, info.st_ctime) > _SETTLED_SECONDS
 
 

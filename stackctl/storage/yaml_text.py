@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from stackctl.core.errors import MergeConflict, Usage
+from stackctl.core.expressions import NUMBER
 
 _MAX_DEPTH = 50
 MOST_VALUES = 1_000_000
@@ -27,7 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(NUMBER)
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _FIRST = frozenset("+-.0123456789~nNtTfF")
 """What begins a plain scalar that may be anything but text."""

@@ -67,6 +67,14 @@ def h(tiny_registry: Any) -> Any:
 
 
 @pytest.fixture
+def style_and_instruct(h: Any) -> Any:
+    """The same with a random adapter of each name."""
+    h.add("style", seed=1)
+    h.add("instruct", seed=2)
+    return h
+
+
+@pytest.fixture
 def empty_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the test's own cache has tokens and references; nothing is there yet."""
     monkeypatch.setenv("STACKCTL_CACHE", str(tmp_path / "cache"))

@@ -13,17 +13,12 @@ from webpage import Page
 STACKS = ("base", "style", "style+instruct")
 
 
-@pytest.fixture
-def three(h: Any) -> Any:
-    h.add("style", seed=1)
-    h.add("instruct", seed=2)
-    return h
-
-
-def test_scores_are_those_of_eval_and_the_base_is_loaded_once(three: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_eval_and_the_base_is_loaded_once(
+    style_and_instruct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from stackctl.engine import models
 
-    h, loads = three, []
+    h, loads = style_and_instruct, []
     original = models.load_base
     monkeypatch.setattr(models, "load_base", lambda *a, **k: loads.append(a) or original(*a, **k))
     data = ("--data", h.data(TEXTS, "texts.jsonl").name, "--data", h.data(CHAT, "chat.jsonl").name, "--max-length", 24)
@@ -44,8 +39,8 @@ def test_scores_are_those_of_eval_and_the_base_is_loaded_once(three: Any, monkey
     assert "perplexity" in shown and "texts.jsonl" in shown and all(stack in shown for stack in STACKS)
 
 
-def test_the_page_has_what_the_json_has(three: Any, tmp_path: Path) -> None:
-    h = three
+def test_the_page_has_what_the_json_has(style_and_instruct: Any, tmp_path: Path) -> None:
+    h = style_and_instruct
     data, prompts = h.data(TEXTS, "held-out.jsonl"), h.folder / "prompts.jsonl"
     hostile = "<script>alert('x')</script> & \"so\" on"
     prompts.write_text(json.dumps({"prompt": hostile}) + '\n"Who?"\n')
@@ -76,12 +71,12 @@ def test_the_page_has_what_the_json_has(three: Any, tmp_path: Path) -> None:
 
 
 def test_everything_that_is_wrong_is_said_before_anything_is_loaded(
-    three: Any, monkeypatch: pytest.MonkeyPatch
+    style_and_instruct: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stackctl.engine import models
 
     monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
-    h = three
+    h = style_and_instruct
     (h.folder / "bad.jsonl").write_text('{"text": "x"}\n{"txt": 1}\n')
     (h.folder / "folder.html").mkdir()
     wrong = h.run(

@@ -35,13 +35,6 @@ def two_adapters(h: Any) -> Any:
     return model
 
 
-@pytest.fixture
-def style_and_instruct(h: Any) -> Any:
-    h.add("style", seed=1)
-    h.add("instruct", seed=2)
-    return h
-
-
 # -- style is active --------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_dat
 from stackctl.engine.data.template_rendering import render_template
 from stackctl.engine.quiet_libraries import off_stdout
 from stackctl.engine.records.types import Message
+from stackctl.lora.checkpoint_template import TEMPLATE_FILE
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json_if_any
@@ -32,7 +33,7 @@ _FACTS, _BACKEND = "reader.json", "reader.tokenizer.json"
 _FURTHER = "additional_chat_templates"
 """A folder of further templates, by name, among which transformers chooses."""
 _LAYOUT = 2
-_READ = (*TOKENIZER, "chat_template.jinja", "config.json", "generation_config.json")
+_READ = (*TOKENIZER, TEMPLATE_FILE, "config.json", "generation_config.json")
 _TEXTS = ("", "Hello, world!", "  two  spaces\n\n\tand a tab ", "Grüße — 海は静か。 🌊", "it's 12,345.67 <b>x</b>")
 _OWN = (
     "__call__", "_encode_plus", "apply_chat_template", "get_chat_template", "special_tokens_map", "get_vocab",

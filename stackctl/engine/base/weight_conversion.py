@@ -9,7 +9,6 @@ them, an embedding, is there twice, and the allocator keeps much of what was fre
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.uninitialised import loading_into
 from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
+from stackctl.lora.naming import INDEX
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_parameters import parameter_of
 from stackctl.registry.base_models import read_base_tensors
@@ -94,9 +94,6 @@ def load_converting(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return model, found
 
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
-
-
 def former_names(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> dict[str, list[str]]:
     """Modules to their former names, both with ``*`` for each number; of experts stacked in one parameter, the former
     names of the parts of a matrix, with a last ``*`` for the expert. What kept its name is left out.
@@ -115,7 +112,7 @@ def former_names(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> 
         else:
             former = [apply_renamings(parameter, renamings)]
         if former and former != [parameter]:
-            found[_INDEX.sub("*", name)] = [_INDEX.sub("*", part.removesuffix(".weight")) for part in former]
+            found[INDEX.sub("*", name)] = [INDEX.sub("*", part.removesuffix(".weight")) for part in former]
     return found
 
 

@@ -21,7 +21,7 @@ from stackctl.engine.data.chat_template import run_date
 from stackctl.engine.records.types import Message
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""The keys of a turn's thought, the one that most templates read first."""
+"""The keys of a turn's thought in transformers' own order (``_REASONING_FIELDS`` in 5.23)."""
 
 
 def render_template(

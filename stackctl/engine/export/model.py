@@ -19,14 +19,14 @@ from stackctl.engine.token_rows import refuse_biased
 from stackctl.lora.safetensors_header import read_header
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import StackPlan
+from stackctl.registry.base_models import INDEX_FILE
 from stackctl.registry.base_quantization import KEYS
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json
 
 _SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _ALONGSIDE = ("*.json", "*.jinja", "*.model", "*.txt")
-_NOT_COPIED = {_INDEX, "adapter_config.json", "adapter_info.json", "trainer_state.json"}
+_NOT_COPIED = {INDEX_FILE, "adapter_config.json", "adapter_info.json", "trainer_state.json"}
 
 
 def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto") -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _write_side_files(source: ModelTensors, base: Path, staged: Path, shards: di
         sizes = [path.stat().st_size for path in staged.glob("*.safetensors")]
         weight_map = {tensor.name: shard for shard, wanted in shards.items() for tensor in wanted}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-        atomic.write_atomic(staged / _INDEX, json.dumps(index, indent=2) + "\n")
+        atomic.write_atomic(staged / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _describe_weights(config: dict[str, Any], source: ModelTensors) -> None:

@@ -12,7 +12,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from stackctl.lora.checkpoint_template import TEMPLATE_FILE, templates_of
-from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
@@ -20,8 +20,6 @@ from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.plan.token_rows import KEY, all_tokens, peft_rows
 from stackctl.storage import atomic
-
-_PREFIX = "base_model.model."
 
 
 def export_peft(
@@ -81,11 +79,11 @@ def _layout(plan: StackPlan, ranks: dict[str, int]) -> list[tuple[str, tuple[int
     for name, module in plan.modules.items():
         rank = ranks[name] * module.experts
         rows, columns = module.shape if module.type != "Embedding" else module.shape[::-1]
-        a, b = factor_names(f"{_PREFIX}{wrapped.get(name, name)}", module.type)
+        a, b = factor_names(f"{PEFT_PREFIX}{wrapped.get(name, name)}", module.type)
         found += [(a, (rank, columns)), (b, (rows, rank))]
     for name, trained in peft_rows(plan).items():
         shape = len(all_tokens(trained)), trained[0].tensor.shape[1]
-        found.append((f"{_PREFIX}{name}.token_adapter.trainable_tokens_delta", shape))
+        found.append((f"{PEFT_PREFIX}{name}.token_adapter.trainable_tokens_delta", shape))
     return found
 
 

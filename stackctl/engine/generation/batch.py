@@ -18,9 +18,9 @@ _READ_AT_ONCE = 4096
 
 
 class BatchCache(Protocol):
-    """Keys and values of a batch, and the model that reads and goes on from them: :class:`RunningRows` of a decoder of
-    ours, :class:`PaddedRows` of transformers'. ``mode`` is what the computing is done in; ``pads``: prompts that are
-    read together are padded; ``draft_costs`` see :class:`Drafts`, none where a step takes one token."""
+    """Keys and values of a batch, and the model that reads and goes on from them: ``KVCache`` of a decoder of ours,
+    ``PaddedKVCache`` of transformers'. ``mode`` is what the computing is done in; ``pads``: prompts that are read
+    together are padded; ``draft_costs`` see :class:`Drafts`, none where a step takes one token."""
 
     draft_costs: Mapping[int, float]
     pads: bool

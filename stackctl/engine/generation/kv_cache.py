@@ -42,8 +42,8 @@ class Attending(Protocol):
 
 
 class Decoder(Protocol):
-    """What computes the rows; ``groups`` is how many heads see one key, ``draft_costs`` what several tokens of a row in
-    one step cost, see :class:`Drafts`."""
+    """What computes the rows; ``groups`` is how many heads see one key, ``draft_costs`` what several tokens of
+    a row in one step cost, see :class:`~stackctl.engine.generation.drafts.Drafts`."""
 
     draft_costs: Mapping[int, float]
     kept: CacheShape

@@ -9,7 +9,7 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 Scored = tuple[int, float]
 _LEAST = -9999.0
@@ -100,7 +100,7 @@ class TokenBytes:
         if token in self._special:
             return str(name).encode()
         alone = self._decode([token])
-        if _INCOMPLETE in alone:
+        if INCOMPLETE in alone:
             if byte := _BYTE.fullmatch(name):
                 return bytes([int(byte[1], 16)])
             if all(letter in self._letters for letter in name):

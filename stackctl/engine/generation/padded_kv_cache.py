@@ -2,7 +2,7 @@
 
 Models that are no plain decoders need it: transformers counts the columns of a sliding window from the newest one, and
 some models take positions from the mask, so that the newest tokens of all rows have to be in one column. What a
-:class:`RunningRows` has beside one another would be seen, or hidden, wrongly.
+:class:`~stackctl.engine.generation.kv_cache.KVCache` has beside one another would be seen, or hidden, wrongly.
 """
 
 from __future__ import annotations

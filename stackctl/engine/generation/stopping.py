@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stackctl.engine.data.turns import end_of_turn
-from stackctl.engine.generation.logprobs import TokenLogprob, laid_out
+from stackctl.engine.generation.logprobs import INCOMPLETE, TokenLogprob, laid_out
 from stackctl.engine.generation.reader import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OnText = Callable[[str], object]
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to while the others are not there yet."""
 
 
@@ -58,7 +57,7 @@ class TokenText:
         """What is now certain to follow; nothing while a character is incomplete."""
         self._ids.append(token)
         text = decode(self._tokenizer, self._ids)
-        if text.endswith(_INCOMPLETE) or len(text) <= len(self._before):
+        if text.endswith(INCOMPLETE) or len(text) <= len(self._before):
             return ""
         new = text[len(self._before) :]
         self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given

@@ -20,12 +20,11 @@ from torch import Tensor
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS
-from stackctl.lora.lora_config import factor_names, plain_lora_config
+from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, wrapped_names
 from stackctl.storage import atomic
 
-_PREFIX = "base_model.model."
 _OVERSAMPLING, _ITERATIONS = 16, 4
 _SMALL = 512
 """The smaller side up to which a matrix is decomposed exactly."""
@@ -105,10 +104,10 @@ class LowRankPairs:
 
     def write(self, folder: Path, base: Base, settings: Mapping[str, Any]) -> None:
         """Write a PEFT checkpoint: alpha = rank on every module, so that nothing is scaled."""
-        tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in self.saved.items()}
+        tensors = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in self.saved.items()}
         for module, bias in self.biases.items():
             within = f"{module}.base_layer" if module in self.pairs else module
-            tensors[f"{_PREFIX}{within}.bias"] = bias.contiguous()
+            tensors[f"{PEFT_PREFIX}{within}.bias"] = bias.contiguous()
         known = expand_modules(base.modules)
         wrapped = wrapped_names([module for module in self.pairs if known[module].type in EXPERTS], known)
         modules, parameters = dict[str, int](), dict[str, int]()
@@ -118,7 +117,7 @@ class LowRankPairs:
                 parameters[parameter_of(module, known[module])] = self._rank(module)
             else:
                 modules[module] = self._rank(module)
-            names = factor_names(f"{_PREFIX}{wrapped.get(module, module)}", kind)
+            names = factor_names(f"{PEFT_PREFIX}{wrapped.get(module, module)}", kind)
             tensors |= {name: factor.contiguous() for name, factor in zip(names, pair, strict=True)}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         config = {

@@ -32,6 +32,7 @@ from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.outcome import problems_of_run
 from stackctl.jobs.teacher import Teacher
 from stackctl.lora.checkpoint import INFO, read_checkpoint
+from stackctl.lora.checkpoint_template import TEMPLATE_FILE
 from stackctl.plan.build import plan_stack
 from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID
@@ -157,7 +158,7 @@ def _entry(
             )
             for m in stack.members
         ],
-        chat_template="chat_template.jinja" if (staged / "chat_template.jinja").is_file() else None,
+        chat_template=TEMPLATE_FILE if (staged / TEMPLATE_FILE).is_file() else None,
         usage=f"stackctl generate {used_with}",
         created_by=f"stackctl {__version__}",
     )

@@ -31,6 +31,7 @@ from stackctl.engine.base.module_shapes import is_called, text_modules
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
+from stackctl.lora.lora_config import PEFT_PREFIX
 from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, shortest_suffixes
 from stackctl.plan.token_rows import KEY
@@ -273,7 +274,7 @@ def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
     lost = dict[str, str]()
     for key in result.missing_keys:
         if f".{ADAPTER}" in key and "lora_" in key:
-            name = key.removeprefix("base_model.model.").partition(".lora_")[0].replace(".base_layer", "")
+            name = key.removeprefix(PEFT_PREFIX).partition(".lora_")[0].replace(".base_layer", "")
             held = {own for own in chosen if own == name or own.rpartition(".")[0] == name}
             lost |= dict.fromkeys(held, "PEFT does not find its tensors again when it loads them")
     return lost
