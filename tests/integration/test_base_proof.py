@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from stackctl.engine.base import base_proof as base_proof
+from stackctl.engine.base import base_proof
 
 
 @pytest.fixture(autouse=True)
