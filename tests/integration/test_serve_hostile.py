@@ -94,7 +94,8 @@ def _impatient(arguments, folder, out, errors, **environment):
     place = folder / "impatience"
     place.mkdir(exist_ok=True)
     (place / "sitecustomize.py").write_text(
-        "from stackctl.serving import guard, http_server\nhttp_server._HEAD = guard._STALLED = 4.0\nhttp_server._UNREAD = 2.0\n"
+        "from stackctl.serving import guard, http_server as server\n"
+        "server._HEAD = guard._STALLED = 4.0\nserver._UNREAD = 2.0\n"
     )
     return warm.Command(arguments, folder, out, errors, **environment, PYTHONPATH=str(place))
 
