@@ -150,11 +150,11 @@ def random_adapter(base: Path, out: Path, *, seed: int = 0, scale: float = 0.3, 
     return out
 
 
-def save_adapter(model: Any, out: Path) -> None:
+def save_adapter(model: Any, out: Path, **options: Any) -> None:
     """PEFT's own ``save_pretrained`` into a folder with a card: where there is none, its template is compiled anew."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text("---\nlibrary_name: peft\n---\n")
-    model.save_pretrained(out)
+    model.save_pretrained(out, **options)
 
 
 def _write_random_adapter(base: Path, out: Path, settings: dict[str, Any], seed: int, scale: float) -> None:

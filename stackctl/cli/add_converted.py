@@ -16,6 +16,7 @@ from stackctl.core.errors import Incompatible, Usage, VerificationFailed
 from stackctl.core.provenance import Converted
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
+from stackctl.lora.naming import on_base
 from stackctl.lora.recognition import recognise_task
 from stackctl.plan.build import plan_stack
 from stackctl.plan.refusals import refusals
@@ -111,6 +112,7 @@ def add_converted(
     kind = kind_of(checkpoint.config)
     assert kind is not None
     plan = read_plan(registry, stack).check()
+    checkpoint = on_base(checkpoint, stack.base)
     _check(checkpoint, name)
     from stackctl.engine.quick_imports import import_peft, import_transformers
 

@@ -155,10 +155,11 @@ class StackedModel:
         self.plan, self.rounding_error = None, 0.0
 
     def _read_again(self) -> None:
-        """Give every weight that was touched its value of the files; a head that they do not have, its twin's."""
+        """Give every weight that was touched its value of the files; what they do not have, its twin's."""
         layout, embedding = self.layout, self.model.get_input_embeddings()
         twin = next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
-        sources = {name: twin if layout.group(name) is None else name for name in self._touched}
+        twins = layout.twins()
+        sources = {name: name if layout.group(name) else twins.get(name, twin) for name in self._touched}
         with torch.no_grad():
             for source, value in layout.read(set(sources.values())):
                 for name in [name for name, own in sources.items() if own == source]:

@@ -29,7 +29,7 @@ INFO = "adapter_info.json"
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 """What torch.compile, FSDP and activation checkpointing put into the names of what they wrap."""
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-"""What PEFT saves, and loads again, without being told to (src/peft/utils/constants.py: EMBEDDING_LAYER_NAMES)."""
+"""What embedding and head are mostly called (src/peft/utils/constants.py: EMBEDDING_LAYER_NAMES)."""
 
 Role = Literal["A", "B", "aside", "lora_bias", "magnitude", "tokens", "saved", "bias", "unknown"]
 
@@ -91,12 +91,15 @@ def parse_tensor_name(name: str) -> Slot:
 class Checkpoint:
     """A PEFT checkpoint on disk.
 
-    ``config`` is ``adapter_config.json`` as it stands; ``tensors`` the header of the weights.
+    ``config`` is ``adapter_config.json`` as it stands; ``tensors`` the header of the weights. ``embeddings`` are the
+    base's embedding and head by the names of this checkpoint, which PEFT saves beside any adapter where it is told to
+    or where they were resized (``save_embedding_layers``), and loads; None where no base is at hand.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    embeddings: frozenset[str] | None = None
 
     @property
     def weights_path(self) -> Path:
@@ -122,11 +125,18 @@ class Checkpoint:
         if _WRAPPED_MODULE.search(slot.module):
             return replace(slot, role="aside")
         # PEFT wraps the modules whose names end so, and saves everything below them, biases too.
-        if any(f"{saved}." in f"{slot.module}." for saved in self.config.get("modules_to_save") or ()):
+        if self.is_told_to_save(slot.module) or self._is_embedding(slot):
             return replace(slot, role="saved")
-        if slot.role == "saved" and slot.module.rpartition(".")[2] in _EMBEDDINGS and name.endswith(".weight"):
-            return slot
         return slot if slot.role == "bias" else replace(slot, role="unknown")
+
+    def is_told_to_save(self, module: str) -> bool:
+        """Whether a module is one of those that the configuration names as trained whole, or lies below one."""
+        return any(f"{saved}." in f"{module}." for saved in self.config.get("modules_to_save") or ())
+
+    def _is_embedding(self, slot: Slot) -> bool:
+        if self.embeddings is not None:
+            return slot.module in self.embeddings
+        return slot.role == "saved" and slot.module.rpartition(".")[2] in _EMBEDDINGS
 
     @cached_property
     def pairs(self) -> dict[str, dict[str, TensorInfo]]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stackctl.core.schema import Base, ModuleShape
-from stackctl.lora.checkpoint import Checkpoint
+from stackctl.lora.checkpoint import Checkpoint, parse_tensor_name
 from stackctl.lora.safetensors_header import TensorInfo
+from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import EXPERTS
 
 _DECODERS = frozenset(
@@ -92,6 +93,16 @@ class ExpertFactors:
                 else:
                     made[p * rows : (p + 1) * rows, p * columns : (p + 1) * columns, e] = read(info)
         return made.reshape(self.shape)
+
+
+def on_base(checkpoint: Checkpoint, base: Base | None, naming: Naming | None = None) -> Checkpoint:
+    """A checkpoint that knows which of its modules are the base's embedding and head."""
+    if base is None:
+        return checkpoint
+    naming = naming or naming_of(checkpoint, base, expand_modules(base.modules))
+    ends = {base.input_embedding, base.output_embedding}
+    modules = {parse_tensor_name(name).module for name in checkpoint.tensors}
+    return replace(checkpoint, embeddings=frozenset(name for name in modules if naming.place(name).module in ends))
 
 
 def naming_of(checkpoint: Checkpoint, base: Base, known: dict[str, ModuleShape]) -> Naming:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from stackctl.core.schema import Base, MethodOptions, ModuleShape
-from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of
+from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of, on_base
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
 from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
@@ -38,14 +38,16 @@ def plan_stack(
     shapes: dict[str, ModuleShape] = {}
     replacements: list[Replacement] = []
     rows: list[TokenRows] = []
+    planned = list(members)
     for index, member in enumerate(members):
         problems += recorded_problems(member.label, member.recorded)
         if other := no_plain_lora(member):
             problems += other
             continue
-        problems += refusals(member)
         config = member.checkpoint.config
         naming = Naming(known or {}, {}) if known is None or base is None else naming_of(member.checkpoint, base, known)
+        member = planned[index] = replace(member, checkpoint=on_base(member.checkpoint, base, naming))
+        problems += refusals(member)
         theirs = None if known is None else naming.known
         pairs = place_pairs(member.checkpoint.pairs, config, theirs)
         problems += unfitting_tensors(member, pairs, theirs, base)
@@ -72,7 +74,8 @@ def plan_stack(
         rows, problems = [*rows, *own_rows], [*problems, *wrong_rows]
         if known is not None:
             problems += unfitting_layer_weights(member, known, [*shapes, *(row.module for row in own_rows)])
-        replacements += _replacements(index, member, naming)
+        replacements += _replacements(index, member, naming, base)
+    members = planned
     problems += clashing_replacements(replacements, members)
     standing = {name: [factor.member for factor in found] for name, found in factors.items()}
     problems += clashing_rows(rows, members, standing, replacements)
@@ -149,15 +152,32 @@ def _shape_from(pair: dict[str, TensorInfo], config: dict[str, Any], module: str
     return ModuleShape(type="Linear", shape=[pair["B"].shape[0], pair["A"].shape[1]])
 
 
-def _replacements(index: int, member: PlanMember, naming: Naming) -> list[Replacement]:
+def _replacements(index: int, member: PlanMember, naming: Naming, base: Base | None) -> list[Replacement]:
     checkpoint = member.checkpoint
     wanted = {"saved"}
     if checkpoint.config.get("bias", "none") != "none":
         wanted.add("bias")
     if member.weight == 0:
         return []
-    return [
-        Replacement(index, naming.parameter(f"{checkpoint.slots[name].module}.{name.rpartition('.')[2]}"), tensor)
-        for name, tensor in checkpoint.tensors.items()
-        if checkpoint.slots[name].role in wanted
-    ]
+    found, untold = dict[str, TensorInfo](), dict[str, TensorInfo]()
+    for name, tensor in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
+        if slot.role in wanted:
+            parameter = naming.parameter(f"{slot.module}.{name.rpartition('.')[2]}")
+            found[parameter] = tensor
+            if slot.role == "saved" and not checkpoint.is_told_to_save(slot.module):
+                untold[parameter] = tensor
+    # Of a tied pair, PEFT loads what is saved untold into the one weight that both have.
+    ends = _tied_pair(base)
+    for tensor in [untold[end] for end in ends if end in untold][-1:]:
+        found |= {end: tensor for end in ends if end not in found or end in untold}
+    return [Replacement(index, parameter, tensor) for parameter, tensor in found.items()]
+
+
+def _tied_pair(base: Base | None) -> list[str]:
+    """The weights of embedding and head, where they are one; CPM-Ant's are said to be, and have other shapes."""
+    if base is None or not base.tied_embeddings or base.input_embedding is None or base.output_embedding is None:
+        return []
+    ends, known = (base.input_embedding, base.output_embedding), expand_modules(base.modules)
+    shapes = {tuple(known[end].shape) for end in ends if end in known}
+    return [f"{end}.weight" for end in ends] if len(shapes) == 1 else []

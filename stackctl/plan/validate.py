@@ -73,6 +73,8 @@ def unfitting_tensors(
     explained = {"unknown": False, "bias": config.get("bias", "none") != "none", "magnitude": config.get("use_dora"),
                  "lora_bias": config.get("lora_bias")}  # fmt: skip
     extra = [n for role, said in explained.items() if not said for n, s in checkpoint.slots.items() if s.role == role]
+    if known is None:  # a whole weight may be the base's embedding or head, whatever that calls it
+        extra = [name for name in extra if "lora_" in name or not name.endswith(".weight")]
     add("extra_tensors", extra, "tensors that its configuration does not explain", again)
     wrong_rank, wrong_shape = _misshapen(member, pairs, known)
     add("rank", wrong_rank, "the rank in its tensors is not the one in its configuration", again)

@@ -11,10 +11,12 @@ import oracle
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from architectures import tiny_folder
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from stored import as_transformers_reads, mixture, seeing_model
-from tiny import SIZES, random_adapter, tiny_tokenizer
+from tiny import SIZES, random_adapter, save_adapter, tiny_tokenizer
+from tiny_registry import TinyRegistry
 
 from stackctl.engine.models import load_base
 from stackctl.registry.base_entries import resolve_base
@@ -263,6 +265,58 @@ def test_more_rows_than_the_base_has_are_refused_with_both_numbers(h: Any) -> No
         ran = h.run("add", f"a{number}", path, code=4)
         assert "264 rows and that of tiny 260" in ran.err
         assert "trained on the base" not in ran.err
+
+
+def _changed_in_training(base: Path, out: Path) -> Path:
+    """A LoRA beside an embedding that was trained as well, and a head with all that it has, as PEFT saves them."""
+    torch.manual_seed(5)
+    peft = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules="all-linear")
+    )
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+        for end in (peft.get_input_embeddings(), peft.get_output_embeddings()):
+            for parameter in end.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    save_adapter(peft, out, save_embedding_layers=True)
+    return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tied", "neox", "bert", "biogpt", "bloom", "codegen", "cpmant", "ctrl"])
+def test_embeddings_are_saved_under_the_names_of_their_architecture(
+    run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """``save_embedding_layers``: PEFT loads what is there, the bias of a head too, and so does every way here."""
+    base = models(name) if name in ("gpt2", "tied", "neox") else tiny_folder(name, tmp_path / "base")
+    h = TinyRegistry(run, base, tmp_path, monkeypatch)
+    h.paths["a"] = _changed_in_training(base, tmp_path / "theirs")
+    assert not [p for p in run("inspect", h.paths["a"], "--json").json["problems"] if p["severity"] == "error"]
+    run("add", "a", h.paths["a"])
+    stacked = h.load()
+    assert h.error(stacked, "a", ("a", 1.0)) < 1e-5
+    stacked.restore()
+    assert oracle.relative(oracle.logits(stacked.model), h.live(), h.live(("a", 1.0))) < 1e-6
+    assert "weight 1" in run("compose", "a:0.5", code=4).err
+    if name != "bert":  # whose head's bias its files have under another name
+        run("export", "a", "--format", "model", "--out", tmp_path / "out")
+        found = logits(oracle.load_plain(tmp_path / "out"))
+        assert oracle.relative(found, h.live(("a", 1.0)), h.live()) < 1e-5
+
+
+@pytest.mark.parametrize("end", ["transformer.wte", "lm_head"])
+def test_one_of_a_tied_pair_alone_is_both_as_peft_loads_it(tiny_registry: Any, end: str) -> None:
+    h = tiny_registry("gpt2")
+    own = random_adapter(h.base, h.folder / "own", seed=1, target_modules=["c_attn"], fan_in_fan_out=True)
+    alone = {f"base_model.model.{end}.weight": 0.2 * torch.randn(260, 32)}
+    tensors = load_file(own / "adapter_model.safetensors")
+    config = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    h.paths["a"] = write(h.folder / "a", tensors | alone, **config)
+    h.run("add", "a", h.paths["a"])
+    assert h.error(h.load(), "a", ("a", 1.0)) < 1e-5
+    stray = {"base_model.model.transformer.ln_f.weight": torch.ones(32)}
+    assert "does not explain" in h.run("add", "b", write(h.folder / "b", tensors | stray, **config), code=4).err
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,32 @@ def test_a_sum_is_exact_in_float32_alone(h: Any) -> None:
     assert export(h, "style").json["exact"] is True
     rounded = h.run("export", "style", "--format", "model", "--out", h.folder / "half", "--dtype", "bfloat16", "--json")
     assert rounded.json["exact"] is False
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "told"),
+    [
+        ({}, [], "float32"),
+        ({"": torch.bfloat16}, [], "bfloat16"),
+        ({"": torch.bfloat16, "norm": torch.float32}, [], "bfloat16+float32"),
+        ({"": torch.bfloat16, "norm": torch.float32}, ["--dtype", "float16"], "float16"),
+    ],
+)
+def test_the_precision_that_is_told_is_that_of_the_files(
+    run: Any, models: Any, tmp_path: Path, stored: dict[str, torch.dtype], options: list[str], told: str
+) -> None:
+    """Each tensor's own, unless one is asked for: a base may store some in another."""
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    tensors = load_file(base / "model.safetensors")
+    for part, dtype in stored.items():
+        tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if part in name}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    h = TinyRegistry(run, base, tmp_path, pytest.MonkeyPatch())
+    h.add("style", seed=1)
+    ran = h.run("export", "style", "--format", "model", "--out", h.folder / "out", *options, "--json")
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in load_file(h.folder / "out" / "model.safetensors").values()}
+    assert ran.json["dtype"] == told == "+".join(sorted(dtypes))
 
 
 def test_a_method_is_measured_against_the_exact_sum(tiny_registry: Any) -> None:

@@ -16,7 +16,7 @@ from stackctl.engine.export.model_tensors import ModelTensors, Written
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import MemberTensors, tensor_bytes
 from stackctl.engine.token_rows import refuse_biased
-from stackctl.lora.safetensors_header import read_header
+from stackctl.lora.safetensors_header import DTYPE_NAMES, read_header
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.base_models import INDEX_FILE
@@ -36,8 +36,8 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
 
     Returns:
         ``rank``; ``max_relative_error``, the worst module's ‖(W' - W) - ΔW‖ / ‖ΔW‖ with ΔW the exact sum: what rounding
-        to the dtype lost, and what the method is away from the sum; ``exact``: a sum in float32; ``digests``, the
-        ``sha256:<hex>`` of the shards.
+        to the dtype lost, and what the method is away from the sum; ``exact``: a sum in float32; ``dtype``, what was
+        written, joined by ``+`` where tensors have several; ``digests``, the ``sha256:<hex>`` of the shards.
 
     Raises:
         Incompatible, VerificationFailed, Usage: the plan has problems, a tensor is stored in another layout than the
@@ -58,9 +58,13 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
         _write_side_files(source, base, staged, shards)
         _check_written(staged, shards)
         atomic.publish_directory(staged, out)
-    changed = [tensor for wanted in shards.values() for tensor in wanted if tensor.changed]
-    exact = plan.method == SUM and all(tensor.dtype in ("F32", "F64") for tensor in changed)
-    return {"rank": plan.rank, "max_relative_error": source.worst, "exact": exact, "digests": digests}
+    written = [tensor for wanted in shards.values() for tensor in wanted]
+    exact = plan.method == SUM and all(tensor.dtype in ("F32", "F64") for tensor in written if tensor.changed)
+    dtypes = sorted({DTYPE_NAMES[tensor.dtype] for tensor in written if tensor.dtype in DTYPE_NAMES})
+    return {
+        "rank": plan.rank, "max_relative_error": source.worst, "exact": exact, "dtype": "+".join(dtypes),
+        "digests": digests,
+    }  # fmt: skip
 
 
 def _write_side_files(source: ModelTensors, base: Path, staged: Path, shards: dict[str, list[Written]]) -> None:

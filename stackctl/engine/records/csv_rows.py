@@ -6,22 +6,24 @@ Read by Python's own ``csv``: the reader of ``datasets`` is pandas', which makes
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Usage
 from stackctl.engine.records.raw_lines import Seen, lines_of
-from stackctl.engine.records.shapes import LABELS, SHAPE_HINT, shape_of
+from stackctl.engine.records.shapes import LABELS, SHAPE_HINT
 from stackctl.engine.records.types import BadRecord
 
 _LONGEST = 2**31 - 1
 
 
-def csv_rows(path: Path, name: str, seen: Seen, *, separators: str) -> Iterator[tuple[int, Any]]:
+def csv_rows(
+    path: Path, name: str, seen: Seen, *, separators: str, knows: Callable[[Sequence[str]], bool]
+) -> Iterator[tuple[int, Any]]:
     """The rows below the header, by the line in which each begins; an empty field is an absent key.
 
-    Of several ``separators`` the first is taken by which the header is of a known shape, or else the first.
+    Of several ``separators`` the first is taken by which ``knows`` knows the header, or else the first.
 
     Raises:
         Usage: there is no header, or it names a column twice.
@@ -30,7 +32,7 @@ def csv_rows(path: Path, name: str, seen: Seen, *, separators: str) -> Iterator[
     lines = (line.decode() for line in lines_of(path, name, seen, ends=True))  # a quoted field may have some in it
     first = next(lines, "")
     headers = {separator: _header(first, separator) for separator in separators}
-    known = (separator for separator, header in headers.items() if shape_of(dict.fromkeys(header, "")))
+    known = (separator for separator, header in headers.items() if knows(header))
     separator = next(known, separators[0])
     header = headers[separator]
     if len(set(header)) < len(header) or not any(header):

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stackctl.core.errors import Usage, listed_problems
+from stackctl.engine.records.csv_rows import csv_rows
 from stackctl.engine.records.messages import template_arguments, text_of, tools_of, turns_of
-from stackctl.engine.records.raw_lines import lines_of
+from stackctl.engine.records.raw_lines import PACKED_SUFFIXES, lines_of
 from stackctl.engine.records.shapes import asked_text, before_turns
+from stackctl.engine.records.sources import JSON_LINES, SEPARATORS, parquet_rows
 from stackctl.engine.records.strict_json import parse_json, parse_lines
-from stackctl.engine.records.types import BadRecord, Message
+from stackctl.engine.records.types import BadRecord, Message, Unit
 from stackctl.storage.paths import existing_path
 
 _HINT = 'a record is {"prompt"}, {"messages": [{"role", "content"}]}, {"instruction", "input"} or a string'
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_TEXTS = ("prompt", "instruction", "question", "query")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Prompt:
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
-    """Every prompt of a file: JSON Lines or a JSON list by its suffix, else one prompt on each line that is not blank.
+    """Every prompt of a file: the records of a table or of JSON by its suffix, else each line that is not blank.
 
     A conversation that ends with the assistant, as records of training do, is asked again without that last answer.
 
@@ -46,13 +50,11 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         raise Usage(f"{path} is a folder, not a file of prompts", hint=_HINT)
     if path.is_char_device() or path.is_block_device():  # some never end
         raise Usage(f"{path} is a device, not a file of prompts", hint=_HINT)
-    data = b"\n".join(lines_of(path, str(path)))
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        lines = enumerate(data.decode().split("\n"), 1)
+    found = _values(path)
+    if found is None:
+        lines = enumerate((line.decode() for line in lines_of(path, str(path))), 1)
         return [Prompt(line, place=f"{path}, line {number}") for number, line in lines if line.strip()]
-    values: Iterable[tuple[int, Any]]
-    unit: Literal["line", "record"]
-    values, unit = _values(data, path)
+    values, unit = found
     prompts, problems = [], []
     for number, value in values:
         try:
@@ -66,7 +68,18 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _values(data: bytes, path: Path) -> tuple[Iterable[tuple[int, Any]], Literal["line", "record"]]:
+def _values(path: Path) -> tuple[Iterable[tuple[int, Any]], Unit] | None:
+    """The values of a file, and what each stands in; None of one that is a prompt on each line."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = "".join([one for one in suffixes if one not in PACKED_SUFFIXES][-1:])
+    if suffix == ".parquet":
+        return parquet_rows(path, str(path), lambda _: None), "record"
+    if suffix in SEPARATORS:
+        rows = csv_rows(path, str(path), lambda _: None, separators=SEPARATORS[suffix], knows=_asks)
+        return rows, "line"
+    if suffix != ".json" and suffix not in JSON_LINES:
+        return None
+    data = b"\n".join(lines_of(path, str(path)))
     if not data.lstrip().startswith(b"["):
         return parse_lines(data.split(b"\n")), "line"
     try:
@@ -77,15 +90,21 @@ def _values(data: bytes, path: Path) -> tuple[Iterable[tuple[int, Any]], Literal
         ) from None
 
 
+def _asks(header: Iterable[str]) -> bool:
+    """Whether a table with these columns has prompts."""
+    return not {*_CONVERSATIONS, *_TEXTS}.isdisjoint(header)
+
+
 def _prompt(value: Any, place: str) -> Prompt:
     if isinstance(value, str):
         return Prompt(text_of(value, "the prompt"), place=place)
     if not isinstance(value, dict):
         raise BadRecord("no prompt")
-    for key in ("messages", "conversations", "conversation", "prompt"):
-        if isinstance(value.get(key), list):
-            return _beside(value, turns_of(value[key], f"'{key}'").messages, place)
-    for key in ("prompt", "instruction", "question", "query"):
+    for key in (*_CONVERSATIONS, "prompt"):
+        given = value.get(key)
+        if isinstance(given, list) if key == "prompt" else given is not None:
+            return _beside(value, turns_of(given, f"'{key}'").messages, place)
+    for key in _TEXTS:
         if value.get(key) is not None:
             asked = Prompt(asked_text(value, key), place=place)
             spoken = _beside(value, [{"role": "user", "content": asked.text}], place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -150,6 +150,11 @@ def shape_of(record: dict[str, Any]) -> RecordShape | None:
             if present.issuperset(shape.keys):
                 return shape
     return None
+
+
+def is_of_a_shape(keys: Iterable[str]) -> bool:
+    """Whether records with these keys are of a known shape."""
+    return shape_of(dict.fromkeys(keys, "")) is not None
 
 
 def checked_shape(record: Any) -> RecordShape:

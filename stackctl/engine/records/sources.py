@@ -14,7 +14,7 @@ from typing import Any
 from stackctl.core.errors import HubFailure, NotFound, Usage, first_line
 from stackctl.engine.records.csv_rows import csv_rows
 from stackctl.engine.records.raw_lines import Seen, lines_of
-from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, shape_of
+from stackctl.engine.records.shapes import COLUMNS, SHAPE_HINT, is_of_a_shape, shape_of
 from stackctl.engine.records.strict_json import parse_json, parse_lines
 from stackctl.engine.records.types import BadRecord, Unit
 from stackctl.storage.hashes import TEXTS, data_digest, sha256_bytes, sha256_file, texts_in
@@ -94,7 +94,7 @@ def _open_json(path: Path, name: str) -> Source:
     return _of_file(path, name, "record", lambda seen: enumerate(value, 1))
 
 
-def _parquet_rows(path: Path, name: str, seen: Seen) -> Values:
+def parquet_rows(path: Path, name: str, seen: Seen) -> Values:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -185,12 +185,17 @@ def open_hub_dataset(repo: str, split: str | None) -> Source:
     return Source(label, sha256, "record", values)
 
 
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}
+"""What may stand between the fields of a table that is text, by how its name ends."""
 READERS: dict[str, Callable[[Path, str], Source]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), _open_json_lines),
+    **dict.fromkeys(JSON_LINES, _open_json_lines),
     ".json": _open_json,
-    ".parquet": _each("record", _parquet_rows),
-    ".csv": _each("line", functools.partial(csv_rows, separators=",;\t")),
-    ".tsv": _each("line", functools.partial(csv_rows, separators="\t")),
+    ".parquet": _each("record", parquet_rows),
+    **{
+        suffix: _each("line", functools.partial(csv_rows, separators=separators, knows=is_of_a_shape))
+        for suffix, separators in SEPARATORS.items()
+    },
     ".txt": _each("line", _documents),
 }
 """What reads a file, by how its name ends."""
