@@ -167,17 +167,7 @@ def _replacements(index: int, member: PlanMember, naming: Naming, base: Base | N
             found[parameter] = tensor
             if slot.role == "saved" and not checkpoint.is_told_to_save(slot.module):
                 untold[parameter] = tensor
-    # Of a tied pair, PEFT loads what is saved untold into the one weight that both have.
-    ends = _tied_pair(base)
-    for tensor in [untold[end] for end in ends if end in untold][-1:]:
-        found |= {end: tensor for end in ends if end not in found or end in untold}
+    if base is not None and base.tied_embeddings:  # PEFT loads what is saved untold into the one weight that both have
+        ends = [f"{base.input_embedding}.weight", f"{base.output_embedding}.weight"]
+        found = {end: untold[one] for one, end in (ends, ends[::-1]) if one in untold} | found
     return [Replacement(index, parameter, tensor) for parameter, tensor in found.items()]
-
-
-def _tied_pair(base: Base | None) -> list[str]:
-    """The weights of embedding and head, where they are one; CPM-Ant's are said to be, and have other shapes."""
-    if base is None or not base.tied_embeddings or base.input_embedding is None or base.output_embedding is None:
-        return []
-    ends, known = (base.input_embedding, base.output_embedding), expand_modules(base.modules)
-    shapes = {tuple(known[end].shape) for end in ends if end in known}
-    return [f"{end}.weight" for end in ends] if len(shapes) == 1 else []

@@ -284,7 +284,9 @@ def _changed_in_training(base: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["gpt2", "tied", "neox", "bert", "biogpt", "bloom", "codegen", "cpmant", "ctrl"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "tied", "neox", "bert", "bigbird_pegasus", "bloom", "codegen", "cpmant", "ctrl"]
+)
 def test_embeddings_are_saved_under_the_names_of_their_architecture(
     run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -303,6 +305,14 @@ def test_embeddings_are_saved_under_the_names_of_their_architecture(
         run("export", "a", "--format", "model", "--out", tmp_path / "out")
         found = logits(oracle.load_plain(tmp_path / "out"))
         assert oracle.relative(found, h.live(("a", 1.0)), h.live()) < 1e-5
+
+
+def test_rows_of_a_pair_that_is_only_said_to_be_tied(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BigBird-Pegasus is configured to tie its head and has no such thing: rows of the embedding are its alone."""
+    base = tiny_folder("bigbird_pegasus", tmp_path / "base")
+    h = TinyRegistry(run, base, tmp_path, monkeypatch)
+    h.add("a", seed=1, target_modules=["q_proj"], trainable_token_indices=[97, 101, 115, 32])
+    assert h.error(h.load(), "a", ("a", 1.0)) < 1e-5
 
 
 @pytest.mark.parametrize("end", ["transformer.wte", "lm_head"])

@@ -118,7 +118,7 @@ def _describe(
         context_length=context_length(text_config),
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
-        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        tied_embeddings=_are_tied(model),
         input_embedding=names.get(id(inputs)),
         output_embedding=names.get(id(output)),
         converted_names=converted_names(model),
@@ -127,6 +127,13 @@ def _describe(
         whole=_whole_class(folder),
     )
     return base, model
+
+
+def _are_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one weight: some classes never tie them and others always, whatever is told."""
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(output, "weight", None)
+    return weight is not None and weight is getattr(inputs, "weight", None)
 
 
 def _whole_class(folder: Path) -> WholeClass | None:
