@@ -16,6 +16,7 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
+from stackctl.core.broken_imports import import_error
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
@@ -107,6 +108,8 @@ def main() -> None:
 
 def _as_ours(error: BaseException) -> StackctlError:
     """Whatever ended a command, as one of the project's errors."""
+    if isinstance(error, typer.Abort) and isinstance(error.__cause__, EOFError):  # nothing here asks: it is a bug's
+        error = error.__cause__
     if isinstance(error, StackctlError):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
@@ -117,6 +120,8 @@ def _as_ours(error: BaseException) -> StackctlError:
         return explain_oserror(said)
     if (full := memory_error(error)) is not None:
         return full
+    if (broken := import_error(error)) is not None:
+        return broken
     return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from tiny_registry import TinyRegistry
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tuned_models import planted, tuned_model
 
@@ -211,3 +212,21 @@ def test_all_that_is_unlike_is_named_before_anything_is_read(h: Any, models: Any
     other = h.run("extract", "chat", "--base", "tiny", "--tuned", models("gpt2"), "--json", code=4).json["error"]
     assert "GPT2LMHeadModel" in other["message"] and "missing" in other["message"]
     assert h.adapters() == set()
+
+
+def test_layers_that_peft_renames_when_it_loads_are_kept_whole(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``k_sconv.weight_proj`` of Inkling 2, which has a norm in its embedding as well: one module, kept once."""
+    base = architectures.tiny_folder("inkling2_text", tmp_path / "base")
+    h = TinyRegistry(run, base, tmp_path, monkeypatch)
+
+    def change(key: str, parameter: torch.Tensor) -> None:
+        if key.endswith(("q_proj.weight", "weight_proj.weight", "embed_tokens.weight", "embed_norm.weight")):
+            parameter += 0.1 * torch.randn_like(parameter)
+
+    folder = tuned_model(h, change)
+    found = run("extract", "chat", "--base", "tiny", "--tuned", folder, "--rank", 32, "--json").json
+    assert found["left_out"] == []
+    assert {name.rpartition(".")[2] for name in found["saved"]} == {"weight_proj", "embed_tokens"}
+    everywhere(h, folder, tmp_path)

@@ -1,10 +1,15 @@
 """How every kind of error ends a command: its exit code, its two lines, and with --debug the traceback besides."""
 
 import errno
+import importlib
+import importlib.machinery
 import json
+import marshal
 import os
+import py_compile
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +54,81 @@ def test_a_full_disk_is_one_also_in_the_words_of_a_library(run, monkeypatch):
     told = run("use", "style", "--json", code=1).json["error"]
     assert told["message"] == os.strerror(errno.ENOSPC).replace("No", "no", 1)
     assert "free some space" in told["hint"]
+
+
+def _cut_compiled(package: Path) -> str:
+    compiled = Path(py_compile.compile(str(package / "part.py"), doraise=True) or "")
+    compiled.write_bytes(compiled.read_bytes()[:40])
+    return str(compiled)
+
+
+def _cut_source(package: Path) -> str:
+    (package / "part.py").write_text("def f(:")
+    return str(package / "part.py")
+
+
+def _lost(package: Path) -> str:
+    (package / "part.py").unlink()
+    return "frail.part cannot be imported (No module named 'frail.part')"
+
+
+def _cut_library(package: Path) -> str:
+    (package / "part.py").unlink()
+    (package / f"part{importlib.machinery.EXTENSION_SUFFIXES[-1]}").write_bytes(b"\x7fELF")
+    return "frail.part cannot be imported"
+
+
+def _older(package: Path) -> str:
+    (package / "part.py").write_text("from frail import newer")
+    return "frail cannot be imported (cannot import name 'newer' from 'frail'"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "way_out"),
+    [(_cut_compiled, "rm /"), *((how, "pip install frail") for how in (_cut_source, _lost, _cut_library, _older))],
+)
+def test_a_package_that_cannot_be_imported_is_named_with_the_way_out(
+    run, monkeypatch, tmp_path, damage, way_out, wrapped
+):
+    """Cut off by a full disk, removed in part, of another version; also as transformers passes it on."""
+    package = tmp_path / "frail"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "part.py").write_text("x = [1, 2, 3]\n" * 9)
+    told = damage(package)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fail(_: Context) -> None:
+        try:
+            importlib.import_module("frail.part")
+        except Exception as error:
+            if wrapped:
+                raise RuntimeError("Failed to import something lazily") from error
+            raise
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    error = run("use", "style", "--json", code=1).json["error"]
+    sys.modules.pop("frail", None)
+    assert told in error["message"]
+    assert way_out in error["hint"] and "bug" not in error["hint"]
+
+
+def test_the_command_that_installs_a_package_again_names_its_distribution(run, monkeypatch):
+    def fail(_: Context) -> None:
+        importlib.import_module("yaml.gone")
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    hint = run("use", "style", "--json", code=1).json["error"]["hint"]
+    assert hint == "install it again: pip install --force-reinstall --no-deps PyYAML"
+
+
+def test_an_odd_value_while_nothing_is_imported_is_still_a_bug(run, monkeypatch):
+    def fail(_: Context) -> None:
+        marshal.loads(b"")
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    assert "this is a bug" in run("use", "style", code=1).err
 
 
 class OutOfMemoryError(RuntimeError):

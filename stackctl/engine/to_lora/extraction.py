@@ -5,12 +5,15 @@ A layer of each model is in memory at a time.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +27,7 @@ from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.finite import all_finite
+from stackctl.engine.read_back import not_read_back
 from stackctl.engine.tensors import TensorFiles
 from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, LowRankPairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
@@ -41,8 +45,9 @@ class Extraction(LowRankPairs):
 
     @property
     def whole(self) -> set[str]:
-        """The modules of which something is kept as it is."""
-        return {name.rpartition(".")[0] for name in self.saved}
+        """The modules of which something is kept as it is, without those that stand in another one."""
+        modules = {name.rpartition(".")[0] for name in self.saved}
+        return {module for module in modules if not any(module.startswith(f"{other}.") for other in modules)}
 
 
 def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[Base, Path]:
@@ -68,6 +73,7 @@ def find_tuned(base: Base, source: str, registry: Registry, say: Say) -> tuple[B
     return tuned, base_folder(tuned, registry, say)
 
 
+_ADAPTER = "tried"
 _SHOWN = 6
 """Kinds of layers that differ of which a message tells the shapes; of others it tells how many there are."""
 
@@ -105,7 +111,7 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
     found = Extraction()
     model = empty_model(folder)
     before, after = BaseLayout(folder, model), BaseLayout(place, empty_model(place))
-    kinds = _Kinds(base, model)
+    kinds = _Kinds(base, model, folder)
     own, twins = _twins(base), _twins(tuned)
     with torch.no_grad(), TensorFiles() as ours, TensorFiles() as theirs:
         for group in before.groups:
@@ -155,9 +161,27 @@ def _twins(model: Base) -> dict[str, str]:
 class _Kinds:
     """What each module of a base is, and how its change can be kept."""
 
-    def __init__(self, base: Base, model: PreTrainedModel) -> None:
-        self._base, self._model = base, model
+    def __init__(self, base: Base, model: PreTrainedModel, folder: Path) -> None:
+        self._base, self._model, self._folder = base, model, folder
         self.shapes = expand_modules(base.modules)
+
+    @cached_property
+    def _unread(self) -> set[str]:
+        """The layers whose LoRA PEFT would save and not find again."""
+        kinds = ("Linear", "Conv1D", "Embedding")
+        layers = [name for name, shape in self.shapes.items() if shape.type in kinds and self._is_allowed(name)]
+        config = LoraConfig(target_modules="|".join(map(re.escape, layers)))  # of a list PEFT takes the ends of names
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = get_peft_model(empty_model(self._folder), config, _ADAPTER, low_cpu_mem_usage=True)
+            return not_read_back(peft, _ADAPTER, layers)
+
+    def _is_allowed(self, module: str) -> bool:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), self._model, module.rpartition(".")[2])
+        except ValueError:
+            return False
+        return True
 
     def type(self, module: str) -> str | None:
         """The type of ``ModuleShape``; None of what no LoRA can stand on."""
@@ -177,15 +201,11 @@ class _Kinds:
         On an embedding it looks up whatever that is given first, which for positions (OPT, BART) is no token.
         """
         own = self._model.get_submodule(module)
-        if not is_called(self._model, module):
+        if not is_called(self._model, module) or module in self._unread:
             return False
         if isinstance(own, nn.Embedding):
             return type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), self._model, module.rpartition(".")[2])
-        except ValueError:
-            return False
-        return True
+        return self._is_allowed(module)
 
 
 def _keep(found: Extraction, kinds: _Kinds, name: str, models: tuple[Tensor, Tensor], wanted: Truncation) -> None:

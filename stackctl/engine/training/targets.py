@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
@@ -28,15 +27,16 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import is_called, text_modules
+from stackctl.engine.read_back import not_read_back
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
-from stackctl.lora.lora_config import PEFT_PREFIX
 from stackctl.lora.target_modules import ALL_LINEAR, expand_modules, named_targets, natural_order, parse_targets
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, shortest_suffixes
 from stackctl.plan.token_rows import KEY
 
 _SHOWN = 12
+_UNREAD = "PEFT does not find its tensors again when it loads them"
 _FOUND: dict[tuple[Any, ...], Targets] = {}
 """By all that it depends on: a recipe trains several adapters, mostly on the same layers of the same base."""
 
@@ -241,7 +241,7 @@ def _try(
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
             lost |= dict.fromkeys(uncalled, "the model reads its weight without calling it")
-            return lost or _unread(peft, chosen)
+            return lost or dict.fromkeys(not_read_back(peft, ADAPTER, chosen), _UNREAD)
         finally:
             peft.unload()
 
@@ -263,18 +263,3 @@ def check_rows(model: PeftModel, base: Base, settings: dict[str, Any]) -> None:
             f"PEFT would not train the rows of '{base.name}' that it was asked for: {', '.join(odd[:3])}",
             hint="leave out --train-tokens",
         )
-
-
-def _unread(model: PeftModel, chosen: set[str]) -> dict[str, str]:
-    """What PEFT would not find again in a checkpoint that it has saved itself."""
-    state = {
-        name: torch.empty(tensor.shape, device="meta") for name, tensor in get_peft_model_state_dict(model).items()
-    }
-    result: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-    lost = dict[str, str]()
-    for key in result.missing_keys:
-        if f".{ADAPTER}" in key and "lora_" in key:
-            name = key.removeprefix(PEFT_PREFIX).partition(".lora_")[0].replace(".base_layer", "")
-            held = {own for own in chosen if own == name or own.rpartition(".")[0] == name}
-            lost |= dict.fromkeys(held, "PEFT does not find its tensors again when it loads them")
-    return lost
