@@ -128,6 +128,26 @@ class Page(HelpPage):
 class Command(Page, TyperCommand):
     """A command of stackctl."""
 
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Parse the words behind a command.
+
+        Raises:
+            Usage: an option stands where another one's value should. A text may look like one: ``-m --json``.
+        """
+        options = {name: p for p in self.get_params(context) for name in (*p.opts, *p.secondary_opts)}
+        words = iter(args[: args.index("--")] if "--" in args else args)
+        for word in words:
+            option = options.get(word)
+            if option is None or getattr(option, "is_flag", False):
+                continue
+            value = next(words, "")
+            if value in options and getattr(option.type, "func", None) is not typed_text:
+                Current.output = make_output(json_mode="--json" in args, quiet=not {"-q", "--quiet"}.isdisjoint(args))
+                raise Usage(
+                    f"{word} needs a value, and {value} is the next option", hint=f"{context.command_path} --help"
+                )
+        return super().parse_args(context, args)
+
 
 class Group(Page, TyperGroup):
     """A group of commands: stackctl itself, and ``stackctl base``."""

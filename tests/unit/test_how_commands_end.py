@@ -185,6 +185,15 @@ def test_a_value_that_looks_like_an_option_is_none(run, words):
     assert "Traceback" not in told.err
 
 
+@pytest.mark.parametrize("option", ["--learning-rate", "--rank", "--data", "--base", "--registry", "--report-to"])
+@pytest.mark.parametrize("swallowed", ["--json", "--epochs"])
+def test_an_option_in_the_place_of_a_value_is_told_as_that(run, option, swallowed):
+    """A number, a word, a path, a name; with ``--json`` as JSON, although it stood there."""
+    told = run("train", "style", option, swallowed, *(["--json"] if swallowed != "--json" else []), code=2).json
+    assert told["error"]["message"] == f"{option} needs a value, and {swallowed} is the next option"
+    assert told["error"]["hint"] == "stackctl train --help"
+
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
