@@ -16,7 +16,6 @@ import typer
 from stackctl.cli.common import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.core.broken_imports import import_error
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
@@ -120,6 +119,8 @@ def _as_ours(error: BaseException) -> StackctlError:
         return explain_oserror(said)
     if (full := memory_error(error)) is not None:
         return full
+    from stackctl.core.broken_imports import import_error
+
     if (broken := import_error(error)) is not None:
         return broken
     return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
