@@ -50,7 +50,7 @@ class PromptOptions:
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts: one a line, or records of {'prompt'} or {'messages'} (.jsonl, .json, .csv, .parquet).",
+            help="A file of prompts: one a line, or records of {'prompt'} or {'messages'} (JSON, CSV, Parquet).",
             metavar="FILE",
         ),
     ] = None
