@@ -19,6 +19,7 @@ class StepCut:
 
     ``checkpointing``: activations are computed again for the backward pass instead of kept. ``tokens``: a micro-batch
     goes forward and back in parts of at most so many, between records; ``at_once``: so many parts at a time.
+    ``as_one``: the parts are those of all micro-batches of the step, short records of which go together.
     """
 
     records: int
@@ -26,6 +27,17 @@ class StepCut:
     checkpointing: bool = False
     tokens: int | None = None
     at_once: int = 1
+    as_one: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Records (or pairs, or packed sequences) that Trainer hands over at a time."""
+        return self.records * self.count if self.as_one else self.records
+
+    @property
+    def accumulated(self) -> int:
+        """How often it does in a step."""
+        return 1 if self.as_one else self.count
 
     @property
     def beside(self) -> int:
@@ -56,20 +68,29 @@ def possible_cuts(
     checkpointing: bool | None = None,
     tokens: int | None = None,
     at_once: int = 1,
+    as_one: bool = False,
 ) -> list[StepCut]:
     """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
 
     ``smaller`` admits every other cut of the same step into equal micro-batches. ``checkpointing`` None admits both:
     activations are kept wherever that fits, for computing them again takes a third of the time more. Parts are computed
-    ``at_once`` where they are kept, and one after another in less memory.
+    ``at_once`` where they are kept, and one after another in less memory. ``as_one`` admits that parts are those of the
+    whole step.
     """
     step = records * count
     sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [records]
     kinds = [(False, parts) for parts in dict.fromkeys((at_once, 1))] if not checkpointing else []
     kinds += [(True, 1)] if checkpointing is not False else []
-    return [StepCut(size, step // size, kept, tokens, parts) for kept, parts in kinds for size in sizes]
+    whole = (True, False) if as_one and count > 1 and not smaller else (False,)
+    return [
+        StepCut(size, step // size, kept, tokens, parts, one)
+        for kept, parts in kinds
+        for size in sizes
+        for one in whole
+    ]
 
 
 def first_that_fits(cuts: Sequence[StepCut], fits: Callable[[StepCut], bool], *, smaller: bool = False) -> StepCut:
-    """The first cut that fits; where none does the last one if ``smaller``, which needs least, else the first."""
-    return next((cut for cut in cuts if fits(cut)), cuts[-1] if smaller else cuts[0])
+    """The first cut that fits; where none does the last one if ``smaller``, which needs least, else what was asked."""
+    asked = next(cut for cut in cuts if not cut.as_one)
+    return next((cut for cut in cuts if fits(cut)), cuts[-1] if smaller else asked)

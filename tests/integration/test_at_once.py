@@ -224,6 +224,31 @@ def test_a_run_looks_at_its_held_out_records_and_its_reference_at_once(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("objective", "records", "options"),
+    [
+        ("sft", RECORDS[:21], ("--epochs", 2)),
+        ("sft", [{"text": "abc " * (1 + n % 7)} for n in range(40)], ("--pack", "--max-length", 64, "--epochs", 1)),
+        ("sft", RECORDS, ("--dropout", 0.1, "--max-steps", 3)),
+        ("dpo", PAIRS, ("--epochs", 1)),
+        ("kto", ANSWERS, ("--epochs", 1)),
+    ],
+)
+def test_micro_batches_of_a_step_are_computed_as_one(
+    h: Any, monkeypatch: pytest.MonkeyPatch, objective: str, records: list[dict[str, Any]], options: tuple[object, ...]
+) -> None:
+    """Small ones are as fast as large ones, and give the same bits; the run says what was asked for."""
+    monkeypatch.setattr(memory, "PART", SHORT)
+    options = ("--objective", objective, *options)
+    one = train(h, "one", *options, records=records)
+    several = train(h, "several", *options, "--batch-size", 2, "--gradient-accumulation", 4, records=records)
+    assert several["digest"] == one["digest"]
+    assert [one[key] for key in ("steps", "tokens", "loss")] == [several[key] for key in ("steps", "tokens", "loss")]
+    assert (one["batch_size"], one["gradient_accumulation"]) == (8, 1)
+    assert (several["batch_size"], several["gradient_accumulation"]) == (2, 4)
+
+
 def adapted(model_type: str, **besides: Any) -> nn.Module:
     model = tiny_model(model_type, **besides)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

@@ -18,6 +18,18 @@ def test_a_number_is_what_it_says() -> None:
     assert possible_cuts(8, 2, checkpointing=True) == [StepCut(8, 2, checkpointing=True)]
 
 
+def test_micro_batches_that_go_in_parts_are_one() -> None:
+    cuts = possible_cuts(2, 4, tokens=64, at_once=2, as_one=True)
+    assert {(cut.records, cut.count) for cut in cuts} == {(2, 4)}, "it is said as it was asked for"
+    assert [(cut.at_once, cut.checkpointing, cut.rows, cut.accumulated) for cut in cuts] == [
+        (at_once, checkpointing, *rows)
+        for at_once, checkpointing in ((2, False), (1, False), (1, True))
+        for rows in ((8, 1), (2, 4))
+    ]
+    assert first_that_fits(cuts, lambda cut: False) == cuts[1], "as it was asked for, which needs less"
+    assert not any(cut.as_one for cut in possible_cuts(8, 1, tokens=64, as_one=True))
+
+
 def test_the_fastest_that_fits_is_taken() -> None:
     cuts = possible_cuts(8, 1, smaller=True)
     assert first_that_fits(cuts, lambda cut: cut.records <= 5, smaller=True) == StepCut(4, 2)

@@ -19,7 +19,7 @@ from stackctl.core.errors import Failed
 from stackctl.engine.at_once import computations_at_once
 from stackctl.engine.devices import choose_device, choose_dtype, generators_of, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
-from stackctl.engine.training.distributed import is_sharded, told_by_each
+from stackctl.engine.training.distributed import is_sharded, keeps_parts, told_by_each
 from stackctl.engine.training.preferences import collate_answers
 from stackctl.engine.training.targets import Targets
 from stackctl.engine.training.trainer import CHECKPOINTING, TrainerParts, micro_batch_loss
@@ -92,9 +92,15 @@ def plan_step(
     step = StepCut(job.effective_batch_size(), job.gradient_accumulation)
     parted = choose_device().type == "cpu" and not group.sharded and not prepared.teacher
     tokens = PART if parted else None
-    at_once = computations_at_once() if parted and group.processes == 1 else 1
+    alone = parted and group.processes == 1 and not keeps_parts()
     cuts = possible_cuts(
-        step.records, step.count, smaller=auto, checkpointing=checkpointing, tokens=tokens, at_once=at_once
+        step.records,
+        step.count,
+        smaller=auto,
+        checkpointing=checkpointing,
+        tokens=tokens,
+        at_once=computations_at_once() if alone else 1,
+        as_one=alone,
     )
     if kept and kept.records * kept.count == step.records * step.count and (auto or kept.records == step.records):
         chosen = replace(kept, checkpointing=kept.checkpointing if checkpointing is None else checkpointing)
@@ -138,8 +144,8 @@ def _at_once(lengths: np.ndarray, cut: StepCut) -> int:
     assert cut.tokens is not None, "else nothing is parted"
     longest = int(lengths.max())
     if cut.at_once == 1:
-        return max(_largest_part(lengths, cut.records, cut.tokens), longest)
-    return max(cut.at_once * _largest_part(lengths, cut.records, cut.beside), longest)
+        return max(_largest_part(lengths, cut.rows, cut.tokens), longest)
+    return max(cut.at_once * _largest_part(lengths, cut.rows, cut.beside), longest)
 
 
 def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGroup, cut: StepCut) -> MemoryEstimate:
@@ -149,7 +155,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     """
     base, device = prepared.base, choose_device()
     lengths = corpus.rows.lengths()
-    largest = largest_rows(corpus, cut.records)
+    largest = largest_rows(corpus, cut.rows)
     tokens = int(lengths[largest].sum())
     supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
     if cut.tokens is not None:
@@ -224,7 +230,7 @@ def _runs(model: PeftModel, corpus: Corpus, parts: TrainerParts, cut: StepCut) -
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows = corpus.rows.of(parts.answers) if parts.answers else corpus.rows
-    batch = collate_answers([rows[row] for row in largest_rows(corpus, cut.records)], drifts=parts.drifts)
+    batch = collate_answers([rows[row] for row in largest_rows(corpus, cut.rows)], drifts=parts.drifts)
     swapped = batch.pop("swapped", None)  # it is read without a gradient, which takes less
     was_training = model.training
     try:

@@ -218,9 +218,9 @@ def _train(
 def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool) -> AtOnce | None:
     """What computes parts of a micro-batch at once, if this model may be called by several threads.
 
-    Noise would be drawn in another order each time, and what keeps parameters in parts has its own way back.
+    Noise would be drawn in another order each time.
     """
-    if cut.at_once == 1 or group.keeps_parts() or draws_noise(model):
+    if cut.at_once == 1 or draws_noise(model):
         return None
     batch = few_tokens(example)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -285,8 +285,8 @@ def training_arguments(
     evaluates = job.eval_data is not None
     made = TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=cut.records,
-        gradient_accumulation_steps=cut.count,
+        per_device_train_batch_size=cut.rows,
+        gradient_accumulation_steps=cut.accumulated,
         num_train_epochs=job.epochs,
         max_steps=job.max_steps or -1,
         learning_rate=job.learning_rate,
