@@ -71,7 +71,7 @@ def resolve_adapter(registry: Registry, reference: Reference) -> ResolvedMember:
             hint=f"to have it again: stackctl add {reference.name} {kept}",
         )
     if not adapter:
-        raise _not_found(registry, reference.name)
+        raise _not_found(registry, reference)
     have = f"version{'s' if len(adapter.versions) > 1 else ''} {', '.join(str(v.version) for v in adapter.versions)}"
     hint = f"use {adapter.name}@{adapter.newest().version}"
     raise NotFound(f"there is no {reference}; '{adapter.name}' has {have}", hint=hint)
@@ -150,7 +150,14 @@ def resolve_digest(registry: Registry, text: str) -> ResolvedMember:
     return find_removed_version(registry, reference) or resolve_adapter(registry, reference)
 
 
-def _not_found(registry: Registry, name: str) -> NotFound:
+def _not_found(registry: Registry, reference: Reference) -> StackctlError:
+    name = reference.name
+    if registry.find_base(name):
+        return NotFound(f"'{name}' is a base, and no adapter or stack", hint="leave it out: adapters know their base")
+    if registry.find_stack(name):
+        if reference.version is not None:
+            return Usage(f"'{reference}': a stack has no versions", hint=f"write {name}")
+        return NotFound(f"'{name}' is a stack, and no adapter", hint=f"name one of: stackctl inspect {name}")
     known = [*registry.names(Adapter), *registry.names(Stack), *registry.names(Base)]
     hint = did_you_mean(name, known, "stackctl ls shows what there is")
     return NotFound(f"there is no adapter, stack or base '{name}'", hint=hint)

@@ -201,6 +201,14 @@ def test_a_mistyped_file_is_recognised(filled_registry: Any, run: Any, tmp_path:
     assert ran.err.splitlines()[-1] == "hint: did you mean 'harbour.jsonl'?"
 
 
+def test_a_link_to_nothing_is_told_as_that(filled_registry: Any, run: Any, tmp_path: Any) -> None:
+    """Its own name was suggested instead of it."""
+    (tmp_path / "texts.jsonl").symlink_to("moved.jsonl")
+    error, hint = run("train", "x", "--data", "texts.jsonl", code=3).err.splitlines()
+    assert error == "error: the data file texts.jsonl is a link to moved.jsonl, which is not there"
+    assert hint == "hint: correct the link"
+
+
 def test_an_adapter_is_no_stack_to_use(filled_registry: Any, run: Any) -> None:
     error, hint = run("use", "style", code=3).err.splitlines()
     assert error == "error: 'style' is an adapter, and no stack"

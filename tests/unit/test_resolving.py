@@ -8,9 +8,11 @@ import pytest
 from checkpoints import full_version, labels, make_base, make_registry, register, write_checkpoint
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage, VerificationFailed
+from stackctl.core.expressions import Reference
 from stackctl.core.schema import Adapter, Base, MethodOptions, RegistryFile, Stack
 from stackctl.jobs.job_checks import check_is_sum
 from stackctl.plan.methods import compose_command
+from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.base_entries import remove_base, resolve_base, save_base
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
@@ -191,6 +193,31 @@ def test_products_of_weights_are_finite(storyteller):
 def test_a_stack_has_no_versions(storyteller):
     with pytest.raises(Usage):
         resolve_expression(storyteller, "storyteller@1")
+
+
+def test_a_name_that_is_there_and_no_adapter_is_told_as_what_it_is(storyteller):
+    registry = storyteller
+    (base,) = registry.names(Base)
+    cases = [
+        (lambda: remove_entry(registry, "storyteller@1"), Usage, "a stack has no versions", "write storyteller"),
+        (
+            lambda: resolve_adapter(registry, Reference("storyteller")),
+            NotFound,
+            "'storyteller' is a stack, and no adapter",
+            "stackctl inspect storyteller",
+        ),
+        (
+            lambda: resolve_expression(registry, f"{base}+style"),
+            NotFound,
+            f"'{base}' is a base, and no adapter or stack",
+            "leave it out",
+        ),
+    ]
+    for act, kind, message, hint in cases:
+        with pytest.raises(kind, match=message) as caught:
+            act()
+        assert hint in caught.value.hint
+        assert "did you mean" not in caught.value.hint
 
 
 def test_the_same_adapter_twice_is_a_problem_of_the_plan(storyteller):
