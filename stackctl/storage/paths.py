@@ -41,7 +41,7 @@ def existing_path(path: Path, what: str) -> Path:
 def missing_path(path: Path, what: str = "") -> NotFound:
     """The error that something typed is not there; its hint names what is called nearly so beside it."""
     if path.is_symlink():
-        goal = os.readlink(path)
+        goal = path.readlink()
         return NotFound(f"{what} {path} is a link to {goal}, which is not there".strip(), hint="correct the link")
     near = None
     with contextlib.suppress(OSError), os.scandir(path.parent) as found:
