@@ -84,7 +84,8 @@ def main() -> None:
     from stackctl.render.output import prepare_streams, release_streams
 
     prepare_streams()
-    Current.output, Current.debug, Current.path = make_output(), False, "stackctl"
+    early = make_output(json_mode="--json" in sys.argv)  # until the command line is read
+    Current.output, Current.debug, Current.path = early, False, "stackctl"
     try:
         with completing(os.environ):
             code = built_app(_typed_command()).main(prog_name="stackctl", standalone_mode=False)

@@ -345,3 +345,33 @@ def test_a_switch_is_given_once():
     line = CommandLine(("verify", "--repair", "x"))
     assert line.having("--repair") == line
     assert str(line.without("--repair")) == "verify x"
+
+
+_INTERRUPTED_AT_AN_IMPORT = """
+import runpy, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+sys.argv = ["stackctl", "ls", *sys.argv[1:]]
+runpy.run_module("stackctl", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_what_is_interrupted_before_it_has_begun_ends_like_any_other(words):
+    """It ended in a traceback out of the imports."""
+    ran = subprocess.run([sys.executable, "-c", _INTERRUPTED_AT_AN_IMPORT, *words], capture_output=True, text=True)
+    assert ran.returncode == 130
+    assert ran.stderr == "error: interrupted\nhint: run the command again to go on\n"
+    assert [json.loads(line)["error"]["code"] for line in ran.stdout.splitlines()] == ["interrupted"] * len(words)
+
+
+def test_what_is_interrupted_before_its_command_line_is_read_answers_in_json(run, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stackctl.cli.built_app", interrupt)
+    assert run("ls", "--json", code=130).json["error"]["code"] == "interrupted"
+    assert run("ls", code=130).out == ""
