@@ -13,6 +13,7 @@ from adapter_kinds import KINDS, LOUD, TARGETS, load_live, make_adapter, peft_co
 from peft import LoraConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
+from tiny import save_adapter
 from transformers import AutoModelForCausalLM
 
 from stackctl.lora.convertible import CONVERTIBLE_TYPES
@@ -167,6 +168,34 @@ def test_whole_modules_come_along(h: Any) -> None:
     assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
     assert h.run("inspect", "x", "--json").json["converted"]["from"] == "LOKR"
     assert "from LOKR, 0.00% of the change is lost" in h.run("inspect", "x").out
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind", "targets", "saving"),
+    [
+        ("gpt2", "DORA", ["c_attn"], True),
+        ("llama", "LOKR", ["q_proj"], True),
+        ("tied", "DORA", ["q_proj", "embed_tokens"], False),
+        ("neox", "DORA", ["dense"], True),
+    ],
+)
+def test_embeddings_that_are_saved_beside_the_adapter_come_along(
+    tiny_registry: Any, name: str, kind: str, targets: list[str], saving: bool, changed: bool
+) -> None:
+    """``save_embedding_layers``, told or not: whole where they are not adapted, else in what is made of the layer."""
+    h = tiny_registry(name)
+    path = h.folder / "made"
+    model = make_adapter(fresh(h.base), peft_config(kind, target_modules=targets), h.folder / "first")
+    if changed and saving:
+        with torch.no_grad():
+            weight = model.get_input_embeddings().weight
+            weight += 0.1 * torch.randn_like(weight)
+    save_adapter(model, path, save_embedding_layers=saving)
+    live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
+    h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
+    assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
+    assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4, "and to PEFT"
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga"])

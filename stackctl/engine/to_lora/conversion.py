@@ -103,8 +103,11 @@ def _cannot_attach(checkpoint: Checkpoint, error: Exception) -> Incompatible:
 
 
 def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    besides = {name for name, slot in checkpoint.slots.items() if slot.module in _untold(checkpoint)}
+    besides |= {name for name in checkpoint.tensors if name.endswith(".base_layer.weight")}  # a copy of an embedding
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in besides - wanted.keys()}
     unfit = [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]]
     problems = {
         "tensors are missing": wanted.keys() - found.keys(),
@@ -132,7 +135,8 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     tokens = probe_tokens(stacked.base)
     without = probe(model, tokens)
     biases = {slot.module: tensors[name] for name, slot in checkpoint.slots.items() if slot.role == "bias"}
-    kept = {name: Kept(model.get_submodule(name)) for name in {*_targets(checkpoint, stacked), *biases}}
+    untold = _untold(checkpoint)
+    kept = {name: Kept(model.get_submodule(name)) for name in {*_targets(checkpoint, stacked), *biases, *untold}}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -146,7 +150,8 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
         raise _cannot_attach(checkpoint, error) from error
     live = probe(attached, tokens)
     found = LowRankPairs(
-        saved=_whole(checkpoint, tensors), saved_modules=sorted(checkpoint.config.get("modules_to_save") or ()),
+        saved=_whole(checkpoint, tensors),
+        saved_modules=sorted({*(checkpoint.config.get("modules_to_save") or ()), *untold}),
         biases={name: b.float() for name, b in biases.items() if not torch.equal(b, kept[name].values["bias"].to(b))},
     )  # fmt: skip
     for name, layer in tuner_layers(model, BaseTunerLayer):
@@ -208,6 +213,12 @@ def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _targets(checkpoint: Checkpoint, stacked: StackedModel) -> list[str]:
     base = stacked.base
     return sorted(expected_targets(checkpoint.config, expand_modules(base.modules), base.output_embedding) or ())
+
+
+def _untold(checkpoint: Checkpoint) -> set[str]:
+    """The embedding and the head, where PEFT saved them beside the adapter and its configuration does not say so."""
+    saved = {slot.module for slot in checkpoint.slots.values() if slot.role == "saved"}
+    return {module for module in saved if not checkpoint.is_told_to_save(module)}
 
 
 def _whole(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
