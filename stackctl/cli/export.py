@@ -14,6 +14,7 @@ import typer
 from stackctl.cli.common import SHARE, BaseOption, Context, What, command
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
+from stackctl.plan.lint import GGUF_DTYPES
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.whole_class import on_whole_class
 from stackctl.registry.checkpoint_files import check_digests
@@ -25,7 +26,7 @@ from stackctl.storage.hashes import sha256_file
 _DTYPES = {
     "peft": ("float32", "bfloat16", "float16"),
     "model": ("auto", "float32", "bfloat16", "float16"),
-    "gguf": ("float32", "float16"),
+    "gguf": GGUF_DTYPES,
     "mlx": ("auto", "float32", "bfloat16", "float16"),
 }
 """What each format can be written in; the first one is its default."""

@@ -30,7 +30,7 @@ _LIBRARIES, _ALL_LIBRARIES = 400_000_000, 600_000_000
 (:mod:`stackctl.engine.quick_imports`)."""
 _FRAGMENTATION, _FRAGMENTATION_FUSED = 0.5, 0.25
 """By how much of what comes and goes in each step a C library's heap grows beyond it; measured with glibc. Fused
-functions write over what they no longer need, and leave fewer holes."""
+functions write over what they no longer need, and leave the heap less fragmented."""
 _OPTIMIZER = 8
 """AdamW: two values of float32 for each that is trained."""
 QUANTISED_FROM = 4096
@@ -201,7 +201,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     logits *= 2 if batch.taught else 1
     if token_rows:
         logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
-    holes = (_FRAGMENTATION_FUSED if fused else _FRAGMENTATION) if heap else 0.0
+    fragmented = (_FRAGMENTATION_FUSED if fused else _FRAGMENTATION) if heap else 0.0
     return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
@@ -212,7 +212,7 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         backward=backward,
         logits=logits,
         libraries=_ALL_LIBRARIES if processes > 1 else _LIBRARIES,
-        fragmentation=int(holes * ((checkpointed if checkpointing else activations) + backward + logits)),
+        fragmentation=int(fragmented * ((checkpointed if checkpointing else activations) + backward + logits)),
         loading=weights if sharded else 0,
         processes=processes,
         sharded=sharded,

@@ -29,6 +29,10 @@ class Method:
     options: tuple[str, ...] = ()
     low_rank: bool = False
     """Its result is a pair of factors; of the others it is a full matrix."""
+    densities: tuple[float, ...] = ()
+    """What ``best`` tries of the share that stays: of the papers' own searches, few."""
+    averages: bool = False
+    """Where members do not meet, each is left at one nth, so that ``best`` tries n times the weights as well."""
 
 
 METHODS = {
@@ -36,23 +40,35 @@ METHODS = {
     "svd": Method(
         "the sum, cut to a rank where that loses least", "algebra.truncate", ("rank", "tolerance"), low_rank=True
     ),
-    "ties": Method("trim, elect signs, average what agrees", "algebra.ties", ("density", "rank")),
-    "dare_linear": Method(
-        "drop entries at random, rescale the rest, add", "algebra.dare_linear", ("density", "seed", "rank")
+    "ties": Method(
+        "trim, elect signs, average what agrees", "algebra.ties", ("density", "rank"),
+        densities=(0.2, 0.5, 1.0), averages=True,
     ),
-    "dare_ties": Method("drop entries at random, then elect signs", "algebra.dare_ties", ("density", "seed", "rank")),
+    "dare_linear": Method(
+        "drop entries at random, rescale the rest, add", "algebra.dare_linear", ("density", "seed", "rank"),
+        densities=(0.5, 0.8),
+    ),
+    "dare_ties": Method(
+        "drop entries at random, then elect signs", "algebra.dare_ties", ("density", "seed", "rank"),
+        densities=(0.5, 0.8), averages=True,
+    ),
     "magnitude_prune": Method(
-        "keep the largest entries of each delta, add", "algebra.magnitude_prune", ("density", "rank")
+        "keep the largest entries of each delta, add", "algebra.magnitude_prune", ("density", "rank"),
+        densities=(0.2, 0.5),
     ),
     "knots_ties": Method(
-        "ties on members aligned by KnOTS", "aligned_merging.knots_ties", ("density", "rank"), low_rank=True
+        "ties on members aligned by KnOTS", "aligned_merging.knots_ties", ("density", "rank"), low_rank=True,
+        densities=(0.2, 0.5, 1.0), averages=True,
     ),
     "tsv": Method(
         "singular vectors of all, made orthogonal to one another", "aligned_merging.tsv", ("rank",), low_rank=True
     ),
     "iso_c": Method("the sum, all its singular values their mean", "aligned_merging.iso_c", ("rank",), low_rank=True),
-    "core_ties": Method("ties in core space", "aligned_merging.core_ties", ("density", "rank"), low_rank=True),
-}
+    "core_ties": Method(
+        "ties in core space", "aligned_merging.core_ties", ("density", "rank"), low_rank=True,
+        densities=(0.2, 0.5, 1.0), averages=True,
+    ),
+}  # fmt: skip
 
 DEFAULTS: dict[str, float | int] = {"density": 0.5, "seed": 0}
 
@@ -97,20 +113,6 @@ def compose_command(stack: Stack, name: str) -> str | None:
     return " ".join(["stackctl compose", format_expression(stack.members), *said, "--name", name])
 
 
-_DENSITIES = {
-    "ties": (0.2, 0.5, 1.0),
-    "dare_linear": (0.5, 0.8),
-    "dare_ties": (0.5, 0.8),
-    "magnitude_prune": (0.2, 0.5),
-    "knots_ties": (0.2, 0.5, 1.0),
-    "core_ties": (0.2, 0.5, 1.0),
-}
-"""Shares that stay: those of the papers' own searches, few of them."""
-_AVERAGES = ("ties", "dare_ties", "knots_ties", "core_ties")
-"""Methods that average what agrees. Members that do not meet are left at one nth, so that n times the weights are tried
-as well."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A method with its options; every member's weights are multiplied by ``scale``."""
@@ -134,22 +136,20 @@ def candidates(members: int, rank: int, seed: int) -> list[Candidate]:
         rank: that of their sum; half of it is what ``svd`` is cut to.
     """
     return [
-        Candidate(method, options, scale)
-        for method in METHODS
-        if method != SUM
-        for options in _settings(method, rank, seed)
-        for scale in ((1.0, float(members)) if method in _AVERAGES and members > 1 else (1.0,))
+        Candidate(name, options, scale)
+        for name, method in METHODS.items()
+        if name != SUM
+        for options in _settings(name, rank, seed)
+        for scale in ((1.0, float(members)) if method.averages and members > 1 else (1.0,))
     ]
 
 
-def _settings(method: str, rank: int, seed: int) -> Iterator[MethodOptions]:
-    takes = METHODS[method].options
-    own = {"seed": seed} if "seed" in takes else {}
-    if method in _DENSITIES:
-        for density in _DENSITIES[method]:
-            yield check_method(method, MethodOptions(density=density, **own))
-    elif method == "svd":
+def _settings(name: str, rank: int, seed: int) -> Iterator[MethodOptions]:
+    method = METHODS[name]
+    own = {"seed": seed} if "seed" in method.options else {}
+    if name == "svd":
         if rank > 1:
             yield MethodOptions(rank=rank // 2)
-    else:
-        yield check_method(method, MethodOptions(**own))
+        return
+    for density in method.densities or (None,):
+        yield check_method(name, MethodOptions(density=density, **own))
