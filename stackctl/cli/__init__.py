@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import Current, Group
+from stackctl.cli.command import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
 from stackctl.core.errors import (

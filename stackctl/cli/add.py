@@ -10,16 +10,8 @@ from typing import Annotated
 import typer
 
 from stackctl.cli.add_converted import Conversion, add_converted
-from stackctl.cli.common import (
-    DESCRIPTION,
-    NEW_ADAPTER,
-    REGISTRY,
-    BaseOption,
-    Context,
-    argument,
-    command,
-    complete_what,
-)
+from stackctl.cli.command import REGISTRY, Context, command
+from stackctl.cli.shared_options import DESCRIPTION, NEW_ADAPTER, BaseOption, argument, complete_what
 from stackctl.core.errors import Incompatible, Usage, raise_all
 from stackctl.core.schema import AdapterVersion
 from stackctl.lora.checkpoint import Checkpoint, find_checkpoint_folder, read_checkpoint, read_info

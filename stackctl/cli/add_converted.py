@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.core.errors import Incompatible, Usage, VerificationFailed
 from stackctl.core.provenance import Converted
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint

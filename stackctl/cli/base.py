@@ -8,16 +8,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import (
-    REGISTRY,
-    Context,
-    Current,
-    Group,
-    TemplateOptions,
-    argument,
-    command,
-    complete_bases,
-)
+from stackctl.cli.command import REGISTRY, Context, Current, Group, command
+from stackctl.cli.shared_options import TemplateOptions, argument, complete_bases
 from stackctl.core.schema import Base
 from stackctl.registry.store import Registry
 from stackctl.render.output import Result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.cli.fit_weights import Chosen, FitRequest, learn_weights, read_halves, read_weighted, too_few
 from stackctl.cli.load_stacks import load_common_base, score_stacks
 from stackctl.cli.sweep_weights import score_of_all

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.bisect_report import culprit_notes, culprit_screen, culprits_json
-from stackctl.cli.common import INSPECT, Context, TemplateOptions, What, command
+from stackctl.cli.command import INSPECT, Context, command
 from stackctl.cli.engines import BaseOptions
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
+from stackctl.cli.shared_options import TemplateOptions, What
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments

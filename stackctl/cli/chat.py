@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from stackctl.cli.common import completions
 from stackctl.cli.prompt_options import say_what_rounding_costs
+from stackctl.cli.shared_options import completions
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import BASE
 from stackctl.core.json_lines import json_line

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
+from stackctl.cli.command import TRAIN, Context, command
 from stackctl.cli.comparison import comparison_page, render_comparison, settings_of
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.eval_table import scores_json
@@ -22,6 +22,7 @@ from stackctl.cli.prompt_options import (
     read_prompts,
     say_what_rounding_costs,
 )
+from stackctl.cli.shared_options import BaseOption, expression
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.plan.lint import check_beside_base
 from stackctl.registry.planning import PlannedStack, plan_expressions

@@ -10,9 +10,10 @@ import msgspec
 import typer
 
 from stackctl.cli.best_method import best_stack, best_table
-from stackctl.cli.common import TRAIN, BaseOption, Context, command, expression
+from stackctl.cli.command import TRAIN, Context, command
 from stackctl.cli.fit_weights import Chosen, FitRequest, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
+from stackctl.cli.shared_options import BaseOption, expression
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
 from stackctl.cli.sweep_weights import SweepRequest, Swept, sweep_stack
 from stackctl.cli.typed_values import typed_text

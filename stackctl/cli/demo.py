@@ -7,7 +7,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from stackctl.cli.common import TRAIN, Context, command
+from stackctl.cli.command import TRAIN, Context, command
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Base
 from stackctl.jobs.recipe import RECIPE_FILE, RecipeFile, read_recipe

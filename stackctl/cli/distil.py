@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import TRAIN, Context, What, command
+from stackctl.cli.command import TRAIN, Context, command
+from stackctl.cli.shared_options import What
 from stackctl.cli.train import DRY_RUN, RESUME, job_options, prepare, typed_options
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.registry.resolve import current_stack

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stackctl import __version__
-from stackctl.cli.common import INSPECT, Context, command
+from stackctl.cli.command import INSPECT, Context, command
 from stackctl.core.errors import StackctlError
 from stackctl.machine import resources as machine
 from stackctl.machine.memory_estimate import Precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from stackctl.cli.common import BaseOption, of_device
+from stackctl.cli.shared_options import BaseOption, of_device
 from stackctl.core import Say
 from stackctl.core.errors import StackctlError, Usage, gathering, raise_all
 from stackctl.core.schema import Base

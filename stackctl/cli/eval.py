@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stackctl.cli.common import (
-    TRAIN,
-    Context,
-    TemplateOptions,
-    command,
-    complete_what,
-    expression,
-)
+from stackctl.cli.command import TRAIN, Context, command
 from stackctl.cli.engines import BaseOptions
 from stackctl.cli.eval_table import comparison_json, render_scores, render_tasks, scores_json
 from stackctl.cli.load_stacks import (
@@ -27,6 +20,7 @@ from stackctl.cli.load_stacks import (
     score_stacks,
     tokenise_data,
 )
+from stackctl.cli.shared_options import TemplateOptions, complete_what, expression
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import BASE
 from stackctl.machine.optional_packages import check_installed

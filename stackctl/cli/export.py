@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.common import SHARE, BaseOption, Context, What, command
+from stackctl.cli.command import SHARE, Context, command
+from stackctl.cli.shared_options import BaseOption, What
 from stackctl.core.errors import Usage
 from stackctl.core.schema import Base
 from stackctl.plan.lint import GGUF_DTYPES

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stackctl.cli.common import DESCRIPTION, NEW_ADAPTER, REGISTRY, BaseOption, Context, command
+from stackctl.cli.command import REGISTRY, Context, command
+from stackctl.cli.shared_options import DESCRIPTION, NEW_ADAPTER, BaseOption
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.core.provenance import Extracted
 from stackctl.lora.checkpoint import read_checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.cli.progress import share_progress
 from stackctl.cli.sweep_weights import weights_of

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import REGISTRY, Context, command
+from stackctl.cli.command import REGISTRY, Context, command
 from stackctl.registry.garbage_collection import Freed, drop_runs, free_caches, free_logs, free_weights
 from stackctl.registry.run_folders import unfinished_runs
 from stackctl.registry.store import Registry

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stackctl.cli.common import TRAIN, BaseOption, Context, What, command, of_device
+from stackctl.cli.command import TRAIN, Context, command
 from stackctl.cli.engines import check_has_gguf
 from stackctl.cli.progress import counting_answers
 from stackctl.cli.prompt_options import (
@@ -20,6 +20,7 @@ from stackctl.cli.prompt_options import (
     read_prompts,
     say_what_rounding_costs,
 )
+from stackctl.cli.shared_options import BaseOption, What, of_device
 from stackctl.core.errors import Usage
 from stackctl.core.json_lines import json_line
 from stackctl.plan.lint import check_beside_base

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import REGISTRY, Context, command
+from stackctl.cli.command import REGISTRY, Context, command
 from stackctl.core.errors import Usage
 from stackctl.registry.store import asked_registry, init_registry
 from stackctl.render.output import Result

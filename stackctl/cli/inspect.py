@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stackctl.cli.common import INSPECT, BaseOption, Context, What, command
+from stackctl.cli.command import INSPECT, Context, command
 from stackctl.cli.inspect_facts import (
     adapter_info,
     base_info,
@@ -21,6 +21,7 @@ from stackctl.cli.inspect_facts import (
 )
 from stackctl.cli.inspect_page import inspection_page
 from stackctl.cli.inspect_screen import Extras, checkpoint_screen, facts_screen, stack_screen
+from stackctl.cli.shared_options import BaseOption, What
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.expressions import parse_expression
 from stackctl.core.schema import Adapter, Base, Stack

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.cli.engines import Computing
 from stackctl.cli.progress import share_progress
 from stackctl.core.errors import attempt_each

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.base import base_json
-from stackctl.cli.common import INSPECT, Context, command
+from stackctl.cli.command import INSPECT, Context, command
 from stackctl.core.expressions import BASE, format_term
 from stackctl.core.schema import Adapter, Stack
 from stackctl.registry.run_folders import unfinished_runs

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import SHARE, BaseOption, Context, argument, command
+from stackctl.cli.command import SHARE, Context, command
+from stackctl.cli.shared_options import BaseOption, argument
 from stackctl.core.command_line import typed
 from stackctl.render.output import Result
 from stackctl.storage.hashes import sha256_bytes

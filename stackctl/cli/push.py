@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import SHARE, Context, argument, command, expression
+from stackctl.cli.command import SHARE, Context, command
+from stackctl.cli.shared_options import argument, expression
 from stackctl.cli.typed_values import typed_text
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed

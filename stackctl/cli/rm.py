@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from stackctl.cli.common import REGISTRY, Context, argument, command, complete_adapters
+from stackctl.cli.command import REGISTRY, Context, command
+from stackctl.cli.shared_options import argument, complete_adapters
 from stackctl.render.output import Result
 from stackctl.storage.files import human_bytes
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stackctl.cli.common import TRAIN, Context, Current, command, expression, of_device
+from stackctl.cli.command import TRAIN, Context, Current, command
 from stackctl.cli.engines import BaseOptions, Computing, check_has_gguf
+from stackctl.cli.shared_options import expression, of_device
 from stackctl.core.errors import Usage
 from stackctl.machine.optional_packages import check_installed
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.cli.load_stacks import load_common_base, read_sets, score_stacks
 from stackctl.core import NOISE
 from stackctl.core.errors import Failed, Incompatible, StackctlError, Usage, attempt, gathering, raise_all

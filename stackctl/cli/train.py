@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from stackctl.cli.common import DEVICE_PANEL, TRAIN, Context, argument, command, complete_bases, complete_what
+from stackctl.cli.command import TRAIN, Context, command
+from stackctl.cli.shared_options import DEVICE_PANEL, argument, complete_bases, complete_what
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
 from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage

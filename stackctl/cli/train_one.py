@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.core.command_line import typed
 from stackctl.core.schema import AdapterVersion
 from stackctl.jobs import ranks

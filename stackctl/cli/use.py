@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from stackctl.cli.common import REGISTRY, Context, argument, command, complete_stacks
+from stackctl.cli.command import REGISTRY, Context, command
+from stackctl.cli.shared_options import argument, complete_stacks
 from stackctl.registry.stacks import use_stack
 from stackctl.render.output import Result
 

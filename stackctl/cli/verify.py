@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stackctl.cli.common import INSPECT, Context, command, expression
+from stackctl.cli.command import INSPECT, Context, command
+from stackctl.cli.shared_options import expression
 from stackctl.core.errors import StackctlError, Usage, VerificationFailed
 from stackctl.core.schema import Base
 from stackctl.hub.repair import RepairSource, find_sources

@@ -245,6 +245,29 @@ def test_the_page_on_security_names_functions_that_are_there() -> None:
     assert len(names) > 20
 
 
+_ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`~?([\w.]+)`")
+
+
+def stale_roles(file: Path, text: str) -> list[str]:
+    """What docstrings refer to that is not there: neither by its module, nor by a word of the same file."""
+    code, stale = _ROLE.sub("", text), []
+    for role in _ROLE.findall(text):
+        module, names = ROOT, role.split(".")
+        while names and ((module / names[0]).is_dir() or (module / f"{names[0]}.py").is_file()):
+            module /= names.pop(0)
+        source = code if module == ROOT else "" if module.is_dir() else read(module.with_suffix(".py"))
+        if not all(re.search(rf"\b{name}\b", source) for name in names):
+            stale.append(f"{file.name}: {role}")
+    return stale
+
+
+def test_docstrings_refer_to_what_is_there() -> None:
+    files = sorted((ROOT / "stackctl").rglob("*.py"))
+    assert not [stale for file in files for stale in stale_roles(file, read(file))]
+    gone = ":func:`gone`", ":class:`stackctl.plan.gone.StackPlan`", ":class:`~stackctl.plan.stack_plan.Gone`"
+    assert len(stale_roles(Path("x.py"), " ".join(gone))) == 3
+
+
 @pages
 def test_no_page_speaks_of_one_machine(page: Path) -> None:
     text = read(page)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stackctl.cli.common import Context
+from stackctl.cli.command import Context
 from stackctl.core import errors
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import StackctlError
