@@ -146,7 +146,7 @@ def bisect(
         "evaluations": found.evaluations,
         "without": typed,
         "results": {
-            what: probe.look(frozenset(off))
+            what: probe.describe(frozenset(off))
             for what, off in (("stack", ()), ("base", parts_of(plan)), ("without", found.parts))
         },
     }
@@ -174,11 +174,11 @@ def _search(context: Context, stack: ResolvedStack, plan: StackPlan, probe: Prob
     """
     whole, parts = frozenset[StackPart](), parts_of(plan)
     if symptom.prompt is not None:
-        _check_answers(stack, symptom, probe.look(whole), probe.look(frozenset(parts)))
+        _check_answers(stack, symptom, probe.describe(whole), probe.describe(frozenset(parts)))
     with context.output.progress() as progress:
         task = progress.add_task("bisecting", total=None)
         found = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
-        if symptom.prompt is not None and (not found.parts or probe.look(frozenset(found.parts))["bad"]):
+        if symptom.prompt is not None and (not found.parts or probe.describe(frozenset(found.parts))["bad"]):
             probe.by_text = True  # how likely the text is there says nothing, or it is written elsewhere
             again = find_culprits(parts, _Counted(probe, lambda: progress.advance(task)))
             found = Found(again.parts, found.evaluations + again.evaluations)
@@ -220,8 +220,8 @@ class _Counted:
         self.step()
         return found
 
-    def line(self, off: Off) -> float | None:
-        return self.probe.line(off)
+    def threshold(self, off: Off) -> float | None:
+        return self.probe.threshold(off)
 
 
 def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[StackPart], probe: Probe) -> str | None:
@@ -231,7 +231,7 @@ def _typed_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[StackP
     if kept.typed is None:
         return None
     off = frozenset(part for part in parts_of(plan) if part.member in gone)
-    return None if probe.look(off)["bad"] else kept.typed
+    return None if probe.describe(off)["bad"] else kept.typed
 
 
 def stack_without(stack: ResolvedStack, plan: StackPlan, parts: Sequence[StackPart]) -> ResolvedStack:

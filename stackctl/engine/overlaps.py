@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from stackctl.lora.module_grid import GridPlace, place
+from stackctl.lora.module_grid import GridPlace, grid_place
 
 MOST_OPPOSED = 3
 K = TypeVar("K")
@@ -46,7 +46,7 @@ class ModuleOverlap:
     overlap: Overlap
 
     def json(self) -> dict[str, Any]:
-        where = {"module": self.module, "layer": place(self.module).name, "ranks": list(self.ranks)}
+        where = {"module": self.module, "layer": grid_place(self.module).name, "ranks": list(self.ranks)}
         return where | self.overlap.json()
 
 
@@ -70,7 +70,7 @@ class PairOverlap:
         """Modules taken together by something of their place, such as its kind; None leaves a module out."""
         groups: dict[K, list[Overlap]] = {}
         for found in self.modules:
-            if (name := key(place(found.module))) is not None:
+            if (name := key(grid_place(found.module))) is not None:
                 groups.setdefault(name, []).append(found.overlap)
         return {name: pool(overlaps) for name, overlaps in groups.items()}
 

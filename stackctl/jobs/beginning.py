@@ -13,7 +13,7 @@ import msgspec
 from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.expressions import format_expression, parse_expression
 from stackctl.core.train_job import TrainJob
-from stackctl.jobs.former_training import Former, find_former, outcome, settings_of, stands_on
+from stackctl.jobs.former_training import Former, comparable_settings, find_former, settings_of, stands_on
 from stackctl.lora.checkpoint import read_checkpoint
 from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
 from stackctl.plan.build import plan_stack
@@ -188,6 +188,6 @@ def own_newest(registry: Registry, name: str, job: TrainJob) -> str | None:
     if adapter is None or not has_files(registry, adapter.newest()):
         return None
     newest = adapter.newest()
-    known, wanted = outcome(settings_of(name, newest)), outcome(job.settings())
+    known, wanted = comparable_settings(settings_of(name, newest)), comparable_settings(job.settings())
     same = newest.settings is None or all(known[key] == wanted[key] for key in _SHAPE)
     return f"{name}@{newest.version}" if same else None

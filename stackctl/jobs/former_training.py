@@ -103,7 +103,7 @@ def settings_of(name: str, version: AdapterVersion) -> TrainSettings:
         ) from None
 
 
-def outcome(settings: TrainSettings, *, watched: bool = True) -> dict[str, Any]:
+def comparable_settings(settings: TrainSettings, *, watched: bool = True) -> dict[str, Any]:
     """Settings in a form that is equal where training makes the same of them; ``watched``: on held-out records."""
     told: dict[str, Any] = msgspec.to_builtins(settings)
     targets = parse_targets(told["target_modules"])

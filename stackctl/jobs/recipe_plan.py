@@ -16,7 +16,7 @@ from stackctl.core.expressions import BASE, Reference
 from stackctl.core.schema import AdapterVersion
 from stackctl.core.train_job import Recipe
 from stackctl.jobs.beginning import own_newest
-from stackctl.jobs.former_training import outcome, settings_of, stands_on
+from stackctl.jobs.former_training import comparable_settings, settings_of, stands_on
 from stackctl.jobs.job import PreparedJob, prepare_job
 from stackctl.jobs.job_checks import data_path
 from stackctl.jobs.recipe import RecipeFile, build_order, expression_of, names_in, needs_of
@@ -128,8 +128,8 @@ def _why_train(found: RecipeFile, registry: Registry, prepared: PreparedJob) -> 
     if not adapter:
         return "not trained yet"
     newest, rebases = adapter.newest(), found.recipe.train[name].rebase
-    known = outcome(settings_of(name, newest), watched=newest.eval_data is not None)
-    settings = outcome(prepared.job.settings(), watched=prepared.job.eval_data is not None)
+    known = comparable_settings(settings_of(name, newest), watched=newest.eval_data is not None)
+    settings = comparable_settings(prepared.job.settings(), watched=prepared.job.eval_data is not None)
     changed = [key for key, value in settings.items() if key in known and known[key] != value]
     if changed:
         return f"other {', '.join(changed)}"

@@ -28,7 +28,7 @@ class GridPlace:
         return self.kind if self.layer is None else f"{self.block}.{self.layer}".lstrip(".")
 
 
-def place(module: str) -> GridPlace:
+def grid_place(module: str) -> GridPlace:
     """A module's place by its name: the first number in it is that of a layer, and any later one, such as an
     expert's, is written ``*``, so that these share a place.
     """
@@ -55,7 +55,7 @@ def arrange(modules: Iterable[str]) -> tuple[list[Grid], list[str]]:
     blocks: dict[str, dict[Cell, list[str]]] = {}
     outside = []
     for module in modules:
-        where = place(module)
+        where = grid_place(module)
         if where.layer is None:
             outside.append(module)
         else:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from stackctl.lora.module_grid import place
+from stackctl.lora.module_grid import grid_place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.stack_plan import StackPlan
@@ -39,7 +39,7 @@ class StackPart:
     @property
     def layer(self) -> str:
         """The name of the layer that it stands in, or the module's own outside of layers."""
-        return place(self.module).name if self.module else WHOLE
+        return grid_place(self.module).name if self.module else WHOLE
 
 
 def parts_of(plan: StackPlan) -> list[StackPart]:
@@ -99,7 +99,7 @@ class Badness(Protocol):
         """A number that is higher the worse it is; infinite where nothing sensible came out."""
         ...
 
-    def line(self, off: Off) -> float | None:
+    def threshold(self, off: Off) -> float | None:
         """The score from which on it is bad, if ``off`` shows how good it could be; None if that is no better."""
         ...
 
@@ -114,11 +114,11 @@ class Found:
 
 @dataclass
 class _Scores:
-    """Scores by what is off, each asked for once, and the line between bad and good."""
+    """Scores by what is off, each asked for once, and the threshold between bad and good."""
 
     badness: Badness
     known: dict[Off, float] = field(default_factory=dict)
-    line: float = math.inf
+    threshold: float = math.inf
 
     def of(self, off: Iterable[StackPart]) -> float:
         key = frozenset(off)
@@ -126,8 +126,8 @@ class _Scores:
             self.known[key] = self.badness.score(key)
         return self.known[key]
 
-    def good(self, off: Iterable[StackPart]) -> bool:
-        return self.of(off) < self.line
+    def is_good(self, off: Iterable[StackPart]) -> bool:
+        return self.of(off) < self.threshold
 
 
 def find_culprits(parts: Sequence[StackPart], badness: Badness) -> Found:
@@ -145,23 +145,23 @@ def find_culprits(parts: Sequence[StackPart], badness: Badness) -> Found:
     for own in members:
         scores.of(own)
     reference = min((off for off in scores.known if off), key=lambda off: (scores.known[off], len(off)))
-    line = badness.line(reference)
-    if line is None:
+    threshold = badness.threshold(reference)
+    if threshold is None:
         return Found((), len(scores.known) - ends)
-    scores.line = line
+    scores.threshold = threshold
     for own in sorted(members, key=scores.of):
         most = len(scores.known) + _PATIENCE * math.ceil(math.log2(len(own)) + 1)
-        if scores.good(own) and (single := _single(own, scores, most)):
+        if scores.is_good(own) and (single := _single(own, scores, most)):
             part, evaluations = single
             return Found((part,), evaluations - ends)
-    culprits = list(min((own for own in members if scores.good(own)), key=scores.of, default=parts))
+    culprits = list(min((own for own in members if scores.is_good(own)), key=scores.of, default=parts))
     levels: list[tuple[Callable[[StackPart], Hashable], int]] = [
         (lambda part: part.member, len(parts)),
         (lambda part: (part.member, part.layer), _FEW),
         (lambda part: part, _FEW),
     ]
     for level, most in levels:
-        needed = _smallest(_grouped(culprits, level), scores.good, most)
+        needed = _smallest(_grouped(culprits, level), scores.is_good, most)
         if needed is None:
             break
         culprits = needed
@@ -172,11 +172,11 @@ def _single(parts: Sequence[StackPart], scores: _Scores, most: int) -> tuple[Sta
     """The part among some without which alone it is good, and how much was known before it was tried; else None."""
     if len(parts) == 1:
         before = len(scores.known)
-        return (parts[0], before) if scores.good(parts) else None
+        return (parts[0], before) if scores.is_good(parts) else None
     if len(scores.known) >= most:
         return None
     middle = _middle(parts)
-    if scores.good(parts[:middle]) and (found := _single(parts[:middle], scores, most)):
+    if scores.is_good(parts[:middle]) and (found := _single(parts[:middle], scores, most)):
         return found
     return _single(parts[middle:], scores, most)
 

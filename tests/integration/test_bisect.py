@@ -68,7 +68,7 @@ def test_a_planted_culprit_is_found_at_every_place(three: Any, expression: str, 
             stacked.use(plan)
             (answer,) = generate(stacked, [prompt], sampling)
             probe = TextProbe(stacked, plan, prompt, answer.text[:4], sampling)
-            if probe.look(frozenset(parts))["bad"]:
+            if probe.describe(frozenset(parts))["bad"]:
                 continue
         stack, least = probe.score(frozenset()), probe.score(frozenset(parts))
         alone = probe.score(frozenset({planted}))

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackctl.engine.data.shared_beginnings import FEWEST, common, share_beginnings
+from stackctl.engine.data.shared_beginnings import FEWEST, common_prefix, share_beginnings
 
 RECORDS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8)
 
@@ -33,5 +33,5 @@ def test_every_record_is_whole_and_beginnings_stand_once(records: list[list[int]
 
     beginnings = {tuple(record[:length]) for record in records for length in range(1, len(record) + 1)}
     assert len(laid) >= len(beginnings)
-    again = sum(min(common(a, b), FEWEST - 1) for a, b in itertools.pairwise(sorted(records)))
+    again = sum(min(common_prefix(a, b), FEWEST - 1) for a, b in itertools.pairwise(sorted(records)))
     assert len(laid) <= len(beginnings) + again, "only what is too short to share is there twice"

@@ -26,7 +26,7 @@ class Told:
         self.asked.append(off)
         return float(self._is_bad(off))
 
-    def line(self, off: Off) -> float | None:
+    def threshold(self, off: Off) -> float | None:
         return None if self._is_bad(off) or not self._is_bad(frozenset()) else 0.5
 
 

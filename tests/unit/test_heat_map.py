@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from stackctl.lora.module_grid import GridPlace, arrange, place, short_names
+from stackctl.lora.module_grid import GridPlace, arrange, grid_place, short_names
 from stackctl.render.heat_map import HeatMap, render_heat_map
 
 LLAMA = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -46,13 +46,13 @@ def text(heat: HeatMap, width: int, colours: bool = False) -> list[str]:
     ],
 )
 def test_a_module_has_its_place(module: str, expected: GridPlace) -> None:
-    assert place(module) == expected
+    assert grid_place(module) == expected
 
 
 def test_a_layer_has_a_name() -> None:
-    assert place("model.layers.11.mlp.up_proj").name == "model.layers.11"
-    assert place("3.q_proj").name == "3"
-    assert place("lm_head").name == "lm_head"
+    assert grid_place("model.layers.11.mlp.up_proj").name == "model.layers.11"
+    assert grid_place("3.q_proj").name == "3"
+    assert grid_place("lm_head").name == "lm_head"
 
 
 def test_kinds_are_told_apart_by_as_few_words_as_do() -> None:

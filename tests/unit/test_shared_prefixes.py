@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from stackctl.engine.data.shared_beginnings import common
+from stackctl.engine.data.shared_beginnings import common_prefix
 from stackctl.engine.generation import shared_prefixes as module
 from stackctl.engine.generation.shared_prefixes import Prefix, Text, shared_prefixes
 
@@ -36,7 +36,7 @@ def test_each_beginning_is_computed_once(seed: int, monkeypatch: pytest.MonkeyPa
         ready.add(one.prompt)
     there, computed = list(known), 0
     for text in sorted(prompts, key=lambda text: text.ids):  # every one with all that are before it
-        most = max((common(text.ids, other.ids) for other in there if other.weights == text.weights), default=0)
+        most = max((common_prefix(text.ids, other.ids) for other in there if other.weights == text.weights), default=0)
         computed += len(text.ids) - min(most, len(text.ids) - 1)
         there.append(text)
     assert computed == sum(len(text.ids) for text in prompts) - sum(one.tokens for one in prefixes)
@@ -51,5 +51,5 @@ def test_a_few_tokens_are_computed_again() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 8])
 def test_how_much_two_texts_share(length: int) -> None:
-    assert common([*range(length), -1], [*range(length), -2, 3]) == length
-    assert common(range(length), range(length + 3)) == length
+    assert common_prefix([*range(length), -1], [*range(length), -2, 3]) == length
+    assert common_prefix(range(length), range(length + 3)) == length

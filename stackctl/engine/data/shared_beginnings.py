@@ -28,7 +28,7 @@ class SharedRow:
     places: list[int]
 
 
-def common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
+def common_prefix(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
     """How many first tokens, or characters, two texts share."""
     low, high = 0, min(len(one), len(other))
     while low < high:
@@ -42,7 +42,7 @@ def common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
 
 def shared_with(before: Sequence[int], ids: Sequence[int]) -> int:
     """The tokens of ``ids`` that need not be computed behind a text that begins alike."""
-    tokens = common(before, ids)
+    tokens = common_prefix(before, ids)
     return tokens if tokens >= FEWEST else 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
 from stackctl.engine.data.reasoning import ReasonedAnswer, closes, tag_of, without_empty
-from stackctl.engine.data.shared_beginnings import common
+from stackctl.engine.data.shared_beginnings import common_prefix
 from stackctl.engine.data.turn_text import missing, saying_otherwise, whole_tags
 from stackctl.engine.records.types import Message
 
@@ -69,7 +69,7 @@ class Turns:
         with contextlib.suppress(*TEMPLATE_ERRORS):
             goes_on = self._template.render([user, _sentinel(), {**user, "content": f"{SENTINEL} again"}])
             header = goes_on.partition(SENTINEL)[2].partition(f"{SENTINEL} again")[0]
-            own = _TAG.sub("", before[: len(before) - common(before[::-1], header[::-1])])
+            own = _TAG.sub("", before[: len(before) - common_prefix(before[::-1], header[::-1])])
             return " ".join(own.split()) if re.search(r"\w\W+\w", own) else ""
         return ""
 
@@ -197,8 +197,8 @@ class Turns:
     def _edges(self, through: str, history: list[Message], message: Message, talk: Conversation) -> tuple[int, int]:
         """Where what is said in a turn begins and ends in a text, found by saying something else instead."""
         other = self._render([*history, saying_otherwise(message)], talk).removesuffix(self.close)
-        before = common(through, other)
-        after = common(through[before:][::-1], other[before:][::-1])
+        before = common_prefix(through, other)
+        after = common_prefix(through[before:][::-1], other[before:][::-1])
         return before, len(through) - after
 
     def _body(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str:
@@ -209,7 +209,7 @@ class Turns:
         """
         through = self._render([*history, message], talk).removesuffix(self.close)
         tag = tag_of(prompt)
-        same = whole_tags(through, common(prompt, through))
+        same = whole_tags(through, common_prefix(prompt, through))
         left = prompt[same:].strip()
         if tag is not None and left in ("", tag.open.strip()):
             return self._through(through, same, history, message, talk)

@@ -34,7 +34,7 @@ _UNLIKELY = -16.0
 class LossProbe:
     """Bad is a high loss; of several data sets the mean of their losses.
 
-    ``look`` is what a person would see of the stack with some parts off, and whether that is ``bad``.
+    ``describe`` says what a person would see of the stack with some parts off, and whether that is ``bad``.
     """
 
     by_text = False
@@ -51,26 +51,26 @@ class LossProbe:
         loss = mean_loss(self._seen[off])
         return loss if math.isfinite(loss) else math.inf
 
-    def line(self, off: Off) -> float | None:
+    def threshold(self, off: Off) -> float | None:
         """Better is what is more than noise, or a twentieth less perplexity."""
         stack, best = self.score(frozenset()), self.score(off)
-        if not best < stack or (stack - best < _CLEARLY and self.chance(off) > NOISE):
+        if not best < stack or (stack - best < _CLEARLY and self.p_value(off) > NOISE):
             return None
         self._line = best + min((stack - best) / 2, _WORSE)
         return self._line
 
-    def chance(self, off: Off) -> float:
+    def p_value(self, off: Off) -> float:
         """How often chance alone would make a stack without these parts as different on these records."""
         if not (math.isfinite(self.score(frozenset())) and math.isfinite(self.score(off))):
             return 0.0
         return judge(self._seen[frozenset()], self._seen[off]).p_value
 
-    def look(self, off: Off) -> dict[str, Any]:
+    def describe(self, off: Off) -> dict[str, Any]:
         loss = self.score(off)
         return {
             "loss": loss if math.isfinite(loss) else None,
             "bad": not loss < self._line,
-            "p_value": self.chance(off),
+            "p_value": self.p_value(off),
         }
 
 
@@ -93,17 +93,17 @@ class TextProbe:
     def score(self, off: Off) -> float:
         """The mean log-probability of the text's tokens; by the text, one where it is bad, else zero."""
         if self.by_text or self._example is None:
-            return float(self.look(off)["bad"])
+            return float(self.describe(off)["bad"])
         self._stacked.use(switch_off(self._plan, off))
         (score,) = score_examples(self._stacked.model, [self._example])
         mean = -score.loss / score.tokens
         return max(mean, _UNLIKELY) if math.isfinite(mean) else math.inf
 
-    def line(self, off: Off) -> float | None:
+    def threshold(self, off: Off) -> float | None:
         stack, best = self.score(frozenset()), self.score(off)
         return None if not best < stack else (stack + best) / 2 if math.isfinite(stack) else math.inf
 
-    def look(self, off: Off) -> dict[str, Any]:
+    def describe(self, off: Off) -> dict[str, Any]:
         answer, finite = self._answer(off)
         return {"text": answer.text, "finite": finite, "bad": not finite or self._text in answer.text}
 

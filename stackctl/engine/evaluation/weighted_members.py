@@ -22,7 +22,7 @@ from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased
-from stackctl.lora.module_grid import place
+from stackctl.lora.module_grid import grid_place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Per, Weights
 from stackctl.plan.stack_plan import ModulePlan, StackPlan
@@ -69,7 +69,7 @@ def read_factors(plan: StackPlan, per: Per) -> WeightedFactors:
     rank = {member: number for number, member in enumerate(order)}
 
     def group(member: int, module: str) -> Group:
-        return member, {"member": "", "layer": place(module).name, "module": module}[per]
+        return member, {"member": "", "layer": grid_place(module).name, "module": module}[per]
 
     named = {group(factor.member, module.name) for module in plan.modules.values() for factor in module.factors}
     named |= {group(trained.member, trained.module) for trained in plan.token_rows}

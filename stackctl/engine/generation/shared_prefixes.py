@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from stackctl.engine.data.shared_beginnings import FEWEST, common
+from stackctl.engine.data.shared_beginnings import FEWEST, common_prefix
 from stackctl.machine.resources import main_memory
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def shared_prefixes(prompts: Sequence[Text], known: Sequence[Text]) -> list[Pref
             ids, number = one
             place = bisect.bisect(pool, one)
             beside = pool[max(0, place - 1) : place + 1]
-            tokens, source = max(((common(ids, other), source) for other, source in beside), default=(0, 0))
+            tokens, source = max(((common_prefix(ids, other), source) for other, source in beside), default=(0, 0))
             tokens = min(tokens, len(ids) - 1)
             if tokens >= FEWEST:
                 prefixes.append(Prefix(number - len(known), source, tokens))
@@ -96,4 +96,4 @@ class FinishedTexts:
 
 
 def _goes_on(text: Text, old: Text) -> bool:
-    return text.weights == old.weights and common(text.ids, old.ids) == len(old.ids)
+    return text.weights == old.weights and common_prefix(text.ids, old.ids) == len(old.ids)

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stackctl.engine.training.distributed import whole
+from stackctl.engine.training.distributed import full_tensor
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS
 
 ADAPTER = "default"
@@ -27,7 +27,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter in training by its names in the model; where it is sharded, every rank has to ask."""
-    return {name: whole(p.detach()) for name, p in trained_parameters(model)}
+    return {name: full_tensor(p.detach()) for name, p in trained_parameters(model)}
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

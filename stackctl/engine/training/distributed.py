@@ -118,7 +118,7 @@ class WholeSteps(Sampler[int]):
         return self._size + self._missing
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter as one tensor, gathered if it is sharded; then every rank has to ask."""
     if not is_sharded():
         return tensor

@@ -29,7 +29,7 @@ from stackctl.engine.training.state import Counters
 from stackctl.engine.training.trainer import TrainerParts
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
-from stackctl.jobs.outcome import problems_of_run
+from stackctl.jobs.run_problems import problems_of_run
 from stackctl.jobs.teacher import Teacher
 from stackctl.lora.checkpoint import INFO, read_checkpoint
 from stackctl.lora.checkpoint_template import TEMPLATE_FILE

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stackctl.core.train_job import TrainJob
-from stackctl.jobs.outcome import loss_problem, problems_of_run
+from stackctl.jobs.run_problems import loss_problem, problems_of_run
 
 SMOLLM2 = 49_152
 GUESS = math.log(SMOLLM2)
