@@ -211,6 +211,7 @@ def explain_oserror(error: OSError) -> Failed:
         name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 :]}"
     where = f" ({name})" if name else ""
     hints = {
+        errno.ENOENT: "it was removed meanwhile, or nothing can be made there: run the command again",
         errno.ENOSPC: "free some space and run the command again",
         errno.EDQUOT: "free some of your quota and run the command again",
         errno.EACCES: "check who owns the folder and its permissions",

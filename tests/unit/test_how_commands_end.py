@@ -131,6 +131,18 @@ def test_an_odd_value_while_nothing_is_imported_is_still_a_bug(run, monkeypatch)
     assert "this is a bug" in run("use", "style", code=1).err
 
 
+def test_weights_that_go_while_a_command_reads_them_are_no_riddle(run, monkeypatch):
+    """Another process removed them and freed their space; the hint was --debug."""
+
+    def fail(_: Context) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "weights/style/1/adapter_model.safetensors")
+
+    monkeypatch.setattr(Context, "registry", property(fail))
+    told = run("use", "style", "--json", code=1).json["error"]
+    assert told["message"] == "no such file or directory (weights/style/1/adapter_model.safetensors)"
+    assert "removed meanwhile" in told["hint"]
+
+
 class OutOfMemoryError(RuntimeError):
     """What torch's is called, which no light command imports."""
 
