@@ -92,8 +92,9 @@ class Checkpoint:
     """A PEFT checkpoint on disk.
 
     ``config`` is ``adapter_config.json`` as it stands; ``tensors`` the header of the weights. ``embeddings`` are the
-    base's embedding and head by the names of this checkpoint, which PEFT saves beside any adapter where it is told to
-    or where they were resized (``save_embedding_layers``), and loads; None where no base is at hand.
+    base's embedding and head, and what stands in them, by the names of this checkpoint: PEFT saves them beside any
+    adapter where it is told to or where they were resized (``save_embedding_layers``), and loads them; None where no
+    base is at hand.
     """
 
     path: Path

@@ -100,9 +100,10 @@ def on_base(checkpoint: Checkpoint, base: Base | None, naming: Naming | None = N
     if base is None:
         return checkpoint
     naming = naming or naming_of(checkpoint, base, expand_modules(base.modules))
-    ends = {base.input_embedding, base.output_embedding}
+    ends = tuple(f"{end}." for end in (base.input_embedding, base.output_embedding) if end)
     modules = {parse_tensor_name(name).module for name in checkpoint.tensors}
-    return replace(checkpoint, embeddings=frozenset(name for name in modules if naming.place(name).module in ends))
+    found = frozenset(name for name in modules if f"{naming.place(name).module}.".startswith(ends))
+    return replace(checkpoint, embeddings=found)
 
 
 def naming_of(checkpoint: Checkpoint, base: Base, known: dict[str, ModuleShape]) -> Naming:

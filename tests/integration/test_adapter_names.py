@@ -285,7 +285,7 @@ def _changed_in_training(base: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "tied", "neox", "bert", "bigbird_pegasus", "bloom", "codegen", "cpmant", "ctrl"]
+    "name", ["gpt2", "tied", "neox", "bert", "bigbird_pegasus", "bloom", "codegen", "cpmant", "ctrl", "inkling_text"]
 )
 def test_embeddings_are_saved_under_the_names_of_their_architecture(
     run: Any, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
