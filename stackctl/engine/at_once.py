@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from stackctl.engine.noise import OwnDropout, draw_seeds, drawn_from
 from stackctl.machine import openmp
 from stackctl.machine.resources import one_heap
 
@@ -44,9 +45,10 @@ class AtOnce:
     bits.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, noise: bool = False) -> None:
+        """With ``noise`` each draws its own, by a seed that whoever asks draws for it."""
         one_heap()
-        self.count = count
+        self.count, self._noise = count, noise
         whole = torch.get_num_threads()
         self._at_work: set[int] = set()
         self._share = max(1, whole // count)
@@ -79,7 +81,10 @@ class AtOnce:
             return
         openmp.give_up_pool()
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        futures = [self._pool.submit(self._run, function, item, modes) for item in others]
+        seeds: Sequence[int | None] = draw_seeds(len(others)) if self._noise else [None] * len(others)
+        futures = [
+            self._pool.submit(self._run, function, item, seed, modes) for item, seed in zip(others, seeds, strict=True)
+        ]
         try:
             for future in futures:
                 yield future.result()
@@ -87,11 +92,11 @@ class AtOnce:
             self._end(futures)
             raise
 
-    def _run(self, function: Callable[[T], R], item: T, modes: tuple[bool, bool, torch.dtype]) -> R:
+    def _run(self, function: Callable[[T], R], item: T, seed: int | None, modes: tuple[bool, bool, torch.dtype]) -> R:
         gradients, autocast, dtype = modes
         self._at_work.add(threading.get_ident())
         try:
-            with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype, enabled=autocast):
+            with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype, enabled=autocast), drawn_from(seed):
                 return function(item)
         finally:
             self._at_work.discard(threading.get_ident())
@@ -122,7 +127,7 @@ def keeps_nothing(model: nn.Module, compute: Callable[[], object]) -> bool:
     ``compute`` is run twice: what a module makes in its first call, it may keep.
     """
     modules = list(model.modules())
-    if any(type(module).__module__.partition(".")[0] not in _OWN_CODE for module in modules):
+    if any(not isinstance(m, OwnDropout) and type(m).__module__.partition(".")[0] not in _OWN_CODE for m in modules):
         return False
     if any(kind in str(vars(module).get("rope_type")) for module in modules for kind in _LENGTHS_MATTER):
         return False

@@ -124,6 +124,8 @@ class NewAdapter:
     token_rows: int = 0
     eight_bits: bool = False
     """The optimizer's state, by bitsandbytes."""
+    dropout: bool = False
+    """Each module that it stands on keeps which of its input's values are dropped, a byte for each."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
     kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
     casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
     low = (rank + live_rank) * len(targets) * 4
-    activations = int(tokens * (kept * value + casts + low))
+    dropped = sum(modules[name].shape[-1] * share.get(name, 1.0) for name in targets) if adapter.dropout else 0
+    activations = int(tokens * (kept * value + casts + low + dropped))
     between = 4.0 if precision == "autocast" else value  # what layers hand on stays in float32
     checkpointed = int(tokens * layers * hidden * between) + activations // layers
     backward = activations // layers

@@ -20,7 +20,9 @@ from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation import scoring, weight_fit
 from stackctl.engine.loss.logits import supervised_loss, supervised_token_losses
+from stackctl.engine.noise import OwnDropout
 from stackctl.engine.training import memory, trainer
+from stackctl.engine.training import run as run_module
 
 RECORDS = [CHAT[number % len(CHAT)] for number in range(24)]
 PAIRS = [{"prompt": f"{n}?", "chosen": "x" * (n + 1), "rejected": "y" * (20 - n)} for n in range(16)]
@@ -316,14 +318,48 @@ def test_somebody_s_own_code_is_called_by_one_thread() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_dropout_is_drawn_by_one_thread(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_draw_dropout_of_their_own(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which does not depend on what is computed meanwhile, and goes on where a run does."""
     monkeypatch.setattr(memory, "PART", SHORT)
-    made = list[int]()
-    monkeypatch.setattr("stackctl.engine.training.run.AtOnce", lambda count: made.append(count))
+    shares = list[torch.Tensor]()
+    right = OwnDropout.mask
+
+    def watched(self: OwnDropout, x: torch.Tensor) -> torch.Tensor:
+        found = right(self, x)
+        if threading.current_thread() is not threading.main_thread():
+            shares.append(found)
+        return found
+
+    monkeypatch.setattr(OwnDropout, "mask", watched)
+    options = ("--epochs", 2, "--save-steps", 1, "--dropout", 0.3)
+    first = train(h, "first", *options)["digest"]
+    assert shares
+    assert len({mask.flatten()[:64].numpy().tobytes() for mask in shares}) == len(shares), "no two are the same"
+    assert train(h, "second", *options)["digest"] == first
+    h.at_step(3, interrupt)
+    train(h, "new", *options, code=130)
+    h.at_step(0, interrupt)
+    assert train(h, "new", *options, "--resume")["digest"] == first
+
+
+@pytest.mark.usefixtures("threads")
+def test_noise_of_the_base_is_drawn_by_one_thread(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PART", SHORT)
+    made = list[bool]()
+    monkeypatch.setattr(run_module, "AtOnce", lambda count, noise: made.append(noise))
     train(h, "new", "--max-steps", 1, "--dropout", 0.1)
-    assert made == []
     train(h, "other", "--max-steps", 1)
-    assert made == [2]
+    assert made == [True, False]
+    right = run_module.attach_all
+
+    def attach(*arguments: Any) -> Any:
+        attached = right(*arguments)
+        attached.model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.1
+        return attached
+
+    monkeypatch.setattr(run_module, "attach_all", attach)
+    train(h, "noisy", "--max-steps", 1, "--dropout", 0.1)
+    assert made == [True, False]
 
 
 @pytest.mark.usefixtures("threads")

@@ -27,8 +27,9 @@ from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
 from stackctl.engine.loss.logits import supervised_loss
 from stackctl.engine.loss.row_layout import choose_layout
+from stackctl.engine.noise import drawn_from
 from stackctl.engine.training.fused_modules import fuse
-from stackctl.engine.training.lora_sum import add_in_place
+from stackctl.engine.training.lora_sum import add_in_place, draw_own_noise
 from tests.tiny import SIZES
 
 CONFIGS: dict[str, Any] = {
@@ -92,10 +93,11 @@ def same(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]
     return abs(found[0] - expected[0]) <= 1e-6 * abs(expected[0]) and float(apart) < 1e-5
 
 
-def beside_float64(name: str, models: Any) -> tuple[Any, Any]:
+def beside_float64(name: str, models: Any, **settings: Any) -> tuple[Any, Any]:
     """A model as training has it before it is fused, and the same in float64."""
-    model = adapted(name, models)
+    model = adapted(name, models, **settings)
     choose_layout(model, examples(), longest=70)
+    draw_own_noise(model)
     exact = copy.deepcopy(model).double()
     add_in_place(model)
     return model, exact
@@ -110,6 +112,23 @@ def test_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None
     assert model.training
     assert same(computed(model), computed(exact))
     assert same(computed(model), computed(exact)), "a second step finds nothing written over"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_with_the_same_dropout_loss_and_gradients_are_those_of_float64(name: str, models: Any) -> None:
+    """Which PEFT computes layer by layer, and each layer draws its own."""
+    model, exact = beside_float64(name, models, lora_dropout=0.3)
+    assert fuse(model) == FUSED[name]
+    found = []
+    for seed in (1, 1, 2):
+        with drawn_from(seed):
+            found.append(computed(model))
+        with drawn_from(seed):
+            assert same(found[-1], computed(exact))
+    assert found[0][0] == found[1][0] != found[2][0]
+    model.eval()
+    exact.eval()
+    assert same(computed(model), computed(exact)), "and without it in evaluation"
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,9 +123,10 @@ def _shared(inner: nn.Module, ids: Tensor, starts: list[int]) -> SharedRow | Non
     return None if inner.training and draws_noise(inner) else row
 
 
-def draws_noise(model: nn.Module) -> bool:
-    """Whether something in a model is random in training."""
-    return any(map(_draws, model.modules()))
+def draws_noise(model: nn.Module, besides: Sequence[nn.Module] = ()) -> bool:
+    """Whether something in a model is random in training, ``besides`` some of its modules."""
+    known = set(besides)
+    return any(_draws(module) for module in model.modules() if module not in known)
 
 
 def _draws(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.fused_modules import fuse
-from stackctl.engine.training.lora_sum import add_in_place
+from stackctl.engine.training.lora_sum import add_in_place, draw_own_noise
 from stackctl.engine.training.targets import Targets, check_rows
 from stackctl.engine.training.teaching import Teaching
 from stackctl.jobs.beginning import Beginning
@@ -87,6 +87,7 @@ def attach_all(stacked: StackedModel, prepared: PreparedJob, targets: Targets, f
     how = freeze_stack(stacked, prepared, targets, say)
     model = attach_new(stacked, prepared, targets, live=how == "live")
     if not group.keeps_parts():
+        draw_own_noise(model)
         add_in_place(model)
         fuse(model)
     teaching = attach_teacher(model, prepared.teacher.plan) if prepared.teacher else None

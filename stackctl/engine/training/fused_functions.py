@@ -16,16 +16,31 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import silu
 
+from stackctl.engine.noise import OwnDropout
+
 
 @dataclass(frozen=True)
 class Product:
-    """``x`` (T, in) to ``x`` Wᵀ + bias + scale · ``x`` Aᵀ Bᵀ (T, out): W (out, in) frozen, A (r, in), B (out, r)."""
+    """``x`` (T, in) to ``x`` Wᵀ + bias + scaling · ``x`` Aᵀ Bᵀ (T, out): W (out, in) frozen, A (r, in), B (out, r).
+
+    A reads what a ``dropout`` leaves of ``x``, for each product something else.
+    """
 
     weight: Tensor
     bias: Tensor | None
     a: Tensor
     b: Tensor
-    scale: float
+    scaling: float
+    dropout: OwnDropout | None = None
+
+    @property
+    def scale(self) -> float:
+        """By which the sum over what is kept of ``x`` is multiplied."""
+        return self.scaling / self.dropout.keeps if self.dropout else self.scaling
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What of ``x`` is kept, if not all."""
+        return self.dropout.mask(x) if self.dropout else None
 
 
 def factors(products: Sequence[Product]) -> list[Tensor]:
@@ -50,47 +65,51 @@ def apply_gated_mlp(x: Tensor, gate: Product, up: Product, down: Product) -> Ten
 class _Products(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Sequence[Product], *_: Tensor) -> tuple[Tensor, ...]:
-        outputs, low = _forward(x, products)
-        ctx.save_for_backward(x, low)
+        outputs, low, masks = _forward(x, products)
+        ctx.save_for_backward(x, low, *masks)
         ctx.products = products
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low = ctx.saved_tensors
-        of_x, of_factors = _backward(upstream, x, low, ctx.products, wanted=ctx.needs_input_grad[0])
+        x, low, *masks = ctx.saved_tensors
+        of_x, of_factors = _backward(upstream, x, low, masks, ctx.products, wanted=ctx.needs_input_grad[0])
         return of_x, None, *of_factors
 
 
 class _GatedMlp(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inner: tuple[Product, Product], down: Product, *_: Tensor) -> Tensor:
-        (gate, up), low = _forward(x, inner)
+        (gate, up), low, masks = _forward(x, inner)
         hidden = silu(gate).mul_(up)
-        (output,), low_hidden = _forward(hidden, (down,))
-        ctx.save_for_backward(x, gate, up, low, low_hidden)
+        (output,), low_hidden, masks_hidden = _forward(hidden, (down,))
+        ctx.save_for_backward(x, gate, up, low, low_hidden, *masks, *masks_hidden)
         ctx.inner, ctx.down = inner, down
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, gate, up, low, low_hidden = ctx.saved_tensors
+        x, gate, up, low, low_hidden, *masks, mask = ctx.saved_tensors
         down: Product = ctx.down
         of_low = torch.mm(gradient, down.b).mul_(down.scale)
-        of_hidden = torch.mm(gradient, down.weight).addmm_(of_low, down.a)
+        of_hidden = _add_kept(torch.mm(gradient, down.weight), of_low, down.a, mask)
         hidden, of_activation = silu(gate), of_hidden * up
         of_hidden.mul_(hidden)  # the gradient of up, as gate becomes that of gate
         hidden.mul_(up)
         torch.ops.aten.silu_backward.grad_input(of_activation, gate, grad_input=gate)
-        of_down = [of_low.T @ hidden, (gradient.T @ low_hidden).mul_(down.scale)]
+        of_down = [of_low.T @ _kept(hidden, mask), (gradient.T @ low_hidden).mul_(down.scale)]
         del hidden, of_activation
-        of_x, of_inner = _backward([gate, of_hidden], x, low, ctx.inner, wanted=ctx.needs_input_grad[0])
+        of_x, of_inner = _backward([gate, of_hidden], x, low, masks, ctx.inner, wanted=ctx.needs_input_grad[0])
         return of_x, None, None, *of_inner, *of_down
 
 
-def _forward(x: Tensor, products: Sequence[Product]) -> tuple[list[Tensor], Tensor]:
-    """Outputs (T, out), and ``x`` Aᵀ of all side by side (T, n · r)."""
-    low = torch.mm(x, _side_by_side(products).T)
+def _forward(x: Tensor, products: Sequence[Product]) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """Outputs (T, out), what is kept of ``x`` times Aᵀ of all side by side (T, n · r), and which that is."""
+    masks = [product.mask(x) for product in products]
+    if any(mask is not None for mask in masks):
+        low = torch.cat([_kept(x, mask) @ product.a.T for product, mask in zip(products, masks, strict=True)], 1)
+    else:
+        low = torch.mm(x, _side_by_side(products).T)
     outputs, place = [], 0
     for product in products:
         rank = len(product.a)
@@ -98,11 +117,26 @@ def _forward(x: Tensor, products: Sequence[Product]) -> tuple[list[Tensor], Tens
         output = torch.mm(x, weight) if product.bias is None else torch.addmm(product.bias, x, weight)
         outputs.append(output.addmm_(own, product.b.T, alpha=product.scale))
         place += rank
-    return outputs, low
+    return outputs, low, masks
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _add_kept(of_x: Tensor, of_low: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
+    """Add what comes back through A to a gradient (T, in), where ``x`` was kept."""
+    return of_x.addmm_(of_low, a) if mask is None else of_x.add_(torch.mm(of_low, a).mul_(mask))
 
 
 def _backward(
-    gradients: Sequence[Tensor], x: Tensor, low: Tensor, products: Sequence[Product], *, wanted: bool
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    low: Tensor,
+    masks: Sequence[Tensor | None],
+    products: Sequence[Product],
+    *,
+    wanted: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient of ``x``, if it is ``wanted``, and those of A and B of each product."""
     of_low, of_b, place = torch.empty_like(low), [], 0
@@ -115,10 +149,17 @@ def _backward(
         if wanted:
             of_x = torch.mm(gradient, product.weight) if of_x is None else of_x.addmm_(gradient, product.weight)
         place = own.stop
-    a = _side_by_side(products)
-    if of_x is not None:
-        of_x.addmm_(of_low, a)
-    of_a = (of_low.T @ x).split([len(product.a) for product in products])
+    ranks = [len(product.a) for product in products]
+    if all(mask is None for mask in masks):
+        if of_x is not None:
+            of_x.addmm_(of_low, _side_by_side(products))
+        of_a: Sequence[Tensor] = (of_low.T @ x).split(ranks)
+    else:
+        parts = of_low.split(ranks, 1)
+        for product, part, mask in zip(products, parts, masks, strict=True):
+            if of_x is not None:
+                _add_kept(of_x, part, product.a, mask)
+        of_a = [part.T @ _kept(x, mask) for part, mask in zip(parts, masks, strict=True)]
     return of_x, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
 

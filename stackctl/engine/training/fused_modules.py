@@ -3,8 +3,8 @@
 transformers writes norms, rotary positions and gated MLPs as chains of small operators, each of which is a pass over a
 tensor of the row. :func:`fuse` gives a module of Llama's kind a forward of our own, after both have been run on a few
 random tokens, small and large ones, and have agreed in outputs and gradients. Whatever differs keeps its own, and so
-does every call that is not a plain step of training, in float32 or under autocast: no gradients, a cache, dropout,
-another adapter, one that is switched off.
+does every call that is not a plain step of training, in float32 or under autocast: no gradients, a cache, another
+adapter, one that is switched off, dropout that is not the new adapter's own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stackctl.engine.noise import OwnDropout
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.engine.training.fused_functions import Product, apply_gated_mlp, apply_products, rms_norm, rotate
 from stackctl.engine.training.lora_sum import is_plain
@@ -65,8 +66,10 @@ def _try(module: Any, make: Callable[[Any], Forward], probe: Callable[[Any], lis
     try:
         module.train()
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             expected = probe(module)
             module.forward = make(module)
+            torch.manual_seed(0)  # dropout draws the same
             found = probe(module)
         if all(_agree(*pair) for pair in zip(found, expected, strict=True)):
             return True
@@ -196,7 +199,12 @@ def _products(x: Tensor, layers: Sequence[Any]) -> list[Product] | None:
         weight = weight if isinstance(base, nn.Linear) else weight.T
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b = layer.lora_A[ADAPTER].weight.to(dtype), layer.lora_B[ADAPTER].weight.to(dtype)
-        found.append(Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER]))
+        dropout = layer.lora_dropout[ADAPTER] if layer.training else None
+        found.append(
+            Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER], dropout)
+            if isinstance(dropout, OwnDropout)
+            else Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER])
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stackctl.engine.noise import OwnDropout
 from stackctl.engine.training.adapter import ADAPTER
 
 
@@ -31,8 +32,18 @@ def add_in_place(model: PeftModel) -> None:
             layer.lora_variant[ADAPTER] = _InPlace()
 
 
+def draw_own_noise(model: PeftModel) -> None:
+    """Let the dropout of the adapter in training draw its noise by itself, where it is on a CPU."""
+    for name, dropout in list(model.named_modules()):
+        parent, _, own = name.rpartition(".")
+        if own == ADAPTER and parent.endswith(".lora_dropout") and type(dropout) is nn.Dropout:
+            layer: Any = model.get_submodule(parent.removesuffix(".lora_dropout"))
+            if layer.get_base_layer().weight.device.type == "cpu":
+                layer.lora_dropout[ADAPTER] = OwnDropout(dropout.p).train(dropout.training)
+
+
 def is_plain(layer: Any) -> bool:
-    """Whether a layer computes what :func:`add_in_place` let it, and that alone: no dropout, hooks, other adapters."""
+    """Whether a layer computes what :func:`add_in_place` let it, and that alone: no hooks, no other adapters."""
     if not isinstance(getattr(layer, "lora_variant", {}).get(ADAPTER), _InPlace):
         return False
     base = layer.get_base_layer()
@@ -40,7 +51,7 @@ def is_plain(layer: Any) -> bool:
     return (
         list(layer.active_adapters) == [ADAPTER]
         and not (layer.disable_adapters or layer.merged or hooked or base.weight.requires_grad)
-        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity | OwnDropout)
     )
 
 

@@ -165,11 +165,13 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
     targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
     precision = _precision(prepared, device)
-    plain = precision in ("float32", "autocast") and not beside and not prepared.job.dropout
+    plain = precision in ("float32", "autocast") and not beside
     fused = plain and device.type == "cpu" and not group.sharded
     return estimate_memory(
         base,
-        NewAdapter(prepared.job.effective_rank(), targets, live, rows, prepared.job.eight_bits),
+        NewAdapter(
+            prepared.job.effective_rank(), targets, live, rows, prepared.job.eight_bits, bool(prepared.job.dropout)
+        ),
         LargestBatch(
             tokens, supervised, cut.checkpointing or group.checkpoints, prepared.teacher is not None, cut.at_once
         ),

@@ -24,6 +24,7 @@ from stackctl.engine.devices import choose_device, computes_in_bfloat16
 from stackctl.engine.loss.logits import draws_noise, supervised_loss
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
+from stackctl.engine.noise import OwnDropout
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import preferences
 from stackctl.engine.training.adapter import adapter_state
@@ -218,9 +219,10 @@ def _train(
 def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool) -> AtOnce | None:
     """What computes parts of a micro-batch at once, if this model may be called by several threads.
 
-    Noise would be drawn in another order each time.
+    Noise would be drawn in another order each time, but for that of the new adapter's own dropout.
     """
-    if cut.at_once == 1 or draws_noise(model):
+    own = [module for module in model.modules() if isinstance(module, OwnDropout)]
+    if cut.at_once == 1 or draws_noise(model, besides=own):
         return None
     batch = few_tokens(example)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -239,7 +241,7 @@ def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool
         model.train(was_training)
     if bfloat16:
         keep_casts(model, torch.bfloat16)
-    return AtOnce(cut.at_once)
+    return AtOnce(cut.at_once, noise=bool(own))
 
 
 def _compared(
