@@ -126,7 +126,8 @@ class Checkpoint:
         if _WRAPPED_MODULE.search(slot.module):
             return replace(slot, role="aside")
         # PEFT wraps the modules whose names end so, and saves everything below them, biases too.
-        if self.is_told_to_save(slot.module) or self._is_embedding(slot):
+        own = self.is_lora or name.endswith((".weight", ".bias"))  # other kinds have factors that are not called so
+        if self.is_told_to_save(slot.module) or (own and self._is_embedding(slot)):
             return replace(slot, role="saved")
         return slot if slot.role == "bias" else replace(slot, role="unknown")
 

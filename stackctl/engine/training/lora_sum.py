@@ -38,7 +38,7 @@ def draw_own_noise(model: PeftModel) -> None:
         parent, _, own = name.rpartition(".")
         if own == ADAPTER and parent.endswith(".lora_dropout") and type(dropout) is nn.Dropout:
             layer: Any = model.get_submodule(parent.removesuffix(".lora_dropout"))
-            if layer.get_base_layer().weight.device.type == "cpu":
+            if next(layer.parameters()).device.type == "cpu":
                 layer.lora_dropout[ADAPTER] = OwnDropout(dropout.p).train(dropout.training)
 
 
