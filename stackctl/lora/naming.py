@@ -100,9 +100,11 @@ def on_base(checkpoint: Checkpoint, base: Base | None, naming: Naming | None = N
     if base is None:
         return checkpoint
     naming = naming or naming_of(checkpoint, base, expand_modules(base.modules))
-    ends = tuple(f"{end}." for end in (base.input_embedding, base.output_embedding) if end)
+    ends = [end for end in (base.input_embedding, base.output_embedding) if end]
+    inside = tuple(f"{end}." for end in ends) if checkpoint.is_lora else ()  # where other kinds have their factors
     modules = {parse_tensor_name(name).module for name in checkpoint.tensors}
-    found = frozenset(name for name in modules if f"{naming.place(name).module}.".startswith(ends))
+    places = {name: naming.place(name).module for name in modules}
+    found = frozenset(name for name, own in places.items() if own in ends or own.startswith(inside))
     return replace(checkpoint, embeddings=found)
 
 
