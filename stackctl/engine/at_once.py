@@ -46,7 +46,7 @@ class AtOnce:
     """
 
     def __init__(self, count: int, *, noise: bool = False) -> None:
-        """With ``noise`` each draws its own, by a seed that whoever asks draws for it."""
+        """With ``noise`` each draws its own in training, by a seed that whoever asks draws for it."""
         one_heap()
         self.count, self._noise = count, noise
         whole = torch.get_num_threads()
@@ -81,7 +81,8 @@ class AtOnce:
             return
         openmp.give_up_pool()
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        seeds: Sequence[int | None] = draw_seeds(len(others)) if self._noise else [None] * len(others)
+        draws = self._noise and torch.is_grad_enabled()  # what is only looked at leaves torch's generator as it is
+        seeds: Sequence[int | None] = draw_seeds(len(others)) if draws else [None] * len(others)
         futures = [
             self._pool.submit(self._run, function, item, seed, modes) for item, seed in zip(others, seeds, strict=True)
         ]

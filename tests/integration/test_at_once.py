@@ -343,6 +343,16 @@ def test_parts_draw_dropout_of_their_own(h: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("threads")
+def test_looking_at_held_out_records_draws_nothing(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_ROW", 64), ("_BESIDE", 128)):
+        monkeypatch.setattr(scoring, name, value)
+    monkeypatch.setattr(memory, "PART", SHORT)
+    options = ("--max-steps", 3, "--dropout", 0.3)
+    digest = train(h, "plain", *options)["digest"]
+    assert train(h, "watched", *options, "--eval-data", h.data(RECORDS[:9], "held.jsonl"))["digest"] == digest
+
+
+@pytest.mark.usefixtures("threads")
 def test_noise_of_the_base_is_drawn_by_one_thread(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PART", SHORT)
     made = list[bool]()
