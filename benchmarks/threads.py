@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.serving import burst, running_server
-from benchmarks.timing import run_stackctl, run_whole
+from benchmarks.timing import Whole, run_stackctl, run_whole
 
 _WAYS: dict[str, dict[str, str]] = {
     "asleep (OMP_WAIT_POLICY=PASSIVE)": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -55,13 +55,15 @@ def _rates(folder: Path) -> dict[str, Rate]:
     data.write_text("".join(json.dumps(text) + "\n" for text in texts))
     few = ["--max-new-tokens", str(_TOKENS)]
 
-    def typed(*words: object) -> Rate:
+    def run(environment: Mapping[str, str], *words: object) -> Whole:
         command = [sys.executable, "-m", "stackctl", *map(str, words), "--registry", str(folder), "--json"]
-        return lambda environment: float(run_whole(command, environment).said["tokens_per_second"])
+        return run_whole(command, environment)
+
+    def typed(*words: object) -> Rate:
+        return lambda environment: float(run(environment, *words).said["tokens_per_second"])
 
     def evaluated(environment: Mapping[str, str]) -> float:
-        command = [sys.executable, "-m", "stackctl", "eval", "base", "--data", str(data)]
-        whole = run_whole([*command, "--registry", str(folder), "--json"], environment)
+        whole = run(environment, "eval", "base", "--data", data)
         return float(whole.said["results"][0]["tokens"]) / whole.seconds
 
     def served(environment: Mapping[str, str]) -> float:

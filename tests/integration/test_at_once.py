@@ -176,14 +176,12 @@ def threads_that_score(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[in
     ],
 )
 def test_losses_at_once_are_those_of_one_after_another(
-    tiny_registry: Any,
+    style_and_instruct: Any,
     monkeypatch: pytest.MonkeyPatch,
     threads_that_score: set[tuple[int, int]],
     command: tuple[object, ...],
 ) -> None:
-    h = tiny_registry()
-    h.add("style", seed=1)
-    h.add("instruct", seed=2)
+    h = style_and_instruct
     data = h.data([{"text": word * times} for word in ("the sea ", "cold water ", "well ") for times in (2, 5, 7, 40)])
     found = []
     for count in (1, 2):

@@ -191,14 +191,13 @@ class Scoring:
     @contextlib.contextmanager
     def computing(self) -> Iterator[AtOnce | None]:
         """What computes several rows at once, on a CPU, where they are enough and this model may be called so."""
-        examples = [example for data in self._sets for example in data.examples]
-        tokens = int(lengths_of(examples).sum())
+        tokens = sum(int(lengths_of(data.examples).sum()) for data in self._sets)
         count, model = computations_at_once(), self._stacked.model
         if count == 1 or self._stacked.device.type != "cpu" or tokens < _BESIDE:
             yield None
             return
         if self._keeps_nothing is None:  # the architecture decides here, too
-            batch = few_tokens(examples[0])
+            batch = few_tokens(next(data.examples[0] for data in self._sets if data.examples))
             with evaluating(model):
                 self._keeps_nothing = keeps_nothing(model, lambda: supervised_token_losses(model, batch))
         if not self._keeps_nothing:
@@ -282,13 +281,15 @@ def compute_rows(
 ) -> Iterator[tuple[list[int], T]]:
     """Each row with what is computed of its examples: the longest first, and several ``at_once`` if they are short."""
     lengths = lengths_of(examples)
-    sizes = {row[0]: int(lengths[row].sum()) for row in rows}
-    rows = sorted(rows, key=lambda row: sizes[row[0]], reverse=True)
+
+    def tokens(row: list[int]) -> int:
+        return int(lengths[row].sum())
 
     def computed(row: list[int]) -> T:
         return compute([examples[number] for number in row])
 
-    found = at_once.map(computed, rows, lambda row: sizes[row[0]] > _BESIDE) if at_once else map(computed, rows)
+    rows = sorted(rows, key=tokens, reverse=True)
+    found = at_once.map(computed, rows, lambda row: tokens(row) > _BESIDE) if at_once else map(computed, rows)
     yield from zip(rows, found, strict=True)
 
 

@@ -129,14 +129,13 @@ class _TokenLosses(torch.autograd.Function):
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (c,) of float32 logits (c, vocabulary), which become its gradient: softmax - one-hot."""
-    place = labels[:, None]
-    losses = -_log_softmax(logits).gather(-1, place)  # (c, 1)
-    logits.exp_().scatter_add_(-1, place, torch.full_like(losses, -1.0))
-    return losses[:, 0]
+    losses = _losses_alone(logits, labels)
+    logits.exp_().scatter_add_(-1, labels[:, None], torch.full_like(losses, -1.0)[:, None])
+    return losses
 
 
 def _losses_alone(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same without the gradient; the logits are overwritten as well."""
+    """The same without the gradient: logits become their own logarithms of probabilities."""
     return -_log_softmax(logits).gather(-1, labels[:, None])[:, 0]
 
 

@@ -105,7 +105,8 @@ def _cannot_attach(checkpoint: Checkpoint, error: Exception) -> Incompatible:
 def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    besides = {name for name, slot in checkpoint.slots.items() if slot.module in _untold(checkpoint)}
+    untold = _untold(checkpoint)
+    besides = {name for name, slot in checkpoint.slots.items() if slot.module in untold}
     besides |= {name for name in checkpoint.tensors if name.endswith(".base_layer.weight")}  # a copy of an embedding
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in besides - wanted.keys()}
     unfit = [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]]

@@ -162,10 +162,12 @@ def held_out_loss(model: nn.Module, examples: Sequence[Example], at_once: AtOnce
     """``eval_loss``, the mean cross-entropy (nats) over supervised tokens; each process reads its share."""
     count = len(examples)
     places = share_of(count)
-    losses = record_losses(model, [examples[place % count] for place in places], at_once)
-    own = math.fsum(loss for loss, place in zip(losses, places, strict=True) if place < count)
-    device = next(model.parameters()).device
-    return {"eval_loss": float(numbers_of_each([own], device).sum()) / max(supervised_count(examples), 1)}
+    chosen = [examples[place % count] for place in places]
+    losses = record_losses(model, chosen, at_once)
+    real = sum(place < count for place in places)  # those that only fill up are the last
+    own = [math.fsum(losses[:real]), float(supervised_count(chosen[:real]))]
+    total, tokens = numbers_of_each(own, next(model.parameters()).device).sum(0).tolist()
+    return {"eval_loss": total / max(tokens, 1.0)}
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -199,12 +199,9 @@ def _products(x: Tensor, layers: Sequence[Any]) -> list[Product] | None:
         weight = weight if isinstance(base, nn.Linear) else weight.T
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b = layer.lora_A[ADAPTER].weight.to(dtype), layer.lora_B[ADAPTER].weight.to(dtype)
-        dropout = layer.lora_dropout[ADAPTER] if layer.training else None
-        found.append(
-            Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER], dropout)
-            if isinstance(dropout, OwnDropout)
-            else Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER])
-        )
+        own = layer.lora_dropout[ADAPTER]
+        dropout = own if isinstance(own, OwnDropout) and own.training else None
+        found.append(Product(weight.to(dtype), bias, a, b, layer.scaling[ADAPTER], dropout))
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackctl.engine.noise import OwnDropout
-from stackctl.engine.training.adapter import ADAPTER
+from stackctl.engine.training.adapter import ADAPTER, new_layers
 
 
 def add_in_place(model: PeftModel) -> None:
@@ -34,12 +34,12 @@ def add_in_place(model: PeftModel) -> None:
 
 def draw_own_noise(model: PeftModel) -> None:
     """Let the dropout of the adapter in training draw its noise by itself, where it is on a CPU."""
-    for name, dropout in list(model.named_modules()):
-        parent, _, own = name.rpartition(".")
-        if own == ADAPTER and parent.endswith(".lora_dropout") and type(dropout) is nn.Dropout:
-            layer: Any = model.get_submodule(parent.removesuffix(".lora_dropout"))
-            if next(layer.parameters()).device.type == "cpu":
-                layer.lora_dropout[ADAPTER] = OwnDropout(dropout.p).train(dropout.training)
+    if next(model.parameters()).device.type != "cpu":
+        return
+    for _, layer in list(new_layers(model)):
+        dropouts = layer.lora_dropout
+        if ADAPTER in dropouts and type(own := dropouts[ADAPTER]) is nn.Dropout:
+            dropouts[ADAPTER] = OwnDropout(own.p).train(own.training)
 
 
 def is_plain(layer: Any) -> bool:
