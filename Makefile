@@ -13,7 +13,7 @@ MINUTES ?= 30
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: setup demo test test-page chromium lint check bench stress docs outdated clean
+.PHONY: setup demo test coverage test-page chromium lint check bench stress docs outdated clean
 
 setup: $(READY)
 
@@ -34,9 +34,17 @@ demo: $(RUNTIME)
 	$(BIN)/stackctl demo
 
 # In this order: the longest file is begun first, and files of short tests are left for the end.
+SUITE := -m pytest tests/e2e tests/integration tests/property tests/unit \
+	-n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not browser'
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/integration tests/property tests/unit \
-		-n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not browser'
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
+
+# Each process is measured, those that tests fork, start and kill, too; a test that fails is no reason not to report.
+coverage: $(READY)
+	rm -rf .cache/coverage && mkdir -p .cache/coverage
+	-OMP_NUM_THREADS=1 $(BIN)/python -m coverage run $(SUITE) --timeout 900
+	$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report
 
 # The page of `stackctl serve` in a real browser, which no package registry of Python has.
 test-page: $(READY) chromium
