@@ -28,8 +28,8 @@ def main(options: Sequence[str] = ()) -> None:
     from stackctl.engine.data.encoding import encode
     from stackctl.engine.data.examples import EncodeOptions
     from stackctl.engine.evaluation.scoring import DataSet, Scoring, score_examples
+    from stackctl.engine.libraries import quiet_libraries
     from stackctl.engine.models import load_base
-    from stackctl.engine.quiet_libraries import quiet_libraries
     from stackctl.engine.records.read import read_records
     from stackctl.registry.store import Registry
 

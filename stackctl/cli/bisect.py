@@ -15,8 +15,7 @@ from stackctl.cli.command import INSPECT, Context, command
 from stackctl.cli.engines import BaseOptions
 from stackctl.cli.load_stacks import DATA, load_common_base, read_sets
 from stackctl.cli.prompt_options import RAW, SYSTEM, idle_with_raw, of_output
-from stackctl.cli.shared_options import TemplateOptions, What
-from stackctl.cli.typed_values import typed_text
+from stackctl.cli.shared_options import TemplateOptions, What, typed_text
 from stackctl.core.errors import Failed, StackctlError, Usage, attempt, gathering, raise_all
 from stackctl.core.template_arguments import Arguments
 from stackctl.plan.bisection import Found, Off, StackPart, find_culprits, parts_of, weights_without

@@ -11,13 +11,13 @@ from stackctl.cli.prompt_options import say_what_rounding_costs
 from stackctl.cli.shared_options import completions
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean
 from stackctl.core.expressions import BASE
-from stackctl.core.json_lines import json_line
 from stackctl.registry.checkpoint_files import check_digests
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
 from stackctl.registry.store import Registry
 from stackctl.render.output import Output
 from stackctl.storage import atomic
+from stackctl.storage.files import json_line
 from stackctl.storage.paths import existing_path, typed_path
 
 if TYPE_CHECKING:

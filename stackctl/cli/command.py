@@ -15,7 +15,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from stackctl.cli.help_page import COMMON, HelpPage
 from stackctl.cli.progress import share_progress
-from stackctl.cli.typed_values import read_words, typed_text
+from stackctl.cli.shared_options import read_words, typed_text
 from stackctl.core import Say
 from stackctl.core.errors import Usage, did_you_mean
 from stackctl.jobs.ranks import make_output

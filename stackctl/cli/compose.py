@@ -13,10 +13,9 @@ from stackctl.cli.best_method import best_stack, best_table
 from stackctl.cli.command import TRAIN, Context, command
 from stackctl.cli.fit_weights import Chosen, FitRequest, fit_lines, fit_stack
 from stackctl.cli.progress import share_progress
-from stackctl.cli.shared_options import BaseOption, expression
+from stackctl.cli.shared_options import BaseOption, expression, typed_text
 from stackctl.cli.sweep_table import sweep_page, sweep_screen
 from stackctl.cli.sweep_weights import SweepRequest, Swept, sweep_stack
-from stackctl.cli.typed_values import typed_text
 from stackctl.cli.weight_options import WeightOptions
 from stackctl.core.errors import Usage
 from stackctl.core.expressions import format_sum, parse_stack_name

@@ -123,7 +123,7 @@ def _check_free(registry: Registry, recipe: RecipeFile) -> None:
 
 def _add_base(registry: Registry, say: Any) -> Base:
     from stackctl.engine.base.entry import make_base
-    from stackctl.engine.quiet_libraries import quiet_libraries
+    from stackctl.engine.libraries import quiet_libraries
 
     quiet_libraries()
     base = make_base(EMBEDDED_NAME, None, None, registry, say)

@@ -22,7 +22,6 @@ from stackctl.cli.prompt_options import (
 )
 from stackctl.cli.shared_options import BaseOption, What, of_device
 from stackctl.core.errors import Usage
-from stackctl.core.json_lines import json_line
 from stackctl.plan.lint import check_beside_base
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.checkpoint_files import check_digests
@@ -31,6 +30,7 @@ from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.render.output import JSON_SCHEMA, Output, Result
 from stackctl.storage import atomic
+from stackctl.storage.files import json_line
 from stackctl.storage.paths import check_output
 
 if TYPE_CHECKING:

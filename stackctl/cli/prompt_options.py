@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackctl.cli.engines import DEVICE, DTYPE, ENGINE, Computing
-from stackctl.cli.shared_options import TemplateOptions
-from stackctl.cli.typed_values import typed_text
+from stackctl.cli.shared_options import TemplateOptions, typed_text
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
 from stackctl.render.output import Output
 

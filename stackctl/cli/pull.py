@@ -37,7 +37,7 @@ def pull(
     """Register what a repo on the Hub holds, pinned to the commit; files already here are not fetched again."""
     from stackctl.hub.pull import PullOptions
     from stackctl.hub.pull import pull as pull_repo
-    from stackctl.hub.repo_place import parse_place
+    from stackctl.hub.repos import parse_place
 
     registry, output = context.registry, context.output
     options = PullOptions(again=typed(), name=name, base=base, dry_run=dry_run, progress=output.shows_progress)

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from stackctl.cli.command import SHARE, Context, command
-from stackctl.cli.shared_options import argument, expression
-from stackctl.cli.typed_values import typed_text
+from stackctl.cli.shared_options import argument, expression, typed_text
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import StackctlError, Usage, attempt, raise_all
@@ -79,7 +78,7 @@ def _push(
     from stackctl.hub.card import CardFacts
     from stackctl.hub.push import PushOptions
     from stackctl.hub.push import push as push_stack
-    from stackctl.hub.repo_place import parse_repo
+    from stackctl.hub.repos import parse_repo
 
     registry, output = context.registry, context.output
     problems = [*_unfit_words(card.datasets, {"--revision": into.revision, "--tag": into.tag})]

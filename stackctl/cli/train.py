@@ -15,9 +15,8 @@ import msgspec
 import typer
 
 from stackctl.cli.command import TRAIN, Context, command
-from stackctl.cli.shared_options import DEVICE_PANEL, argument, complete_bases, complete_what
+from stackctl.cli.shared_options import DEVICE_PANEL, argument, complete_bases, complete_what, typed_text
 from stackctl.cli.train_one import dry_run_result, trained_result, with_next
-from stackctl.cli.typed_values import typed_text
 from stackctl.core.errors import StackctlError, Usage
 from stackctl.core.library_messages import explain_option
 from stackctl.core.train_job import TrainJob

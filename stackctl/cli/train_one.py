@@ -40,8 +40,8 @@ _TOLD_OF_A_RUN = (
 
 def _import_libraries() -> None:
     """What training stands on, without what a single process never uses of it."""
+    from stackctl.engine.libraries import quiet_libraries
     from stackctl.engine.quick_imports import import_peft, import_transformers
-    from stackctl.engine.quiet_libraries import quiet_libraries
 
     if ranks.is_launched():
         quiet_libraries()
@@ -58,8 +58,8 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import choose_chat_template
+    from stackctl.engine.devices import check_kernels
     from stackctl.engine.training.dataset import read_corpus
-    from stackctl.engine.training.optimizers import check_kernels
     from stackctl.engine.training.targets import targets_of
 
     check_kernels(prepared.job.optimizer)

@@ -1,15 +1,17 @@
-"""What torch can compute on here, and what is chosen of it: the device, the precision."""
+"""What torch can compute on here, and what is chosen of it: the device, the precision, an optimizer."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stackctl.core.errors import Incompatible
+from stackctl.core.errors import Incompatible, first_line
 from stackctl.core.schema import Base
 from stackctl.jobs import ranks
+from stackctl.machine.memory_estimate import QUANTISED_FROM
 from stackctl.machine.resources import cores, main_memory
 
 if TYPE_CHECKING:
@@ -104,3 +106,39 @@ def multiplies_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has AMX tiles or AVX512-BF16."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def check_kernels(optimizer: str) -> None:
+    """Take one step with an optimizer of bitsandbytes on this run's device, before any work begins.
+
+    Raises:
+        Incompatible: it cannot be used here, and why.
+    """
+    if optimizer == "adamw":
+        return
+    device = choose_device()
+    paged = optimizer.startswith("paged")
+    if paged and device.type != "cuda":
+        raise Incompatible(
+            f"--optimizer {optimizer} moves its state between a GPU's memory and main memory, and this run is on "
+            f"{device.type}",
+            hint="use --optimizer adamw-8bit, which needs no more",
+        )
+    try:
+        from bitsandbytes.optim.adamw import AdamW
+
+        parameter = torch.nn.Parameter(torch.zeros(QUANTISED_FROM, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        tried = AdamW([parameter], lr=0.1, optim_bits=8, is_paged=paged)
+        tried.step()
+        kept = getattr(tried.state[parameter].get("state1"), "dtype", None)
+        works = kept == torch.uint8 and bool((parameter < 0).all())
+        why = "" if works else "a step did not do what it should"
+    except Exception as error:  # whatever a missing library or kernel raises
+        why = first_line(error)
+    if why:
+        version = importlib.metadata.version("bitsandbytes")
+        raise Incompatible(
+            f"--optimizer {optimizer}: bitsandbytes {version} has no kernel for it on {device.type} ({why})",
+            hint="leave out --optimizer",
+        )

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from stackctl.engine import algebra, aligned_merging
-from stackctl.engine.finite import decomposing, misfit
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, decomposing, misfit
 from stackctl.machine.resources import cores, main_memory
 from stackctl.plan.methods import METHODS, SUM
 from stackctl.plan.stack_plan import ModulePlan, StackPlan

@@ -30,9 +30,9 @@ from stackctl.engine.base.private_weights import PrivateWeights, forget_pages
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.devices import DTYPES, choose_device, choose_dtype
 from stackctl.engine.folding import Adder, Delta, Rounding, deltas_of
+from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
 from stackctl.engine.quick_imports import import_peft
-from stackctl.engine.quiet_libraries import quiet_libraries
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory

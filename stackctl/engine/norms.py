@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from stackctl.engine import algebra
-from stackctl.engine.finite import misfit
 from stackctl.engine.merging import matrices
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, misfit
 from stackctl.engine.token_rows import OwnRows, new_rows
 from stackctl.plan.stack_plan import ModulePlan, StackPlan
 

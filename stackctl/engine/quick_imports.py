@@ -19,8 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stackctl.engine.quiet_libraries import quiet_libraries
-from stackctl.engine.replaced import replaced
+from stackctl.engine.libraries import quiet_libraries, replaced
 
 _COMPILER = "torch._dynamo"
 _MARKS = (

@@ -30,7 +30,7 @@ from stackctl.hub.published import (
     published_info,
     published_tokenizer_config,
 )
-from stackctl.hub.remote_files import Content
+from stackctl.hub.repos import Content
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint, read_config, read_info
 from stackctl.registry.adapters import ResolvedMember
 from stackctl.registry.checkpoint_files import check_digests, stays_inside

@@ -23,8 +23,7 @@ from stackctl.core.errors import HubFailure, NotFound, StackctlError, Verificati
 from stackctl.hub import http_client
 from stackctl.hub.http_client import impatient_client, plain_client
 from stackctl.hub.hub_errors import Attempt, explained, offline, scrub
-from stackctl.hub.remote_files import Content, RemoteFile, Snapshot
-from stackctl.hub.repo_place import parse_repo
+from stackctl.hub.repos import Content, RemoteFile, Snapshot, parse_repo
 from stackctl.storage.files import human_bytes
 
 _BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -13,9 +13,8 @@ from stackctl.core.errors import StackctlError
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.core.provenance import DataSource
 from stackctl.core.schema import Adapter, AdapterInfo, Base, CheckpointMember
-from stackctl.hub.remote_files import Content
-from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, read_config, read_info
-from stackctl.lora.checkpoint_template import TEMPLATE_FILE
+from stackctl.hub.repos import Content
+from stackctl.lora.checkpoint import CONFIG, INFO, TEMPLATE_FILE, WEIGHTS, read_config, read_info
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.registry.checkpoint_files import check_links, stays_inside

@@ -18,9 +18,8 @@ from stackctl.hub.bundle import STACK
 from stackctl.hub.client import Hub, open_hub
 from stackctl.hub.fetch_adapters import AdapterFetcher
 from stackctl.hub.published import MEMBERS
-from stackctl.hub.remote_files import Snapshot
 from stackctl.hub.repo_contents import RepoAdapter, RepoReader
-from stackctl.hub.repo_place import RepoPlace
+from stackctl.hub.repos import RepoPlace, Snapshot
 from stackctl.lora.checkpoint import CONFIG
 from stackctl.plan.methods import SUM, check_method, compose_command
 from stackctl.registry.adapters import ResolvedMember, find_digest

@@ -27,7 +27,7 @@ from stackctl.hub.bundle import (
 )
 from stackctl.hub.card import CARD, CardFacts, combine_facts, facts_of_card
 from stackctl.hub.client import Hub, open_hub
-from stackctl.hub.remote_files import Content, Snapshot, sha256
+from stackctl.hub.repos import Content, Snapshot, sha256
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack

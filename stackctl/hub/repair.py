@@ -111,7 +111,7 @@ def _copy(folder: Path, staged: Path, *, is_its_own: bool) -> None:
 def _fetch(registry: Registry, member: ResolvedMember, place: str, staged: Path, say: Say, progress: bool) -> None:
     from stackctl.hub.client import open_hub
     from stackctl.hub.repo_contents import RepoReader
-    from stackctl.hub.repo_place import parse_repo
+    from stackctl.hub.repos import parse_repo
 
     repo, _, commit = place.partition("@")
     with open_hub(parse_repo(repo), again=typed(), writes=False, say=say, progress=progress) as hub:

@@ -15,8 +15,7 @@ from stackctl.core.fields import SCHEMA
 from stackctl.core.schema import Adapter, AdapterInfo, AdapterVersion
 from stackctl.hub.client import Hub
 from stackctl.hub.published import ADAPTER_FILE, CHECKPOINT, MEMBERS
-from stackctl.hub.remote_files import RemoteFile, Snapshot
-from stackctl.hub.repo_place import RepoPlace
+from stackctl.hub.repos import RemoteFile, RepoPlace, Snapshot
 from stackctl.lora.checkpoint import CONFIG, INFO, WEIGHTS, adapter_digest, read_config, read_info
 from stackctl.storage.files import MAX_TEXT_BYTES, human_bytes
 from stackctl.storage.yaml_files import read_yaml

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from stackctl.core.schema import AdapterInfo
 from stackctl.lora.lora_config import check_lora_config
 from stackctl.lora.recognition import recognise_folder, refuse_pointer
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo, read_header
-from stackctl.storage.files import read_bounded, read_json
+from stackctl.storage.files import read_bounded, read_json, read_json_if_any
 from stackctl.storage.hashes import sha256_bytes, sha256_file
 
 CONFIG = "adapter_config.json"
@@ -270,3 +271,23 @@ def read_info(folder: Path) -> AdapterInfo | None:
         return msgspec.json.decode(read_bounded(path), type=AdapterInfo) if path.is_file() else None
     except (OSError, ValueError, Usage, msgspec.DecodeError, RecursionError):
         return None
+
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that lies in a checkpoint's folder, where transformers looks for it."""
+    if (file := folder / TEMPLATE_FILE).is_file():
+        return read_bounded(file).decode("utf-8-sig", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json_if_any(folder / name).get("chat_template")
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def templates_of(checkpoints: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
+    """The labels and templates of those checkpoints that bring one, the newest first: a stack's last member."""
+    found = [(label, own_template(folder)) for label, folder in checkpoints]
+    return [(label, template) for label, template in reversed(found) if template]

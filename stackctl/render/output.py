@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from stackctl.core.errors import Failed, StackctlError, explain_oserror
-from stackctl.core.json_lines import json_line
-from stackctl.render import pager as paging
-from stackctl.render.terminal import Painted, laid_out, printable
+from stackctl.render.terminal import Painted, laid_out, printable, show_paged
+from stackctl.storage.files import json_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -155,7 +154,7 @@ class Output:
             screen = console(sys.stdout)
             pieces = _pieces(screen, result.screen())
             if result.paged:
-                paging.show(pieces, screen.height)
+                show_paged(pieces, screen.height)
             else:
                 sys.stdout.writelines(pieces)
                 sys.stdout.flush()

@@ -20,11 +20,10 @@ from starlette.routing import Route
 
 from stackctl.core import Say
 from stackctl.core.errors import NotFound, StackctlError
-from stackctl.serving.api_errors import ApiError, api_error
 from stackctl.serving.guard import Guard, read_body
 from stackctl.serving.model_names import ModelNames
 from stackctl.serving.request_body import CompletionRequest, parse_body
-from stackctl.serving.response_body import DONE, Choice, Completion, event
+from stackctl.serving.response_body import DONE, ApiError, Choice, Completion, api_error, event
 
 if TYPE_CHECKING:
     from stackctl.engine.generation.logprobs import TokenLogprob

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from stackctl.serving.api_errors import ApiError
+from stackctl.serving.response_body import ApiError
 
 LARGEST_BODY = 32_000_000
 """Bytes."""

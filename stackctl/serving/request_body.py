@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stackctl.core.errors import did_you_mean
-from stackctl.serving.api_errors import ApiError
+from stackctl.serving.response_body import ApiError
 
 if TYPE_CHECKING:
     from stackctl.engine.generation import Sampling

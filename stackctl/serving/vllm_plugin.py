@@ -123,6 +123,6 @@ def _write(plan: StackPlan, out: Path) -> None:
 
         export_peft(plan, out)
         return
-    from stackctl.engine.export.zero_adapter import export_zero
+    from stackctl.engine.to_lora.low_rank import export_zero
 
     export_zero(plan, out)

@@ -1,4 +1,4 @@
-"""Files and folders: reading them within bounds, listing, measuring and removing them."""
+"""Files and folders: reading them within bounds, listing, measuring and removing them; JSON on one line."""
 
 from __future__ import annotations
 
@@ -111,3 +111,16 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+_SEPARATORS = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"})
+"""Ends of lines for Unicode, and so for Python's ``str.splitlines``, that JSON leaves as they are."""
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, whoever splits it into lines.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_SEPARATORS)

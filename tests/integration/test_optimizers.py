@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_registry import CHAT, interrupt
 
-from stackctl.engine.training import optimizers
+from stackctl.engine import devices
 from stackctl.registry.run_folders import run_folder
 
 WIDE = ("--rank", 128, "--alpha", 256)
@@ -82,7 +82,7 @@ def test_a_missing_kernel_is_refused_with_the_reason(tiny_registry: Any, monkeyp
     assert "no kernel for this" in error["message"]
     monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", lambda self: None)
     assert "did not do" in h.train("new", *EIGHT, code=4)["error"]["message"]
-    optimizers.check_kernels("adamw")
+    devices.check_kernels("adamw")
 
 
 def test_without_the_package_it_is_refused_by_name(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 from stackctl.engine.base.private_weights import MappedModules
 from stackctl.engine.generation import (
     Sampling,
-    attention_groups,
     generate,
     kv_cache,
     mapped_weights,
@@ -152,7 +151,7 @@ def test_what_prompts_share_is_computed_once(known: Any, name: str) -> None:
 def test_rows_are_put_in_order_and_attend_in_several_calls(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = known("qwen3")
     config = stacked.model.config
-    monkeypatch.setattr(attention_groups, "_CALL", 10 * config.num_key_value_heads * config.head_dim)
+    monkeypatch.setattr(kv_cache, "_CALL", 10 * config.num_key_value_heads * config.head_dim)
     monkeypatch.setattr(kv_cache, "_MOVED", 1)
     rows = decoder_of(stacked).rows(8)
     texts = [[(7 * row + at) % 50 for at in range(length)] for row, length in enumerate((40, 3, 90, 5, 41, 4, 88))]

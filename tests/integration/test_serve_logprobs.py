@@ -196,8 +196,8 @@ def test_a_text_that_ends_the_answer_takes_its_tokens_along(server):
     ],
 )
 def test_what_is_wrong_names_the_field(path, fields, param):
-    from stackctl.serving.api_errors import ApiError
     from stackctl.serving.request_body import parse_body
+    from stackctl.serving.response_body import ApiError
 
     chat = path.startswith("chat")
     asked = {"messages": [{"role": "user", "content": TEXT}]} if chat else {"prompt": TEXT}

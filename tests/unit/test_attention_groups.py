@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from stackctl.engine.generation.attention_groups import _CALL, attention_groups
+from stackctl.engine.generation.kv_cache import _CALL, attention_groups
 
 
 def ways(count: int) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stackctl.core.errors import StackctlError
 from stackctl.core.hub_ids import is_hub_id, is_ref_name, parse_dataset_id
-from stackctl.hub.repo_place import parse_repo
+from stackctl.hub.repos import parse_repo
 from stackctl.jobs.job import data_path
 from stackctl.registry.base_models import parse_source
 

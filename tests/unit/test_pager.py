@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackctl.render import pager as paging
+from stackctl.render import terminal
 
 UPPER = "tr a-z A-Z"
 
@@ -21,7 +21,7 @@ def screen(monkeypatch, capfd):
     def shown(pieces, height=3, *, piped=False):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: not piped)
         capfd.readouterr()
-        paging.show(pieces, height)
+        terminal.show_paged(pieces, height)
         return capfd.readouterr().out
 
     return shown
@@ -64,9 +64,9 @@ def test_whose_pager(screen, monkeypatch, environment, paged):
 
 
 def test_a_pager_that_nobody_chose(screen, monkeypatch):
-    monkeypatch.setattr(paging.shutil, "which", lambda name: "/usr/bin/more" if name == "more" else None)
-    assert paging._pager() == "more"
-    monkeypatch.setattr(paging.shutil, "which", lambda name: None)
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: "/usr/bin/more" if name == "more" else None)
+    assert terminal._pager() == "more"
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: None)
     assert screen(["a\n"] * 9) == "a\n" * 9
 
 

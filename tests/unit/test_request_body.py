@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from stackctl.serving import guard
-from stackctl.serving.api_errors import ApiError
 from stackctl.serving.request_body import parse_body
+from stackctl.serving.response_body import ApiError
 
 CHAT = {"model": "style", "messages": [{"role": "user", "content": "Hi."}]}
 REST_OF_OPENAI = {

@@ -22,7 +22,7 @@ from stackctl.core.errors import VerificationFailed
 from stackctl.core.schema import Base, Proof
 from stackctl.engine.base.loading import load_weights
 from stackctl.engine.base.tokenizer import load_tokenizer
-from stackctl.engine.finite import without_ruled_out
+from stackctl.engine.tensors import without_ruled_out
 from stackctl.registry.base_models import weight_files
 from stackctl.registry.base_quantization import FOUR_BITS
 from stackctl.storage.atomic import write_atomic

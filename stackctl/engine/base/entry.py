@@ -17,9 +17,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from stackctl.core import Say
 from stackctl.core.errors import HubFailure, NotFound
 from stackctl.core.schema import Base, WholeClass
-from stackctl.engine.base.config_numbers import context_length
+from stackctl.engine.base.configuration import context_length, read_generation_config
 from stackctl.engine.base.folder import converted
-from stackctl.engine.base.generation_config import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.loading import check_keys
 from stackctl.engine.base.model_class import check_scheme, empty_model, quantised_skeleton, whole_model

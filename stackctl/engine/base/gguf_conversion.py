@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 from stackctl.core.errors import Incompatible, first_line
 from stackctl.engine.base.gguf_facts import complete, take_sizes, take_splits
 from stackctl.engine.base.tokenizer import keep_reader, load_reader
-from stackctl.engine.replaced import replaced
+from stackctl.engine.libraries import replaced
 
 _UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, IndexError)
 

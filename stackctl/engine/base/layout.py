@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.base import HfQuantizer
 
 from stackctl.core.errors import Incompatible
-from stackctl.engine.replaced import replaced
+from stackctl.engine.libraries import replaced
 from stackctl.engine.tensors import TensorFiles
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.registry.base_models import read_base_tensors

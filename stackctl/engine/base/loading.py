@@ -16,11 +16,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stackctl.core.errors import Incompatible, first_line, listed
-from stackctl.engine.base.generation_config import read_generation_config
+from stackctl.engine.base.configuration import read_generation_config
 from stackctl.engine.base.layout import BaseLayout
-from stackctl.engine.base.model_class import check_scheme, empty_model, model_class, reading, whole_model
+from stackctl.engine.base.model_class import check_scheme, empty_model, loading_into, model_class, reading, whole_model
 from stackctl.engine.base.module_shapes import is_called, module_shapes, text_modules
-from stackctl.engine.base.uninitialised import loading_into
 from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme

@@ -6,12 +6,16 @@ the class that the configuration names is taken whole; the towers are loaded wit
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch import nn
+from torch.nn.parameter import is_lazy
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.quantizers.auto import get_hf_quantizer
@@ -19,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config, QuantizationConfigMixin
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base.uninitialised import without_weights
+from stackctl.engine.libraries import replaced
 from stackctl.registry.base_quantization import FOUR_BITS, Quantization, plain_name, stored_scheme
 from stackctl.storage.files import read_json
 
@@ -155,3 +159,44 @@ def reading(scheme: Quantization) -> QuantizationConfigMixin | None:
     if scheme.method == FOUR_BITS:
         return None  # loaded as stored, and turned into plain weights then
     return Mxfp4Config(dequantize=True) if scheme.method == "mxfp4" else FineGrainedFP8Config(dequantize=True)
+
+
+_register = nn.Module.register_parameter
+
+
+def _register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if parameter is not None and not parameter.is_meta and not is_lazy(parameter):
+        empty = torch.empty_like(parameter, device="meta")
+        parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    _register(module, name, parameter)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Parameters of modules that are made in the body are on the meta device; nothing is initialised, tied is tied.
+
+    transformers makes a whole model there. Each operation on a buffer, such as the angles of rotary positions, then
+    goes through torch's decompositions in Python, which import sympy: half a second, and half of what reading SmolLM2's
+    weights takes on two slow cores. Here buffers are computed.
+    """
+    with (
+        initialization.no_init_weights(),
+        replaced(PreTrainedModel, "init_weights", lambda model: model.tie_weights(recompute_mapping=False)),
+        replaced(nn.Module, "register_parameter", _register_without_memory),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def loading_into(loader: type[PreTrainedModel]) -> Iterator[None]:
+    """``loader.from_pretrained`` in the body makes its model so (``get_init_context``, transformers 5.23).
+
+    It gives what was not in the files, and buffers that never are, their values afterwards.
+    """
+    own = loader.get_init_context
+
+    def contexts(*given: Any) -> list[Any]:
+        return [*(one for one in own(*given) if not isinstance(one, torch.device)), without_weights()]
+
+    with replaced(loader, "get_init_context", contexts):
+        yield

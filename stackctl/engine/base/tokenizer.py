@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from stackctl.core.errors import Incompatible, first_line
-from stackctl.engine.base.config_numbers import cached_numbers
+from stackctl.engine.base.configuration import cached_numbers
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, at_date, run_date
 from stackctl.engine.data.template_rendering import render_template
-from stackctl.engine.quiet_libraries import off_stdout
+from stackctl.engine.libraries import off_stdout
 from stackctl.engine.records.types import Message
-from stackctl.lora.checkpoint_template import TEMPLATE_FILE
+from stackctl.lora.checkpoint import TEMPLATE_FILE
 from stackctl.registry.base_models import TOKENIZER
 from stackctl.storage import atomic
 from stackctl.storage.files import read_json_if_any
@@ -51,7 +51,7 @@ class KeptGenerationConfig:
 
 @dataclass(frozen=True)
 class BaseReader:
-    """What prompts and answers need of a base; ``cached_numbers`` as of :mod:`stackctl.engine.base.config_numbers`."""
+    """What prompts and answers need of a base; ``cached_numbers`` as of :mod:`stackctl.engine.base.configuration`."""
 
     tokenizer: Any
     generation_config: Any
@@ -154,7 +154,7 @@ def load_reader(folder: Path) -> BaseReader:
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from stackctl.engine.base.generation_config import read_generation_config
+    from stackctl.engine.base.configuration import read_generation_config
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     generation = read_generation_config(folder) or GenerationConfig.from_model_config(config)

@@ -28,9 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from stackctl.core.schema import ModuleShape
-from stackctl.engine.base.generation_config import read_generation_config
-from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.base.uninitialised import loading_into
+from stackctl.engine.base.configuration import read_generation_config
+from stackctl.engine.base.model_class import empty_model, loading_into
 from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.naming import INDEX

@@ -15,9 +15,9 @@ from jinja2 import TemplateError
 
 from stackctl.core.errors import Usage, first_line
 from stackctl.engine.data.reasoning import Tag, tags_in
+from stackctl.engine.libraries import replaced
 from stackctl.engine.records.types import Message
-from stackctl.engine.replaced import replaced
-from stackctl.lora.checkpoint_template import templates_of
+from stackctl.lora.checkpoint import templates_of
 from stackctl.plan.stack_plan import StackPlan
 
 CHATML = (

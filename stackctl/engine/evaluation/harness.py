@@ -27,9 +27,8 @@ from stackctl.core.errors import (
     raise_all,
 )
 from stackctl.engine.generation.padding import can_pad
+from stackctl.engine.libraries import off_stdout, quiet_libraries, replaced
 from stackctl.engine.models import StackedModel
-from stackctl.engine.quiet_libraries import off_stdout, quiet_libraries
-from stackctl.engine.replaced import replaced
 
 _SUFFIXES = (".yaml", ".yml")
 _RESAMPLES = 1_000

@@ -24,8 +24,8 @@ import torch
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.export.gguf_layout import GgufTarget, config_count, gguf_targets, lay_out, undo_layout
-from stackctl.engine.finite import all_finite, misfit
 from stackctl.engine.merging import found_ranks, made_pairs
+from stackctl.engine.tensors import all_finite, misfit
 from stackctl.plan.lint import GGUF_ARCHITECTURES, GgufArchitecture, gguf_file_name, lint_for
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import StackPlan, refuse

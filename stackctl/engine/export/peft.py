@@ -10,8 +10,7 @@ from typing import Any
 
 from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
-from stackctl.lora.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from stackctl.lora.checkpoint_template import TEMPLATE_FILE, templates_of
+from stackctl.lora.checkpoint import CONFIG, TEMPLATE_FILE, WEIGHTS, read_checkpoint, templates_of
 from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names

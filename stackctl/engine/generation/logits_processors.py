@@ -22,7 +22,7 @@ from transformers import (
 
 from stackctl.engine.devices import float64
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
-from stackctl.engine.generation.sampling import Sampling
+from stackctl.engine.generation.reader import Sampling
 from stackctl.engine.generation.stopping import Answer
 
 _COLDEST = 1e-30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stackctl.engine.base.config_numbers import longrope_lengths
+from stackctl.engine.base.configuration import longrope_lengths
 
 _COUNT_PADDING = frozenset(
     {

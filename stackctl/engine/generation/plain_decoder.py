@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from stackctl.engine.base.config_numbers import longrope_lengths
+from stackctl.engine.base.configuration import longrope_lengths
 from stackctl.engine.base.private_weights import MappedModules
 from stackctl.engine.generation.kv_cache import Attending, CacheShape, KVCache
 from stackctl.engine.generation.mapped_weights import MappedWeights

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from stackctl.engine.data.rows import split_row, starts_of
 from stackctl.engine.data.shared_beginnings import SharedRow, share_beginnings
-from stackctl.engine.finite import without_ruled_out
 from stackctl.engine.loss.output_head import OutputHead, find_head, passed_through
 from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.loss.token_losses import TokenLosses, token_losses
 from stackctl.engine.models import evaluating
+from stackctl.engine.tensors import without_ruled_out
 
 _WORTH_IT = 32
 """Beginnings stand in a row once where that spares one token in so many."""

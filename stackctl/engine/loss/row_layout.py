@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from stackctl.engine.base.config_numbers import longrope_lengths
+from stackctl.engine.base.configuration import longrope_lengths
 from stackctl.engine.data.examples import IGNORED, Example
 from stackctl.engine.data.rows import collate
-from stackctl.engine.finite import without_ruled_out
 from stackctl.engine.loss.logits import causal_lm, difference, supervised_logits
 from stackctl.engine.loss.segment_attention import ONE_CALL, SEGMENTS, has_one_call
 from stackctl.engine.models import evaluating
+from stackctl.engine.tensors import without_ruled_out
 
 RowLayout = Literal["per_record", "one_call", "flash", "mask", "one_by_one"]
 """Attention record by record; of all records in one call, PyTorch's or the package flash-attn's; a mask of all pairs in

@@ -25,11 +25,10 @@ from stackctl.core.errors import Incompatible, VerificationFailed, first_line, l
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.finite import all_finite
 from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.to_lora.low_rank import LowRankPairs, Truncation
 from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, tuner_layers
 from stackctl.lora.checkpoint import Checkpoint

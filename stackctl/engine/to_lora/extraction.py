@@ -26,9 +26,8 @@ from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import is_called
-from stackctl.engine.finite import all_finite
-from stackctl.engine.read_back import not_read_back
-from stackctl.engine.tensors import TensorFiles
+from stackctl.engine.live_adapter import not_read_back
+from stackctl.engine.tensors import TensorFiles, all_finite
 from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, LowRankPairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
 from stackctl.registry.store import Registry

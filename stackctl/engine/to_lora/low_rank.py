@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stackctl.core.errors import Incompatible
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS
 from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import EXPERTS, is_parameter_only, parameter_of, wrapped_names
+from stackctl.plan.stack_plan import StackPlan
 from stackctl.storage import atomic
 
 _OVERSAMPLING, _ITERATIONS = 16, 4
@@ -215,3 +217,23 @@ def _decompose(delta: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     core = sum(own.T @ rows.double() for own, rows in zip(q.split(_ROWS), delta.split(_ROWS), strict=True))
     u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
     return q @ u, sigma, vh
+
+
+def export_zero(plan: StackPlan, out: Path) -> None:
+    """Write a plain LoRA that adds nothing, for a program whose every row has to have an adapter.
+
+    It is of rank 1, on the first linear layer that is not the head.
+
+    Raises:
+        Incompatible: the base has none.
+    """
+    base = plan.known_base
+    for name, module in expand_modules(base.modules).items():
+        if module.type == "Linear" and name != base.output_embedding:
+            rows, columns = module.shape
+            nothing = LowRankPairs({name: (torch.zeros(1, columns), torch.zeros(rows, 1))})
+            with atomic.staging_directory(out.parent) as staged:
+                nothing.write(staged, base, {})
+                atomic.publish_directory(staged, out)
+            return
+    raise Incompatible(f"'{base.name}' has no linear layer")

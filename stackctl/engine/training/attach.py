@@ -16,11 +16,10 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.algebra import truncate
 from stackctl.engine.data.examples import Example
 from stackctl.engine.devices import generators_of
-from stackctl.engine.finite import decomposing
 from stackctl.engine.live_adapter import LIVE, attach_live, check_live, layer_factors
 from stackctl.engine.loss.logits import causal_lm, probe, without_noise
 from stackctl.engine.models import StackedModel
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, decomposing
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training import proofs
 from stackctl.engine.training.adapter import ADAPTER, new_layers

@@ -18,10 +18,9 @@ from stackctl.core.errors import Failed, VerificationFailed
 from stackctl.core.provenance import DataSource, Distilled, Moved, Run
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember
 from stackctl.engine.data.chat_template import shown_date
-from stackctl.engine.finite import all_finite
 from stackctl.engine.models import StackedModel
 from stackctl.engine.records.read import RecordStream
-from stackctl.engine.tensors import MemberTensors
+from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
@@ -31,8 +30,7 @@ from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.run_problems import problems_of_run
 from stackctl.jobs.teacher import Teacher
-from stackctl.lora.checkpoint import INFO, read_checkpoint
-from stackctl.lora.checkpoint_template import TEMPLATE_FILE
+from stackctl.lora.checkpoint import INFO, TEMPLATE_FILE, read_checkpoint
 from stackctl.plan.build import plan_stack
 from stackctl.plan.stack_plan import PlanMember
 from stackctl.registry.base_models import EMBEDDED_HUB_ID

@@ -20,7 +20,7 @@ from stackctl.engine.at_once import AtOnce, keeps_nothing
 from stackctl.engine.data.chat_template import choose_chat_template, fix_date, shown_date
 from stackctl.engine.data.examples import Example
 from stackctl.engine.data.rows import few_tokens
-from stackctl.engine.devices import choose_device, computes_in_bfloat16
+from stackctl.engine.devices import check_kernels, choose_device, computes_in_bfloat16
 from stackctl.engine.loss.logits import draws_noise, supervised_loss
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.models import StackedModel, load_base
@@ -36,7 +36,6 @@ from stackctl.engine.training.fused_modules import keep_casts
 from stackctl.engine.training.memory import ProcessGroup, first_that_runs, memory_full, plan_step, runs_out_safely
 from stackctl.engine.training.moving import plan_move
 from stackctl.engine.training.objectives import OBJECTIVES
-from stackctl.engine.training.optimizers import check_kernels
 from stackctl.engine.training.orthogonal import OrthogonalRows
 from stackctl.engine.training.reference import ReferenceModel, fallen
 from stackctl.engine.training.register import FinishedRun, describe_run, register_version

@@ -27,7 +27,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import is_called, text_modules
-from stackctl.engine.read_back import not_read_back
+from stackctl.engine.live_adapter import not_read_back
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob

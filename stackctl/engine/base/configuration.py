@@ -1,8 +1,14 @@
-"""Numbers that a configuration of transformers' says of its model, by whatever name it has them."""
+"""What the configurations of a base say: numbers, by whatever name they have them, and how it generates."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackctl.core.errors import Incompatible, first_line
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def context_length(config: Any) -> int | None:
@@ -26,3 +32,26 @@ def longrope_lengths(config: Any) -> list[int]:
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one for each type of layer
     return [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """A base's generation configuration; None where it has none, or none that is JSON, as transformers takes it.
+
+    Raises:
+        Incompatible: it holds what no generation configuration can.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        ends = found.eos_token_id
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+            raise ValueError(f"eos_token_id is {ends!r}")
+        return found
+    except OSError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Incompatible(
+            f"{folder / 'generation_config.json'} cannot be read ({first_line(error)[:200]})",
+            hint="get generation_config.json again from where the model came",
+        ) from error

@@ -1,4 +1,4 @@
-"""What other people's libraries say: their bars and advice, and what their code prints."""
+"""Other people's libraries: what they say is kept quiet, and what leaves no other way is replaced for a while."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -35,3 +36,18 @@ def off_stdout() -> Iterator[None]:
         shown.flush()
         os.dup2(before, 1)
         os.close(before)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An object's attribute is another one while the body runs; one that its class has is only hidden."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
