@@ -68,6 +68,7 @@ class Fault:
     body: Any = None
     times: int = -1
     cut: bool = False
+    done: bool = False  # what was asked for is done all the same; only its answer is this one
     delay: float = 0.0
     call: Callable[[], None] | None = None
 
@@ -134,12 +135,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answered = 0
         line = f"{self.command} {self.route}"
         try:
-            fault = self._fault(line)
-            if fault and fault.cut:
+            fault = self.fault = self._fault(line)
+            if fault and fault.cut and not fault.done:
                 self.rfile.read(min(64, int(self.headers.get("Content-Length") or 0)))
                 raise _Cut
             self.body = self._read_body()
-            if fault and fault.status:
+            if fault and fault.status and not fault.done:
                 self._json(fault.body if fault.body is not None else {"error": "a fault"}, fault.status, fault.headers)
             else:
                 self._route()
@@ -175,6 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
     # -- answers ----------------------------------------------------------------------------------------------------
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        if self.fault and self.fault.done:
+            if self.fault.cut:
+                raise _Cut
+            status, data, headers = self.fault.status, b"{}", {"Content-Type": "application/json"}
         self.answered = status
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **headers}.items():

@@ -16,9 +16,11 @@ import typer
 from stackctl.cli.command import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
+from stackctl.cli.signals import TerminatedBySignal, ending_signals
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
+    Terminated,
     Usage,
     did_you_mean,
     explain_oserror,
@@ -87,7 +89,7 @@ def main() -> None:
     early = make_output(json_mode="--json" in sys.argv)  # until the command line is read
     Current.output, Current.debug, Current.path = early, False, "stackctl"
     try:
-        with completing(os.environ):
+        with ending_signals(), completing(os.environ):
             code = built_app(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Interrupted.exit_code:
@@ -95,7 +97,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
         code = 1
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, TerminatedBySignal) as error:
         told = _as_ours(error)
         with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
             if Current.debug:
@@ -112,6 +114,8 @@ def _as_ours(error: BaseException) -> StackctlError:
         error = error.__cause__
     if isinstance(error, StackctlError):
         return error
+    if isinstance(error, TerminatedBySignal):
+        return Terminated("terminated", hint="run the command again to go on")
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted("interrupted", hint="run the command again to go on")
     if isinstance(error, typer.TyperException):

@@ -22,7 +22,7 @@ from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed, raise_all
 from stackctl.hub import http_client
 from stackctl.hub.http_client import impatient_client, plain_client
-from stackctl.hub.hub_errors import Attempt, explained, offline, scrub
+from stackctl.hub.hub_errors import Attempt, explained, may_be_done, offline, scrub
 from stackctl.hub.repos import Content, RemoteFile, Snapshot, parse_repo
 from stackctl.storage.files import human_bytes
 
@@ -121,11 +121,20 @@ class Hub:
 
         operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(add.items())]
         operations += [CommitOperationDelete(path) for path in delete]
-        with explained(replace(self._attempt, revision=revision)), warnings.catch_warnings(record=True) as caught:
-            done = self._api.create_commit(
-                self.repo, operations, commit_message=message, parent_commit=parent, revision=revision,
-                create_pr=create_pr,
-            )  # fmt: skip
+        attempt = replace(self._attempt, revision=revision)
+        try:
+            with explained(attempt), warnings.catch_warnings(record=True) as caught:
+                done = self._api.create_commit(
+                    self.repo, operations, commit_message=message, parent_commit=parent, revision=revision,
+                    create_pr=create_pr,
+                )  # fmt: skip
+        except HubFailure as error:
+            if create_pr and may_be_done(error):  # nothing would stop a second one
+                where = f"{self.url}/discussions"
+                raise HubFailure(
+                    error.message, hint=f"look at {where}: it may be there all the same; if not: {attempt.again}"
+                ) from error
+            raise
         for warning in caught:  # what the Hub thinks of the card
             if issubclass(warning.category, UserWarning):
                 self._say(scrub(str(warning.message)))

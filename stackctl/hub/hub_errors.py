@@ -121,6 +121,17 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
     )
 
 
+def may_be_done(error: BaseException) -> bool:
+    """Whether what was asked for may have been done all the same: only its answer is missing."""
+    import httpx2
+
+    return any(
+        (isinstance(link, httpx2.TransportError) and not isinstance(link, httpx2.ConnectError | httpx2.ConnectTimeout))
+        or getattr(getattr(link, "response", None), "status_code", 0) >= 500
+        for link in _chain(error)
+    )
+
+
 def offline(attempt: Attempt) -> HubFailure:
     """huggingface_hub was told not to go out."""
     return HubFailure(

@@ -7,7 +7,6 @@ is there afterwards is compared with what lies here.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry
 from stackctl.registry.versions import record_push
+from stackctl.storage import atomic
 from stackctl.storage.files import human_bytes
 
 Export = Callable[[StackPlan, Path], object]
@@ -96,7 +96,7 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
     base_id = resolve_base_id(registry, stack, options.base_id, options.again)
     what = _name(stack)
     with (
-        tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder,
+        atomic.scratch_directory() as folder,
         open_hub(repo, again=options.again, writes=True, say=say, progress=options.progress) as hub,
     ):
         if not options.dry_run:
@@ -108,7 +108,7 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
             return _finish(registry, stack, hub, options, Pushed(what, repo, there.commit, "", kept, "unchanged"))
         say(f"preparing {what}")
         to = Destination(repo, base_id, combine_facts(options.facts, facts, base_id))
-        content = _bundle(registry, stack, to, options, Path(folder))
+        content = _bundle(registry, stack, to, options, folder)
         files = tuple(_compare(content, there))
         _show(files, repo, say)
         add = {file.path: content[file.path] for file in files if file.status in ("new", "changed")}
@@ -125,7 +125,7 @@ def push(registry: Registry, stack: ResolvedStack, repo: str, options: PushOptio
             add, delete, message=message, parent=there.commit,
             revision=options.revision, create_pr=options.create_pr,
         )  # fmt: skip
-        _check_arrived(hub.at(done.oid), content, delete, options.again)
+        _check_arrived(_look_again(hub, done.oid, options.again), content, delete, options.again)
         outcome: Literal["pushed", "unchanged"] = "unchanged" if done.oid == there.commit else "pushed"
         pushed = Pushed(what, repo, done.oid, done.pull_request or done.url, files, outcome, done.pull_request)
         return _finish(registry, stack, hub, options, pushed)
@@ -140,8 +140,8 @@ def prepare(registry: Registry, stack: ResolvedStack, repo: str, options: PushOp
     check_pushable(registry, stack)
     base_id = resolve_base_id(registry, stack, options.base_id, options.again)
     to = Destination(repo, base_id, combine_facts(options.facts, CardFacts(), base_id))
-    with tempfile.TemporaryDirectory(prefix="stackctl-push-") as folder:
-        return tuple(_compare(_bundle(registry, stack, to, options, Path(folder)), Snapshot()))
+    with atomic.scratch_directory() as folder:
+        return tuple(_compare(_bundle(registry, stack, to, options, folder), Snapshot()))
 
 
 def _name(stack: ResolvedStack) -> str:
@@ -238,6 +238,21 @@ def _show(files: tuple[PushedFile, ...], repo: str, say: Say) -> None:
 
 
 # -- after the commit -----------------------------------------------------------------------------------------------
+
+
+def _look_again(hub: Hub, commit: str, again: CommandLine) -> Snapshot:
+    """The repo at the commit that was made.
+
+    Raises:
+        HubFailure: it cannot be looked at.
+    """
+    made = f"commit {commit[:12]} is made, but what the Hub has now cannot be looked at"
+    try:
+        return hub.at(commit)
+    except NotFound as error:  # it was there a moment ago: the Hub is many machines
+        raise HubFailure(f"{made} yet", hint=f"look again: {again}") from error
+    except HubFailure as error:
+        raise HubFailure(f"{made}: {error.message}", hint=error.hint) from error
 
 
 def _check_arrived(now: Snapshot, content: dict[str, Content], deleted: list[str], again: CommandLine) -> None:

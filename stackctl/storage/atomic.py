@@ -105,7 +105,7 @@ def _make_staging(parent: Path) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def staging_directory(parent: Path) -> Iterator[Path]:
+def staging_directory(parent: Path, mode: int = 0o777) -> Iterator[Path]:
     """A private folder beside the place where its content will end; gone afterwards unless it was renamed away.
 
     What killed processes left in ``parent`` is swept first.
@@ -114,12 +114,17 @@ def staging_directory(parent: Path) -> Iterator[Path]:
     sweep_staging(parent)
     path, descriptor = _claim(lambda: _make_staging(parent))
     try:
-        path.chmod(0o777 & ~_umask())
+        path.chmod(mode & ~_umask())
         yield path
     finally:
         if path.exists():
             shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
+
+
+def scratch_directory() -> contextlib.AbstractContextManager[Path]:
+    """A folder of this user alone in the system's temporary folder, where what killed processes left is swept, too."""
+    return staging_directory(Path(tempfile.gettempdir()), mode=0o700)
 
 
 def publish_directory(staged: Path, final: Path) -> None:

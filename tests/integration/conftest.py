@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoints import make_base, make_registry
+from checkpoints import make_base, make_registry, register
 from hub_server import HubServer, connect, running_hub
 from registry_fixtures import fails, filled_registry, four_adapters, project  # noqa: F401
 from short_texts import texts
@@ -36,6 +36,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running_hub() as server:
         connect(server, tmp_path / "hf", monkeypatch)
         yield server
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Registry:
+    """A registry with style@1, and instruct@1 that was trained on it."""
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style", seed=1)
+    register(registry, "instruct", ["style@1"], seed=2)
+    return registry
 
 
 @pytest.fixture

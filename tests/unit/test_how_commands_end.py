@@ -1,5 +1,6 @@
 """How every kind of error ends a command: its exit code, its two lines, and with --debug the traceback besides."""
 
+import contextlib
 import errno
 import importlib
 import importlib.machinery
@@ -7,8 +8,11 @@ import json
 import marshal
 import os
 import py_compile
+import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from stackctl.cli.command import Context
 from stackctl.core import errors
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import StackctlError
+from stackctl.storage import atomic
 
 
 def _kinds(kind: type[StackctlError]) -> list[type[StackctlError]]:
@@ -387,3 +392,53 @@ def test_what_is_interrupted_before_its_command_line_is_read_answers_in_json(run
     monkeypatch.setattr("stackctl.cli.built_app", interrupt)
     assert run("ls", "--json", code=130).json["error"]["code"] == "interrupted"
     assert run("ls", code=130).out == ""
+
+
+@pytest.mark.parametrize(("number", "code", "told"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_ends_a_command_with_its_code_and_nothing_of_it_stays(run, monkeypatch, tmp_path, number, code, told):
+    """SIGTERM ended it where it stood, and left what it was making until another swept it."""
+
+    def work(_):
+        with atomic.staging_directory(tmp_path / "weights"), contextlib.suppress(Exception):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Context, "registry", property(work))
+    ran = run("ls", "--json", code=code)
+    assert ran.json["error"] == {"code": "interrupted", "message": told, "hint": "run the command again to go on"}
+    assert not [*(tmp_path / "weights").iterdir()]
+    assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_while_torch_is_imported_waits_for_its_end(run, monkeypatch):
+    """An exception that comes back to its own code aborts the process: exit code -6."""
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    imported = []
+
+    def work(_):
+        torch.__spec__._initializing = True
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        imported.append(torch)
+        torch.__spec__._initializing = False
+        time.sleep(10)
+
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(Context, "registry", property(work))
+    run("ls", code=130)
+    assert imported
+
+
+def test_a_signal_that_whoever_starts_it_has_it_ignore_stays_ignored(run, monkeypatch):
+    """nohup, and the background jobs of a shell."""
+
+    def work(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise errors.NotFound("it went on", hint="as it should")
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(Context, "registry", property(work))
+    assert "it went on" in run("ls", code=3).err
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
