@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -147,6 +148,53 @@ def test_what_closes_a_whole_conversation_belongs_to_no_turn(smollm2: Any) -> No
     )
     assert turns(tokenizer, example) == ["b<|end|>", "d<|end|>"]
     assert found.notes == []
+
+
+SYSTEM_LAST = (
+    "{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% for m in messages if m.role == 'system' %}SYSTEM{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", ["{{ '<|system|>' + m.content + '<|end|>\n' }}", "Rule: {{ m.content }}", "FOOT"])
+@pytest.mark.parametrize(
+    ("change", "end"),
+    [
+        (lambda text: text, "<|end|>"),
+        (lambda text: text.partition("{% if add")[0], "<|end|>"),
+        (lambda text: text.replace("'<|end|>\n'", "eos_token"), "<|im_end|>"),
+        (lambda text: text.replace(" + '<|end|>\n'", ""), "<|im_end|>"),
+    ],
+    ids=["plain", "no generation prompt", "eos", "no end"],
+)
+def test_what_a_template_puts_behind_an_answer_is_not_learned(
+    smollm2: Any, system: str, change: Callable[[str], str], end: str
+) -> None:
+    """The system text, or a word of its own, behind all turns."""
+    tokenizer = with_template(smollm2, change(SYSTEM_LAST.replace("SYSTEM", system)))
+    for said in ("Be brief.", "Say yes or no.", "yes"):
+        found = encoded(
+            tokenizer, ChatRecord(1, [{"role": "system", "content": said}, *chat("Hi", "yes", "Well?", "no").messages])
+        )
+        learned = [text for example in found.examples for text in turns(tokenizer, example)]
+        assert [text.removeprefix("<|assistant|>") for text in learned] == [f"yes{end}", f"no{end}"], said
+
+
+@pytest.mark.parametrize("foot", ["<|done|>", "\n[END OF TALK]\n", "{{ eos_token }}Made on a Monday."])
+def test_what_a_template_puts_behind_a_whole_conversation_is_not_learned(smollm2: Any, foot: str) -> None:
+    for foot_only_when_finished in (foot, "{% if not add_generation_prompt %}" + foot + "{% endif %}"):
+        tokenizer = with_template(
+            smollm2,
+            SYSTEM_LAST.partition("{% for m in messages if m.role == 'system'")[0]
+            + foot_only_when_finished
+            + "{% if add_gen"
+            + SYSTEM_LAST.partition("{% if add_gen")[2],
+        )
+        for said in (("Hi", "yes"), ("Hi", "yes", "Well?", "no")):
+            found = encoded(tokenizer, chat(*said))
+            learned = [text for example in found.examples for text in turns(tokenizer, example)]
+            assert learned == [f"{text}<|end|>" for text in said[1::2]], foot
 
 
 def test_a_template_that_wants_a_system_message(smollm2: Any) -> None:

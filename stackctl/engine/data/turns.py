@@ -58,7 +58,7 @@ class Turns:
         self._openers = {found[0] for text in begins if (found := _TAG.match(text))}
         self.preamble = self._preamble(bare)
         self.close = self._close(opening)
-        self.end = self._ended(self.end.removesuffix(self.close))
+        self.end = self._ended(self.end.removesuffix(self.close), end="")
 
     def _preamble(self, bare: str) -> str:
         """What the template says of its own before a conversation without a system message."""
@@ -80,22 +80,22 @@ class Turns:
 
     def _close(self, opening: list[Message]) -> str:
         """What the template puts after a last turn, behind that turn's own end; nothing where it puts nothing."""
-        eos = self._template.eos
-        own = self.end.removesuffix(eos)
-        if not eos or own == self.end or not own.strip():
-            return ""
         try:
             goes_on = self._template.render([*opening, _sentinel(), opening[-1]]).partition(SENTINEL)[2]
         except TEMPLATE_ERRORS:
             return ""
-        return eos if goes_on.startswith(own) and not goes_on.startswith(self.end) else ""
+        own = self.end[: whole_tags(self.end, common_prefix(self.end, goes_on))]
+        close = self.end[len(own) :]
+        return close if _TAG.search(own) or (own.strip() and close == self._template.eos) else ""
 
-    def _ended(self, tail: str) -> str:
-        """What follows a turn's last word, without the beginning of another turn, and nothing behind an EOS."""
+    def _ended(self, tail: str, *, end: str) -> str:
+        """What follows a turn's last word, without the beginning of another turn, and nothing behind its end or EOS."""
         starts = [at for opener in self._openers if (at := tail.find(opener)) > 0 and tail[:at].strip()]
         tail = tail[: min(starts, default=len(tail))]
-        before, eos, after = tail.partition(self._template.eos or "\0")
-        return before + eos if after.strip() else tail
+        for last in (end, self._template.eos):
+            before, found, after = tail.partition(last or "\0")
+            tail = before + found if after.strip() else tail
+        return tail
 
     def turn(self, talk: Conversation, position: int) -> Turn:
         """What the assistant writes in its turn at this position.
@@ -165,7 +165,9 @@ class Turns:
         before = before.removesuffix(self.lead)
         if not through.startswith(before):
             raise ValueError(f"it does not show where message {position + 1} begins")
-        return Turn(before, self._trimmed(through[len(before) :]))
+        return Turn(
+            before, self._through(through, len(before), talk.messages[:position], talk.messages[position], talk)
+        )
 
     def _render(self, messages: list[Message], talk: Conversation, *, prompt: bool = False) -> str:
         return self._template.render(messages, prompt=prompt, tools=talk.tools, template=talk.template)
@@ -178,13 +180,14 @@ class Turns:
         return self._through(through, len(prompt), history, message, talk)
 
     def _through(self, through: str, start: int, history: list[Message], message: Message, talk: Conversation) -> str:
-        """A finished turn from where it begins to its end of turn."""
-        turn = through[start:]
-        _, eos, behind = turn.rpartition(self._template.eos or "\0")
-        if any(opener in turn for opener in self._openers) or (eos and behind.strip()):
+        """A finished turn from where it begins to its end of turn, without what the template puts behind that."""
+        turn, end = through[start:].rstrip(), self.end.strip()
+        last = end or message["content"].strip()
+        if any(opener in turn for opener in self._openers) or turn.count(last) != 1 or not turn.endswith(last):
             _, after = self._edges(through, history, message, talk)
             tail = through[after:] if after >= start else ""
-            through = through[: len(through) - len(tail)] + self._ended(tail)
+            own = self._ended(tail, end=end) if end or message.get("tool_calls") else ""
+            through = through[: len(through) - len(tail)] + own
         return self._trimmed(through[start:])
 
     def _trimmed(self, written: str) -> str:
