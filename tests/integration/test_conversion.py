@@ -178,6 +178,9 @@ def test_whole_modules_come_along(h: Any) -> None:
         ("llama", "LOKR", ["q_proj"], True),
         ("tied", "DORA", ["q_proj", "embed_tokens"], False),
         ("neox", "DORA", ["dense"], True),
+        ("neox", "DORA", ["embed_in", "dense"], True),
+        ("gpt2", "PISSA", ["wte"], True),
+        ("gpt2", "DORA", ["wte"], True),
     ],
 )
 def test_embeddings_that_are_saved_beside_the_adapter_come_along(
@@ -189,13 +192,49 @@ def test_embeddings_that_are_saved_beside_the_adapter_come_along(
     model = make_adapter(fresh(h.base), peft_config(kind, target_modules=targets), h.folder / "first")
     if changed and saving:
         with torch.no_grad():
-            weight = model.get_input_embeddings().weight
+            embedding = model.get_input_embeddings()
+            weight = (embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding).weight
             weight += 0.1 * torch.randn_like(weight)
     save_adapter(model, path, save_embedding_layers=saving)
     live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
     h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
     assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-4
     assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-4, "and to PEFT"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("kind", ["PISSA", "OLORA", "DORA pissa", "OSF"])
+def test_what_was_taken_out_of_a_head_is_gone_from_the_embedding_that_it_shares(
+    tiny_registry: Any, kind: str, targets: list[str]
+) -> None:
+    h = tiny_registry("tied")
+    path = h.folder / "made"
+    make_adapter(fresh(h.base), peft_config(kind, target_modules=targets), path)
+    live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
+    h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
+    assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-5
+    assert oracle.relative(oracle.logits(load_live(h.base, h.weights("x"))), live, plain) < 1e-5, "and to PEFT"
+
+
+def test_an_olora_on_a_square_conv1d(tiny_registry: Any) -> None:
+    """PEFT takes the product out of the weight as it is stored there, the other way round than it adds it."""
+    h = tiny_registry("gpt2")
+    path = h.folder / "made"
+    make_adapter(fresh(h.base), peft_config("OLORA", target_modules=["attn.c_proj"]), path)
+    live, plain = oracle.logits(load_live(h.base, path)), oracle.logits(fresh(h.base))
+    h.run("add", "x", path, "--convert", "--tolerance", 1e-6)
+    assert oracle.relative(h.logits(h.load(), "x"), live, plain) < 1e-5
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_a_pissa_whose_alpha_peft_cannot_divide_by(h: Any, alpha: int) -> None:
+    path = h.folder / "made"
+    make_adapter(fresh(h.base), peft_config("PISSA"), path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": alpha}))
+    assert not torch.isfinite(oracle.logits(load_live(h.base, path))).all()
+    refused = h.run("add", "x", path, "--convert", code=4).err
+    assert "NaN or infinity" in refused and "lora_alpha" in refused
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga"])

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -25,20 +24,23 @@ from stackctl.core.errors import Incompatible, VerificationFailed, first_line, l
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.to_lora.low_rank import LowRankPairs, Truncation
 from stackctl.engine.to_lora.merged_layers import ADAPTER, PEFT_ERRORS, Kept, merged_layer, tuner_layers
+from stackctl.engine.to_lora.taken_out import Begun, sharing_weights
 from stackctl.lora.checkpoint import Checkpoint
-from stackctl.lora.convertible import KNOWN_RESIDUALS, beginning_of, variant_of
 from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order
 from stackctl.plan.stack_plan import StackPlan
 
 _OUTPUT_TOLERANCE = 1e-3
 """How far the logits may be from the live adapter's once all layers are merged, as a share of what it changes."""
 _TOKENS = 32
+_COPIED = (".base_layer.weight", ".lora_magnitude_vector.weight")
+"""What PEFT writes beside an adapter on an embedding once more: the embedding itself, and the magnitudes of a DoRA."""
+_SAME = 1e-4
+"""How far a sum of factors may be from the change of a weight and still be it: a large weight rounds it in float32."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _check_names(checkpoint: Checkpoint, model: PeftModel) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     untold = _untold(checkpoint)
     besides = {name for name, slot in checkpoint.slots.items() if slot.module in untold}
-    besides |= {name for name in checkpoint.tensors if name.endswith(".base_layer.weight")}  # a copy of an embedding
+    besides |= {name for name in checkpoint.tensors if name.endswith(_COPIED)}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in besides - wanted.keys()}
     unfit = [f"{n} ({list(found[n])}, not {list(wanted[n])})" for n in wanted if found.get(n, wanted[n]) != wanted[n]]
     problems = {
@@ -136,15 +138,16 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     without = probe(model, tokens)
     biases = {slot.module: tensors[name] for name, slot in checkpoint.slots.items() if slot.role == "bias"}
     untold = _untold(checkpoint)
-    kept = {name: Kept(model.get_submodule(name)) for name in {*_targets(checkpoint, stacked), *biases, *untold}}
+    targets = _targets(checkpoint, stacked)
+    apart = {slot.module for slot in checkpoint.slots.values() if slot.role == "saved"}
+    sharing = sharing_weights(model, targets, apart=apart)
+    kept = {name: Kept(model.get_submodule(name)) for name in {*targets, *biases, *untold, *sharing}}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             attached = get_peft_model(model, config, ADAPTER).eval()
         _check_names(checkpoint, attached)
-        begun = {}
-        if _is_difference(checkpoint):
-            begun = {name: _factors_of(layer) for name, layer in tuner_layers(model, LoraLayer)}
+        begun = Begun(checkpoint, model, kept, sharing)
         set_peft_model_state_dict(attached, tensors, ADAPTER)
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
@@ -158,9 +161,11 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
         if name not in kept:
             raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
         merged = merged_layer(name, layer)
-        _keep(found, name, kept[name], merged, (begun.get(name), _factors_of(layer)) if begun else None, wanted)
+        _keep(found, name, kept[name], merged, begun.difference(name, layer), wanted)
         model.set_submodule(name, layer.get_base_layer())
         kept[name].set(merged.weight, getattr(merged, "bias", None))
+    for name in sharing.keys() - begun.layers:  # what was taken out of a weight is gone for whoever shares it
+        _keep(found, name, kept[name], model.get_submodule(name), begun.taken_out(name), wanted)
     whole = tuner_layers(model, ModulesToSaveWrapper)
     for name, wrapper in whole:
         model.set_submodule(name, wrapper.modules_to_save[ADAPTER])
@@ -232,10 +237,11 @@ def _keep(
     name: str,
     kept: Kept,
     merged: Any,
-    factors: tuple[Any, algebra.Factors] | None,
+    factors: list[algebra.Factors],
     wanted: Truncation,
 ) -> None:
-    """Keep what merging changed in one layer: its weight as a pair, its bias whole."""
+    """Keep what merging changed in one layer: its weight as a pair, that of the sum of ``factors`` where they are
+    known to be all of it; its bias whole."""
     delta = merged.weight.detach().double() - kept.values["weight"].double()
     if isinstance(merged, (Conv1D, nn.Embedding)):
         delta = delta.T
@@ -244,22 +250,12 @@ def _keep(
         raise Incompatible(f"it gives {name} a bias, and the base has none there", hint="use it with PEFT itself")
     if bias is not None and not torch.equal(bias, kept.values["bias"].double()):
         found.biases[name] = bias.detach().float().cpu()
-    if not factors:
+    if not bool(delta.any()):
+        return
+    if factors and difference(algebra.delta(factors, torch.float64), delta.cpu()) < _SAME:
+        found.put(name, _pair(factors, wanted), delta.cpu())
+    else:
         found.keep(name, delta.cpu(), wanted)
-    elif float(delta.abs().max()):
-        begun, now = factors
-        found.put(name, _pair([now, *_negative([begun])], wanted), delta.cpu())
-
-
-def _is_difference(checkpoint: Checkpoint) -> bool:
-    """Whether its change is that of its factors less that of the factors that it began with."""
-    config = checkpoint.config
-    return checkpoint.is_lora and not variant_of(config) and beginning_of(config) in KNOWN_RESIDUALS
-
-
-def _factors_of(layer: Any) -> algebra.Factors:
-    a, b = layer_factors(layer, ADAPTER)
-    return a.detach().float().cpu().clone(), b.detach().float().cpu().clone(), float(layer.scaling[ADAPTER])
 
 
 def _negative(factors: list[algebra.Factors]) -> list[algebra.Factors]:

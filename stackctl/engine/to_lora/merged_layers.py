@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackctl.core.errors import Incompatible, first_line
+from stackctl.engine.tensors import all_finite
 
 ADAPTER = "default"
 """The name inside PEFT of the adapter that is merged."""
@@ -18,6 +19,8 @@ PEFT_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, ImportError, Attri
 _TOLERANCE = 1e-5
 """How far a merged layer may be from the live one: some of PEFT's kinds compute a part in float32 whatever they get."""
 _HINT = "use it with PEFT itself; only a change of weights can be made a LoRA"
+
+_NOT_FINITE = "look at its lora_alpha, which PiSSA divides by and takes roots of: it has to be positive there"
 
 
 class Kept:
@@ -63,6 +66,8 @@ def merged_layer(name: str, layer: Any) -> Any:
         inputs = torch.randn(1, 8, width, generator=generator, dtype=torch.float64).to(base.weight.device)
     try:
         live = alone(inputs)
+        if not all_finite(live):
+            raise Incompatible(f"on {name} PEFT makes NaN or infinity of it", hint=_NOT_FINITE)
         alone.merge(adapter_names=[ADAPTER])
         merged = alone.get_base_layer()
         error = float((merged(inputs) - live).norm() / live.norm().clamp_min(1e-30))
