@@ -51,7 +51,7 @@ _SUFFIXES: tuple[tuple[str, Role], ...] = (
     (r"\.lora_B(?:\.[^.]+)?\.bias", "lora_bias"),
     (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", "magnitude"),
     (r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?", "tokens"),
-    (r"\.base_layer\.weight", "aside"),
+    (r"(?:\.token_adapter)?\.base_layer\.weight", "aside"),
     (r"\.base_layer\.bias", "bias"),
     (r"\.lora_velora_embed(?:\.[^.]+)?", "aside"),  # what VeLoRA's backward pass projects on; no forward one does
 )
@@ -152,11 +152,13 @@ class Checkpoint:
 
     @property
     def copies(self) -> dict[str, TensorInfo]:
-        """What lies beside the factors of a module as its base's own weight, by module; PEFT loads it with them."""
+        """What lies beside the factors of a module, or the rows of its tokens, as its base's own weight, by module;
+        PEFT loads it with them."""
+        loaded = self.pairs.keys() | {slot.module for slot in self.slots.values() if slot.role == "tokens"}
         return {
             slot.module: self.tensors[name]
             for name, slot in self.slots.items()
-            if slot.role == "aside" and name.endswith(".base_layer.weight") and slot.module in self.pairs
+            if slot.role == "aside" and name.endswith(".base_layer.weight") and slot.module in loaded
         }
 
     @property

@@ -34,7 +34,7 @@ def member_rows(
     index: int, member: PlanMember, naming: Naming, base: Base | None
 ) -> tuple[list[TokenRows], list[Problem]]:
     """The rows that a member brings, by modules of the base, and all that is wrong with them."""
-    saved, problems = _saved_rows(member)
+    saved, problems = _saved_rows(member, naming, base)
     weights = Weights.of(member.weight, member.layer_weights)
     rows: dict[str, TokenRows] = {}
     for name, tensor, tokens in saved:
@@ -65,7 +65,7 @@ _Saved = tuple[str, TensorInfo, tuple[int, ...]]
 """The rows of one module in a checkpoint: its name there, the tensor, and the tokens."""
 
 
-def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
+def _saved_rows(member: PlanMember, naming: Naming, base: Base | None) -> tuple[list[_Saved], list[Problem]]:
     checkpoint, label = member.checkpoint, member.label
     indices, saved, problems = _indices(checkpoint.config), list[_Saved](), list[Problem]()
     again = "register the checkpoint again from where it was made"
@@ -75,6 +75,8 @@ def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
             continue
         # PEFT takes every module whose name ends so; of several keys the longest says it most exactly.
         key = max((key for key in indices if slot.module.endswith(key)), key=len, default=None)
+        if not key and _is_tied_head(naming.place(slot.module).module, base):
+            continue  # save_embedding_layers writes the embedding's rows for the head as well
         if key is None:
             what = f"{label}: rows of single tokens that its configuration does not name: {name}"
             problems.append(Problem("extra_tensors", what, again, label))
@@ -95,6 +97,10 @@ def _saved_rows(member: PlanMember) -> tuple[list[_Saved], list[Problem]]:
         what = f"{label}: the rows are missing that its configuration names ({KEY})"
         problems.append(Problem("missing_tensors", what, again, label))
     return saved, problems
+
+
+def _is_tied_head(module: str, base: Base | None) -> bool:
+    return base is not None and base.tied_embeddings and module == base.output_embedding
 
 
 def _unfitting(member: PlanMember, rows: Iterable[TokenRows], naming: Naming, base: Base) -> Iterator[Problem]:

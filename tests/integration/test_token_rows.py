@@ -15,7 +15,7 @@ import yaml
 from member_weights import check_live_weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, random_adapter, tiny_tokenizer
+from tiny import SIZES, random_adapter, save_adapter, tiny_tokenizer
 from tiny_registry import CHAT
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
@@ -101,6 +101,38 @@ def test_one_member_is_what_peft_makes_of_it(tiny_registry: Any, kind: str, form
             for live in (False, True):
                 assert oracle.relative(folded(h, stacked, f"style:{weight}", live=live), wanted, bare) < 1e-5
     assert torch.equal(folded(h, stacked, "style:0"), folded(h, stacked, "base"))
+
+
+@pytest.mark.parametrize("form", ["list", "one"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+def test_embeddings_that_peft_saved_beside_rows(tiny_registry: Any, kind: str, form: str, tmp_path: Path) -> None:
+    """Of a tied pair the rows stand there twice; what lies under them is the base's own, or is refused."""
+    h = tiny_registry(kind)
+    tokens, told = [3, 10], "wte" if kind == "gpt2" else "embed_tokens"
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj"]
+    path = random_adapter(
+        h.base, tmp_path / "made", target_modules=targets,
+        trainable_token_indices=tokens if form == "list" else {told: tokens},
+    )  # fmt: skip
+    live = PeftModel.from_pretrained(oracle.load_plain(h.base), path)
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += 0.2
+    save_adapter(live, tmp_path / "saved", save_embedding_layers=True)
+    tensors = load_file(tmp_path / "saved/adapter_model.safetensors")
+    copies = [name for name in tensors if name.endswith("token_adapter.base_layer.weight")]
+    assert len(copies) == (1 if kind == "llama" else 2)
+    h.run("add", "style", tmp_path / "saved")
+    wanted = peft_logits(h.base, tmp_path / "saved")
+    assert oracle.relative(folded(h, h.load(), "style"), wanted, peft_logits(h.base)) < 1e-5
+    if kind != "llama":  # of which the head was saved, too
+        h.run("export", "style", "--format", "peft", "--out", tmp_path / "out")
+        assert oracle.relative(peft_logits(h.base, tmp_path / "out"), wanted, peft_logits(h.base)) < 1e-5
+    for name in copies:
+        tensors[name] = tensors[name] + 0.1
+    save_file(tensors, tmp_path / "saved/adapter_model.safetensors", {"format": "pt"})
+    assert "which is not that of 'tiny'" in h.run("add", "other", tmp_path / "saved", code=4).err
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])

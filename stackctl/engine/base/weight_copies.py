@@ -37,8 +37,8 @@ def check_copies(checkpoint: Checkpoint, base: Base, folder: Path) -> None:
             copy = files.read(checkpoint.weights_path, info)
             if not _alike(copy, own):
                 raise Incompatible(
-                    f"{checkpoint.path} has a {module} of its own under its LoRA ({info.name}), which is not that of "
-                    f"'{base.name}'",
+                    f"{checkpoint.path} has a {module} of its own under its adapter ({info.name}), which is not that "
+                    f"of '{base.name}'",
                     hint="register the base that it was trained on, with that weight, and add it there",
                 )
 
