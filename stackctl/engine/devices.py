@@ -69,6 +69,11 @@ def float64(tensor: Tensor) -> Tensor:
     return tensor.to(exact_device(tensor.device)).double()
 
 
+def widest_dtype() -> torch.dtype:
+    """float64, or float32 where tensors may go to MPS, which has none."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
 def generators_of(device: torch.device) -> list[torch.device]:
     """The devices, besides the CPU, whose random numbers a computation on ``device`` draws: for ``fork_rng``, which
     would begin to use every GPU there is."""

@@ -127,6 +127,21 @@ def test_a_run_learns_to_rank_on_a_frozen_stack(h, data, objective):
         assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_long_answers_are_compared_in_float64(h, tmp_path):
+    """Thousands of nats, of which float32 sums leave 1e-4 of a step in which nothing was learned yet."""
+    pairs = [{"prompt": "Go on:", "chosen": " red" * (100 + n), "rejected": " no" * (90 + n)} for n in range(3)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    done = h.run(
+        "train", "taste", "--base", "tiny", "--data", data, "--objective", "dpo", "--max-steps", 1, "--json",
+        "--dtype", "float32", "--batch-size", 3,
+    ).json  # fmt: skip
+    first = _log(done)[0]
+    assert -first["chosen_logp"] > 1000, "nats"
+    assert first["margin"] == pytest.approx(0, abs=1e-9)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "objective", "differs"),
     [("gpt2", "dpo", False), ("gpt2", "kto", False), ("llama", "orpo", False), ("gpt2", "sft", True)],

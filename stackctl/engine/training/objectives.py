@@ -23,7 +23,8 @@ _CERTAIN = 2.0**-24
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Log-probabilities of N answers, (N,), float32, summed over the answer's tokens, and what belongs to them.
+    """Log-probabilities of N answers, (N,), summed over the answer's tokens in float64 where there is one, and what
+    belongs to them.
 
     ``tokens`` (N,) counts those tokens; ``reference`` (N,) are the log-probabilities under the frozen stack alone;
     ``desired`` (N,) tells the answers that are to become likelier. ``drift`` (scalar, nats) is how far the model is

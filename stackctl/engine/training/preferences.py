@@ -14,7 +14,7 @@ from stackctl.core.train_job import TrainJob
 from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
 from stackctl.engine.data.rows import collate
-from stackctl.engine.devices import float64
+from stackctl.engine.devices import float64, widest_dtype
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.training.distributed import numbers_of_each, share_of
@@ -71,7 +71,7 @@ def collate_answers(rows: Sequence[list[Example]], *, drifts: bool = False) -> d
     examples = [example for row in rows for example in row]
     answers = [example for example in examples if isinstance(example, KnownExample)]
     batch: dict[str, Any] = collate(examples or [Example([0, 0], [IGNORED] * 2)])
-    batch["references"] = torch.tensor([answer.reference for answer in answers], dtype=torch.float32)
+    batch["references"] = torch.tensor([answer.reference for answer in answers], dtype=widest_dtype())
     batch["desired"] = torch.tensor([answer.desired for answer in answers], dtype=torch.bool)
     if drifts:
         batch["swapped"] = collate_answers([[answer.swapped for answer in answers if answer.swapped]])
@@ -91,7 +91,8 @@ def _summed(model: nn.Module, inputs: dict[str, Any], *, one_by_one: bool) -> tu
     losses = supervised_token_losses(model, inputs, one_by_one=one_by_one).losses
     owners = (inputs["position_ids"][0] == 0).cumsum(0)[inputs["keep"]] - 1
     count = inputs["references"].numel()
-    summed = losses.new_zeros(count).index_add(0, owners, -losses).float()
+    wide = losses.to(widest_dtype())  # of long answers the difference is small beside either sum
+    summed = wide.new_zeros(count).index_add(0, owners, -wide)
     return summed, torch.bincount(owners, minlength=count).to(summed)
 
 

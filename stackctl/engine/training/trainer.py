@@ -265,7 +265,7 @@ def micro_batch_loss(
     """The summed loss (scalar, nats) of a micro-batch, and of answers their scores."""
     if parts.answers:
         scores = answer_scores(model, inputs, parts.job, drift=drift, one_by_one=parts.one_by_one)
-        return scores.losses.sum(), scores
+        return scores.losses.sum().float(), scores
     if parts.teaching:
         return parts.teaching.divergences(model, inputs, one_by_one=parts.one_by_one).sum(), None
     return supervised_loss(model, inputs, one_by_one=parts.one_by_one), None
