@@ -365,6 +365,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": "q", "response": "a"}, PAIR),
         ({"question": "q", "answer": "a"}, PAIR),
         ({"query": "q", "response": "a"}, PAIR),
+        ({"id": 1, "system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, *PAIR]),
         ({"instruction": "q", "context": "", "response": "a"}, PAIR),
         ({"instruction": "q", "context": "about", "output": "a"}, [{"role": "user", "content": "q\n\nabout"}, PAIR[1]]),
         ({"instruction": "q", "input": "about", "response": "a"}, [{"role": "user", "content": "q\n\nabout"}, PAIR[1]]),
@@ -392,7 +393,7 @@ def test_what_stands_beside_a_conversation_belongs_to_it(record: Any, messages: 
 
 
 def test_turns_and_records_that_are_not_to_be_learned(tmp_path: Path) -> None:
-    for flag in ({"weight": 0}, {"train": False}, {"loss": False}):
+    for flag in ({"weight": 0}, {"train": False}, {"training": False}, {"loss": False}):
         first = [PAIR[0], {**PAIR[1], **flag}]
         (found,) = read_records(write(tmp_path / "a.jsonl", {"messages": [*first, *PAIR], "system": "s"})).records
         assert isinstance(found, ChatRecord)
@@ -416,9 +417,10 @@ def test_keys_that_mean_nothing_here_are_named_once_with_their_count(tmp_path: P
     (note,) = read_records(write(tmp_path / "a.jsonl", asked)).notes
     assert note.endswith("ignored: 'context' (1 record), 'reasoning' (1 record)")
     tool = {"role": "tool", "name": "f", "content": "1"}
-    named = [{**PAIR[0], "name": "Bob"}, tool, {**PAIR[1], "prefix": True}, *PAIR]
+    named = [{**PAIR[0], "name": "Bob"}, tool, {**PAIR[1], "prefix": True}, PAIR[0], {**PAIR[1], "mask": True}]
     (note,) = read_records(write(tmp_path / "a.jsonl", {"messages": named})).notes
-    assert note.endswith("ignored: 'messages[].name' (1 record), 'messages[].prefix' (1 record)")
+    ignored = ", ".join(f"'messages[].{key}' (1 record)" for key in ("mask", "name", "prefix"))
+    assert note.endswith(f"ignored: {ignored}")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _CALLS = ("function_call", "tool_call")
 """Turns of ShareGPT's shape that are a call, written as JSON."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What peers call the thought before an answer."""
-_FLAGS = ("weight", "train", "loss")
+_FLAGS = ("weight", "train", "training", "loss")
 """What peers call a turn's flag that says whether it is learned."""
 _MAY_BE_EMPTY = {"system", "developer", "tool", "function", "ipython"}
 

@@ -29,7 +29,10 @@ _ELSEWHERE = (
     "reasoning_content", "reasoning", "thinking",
 )  # fmt: skip
 """Keys of a record that mean something to peers and nothing here, unless its shape reads them."""
-_OF_TURNS = ("name", "prefix", "partial", "refusal", "audio", "audios", "images", "image", "videos")
+_OF_TURNS = (
+    "name", "prefix", "partial", "refusal", "audio", "audios", "images", "image", "videos", "mask", "loss_mask",
+    "train_detail", "training_detail",
+)  # fmt: skip
 """The same of a turn; of a tool's the name is read."""
 _LISTED = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
 
@@ -132,6 +135,7 @@ SHAPES = (
     RecordShape("instruction", ("instruction", "response"), _asked("instruction", "response"), BELOW),
     RecordShape("response", ("prompt", "response"), _asked("prompt", "response")),
     RecordShape("question", ("question", "answer"), _asked("question", "answer")),
+    RecordShape("question", ("question", "response"), _asked("question", "response")),
     RecordShape("query", ("query", "response"), _asked("query", "response")),
     RecordShape("text", ("text",), _text),
 )
