@@ -65,6 +65,7 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
                 entries.append(msgspec.structs.replace(removed, versions=staying))
                 was_removed |= {label for label, v in labelled.items() if v not in staying}
         places = {registry.weights_path(version) for version in kept}
+        places |= {_own_place(registry, label) for label in wanted}  # its entry is gone, and may come back
         for folder in unreferenced_weights(registry, places):
             label = f"{folder.parent.name}@{folder.name}"
             why = "removed" if label in was_removed else "never registered"
@@ -80,6 +81,12 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
             registry.write(*entries)
         _remove_weights(registry, places)
     return freed
+
+
+def _own_place(registry: Registry, label: str) -> Path:
+    """Where a version's checkpoint lies when it is the registry's own."""
+    name, _, number = label.partition("@")
+    return registry.root.resolve() / f"weights/{name}/{number}"
 
 
 def _remove_weights(registry: Registry, places: set[Path]) -> None:

@@ -58,8 +58,9 @@ def _remove_versions(registry: Registry, reference: Reference, dry_run: bool) ->
     labels = {label: v for label, v in adapter.labelled().items() if reference.version in (None, v.version)}
     going = list(labels.values())
     if users := _standing_on(registry, set(labels)):
+        them = "it" if len(labels) == 1 else "them"
         raise Usage(
-            f"{' and '.join(sorted(labels))} cannot be removed, for what depends on it: {', '.join(users)}",
+            f"{' and '.join(sorted(labels))} cannot be removed, for what depends on {them}: {', '.join(users)}",
             hint=f"begin with what nothing depends on: stackctl rm {_free_user(registry, users)}",
         )
     own = [v for v in going if v.path == registry.relative_weights_path(adapter.name, v.version)]  # not those of a link

@@ -75,15 +75,15 @@ def use_stack(registry: Registry, name: str) -> Stack:
         if not stack:
             if "+" not in name and registry.find_adapter(name):
                 raise NotFound(f"'{name}' is an adapter, and no stack", hint=f"stackctl compose {name} --name NAME")
-            raise no_stack(registry, name)
+            raise no_stack(registry, name, *([f"make it: stackctl compose {name}"] if "+" in name else []))
         with current_after(registry, name):
             pass
     return stack
 
 
-def no_stack(registry: Registry, name: str) -> NotFound:
-    """The error that there is no stack of a name."""
-    near = did_you_mean(name, registry.names(Stack), "stackctl ls shows what there is")
+def no_stack(registry: Registry, name: str, else_: str = "stackctl ls shows what there is") -> NotFound:
+    """The error that there is no stack of a name; ``else_`` is the hint where none is called like it."""
+    near = did_you_mean(name, registry.names(Stack), else_)
     return NotFound(f"there is no stack '{name}'", hint=near)
 
 

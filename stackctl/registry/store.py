@@ -134,7 +134,10 @@ class Registry:
         """
         path = self.entry_path(kind, name)
         if not path.is_file():
-            return None
+            if not os.path.lexists(path):
+                return None
+            if not path.is_file():  # nor was it written this moment
+                raise Usage(f"{path} is no file that can be read", hint="put the entry there, or remove what is there")
         try:
             entry = read_yaml(path, kind, schema=SCHEMA)
         except MergeConflict as conflict:
@@ -219,8 +222,8 @@ class Registry:
             return True
         try:
             content = self.entry_path(kind, name).read_bytes()
-        except FileNotFoundError:  # removed this moment
-            return False
+        except OSError:
+            return os.path.lexists(self.entry_path(kind, name))  # else it was removed this moment
         return text.encode() in content or b"\\" in content
 
     # -- settings, weights, lock --------------------------------------------------------------------------------
@@ -236,7 +239,11 @@ class Registry:
 
     def weights_path(self, version: AdapterVersion) -> Path:
         """Where a version's checkpoint lies, absolute: for a link, in somebody else's folder."""
-        return (self.root / version.path).resolve()
+        path = self.root / version.path
+        try:
+            return path.resolve()
+        except RuntimeError:  # links that lead to each other, where nothing lies
+            return path
 
     @staticmethod
     def relative_weights_path(name: str, number: int) -> str:

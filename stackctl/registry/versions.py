@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, Rem
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
 from stackctl.lora.lora_config import describe_lora
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter, with_versions
+from stackctl.registry.checkpoint_files import folder_digest
 from stackctl.registry.resolve import ResolvedStack
 from stackctl.registry.store import Registry, now
 from stackctl.storage import atomic, files
@@ -60,18 +62,23 @@ def add_version(
         staged: the finished checkpoint in a staging folder, moved to its place; None for a link.
         given: the number that it has elsewhere, kept if it was never given here, or to the same digest; the
             same digest under that name is then the same version, and is not registered twice.
+
+    A number under which other weights lie is passed over.
     """
     with registry.lock():
         check_adapter_name(registry, name)
         adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
-        version = build(_choose_number(adapter, registry.find_removed(name), given))
+        numbers = _free_numbers(adapter, registry.find_removed(name), given)
+        version = next(
+            one for one in map(build, numbers) if staged is None or not _is_anothers(registry, one.path, one.digest)
+        )
         if given is not None:
             for known in adapter.versions:
                 if known.digest == version.digest:
                     return known
         if staged is not None:
             final = registry.root / version.path
-            if final.exists():  # left by a process that was killed before it wrote the entry
+            if final.exists():  # left by a process that was killed before it wrote this very entry
                 files.remove_tree(final)
             atomic.publish_directory(staged, final)
         try:
@@ -122,14 +129,23 @@ def find_same_version(registry: Registry, name: str, digest: str, stack: Resolve
 def next_number(registry: Registry, name: str) -> int:
     """The number that the next version of an adapter gets."""
     adapter = registry.find_adapter(name) or Adapter(name=name, versions=[])
-    return _choose_number(adapter, registry.find_removed(name), None)
+    numbers = _free_numbers(adapter, registry.find_removed(name), None)
+    return next(one for one in numbers if not _is_anothers(registry, registry.relative_weights_path(name, one)))
 
 
-def _choose_number(adapter: Adapter, removed: Removed, wished: GivenNumber | None) -> int:
-    """The number wished for if it means nothing else, else one more than was ever given."""
+def _free_numbers(adapter: Adapter, removed: Removed, wished: GivenNumber | None) -> Iterator[int]:
+    """The number wished for if it means nothing else, then those above all that were ever given."""
     given = {g.version: g.digest for g in removed.given} | {v.version: v.digest for v in adapter.versions}
-    free = wished is not None and given.get(wished.version, wished.digest) == wished.digest
-    return wished.version if wished and wished.version and free else max(given, default=0) + 1
+    if wished and wished.version and given.get(wished.version, wished.digest) == wished.digest:
+        yield wished.version
+    yield from itertools.count(max(given, default=0) + 1)
+
+
+def _is_anothers(registry: Registry, path: str, digest: str = "") -> bool:
+    """Whether weights lie there that have another digest: those of a branch of git that is not checked out, whose
+    entries are not here, or of a process that was killed before it wrote one.
+    """
+    return folder_digest(registry.root / path) not in (None, digest)
 
 
 def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion) -> list[Adapter | Removed]:

@@ -43,7 +43,9 @@ def read_json(path: Path, *, missing: str | None = None, broken: str | None = No
         raise Incompatible(f"{path} is not a regular file", hint=broken)
     try:
         value = json.loads(read_bounded(path).decode("utf-8-sig"))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         raise NotFound(f"{path} does not exist", hint=missing) from None
     except (ValueError, RecursionError) as error:
         raise Incompatible(f"{path} is not valid JSON ({error})", hint=broken) from None

@@ -54,10 +54,25 @@ def test_a_kill_at_any_moment_leaves_the_registry_valid(registry, monkeypatch, m
     assert registry.entry_path(Adapter, "style").read_bytes() == before
     assert resolve_expression(registry, "style").pinned == "style@1"
     assert verify_registry(registry) == (2, [])
-    again = register(registry, "style", seed=3)
+    again = register(registry, "style", seed=2)
     assert again.version == 2
     assert verify_registry(registry) == (3, [])
     assert not list(registry.root.rglob(".tmp-*"))
+
+
+def test_weights_of_another_branch_are_kept_when_a_version_gets_their_number(registry):
+    """Its entries are not checked out, and its weights are where they were: they were overwritten."""
+    entry = registry.entry_path(Adapter, "style")
+    register(registry, "style", seed=1)
+    main = entry.read_bytes()
+    there = register(registry, "style", seed=2)
+    branch = entry.read_bytes()
+    entry.write_bytes(main)
+    here = register(registry, "style", seed=3)
+    assert (there.version, here.version) == (2, 3)
+    assert verify_registry(registry) == (3, [])
+    entry.write_bytes(branch)
+    assert verify_registry(registry) == (3, [])
 
 
 def test_a_first_version_that_was_killed_does_not_exist(registry, monkeypatch):

@@ -1,10 +1,11 @@
 """The registry as files: made once, found from below, written and read again; mistakes by hand are named."""
 
 import shutil
+from pathlib import Path
 
 import msgspec
 import pytest
-from checkpoints import full_version, labels, make_base, register
+from checkpoints import full_version, labels, make_base, make_registry, register, register_three
 
 from stackctl.core.errors import NotFound, Usage
 from stackctl.core.schema import Adapter, Base, Defaults, RegistryFile, Stack
@@ -204,3 +205,31 @@ def test_other_files_are_no_entries(registry):
     (registry.root / "adapters" / "README.md").write_text("x")
     assert registry.names(Adapter) == []
     assert list(registry.adapters()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["a folder", "a dead link"])
+def test_an_entry_that_is_no_file_is_told_as_that(run, tmp_path, make):
+    """It was not there, and the hint was its own name."""
+    registry = make_registry(tmp_path / "registry")
+    register_three(registry)
+    path = registry.entry_path(Adapter, "style")
+    path.unlink()
+    make(path)
+    for words in ("inspect style", "rm style", "inspect instruct+style"):
+        assert f"error: {path} is no file that can be read" in run(*words.split(), code=2).err
+    problems = run("verify", "--json", code=5).json["problems"]
+    assert "style" in [problem["what"] for problem in problems]
+
+
+@pytest.mark.parametrize("what", ["a loop", "a file"])
+def test_weights_whose_place_is_no_folder_are_missing(run, tmp_path, what):
+    registry = make_registry(tmp_path / "registry")
+    register_three(registry)
+    place = registry.root / "weights/style/2"
+    shutil.rmtree(place)
+    place.symlink_to("2") if what == "a loop" else place.write_text("x")
+    for words in ("inspect style", "export style --format peft --out out"):
+        assert "error: the files of style@2 are missing" in run(*words.split(), code=3).err
+    assert "the files of style@2 are missing" in run("verify", code=5).out
+    run("gc")
+    assert "the files of style@2 are missing" in run("verify", code=5).out

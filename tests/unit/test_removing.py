@@ -281,3 +281,17 @@ def test_what_cannot_be_removed_names_what_to_begin_with(registry):
             asked.append(error.hint.rpartition("stackctl rm ")[2])
             assert len(asked) < 5
     assert removed == ["both", "instruct@1", "style@1"]
+
+
+def test_weights_that_a_stack_or_an_adapter_needs_stay_while_their_entry_is_gone(registry):
+    """Deleted by mistake, or not checked out: git has it, and has no weights."""
+    save_stack(registry, "both", resolve_expression(registry, "style@2+instruct"))
+    entry = registry.entry_path(Adapter, "style")
+    kept = entry.read_bytes()
+    entry.unlink()
+    assert freed(registry) == {}
+    entry.write_bytes(kept)
+    assert verify_registry(registry)[1] == []
+    remove_entry(registry, "both")
+    entry.unlink()
+    assert freed(registry) == {"style@2": "never registered"}  # instruct stands on style@1
