@@ -200,7 +200,7 @@ class Chat:
         system = [{"role": "system", "content": self.sampling.system}] if self.sampling.system else []
         record = json_line({"messages": [*system, *self.messages]}) + "\n"
         known = path.read_bytes() if path.exists() else b""
-        atomic.write_atomic(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
+        atomic.write_output(path, known + (b"\n" if known and not known.endswith(b"\n") else b"") + record.encode())
         self.output.status(f"{'added to' if known else 'saved as'} {path}: train --data reads it")
 
     def undo(self, _: str) -> None:

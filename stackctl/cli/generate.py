@@ -149,7 +149,7 @@ def _answer(stacked: AnswerEngine, questions: _Questions, output: Output, to: Pa
             advance()
     if to is None:
         return None
-    atomic.write_atomic(to, "".join(written))
+    atomic.write_output(to, "".join(written))
     count = f"{len(asked)} answers" if len(asked) > 1 else "the answer"
     if output.json_mode:
         output.status(f"wrote {count} to {to}")

@@ -52,7 +52,7 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         OSError: as for any file.
     """
-    atomic.write_atomic(path, html.replace("\0", "?").encode("utf-8", "replace"))
+    atomic.write_output(path, html.replace("\0", "?").encode("utf-8", "replace"))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core.errors import Incompatible, NotFound, StackctlError, Usage
-from stackctl.core.expressions import BASE, format_term
+from stackctl.core.expressions import BASE, format_term, parse_expression
 from stackctl.core.provenance import Run
 from stackctl.core.schema import Base
 from stackctl.plan.stack_plan import StackPlan
@@ -44,12 +44,12 @@ class ModelNames:
             Usage, Incompatible, VerificationFailed: it cannot be stacked, or a member was changed.
         """
         with self._lock:
-            try:
-                stack = resolve_expression(self.registry, text, base=self.base.name if text == BASE else None)
-            except Usage as error:
-                if text and not _JOINS & set(text):
+            if text and not _JOINS & set(text):
+                try:
+                    parse_expression(text)
+                except Usage as error:
                     raise NotFound(f"there is no model '{text[:80]}'", hint="a model is an expression") from error
-                raise
+            stack = resolve_expression(self.registry, text, base=self.base.name if text == BASE else None)
             if stack.base.name != self.base.name or stack.base.fingerprint != self.base.fingerprint:
                 raise Incompatible(
                     f"'{text}' has the base '{stack.base.name}', and this server runs '{self.base.name}'",

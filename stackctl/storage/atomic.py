@@ -50,6 +50,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         pass
 
 
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that somebody named, whole or not at all and through a link; a device or a pipe stays what it is."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+    else:
+        write_atomic(Path(os.path.realpath(path)), content)
+
+
 @contextlib.contextmanager
 def written_after(path: Path, content: str | bytes) -> Iterator[None]:
     """:func:`write_atomic` around a change that belongs to it: on the disk before the body, in place after it.

@@ -67,13 +67,15 @@ def check_output(path: Path) -> None:
     Raises:
         NotFound, Usage, Failed: there is no such folder, it cannot be written to, or the file's name is a folder's.
     """
-    folder = existing_path(path.absolute().parent, "the folder")
+    folder = existing_path(Path(os.path.realpath(path)).parent, "the folder")
     if not folder.is_dir():
         raise Usage(f"{folder} is a file, not a folder", hint="name another place: --output FILE")
     if path.is_dir():
         raise Usage(f"--output {path} is a folder", hint="name a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Failed(f"nothing can be written to {folder}", hint="check who owns the folder and its permissions")
+    is_device = path.exists() and not path.is_file()
+    if not os.access(path if is_device else folder, os.W_OK if is_device else os.W_OK | os.X_OK):
+        what = path if is_device else folder
+        raise Failed(f"nothing can be written to {what}", hint="check who owns it and its permissions")
 
 
 def cache_root() -> Path:

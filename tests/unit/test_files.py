@@ -15,7 +15,7 @@ from checkpoints import make_base, make_registry, write_checkpoint
 from stackctl.core.errors import NotFound, Usage, explain_oserror
 from stackctl.storage import atomic, files
 from stackctl.storage.hashes import sha256_bytes, sha256_file
-from stackctl.storage.paths import existing_path
+from stackctl.storage.paths import check_output, existing_path
 
 
 def names_in(folder):
@@ -264,3 +264,34 @@ def test_a_file_of_any_size_is_read_whole(tmp_path, size):
 )
 def test_only_a_disk_without_room_is_full(tmp_path, error, full):
     assert files.disk_is_full(error, tmp_path) is full
+
+
+# -- what somebody named to write to ----------------------------------------------------------------------------------
+
+
+def test_a_pipe_or_a_device_that_is_written_to_stays_one(tmp_path):
+    """A file was put in its place: as root, ``--output /dev/null`` took the device from the whole machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path, content in ((pipe, "é"), (tmp_path / "link", b"two")):
+        check_output(path)
+        atomic.write_output(path, content)
+        assert os.read(reader, 10) == (content.encode() if isinstance(content, str) else content)
+    os.close(reader)
+    assert pipe.is_fifo() and names_in(tmp_path) == ["link", "pipe"]
+
+
+def test_what_is_written_through_a_link_is_in_the_file_behind_it(tmp_path):
+    (tmp_path / "results").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("results/new.txt")
+    for content in ("first", "second"):
+        check_output(link)
+        atomic.write_output(link, content)
+        assert (tmp_path / "results" / "new.txt").read_text() == content
+    assert link.is_symlink() and names_in(tmp_path / "results") == ["new.txt"]
+    (tmp_path / "dead").symlink_to("nowhere/new.txt")
+    with pytest.raises(NotFound, match="nowhere"):
+        check_output(tmp_path / "dead")
