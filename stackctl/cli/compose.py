@@ -134,8 +134,9 @@ def compose(
     if label == "base":
         label = parse_stack_name(label)  # says that the name is reserved
     chosen = Chosen(planned, {}, [])
+    if request is not None or dry_run:  # before minutes of work, and what a dry run says can be done
+        check_stack_name(registry, label, stack)
     if request is not None:
-        check_stack_name(registry, label, stack)  # before minutes of work
         chosen = (best_stack if tries_all else fit_stack)(context, planned, request)
     stack, plan = chosen.planned
     if not dry_run:

@@ -55,7 +55,10 @@ def find_registry(explicit: Path | None) -> Path:
             f"name the folder that holds it: {asked.parent}" if is_file else f"stackctl init {shlex.quote(str(asked))}"
         )
         raise NotFound(f"there is no registry in {asked}", hint=hint)
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise NotFound("the working directory is gone", hint="go to another one, or name it: --registry DIR") from None
     for parent in (here, *here.parents):
         for folder in (parent / "registry", parent):
             if (folder / _FILE).is_file():
@@ -132,12 +135,16 @@ class Registry:
         Raises:
             Usage: it cannot be read, or does not hold together.
         """
+        path, entry = self.entry_path(kind, name), self._read_file(kind, name)
+        if entry is None and os.path.lexists(path) and not path.is_file():  # nor was it written this moment
+            raise Usage(f"{path} is no file that can be read", hint="put the entry there, or remove what is there")
+        return entry
+
+    def _read_file(self, kind: type[E], name: str) -> E | None:
+        """As :meth:`read`, where what is no file is no entry."""
         path = self.entry_path(kind, name)
         if not path.is_file():
-            if not os.path.lexists(path):
-                return None
-            if not path.is_file():  # nor was it written this moment
-                raise Usage(f"{path} is no file that can be read", hint="put the entry there, or remove what is there")
+            return None
         try:
             entry = read_yaml(path, kind, schema=SCHEMA)
         except MergeConflict as conflict:
@@ -212,7 +219,7 @@ class Registry:
         names = self.names(kind)
         with self.show_reading() as progress:
             for number, name in enumerate(names, 1):
-                if self._may_mention(kind, name, mentioning) and (entry := self.read(kind, name)):
+                if self._may_mention(kind, name, mentioning) and (entry := self._read_file(kind, name)):
                     yield entry
                 progress(number / len(names))
 
@@ -222,8 +229,8 @@ class Registry:
             return True
         try:
             content = self.entry_path(kind, name).read_bytes()
-        except OSError:
-            return os.path.lexists(self.entry_path(kind, name))  # else it was removed this moment
+        except (FileNotFoundError, IsADirectoryError):  # removed this moment, or no entry
+            return False
         return text.encode() in content or b"\\" in content
 
     # -- settings, weights, lock --------------------------------------------------------------------------------

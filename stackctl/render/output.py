@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from stackctl.core.errors import Failed, StackctlError, explain_oserror
-from stackctl.render.terminal import Painted, laid_out, printable, show_paged
+from stackctl.render.terminal import Painted, laid_out, printable, show_paged, width_of
 from stackctl.storage.files import json_line
 
 if TYPE_CHECKING:
@@ -266,7 +266,8 @@ def console(stream: TextIO) -> Console:
             for segment in super().render(*arguments, **options):
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
-    width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPED_WIDTH
+    columns = os.environ.get("COLUMNS", "")
+    width = width_of(stream) or (int(columns) if columns.isdecimal() else 0) or _PIPED_WIDTH
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
     return Printable(
         file=stream, width=width, color_system=colours, highlight=False, markup=False, soft_wrap=False, emoji=False

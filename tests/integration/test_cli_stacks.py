@@ -42,6 +42,11 @@ def test_a_dry_run_writes_nothing(filled_registry, run):
     assert {path: path.read_bytes() for path in filled_registry.root.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("words", [("style:0.5",), ("style+tone", "--name", "instruct"), ("style", "--name", "a+b")])
+def test_a_dry_run_promises_no_name_that_cannot_be_had(filled_registry, fails, words):
+    assert fails("compose", *words, "--dry-run", code=2) == fails("compose", *words, code=2)
+
+
 @pytest.mark.parametrize("weight", ["0", "-0.5", "1e-3", "+2", "1e+1", ".5"])
 def test_a_weight_may_be_any_finite_number(filled_registry, run, weight):
     found = run("compose", f"style:{weight}+tone", "--name", "duo", "--json").json

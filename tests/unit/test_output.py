@@ -192,10 +192,12 @@ def test_our_own_colours_reach_the_terminal_and_nobody_elses(monkeypatch):
     assert screen.getvalue() == "\x1b[32mlearned\x1b[0m\n\\x1b[32mnot ours\n"
 
 
-def test_what_is_piped_is_not_cut(monkeypatch):
+@pytest.mark.parametrize("columns", ["", "0", "many"])
+def test_what_is_piped_is_not_cut(monkeypatch, columns):
+    """With ``COLUMNS=0`` nothing was shown at all."""
     from stackctl.render.tables import table
 
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", columns)
     pipe = io.StringIO()
     console(pipe).print(table(["path"], [["x" * 150]]))
     assert "x" * 150 in pipe.getvalue()

@@ -64,6 +64,13 @@ def test_where_the_registry_is(tmp_path, monkeypatch):
     assert find_registry(None) == elsewhere.resolve()
 
 
+def test_a_working_directory_that_is_gone_is_told(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "error: the working directory is gone" in run("ls", code=3).err
+
+
 def test_no_registry(tmp_path, monkeypatch):
     monkeypatch.delenv("STACKCTL_REGISTRY", raising=False)
     monkeypatch.chdir(tmp_path)
