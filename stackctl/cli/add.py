@@ -156,10 +156,9 @@ def _register(context: Context, folder: Path, request: _Request) -> Result:
             hint="fuse it (mlx_lm.fuse), then: stackctl extract NAME --base B --tuned FOLDER",
         )
     if checkpoint.copies:
-        from stackctl.engine.base.folder import base_folder
         from stackctl.engine.base.weight_copies import check_copies
 
-        check_copies(checkpoint, stack.base, base_folder(stack.base, registry, context.output.status))
+        check_copies(checkpoint, stack.base, context.base_folder(stack.base))
     known = find_same_version(registry, name, checkpoint.digest(), stack)
     version = known or _add(registry, request.new(stack), checkpoint, link=request.place.link)
     label = f"{name}@{version.version}"

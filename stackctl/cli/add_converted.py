@@ -118,13 +118,12 @@ def add_converted(
 
     import_transformers()
     import_peft()
-    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.models import load_base
     from stackctl.engine.to_lora.conversion import check_header, device
 
     differences = _differences(name, checkpoint, wanted, plan) if wanted.initial else None
     if differences is None:
-        check_header(checkpoint, base_folder(stack.base, registry, say))
+        check_header(checkpoint, context.base_folder(stack.base))
     say(f"making a plain LoRA of {kind}")
     stacked = load_base(stack.base, registry, dtype="float32", device=device(), say=say)
     stacked.use(plan)

@@ -65,7 +65,6 @@ def add(
     import_transformers()
     from stackctl.engine.base.base_proof import is_small, prove_base
     from stackctl.engine.base.entry import make_base
-    from stackctl.engine.base.folder import base_folder
     from stackctl.registry.base_entries import save_base
 
     before = registry.find_base(name)
@@ -73,7 +72,7 @@ def add(
     template = arguments.template(known)
     base = make_base(name, source, revision, registry, context.output.status)
     base = msgspec.structs.replace(base, chat_template_kwargs=template or None)
-    folder = base_folder(base, registry, context.output.status)
+    folder = context.base_folder(base)
     if is_small(folder) if prove is None else prove:
         base = msgspec.structs.replace(base, proved=prove_base(base, folder))
     save_base(registry, base)

@@ -22,6 +22,7 @@ from stackctl.jobs.ranks import make_output
 from stackctl.render.output import Output, Result
 
 if TYPE_CHECKING:
+    from stackctl.core.schema import Base
     from stackctl.registry.store import Registry
 
 TRAIN = "Train and use"
@@ -63,6 +64,12 @@ class Context:
         opened.fetch_base = _fetch_base
         opened.show_reading = functools.partial(share_progress, self.output)
         return opened
+
+    def base_folder(self, base: Base) -> Path:
+        """The folder with a base's files, fetched or converted again if they are gone."""
+        from stackctl.engine.base.folder import base_folder
+
+        return base_folder(base, self.registry, self.output.status)
 
 
 def _fetch_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]:

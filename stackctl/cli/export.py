@@ -14,7 +14,6 @@ import typer
 from stackctl.cli.command import SHARE, Context, command
 from stackctl.cli.shared_options import BaseOption, What
 from stackctl.core.errors import Usage
-from stackctl.core.schema import Base
 from stackctl.plan.lint import GGUF_DTYPES
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.whole_class import on_whole_class
@@ -119,7 +118,7 @@ def _write(
         from stackctl.engine.export.mlx import export_mlx
 
         return export_mlx(plan, out, dtype=dtype)
-    find_folder = functools.partial(_base_folder, context, plan.known_base)
+    find_folder = functools.partial(context.base_folder, plan.known_base)
     if format_ == "peft":
         from stackctl.engine.export.peft import export_peft
 
@@ -149,9 +148,3 @@ def _files(out: Path, digests: Mapping[str, str]) -> list[dict[str, Any]]:
         for path in sorted(out.rglob("*"))
         if path.is_file()
     ]
-
-
-def _base_folder(context: Context, base: Base) -> Path:
-    from stackctl.engine.base.folder import base_folder
-
-    return base_folder(base, context.registry, context.output.status)

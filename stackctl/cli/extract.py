@@ -61,14 +61,13 @@ def extract(
 
     import_transformers()
     import_peft()
-    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.to_lora import extraction
     from stackctl.engine.to_lora.low_rank import Truncation
 
     say = context.output.status
     model, folder = extraction.find_tuned(found_base, tuned, registry, say)
     wanted = Truncation(number, None if number else tolerance or 0.1)
-    found = extraction.extract(found_base, base_folder(found_base, registry, say), model, folder, wanted)
+    found = extraction.extract(found_base, context.base_folder(found_base), model, folder, wanted)
     told = Extracted(
         source=tuned, revision=model.revision, fingerprint=model.fingerprint, relative_error=found.relative_error,
         errors=found.errors, saved=found.saved_modules, left_out=found.left_out,

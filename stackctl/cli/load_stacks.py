@@ -113,12 +113,11 @@ def read_sets(
 
     records = read_data(sources)
     import_transformers()
-    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import adopt_chat_template
     from stackctl.engine.generation.reader import PlainReader
 
-    tokenizer = load_tokenizer(base_folder(planned.stack.base, context.registry, context.output.status))
+    tokenizer = load_tokenizer(context.base_folder(planned.stack.base))
     adopt_chat_template(tokenizer, planned.stack.base.name, [planned.plan])
     reader = PlainReader(planned.stack.base, tokenizer)
 

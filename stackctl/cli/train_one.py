@@ -55,7 +55,6 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.cli.progress import share_progress
 
     _import_libraries()
-    from stackctl.engine.base.folder import base_folder
     from stackctl.engine.base.tokenizer import load_tokenizer
     from stackctl.engine.data.chat_template import choose_chat_template
     from stackctl.engine.devices import check_kernels
@@ -63,7 +62,7 @@ def _check_data(context: Context, prepared: PreparedJob) -> tuple[Any, Any, Any]
     from stackctl.engine.training.targets import targets_of
 
     check_kernels(prepared.job.optimizer)
-    folder = base_folder(prepared.base, context.registry, context.output.status)
+    folder = context.base_folder(prepared.base)
     tokenizer = load_tokenizer(folder)
     choose_chat_template(tokenizer, prepared.base.name, prepared.plan)
     say = context.output.status

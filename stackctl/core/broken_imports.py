@@ -18,12 +18,12 @@ _COMPILED = (EOFError, ValueError, TypeError)
 def import_error(error: BaseException) -> Failed | None:
     """What could not be imported, and how to have it again; None where something else went wrong."""
     for one in _causes(error):
-        if isinstance(one, _COMPILED) and (file := _compiled_file(one)):
+        if isinstance(one, _COMPILED) and (file := _last_local(one, "bytecode_path")):
             return Failed(
                 f"{file} is damaged ({first_line(one)})",
                 hint=f"remove it, and Python makes it anew: rm {shlex.quote(file)}",
             )
-        if isinstance(one, SyntaxError) and (module := _module_of(one)):
+        if isinstance(one, SyntaxError) and (module := _last_local(one, "fullname")):
             return Failed(f"{one.filename} is damaged (line {one.lineno}: {one.msg})", hint=_reinstall(module))
         if isinstance(one, ImportError):
             name = _in_package(one.path) or one.name or ""
@@ -42,16 +42,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     return reversed(found)
 
 
-def _compiled_file(error: BaseException) -> str | None:
-    """The compiled module that was being read when it was raised."""
-    return _last_local(error, "bytecode_path")
-
-
-def _module_of(error: BaseException) -> str | None:
-    """The module that was being read when it was raised."""
-    return _last_local(error, "fullname")
-
-
 def _in_package(path: str | None) -> str | None:
     """The module of a compiled library, of whose name Python tells the last part alone; None of any other file."""
     if path is None or not path.endswith(tuple(EXTENSION_SUFFIXES)):
@@ -62,7 +52,10 @@ def _in_package(path: str | None) -> str | None:
 
 
 def _last_local(error: BaseException, name: str) -> str | None:
-    """A variable of the import system, if that raised the error: the last one of its frames that has it."""
+    """A variable of the import system, if that raised the error: the last one of its frames that has it.
+
+    ``fullname`` is the module that was being read, ``bytecode_path`` its compiled file.
+    """
     frames = []
     trace = error.__traceback__
     while trace is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stackctl import __version__
 from stackctl.core import Say
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed, raise_all
@@ -267,10 +268,4 @@ def open_hub(repo: str, *, again: CommandLine, writes: bool, say: Say, progress:
         hooks = huggingface_hub.get_session().event_hooks  # huggingface_hub's own: offline mode is one of them
         huggingface_hub.set_client_factory(lambda: impatient_client(attempt, say, hooks))
         stack.callback(huggingface_hub.set_client_factory, lambda: plain_client(hooks))
-        yield Hub(huggingface_hub.HfApi(library_name="stackctl", library_version=_version()), attempt, say)
-
-
-def _version() -> str:
-    from stackctl import __version__
-
-    return __version__
+        yield Hub(huggingface_hub.HfApi(library_name="stackctl", library_version=__version__), attempt, say)

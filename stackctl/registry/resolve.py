@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from stackctl.core.errors import Incompatible, Usage, VerificationFailed, attempt_each
@@ -141,17 +141,12 @@ def _resolve(registry: Registry, text: str, base: str | None, fresh: bool) -> Re
     is_taken = registry.has(Adapter, only.name) or registry.has(Stack, only.name)
     if is_name and not is_taken and (named := registry.find_base(only.name)):
         return ResolvedStack(text, named, ())
-    members = _members(registry, terms)
+    members = tuple(itertools.chain(*attempt_each(functools.partial(_expand, registry), terms)))
     bases = {member.version.base for member in members}
     if len(bases) > 1:
         which = ", ".join(f"{m.label} on {m.version.base}" for m in members)
         raise Incompatible(f"the members have different bases: {which}", hint="use adapters of one base")
     return ResolvedStack(text, resolve_base(registry, bases.pop()), members)
-
-
-def _members(registry: Registry, terms: Sequence[Term]) -> tuple[ResolvedMember, ...]:
-    """The members of all terms; everything that is wrong with any of them is told at once."""
-    return tuple(itertools.chain(*attempt_each(functools.partial(_expand, registry), terms)))
 
 
 def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:

@@ -5,7 +5,9 @@ What the text may be, :mod:`stackctl.storage.yaml_text` says.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import re
 import typing
 from pathlib import Path
@@ -126,7 +128,7 @@ def _explain(
     path = _parse_location(before)
     if in_mapping:  # msgspec does not say under which key, so look for it
         item_type = type_at(type_, (*path, ""))
-        for key, item in _value_at(value, path).items():
+        for key, item in functools.reduce(operator.getitem, path, value).items():
             try:
                 msgspec.convert(item, item_type, strict=True)
             except msgspec.ValidationError as inner:
@@ -150,12 +152,6 @@ def _parse_location(location: str) -> KeyPath:
     """``$.versions[0].lora`` to ``("versions", 0, "lora")``."""
     found = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", location)
     return tuple(int(index) if index else name for name, index in found)
-
-
-def _value_at(value: Any, path: KeyPath) -> Any:
-    for part in path:
-        value = value[part]
-    return value
 
 
 def _known_fields(type_: Any) -> list[str]:
