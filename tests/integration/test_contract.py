@@ -163,10 +163,7 @@ def test_a_registry_file_that_is_not_ours_is_refused(filled_registry, fails, tex
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["base", "../x", "a/b", "A", "", "-x", ".x", "x" * 65, "a b", "a+b", "a@1", "a:1", "ä", "a\n", "a\0b", "/etc"],
-)
+@pytest.mark.parametrize("name", ["base", "../x", "", "-x", "x" * 65, "a+b", "ä", "a\n", "a\0b", "/etc"])
 def test_a_reserved_or_escaping_name_is_2(filled_registry, fails, tmp_path, name):
     folder = write_checkpoint(tmp_path / "checkpoint")
     before = {path for path in tmp_path.rglob("*") if path.name != ".lock"}
