@@ -24,6 +24,9 @@ settings.load_profile("stackctl")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/checkpoints.py, tests/hub_server.py, tests/tiny.py
 
+_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Read when torch is loaded. Several workers share the cores, and threads that spin take what the others need."""
+
 
 def _draw_only_what_has_values() -> None:
     """Every model begins on the meta device, where PyTorch goes a long way through Python to draw nothing at random."""
@@ -49,6 +52,7 @@ def _seed_what_is_there() -> None:
 
 def pytest_configure() -> None:
     """A shell's background jobs ignore Ctrl-C, and so would every command that a test presses it in."""
+    os.environ.update(_THREADS_SLEEP)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -58,6 +62,8 @@ def pytest_collection_finish() -> None:
     if "torch" in sys.modules:
         _draw_only_what_has_values()
         _seed_what_is_there()
+    for name in _THREADS_SLEEP:  # commands in processes of their own see to it themselves
+        os.environ.pop(name, None)
     if warm := sys.modules.get("warm"):  # the tests that were collected have commands in processes of their own
         warm.start()
     gc.freeze()
