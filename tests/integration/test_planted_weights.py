@@ -44,7 +44,7 @@ def test_planted_weights_come_back(h: Any, per: Any, weights: tuple[float, ...])
         stacked.use(plan_stack(plan.base, members))
         return sum(score.loss for score in score_examples(stacked.model, examples)) / (RECORDS * LENGTH)
 
-    found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 30).weights
+    found = fit_weights(stacked, weighted, [DataSet("drawn", examples, list(range(RECORDS)))], 15).weights
     assert loss(found) < loss(planted) + 2e-3, "no other weights make what was drawn much likelier"
     for group, wanted in planted.items():
         # What is drawn differs from processor to processor; of other draws the weights are up to 2 % off.
