@@ -16,7 +16,7 @@ import typer
 from stackctl.cli.command import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.cli.signals import TerminatedBySignal, ending_signals
+from stackctl.cli.signals import TerminatedBySignal, ending_signals, keep_exit_code
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
@@ -104,6 +104,8 @@ def main() -> None:
                 traceback.print_exc()
             Current.output.error(told)
         code = told.exit_code
+    if code == Interrupted.exit_code:
+        keep_exit_code()
     release_streams()
     sys.exit(code)
 

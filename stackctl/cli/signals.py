@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -61,3 +62,10 @@ def _is_importing_torch() -> bool:
     """Whether torch is being imported now, whose own code aborts the process when an exception comes back to it."""
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
+
+
+def keep_exit_code() -> None:
+    """End with the exit code that was told: ``python -m`` kills itself by SIGINT instead, where Ctrl-C once came out of
+    code that a library had Python run, whatever became of it.
+    """
+    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})

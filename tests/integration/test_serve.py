@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import warm
 from serving import serving
 
 TEXT = "Tell me of the sea."
@@ -221,6 +222,26 @@ def test_it_finishes_what_is_being_written_and_ends_with_0(server, number):
     chunks = list(stream)
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     assert server.process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_that_is_ended_while_it_starts_says_so_and_leaves_nothing(filled_registry, tmp_path, number, code):
+    """SIGTERM ended it without a word; once it answers, both end it with 0."""
+    before = set(filled_registry.folder.rglob("*"))
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "from stackctl.serving import http_server\n"
+        f"http_server.listen = lambda *_: (os.kill(os.getpid(), {int(number)}), time.sleep(60))\n"
+    )
+    out, errors = place / "out", place / "errors"
+    arguments = ["serve", "--port", "0", "--json"]
+    command = warm.Command(arguments, filled_registry.folder, out, errors, PYTHONPATH=str(place))
+    assert command.wait(60) == code
+    assert json.loads(out.read_text())["error"]["code"] == "interrupted"
+    assert errors.read_text().count("\n") == 2
+    assert {path for path in filled_registry.folder.rglob("*") if place not in (path, *path.parents)} == before
 
 
 def test_a_taken_port_and_a_missing_name_are_refused(filled_registry, fails):

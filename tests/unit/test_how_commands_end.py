@@ -442,3 +442,25 @@ def test_a_signal_that_whoever_starts_it_has_it_ignore_stays_ignored(run, monkey
     monkeypatch.setattr(Context, "registry", property(work))
     assert "it went on" in run("ls", code=3).err
     assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+_INTERRUPTED_IN_A_LIBRARY = """
+import ctypes
+from stackctl.__main__ import main
+from stackctl.cli.command import Context
+
+run = ctypes.pythonapi.PyRun_String
+run.restype = ctypes.py_object
+run.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)
+interrupt = (b"raise KeyboardInterrupt", 257, {"__builtins__": __builtins__}, {})
+Context.registry = property(lambda _: run(*interrupt))
+main()
+"""
+
+
+def test_ctrl_c_in_code_that_a_library_runs_is_130_as_well(tmp_path):
+    """``python -m`` killed itself by SIGINT after all was told."""
+    (tmp_path / "interrupted.py").write_text(_INTERRUPTED_IN_A_LIBRARY)
+    line = [sys.executable, "-m", "interrupted", "ls"]
+    ran = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (130, "error: interrupted\nhint: run the command again to go on\n")
