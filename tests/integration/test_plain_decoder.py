@@ -111,6 +111,20 @@ def test_logits_of_rows_that_join_and_leave_are_those_of_a_whole_pass(known: Any
 
 
 @torch.no_grad()
+def test_short_texts_join_one_that_is_long(known: Any) -> None:
+    """Room was made for the new ones alone, by their length: every short request failed beside a long one."""
+    stacked = known("llama")
+    rows = decoder_of(stacked).rows(4)
+    texts = [[(7 * place) % 251 for place in range(450)]]
+    rows.join(texts)
+    for new in ([11, 4], [33], [5, 9, 14]):
+        torch.testing.assert_close(rows.join([new])[0], by_transformers(stacked, new))
+        texts = [[*ids, 11] for ids in [*texts, new]]
+        wanted = torch.stack([by_transformers(stacked, ids) for ids in texts])
+        torch.testing.assert_close(rows.step([[11]] * len(texts))[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_what_prompts_share_is_computed_once(known: Any, name: str) -> None:
     """With a row that is written, with a text that is finished, with one another, and that again with another."""

@@ -226,7 +226,9 @@ class KVCache:
         return mask.repeat_interleave(self._decoder.groups, 1)[:, None]
 
     def _make_room(self, rows: int, columns: int) -> None:
-        """For so many rows and columns, at least. What the mask hides has to be a number, too: zeros."""
+        """For so many rows and columns, at least, and for what is here. What the mask hides has to be a number, too:
+        zeros."""
+        columns = max([columns, *self._lengths])
         own, held = self._memory.shape[2], self._memory.shape[4]
         if own >= rows and columns <= held <= _TOO_MANY * (columns + _MORE_COLUMNS):
             return
