@@ -36,7 +36,7 @@ from stackctl.engine.quick_imports import import_peft
 from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.token_rows import refuse_biased, set_rows
 from stackctl.machine.resources import return_freed_memory
-from stackctl.plan.stack_plan import ModulePlan, StackPlan
+from stackctl.plan.stack_plan import ModulePlan, Replacement, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
@@ -92,12 +92,19 @@ class StackedModel:
             self._fold_modules(plan, tensors, adder)
             self._write_rows(plan, tensors, adder.rounding)
             self.rounding_error = adder.rounding.error
+            changed = {module.parameter for module in plan.modules.values()}
             for replacement in plan.replacements:
-                parameter = self._parameter(replacement.parameter)
-                value = tensors.of(replacement.member, replacement.tensor)
-                self._check_shape(replacement.parameter, parameter, value.shape)
-                parameter.copy_(value)
-                self._touched.add(replacement.parameter)
+                if replacement.parameter not in changed:  # else it was summed with the change
+                    parameter, value = self._replaced(replacement, tensors)
+                    parameter.copy_(value)
+                    self._touched.add(replacement.parameter)
+
+    def _replaced(self, replacement: Replacement, tensors: MemberTensors) -> tuple[nn.Parameter, Tensor]:
+        """A parameter that a member brings whole, and the member's value."""
+        parameter = self._parameter(replacement.parameter)
+        value = tensors.of(replacement.member, replacement.tensor)
+        self._check_shape(replacement.parameter, parameter, value.shape)
+        return parameter, value.to(parameter.device)
 
     def write_token_rows(self, plan: StackPlan) -> None:
         """Write the rows of single tokens into the weights and nothing else: beside a base PEFT does the same.
@@ -127,14 +134,17 @@ class StackedModel:
             self._check_shape(module.parameter, weight, module.stored_shape)
             return weight, list(deltas_of(plan, module, factors, weight.device))
 
-        names = [module.parameter for module in plan.modules.values()]
+        replaced = {replacement.parameter: replacement for replacement in plan.replacements}
+        names = [module.parameter for module in plan.modules.values() if module.parameter not in replaced]
         moved = self._own.move({name: self._parameter(name) for name in names if name not in self._touched})
         for module, (weight, deltas) in each_module(plan, tensors, made):
             base = moved.pop(module.parameter, None)
+            if whole := replaced.get(module.parameter):
+                base = self._replaced(whole, tensors)[1].float()
             before = [None] * len(deltas) if base is None else base if module.is_experts else [base]
             for matrix, delta, own in zip(weight if module.is_experts else [weight], deltas, before, strict=True):
                 adder.add(matrix, delta, own)
-            if base is not None:
+            if base is not None and not whole:
                 forget_pages(base)
             self._touched.add(module.parameter)
 

@@ -46,6 +46,15 @@ def check_tokens(job: TrainJob, plan: StackPlan, base: Base, begins: StackPlan |
     Raises:
         Usage, Incompatible: they cannot.
     """
+    chosen = named_targets(parse_targets(job.target_modules), expand_modules(base.modules), base.output_embedding)
+    for rows in plan.token_rows:
+        if rows.module in chosen:
+            label = plan.members[rows.member].label
+            raise Incompatible(
+                f"--target-modules puts a LoRA on {rows.module}, of which {label} trained rows of single tokens: no "
+                "stack can hold both",
+                hint=f"leave {rows.module} out, or train on a stack without it",
+            )
     begun = begins.token_rows if begins else ()
     if not asks(job.train_tokens) and not begun:
         return
@@ -62,7 +71,6 @@ def check_tokens(job: TrainJob, plan: StackPlan, base: Base, begins: StackPlan |
             hint="leave out --from",
         )
     ends = {base.input_embedding, base.output_embedding} - {None}
-    chosen = named_targets(parse_targets(job.target_modules), expand_modules(base.modules), base.output_embedding)
     if both := sorted(chosen & ends):
         raise Usage(
             f"--train-tokens trains rows of {both[0]}, on which --target-modules puts a LoRA: PEFT cannot do both",

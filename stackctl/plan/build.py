@@ -22,6 +22,7 @@ from stackctl.plan.validate import (
     other_rows,
     recorded_problems,
     same_adapter_twice,
+    saved_with_changes,
     unfitting_layer_weights,
     unfitting_tensors,
     unlike_bases,
@@ -78,6 +79,7 @@ def plan_stack(
     members = planned
     problems += clashing_replacements(replacements, members)
     standing = {name: [factor.member for factor in found] for name, found in factors.items()}
+    problems += saved_with_changes(replacements, members, standing)
     problems += clashing_rows(rows, members, standing, replacements)
     if rows and method != SUM:
         problems.append(rows_without_sum(members[rows[0].member].label, method))

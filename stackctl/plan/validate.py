@@ -186,6 +186,24 @@ def _misshapen(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] |
     return wrong_rank, wrong_shape
 
 
+def saved_with_changes(
+    replacements: Sequence[Replacement], members: Sequence[PlanMember], standing: Mapping[str, Sequence[int]]
+) -> list[Problem]:
+    """Members that bring a module whole and were trained on one with a LoRA there: the value holds its change as well.
+
+    ``standing`` has the numbers of the members with a LoRA on each module.
+    """
+    problems = []
+    for replacement in replacements:
+        module, own = replacement.parameter.removesuffix(".weight"), members[replacement.member]
+        for other in (members[number] for number in standing.get(module, ())):
+            if other.label in own.trained_on:
+                what = f"{own.label} brings {module} whole and was trained on {other.label}, which has a LoRA on it: "
+                what += "whether it holds that change as well is not known"
+                problems.append(Problem("modules_to_save", what, f"leave out {other.label}, or train them again"))
+    return problems
+
+
 def clashing_replacements(replacements: Sequence[Replacement], members: Sequence[PlanMember]) -> list[Problem]:
     """Two members that bring the same parameter, or whole modules of their own, which nothing has seen together."""
     owners: dict[str, list[str]] = {}

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import random_adapter
 
 from stackctl.core.errors import StackctlError
@@ -117,6 +118,27 @@ def test_switching_back_to_a_saved_module_gives_the_same_bits(tiny_registry: Any
         assert not torch.equal(between(), first)
         assert torch.equal(h.logits(stacked, "style+tone"), first), between
     assert torch.equal(h.logits(stacked, "base"), bare)
+
+
+@pytest.mark.parametrize(("name", "module"), [("gpt2", "wte"), ("neox", "embed_in"), ("llama", "lm_head")])
+def test_a_lora_on_what_another_member_brings_whole(tiny_registry: Any, name: str, module: str) -> None:
+    """The whole module and the change, as an exported model has it; PEFT does it one after the other."""
+    h = tiny_registry(name)
+    targets = {"gpt2": "c_attn", "neox": "query_key_value", "llama": "q_proj"}[name]
+    whole = h.add("whole", seed=3, target_modules=[targets], modules_to_save=[module])
+    change = h.add("change", seed=4, target_modules=[targets, module])
+    model = PeftModel.from_pretrained(oracle.load_plain(h.base), whole).merge_and_unload()
+    tensors = load_file(change / "adapter_model.safetensors")  # without the base's own, which PEFT would load as well
+    save_file({n: t for n, t in tensors.items() if "base_layer" not in n}, change / "adapter_model.safetensors")
+    wanted = oracle.logits(PeftModel.from_pretrained(model, change).double().eval())
+    stacked, bare = h.load(), oracle.base_logits(h.base)
+    for expression in ("whole+change", "change+whole"):
+        assert oracle.relative(h.logits(stacked, expression), wanted, bare) < TOLERANCE
+    h.run("export", "whole+change", "--format", "model", "--out", h.folder / "out")
+    assert oracle.relative(oracle.logits(oracle.load_plain(h.folder / "out")), wanted, bare) < TOLERANCE
+    assert torch.equal(h.logits(stacked, "base"), h.logits(h.load(), "base"))
+    h.run("add", "later", whole, "--on", "change")
+    assert "whether it holds that change" in h.run("compose", "change+later", code=4).err
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma", "qwen3"])

@@ -103,6 +103,17 @@ def test_one_member_is_what_peft_makes_of_it(tiny_registry: Any, kind: str, form
     assert torch.equal(folded(h, stacked, "style:0"), folded(h, stacked, "base"))
 
 
+def test_nothing_is_trained_on_rows_that_could_not_be_stacked(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
+    h.add("style", seed=1, trainable_token_indices=[3, 10])
+    for target in ("embed_tokens", "q_proj,lm_head"):
+        refused = h.run(
+            "train", "chat", "--on", "style", "--data", h.data(), "--target-modules", target, "--max-steps", 1, code=4
+        )
+        assert "style@1 trained rows of single tokens" in refused.err
+        assert f"{target.split(',')[-1]}, of which" in refused.err
+
+
 @pytest.mark.parametrize("form", ["list", "one"])
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
 def test_embeddings_that_peft_saved_beside_rows(tiny_registry: Any, kind: str, form: str, tmp_path: Path) -> None:
