@@ -11,10 +11,14 @@ import base64
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
+import signal
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -69,6 +73,7 @@ class Fault:
     times: int = -1
     cut: bool = False
     done: bool = False  # what was asked for is done all the same; only its answer is this one
+    half: bool = False  # the answer breaks in its middle
     delay: float = 0.0
     call: Callable[[], None] | None = None
 
@@ -185,6 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.fault and self.fault.half:
+            self.wfile.write(data[: len(data) // 2])
+            raise _Cut
         if self.command != "HEAD":
             self.wfile.write(data)
 
@@ -367,7 +375,34 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if path in self.hub.corrupt:
             data = bytes(byte ^ 1 for byte in data[:1]) + data[1:]
+        if begin := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            headers["Content-Range"] = f"bytes {begin[1]}-{len(data) - 1}/{len(data)}"
+            return self._send(206, data[int(begin[1]) :], headers)
         return self._send(200, data, headers)
+
+
+def ended_at(request: int, number: signal.Signals, *, answered: bool) -> Callable[[Path], None]:
+    """What makes a process send itself a signal before a request, counted from one, or once that is answered; its
+    temporary folder is then the folder that it is called with."""
+
+    def prepare(folder: Path) -> None:
+        import httpx2
+
+        tempfile.tempdir = str(folder)
+        send, requests = httpx2.Client.send, itertools.count(1)
+
+        def counted(self: Any, *args: Any, **options: Any) -> Any:
+            is_the_one = next(requests) == request
+            if is_the_one and not answered:
+                os.kill(os.getpid(), number)
+            answer = send(self, *args, **options)
+            if is_the_one and answered:
+                os.kill(os.getpid(), number)
+            return answer
+
+        httpx2.Client.send = counted  # type: ignore[method-assign]
+
+    return prepare
 
 
 def _sha256(data: bytes) -> str:

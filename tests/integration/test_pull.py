@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import FINGERPRINT, make_base, make_registry, plain_repo, register, tree, version
-from hub_server import HubServer
+from hub_server import HubServer, ended_at
 from msgspec import structs
+from stress.killing import run_command
 
 from stackctl.registry.store import Registry, init_registry
 from stackctl.registry.verify import verify_registry
@@ -411,6 +414,50 @@ def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
     hub.heal()
     run("pull", "me/style", "--registry", other_registry.root)
     assert version(other_registry, "style@1").digest == version(own_registry, "style@1").digest
+
+
+@pytest.mark.parametrize("times", [1, -1])
+def test_weights_that_break_off_are_gone_on_from_or_told(
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, times: int
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    before = tree(other_registry)
+    hub.fail("GET /me/style/resolve", half=True, times=times)
+    words = ("pull", "me/style", "--registry", other_registry.root, "--json")
+    ran = run(*words, code=0 if times == 1 else 6)
+    if times == -1:
+        assert "broke" in ran.json["error"]["message"] and tree(other_registry) == before
+        hub.heal()
+        run(*words)
+    assert version(other_registry, "style@1").digest == version(own_registry, "style@1").digest
+    assert verify_registry(other_registry)[1] == []
+
+
+def test_one_that_is_killed_at_any_request_leaves_nothing_half_done(
+    run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, tmp_path: Path
+) -> None:
+    run("compose", "style@2+instruct", "--name", "both")
+    run("push", "both", "me/both", *ID, "--members")
+    empty, folder = tree(other_registry), other_registry.root.parent
+    hub.trace.clear()
+    words = ["pull", "me/both", "--registry", str(other_registry.root)]
+    assert run_command(words, folder).code == 0
+    whole, requests = tree(other_registry), len([line for line in hub.trace if "harness" not in line[1]])
+    assert requests > 10
+    for request in range(1, requests + 1, 2):
+        for path in set(tree(other_registry)) - set(empty):
+            (other_registry.root / path).unlink()
+        shutil.rmtree(tmp_path / "hf" / "hub")
+        ended = run_command(words, folder, prepare=ended_at(request, signal.SIGKILL, answered=request % 4 == 1))
+        assert ended.code is None, ended.said
+        assert verify_registry(other_registry)[1] == []
+        assert run_command(words, folder).code == 0
+        now = tree(other_registry)
+        assert {path: data for path, data in now.items() if path.endswith("safetensors")} == {
+            path: data for path, data in whole.items() if path.endswith("safetensors")
+        }
+        assert set(now) == set(whole)
+        assert verify_registry(other_registry)[1] == []
 
 
 def test_offline_a_silent_server_and_a_dry_run(

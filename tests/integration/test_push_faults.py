@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shlex
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer, git_oid
+from hub_server import HubServer, ended_at, git_oid
 from stress.killing import run_command
 
 from stackctl.registry.store import Registry
@@ -274,29 +273,6 @@ def test_what_cannot_be_looked_at_afterwards_is_pushed_all_the_same(
 # -- killed ---------------------------------------------------------------------------------------------------------
 
 
-def _ended_at(request: int, number: signal.Signals, *, answered: bool) -> Callable[[Path], None]:
-    """A process sends itself a signal before a request, counted from one, or once that is answered."""
-
-    def prepare(folder: Path) -> None:
-        import httpx2
-
-        tempfile.tempdir = str(folder)
-        send, requests = httpx2.Client.send, itertools.count(1)
-
-        def counted(self: Any, *args: Any, **options: Any) -> Any:
-            is_the_one = next(requests) == request
-            if is_the_one and not answered:
-                os.kill(os.getpid(), number)
-            answer = send(self, *args, **options)
-            if is_the_one and answered:
-                os.kill(os.getpid(), number)
-            return answer
-
-        httpx2.Client.send = counted  # type: ignore[method-assign]
-
-    return prepare
-
-
 ENDS = {signal.SIGKILL: None, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -307,11 +283,11 @@ def test_one_that_is_ended_at_any_request_leaves_nothing_half_done(
     words, folder = ["push", "style", "me/style", *ID], here.root.parent
     entry = (here.root / "adapters" / "style.yaml").read_text()
     steps = list(itertools.product(range(1, 11), (False, True)))
-    for request, answered in steps if number is signal.SIGKILL else random.Random(1).sample(steps, 6):
+    for request, answered in random.Random(1).sample(steps, 10 if number is signal.SIGKILL else 5):
         hub.repos.clear()
         hub.lfs.clear()
         (here.root / "adapters" / "style.yaml").write_text(entry)
-        prepare = _ended_at(request, number, answered=answered)
+        prepare = ended_at(request, number, answered=answered)
         ended = run_command(words, folder, prepare=prepare)
         assert ended.code == ENDS[number], ended.said
         assert verify_registry(here)[1] == []
