@@ -16,7 +16,7 @@ import typer
 from stackctl.cli.command import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.cli.signals import TerminatedBySignal, ending_signals, keep_exit_code
+from stackctl.cli.signals import TerminatedBySignal, ending_signals, keep_exit_code, undisturbed
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
@@ -98,11 +98,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
         code = 1
     except (Exception, KeyboardInterrupt, TerminatedBySignal) as error:
-        told = _as_ours(error)
-        with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
-            if Current.debug:
-                traceback.print_exc()
-            Current.output.error(told)
+        with undisturbed():
+            told = _as_ours(error)
+            with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
+                if Current.debug:
+                    traceback.print_exc()
+                Current.output.error(told)
         code = told.exit_code
     if code == Interrupted.exit_code:
         keep_exit_code()

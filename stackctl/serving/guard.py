@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import socket
@@ -53,8 +54,13 @@ class Guard:
         return True
 
     def _has_key(self, header: str) -> bool:
+        """``header`` is what latin-1 makes of its bytes; clients write a key in that, or in UTF-8."""
         scheme, _, given = header.partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (self.key or "").encode())
+        known = [(self.key or "").encode()]
+        with contextlib.suppress(UnicodeEncodeError):
+            known.append((self.key or "").encode("latin-1"))
+        sent = given.strip().encode("latin-1", "replace")
+        return scheme.lower() == "bearer" and any(hmac.compare_digest(sent, one) for one in known)
 
 
 def is_loopback(host: str) -> bool:

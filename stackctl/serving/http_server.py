@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,12 @@ def listen(host: str, port: int) -> socket.socket:
         made.bind((host, port))
         made.set_inheritable(True)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise Failed(f"cannot listen on {host} port {port}: {error}", hint="--port 0 takes a free one") from error
+        number = getattr(error, "errno", None)
+        hint = "name an address of this machine: --host 127.0.0.1"
+        if number in (errno.EADDRINUSE, errno.EACCES):  # taken, or for the system alone
+            hint = "--port 0 takes a free one"
+        why = getattr(error, "strerror", None) or error
+        raise Failed(f"cannot listen on {host} port {port}: {why}", hint=hint) from error
     return made
 
 

@@ -248,5 +248,8 @@ def test_a_taken_port_and_a_missing_name_are_refused(filled_registry, fails):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot listen" in fails("serve", "--port", taken.getsockname()[1], code=1)
+        said = fails("serve", "--port", taken.getsockname()[1], code=1)
+        assert "cannot listen" in said and "Errno" not in said and "--port 0" in said
+    for host in ("no.such.host.invalid", "192.0.2.1"):
+        assert "name an address of this machine" in fails("serve", "--host", host, "--port", 0, code=1)
     fails("serve", "stile", code=3)

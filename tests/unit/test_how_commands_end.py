@@ -21,6 +21,7 @@ from stackctl.cli.command import Context
 from stackctl.core import errors
 from stackctl.core.command_line import CommandLine, typed
 from stackctl.core.errors import StackctlError
+from stackctl.render.output import Output
 from stackctl.storage import atomic
 
 
@@ -409,6 +410,25 @@ def test_a_signal_ends_a_command_with_its_code_and_nothing_of_it_stays(run, monk
     assert ran.json["error"] == {"code": "interrupted", "message": told, "hint": "run the command again to go on"}
     assert not [*(tmp_path / "weights").iterdir()]
     assert signal.getsignal(number) == before
+
+
+def test_who_presses_ctrl_c_twice_reads_how_it_ended(run, monkeypatch):
+    """The second one came while that was written: a traceback."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    error = Output.error
+
+    def told(self, what):
+        os.kill(os.getpid(), signal.SIGINT)
+        error(self, what)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Context, "registry", property(interrupted))
+    monkeypatch.setattr(Output, "error", told)
+    assert run("ls", code=130).err == "error: interrupted\nhint: run the command again to go on\n"
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_ctrl_c_while_torch_is_imported_waits_for_its_end(run, monkeypatch):
