@@ -191,6 +191,12 @@ def _differences(
     ]
     refuse([problem for plan in plans for problem in plan.errors])
     now, begun = plans
+    if stack.known_base.tied_embeddings and (head := stack.known_base.output_embedding) in now.modules:
+        raise Incompatible(
+            f"{checkpoint.path} began with {checkpoint.config.get('init_lora_weights')} on {head}, which "
+            f"'{stack.known_base.name}' ties to its embedding: what was taken out of the one is gone from the other",
+            hint="train it again as a plain LoRA",
+        )
     shapes = [{key: (m.shape, m.experts) for key, m in plan.modules.items()} for plan in plans]
     if shapes[0] != shapes[1] or now.replacements or begun.replacements:
         odd = sorted(set(shapes[0]) ^ set(shapes[1])) or ["modules_to_save"]

@@ -10,11 +10,12 @@ import oracle
 import pytest
 import torch
 from adapter_kinds import KINDS, LOUD, TARGETS, load_live, make_adapter, peft_config
+from architectures import tiny_folder
 from peft import LoraConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from tiny import save_adapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from stackctl.lora.convertible import CONVERTIBLE_TYPES
 
@@ -260,6 +261,31 @@ def test_what_was_taken_out_of_the_base_is_told_by_the_adapter_before_its_traini
         b, a = (tensors["after"][name].double() for name in names)
         b0, a0 = (tensors["before"][name].double() for name in names)
         assert torch.allclose(delta, 2 * (b @ a - b0 @ a0), atol=1e-6)
+
+
+def test_an_adapter_that_peft_itself_loses_is_refused_for_that(run: Any, tmp_path: Path) -> None:
+    """It renames the tensors of this kind of model when it loads them, and finds none."""
+    base = tiny_folder("deepseek_ocr2", tmp_path / "base")
+    run("init")
+    run("base", "add", "tiny", base)
+    targets = [f"model.language_model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    make_adapter(
+        AutoModelForImageTextToText.from_pretrained(base),
+        peft_config("DORA", target_modules=targets),
+        tmp_path / "made",
+    )
+    assert "PEFT does not find its tensors" in run("add", "x", tmp_path / "made", "--convert", code=4).err
+
+
+def test_what_was_taken_out_of_a_tied_head_is_refused_where_only_the_beginning_tells(tiny_registry: Any) -> None:
+    h = tiny_registry("tied")
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    for which, seed in (("before", 1), ("after", 2)):
+        make_adapter(fresh(h.base), config, h.folder / which, seed=seed)
+    file = h.folder / "after/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa_niter_4"}))
+    refused = h.run("add", "x", file.parent, "--convert", "--initial", h.folder / "before", code=4)
+    assert "ties to its embedding" in refused.err
 
 
 def test_bad_input_is_named_at_once_and_leaves_nothing(h: Any, models: Any) -> None:

@@ -181,6 +181,18 @@ def test_what_a_template_puts_behind_an_answer_is_not_learned(
         assert [text.removeprefix("<|assistant|>") for text in learned] == [f"yes{end}", f"no{end}"], said
 
 
+def test_a_content_that_a_template_changes_is_learned_as_it_is_shown(smollm2: Any) -> None:
+    """It was said to be dropped."""
+    tokenizer = with_template(
+        smollm2, SYSTEM_LAST.replace("SYSTEM", "").replace("m.content", "m.content|replace('&', 'and')")
+    )
+    found = encoded(tokenizer, chat("a & b", "c & d"))
+    assert [turns(tokenizer, example) for example in found.examples] == [["c and d<|end|>"]]
+    assert found.notes == [
+        "the chat template changes the content of a turn: it is learned as it is shown: 1 of 1 conversations"
+    ]
+
+
 @pytest.mark.parametrize("foot", ["<|done|>", "\n[END OF TALK]\n", "{{ eos_token }}Made on a Monday."])
 def test_what_a_template_puts_behind_a_whole_conversation_is_not_learned(smollm2: Any, foot: str) -> None:
     for foot_only_when_finished in (foot, "{% if not add_generation_prompt %}" + foot + "{% endif %}"):

@@ -261,7 +261,10 @@ class Turns:
         lost = missing(prompt, written, message, reasoned)
         if "the calls" in lost:
             raise ValueError("it shows nothing of the tool_calls of a turn that says something as well")
-        return Turn(prompt, written, (*said, *(f"drops {what} from a turn: not learned" for what in lost)))
+        told = [f"drops {what} from a turn: not learned" for what in lost]
+        if "the content" in lost and not message.get("tool_calls") and written.removesuffix(self.end.rstrip()).strip():
+            told[lost.index("the content")] = "changes the content of a turn: it is learned as it is shown"
+        return Turn(prompt, written, (*said, *told))
 
 
 def _sentinel() -> Message:

@@ -148,9 +148,15 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
             attached = get_peft_model(model, config, ADAPTER).eval()
         _check_names(checkpoint, attached)
         begun = Begun(checkpoint, model, kept, sharing)
-        set_peft_model_state_dict(attached, tensors, ADAPTER)
+        loaded: Any = set_peft_model_state_dict(attached, tensors, ADAPTER)
     except PEFT_ERRORS as error:
         raise _cannot_attach(checkpoint, error) from error
+    if lost := loaded.unexpected_keys:
+        raise Incompatible(
+            f"{checkpoint.path}: PEFT does not find its tensors again when it loads them on '{stacked.base.name}': "
+            f"{listed(lost)}",
+            hint="train it on another base",
+        )
     live = probe(attached, tokens)
     found = LowRankPairs(
         saved=_whole(checkpoint, tensors),
