@@ -74,7 +74,7 @@ def explained(attempt: Attempt) -> Iterator[None]:
     except StackctlError:
         raise
     except (httpx2.HTTPError, httpx2.InvalidURL, *_OF_THE_CLIENT) as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and (error.errno in _DISK or (error.errno and error.filename is not None)):
             raise
         raise explain(error, attempt) from _scrubbed(error)
 
@@ -110,6 +110,11 @@ def explain(error: BaseException, attempt: Attempt) -> StackctlError:
         return explain_status(refused, attempt)
     if broken := cause(httpx2.TransportError):
         return _explain_network(broken, attempt)
+    if cause(UnicodeEncodeError):  # in the headers of a request, of which only the token is somebody's
+        return HubFailure(
+            f"the token to {attempt.host} is none: it holds other characters than ASCII",
+            hint=f"hf auth login (or correct HF_TOKEN), then: {attempt.again}",
+        )
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return VerificationFailed(
             f"what arrived from {attempt.repo} is not as long as the Hub says", hint=f"try again: {attempt.again}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from stackctl.core.errors import Incompatible, NotFound, Usage, did_you_mean
+from stackctl.core.errors import Incompatible, NotFound, Usage, did_you_mean, listed
 from stackctl.core.expressions import BASE, parse_name
 from stackctl.core.schema import Base, Defaults, Stack
 from stackctl.registry.store import Registry
@@ -84,7 +84,7 @@ def remove_base(registry: Registry, name: str) -> None:
         users += [stack.name for stack in registry.stacks(mentioning=name) if stack.base == name and not stack.members]
         if users:
             raise Usage(
-                f"the base '{name}' cannot be removed, for what depends on it: {', '.join(users)}",
+                f"the base '{name}' cannot be removed, for what depends on it: {listed(users, 20)}",
                 hint=f"remove them first: stackctl rm {users[0].partition('@')[0]}",
             )
         settings = registry.settings()

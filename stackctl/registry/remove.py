@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stackctl.core.errors import Usage
+from stackctl.core.errors import Usage, listed
 from stackctl.core.expressions import BASE, Reference, parse_expression
 from stackctl.core.schema import Adapter, AdapterVersion, GivenNumber, Removed, Stack
 from stackctl.registry.adapters import foundations, resolve_adapter
@@ -60,7 +60,7 @@ def _remove_versions(registry: Registry, reference: Reference, dry_run: bool) ->
     if users := _standing_on(registry, set(labels)):
         them = "it" if len(labels) == 1 else "them"
         raise Usage(
-            f"{' and '.join(sorted(labels))} cannot be removed, for what depends on {them}: {', '.join(users)}",
+            f"{' and '.join(sorted(labels))} cannot be removed, for what depends on {them}: {listed(users, 20)}",
             hint=f"begin with what nothing depends on: stackctl rm {_free_user(registry, users)}",
         )
     own = [v for v in going if v.path == registry.relative_weights_path(adapter.name, v.version)]  # not those of a link

@@ -416,6 +416,23 @@ def test_every_fault_is_exit_6_leaves_nothing_and_the_retry_works(
     assert version(other_registry, "style@1").digest == version(own_registry, "style@1").digest
 
 
+def test_a_cache_that_cannot_be_made_is_no_fault_of_the_server(
+    run: Callable[..., Any],
+    own_registry: Registry,
+    other_registry: Registry,
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    run("push", "style@1", "me/style", *ID)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    said = run("pull", "me/style", "--registry", other_registry.root, code=1).err
+    assert f"not a directory ({tmp_path}/file" in said and hub.url not in said
+
+
 @pytest.mark.parametrize("times", [1, -1])
 def test_weights_that_break_off_are_gone_on_from_or_told(
     run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, times: int

@@ -165,6 +165,17 @@ def test_rm_refuses_while_something_stands_on_it(storyteller):
     assert storyteller.settings() == RegistryFile()
 
 
+def test_of_many_that_depend_on_it_some_are_named(registry):
+    """A registry of 5,000 adapters filled the screen."""
+    register(registry, "style")
+    for number in range(25):
+        register(registry, f"on{number:02}", ["style@1"], seed=number)
+    with pytest.raises(Usage, match=r"depends on it: on00@1, .*, on19@1 and 5 more$"):
+        remove_entry(registry, "style")
+    with pytest.raises(Usage, match=r"depends on it: on00@1, .* and 6 more$"):
+        remove_base(registry, "tiny")
+
+
 def test_rm_of_one_version(registry):
     register(registry, "style", seed=1)
     register(registry, "style", seed=2)
