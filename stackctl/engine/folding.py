@@ -42,10 +42,6 @@ class Delta:
     left: Tensor
     right: Tensor | None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
-
     def rows(self, start: int, end: int) -> Tensor:
         """Some rows of the change, in float32."""
         return self.left[start:end] if self.right is None else self.left[start:end] @ self.right

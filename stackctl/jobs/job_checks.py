@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,11 +114,7 @@ def check_targets(job: TrainJob, base: Base) -> None:
     last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type in kinds})
     hint = f"modules of {base.name}: {', '.join(last_names)}"
     if isinstance(targets, str):
-        try:
-            found = named_targets(targets, modules, base.output_embedding)
-        except re.error as error:
-            raise Usage(f"target_modules: '{targets}' is not a regular expression ({error})", hint=hint) from None
-        if not found:
+        if not named_targets(targets, modules, base.output_embedding):
             raise Usage(f"target_modules: '{targets}' matches no module of the base '{base.name}'", hint=hint)
         return
     missing = [target for target in targets if not named_targets([target], modules, base.output_embedding)]

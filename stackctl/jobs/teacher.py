@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +112,9 @@ def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:
     asked = parse_targets(job.target_modules)
     own = set(plan.modules)
     if own and job.target_modules == TrainJob().target_modules:
-        if _named(asked, known, base.output_embedding) != own:
+        if named_targets(asked, known, base.output_embedding) != own:
             job = msgspec.structs.replace(job, target_modules=sorted(own, key=natural_order))
-    elif missing := own - _named(asked, known, base.output_embedding):
+    elif missing := own - named_targets(asked, known, base.output_embedding):
         what = f"target_modules: the teacher stands on {len(missing)} modules more, {min(missing, key=natural_order)}"
         problems.append(Incompatible(what, hint="leave out --target-modules: they are the teacher's"))
     shapes = [known[name].shape for name in (plan.modules or known)]
@@ -125,13 +124,6 @@ def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:
         problems.append(Usage(what, hint=f"use a rank of at most {most}"))
     raise_all(problems)
     return job
-
-
-def _named(asked: list[str] | str, known: Any, head: str | None) -> set[str]:
-    try:
-        return set(named_targets(asked, known, head))
-    except re.error:  # which is told where targets are checked
-        return set(known)
 
 
 def _read_system(text: str, folder: Path | None) -> str:

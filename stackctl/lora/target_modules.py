@@ -137,9 +137,17 @@ def expected_targets(
 
 
 def named_targets(asked: list[str] | str, modules: Mapping[str, ModuleShape], output_embedding: str | None) -> set[str]:
-    """What a person means by names, a regular expression or all-linear: of experts, their parameters too."""
+    """What a person means by names, a regular expression or all-linear: of experts, their parameters too.
+
+    Raises:
+        Usage: the regular expression is none.
+    """
     experts = {name: ModuleShape(type="Linear", shape=[]) for name, shape in modules.items() if shape.type in EXPERTS}
-    return expected_targets({"target_modules": asked}, {**modules, **experts}, output_embedding) or set()
+    try:
+        return expected_targets({"target_modules": asked}, {**modules, **experts}, output_embedding) or set()
+    except re.error as error:
+        what = f"target_modules: '{asked}' is not a regular expression ({error})"
+        raise Usage(what, hint="correct it, or name modules: q_proj,v_proj") from None
 
 
 def is_target(config: Mapping[str, Any], name: str) -> bool:

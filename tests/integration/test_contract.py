@@ -66,11 +66,26 @@ def test_the_version_is_told_by_the_command_and_by_the_module(run):
         ("generate", "base", "-p", "x", "--temperature", "nan"), ("generate", "base", "-p", "x", "--top-p", "nan"),
          ("generate", "base", "-p", "x", "--dtype", "int8"),
         ("generate", "base", "-p", "x", "--temperature", "inf"), ("train", "x", "--max-steps", "0"),
+        ("compose", "style", "--max-length", "8"), ("compose", "style", "--fit", "x.jsonl", "--seed", "-1"),
+        ("compose", "style", "--sweep", "style=0:1:1", "--data", "mean", "--data", "x.jsonl"),
+        ("export", "style", "--out", "out", "--format", "gguf", "--whole-class"),
+        ("export", "style", "--out", "out", "--format", "gguf", "--dtype", "bfloat16"),
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_wrong_usage_is_2(filled_registry, fails, arguments):
     fails(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--from", "style"), ("--objective", "distil", "--teacher", "style"), ("--train-tokens", "none")],
+    ids=" ".join,
+)
+def test_a_broken_expression_of_modules_is_2_and_told_once(filled_registry, fails, tmp_path, more):
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
+    told = fails("train", "x", "--base", "tiny", "--data", "x.jsonl", "--target-modules", "(q_proj", *more, code=2)
+    assert told.count("'(q_proj' is not a regular expression") == 1
 
 
 def test_an_option_without_its_value_is_2(run):

@@ -64,3 +64,33 @@ def test_a_body_that_stops_coming_is_told_as_too_large_when_it_is(monkeypatch, s
     with pytest.raises(ApiError) as caught:
         asyncio.run(guard.read_body(SimpleNamespace(headers={}, stream=stream)))
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ([], None), ({**CHAT, "stop": [""]}, "stop"), ({**CHAT, "stop": 3}, "stop"),
+        ({**CHAT, "logit_bias": []}, "logit_bias"), ({**CHAT, "stream_options": {}}, "stream_options"),
+        ({**CHAT, "messages": ["x"]}, "messages[0]"),
+        ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({**CHAT, "stream": True, "stream_options": {"odd": 1}}, "stream_options"),
+    ],
+)  # fmt: skip
+def test_a_body_of_another_shape_is_400_and_its_place_is_named(body, param):
+    with pytest.raises(ApiError) as caught:
+        parse_body(json.dumps(body).encode(), chat=True)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("prompt", [[], 3, [" "], ""])
+def test_a_prompt_is_a_text_or_several(prompt):
+    with pytest.raises(ApiError) as caught:
+        parse_body(json.dumps({"model": "style", "prompt": prompt}).encode(), chat=False)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_a_message_may_be_in_parts_and_the_limit_of_tokens_has_two_names():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {**CHAT, "messages": [{"role": "user", "content": parts}], "max_completion_tokens": 7, "top_k": -1}
+    asked = parse_body(json.dumps(body).encode(), chat=True)
+    assert asked.messages[0]["content"] == "ab" and asked.sampling.max_new_tokens == 7 and asked.sampling.top_k is None
