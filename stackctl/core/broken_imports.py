@@ -14,6 +14,9 @@ from stackctl.core.errors import Failed, first_line
 _COMPILED = (EOFError, ValueError, TypeError)
 """What unpacking a compiled module that is damaged raises (Python's marshal)."""
 
+_SETTINGS = "huggingface_hub/constants.py"
+"""Where the environment is read, and nothing is done with it."""
+
 
 def import_error(error: BaseException) -> Failed | None:
     """What could not be imported, and how to have it again; None where something else went wrong."""
@@ -25,6 +28,11 @@ def import_error(error: BaseException) -> Failed | None:
             )
         if isinstance(one, SyntaxError) and (module := _last_local(one, "fullname")):
             return Failed(f"{one.filename} is damaged (line {one.lineno}: {one.msg})", hint=_reinstall(module))
+        if isinstance(one, ValueError) and _comes_from(one, _SETTINGS):
+            return Failed(
+                f"huggingface_hub cannot be imported with these settings ({first_line(one)})",
+                hint="correct or unset HF_ENDPOINT, or what else in the environment begins with HF_",
+            )
         if isinstance(one, ImportError):
             name = _in_package(one.path) or one.name or ""
             return Failed(f"{name or 'a package'} cannot be imported ({first_line(one)})", hint=_reinstall(name))
@@ -49,6 +57,16 @@ def _in_package(path: str | None) -> str | None:
     places = (Path(path).relative_to(place) for place in sys.path if place and Path(path).is_relative_to(place))
     inside = min(places, key=lambda place: len(place.parts), default=None)
     return ".".join([*inside.parts[:-1], inside.name.partition(".")[0]]) if inside else None
+
+
+def _comes_from(error: BaseException, file: str) -> bool:
+    """Whether a file, by the end of its name, is among those that an error came through."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(file):
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _last_local(error: BaseException, name: str) -> str | None:

@@ -251,19 +251,12 @@ def download_base(repo: str, revision: str | None, say: Say) -> tuple[Path, str]
 
 @contextlib.contextmanager
 def open_hub(repo: str, *, again: CommandLine, writes: bool, say: Say, progress: bool = False) -> Iterator[Hub]:
-    """Work with a repo; huggingface_hub is made quiet, and impatient, for as long as that lasts.
+    """Work with a repo; huggingface_hub is made quiet, and impatient, for as long as that lasts."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    Raises:
-        HubFailure: ``HF_ENDPOINT`` is no address.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-        from huggingface_hub.utils import logging
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ValueError as error:  # of an address that cannot be taken apart
-        hint = f"correct or unset HF_ENDPOINT, then: {again}"
-        raise HubFailure(f"HF_ENDPOINT is no address ({error})", hint=hint) from error
     attempt = Attempt(repo, scrub(constants.ENDPOINT) or "HF_ENDPOINT, which is empty,", again, writes=writes)
     level = logging.get_verbosity()
     with contextlib.ExitStack() as stack:

@@ -129,6 +129,16 @@ def test_the_command_that_installs_a_package_again_names_its_distribution(run, m
     assert hint == "install it again: pip install --force-reinstall --no-deps PyYAML"
 
 
+@pytest.mark.parametrize(("name", "value"), [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")])
+def test_settings_that_huggingface_hub_cannot_read_are_no_bug(tmp_path, name, value):
+    line = [sys.executable, "-m", "stackctl", "doctor", "--json"]
+    environment = {**os.environ, name: value}
+    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    told = json.loads(ran.stdout)["error"]
+    assert ran.returncode == 1 and "cannot be imported with these settings" in told["message"]
+    assert "begins with HF_" in told["hint"]
+
+
 def test_an_odd_value_while_nothing_is_imported_is_still_a_bug(run, monkeypatch):
     def fail(_: Context) -> None:
         marshal.loads(b"")
