@@ -157,7 +157,11 @@ def test_a_token_that_is_none_and_an_empty_address_are_told_as_that(
 
     monkeypatch.setenv("HF_TOKEN", "hf_\u00e9")
     told = check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)
-    assert "other characters than ASCII" in told["message"] and "hf auth login" in told["hint"] and not hub.requests("me/style")
+    assert (
+        "other characters than ASCII" in told["message"]
+        and "hf auth login" in told["hint"]
+        and not hub.requests("me/style")
+    )
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setattr(constants, "ENDPOINT", "")
     told = check_told(run("push", "style", "me/style", *ID, "--json", code=6), hub)
