@@ -433,6 +433,20 @@ def test_a_cache_that_cannot_be_made_is_no_fault_of_the_server(
     assert f"not a directory ({tmp_path}/file" in said and hub.url not in said
 
 
+def test_a_repo_that_is_gated_or_wants_a_login_says_what_to_do(
+    run: Callable[..., Any], own_registry: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", "style@1", "me/style", *ID)
+    hub.fail("GET /api/models/me/style", status=403, headers={"X-Error-Code": "GatedRepo"})
+    error = run("pull", "me/style", "--json", code=6).json["error"]
+    assert "gated" in error["message"] and "ask for access" in error["hint"]
+    hub.heal()
+    monkeypatch.delenv("HF_TOKEN")
+    hub.fail("GET /api/models/me/style", status=401)
+    error = run("pull", "me/style", "--json", code=6).json["error"]
+    assert "log in" in error["message"] and error["hint"].startswith("hf auth login, then: stackctl pull me/style")
+
+
 @pytest.mark.parametrize("times", [1, -1])
 def test_weights_that_break_off_are_gone_on_from_or_told(
     run: Callable[..., Any], own_registry: Registry, other_registry: Registry, hub: HubServer, times: int
