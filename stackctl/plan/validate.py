@@ -5,6 +5,7 @@ What a member alone is refused for stands in :mod:`stackctl.plan.refusals`.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from stackctl.core.errors import did_you_mean, listed
 from stackctl.core.expressions import format_term
 from stackctl.core.provenance import EntryProblem
 from stackctl.core.schema import Base, ModuleShape
+from stackctl.lora.checkpoint import CONFIG
 from stackctl.lora.naming import Naming
 from stackctl.lora.recognition import recognise_model
 from stackctl.lora.safetensors_header import DTYPE_NAMES
@@ -95,6 +97,10 @@ def unfitting_tensors(
     add("unknown_modules", missing, f"modules that {base.name} does not have", fits)
     add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
     expected = expected_targets(checkpoint.config, known, base.output_embedding)
+    if expected is None and pairs:  # of which PEFT would take its own choice, and drop the other tensors
+        names = json.dumps(sorted({name.rpartition(".")[2] for name in pairs}))
+        what = f"{label}: its configuration does not say which modules it is for (target_modules)"
+        problems.append(Problem("no_targets", what, f'write into its {CONFIG}: "target_modules": {names}', label))
     if expected is not None:
         found = {m for m in pairs if m in known}
         untargeted = sorted(found - expected - set(shared), key=natural_order)

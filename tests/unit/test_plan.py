@@ -236,6 +236,14 @@ def test_tensors_for_modules_that_are_not_targeted():
     assert codes(planned(lora_config(layers_to_transform=[0]))) == ["extra_tensors"]
 
 
+@pytest.mark.parametrize("targets", [None, []])
+def test_a_configuration_without_targets_is_refused_by_what_is_missing(targets):
+    """PEFT takes its own choice for the architecture, and drops the tensors of all other modules."""
+    plan = planned(lora_config(target_modules=targets))
+    assert codes(plan, "error") == ["no_targets"]
+    assert '"target_modules": ["q_proj", "v_proj"]' in plan.errors[0].hint
+
+
 def test_a_copy_of_the_base_weight_is_neither_extra_nor_a_replacement():
     tensors = lora_tensors([*attention(), "model.embed_tokens", "lm_head"]) | {
         f"{P}model.embed_tokens.base_layer.weight": (32, HIDDEN),
