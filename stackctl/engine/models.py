@@ -34,7 +34,7 @@ from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
 from stackctl.engine.quick_imports import import_peft
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.token_rows import refuse_biased, set_rows
+from stackctl.engine.token_rows import refuse_biased, refuse_computing, set_rows
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.stack_plan import ModulePlan, Replacement, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
@@ -86,6 +86,7 @@ class StackedModel:
             Incompatible, VerificationFailed: as :meth:`use`.
         """
         plan.check()
+        refuse_computing(plan, self.model)
         self._untie_for(plan)
         adder = Adder()
         with torch.no_grad(), MemberTensors(plan) as tensors:
@@ -112,6 +113,7 @@ class StackedModel:
         Raises:
             Incompatible: they are in a head with a bias.
         """
+        refuse_computing(plan, self.model)
         if differ_on_tied(plan.token_rows, plan.base):
             self._untie()
         with torch.no_grad(), MemberTensors(plan) as tensors:

@@ -74,6 +74,24 @@ def refuse_biased(plan: StackPlan, model: nn.Module) -> None:
             )
 
 
+def refuse_computing(plan: StackPlan, model: nn.Module) -> None:
+    """Embeddings that do more than look a row up (Muse Spark norms it): PEFT adds its change behind that.
+
+    Raises:
+        Incompatible: a member changes one, so that what was trained and what would be computed here are two things.
+    """
+    changed = {m.name: m.factors[0].member for m in plan.modules.values() if m.type == "Embedding" and m.factors}
+    for name, member in {**changed, **{rows.module: rows.member for rows in plan.token_rows}}.items():
+        own = model.get_submodule(name)
+        looks_up = type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
+        if isinstance(own, nn.Embedding) and not looks_up:
+            raise Incompatible(
+                f"{plan.members[member].label} changes {name}, a {type(own).__name__}, which does more than look up a "
+                "row: PEFT runs it otherwise than a changed weight does",
+                hint="train it again without that module",
+            )
+
+
 def base_rows(plan: StackPlan, folder: Path) -> OwnRows:
     """The base's own rows, out of the files in ``folder``: of a plain matrix no others are read.
 

@@ -12,12 +12,13 @@ import oracle
 import pytest
 import torch
 import yaml
+from architectures import tiny_folder
 from member_weights import check_live_weights
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, random_adapter, save_adapter, tiny_tokenizer
 from tiny_registry import CHAT
-from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PhiConfig, PhiForCausalLM
 
 from stackctl.engine.generation import Sampling, generate
 from stackctl.engine.records.prompt_files import Prompt
@@ -101,6 +102,22 @@ def test_one_member_is_what_peft_makes_of_it(tiny_registry: Any, kind: str, form
             for live in (False, True):
                 assert oracle.relative(folded(h, stacked, f"style:{weight}", live=live), wanted, bare) < 1e-5
     assert torch.equal(folded(h, stacked, "style:0"), folded(h, stacked, "base"))
+
+
+@pytest.mark.parametrize("more", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [3, 10]}])
+def test_an_embedding_that_computes_is_refused(run: Any, tmp_path: Path, more: dict[str, Any]) -> None:
+    """One that norms what it looks up, behind which PEFT adds its change: folded it would be normed as well."""
+    base = tiny_folder("muse_spark", tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(base),
+        LoraConfig(**{"r": 2, "target_modules": r".*language_model.*\.q_proj", **more}),
+    )
+    save_adapter(model, tmp_path / "made", save_embedding_layers=False)
+    run("init")
+    run("base", "add", "tiny", base)
+    run("add", "x", tmp_path / "made")
+    data = oracle.write_jsonl(tmp_path / "data.jsonl", CHAT)
+    assert "NormedEmbedding" in run("eval", "x", "--data", data, code=4).err
 
 
 def test_nothing_is_trained_on_rows_that_could_not_be_stacked(tiny_registry: Any) -> None:
