@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackctl.core.errors import Incompatible
+from stackctl.engine.base.module_shapes import computes
 from stackctl.engine.folding import Rounding
 from stackctl.engine.tensors import TORCH_DTYPES, MemberTensors, tensor_bytes
 from stackctl.plan.stack_plan import StackPlan, TokenRows
@@ -82,9 +83,7 @@ def refuse_computing(plan: StackPlan, model: nn.Module) -> None:
     """
     changed = {m.name: m.factors[0].member for m in plan.modules.values() if m.type == "Embedding" and m.factors}
     for name, member in {**changed, **{rows.module: rows.member for rows in plan.token_rows}}.items():
-        own = model.get_submodule(name)
-        looks_up = type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
-        if isinstance(own, nn.Embedding) and not looks_up:
+        if computes(own := model.get_submodule(name)):
             raise Incompatible(
                 f"{plan.members[member].label} changes {name}, a {type(own).__name__}, which does more than look up a "
                 "row: PEFT runs it otherwise than a changed weight does",

@@ -120,6 +120,15 @@ def test_an_embedding_that_computes_is_refused(run: Any, tmp_path: Path, more: d
     assert "NormedEmbedding" in run("eval", "x", "--data", data, code=4).err
 
 
+@pytest.mark.parametrize("more", [("--target-modules", "embed_tokens,q_proj"), ("--train-tokens", "a")])
+def test_nothing_is_trained_on_an_embedding_that_computes(run: Any, tmp_path: Path, more: tuple[str, str]) -> None:
+    run("init")
+    run("base", "add", "tiny", tiny_folder("muse_spark", tmp_path / "base"))
+    data = oracle.write_jsonl(tmp_path / "data.jsonl", CHAT)
+    told = run("train", "x", "--base", "tiny", "--data", data, *more, code=4).err
+    assert "does more than look up a row" in told
+
+
 def test_nothing_is_trained_on_rows_that_could_not_be_stacked(tiny_registry: Any) -> None:
     h = tiny_registry("tied")
     h.add("style", seed=1, trainable_token_indices=[3, 10])

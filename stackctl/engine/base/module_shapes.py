@@ -90,6 +90,14 @@ def is_called(model: nn.Module, name: str) -> bool:
     return not kind.endswith(_READ[own])
 
 
+def computes(module: nn.Module) -> bool:
+    """Whether an embedding does more than look a row up, and scale it: Muse Spark norms it. PEFT adds its change behind
+    that, where a changed weight would go through it."""
+    if not isinstance(module, nn.Embedding):
+        return False
+    return type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
+
+
 def converted_names(model: PreTrainedModel) -> list[str]:
     """Last names of linear layers that PEFT adapts as parameters only: see CONVERTED_NAMES."""
     kind = getattr(model.config, "model_type", None)

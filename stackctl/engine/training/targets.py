@@ -26,7 +26,7 @@ from stackctl.core.errors import Incompatible, first_line, listed
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.base.module_shapes import is_called, text_modules
+from stackctl.engine.base.module_shapes import computes, is_called, text_modules
 from stackctl.engine.live_adapter import not_read_back
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
@@ -225,6 +225,8 @@ def _try(
 ) -> dict[str, str]:
     """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
     uncalled = [name for name in chosen if not is_called(model, name)]
+    modules = dict(model.named_modules())
+    computing = [name for name in chosen if name in modules and computes(modules[name])]
     config = LoraConfig(r=job.effective_rank(), lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -241,6 +243,7 @@ def _try(
             lost = dict.fromkeys(chosen - found, "PEFT attaches nothing there")
             lost |= dict.fromkeys(found - chosen, "PEFT attaches it unasked")
             lost |= dict.fromkeys(uncalled, "the model reads its weight without calling it")
+            lost |= dict.fromkeys(computing, "it does more than look up a row, and no stack could hold a change of it")
             return lost or dict.fromkeys(not_read_back(peft, ADAPTER, chosen), _UNREAD)
         finally:
             peft.unload()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible, StackctlError, Usage, did_you_mean, raise_all
+from stackctl.engine.base.module_shapes import computes
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.trained_tokens import AUTO, NONE, parse_tokens, token_modules
 
@@ -96,6 +97,8 @@ def token_settings(prepared: PreparedJob, tokens: Collection[int], model: PreTra
             why = f"is a {type(module).__name__}, of which PEFT trains no single rows"
         elif isinstance(module, nn.Linear) and module.bias is not None:
             why = "has a bias, which PEFT leaves out where it trains single rows"
+        elif computes(module):
+            why = "does more than look up a row, behind which PEFT puts what it trains"
         else:
             continue
         raise Incompatible(f"--train-tokens: {name} of '{base.name}' {why}", hint="leave out --train-tokens")
