@@ -6,7 +6,8 @@ import msgspec
 from checkpoints import write_checkpoint
 
 
-def test_modules_are_a_table_and_the_same_in_json(filled_registry, run):
+def test_modules_are_a_table_and_the_same_in_json(filled_registry, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     rows = run("inspect", "style+tone", "--modules", "--json").json["module_table"]
     screen = run("inspect", "style+tone", "--modules").out
     assert rows and all(row["module"] in screen for row in rows)
