@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -16,7 +17,7 @@ import typer
 from stackctl.cli.command import Current, Group
 from stackctl.cli.completion import completing
 from stackctl.cli.help_page import WIDTH, option_choices
-from stackctl.cli.signals import TerminatedBySignal, ending_signals, keep_exit_code, undisturbed
+from stackctl.cli.signals import TerminatedBySignal, ending_signals, keep_exit_code
 from stackctl.core.errors import (
     Interrupted,
     StackctlError,
@@ -29,6 +30,7 @@ from stackctl.core.errors import (
 )
 from stackctl.core.library_messages import reword_message
 from stackctl.jobs.ranks import make_output
+from stackctl.machine.processes import on_signals
 
 _COMMANDS = {
     "demo": "demo.demo", "train": "train.train", "distil": "distil.distil", "compose": "compose.compose",
@@ -98,7 +100,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `stackctl ls | head`
         code = 1
     except (Exception, KeyboardInterrupt, TerminatedBySignal) as error:
-        with undisturbed():
+        with on_signals(signal.SIG_IGN, [signal.SIGINT]):  # who presses Ctrl-C twice still reads how it ended
             told = _as_ours(error)
             with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
                 if Current.debug:

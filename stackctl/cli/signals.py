@@ -47,19 +47,6 @@ def ending_signals() -> Iterator[None]:
             signal.signal(number, usual)
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While the body runs, Ctrl-C is not heard: who presses it twice still reads how the command ended."""
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-
-
 def _raising(kind: type[BaseException]) -> Callable[[int, FrameType | None], None]:
     def handle(number: int, _: FrameType | None) -> None:
         if not _is_importing_torch():

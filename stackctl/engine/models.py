@@ -34,7 +34,7 @@ from stackctl.engine.libraries import quiet_libraries
 from stackctl.engine.merging import each_module
 from stackctl.engine.quick_imports import import_peft
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.token_rows import refuse_biased, refuse_computing, set_rows
+from stackctl.engine.token_rows import refuse_unlike_peft, set_rows
 from stackctl.machine.resources import return_freed_memory
 from stackctl.plan.stack_plan import ModulePlan, Replacement, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
@@ -86,7 +86,7 @@ class StackedModel:
             Incompatible, VerificationFailed: as :meth:`use`.
         """
         plan.check()
-        refuse_computing(plan, self.model)
+        refuse_unlike_peft(plan, self.model)
         self._untie_for(plan)
         adder = Adder()
         with torch.no_grad(), MemberTensors(plan) as tensors:
@@ -111,16 +111,15 @@ class StackedModel:
         """Write the rows of single tokens into the weights and nothing else: beside a base PEFT does the same.
 
         Raises:
-            Incompatible: they are in a head with a bias.
+            Incompatible: PEFT would compute something else with them.
         """
-        refuse_computing(plan, self.model)
+        refuse_unlike_peft(plan, self.model)
         if differ_on_tied(plan.token_rows, plan.base):
             self._untie()
         with torch.no_grad(), MemberTensors(plan) as tensors:
             self._write_rows(plan, tensors, Rounding())
 
     def _write_rows(self, plan: StackPlan, tensors: MemberTensors, rounding: Rounding) -> None:
-        refuse_biased(plan, self.model)
         written = set[tuple[int, int, str]]()
         for rows in plan.token_rows:
             weight = self._parameter(rows.parameter)

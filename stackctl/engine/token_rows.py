@@ -60,11 +60,14 @@ def written_rows(plan: StackPlan, dtype: str, own: Callable[[], OwnRows]) -> Ite
             yield tensor_bytes(module, made), error
 
 
-def refuse_biased(plan: StackPlan, model: nn.Module) -> None:
-    """A head whose bias PEFT leaves out as soon as it has trained rows (TrainableTokensLayer.forward_adapters).
+def refuse_unlike_peft(plan: StackPlan, model: nn.Module) -> None:
+    """Where PEFT computes something else with a member than a changed weight does.
+
+    A head's bias is left out as soon as it has trained rows (TrainableTokensLayer.forward_adapters). In an embedding
+    that does more than look a row up, the change is added behind that (Muse Spark norms what it looks up).
 
     Raises:
-        Incompatible: there is one, so that what was trained and what would be computed here are two things.
+        Incompatible: what was trained and what would be computed here are two things.
     """
     for rows in plan.token_rows:
         if getattr(model.get_submodule(rows.module), "bias", None) is not None:
@@ -73,14 +76,6 @@ def refuse_biased(plan: StackPlan, model: nn.Module) -> None:
                 "PEFT leaves that out then",
                 hint="train it again without single tokens",
             )
-
-
-def refuse_computing(plan: StackPlan, model: nn.Module) -> None:
-    """Embeddings that do more than look a row up (Muse Spark norms it): PEFT adds its change behind that.
-
-    Raises:
-        Incompatible: a member changes one, so that what was trained and what would be computed here are two things.
-    """
     changed = {m.name: m.factors[0].member for m in plan.modules.values() if m.type == "Embedding" and m.factors}
     for name, member in {**changed, **{rows.module: rows.member for rows in plan.token_rows}}.items():
         if computes(own := model.get_submodule(name)):

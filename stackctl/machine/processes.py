@@ -21,17 +21,21 @@ if os.getppid() == int(starter):
 
 
 @contextlib.contextmanager
-def on_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """While the body runs, SIGINT and SIGTERM are the handler's; in another than the main thread they are nobody's."""
+def on_signals(
+    handler: Callable[[int, Any], object] | signal.Handlers,
+    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> Iterator[None]:
+    """While the body runs, signals are the handler's; in another than the main thread they are nobody's."""
     before: dict[signal.Signals, Any] = {}
     with contextlib.suppress(ValueError):  # not in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
         for number, known in before.items():
-            signal.signal(number, known)
+            if known is not None:  # else it was not Python's
+                signal.signal(number, known)
 
 
 def bound(line: Sequence[str], number: signal.Signals = signal.SIGKILL) -> list[str]:

@@ -86,7 +86,7 @@ def free_weights(registry: Registry, needed: Iterable[str] = (), *, dry_run: boo
 def _own_place(registry: Registry, label: str) -> Path:
     """Where a version's checkpoint lies when it is the registry's own."""
     name, _, number = label.partition("@")
-    return registry.root.resolve() / f"weights/{name}/{number}"
+    return registry.root.resolve() / registry.relative_weights_path(name, number)
 
 
 def _remove_weights(registry: Registry, places: set[Path]) -> None:

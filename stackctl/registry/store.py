@@ -253,7 +253,7 @@ class Registry:
             return path
 
     @staticmethod
-    def relative_weights_path(name: str, number: int) -> str:
+    def relative_weights_path(name: str, number: int | str) -> str:
         """Where a version's checkpoint lies below the registry when it is the registry's own."""
         return f"weights/{name}/{number}"
 

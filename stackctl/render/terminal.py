@@ -17,6 +17,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import TextIO
 
+from stackctl.machine.processes import on_signals
+
 _USUAL_WIDTH = 80
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan")
@@ -133,13 +135,10 @@ def _page(pager: str, pieces: Iterable[str]) -> None:
     encoding = sys.stdout.encoding
     with subprocess.Popen(pager, shell=True, stdin=subprocess.PIPE, env={**_MANNERS, **os.environ}) as process:
         assert process.stdin
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's as long as it runs
-        try:
+        with on_signals(signal.SIG_IGN, [signal.SIGINT]):  # Ctrl-C is the pager's as long as it runs
             with contextlib.suppress(BrokenPipeError):  # who has seen enough leaves
                 for piece in pieces:
                     process.stdin.write(piece.encode(encoding, errors="replace"))
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)

@@ -21,7 +21,7 @@ from stackctl.engine import algebra
 from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.merging import matrices
 from stackctl.engine.tensors import MemberTensors
-from stackctl.engine.token_rows import refuse_biased, refuse_computing
+from stackctl.engine.token_rows import refuse_unlike_peft
 from stackctl.lora.module_grid import grid_place
 from stackctl.lora.target_modules import natural_order
 from stackctl.plan.layer_weights import Per, Weights
@@ -98,8 +98,7 @@ def attached(model: nn.Module, weighted: WeightedFactors, weights: Callable[[], 
     Args:
         weights: one number for each of the groups, (groups,), asked for again in each forward pass.
     """
-    refuse_biased(weighted.plan, model)
-    refuse_computing(weighted.plan, model)
+    refuse_unlike_peft(weighted.plan, model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:
         for module in weighted.plan.modules.values():

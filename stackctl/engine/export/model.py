@@ -15,7 +15,7 @@ from stackctl.engine.base.model_class import quantised_skeleton
 from stackctl.engine.export.model_tensors import ModelTensors, Written
 from stackctl.engine.safetensors_writer import SafetensorsWriter
 from stackctl.engine.tensors import MemberTensors, tensor_bytes
-from stackctl.engine.token_rows import refuse_biased, refuse_computing
+from stackctl.engine.token_rows import refuse_unlike_peft
 from stackctl.lora.safetensors_header import DTYPE_NAMES, read_header
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import StackPlan
@@ -45,8 +45,7 @@ def export_model(plan: StackPlan, base: Path, out: Path, *, dtype: str = "auto")
     """
     plan.check()
     model, quantizer = quantised_skeleton(base, torch.float32)
-    refuse_biased(plan, model)
-    refuse_computing(plan, model)
+    refuse_unlike_peft(plan, model)
     source = ModelTensors(plan, BaseLayout(base, model, quantizer), quantizer is not None, dtype)
     shards = source.shards()
     with atomic.staging_directory(out.parent) as staged, torch.no_grad(), MemberTensors(plan) as tensors:

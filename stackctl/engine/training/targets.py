@@ -225,8 +225,7 @@ def _try(
 ) -> dict[str, str]:
     """What PEFT does not attach of what was chosen, or attaches besides, or would not read back; with why."""
     uncalled = [name for name in chosen if not is_called(model, name)]
-    modules = dict(model.named_modules())
-    computing = [name for name in chosen if name in modules and computes(modules[name])]
+    computing = [name for name, module in model.named_modules() if name in chosen and computes(module)]
     config = LoraConfig(r=job.effective_rank(), lora_dropout=job.dropout, task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
