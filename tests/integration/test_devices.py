@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 import stackctl.engine
 from stackctl.engine import devices
 from stackctl.engine.generation.logits_processors import processors
-from stackctl.engine.generation.reader import Sampling
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.training import memory, trainer
 from stackctl.engine.training.preferences import Scores
 from stackctl.engine.training.state import RunState

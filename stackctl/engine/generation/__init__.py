@@ -3,7 +3,8 @@
 from stackctl.engine.generation.answers import generate, generate_reply
 from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.prompts import fit_conversation
-from stackctl.engine.generation.reader import AnswerEngine, Generated, Sampling
+from stackctl.engine.generation.reader import AnswerEngine, Generated
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import end_tokens
 
 __all__ = [

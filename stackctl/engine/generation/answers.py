@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prompts import EncodedPrompts, encode_prompts
-from stackctl.engine.generation.reader import AnswerEngine, Generated, Sampling, row_seeds
+from stackctl.engine.generation.reader import AnswerEngine, Generated
+from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import OnText
 from stackctl.engine.records.prompt_files import Prompt
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from stackctl.engine.generation.drafts import Drafts
-from stackctl.engine.generation.logits_processors import AnswerRow, are_numbers
-from stackctl.engine.generation.logprobs import not_finite
+from stackctl.engine.generation.logits_processors import are_numbers, processors, token_logprob
+from stackctl.engine.generation.logprobs import TokenBytes, not_finite
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.shared_prefixes import FinishedTexts, Prefix, Text, shared_prefixes
+from stackctl.engine.generation.stopping import Answer
 
 _READ_AT_ONCE = 4096
 """Tokens of prompts that go through the model in one call, a longer prompt apart."""
@@ -37,6 +41,52 @@ class BatchCache(Protocol):
     def leave(self, row: int, failed: bool = False) -> None: ...
     def prepare(self, steps: int) -> None: ...
     def release(self) -> None: ...
+
+
+@dataclass(eq=False)
+class AnswerRow:
+    """An answer in the making: the prompt's ids, the most tokens that may follow, those ``chosen`` so far, and the
+    error that ended it.
+
+    Rows of equal ``weights`` are computed alike; ``spell`` is there where somebody asks how likely the tokens were, and
+    ``seconds`` are those from reading the prompt to the end.
+    """
+
+    answer: Answer
+    ids: list[int]
+    limit: int
+    sampling: Sampling
+    seed: int
+    weights: Any = None
+    spell: TokenBytes | None = None
+    chosen: list[int] = field(default_factory=list)
+    failed: Exception | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.answer.stop or self.failed) or self.answer.is_left()
+
+    def choose(self, logits: Tensor, likeliest: int) -> None:
+        """Take the next token by its logits (vocabulary) in float32, of which ``likeliest`` is the largest's place.
+
+        The answer is finished when the token ends it, or is the last that may follow.
+        """
+        token = likeliest
+        if len(self.processors):
+            seen = torch.tensor([[*self.ids, *self.chosen]], device=logits.device)
+            token = int(self.processors(seen, logits[None])[0].argmax())
+        self.chosen.append(token)
+        likely, count = None, self.sampling.top_logprobs
+        if count is not None and self.spell is not None:
+            likely = token_logprob(logits, token, count, self.spell, first=not self.answer.ids)
+        self.answer.add(token, likely)
+        if len(self.chosen) >= self.limit:
+            self.answer.finish()
 
 
 AnyRow = TypeVar("AnyRow", bound=AnswerRow)

@@ -9,11 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from stackctl.engine.generation.batch import Batch
-from stackctl.engine.generation.logits_processors import AnswerRow
+from stackctl.engine.generation.batch import AnswerRow, Batch
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.plain_decoder import PlainDecoder
-from stackctl.engine.generation.reader import Sampling
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.shared_prefixes import FinishedTexts
 from stackctl.engine.generation.stopping import Answer
 from stackctl.engine.models import StackedModel, evaluating

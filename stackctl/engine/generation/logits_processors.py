@@ -5,7 +5,6 @@ A row of a batch draws with a generator of its own, so that its neighbours chang
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from transformers import (
 
 from stackctl.engine.devices import float64
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
-from stackctl.engine.generation.reader import Sampling
-from stackctl.engine.generation.stopping import Answer
+from stackctl.engine.generation.sampling import Sampling
 
 _COLDEST = 1e-30
 """Logits divided by less overflow; with this the likeliest token is drawn, always."""
@@ -110,49 +108,3 @@ def token_logprob(logits: Tensor, token: int, count: int, spell: TokenBytes, fir
     return spell.likely(
         (token, float(logprobs[token])), list(zip(ids.tolist(), values.tolist(), strict=True)), first=first
     )
-
-
-@dataclass(eq=False)
-class AnswerRow:
-    """An answer in the making: the prompt's ids, the most tokens that may follow, those ``chosen`` so far, and the
-    error that ended it.
-
-    Rows of equal ``weights`` are computed alike; ``spell`` is there where somebody asks how likely the tokens were, and
-    ``seconds`` are those from reading the prompt to the end.
-    """
-
-    answer: Answer
-    ids: list[int]
-    limit: int
-    sampling: Sampling
-    seed: int
-    weights: Any = None
-    spell: TokenBytes | None = None
-    chosen: list[int] = field(default_factory=list)
-    failed: Exception | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.processors: Any = processors(self.sampling, [len(self.ids)], [self.seed])
-
-    @property
-    def is_finished(self) -> bool:
-        return bool(self.answer.stop or self.failed) or self.answer.is_left()
-
-    def choose(self, logits: Tensor, likeliest: int) -> None:
-        """Take the next token by its logits (vocabulary) in float32, of which ``likeliest`` is the largest's place.
-
-        The answer is finished when the token ends it, or is the last that may follow.
-        """
-        token = likeliest
-        if len(self.processors):
-            seen = torch.tensor([[*self.ids, *self.chosen]], device=logits.device)
-            token = int(self.processors(seen, logits[None])[0].argmax())
-        self.chosen.append(token)
-        likely, count = None, self.sampling.top_logprobs
-        if count is not None and self.spell is not None:
-            likely = token_logprob(logits, token, count, self.spell, first=not self.answer.ids)
-        self.answer.add(token, likely)
-        if len(self.chosen) >= self.limit:
-            self.answer.finish()

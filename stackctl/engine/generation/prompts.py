@@ -9,7 +9,8 @@ from stackctl.core.errors import Incompatible, StackctlError, Usage, raise_all
 from stackctl.engine.data.chat_template import TEMPLATE_ERRORS, ChatTemplate, ensure_chat_template, prefix_ids
 from stackctl.engine.data.conversation import render_prompt
 from stackctl.engine.data.embedded_tokens import check_prompt
-from stackctl.engine.generation.reader import Reader, Sampling
+from stackctl.engine.generation.reader import Reader
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.engine.records.types import Message
 

@@ -18,7 +18,8 @@ from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
 from stackctl.engine.generation.plain_decoder import plain_decoder
 from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.prompts import EncodedPrompts
-from stackctl.engine.generation.reader import Generated, Sampling
+from stackctl.engine.generation.reader import Generated
+from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, AnswerCriteria, OnText, end_tokens, turn_text
 from stackctl.engine.libraries import replaced
 from stackctl.engine.models import StackedModel, evaluating

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stackctl.engine.generation.batch import Batch
-from stackctl.engine.generation.logits_processors import AnswerRow
+from stackctl.engine.generation.batch import AnswerRow, Batch
 from stackctl.engine.generation.logprobs import TokenBytes
 from stackctl.engine.generation.padded_kv_cache import PaddedKVCache, can_batch
 from stackctl.engine.generation.plain_decoder import plain_decoder

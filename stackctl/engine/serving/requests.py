@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 from stackctl.core.errors import Incompatible, StackctlError, Usage
 from stackctl.engine.data.chat_template import choose_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
-from stackctl.engine.generation.reader import PlainReader, Reader, Sampling, row_seeds
+from stackctl.engine.generation.reader import PlainReader, Reader
+from stackctl.engine.generation.sampling import Sampling, row_seeds
 from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.plan.stack_plan import StackPlan
