@@ -15,7 +15,7 @@ from stackctl.core.expressions import format_expression, parse_expression
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs.former_training import Former, comparable_settings, find_former, settings_of, stands_on
 from stackctl.lora.checkpoint import read_checkpoint
-from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
+from stackctl.lora.target_modules import named_targets
 from stackctl.plan.build import plan_stack
 from stackctl.plan.stack_plan import PlanMember, StackPlan
 from stackctl.registry.adapters import ResolvedMember, foundations, resolve_adapter
@@ -127,22 +127,18 @@ def settle(job: TrainJob, beginning: Beginning) -> TrainJob:
 def _targets(job: TrainJob, beginning: Beginning) -> list[str] | str:
     """What the adapter stands on, in the words of its training or its own where they mean that here, else by names."""
     base = beginning.plan.known_base
-    known, own = expand_modules(base.modules), set(beginning.plan.modules)
-    asked = parse_targets(job.target_modules)
-    if job.target_modules != TrainJob().target_modules and named_targets(asked, known, base.output_embedding) != own:
+    own = set(beginning.plan.modules)
+    if job.target_modules != TrainJob().target_modules and named_targets(job.target_modules, base) != own:
         raise Incompatible(
             f"target_modules: {beginning.label} stands on other modules than {job.target_modules}",
             hint="leave out --target-modules: they are those of --from",
         )
     version = beginning.member.version
     said = (version.settings or {}).get("target_modules")
-    if isinstance(said, list | str) and (
-        version.fingerprint == base.fingerprint
-        or named_targets(parse_targets(said), known, base.output_embedding) == own
-    ):
+    if isinstance(said, list | str) and (version.fingerprint == base.fingerprint or named_targets(said, base) == own):
         return said
     told = beginning.config.get("target_modules")
-    if isinstance(told, list) and named_targets(told, known, base.output_embedding) == own:
+    if isinstance(told, list) and named_targets(told, base) == own:
         return sorted(told)
     return sorted(own)
 

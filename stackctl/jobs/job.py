@@ -37,7 +37,6 @@ from stackctl.jobs.micro_batches import AUTO
 from stackctl.jobs.teacher import Teacher, find_teacher
 from stackctl.jobs.trackers import check_trackers
 from stackctl.jobs.trained_tokens import asks, check_tokens
-from stackctl.lora.target_modules import parse_targets
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack, resolve_expression
@@ -64,10 +63,6 @@ class PreparedJob:
     @property
     def base(self) -> Base:
         return self.stack.base
-
-    @property
-    def target_modules(self) -> list[str] | str:
-        return parse_targets(self.job.target_modules)
 
     @property
     def stays_live(self) -> bool:

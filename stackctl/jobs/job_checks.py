@@ -114,10 +114,10 @@ def check_targets(job: TrainJob, base: Base) -> None:
     last_names = sorted({name.rpartition(".")[2] for name, shape in modules.items() if shape.type in kinds})
     hint = f"modules of {base.name}: {', '.join(last_names)}"
     if isinstance(targets, str):
-        if not named_targets(targets, modules, base.output_embedding):
+        if not named_targets(targets, base):
             raise Usage(f"target_modules: '{targets}' matches no module of the base '{base.name}'", hint=hint)
         return
-    missing = [target for target in targets if not named_targets([target], modules, base.output_embedding)]
+    missing = [target for target in targets if not named_targets([target], base)]
     if missing or not targets:
         near = did_you_mean(missing[0], last_names, hint) if missing else hint
         raise Usage(f"target_modules: the base '{base.name}' has no {', '.join(missing) or 'such modules'}", hint=near)

@@ -14,7 +14,7 @@ from stackctl.core.errors import Incompatible, StackctlError, Usage, attempt, ra
 from stackctl.core.expressions import BASE
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs.trained_tokens import asks
-from stackctl.lora.target_modules import expand_modules, named_targets, natural_order, parse_targets
+from stackctl.lora.target_modules import expand_modules, named_targets, natural_order
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.registry.planning import PlannedStack, plan_expression
@@ -109,12 +109,11 @@ def _settled(job: TrainJob, plan: StackPlan) -> TrainJob:
     """
     base = plan.known_base
     known, problems = expand_modules(base.modules), list[StackctlError]()
-    asked = parse_targets(job.target_modules)
-    own = set(plan.modules)
+    own, asked = set(plan.modules), named_targets(job.target_modules, base)
     if own and job.target_modules == TrainJob().target_modules:
-        if named_targets(asked, known, base.output_embedding) != own:
+        if asked != own:
             job = msgspec.structs.replace(job, target_modules=sorted(own, key=natural_order))
-    elif missing := own - named_targets(asked, known, base.output_embedding):
+    elif missing := own - asked:
         what = f"target_modules: the teacher stands on {len(missing)} modules more, {min(missing, key=natural_order)}"
         problems.append(Incompatible(what, hint="leave out --target-modules: they are the teacher's"))
     shapes = [known[name].shape for name in (plan.modules or known)]

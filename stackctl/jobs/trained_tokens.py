@@ -5,7 +5,7 @@ from __future__ import annotations
 from stackctl.core.errors import Incompatible, Usage
 from stackctl.core.schema import Base
 from stackctl.core.train_job import TrainJob
-from stackctl.lora.target_modules import expand_modules, named_targets, parse_targets
+from stackctl.lora.target_modules import named_targets
 from stackctl.plan.stack_plan import StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 
@@ -46,7 +46,7 @@ def check_tokens(job: TrainJob, plan: StackPlan, base: Base, begins: StackPlan |
     Raises:
         Usage, Incompatible: they cannot.
     """
-    chosen = named_targets(parse_targets(job.target_modules), expand_modules(base.modules), base.output_embedding)
+    chosen = named_targets(job.target_modules, base)
     for rows in plan.token_rows:
         if rows.module in chosen:
             label = plan.members[rows.member].label

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from stackctl.core.errors import Usage
-from stackctl.core.schema import ModuleShape
+from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.safe_regex import pattern
 from stackctl.lora.target_parameters import EXPERTS, PLAIN, expected_parameters
 
@@ -136,15 +136,17 @@ def expected_targets(
     }  # fmt: skip
 
 
-def named_targets(asked: list[str] | str, modules: Mapping[str, ModuleShape], output_embedding: str | None) -> set[str]:
-    """What a person means by names, a regular expression or all-linear: of experts, their parameters too.
+def named_targets(text: list[str] | str, base: Base) -> set[str]:
+    """The modules of a base that a person means by names, a regular expression or all-linear: of experts, their
+    parameters too.
 
     Raises:
         Usage: the regular expression is none.
     """
+    asked, modules = parse_targets(text), expand_modules(base.modules)
     experts = {name: ModuleShape(type="Linear", shape=[]) for name, shape in modules.items() if shape.type in EXPERTS}
     try:
-        return expected_targets({"target_modules": asked}, {**modules, **experts}, output_embedding) or set()
+        return expected_targets({"target_modules": asked}, {**modules, **experts}, base.output_embedding) or set()
     except re.error as error:
         what = f"target_modules: '{asked}' is not a regular expression ({error})"
         raise Usage(what, hint="correct it, or name modules: q_proj,v_proj") from None

@@ -25,7 +25,7 @@ from stackctl.engine.training.targets import Targets
 from stackctl.engine.training.trainer import CHECKPOINTING, TrainerParts, micro_batch_loss
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut, first_that_fits, possible_cuts
-from stackctl.lora.target_modules import expand_modules, named_targets
+from stackctl.lora.target_modules import named_targets
 from stackctl.machine.memory_estimate import (
     LargestBatch,
     MemoryEstimate,
@@ -163,7 +163,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
         supervised = min(supervised, tokens)
     beside = prepared.teacher.plan if prepared.teacher else prepared.plan if prepared.stays_live else None
     live = max((module.rank for module in beside.modules.values()), default=0) if beside else 0
-    targets = named_targets(prepared.target_modules, expand_modules(base.modules), base.output_embedding)
+    targets = named_targets(prepared.job.target_modules, base)
     precision = _precision(prepared, device)
     plain = precision in ("float32", "autocast") and not beside
     fused = plain and device.type == "cpu" and not group.sharded

@@ -135,7 +135,7 @@ def choose_targets(
     if asked == ALL_LINEAR:
         chosen, left_out = _default(model, known, base, job, text)
     else:
-        chosen = named_targets(asked, known, base.output_embedding)
+        chosen = named_targets(asked, base)
     every = {name for name, _ in model.named_modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     typed = asked
