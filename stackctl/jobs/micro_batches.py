@@ -60,30 +60,21 @@ def read_cut(told: Any) -> StepCut | None:
         return None
 
 
-def possible_cuts(
-    records: int,
-    count: int,
-    *,
-    smaller: bool = False,
-    checkpointing: bool | None = None,
-    tokens: int | None = None,
-    at_once: int = 1,
-    as_one: bool = False,
-) -> list[StepCut]:
-    """The ways to compute a step of ``count`` micro-batches of ``records``, the fastest first.
+def possible_cuts(asked: StepCut, *, smaller: bool = False, checkpointing: bool | None = None) -> list[StepCut]:
+    """The ways to compute a step that is cut as ``asked``, the fastest first.
 
     ``smaller`` admits every other cut of the same step into equal micro-batches. ``checkpointing`` None admits both:
     activations are kept wherever that fits, for computing them again takes a third of the time more. Parts are computed
-    ``at_once`` where they are kept, and one after another in less memory. ``as_one`` admits that parts are those of the
-    whole step.
+    at once where they are kept, and one after another in less memory. Parts of the whole step are admitted, not
+    demanded.
     """
-    step = records * count
-    sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [records]
-    kinds = [(False, parts) for parts in dict.fromkeys((at_once, 1))] if not checkpointing else []
+    step = asked.records * asked.count
+    sizes = [size for size in range(step, 0, -1) if step % size == 0] if smaller else [asked.records]
+    kinds = [(False, parts) for parts in dict.fromkeys((asked.at_once, 1))] if not checkpointing else []
     kinds += [(True, 1)] if checkpointing is not False else []
-    whole = (True, False) if as_one and count > 1 and not smaller else (False,)
+    whole = (True, False) if asked.as_one and asked.count > 1 and not smaller else (False,)
     return [
-        StepCut(size, step // size, kept, tokens, parts, one)
+        StepCut(size, step // size, kept, asked.tokens, parts, one)
         for kept, parts in kinds
         for size in sizes
         for one in whole

@@ -91,17 +91,11 @@ def plan_step(
     checkpointing = False if group.checkpoints else asked if targets.checkpoints else False
     step = StepCut(job.effective_batch_size(), job.gradient_accumulation)
     parted = choose_device().type == "cpu" and not group.sharded and not prepared.teacher
-    tokens = PART if parted else None
     alone = parted and group.processes == 1 and not keeps_parts()
-    cuts = possible_cuts(
-        step.records,
-        step.count,
-        smaller=auto,
-        checkpointing=checkpointing,
-        tokens=tokens,
-        at_once=computations_at_once() if alone else 1,
-        as_one=alone,
+    fastest = replace(
+        step, tokens=PART if parted else None, at_once=computations_at_once() if alone else 1, as_one=alone
     )
+    cuts = possible_cuts(fastest, smaller=auto, checkpointing=checkpointing)
     if kept and kept.records * kept.count == step.records * step.count and (auto or kept.records == step.records):
         chosen = replace(kept, checkpointing=kept.checkpointing if checkpointing is None else checkpointing)
         return StepPlan(chosen, estimate(chosen))
