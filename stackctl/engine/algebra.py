@@ -23,6 +23,8 @@ Pair = tuple[Tensor, Tensor]
 """A (rank, in) and B (out, rank) of a delta that needs no scaling."""
 _BLOCK = 1 << 16
 """Entries of a block."""
+_NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest are rounding."""
 
 
 # -- the experts of a mixture, whose factors are stored together (stackctl.lora.target_parameters) ---------------------
@@ -94,6 +96,11 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         q_a, r_a = torch.linalg.qr(A.double().T)
         u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b, u, sigma, vh.T, q_a
+
+
+def is_more_than_rounding(sigma: Tensor) -> Tensor:
+    """Which singular values, the largest first, are directions that a delta really has."""
+    return sigma > _NEGLIGIBLE * sigma[:1]
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stackctl.engine.algebra import Factors, Pair, elect_and_average, keep_largest, one_thread
+from stackctl.engine.algebra import Factors, Pair, elect_and_average, is_more_than_rounding, keep_largest, one_thread
 
-_NEGLIGIBLE = 1e-6
 _NO_ENTRY = 1e-12
 
 
@@ -66,11 +65,6 @@ def _pair(left: Tensor, core: Tensor, right: Tensor, rank: int) -> Pair:
     return functional.pad(a, (0, 0, 0, missing)).float(), functional.pad(b, (0, missing)).float()
 
 
-def _support(sigma: Tensor) -> Tensor:
-    """Which singular values, the largest first, are more than rounding."""
-    return sigma > _NEGLIGIBLE * sigma[:1]
-
-
 def _ties(aligned: Sequence[Tensor], density: float) -> Tensor:
     """TIES of members in common bases."""
     kept = [keep_largest(matrix, density) for matrix in aligned]
@@ -88,7 +82,7 @@ def knots_ties(factors: Sequence[Factors], *, density: float, rank: int | None =
     with one_thread():
         found = _cores(factors)
         u, sigma, _ = torch.linalg.svd(torch.cat(found.cores, dim=1), full_matrices=False)
-        u = u[:, _support(sigma)]
+        u = u[:, is_more_than_rounding(sigma)]
         aligned = [u.T @ core @ found.rows for core in found.cores]  # ΣVᵢᵀ, (directions, in)
         q, r = torch.linalg.qr(_ties(aligned, density).T)
         most = min(found.r_b.shape[1], found.columns.shape[0], found.rows.shape[1])
@@ -108,7 +102,7 @@ def tsv(factors: Sequence[Factors], *, rank: int | None = None, **_: Any) -> Pai
         found = _cores(factors)
         share = max(1, min(found.columns.shape[0], found.rows.shape[1]) // len(found.cores))
         parts = [torch.linalg.svd(core, full_matrices=False) for core in found.cores]
-        kept = [min(share, int(_support(sigma).sum())) for _, sigma, _ in parts]
+        kept = [min(share, int(is_more_than_rounding(sigma).sum())) for _, sigma, _ in parts]
         u = _orthogonal(torch.cat([u[:, :k] for (u, _, _), k in zip(parts, kept, strict=True)], dim=1))
         sigma = torch.cat([sigma[:k] for (_, sigma, _), k in zip(parts, kept, strict=True)])
         vh = _orthogonal(torch.cat([vh[:k] for (_, _, vh), k in zip(parts, kept, strict=True)]))
@@ -118,7 +112,7 @@ def tsv(factors: Sequence[Factors], *, rank: int | None = None, **_: Any) -> Pai
 def _orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal factor of a matrix's polar decomposition; on what the matrix does not reach, zero."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = _support(sigma)
+    kept = is_more_than_rounding(sigma)
     nearest: Tensor = u[:, kept] @ vh[kept]
     return nearest
 
@@ -133,7 +127,7 @@ def iso_c(factors: Sequence[Factors], *, rank: int | None = None, **_: Any) -> P
     with one_thread():
         found = _cores(factors)
         u, sigma, vh = torch.linalg.svd(torch.stack(found.cores).sum(0), full_matrices=False)
-        kept = int(_support(sigma).sum())
+        kept = int(is_more_than_rounding(sigma).sum())
         mean = sigma[:kept].mean() if kept else sigma.new_zeros(())
         kept = min(rank or kept, kept)
         return found.pair(mean * (u[:, :kept] @ vh[:kept]), rank)

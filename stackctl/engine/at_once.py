@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from stackctl.engine.base.configuration import positions_change
 from stackctl.engine.noise import OwnDropout, draw_seeds, drawn_from
 from stackctl.machine import openmp
 from stackctl.machine.resources import one_heap
@@ -28,8 +29,6 @@ _MOST = 2
 """Computations at once where there are threads for them: more would read all weights as often at once."""
 _OWN_CODE = ("torch", "transformers", "peft")
 """Whose modules may be called by several threads, if it is seen that they keep nothing."""
-_LENGTHS_MATTER = ("dynamic", "longrope")
-"""Rotary positions that a model writes anew where a record is long."""
 
 
 def computations_at_once() -> int:
@@ -130,9 +129,7 @@ def keeps_nothing(model: nn.Module, compute: Callable[[], object]) -> bool:
     modules = list(model.modules())
     if any(not isinstance(m, OwnDropout) and type(m).__module__.partition(".")[0] not in _OWN_CODE for m in modules):
         return False
-    if any(kind in str(vars(module).get("rope_type")) for module in modules for kind in _LENGTHS_MATTER):
-        return False
-    if any(hasattr(module, "make_weights") for module in modules):  # a table of positions that grows
+    if positions_change(model) or any(hasattr(module, "make_weights") for module in modules):  # a table that grows
         return False
     compute()
     before = _held(modules)

@@ -32,9 +32,6 @@ from stackctl.engine.overlaps import Interference, ModuleOverlap, NotCompared, O
 from stackctl.engine.tensors import MemberTensors
 from stackctl.plan.stack_plan import StackPlan
 
-_NEGLIGIBLE = 1e-6
-"""Singular values below this share of the largest are rounding."""
-
 _COMPARABLE = {"same_adapter_twice", "not_weighable"}
 """Problems of a member that do not keep its deltas from being what they are."""
 
@@ -114,7 +111,7 @@ class _Delta:
 
 def _decompose(A: Tensor, B: Tensor, scale: float) -> _Delta:
     q_b, u, sigma, v, q_a = algebra.thin_svd(A, B)
-    rank = int((sigma > _NEGLIGIBLE * sigma.max()).sum())
+    rank = int(algebra.is_more_than_rounding(sigma).sum())
     return _Delta(q_b, u[:, :rank], sigma[:rank], v[:, :rank], q_a, scale)
 
 

@@ -34,6 +34,13 @@ def longrope_lengths(config: Any) -> list[int]:
     return [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
 
 
+def positions_change(model: Any) -> bool:
+    """Whether a model turns rotary positions by other angles where a text is longer, and writes them anew: what was
+    computed of a shorter text is not that of a longer one."""
+    kinds = (str(getattr(module, "rope_type", "")) for module in model.modules())  # one, or one for each type of layer
+    return any(changing in kind for kind in kinds for changing in ("dynamic", "longrope"))
+
+
 def read_generation_config(folder: Path) -> GenerationConfig | None:
     """A base's generation configuration; None where it has none, or none that is JSON, as transformers takes it.
 

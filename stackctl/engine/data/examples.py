@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 IGNORED = -100
 """The label of a token that nothing is learned from; torch's own."""
@@ -53,18 +53,21 @@ class TaughtExample(Example):
     teacher: Example | None = None
 
 
-class LazyExamples(Sequence[Example]):
-    """Examples that are made, or read, when they are asked for. Subclasses have ``__len__`` and ``_example``."""
+T = TypeVar("T", covariant=True)
+
+
+class LazySequence(Sequence[T]):
+    """Things that are made, or read, when they are asked for. Subclasses have ``__len__`` and ``_item``."""
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         numbers = range(len(self))[index]
-        return self._example(numbers) if isinstance(numbers, int) else [self._example(number) for number in numbers]
+        return self._item(numbers) if isinstance(numbers, int) else [self._item(number) for number in numbers]
 
-    def _example(self, number: int) -> Example:
+    def _item(self, number: int) -> T:
         """One of them, by its number from 0."""
         raise NotImplementedError
 

@@ -6,13 +6,12 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stackctl.engine.data.examples import IGNORED, Example, LazyExamples, TaughtExample
+from stackctl.engine.data.examples import IGNORED, Example, LazySequence, TaughtExample
 
 _FEW = 32
 TEACHER = "teacher_"
@@ -34,7 +33,7 @@ def longest_of(examples: Sequence[Example]) -> int:
     return examples.longest() if isinstance(examples, TaughtExamples) else int(lengths_of(examples).max())
 
 
-class TaughtExamples(LazyExamples):
+class TaughtExamples(LazySequence[Example]):
     """Examples that each have one for the teacher behind them, as ``EncodeOptions.system`` makes them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -51,12 +50,12 @@ class TaughtExamples(LazyExamples):
         """The tokens of the longest that anybody reads."""
         return int(lengths_of(self._examples).max())
 
-    def _example(self, number: int) -> TaughtExample:
+    def _item(self, number: int) -> TaughtExample:
         own, teacher = self._examples[2 * number : 2 * number + 2]
         return TaughtExample(own.input_ids, own.labels, own.desired, teacher)
 
 
-class Rows(Sequence[list[Example]]):
+class Rows(LazySequence[list[Example]]):
     """What one place of a micro-batch holds: one example, or a packed sequence of several. Read when it is asked for.
 
     ``order`` are the examples' numbers, row by row; row ``n`` has those from ``starts[n]`` to ``starts[n + 1]``.
@@ -77,15 +76,8 @@ class Rows(Sequence[list[Example]]):
         """The tokens of each row."""
         return np.add.reduceat(lengths_of(self._examples)[self._order], self._starts[:-1])
 
-    @overload
-    def __getitem__(self, index: int) -> list[Example]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Example]]: ...
-    def __getitem__(self, index: int | slice) -> list[Example] | list[list[Example]]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        numbers = self._order[self._starts[index] : self._starts[index + 1]]
+    def _item(self, number: int) -> list[Example]:
+        numbers = self._order[self._starts[number] : self._starts[number + 1]]
         return [self._examples[int(number)] for number in numbers]
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from stackctl.core.errors import Usage
 from stackctl.engine.data.chat_template import is_dated, run_date
 from stackctl.engine.data.encoding import Reading, encode, encode_pieces
-from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, LazyExamples
+from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, LazySequence
 from stackctl.engine.records.read import RecordStream
 from stackctl.registry.garbage_collection import free_tokens, tokens_folder
 from stackctl.storage import atomic
@@ -145,7 +145,7 @@ def write_examples(path: Path, pieces: Iterable[Sequence[Example]]) -> None:
             writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
 
 
-class ExampleStore(LazyExamples):
+class ExampleStore(LazySequence[Example]):
     """The examples of a file that :func:`write_examples` wrote; nothing but their places is held in memory.
 
     Raises:
@@ -162,7 +162,7 @@ class ExampleStore(LazyExamples):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _example(self, number: int) -> Example:
+    def _item(self, number: int) -> Example:
         place = bisect.bisect_right(self._ends, number)
         batch = self._batches[place]
         row = number - (self._ends[place] - batch.num_rows)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from stackctl.engine.base.configuration import positions_change
 from stackctl.engine.generation.shared_prefixes import FinishedTexts
 from stackctl.plan.stack_plan import StackPlan
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
 
     from stackctl.engine.models import StackedModel
-
-_CHANGING = ("dynamic", "longrope")
-"""Rotary positions whose frequencies depend on how long the text is: what was computed for a shorter one is not that
-of a longer one."""
 
 
 class PrefixCache:
@@ -67,18 +64,10 @@ def new_cache(stacked: StackedModel) -> DynamicCache | None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     model = cast("GenerativePreTrainedModel", stacked.model)
-    if not model._supports_default_dynamic_cache() or _positions_change(stacked):
+    if not model._supports_default_dynamic_cache() or positions_change(model):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
-
-
-def _positions_change(stacked: StackedModel) -> bool:
-    kinds: list[str] = []
-    for module in stacked.model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds += kind.values() if isinstance(kind, dict) else [kind] if isinstance(kind, str) else []
-    return any(changing in kind for kind in kinds for changing in _CHANGING)
 
 
 def _columns(tensor: Tensor | None) -> int:

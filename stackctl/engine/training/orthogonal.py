@@ -24,9 +24,6 @@ from stackctl.engine.tensors import MemberTensors
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.plan.stack_plan import StackPlan
 
-_NEGLIGIBLE = 1e-6
-"""Singular values below this share of the largest are rounding, and no direction that is read."""
-
 
 class OrthogonalRows(TrainerCallback):
     """Keeps each A of the adapter in training orthogonal to what the frozen stack reads on its module."""
@@ -72,9 +69,9 @@ def _read(factors: Sequence[algebra.Factors]) -> Tensor:
     for a, b, scale in factors:
         if scale:
             _, _, sigma, v, q_a = algebra.thin_svd(a, b)
-            spaces.append((q_a @ v)[:, sigma > _NEGLIGIBLE * sigma.max()].double())
+            spaces.append((q_a @ v)[:, algebra.is_more_than_rounding(sigma)].double())
     if not spaces:
         return torch.zeros(factors[0][0].shape[1], 0, dtype=torch.float64)
     u: Tensor
     u, sigma, _ = torch.linalg.svd(torch.cat(spaces, dim=1), full_matrices=False)
-    return u[:, sigma > _NEGLIGIBLE * sigma.max()]
+    return u[:, algebra.is_more_than_rounding(sigma)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.at_once import AtOnce
-from stackctl.engine.data.examples import IGNORED, Example, LazyExamples
+from stackctl.engine.data.examples import IGNORED, Example, LazySequence
 from stackctl.engine.data.rows import collate
 from stackctl.engine.devices import float64, widest_dtype
 from stackctl.engine.evaluation.scoring import record_losses
@@ -43,7 +43,7 @@ class KnownExample(Example):
 
 
 @dataclass(frozen=True)
-class KnownAnswers(LazyExamples):
+class KnownAnswers(LazySequence[Example]):
     """Examples, their log-probabilities (nats) under the frozen stack, and for KTO the swapped ones with theirs.
 
     Where an objective compares with nothing, all log-probabilities are zero.
@@ -56,9 +56,9 @@ class KnownAnswers(LazyExamples):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def _example(self, number: int) -> KnownExample:
+    def _item(self, number: int) -> KnownExample:
         own, swapped = self.examples[number], self.swapped
-        other = swapped._example(number) if swapped is not None else None
+        other = swapped._item(number) if swapped is not None else None
         return KnownExample(own.input_ids, own.labels, own.desired, self.references[number], other)
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from stackctl.core.errors import Usage, VerificationFailed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.at_once import AtOnce
-from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazyExamples
+from stackctl.engine.data.examples import IGNORED, Encoded, Example, LazySequence
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import KnownAnswers
@@ -156,7 +156,7 @@ def _write(place: Path, numbers: Sequence[float]) -> None:
             atomic.publish_directory(staged, place)
 
 
-class MismatchedAnswers(LazyExamples):
+class MismatchedAnswers(LazySequence[Example]):
     """For each example its prompt with the answer of the nearest one before it whose prompt is another.
 
     KTO estimates by them how far a model is from its reference: they are y' of z in https://arxiv.org/abs/2402.01306,
@@ -181,7 +181,7 @@ class MismatchedAnswers(LazyExamples):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def _example(self, number: int) -> Example:
+    def _item(self, number: int) -> Example:
         prompt, donor = _prompt(self._examples[number]), self._examples[self._donors[number]]
         start = _start(donor)
         ids = [*prompt, *donor.input_ids[start:]][: self._max_length]
