@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stackctl.core.schema import Base, MethodOptions, ModuleShape
 from stackctl.lora.naming import ExpertFactors, Naming, Place, naming_of, on_base
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import expand_modules, lora_rank, lora_scaling, natural_order
-from stackctl.lora.target_parameters import EXPERTS, pattern_name, place_pairs
+from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name, place_pairs
 from stackctl.plan.layer_weights import Weights
 from stackctl.plan.methods import SUM
 from stackctl.plan.refusals import no_plain_lora, refusals
@@ -33,66 +33,90 @@ def plan_stack(
     base: Base | None, members: Sequence[PlanMember], method: str = SUM, options: MethodOptions | None = None
 ) -> StackPlan:
     """Plan ``members`` on ``base`` (None: a checkpoint by itself, shapes unchecked), composed by a method."""
-    known = expand_modules(base.modules) if base else None
-    problems: list[Problem] = [*same_adapter_twice(members), *unlike_bases(base, members)]
-    factors: dict[str, list[Factor]] = {}
-    shapes: dict[str, ModuleShape] = {}
-    replacements: list[Replacement] = []
-    rows: list[TokenRows] = []
-    planned = list(members)
-    for index, member in enumerate(members):
-        problems += recorded_problems(member.label, member.recorded)
+    parts = _Parts(base, expand_modules(base.modules) if base else None)
+    parts.problems += [*same_adapter_twice(members), *unlike_bases(base, members)]
+    planned = [parts.add(index, member) for index, member in enumerate(members)]
+    parts.problems += list(parts.clashes(planned, method))
+    return StackPlan(
+        base, tuple(planned), parts.modules(), tuple(parts.replacements), tuple(parts.rows), tuple(parts.problems),
+        method, options or MethodOptions(),
+    )  # fmt: skip
+
+
+@dataclass
+class _Parts:
+    """What members bring, one after another, and what is wrong with it. ``known`` are the modules of the base."""
+
+    base: Base | None
+    known: dict[str, ModuleShape] | None
+    factors: dict[str, list[Factor]] = field(default_factory=dict)
+    shapes: dict[str, ModuleShape] = field(default_factory=dict)
+    replacements: list[Replacement] = field(default_factory=list)
+    rows: list[TokenRows] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, index: int, member: PlanMember) -> PlanMember:
+        """Take up what a member brings. Returns the member, whose checkpoint knows its base then."""
+        self.problems += recorded_problems(member.label, member.recorded)
         if other := no_plain_lora(member):
-            problems += other
-            continue
-        config = member.checkpoint.config
-        naming = Naming(known or {}, {}) if known is None or base is None else naming_of(member.checkpoint, base, known)
-        member = planned[index] = replace(member, checkpoint=on_base(member.checkpoint, base, naming))
-        problems += refusals(member)
+            self.problems += other
+            return member
+        base, known, checkpoint = self.base, self.known, member.checkpoint
+        naming = Naming(known or {}, {}) if known is None or base is None else naming_of(checkpoint, base, known)
+        member = replace(member, checkpoint=on_base(checkpoint, base, naming))
+        self.problems += refusals(member)
         theirs = None if known is None else naming.known
-        pairs = place_pairs(member.checkpoint.pairs, config, theirs)
-        problems += unfitting_tensors(member, pairs, theirs, base)
+        pairs = place_pairs(member.checkpoint.pairs, checkpoint.config, theirs)
+        self.problems += unfitting_tensors(member, pairs, theirs, base)
         if base is not None:
-            problems += other_rows(member, naming, base)
+            self.problems += other_rows(member, naming, base)
+        self._add_factors(index, member, naming, pairs)
+        rows, wrong_rows = member_rows(index, member, naming, base)
+        self.rows += rows
+        self.problems += wrong_rows
+        if known is not None:
+            self.problems += unfitting_layer_weights(member, known, [*self.shapes, *(row.module for row in rows)])
+        self.replacements += _replacements(index, member, naming, base)
+        return member
+
+    def _add_factors(self, index: int, member: PlanMember, naming: Naming, pairs: Pairs) -> None:
+        known, config = self.known, member.checkpoint.config
         apart, weights = _SingleExperts(index, config), Weights.of(member.weight, member.layer_weights)
         for module, pair in pairs.items():
-            shape = theirs.get(module) if theirs is not None else _shape_from(pair, config, module)
+            shape = naming.known.get(module) if known is not None else _shape_from(pair, config, module)
             if shape is None or set(pair) != {"A", "B"}:
                 continue
             place = naming.place(module)
-            shapes[place.module] = known[place.module] if known is not None else shape
+            self.shapes[place.module] = known[place.module] if known is not None else shape
             if place.expert is not None:
                 apart.add(place, module, pair)
             elif (weight := weights.at(place.module)) != 0:
                 scaling = lora_scaling(config, pattern_name(config, module, shape))
                 rank = (pair["A"].shape[0] if pair["A"].shape else 0) // _experts(shape)
-                factors.setdefault(place.module, []).append(Factor(index, pair["A"], pair["B"], rank, scaling, weight))
-        for module, factor in apart.factors(shapes).items():
-            if factor is not None and (weight := weights.at(module)) != 0:
-                factors.setdefault(module, []).append(replace(factor, weight=weight))
-        problems += apart.problems(member)
-        own_rows, wrong_rows = member_rows(index, member, naming, base)
-        rows, problems = [*rows, *own_rows], [*problems, *wrong_rows]
-        if known is not None:
-            problems += unfitting_layer_weights(member, known, [*shapes, *(row.module for row in own_rows)])
-        replacements += _replacements(index, member, naming, base)
-    members = planned
-    problems += clashing_replacements(replacements, members)
-    standing = {name: [factor.member for factor in found] for name, found in factors.items()}
-    problems += saved_with_changes(replacements, members, standing)
-    problems += clashing_rows(rows, members, standing, replacements)
-    if rows and method != SUM:
-        problems.append(rows_without_sum(members[rows[0].member].label, method))
-    problems += missing_foundations(members)
-    modules = {
-        name: ModulePlan(name, shape.type, (shape.shape[-2], shape.shape[-1]), tuple(found), experts=_experts(shape))
-        for name, found in sorted(factors.items(), key=lambda item: natural_order(item[0]))
-        if len((shape := shapes[name]).shape) == (3 if shape.type in EXPERTS else 2)
-    }
-    return StackPlan(
-        base, tuple(members), modules, tuple(replacements), tuple(rows), tuple(problems), method,
-        options or MethodOptions(),
-    )  # fmt: skip
+                factor = Factor(index, pair["A"], pair["B"], rank, scaling, weight)
+                self.factors.setdefault(place.module, []).append(factor)
+        for module, joined in apart.factors(self.shapes).items():
+            if joined is not None and (weight := weights.at(module)) != 0:
+                self.factors.setdefault(module, []).append(replace(joined, weight=weight))
+        self.problems += apart.problems(member)
+
+    def clashes(self, members: Sequence[PlanMember], method: str) -> Iterator[Problem]:
+        """What is wrong with all of it together."""
+        yield from clashing_replacements(self.replacements, members)
+        standing = {name: [factor.member for factor in found] for name, found in self.factors.items()}
+        yield from saved_with_changes(self.replacements, members, standing)
+        yield from clashing_rows(self.rows, members, standing, self.replacements)
+        if self.rows and method != SUM:
+            yield rows_without_sum(members[self.rows[0].member].label, method)
+        yield from missing_foundations(members)
+
+    def modules(self) -> dict[str, ModulePlan]:
+        """Module by module, in natural order; what does not have the shape of its kind is among the problems."""
+        return {
+            name: ModulePlan(name, shape.type, (shape.shape[-2], shape.shape[-1]), tuple(found), _experts(shape))
+            for name, found in sorted(self.factors.items(), key=lambda item: natural_order(item[0]))
+            if len((shape := self.shapes[name]).shape) == (3 if shape.type in EXPERTS else 2)
+        }
 
 
 class _SingleExperts:
