@@ -8,7 +8,7 @@ them. A test holds it against what a model really keeps for its backward pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -159,52 +159,59 @@ class Surroundings:
     fused: bool = False
 
 
+@dataclass(frozen=True)
+class _Shapes:
+    """What a base consists of: ``modules`` with their shapes, (out, in) of the ``linear`` ones, of these the ones
+    ``in_layers``; how many layers there are, and the ``hidden`` size."""
+
+    modules: dict[str, list[int]]
+    linear: dict[str, list[int]]
+    in_layers: dict[str, list[int]]
+    layers: int
+    hidden: int
+    has_conv1d: bool
+
+    @staticmethod
+    def of(base: Base) -> _Shapes:
+        modules = expand_modules(base.modules)
+        linear = {name: shape.shape for name, shape in modules.items() if shape.type in ("Linear", "Conv1D")}
+        in_layers = {name: shape for name, shape in linear.items() if name != base.output_embedding}
+        return _Shapes(
+            modules={name: shape.shape for name, shape in modules.items()},
+            linear=linear,
+            in_layers=in_layers,
+            layers=max(1, len({layer for name in in_layers if (layer := _layer(name)) is not None})),
+            hidden=next((shape.shape[1] for shape in modules.values() if shape.type == "Embedding"), 0),
+            has_conv1d=any(shape.type == "Conv1D" for shape in modules.values()),
+        )
+
+
 def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where: Surroundings) -> MemoryEstimate:
     """The memory of one training process."""
-    rank, targets, live_rank, token_rows = adapter.rank, adapter.targets, adapter.live_rank, adapter.token_rows
-    tokens, supervised, checkpointing = batch.tokens, batch.supervised, batch.checkpointing
-    precision, processes, sharded, heap = where.precision, where.processes, where.sharded, where.heap
-    modules = expand_modules(base.modules)
-    shards = processes if sharded else 1
-    linear = {name: shape.shape for name, shape in modules.items() if shape.type in ("Linear", "Conv1D")}
-    in_layers = {name: shape for name, shape in linear.items() if name != base.output_embedding}
-    hidden = next((shape.shape[1] for shape in modules.values() if shape.type == "Embedding"), 0)
-    layers = max(1, len({layer for name in in_layers if (layer := _layer(name)) is not None}))
-
-    four_bits = sum(out * width for out, width in in_layers.values()) if precision == "nf4" else 0
+    shapes, precision, sharded = _Shapes.of(base), where.precision, where.sharded
+    shards = where.processes if sharded else 1
+    four_bits = _values(shapes.in_layers) if precision == "nf4" else 0
     plain = 2.0 if precision == "nf4" else _WEIGHT[precision]
     weights = int(four_bits * _WEIGHT["nf4"] + (base.parameters - four_bits) * plain)
-    cast = 2 * sum(out * width for out, width in linear.values()) if precision == "autocast" else 0  # for the backward
-    largest = sum(out * width for out, width in in_layers.values()) / layers * plain
-    tied = base.tied_embeddings or not base.output_embedding
-    rows = token_rows * hidden
-    factors = [rank * values for name in targets for values in _factors(modules[name].shape)]
-    factors += [rows] if tied else [rows] * 2
+    cast = 2 * _values(shapes.linear) if precision == "autocast" else 0  # for the backward pass
+    largest = _values(shapes.in_layers) / shapes.layers * plain
+    live = adapter.live_rank * sum(sum(shape) for shape in shapes.in_layers.values()) * 4
+    rows = adapter.token_rows * shapes.hidden
+    factors = [adapter.rank * values for name in adapter.targets for values in _factors(shapes.modules[name])]
+    factors += [rows] if base.tied_embeddings or not base.output_embedding else [rows] * 2
     trained = sum(factors)
-    live = live_rank * sum(sum(shape) for shape in in_layers.values()) * 4
 
-    value = _VALUE[precision]
-    experts = Counter(filter(None, map(_kind, in_layers)))
-    share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in in_layers}
-    kept: float = sum(out * share[name] for name, (out, _) in in_layers.items())
-    wide = 4 if any(shape.type == "Conv1D" for shape in modules.values()) else 2  # GPT-2 writes its GELU out
-    fused = where.fused and _gated(targets) and not base.architecture.startswith("Gemma")  # whose activation is another
-    if fused:
-        wide = 0
-    kept += layers * (5 * hidden + wide * max((width for _, width in in_layers.values()), default=0))
-    casts = sum(modules[name].shape[-1] * share.get(name, 1.0) * 4 for name in targets) if value < 3 else 0
-    low = (rank + live_rank) * len(targets) * 4
-    dropped = sum(modules[name].shape[-1] * share.get(name, 1.0) for name in targets) if adapter.dropout else 0
-    activations = int(tokens * (kept * value + casts + low + dropped))
-    between = 4.0 if precision == "autocast" else value  # what layers hand on stays in float32
-    checkpointed = int(tokens * layers * hidden * between) + activations // layers
-    backward = activations // layers
+    fused = where.fused and _gated(adapter.targets) and not base.architecture.startswith("Gemma")  # its own activation
+    activations = int(batch.tokens * _activations(shapes, adapter, precision, fused=fused))
+    between = 4.0 if precision == "autocast" else _VALUE[precision]  # what layers hand on stays in float32
+    backward = activations // shapes.layers
+    checkpointed = int(batch.tokens * shapes.layers * shapes.hidden * between) + backward
     chunk = max(LOSS_CHUNK // 4, base.vocabulary_size) * batch.at_once
-    logits = min(supervised * base.vocabulary_size, chunk) * _LOGIT
-    logits *= 2 if batch.taught else 1
-    if token_rows:
-        logits += int(base.vocabulary_size * hidden * (2.0 if precision == "autocast" else plain))
-    fragmented = (_FRAGMENTATION_FUSED if fused else _FRAGMENTATION) if heap else 0.0
+    logits = min(batch.supervised * base.vocabulary_size, chunk) * _LOGIT * (2 if batch.taught else 1)
+    if adapter.token_rows:
+        logits += int(base.vocabulary_size * shapes.hidden * (2.0 if precision == "autocast" else plain))
+    comes_and_goes = (checkpointed if batch.checkpointing else activations) + backward + logits
+    fragmented = (_FRAGMENTATION_FUSED if fused else _FRAGMENTATION) if where.heap else 0.0
     return MemoryEstimate(
         base=int(weights / shards + (_GATHERED * largest if sharded else 0)) + (live + cast) // shards,
         adapter=trained * 4 // shards,
@@ -214,13 +221,34 @@ def estimate_memory(base: Base, adapter: NewAdapter, batch: LargestBatch, where:
         checkpointed=checkpointed,
         backward=backward,
         logits=logits,
-        libraries=_ALL_LIBRARIES if processes > 1 else _LIBRARIES,
-        fragmentation=int(fragmented * ((checkpointed if checkpointing else activations) + backward + logits)),
+        libraries=_ALL_LIBRARIES if where.processes > 1 else _LIBRARIES,
+        fragmentation=int(fragmented * comes_and_goes),
         loading=weights if sharded else 0,
-        processes=processes,
+        processes=where.processes,
         sharded=sharded,
-        checkpointing=checkpointing,
+        checkpointing=batch.checkpointing,
     )
+
+
+def _activations(shapes: _Shapes, adapter: NewAdapter, precision: Precision, *, fused: bool) -> float:
+    """Bytes that all layers keep of a token for the backward pass."""
+    value, targets = _VALUE[precision], adapter.targets
+    experts = Counter(filter(None, map(_kind, shapes.in_layers)))
+    share = {name: min(1.0, _EXPERTS / experts[kind]) if (kind := _kind(name)) else 1.0 for name in shapes.in_layers}
+    wide = 0 if fused else 4 if shapes.has_conv1d else 2  # GPT-2 writes its GELU out
+    kept: float = sum(out * share[name] for name, (out, _) in shapes.in_layers.items())
+    kept += shapes.layers * (
+        5 * shapes.hidden + wide * max((width for _, width in shapes.in_layers.values()), default=0)
+    )
+    inputs = sum(shapes.modules[name][-1] * share.get(name, 1.0) for name in targets)
+    casts = inputs * 4 if value < 3 else 0
+    low = (adapter.rank + adapter.live_rank) * len(targets) * 4
+    return kept * value + casts + low + (inputs if adapter.dropout else 0)
+
+
+def _values(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many values matrices have."""
+    return sum(out * width for out, width in shapes.values())
 
 
 def _gated(targets: Collection[str]) -> bool:

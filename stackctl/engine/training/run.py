@@ -157,10 +157,50 @@ def _train(
     if move and not move.look_back(stacked, registry):
         move = None
     attached = attach_all(stacked, prepared, loaded.targets, corpus.encoded.examples[0], output.say)
-    model, teaching, state = attached.model, attached.teaching, RunState(stacked.device)
+    model, state = attached.model, RunState(stacked.device)
     if move:
         state.counters.moved = move.begin(model)
-    examples = corpus.encoded.examples
+    parts, reference = _parts(prepared, loaded, attached, state, folder, output)
+    if ranks.rank() == 0:
+        folder.begin({**folder.signature, CUT: asdict(parts.cut)})
+    if parts.cut.checkpointing:
+        map_blocks(_MAPPED_BF16 if parts.bfloat16 else _MAPPED)
+    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
+    with tracking(job, log_folder(registry, prepared.name), output.say):
+        trainer = StackTrainer(model, arguments, corpus, parts)
+        if job.orthogonal:
+            trainer.add_callback(OrthogonalRows(model, prepared.plan))
+        try:
+            _run_trainer(trainer, parts, saves, output)
+        finally:
+            if parts.at_once:
+                parts.at_once.close()
+
+    if reference and (note := fallen(reference.changes(corpus.encoded.examples))):
+        output.say(f"note: {note}")
+    attached.check_unchanged()
+    check_digests(registry, prepared.stack.members, fresh=True)
+    factors = adapter_state(model)
+    if ranks.rank() > 0:
+        return None
+    finished = FinishedRun(
+        model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, attached.how),
+        state.counters, [token for _, token in sorted(loaded.targets.tokens.items())],
+    )  # fmt: skip
+    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
+
+
+def _parts(
+    prepared: PreparedJob,
+    loaded: _Loaded,
+    attached: Attached,
+    state: RunState,
+    folder: RunFolder,
+    output: RunOutput,
+) -> tuple[TrainerParts, ReferenceModel | None]:
+    """What Trainer works with, and what answers are compared with."""
+    stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
+    model, teaching, examples = attached.model, attached.teaching, corpus.encoded.examples
     longest = corpus.max_length if job.objective == "kto" else corpus.longest  # its swapped answers are of any length
     layout = choose_layout(model, examples, longest=longest)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
@@ -186,33 +226,7 @@ def _train(
     )
     if prepared.auto_batch and runs_out_safely(stacked.device):
         parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))
-    if ranks.rank() == 0:
-        folder.begin({**folder.signature, CUT: asdict(parts.cut)})
-    if parts.cut.checkpointing:
-        map_blocks(_MAPPED_BF16 if bfloat16 else _MAPPED)
-    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
-    with tracking(job, log_folder(registry, prepared.name), output.say):
-        trainer = StackTrainer(model, arguments, corpus, parts)
-        if job.orthogonal:
-            trainer.add_callback(OrthogonalRows(model, prepared.plan))
-        try:
-            _run_trainer(trainer, parts, saves, output)
-        finally:
-            if at_once:
-                at_once.close()
-
-    if reference and (note := fallen(reference.changes(examples))):
-        output.say(f"note: {note}")
-    attached.check_unchanged()
-    check_digests(registry, prepared.stack.members, fresh=True)
-    factors = adapter_state(model)
-    if ranks.rank() > 0:
-        return None
-    finished = FinishedRun(
-        model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, attached.how),
-        state.counters, [token for _, token in sorted(loaded.targets.tokens.items())],
-    )  # fmt: skip
-    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
+    return parts, reference
 
 
 def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool) -> AtOnce | None:
