@@ -21,6 +21,7 @@ from stackctl.core import errors
 from stackctl.core.errors import Failed, StackctlError
 from stackctl.jobs.micro_batches import StepCut
 from stackctl.render.output import Output, Result
+from stackctl.render.terminal import counted
 
 LINK = "STACKCTL_LINK"
 """In a worker's environment: the port and the secret of the command that launched it, the number of processes that it
@@ -175,9 +176,7 @@ def check_number() -> None:
     linked = link()
     if linked and linked.processes != world_size():
         raise Failed(
-            f"accelerate started {world_size()} process instead of {linked.processes}"
-            if world_size() == 1
-            else f"accelerate started {world_size()} processes instead of {linked.processes}",
+            f"accelerate started {counted(world_size(), 'process', 'processes')} instead of {linked.processes}",
             hint="set distributed_type: MULTI_GPU, FSDP or DEEPSPEED in the configuration, on CPUs as well",
         )
 

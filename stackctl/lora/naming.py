@@ -17,7 +17,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import Checkpoint, parse_tensor_name
 from stackctl.lora.safetensors_header import TensorInfo
 from stackctl.lora.target_modules import expand_modules
-from stackctl.lora.target_parameters import EXPERTS
+from stackctl.lora.target_parameters import EXPERTS, without_wrappers
 
 _DECODERS = frozenset(
     ("model", "language_model", "text_model", "decoder", "transformer", "backbone", "llm", "gpt_neox", "thinker", "")
@@ -111,7 +111,7 @@ def on_base(checkpoint: Checkpoint, base: Base | None, naming: Naming | None = N
 def naming_of(checkpoint: Checkpoint, base: Base, known: dict[str, ModuleShape]) -> Naming:
     """A base by the names that a checkpoint has for its modules; its own where none fits all of them better."""
     plain = Naming(known, {})
-    wanted = {_holder(module) for module in checkpoint.pairs}
+    wanted = {without_wrappers(module) for module in checkpoint.pairs}
     missing = _missing(wanted, known)
     if not missing:
         return plain
@@ -126,13 +126,6 @@ def naming_of(checkpoint: Checkpoint, base: Base, known: dict[str, ModuleShape])
 def _missing(wanted: set[str], known: Mapping[str, ModuleShape]) -> set[str]:
     left = wanted - set(known)
     return left - {name.rpartition(".")[0] for name, shape in known.items() if shape.type in EXPERTS} if left else left
-
-
-def _holder(module: str) -> str:
-    """A module without the wrappers that PEFT puts around one whose parameters it adapts."""
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
 
 
 def _others(wanted: set[str], base: Base, known: dict[str, ModuleShape]) -> Iterator[Naming]:

@@ -11,7 +11,7 @@ rank · E) with an expert's columns E apart.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from stackctl.core.schema import ModuleShape
@@ -62,21 +62,30 @@ def place_pairs(pairs: Pairs, config: Mapping[str, Any], known: Mapping[str, Mod
     """
     if not config.get("target_parameters") or known is None:
         return pairs
-    held: dict[str, list[str]] = {}
-    for name in expected_parameters(config, known):
-        if known[name].type in (*EXPERTS, "Parameter"):
-            held.setdefault(name.rpartition(".")[0], []).append(name)
-    order = {name: place for place, name in enumerate(known)}
-    for names in held.values():
-        names.sort(key=order.__getitem__)
+    expected = expected_parameters(config, known)
+    held = _by_holder([name for name in expected if known[name].type in (*EXPERTS, "Parameter")], known)
     placed: Pairs = {}
     for name, pair in pairs.items():
-        holder, depth = name, 0
-        while holder.endswith(_WRAPPED):
-            holder, depth = holder.removesuffix(_WRAPPED), depth + 1
-        names = held.get(holder, [])
+        holder = without_wrappers(name)
+        depth, names = name.removeprefix(holder).count(_WRAPPED), held.get(holder, [])
         placed[names[-1 - depth] if depth < len(names) else name] = pair
     return placed
+
+
+def without_wrappers(module: str) -> str:
+    """A module's name without those of the wrappers that PEFT puts around one whose parameters it adapts."""
+    while module.endswith(_WRAPPED):
+        module = module.removesuffix(_WRAPPED)
+    return module
+
+
+def _by_holder(parameters: Iterable[str], known: Mapping[str, ModuleShape]) -> dict[str, list[str]]:
+    """Parameters by the modules that hold them, in the order in which those declare them."""
+    order = {name: place for place, name in enumerate(known)}
+    held: dict[str, list[str]] = {}
+    for name in sorted(parameters, key=order.__getitem__):
+        held.setdefault(name.rpartition(".")[0], []).append(name)
+    return held
 
 
 def is_parameter_only(name: str, kind: str, converted_names: Collection[str]) -> bool:
@@ -86,11 +95,7 @@ def is_parameter_only(name: str, kind: str, converted_names: Collection[str]) ->
 
 def wrapped_names(parameters: Collection[str], known: Mapping[str, ModuleShape]) -> dict[str, str]:
     """The inverse of :func:`place_pairs`: experts to the wrapper's name, for all that an adapter stands on."""
-    order = {name: place for place, name in enumerate(known)}
-    held: dict[str, list[str]] = {}
-    for name in sorted(parameters, key=order.__getitem__):
-        if known[name].type in EXPERTS:
-            held.setdefault(name.rpartition(".")[0], []).append(name)
+    held = _by_holder([name for name in parameters if known[name].type in EXPERTS], known)
     return {
         name: holder + _WRAPPED * (len(names) - 1 - place)
         for holder, names in held.items()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stackctl.engine.training.distributed import full_tensor
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS
+from stackctl.lora.target_parameters import without_wrappers
 
 ADAPTER = "default"
 """The name inside PEFT of the adapter in training; PEFT saves that one at a folder's root."""
@@ -39,10 +40,9 @@ def new_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """PEFT's layers of the adapter in training, with the full names of what they stand on."""
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and (ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A):
-            while name.endswith(".base_layer"):
-                name = name.removesuffix(".base_layer")
+            holder = without_wrappers(name)
             parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-            yield (name if parameter == "weight" else f"{name}.{parameter}"), layer
+            yield (holder if parameter == "weight" else f"{holder}.{parameter}"), layer
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:

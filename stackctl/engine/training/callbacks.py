@@ -11,9 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.core import Say
-from stackctl.core.errors import Failed
 from stackctl.engine.training.early_stopping import HeldOut
-from stackctl.engine.training.state import Progress, RunState
+from stackctl.engine.training.state import Progress, RunState, not_finite
 from stackctl.jobs import ranks
 
 
@@ -83,10 +82,7 @@ class StepCallback(TrainerCallback):
             Failed: they were not.
         """
         if self._held_out is None or not self._held_out.end_with_best(step):
-            raise Failed(
-                f"the loss of step {step} is not a finite number",
-                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
-            )
+            raise not_finite(f"the loss of step {step} is not a finite number")
         control.should_evaluate = control.should_save = False
         control.should_training_stop = True
 

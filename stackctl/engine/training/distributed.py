@@ -79,13 +79,14 @@ def numbers_of_each(numbers: list[float], device: torch.device) -> Tensor:
     return rows
 
 
-def share_of(count: int) -> list[int]:
-    """This process's share of so many, by number: as many in each process, filled up with numbers beyond ``count``.
+def share_of(count: int) -> tuple[list[int], int]:
+    """This process's share of so many, by number, and how many of these are really its own: the last only fills up.
 
-    With FSDP every forward pass is one of all processes together.
+    With FSDP every forward pass is one of all processes together, so that there are as many in each.
     """
     processes = ranks.world_size()
-    return [ranks.rank() + processes * turn for turn in range(-(-count // processes))]
+    places = [ranks.rank() + processes * turn for turn in range(-(-count // processes))]
+    return [place % count for place in places], sum(place < count for place in places)
 
 
 def told_by_each(value: T | None) -> list[T]:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stackctl.core import Say
-from stackctl.core.errors import Failed
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.at_once import AtOnce
 from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation.scoring import record_losses, supervised_count
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each, share_of
-from stackctl.engine.training.state import Counters
+from stackctl.engine.training.state import Counters, not_finite
 
 Measure = Callable[[nn.Module], dict[str, float]]
 """What held-out records say of a model: ``eval_loss``, and whatever belongs to it."""
@@ -104,10 +103,7 @@ class HeldOut(TrainerCallback):
         if not math.isfinite(found["eval_loss"]):
             if self.end_with_best(step):
                 return found
-            raise Failed(
-                f"the held-out loss after step {step} is not a finite number",
-                hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
-            )
+            raise not_finite(f"the held-out loss after step {step} is not a finite number")
         self.evaluations.append({"step": step, **found})
         ranks_right = f", ranked rightly {found['eval_accuracy']:.1%}" if "eval_accuracy" in found else ""
         self._say(f"step {step}: held-out loss {found['eval_loss']:.3f}{ranks_right}")
@@ -160,11 +156,9 @@ class HeldOut(TrainerCallback):
 
 def held_out_loss(model: nn.Module, examples: Sequence[Example], at_once: AtOnce | None = None) -> dict[str, float]:
     """``eval_loss``, the mean cross-entropy (nats) over supervised tokens; each process reads its share."""
-    count = len(examples)
-    places = share_of(count)
-    chosen = [examples[place % count] for place in places]
+    places, real = share_of(len(examples))
+    chosen = [examples[place] for place in places]
     losses = record_losses(model, chosen, at_once)
-    real = sum(place < count for place in places)  # those that only fill up are the last
     own = [math.fsum(losses[:real]), float(supervised_count(chosen[:real]))]
     total, tokens = numbers_of_each(own, next(model.parameters()).device).sum(0).tolist()
     return {"eval_loss": total / max(tokens, 1.0)}

@@ -126,9 +126,8 @@ def measure(model: nn.Module, known: KnownAnswers, job: TrainJob, at_once: AtOnc
     """``eval_loss``, ``eval_accuracy`` and ``eval_margin`` of a model as it stands; each process reads its share."""
     device, size = next(model.parameters()).device, OBJECTIVES[job.objective].answers
     count = len(known.examples) // size
-    places = share_of(count)
-    numbers = [size * (place % count) + n for place in places for n in range(size)]
-    real = sum(place < count for place in places)
+    places, real = share_of(count)
+    numbers = [size * place + n for place in places for n in range(size)]
     drift = None
     if (swapped := known.swapped) is not None:
         losses = record_losses(model, [swapped.examples[n] for n in numbers], at_once)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from stackctl import __version__
-from stackctl.core.errors import Failed, VerificationFailed
+from stackctl.core.errors import VerificationFailed
 from stackctl.core.provenance import DataSource, Distilled, Moved, Run
 from stackctl.core.schema import AdapterInfo, AdapterVersion, CheckpointMember
 from stackctl.engine.data.chat_template import shown_date
@@ -24,7 +24,7 @@ from stackctl.engine.tensors import MemberTensors, all_finite
 from stackctl.engine.training import distributed as group
 from stackctl.engine.training.adapter import save_adapter
 from stackctl.engine.training.dataset import Corpus
-from stackctl.engine.training.state import Counters
+from stackctl.engine.training.state import Counters, not_finite
 from stackctl.engine.training.trainer import TrainerParts
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
@@ -99,10 +99,7 @@ def register_version(
     """
     counters = finished.counters
     if broken := [name for name, tensor in finished.state.items() if not all_finite(tensor)]:
-        raise Failed(
-            f"after the last step {broken[0]} holds values that are not finite numbers",
-            hint="try a lower --learning-rate, or --dtype float32; nothing was registered",
-        )
+        raise not_finite(f"after the last step {broken[0]} holds values that are not finite numbers")
     with atomic.staging_directory(registry.root / "weights") as staged:
         save_adapter(finished.model, staged, finished.state)
         finished.tokenizer.save_pretrained(staged)

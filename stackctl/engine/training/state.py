@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from stackctl.core import Say
+from stackctl.core.errors import Failed
 from stackctl.engine.data.encoding import Reading
 from stackctl.engine.devices import exact_device, float64
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
 from stackctl.engine.training.objectives import ranked
 from stackctl.engine.training.preferences import Scores
+
+
+def not_finite(what: str) -> Failed:
+    """The error of a run that has become numbers of no use."""
+    return Failed(what, hint="try a lower --learning-rate, or --dtype float32; nothing was registered")
 
 
 @dataclass
