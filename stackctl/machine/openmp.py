@@ -45,15 +45,19 @@ def set_waiting(environment: MutableMapping[str, str]) -> int:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         return 0
     environment["GOMP_SPINCOUNT"] = _SPINS
-    asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]
-    threads = int(asked) if asked.isdecimal() else cores()
+    threads = _asked_threads(environment) or cores()
     return threads if threads > 1 else 0
 
 
 def computing_threads(environment: Mapping[str, str]) -> int:
     """How many threads compute: as many as somebody has set, else one for each core, however many it runs at once."""
+    return _asked_threads(environment) or min(cores(), physical_cores())
+
+
+def _asked_threads(environment: Mapping[str, str]) -> int:
+    """As many as somebody has set, of the outermost level; 0 where nobody has."""
     asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdecimal() and int(asked) else min(cores(), physical_cores())
+    return int(asked) if asked.isdecimal() else 0
 
 
 @contextlib.contextmanager

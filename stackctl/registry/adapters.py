@@ -30,7 +30,11 @@ class ResolvedMember:
 
     @property
     def label(self) -> str:
-        return f"{self.adapter.name}@{self.version.version}"
+        return str(self.reference)
+
+    @property
+    def reference(self) -> Reference:
+        return Reference(self.adapter.name, self.version.version)
 
     def __str__(self) -> str:
         return format_term(self.label, self.weight)

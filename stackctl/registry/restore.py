@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 
 from stackctl.core.errors import NotFound, StackctlError, VerificationFailed
-from stackctl.core.expressions import Reference
 from stackctl.core.schema import AdapterVersion, Removed
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, adapter_digest, read_config
 from stackctl.registry.adapters import ResolvedMember, registered_versions, resolve_adapter, with_versions
@@ -73,7 +72,7 @@ def restore_files(registry: Registry, member: ResolvedMember, staged: Path) -> N
     if brought is None or adapter_digest(read_config(staged), brought) != digest:
         raise VerificationFailed(f"it is not the {member.label} that was registered (digests differ)")
     with registry.lock():
-        now = resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
+        now = resolve_adapter(registry, member.reference)
         if now.version.digest != digest:
             raise NotFound(f"{member.label} was removed meanwhile")
         if not damaged_members(registry, (now,)):

@@ -7,7 +7,7 @@ import contextlib
 import msgspec
 
 from stackctl.core.errors import NotFound, Usage, did_you_mean
-from stackctl.core.expressions import Reference, parse_stack_name
+from stackctl.core.expressions import parse_stack_name
 from stackctl.core.schema import Adapter, Stack
 from stackctl.registry.adapters import resolve_adapter
 from stackctl.registry.resolve import ResolvedStack
@@ -38,7 +38,7 @@ def save_stack(registry: Registry, name: str, stack: ResolvedStack) -> Stack:
     with registry.lock():
         check_stack_name(registry, name, stack)
         for member in stack.members:  # under the lock, so that none is removed meanwhile
-            resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
+            resolve_adapter(registry, member.reference)
         entry, known = stack.entry(name, now()), registry.find_stack(name)
         if known and msgspec.structs.replace(known, created=entry.created) == entry:
             entry = known

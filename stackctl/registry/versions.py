@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from stackctl.core.errors import Usage
-from stackctl.core.expressions import Reference, parse_name
+from stackctl.core.expressions import parse_name
 from stackctl.core.provenance import HubSource
 from stackctl.core.schema import Adapter, AdapterVersion, Base, GivenNumber, Removed, Stack
 from stackctl.lora.checkpoint import Checkpoint, read_checkpoint
@@ -177,7 +177,7 @@ def _with_foundations(registry: Registry, adapter: Adapter, new: AdapterVersion)
 def record_push(registry: Registry, member: ResolvedMember, place: HubSource) -> None:
     """Remember where a version lives on the Hub."""
     with registry.lock():
-        found = resolve_adapter(registry, Reference(member.adapter.name, member.version.version))
+        found = resolve_adapter(registry, member.reference)
         if found.version.pushed != place:
             registry.write(with_versions(found.adapter, msgspec.structs.replace(found.version, pushed=place)))
 

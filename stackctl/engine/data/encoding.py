@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.core.errors import Usage
-from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, Layout
+from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example, Layout, supervised_count
 from stackctl.engine.data.layouts import Layouts
 from stackctl.engine.data.tokenize import Tokenise
 from stackctl.engine.records.read import RecordStream
@@ -88,7 +88,7 @@ def _kept(
     own = found[::2] if options.system else found
     encoded.desired += sum(example.desired for example in own)
     encoded.tokens += sum(len(example.input_ids) for example in own)
-    encoded.supervised_tokens += sum(example.supervised for example in own)
+    encoded.supervised_tokens += supervised_count(own)
     return found
 
 

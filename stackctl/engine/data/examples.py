@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -110,3 +110,8 @@ class Layout:
     def whole(self) -> bool:
         """Everything is learned."""
         return self.spans == [(0, len(self.text))]
+
+
+def supervised_count(examples: Iterable[Example]) -> int:
+    """How many tokens of some examples have a label that a model can predict."""
+    return sum(example.supervised for example in examples)

@@ -320,8 +320,3 @@ def record_losses(model: torch.nn.Module, examples: Sequence[Example], at_once: 
     """
     sharing = causal_lm(model).config._attn_implementation in OWN and ranks.world_size() == 1
     return [score.loss for score in score_examples(model, examples, sharing=sharing, at_once=at_once)]
-
-
-def supervised_count(examples: Sequence[Example]) -> int:
-    """How many tokens of some examples have a label that a model can predict."""
-    return sum(example.supervised for example in examples)

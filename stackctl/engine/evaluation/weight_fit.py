@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stackctl.core.errors import Failed, Usage
 from stackctl.engine.at_once import AtOnce
-from stackctl.engine.data.examples import Example
+from stackctl.engine.data.examples import Example, supervised_count
 from stackctl.engine.data.rows import collate
 from stackctl.engine.evaluation.scoring import DataSet, Scoring, compute_rows, rows_of
 from stackctl.engine.evaluation.weighted_members import Group, WeightedFactors, attached
@@ -194,7 +194,7 @@ class _Computing:
         """The mean of the data sets' losses; its gradient becomes the parameter's."""
         total, gradients = 0.0, torch.zeros_like(self.parameter)
         for data in sets:
-            count = sum(example.supervised for example in data.examples) * len(sets)
+            count = supervised_count(data.examples) * len(sets)
             for _, (loss, gradient) in self.rows(data.examples, sharing=self.sharing):
                 total += loss / count
                 gradients += gradient / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
@@ -123,21 +124,25 @@ def _write_padded(
         pad_token_id=pad,
         use_cache=True,
     )
-    chosen, raw, spell = processors(sampling, list(map(len, batch)), list(seeds)), RawLogits(), None
-    chosen.insert(0, raw)
-    if (count := sampling.top_logprobs) is not None:
-        spell = TokenBytes(stacked.tokenizer)
+    raw, count = RawLogits(), sampling.top_logprobs
+    spell = None if count is None else TokenBytes(stacked.tokenizer)
 
     def likely(row: int, token: int) -> TokenLogprob | None:
         if spell is None or count is None:
             return None
         return token_logprob(raw.logits[row], token, count, spell, first=not answers[row].ids)
 
+    chosen = processors(sampling, list(map(len, batch)), list(seeds))
+    chosen.insert(0, raw)
     answering = AnswerCriteria(answers, width, likely)
     cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
     try:
         # ``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there.
-        with evaluating(stacked.model), replaced(stacked.model, "generation_config", GenerationConfig()):
+        with (
+            _explained(stacked, input_ids),
+            evaluating(stacked.model),
+            replaced(stacked.model, "generation_config", GenerationConfig()),
+        ):
             cast("GenerativePreTrainedModel", stacked.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -146,21 +151,28 @@ def _write_padded(
                 stopping_criteria=StoppingCriteriaList([answering]),
                 **({} if cache is None else {"past_key_values": cache}),
             )
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        if _fails_by_itself(stacked, input_ids, type(error)):
-            raise Incompatible(
-                f"transformers cannot generate with '{stacked.base.name}', a {stacked.base.architecture} "
-                f"({first_line(error)[:200]})",
-                hint="eval and export do not need it",
-            ) from error
-        raise
     finally:
         if prefix_cache:
             prefix_cache.keep(answering.computed)
     for answer in answers:
         answer.finish()
+
+
+@contextlib.contextmanager
+def _explained(stacked: StackedModel, input_ids: Tensor) -> Iterator[None]:
+    """Tell an error of transformers' own, on a model that it cannot generate with, from one that came from here."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        if not _fails_by_itself(stacked, input_ids, type(error)):
+            raise
+        raise Incompatible(
+            f"transformers cannot generate with '{stacked.base.name}', a {stacked.base.architecture} "
+            f"({first_line(error)[:200]})",
+            hint="eval and export do not need it",
+        ) from error
 
 
 def _fails_by_itself(stacked: StackedModel, input_ids: Tensor, kind: type[Exception]) -> bool:

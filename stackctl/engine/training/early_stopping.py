@@ -19,8 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stackctl.core import Say
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.at_once import AtOnce
-from stackctl.engine.data.examples import Example
-from stackctl.engine.evaluation.scoring import record_losses, supervised_count
+from stackctl.engine.data.examples import Example, supervised_count
+from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.training.adapter import trained_parameters
 from stackctl.engine.training.distributed import numbers_of_each, share_of
 from stackctl.engine.training.state import Counters, not_finite

@@ -17,6 +17,7 @@ from peft import PeftModel
 from stackctl.core import Say
 from stackctl.core.errors import Failed
 from stackctl.engine.at_once import computations_at_once
+from stackctl.engine.data.examples import supervised_count
 from stackctl.engine.devices import choose_device, choose_dtype, generators_of, multiplies_in_bfloat16
 from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import is_sharded, keeps_parts, told_by_each
@@ -151,7 +152,7 @@ def _estimate(prepared: PreparedJob, corpus: Corpus, rows: int, group: ProcessGr
     lengths = corpus.rows.lengths()
     largest = largest_rows(corpus, cut.rows)
     tokens = int(lengths[largest].sum())
-    supervised = sum(example.supervised for row in largest for example in corpus.rows[row])
+    supervised = supervised_count(example for row in largest for example in corpus.rows[row])
     if cut.tokens is not None:
         tokens = min(tokens, _at_once(lengths, cut))
         supervised = min(supervised, tokens)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from stackctl.core import Say
 from stackctl.core.errors import Incompatible
 from stackctl.core.provenance import Moved
-from stackctl.engine.data.examples import Encoded, Example
+from stackctl.engine.data.examples import Encoded, Example, supervised_count
 from stackctl.engine.data.rows import collate
 from stackctl.engine.devices import float64
-from stackctl.engine.evaluation.scoring import record_losses, supervised_count
+from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.evaluation.significance import RecordScore, paired_test, ratio_error
 from stackctl.engine.live_adapter import layer_factors
 from stackctl.engine.loss.logits import supervised_logits
