@@ -29,6 +29,23 @@ class Conversation:
     template: dict[str, Any]
     said: tuple[str, ...] = ()
 
+    @property
+    def last(self) -> tuple[Message, ReasonedAnswer]:
+        """The last turn, which is the assistant's."""
+        return self.messages[-1], self.reasoned[len(self.messages) - 1]
+
+    def first(self, count: int) -> Conversation:
+        """The same conversation up to a turn."""
+        return replace(self, messages=self.messages[:count])
+
+    def ending_in(self, message: Message) -> Conversation:
+        """The same conversation with something else as its last turn."""
+        return replace(self, messages=[*self.messages[:-1], message])
+
+    def render(self, template: ChatTemplate, *, prompt: bool = False) -> str:
+        """As text, with what generation begins behind, or without."""
+        return template.render(self.messages, prompt=prompt, tools=self.tools, template=self.template)
+
 
 def converse(
     template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, arguments: dict[str, Any]
@@ -77,7 +94,7 @@ def render_prompt(
     talk = converse(template, messages, tools, arguments)
     if hidden := [said for said in talk.said if said.startswith(NOTHING)]:
         raise ValueError(f"it {', '.join(hidden)}")
-    return template.render(talk.messages, prompt=True, tools=talk.tools, template=talk.template)
+    return talk.render(template, prompt=True)
 
 
 def numbered(messages: Sequence[Message]) -> list[Message]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stackctl.engine.data.chat_template import SENTINEL, TEMPLATE_ERRORS, ChatTemplate
 from stackctl.engine.data.conversation import Conversation, as_shown, in_block
-from stackctl.engine.data.reasoning import ReasonedAnswer, closes, tag_of, without_empty
+from stackctl.engine.data.reasoning import ReasonedAnswer, Tag, closes, tag_of, without_empty
 from stackctl.engine.data.shared_beginnings import common_prefix
 from stackctl.engine.data.turn_text import missing, saying_otherwise, whole_tags
 from stackctl.engine.records.types import Message
@@ -104,91 +104,109 @@ class Turns:
             ValueError: the template does not show where the turn begins, or nothing of what is in it.
             TEMPLATE_ERRORS: what the template raises.
         """
-        history, message, reasoned = talk.messages[:position], talk.messages[position], talk.reasoned[position]
+        return self._last(talk.first(position + 1))
+
+    def _last(self, talk: Conversation) -> Turn:
+        """What the assistant writes in the last turn, as for all methods below that take a conversation."""
+        message, reasoned = talk.last
         prompt: str | None = None
         with contextlib.suppress(*TEMPLATE_ERRORS):  # some templates cannot render what has no user turn yet
-            prompt = self._render(history, talk, prompt=True) if position else None
+            prompt = self._prompt(talk) if len(talk.messages) > 1 else None
         if prompt is None:
-            return self._unprompted(talk, position)
-        written = self._behind(prompt, history, message, talk)
+            return self._unprompted(talk)
+        written = self._behind(prompt, talk)
         if written is not None and not missing(prompt, written, message, reasoned):
             return Turn(prompt, written, self._added(written, reasoned))
         if reasoned.thought and closes(prompt):
-            return self._answer_only(prompt, talk, position)
+            return self._answer_only(prompt, talk)
         if (tag := tag_of(prompt)) is not None:
-            plain = as_shown(self._template, message, reasoned, thought=False)
-            body, closing = without_empty(self._body(prompt, history, plain, talk), tag)
-            space = prompt[len(prompt.rstrip()) :]
-            if reasoned.thought:
-                given = ReasonedAnswer(
-                    reasoned.thought, "", reasoned.written.replace(reasoned.tag.close, tag.close), tag
-                )
-                head = in_block(given, opened=prompt)
-            else:
-                head = closing or (f"{space}{tag.close}\n\n" if space else tag.close)
-            return self._checked(prompt, head + body.lstrip("\n"), message, reasoned)
-        if reasoned.thought and self._template.thought_key is None:
-            plain = as_shown(self._template, message, reasoned, thought=False)
-            if (behind := self._behind(prompt, history, plain, talk)) is not None:
-                given = ReasonedAnswer(reasoned.thought, "", reasoned.written, reasoned.tag)
-                return self._checked(
-                    prompt, in_block(given) + without_empty(behind, reasoned.tag)[0], message, reasoned
-                )
+            return self._in_opened_thought(prompt, tag, talk)
+        if (
+            reasoned.thought
+            and self._template.thought_key is None
+            and (behind := self._behind(prompt, self._without_thought(talk))) is not None
+        ):
+            given = ReasonedAnswer(reasoned.thought, "", reasoned.written, reasoned.tag)
+            return self._checked(prompt, in_block(given) + without_empty(behind, reasoned.tag)[0], talk)
         if written is not None:
-            return self._checked(prompt, written, message, reasoned)
+            return self._checked(prompt, written, talk)
         moved = ("renders a finished turn after something else than its generation prompt: it is laid out behind it",)
-        return self._checked(prompt, self._body(prompt, history, message, talk), message, reasoned, moved)
+        return self._checked(prompt, self._body(prompt, talk), talk, moved)
 
-    def _answer_only(self, prompt: str, talk: Conversation, position: int) -> Turn:
+    def _in_opened_thought(self, prompt: str, tag: Tag, talk: Conversation) -> Turn:
+        """A turn behind a prompt that opens a thought, which a turn without one closes at once."""
+        _, reasoned = talk.last
+        body, closing = without_empty(self._body(prompt, self._without_thought(talk)), tag)
+        space = prompt[len(prompt.rstrip()) :]
+        if reasoned.thought:
+            given = ReasonedAnswer(reasoned.thought, "", reasoned.written.replace(reasoned.tag.close, tag.close), tag)
+            head = in_block(given, opened=prompt)
+        else:
+            head = closing or (f"{space}{tag.close}\n\n" if space else tag.close)
+        return self._checked(prompt, head + body.lstrip("\n"), talk)
+
+    def _without_thought(self, talk: Conversation) -> Conversation:
+        return talk.ending_in(as_shown(self._template, *talk.last, thought=False))
+
+    def _answer_only(self, prompt: str, talk: Conversation) -> Turn:
         """A turn with a thought behind a prompt that says there is none: thinking is switched on, or it is left out."""
-        history, message, reasoned = talk.messages[:position], talk.messages[position], talk.reasoned[position]
         for name in _THINKING:
             if name in talk.template:
                 continue
             thinking = replace(talk, template={**talk.template, name: True})
-            switched = self._render(history, thinking, prompt=True)
+            switched = self._prompt(thinking)
             if switched != prompt and not closes(switched):
-                turn = self.turn(thinking, position)
+                turn = self._last(thinking)
                 note = f"is told {name}=true for turns with a thought, whose prompt would say that there is none"
                 return Turn(turn.prompt, turn.written, (*turn.said, note))
-        plain = as_shown(self._template, message, reasoned, thought=False)
-        written = self._behind(prompt, history, plain, talk)
+        plain = self._without_thought(talk)
+        written = self._behind(prompt, plain)
         if written is None:
-            written, _ = without_empty(self._body(prompt, history, plain, talk), reasoned.tag)
+            _, reasoned = talk.last
+            written, _ = without_empty(self._body(prompt, plain), reasoned.tag)
         note = "begins the answer behind an empty thought: the thought of the record is not learned"
         return Turn(prompt, written, (note,))
 
-    def _unprompted(self, talk: Conversation, position: int) -> Turn:
+    def _unprompted(self, talk: Conversation) -> Turn:
         """A turn that nothing leads to, as the first of a conversation that the assistant begins."""
-        through = self._render(talk.messages[: position + 1], talk).removesuffix(self.close)
-        before = self._render([*talk.messages[:position], _sentinel()], talk).partition(SENTINEL)[0]
-        before = before.removesuffix(self.lead)
-        if not through.startswith(before):
-            raise ValueError(f"it does not show where message {position + 1} begins")
-        return Turn(
-            before, self._through(through, len(before), talk.messages[:position], talk.messages[position], talk)
-        )
+        finished = self._finished(talk)
+        start = self._start(finished, talk)
+        return Turn(finished[:start], self._through(finished, start, talk))
 
-    def _render(self, messages: list[Message], talk: Conversation, *, prompt: bool = False) -> str:
-        return self._template.render(messages, prompt=prompt, tools=talk.tools, template=talk.template)
+    def _prompt(self, talk: Conversation) -> str:
+        """What the turn is written behind."""
+        return talk.first(len(talk.messages) - 1).render(self._template, prompt=True)
 
-    def _behind(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str | None:
+    def _finished(self, talk: Conversation) -> str:
+        """Everything up to the end of the turn, and what the template puts behind that before another turn."""
+        return talk.render(self._template).removesuffix(self.close)
+
+    def _start(self, finished: str, talk: Conversation) -> int:
+        """Where the turn begins, found by a sentinel in its place.
+
+        Raises:
+            ValueError: that place is not to be found.
+        """
+        before = talk.ending_in(_sentinel()).render(self._template).partition(SENTINEL)[0].removesuffix(self.lead)
+        if not finished.startswith(before):
+            raise ValueError(f"it does not show where message {len(talk.messages)} begins")
+        return len(before)
+
+    def _behind(self, prompt: str, talk: Conversation) -> str | None:
         """What a finished turn is behind its prompt, up to its end; None where it does not stand behind that."""
-        through = self._render([*history, message], talk).removesuffix(self.close)
-        if not through.startswith(prompt):
-            return None
-        return self._through(through, len(prompt), history, message, talk)
+        finished = self._finished(talk)
+        return self._through(finished, len(prompt), talk) if finished.startswith(prompt) else None
 
-    def _through(self, through: str, start: int, history: list[Message], message: Message, talk: Conversation) -> str:
+    def _through(self, finished: str, start: int, talk: Conversation) -> str:
         """A finished turn from where it begins to its end of turn, without what the template puts behind that."""
-        turn, end = through[start:].rstrip(), self.end.strip()
+        turn, end, message = finished[start:].rstrip(), self.end.strip(), talk.messages[-1]
         last = end or message["content"].strip()
         if any(opener in turn for opener in self._openers) or turn.count(last) != 1 or not turn.endswith(last):
-            _, after = self._edges(through, history, message, talk)
-            tail = through[after:] if after >= start else ""
+            _, after = self._edges(finished, talk)
+            tail = finished[after:] if after >= start else ""
             own = self._ended(tail, end=end) if end or message.get("tool_calls") else ""
-            through = through[: len(through) - len(tail)] + own
-        return self._trimmed(through[start:])
+            finished = finished[: len(finished) - len(tail)] + own
+        return self._trimmed(finished[start:])
 
     def _trimmed(self, written: str) -> str:
         """A turn without the white space behind its end."""
@@ -197,41 +215,38 @@ class Turns:
         bare = written.rstrip()
         return bare if bare.endswith((">", "]")) else written
 
-    def _edges(self, through: str, history: list[Message], message: Message, talk: Conversation) -> tuple[int, int]:
+    def _edges(self, finished: str, talk: Conversation) -> tuple[int, int]:
         """Where what is said in a turn begins and ends in a text, found by saying something else instead."""
-        other = self._render([*history, saying_otherwise(message)], talk).removesuffix(self.close)
-        before = common_prefix(through, other)
-        after = common_prefix(through[before:][::-1], other[before:][::-1])
-        return before, len(through) - after
+        other = self._finished(talk.ending_in(saying_otherwise(talk.messages[-1])))
+        before = common_prefix(finished, other)
+        after = common_prefix(finished[before:][::-1], other[before:][::-1])
+        return before, len(finished) - after
 
-    def _body(self, prompt: str, history: list[Message], message: Message, talk: Conversation) -> str:
+    def _body(self, prompt: str, talk: Conversation) -> str:
         """A finished turn from where its generation prompt ends, though it was rendered after something else.
 
         Raises:
             ValueError: that place is not to be found.
         """
-        through = self._render([*history, message], talk).removesuffix(self.close)
+        finished = self._finished(talk)
         tag = tag_of(prompt)
-        same = whole_tags(through, common_prefix(prompt, through))
+        same = whole_tags(finished, common_prefix(prompt, finished))
         left = prompt[same:].strip()
         if tag is not None and left in ("", tag.open.strip()):
-            return self._through(through, same, history, message, talk)
+            return self._through(finished, same, talk)
         begin = self._begin
         if (opened := tag_of(begin)) is not None:
             begin = begin.rstrip().removesuffix(opened.open.rstrip())
-        said, _ = self._edges(through, history, message, talk)
-        if begin.strip() and (at := through[:said].rfind(begin)) >= 0:
-            return self._through(through, at + len(begin), history, message, talk)
-        before = self._render([*history, _sentinel()], talk).partition(SENTINEL)[0].removesuffix(self.lead)
-        if not through.startswith(before):
-            raise ValueError(f"it does not show where message {len(history) + 1} begins")
-        return self._through(through, len(before), history, message, talk)
+        said, _ = self._edges(finished, talk)
+        if begin.strip() and (at := finished[:said].rfind(begin)) >= 0:
+            return self._through(finished, at + len(begin), talk)
+        return self._through(finished, self._start(finished, talk), talk)
 
     def unseen(self, talk: Conversation, end: int) -> list[str]:
         """The roles of turns before ``end`` of which the template shows nothing, though it shows others of theirs."""
         if not end:
             return []
-        prompt = self._render(talk.messages[:end], talk, prompt=True)
+        prompt = talk.first(end).render(self._template, prompt=True)
         roles = []
         for position, message in enumerate(talk.messages[:end]):
             text = message["content"].strip()
@@ -239,7 +254,7 @@ class Turns:
                 continue
             probe = [*talk.messages[:position], {**message, "content": SENTINEL}, *talk.messages[position + 1 : end]]
             try:
-                if SENTINEL not in self._render(probe, talk, prompt=True):
+                if SENTINEL not in replace(talk, messages=probe).render(self._template, prompt=True):
                     roles.append(message["role"])
             except TEMPLATE_ERRORS:
                 continue
@@ -250,14 +265,13 @@ class Turns:
             return ()
         return (f"puts {self.lead.strip()!r} before an answer: it is learned",)
 
-    def _checked(
-        self, prompt: str, written: str, message: Message, reasoned: ReasonedAnswer, said: tuple[str, ...] = ()
-    ) -> Turn:
+    def _checked(self, prompt: str, written: str, talk: Conversation, said: tuple[str, ...] = ()) -> Turn:
         """A turn, and in words what is missing in it.
 
         Raises:
             ValueError: a call is.
         """
+        message, reasoned = talk.last
         lost = missing(prompt, written, message, reasoned)
         if "the calls" in lost:
             raise ValueError("it shows nothing of the tool_calls of a turn that says something as well")
