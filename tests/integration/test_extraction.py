@@ -80,8 +80,8 @@ def test_a_full_change_is_cut_to_the_best_of_its_rank(h: Any) -> None:
 def test_the_randomised_decomposition_is_within_a_hundredth_of_the_best() -> None:
     generator = torch.Generator().manual_seed(1)
     delta = torch.randn(1100, 900, generator=generator) / 30  # a flat spectrum, which is the hardest
-    found = LowRankPairs()
-    found.keep("x", delta, Truncation(32))
+    found = LowRankPairs(Truncation(32))
+    found.keep("x", delta)
     (a, b), lost, total = found.pairs["x"], found.lost, found.total
     assert (a.shape, b.shape) == ((32, 900), (1100, 32))
     best = torch.linalg.svdvals(delta.double())[32:].square().sum()

@@ -157,32 +157,19 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
             f"{listed(lost)}",
             hint="train it on another base",
         )
-    live = probe(attached, tokens)
+    original = Original(tokens, probe(attached, tokens), without)
     found = LowRankPairs(
+        wanted,
         saved=_whole(checkpoint, tensors),
         saved_modules=sorted({*(checkpoint.config.get("modules_to_save") or ()), *untold}),
         biases={name: b.float() for name, b in biases.items() if not torch.equal(b, kept[name].values["bias"].to(b))},
-    )  # fmt: skip
-    for name, layer in tuner_layers(model, BaseTunerLayer):
-        if name not in kept:
-            raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
-        merged = merged_layer(name, layer)
-        _keep(found, name, kept[name], merged, begun.difference(name, layer), wanted)
-        model.set_submodule(name, layer.get_base_layer())
-        kept[name].set(merged.weight, getattr(merged, "bias", None))
-    for name in sharing.keys() - begun.layers:  # what was taken out of a weight is gone for whoever shares it
-        _keep(found, name, kept[name], model.get_submodule(name), begun.taken_out(name), wanted)
-    whole = tuner_layers(model, ModulesToSaveWrapper)
-    for name, wrapper in whole:
-        model.set_submodule(name, wrapper.modules_to_save[ADAPTER])
-    merged_logits = probe(model, tokens)
-    for name, wrapper in whole:
-        model.set_submodule(name, wrapper.original_module)
+    )
+    _merge_layers(model, found, kept, begun)
+    merged = _probe_merged(model, tokens)
     for module in kept.values():
         module.restore()
     model.__dict__.pop("peft_config", None)
-    original = Original(tokens, live, without)
-    if difference(without, live) > 1e-6 and original.error(merged_logits) > _OUTPUT_TOLERANCE:
+    if difference(without, original.live) > 1e-6 and original.error(merged) > _OUTPUT_TOLERANCE:
         raise Incompatible(
             f"merged into the weights {checkpoint.path} does not do what it does live: more than weights change",
             hint="use it with PEFT itself",
@@ -192,18 +179,42 @@ def convert(stacked: StackedModel, checkpoint: Checkpoint, wanted: Truncation) -
     return found, original
 
 
+def _merge_layers(model: nn.Module, found: LowRankPairs, kept: dict[str, Kept], begun: Begun) -> None:
+    """Merge the adapter into every layer that it is on, which takes it off there, and keep what that changes."""
+    for name, layer in tuner_layers(model, BaseTunerLayer):
+        if name not in kept:
+            raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
+        merged = merged_layer(name, layer)
+        _keep(found, name, kept[name], merged, begun.difference(name, layer))
+        model.set_submodule(name, layer.get_base_layer())
+        kept[name].set(merged.weight, getattr(merged, "bias", None))
+    for name in begun.neighbours:  # what was taken out of a weight is gone for whoever shares it
+        _keep(found, name, kept[name], model.get_submodule(name), begun.taken_out(name))
+
+
+def _probe_merged(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits of a merged model with the modules that the adapter brings whole, which are taken off again."""
+    whole = tuner_layers(model, ModulesToSaveWrapper)
+    for name, wrapper in whole:
+        model.set_submodule(name, wrapper.modules_to_save[ADAPTER])
+    logits = probe(model, tokens)
+    for name, wrapper in whole:
+        model.set_submodule(name, wrapper.original_module)
+    return logits
+
+
 def subtract(now: StackPlan, begun: StackPlan, wanted: Truncation) -> LowRankPairs:
     """A plain LoRA out of an adapter and the same one as it was before its training, which its base was left without.
 
     Both plans are of one member, which begins with a change of zero: ΔW = s B A - s₀ B₀ A₀.
     """
-    found = LowRankPairs()
+    found = LowRankPairs(wanted)
     with torch.no_grad(), MemberTensors(now) as tensors, MemberTensors(begun) as before:
         for name, module in now.modules.items():
-            factors = tensors.factors(module) + _negative(before.factors(begun.modules[name]))
+            factors = [*tensors.factors(module), *((a, b, -s) for a, b, s in before.factors(begun.modules[name]))]
             delta = algebra.delta(factors, torch.float64)
             if float(delta.abs().max()):
-                found.put(name, _pair(factors, wanted), delta)
+                found.put_sum(name, factors, delta)
     return found
 
 
@@ -238,14 +249,7 @@ def _whole(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tens
     return {f"{s.module}.{name.rpartition('.')[2]}": tensors[name] for name, s in slots if s.role == "saved"}
 
 
-def _keep(
-    found: LowRankPairs,
-    name: str,
-    kept: Kept,
-    merged: Any,
-    factors: list[algebra.Factors],
-    wanted: Truncation,
-) -> None:
+def _keep(found: LowRankPairs, name: str, kept: Kept, merged: Any, factors: list[algebra.Factors]) -> None:
     """Keep what merging changed in one layer: its weight as a pair, that of the sum of ``factors`` where they are
     known to be all of it; its bias whole."""
     delta = merged.weight.detach().double() - kept.values["weight"].double()
@@ -259,17 +263,6 @@ def _keep(
     if not bool(delta.any()):
         return
     if factors and difference(algebra.delta(factors, torch.float64), delta.cpu()) < _SAME:
-        found.put(name, _pair(factors, wanted), delta.cpu())
+        found.put_sum(name, factors, delta.cpu())
     else:
-        found.keep(name, delta.cpu(), wanted)
-
-
-def _negative(factors: list[algebra.Factors]) -> list[algebra.Factors]:
-    return [(a, b, -s) for a, b, s in factors]
-
-
-def _pair(factors: list[algebra.Factors], wanted: Truncation) -> algebra.Pair:
-    """The factors of a sum as one pair: all of it, or as much as is wanted."""
-    if wanted.rank is None and wanted.tolerance is None:
-        return algebra.concatenate(factors)
-    return algebra.truncate(factors, rank=wanted.rank or "auto", tolerance=wanted.tolerance)
+        found.keep(name, delta.cpu())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from stackctl.engine.base.entry import make_base
 from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
-from stackctl.engine.base.module_shapes import is_called
+from stackctl.engine.base.module_shapes import computes, is_called
 from stackctl.engine.live_adapter import not_read_back
 from stackctl.engine.tensors import TensorFiles, all_finite
 from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, LowRankPairs, Truncation, whole_pair
@@ -107,32 +107,16 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
         Incompatible: no layer that a LoRA can stand on was changed.
         VerificationFailed: one of the models holds values that are no finite numbers.
     """
-    found = Extraction()
+    found = Extraction(wanted)
     model = empty_model(folder)
-    before, after = BaseLayout(folder, model), BaseLayout(place, empty_model(place))
-    kinds = _Kinds(base, model, folder)
-    own, twins = _twins(base), _twins(tuned)
-    with torch.no_grad(), TensorFiles() as ours, TensorFiles() as theirs:
-        for group in before.groups:
-            if group.targets[0] in own:
-                continue
-            other = after.group(twins.get(group.targets[0], group.targets[0]))
-            if other is None:
-                found.left_out.extend(group.targets)
-                continue
-            new = after.read_group(other, theirs)
-            for name, old in before.read_group(group, ours).items():
-                _keep(found, kinds, name, (old, new.pop(twins.get(name, name))), wanted)
-        for head, embedding in own.items():  # a head that is the embedding in the base, and changes with it or alone
-            there = twins.get(head, head)
-            own_group, new_group = before.group(embedding), after.group(there)
-            if own_group is None or new_group is None:  # as in ProphetNet, which has it outside of the decoder
-                raise Incompatible(
-                    f"'{base.name}' has {embedding} under another name in its files, where no change is looked for",
-                    hint="train the adapter instead: stackctl train",
-                )
-            values = before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there]
-            _keep(found, kinds, head, values, wanted)
+    kinds, twins = _Kinds(base, model, folder), _twins(tuned)
+    after = BaseLayout(place, empty_model(place))
+    with torch.no_grad():
+        for name, values in _parameters(base, BaseLayout(folder, model), after, twins):
+            if values is None:
+                found.left_out.append(name)
+            else:
+                _keep(found, kinds, name, values)
     if found.broken:
         raise VerificationFailed(
             f"values that are not finite numbers in {listed(found.broken, _SHOWN)}",
@@ -148,6 +132,39 @@ def extract(base: Base, folder: Path, tuned: Base, place: Path, wanted: Truncati
     _complete(found, model, after, twins)
     found.saved_modules = sorted(found.whole)
     return found
+
+
+def _parameters(
+    base: Base, before: BaseLayout, after: BaseLayout, twins: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor] | None]]:
+    """Every parameter of a base with its values there and in the tuned model; None where that has nothing like it.
+
+    ``twins`` are those of the tuned model.
+
+    Raises:
+        Incompatible: an embedding that is the head as well is not found.
+    """
+    own = _twins(base)
+    with TensorFiles() as ours, TensorFiles() as theirs:
+        for group in before.groups:
+            if group.targets[0] in own:
+                continue
+            other = after.group(twins.get(group.targets[0], group.targets[0]))
+            if other is None:
+                yield from ((name, None) for name in group.targets)
+                continue
+            new = after.read_group(other, theirs)
+            for name, old in before.read_group(group, ours).items():
+                yield name, (old, new.pop(twins.get(name, name)))
+        for head, embedding in own.items():  # a head that is the embedding in the base, and changes with it or alone
+            there = twins.get(head, head)
+            own_group, new_group = before.group(embedding), after.group(there)
+            if own_group is None or new_group is None:  # as in ProphetNet, which has it outside of the decoder
+                raise Incompatible(
+                    f"'{base.name}' has {embedding} under another name in its files, where no change is looked for",
+                    hint="train the adapter instead: stackctl train",
+                )
+            yield head, (before.read_group(own_group, ours)[embedding], after.read_group(new_group, theirs)[there])
 
 
 def _twins(model: Base) -> dict[str, str]:
@@ -203,32 +220,32 @@ class _Kinds:
         if not is_called(self._model, module) or module in self._unread:
             return False
         if isinstance(own, nn.Embedding):
-            return type(own).forward is nn.Embedding.forward or hasattr(own, "embed_scale")
+            return not computes(own)
         return self._is_allowed(module)
 
 
-def _keep(found: Extraction, kinds: _Kinds, name: str, models: tuple[Tensor, Tensor], wanted: Truncation) -> None:
+def _keep(found: Extraction, kinds: _Kinds, name: str, values: tuple[Tensor, Tensor]) -> None:
     """What is kept of one parameter, if it changed: by more than the rounding of the dtype that it was saved in."""
-    old, new = models
+    old, new = values
     if torch.equal(old.to(new.dtype), new):
         return
-    broken = [which for which, values in (("the base", old), ("the fine-tune", new)) if not all_finite(values)]
+    broken = [which for which, one in (("the base", old), ("the fine-tune", new)) if not all_finite(one)]
     if broken:
         found.broken += [f"{name} of {which}" for which in broken]
         return
     module, _, kind = name.rpartition(".")
     if own := kinds.type(name):  # a parameter of experts
         delta = new.float() - old.float()
-        found.keep(name, delta.mT if own == "TransposedExperts" else delta, wanted)
+        found.keep(name, delta.mT if own == "TransposedExperts" else delta)
         return
     type_ = kinds.type(module)
     if kind == "weight" and type_ and not kinds.takes_lora(module):
         found.saved[name] = new.contiguous()
     elif kind == "weight" and kinds.is_table(module):
-        _keep_table(found, module, new, new.float() - old.float(), wanted, transposed=type_ == "Embedding")
+        _keep_table(found, module, new, new.float() - old.float(), transposed=type_ == "Embedding")
     elif kind == "weight" and type_ in ("Linear", "Conv1D", "Matrix"):
         delta = new.float() - old.float()
-        found.keep(module, delta.T if type_ == "Conv1D" else delta, wanted)
+        found.keep(module, delta.T if type_ == "Conv1D" else delta)
     elif kind == "bias" and type_ in ("Linear", "Conv1D"):
         found.biases[module] = new.contiguous()
     elif type_ is None and kind in ("weight", "bias") and not kinds.has_parts(module):  # a norm
@@ -237,15 +254,13 @@ def _keep(found: Extraction, kinds: _Kinds, name: str, models: tuple[Tensor, Ten
         found.left_out.append(name)
 
 
-def _keep_table(
-    found: Extraction, module: str, new: Tensor, delta: Tensor, wanted: Truncation, *, transposed: bool
-) -> None:
+def _keep_table(found: Extraction, module: str, new: Tensor, delta: Tensor, *, transposed: bool) -> None:
     """Keep an embedding or a head: as a pair where one of the rank that was asked for holds its change, else whole.
 
     ``new`` and ``delta`` are (vocabulary, dimension). A training moves the rows of many tokens apart from each other,
     of which a pair of a low rank would lose most.
     """
-    pair = whole_pair(delta, wanted.rank or MOST_DIRECTIONS)
+    pair = whole_pair(delta, found.wanted.rank or MOST_DIRECTIONS)
     if pair is None:
         found.saved[f"{module}.weight"] = new.contiguous()
     elif transposed:

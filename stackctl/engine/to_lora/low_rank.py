@@ -60,6 +60,7 @@ class LowRankPairs:
     The pair of a parameter of experts holds the factors of all of them, as PEFT's does; ``experts`` says how many.
     """
 
+    wanted: Truncation = Truncation()
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)
@@ -69,14 +70,14 @@ class LowRankPairs:
     lost: float = 0.0
     total: float = 0.0
 
-    def keep(self, module: str, delta: Tensor, wanted: Truncation) -> None:
+    def keep(self, module: str, delta: Tensor) -> None:
         """Keep the best pair for a module's change (out, in), or (experts, out, in); a change of nothing is none."""
         if not bool(delta.any()):
             return
         if delta.ndim == 2:
-            self.put(module, best_pair(delta, wanted), delta)
+            self.put(module, best_pair(delta, self.wanted), delta)
             return
-        pairs = [best_pair(own, wanted) for own in delta]
+        pairs = [best_pair(own, self.wanted) for own in delta]
         self.experts[module] = len(pairs)
         self.pairs[module] = algebra.join_experts(pairs)
         self._count(module, [_lost(own, pair) for own, pair in zip(delta, pairs, strict=True)])
@@ -85,6 +86,14 @@ class LowRankPairs:
         """Keep a pair for a module, and how far its product is from the module's change (out, in)."""
         self.pairs[module] = pair
         self._count(module, [_lost(delta, pair)])
+
+    def put_sum(self, module: str, factors: Sequence[algebra.Factors], delta: Tensor) -> None:
+        """The same for factors whose sum is the module's change: all of it is kept, or as much as is wanted."""
+        rank, tolerance = self.wanted.rank, self.wanted.tolerance
+        if rank is None and tolerance is None:
+            self.put(module, algebra.concatenate(factors), delta)
+        else:
+            self.put(module, algebra.truncate(factors, rank=rank or "auto", tolerance=tolerance), delta)
 
     def _count(self, module: str, found: Sequence[tuple[float, float]]) -> None:
         lost, total = (math.fsum(numbers) for numbers in zip(*found, strict=True))
@@ -231,7 +240,7 @@ def export_zero(plan: StackPlan, out: Path) -> None:
     for name, module in expand_modules(base.modules).items():
         if module.type == "Linear" and name != base.output_embedding:
             rows, columns = module.shape
-            nothing = LowRankPairs({name: (torch.zeros(1, columns), torch.zeros(rows, 1))})
+            nothing = LowRankPairs(pairs={name: (torch.zeros(1, columns), torch.zeros(rows, 1))})
             with atomic.staging_directory(out.parent) as staged:
                 nothing.write(staged, base, {})
                 atomic.publish_directory(staged, out)

@@ -32,6 +32,11 @@ class Begun:
         if checkpoint.is_lora and beginning_of(config) in KNOWN_RESIDUALS:
             self._factors = {name: _factors_of(layer) for name, layer in tuner_layers(model, LoraLayer)}
 
+    @property
+    def neighbours(self) -> set[str]:
+        """The modules that it does not stand on and that share the weight of one that it does."""
+        return self._sharing.keys() - self.layers
+
     def difference(self, name: str, layer: Any) -> list[algebra.Factors]:
         """What changes in a layer: its factors, less what was taken out of its weight; none where more does."""
         return [_factors_of(layer), *self.taken_out(name)] if self._factors and self._is_sum else []
