@@ -22,6 +22,7 @@ from stackctl.plan.stack_plan import PlanMember, Problem, Replacement, StackPlan
 
 KEY = "trainable_token_indices"
 ADD_TOKENS = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
+REGISTER_AGAIN = "register the checkpoint again from where it was made"
 _NAMED = 8
 
 
@@ -68,7 +69,6 @@ _Saved = tuple[str, TensorInfo, tuple[int, ...]]
 def _saved_rows(member: PlanMember, naming: Naming, base: Base | None) -> tuple[list[_Saved], list[Problem]]:
     checkpoint, label = member.checkpoint, member.label
     indices, saved, problems = _indices(checkpoint.config), list[_Saved](), list[Problem]()
-    again = "register the checkpoint again from where it was made"
     used = set[str]()
     for name, slot in checkpoint.slots.items():
         if slot.role != "tokens":
@@ -79,13 +79,13 @@ def _saved_rows(member: PlanMember, naming: Naming, base: Base | None) -> tuple[
             continue  # save_embedding_layers writes the embedding's rows for the head as well
         if key is None:
             what = f"{label}: rows of single tokens that its configuration does not name: {name}"
-            problems.append(Problem("extra_tensors", what, again, label))
+            problems.append(Problem("extra_tensors", what, REGISTER_AGAIN, label))
             continue
         used.add(key)
         tensor, tokens = checkpoint.tensors[name], tuple(indices[key])
         if len(tensor.shape) != 2 or tensor.shape[0] != len(tokens):
             what = f"{label}: {name} is {list(tensor.shape)}, and its configuration names {len(tokens)} tokens"
-            problems.append(Problem("shape", what, again, label))
+            problems.append(Problem("shape", what, REGISTER_AGAIN, label))
         elif len(set(tokens)) != len(tokens):
             what = f"{label} names a token twice in {KEY}, so that nothing says which row is meant"
             problems.append(Problem(KEY, what, "train it again with each token once", label))
@@ -95,7 +95,7 @@ def _saved_rows(member: PlanMember, naming: Naming, base: Base | None) -> tuple[
     lost = [key for key in indices if key not in used and not any(indices[key] == indices[other] for other in used)]
     if lost:
         what = f"{label}: the rows are missing that its configuration names ({KEY})"
-        problems.append(Problem("missing_tensors", what, again, label))
+        problems.append(Problem("missing_tensors", what, REGISTER_AGAIN, label))
     return saved, problems
 
 

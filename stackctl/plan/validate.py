@@ -22,7 +22,7 @@ from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
 from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.refusals import saved_modules
 from stackctl.plan.stack_plan import PlanMember, Problem, Replacement
-from stackctl.plan.token_rows import ADD_TOKENS
+from stackctl.plan.token_rows import ADD_TOKENS, REGISTER_AGAIN
 
 
 def same_adapter_twice(members: Sequence[PlanMember]) -> Iterator[Problem]:
@@ -58,59 +58,91 @@ def unfitting_tensors(
     member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] | None, base: Base | None
 ) -> list[Problem]:
     """Missing, extra and misshapen tensors of one member; ``pairs`` are its factors by what they stand on."""
-    label, checkpoint, problems = member.label, member.checkpoint, list[Problem]()
+    if known is None or base is None:
+        return list(_damaged(member, pairs, known, base))
+    missing = [m for m in pairs if m not in known]
+    if missing and (other := recognise_model(member.checkpoint.config, pairs)):
+        return [Problem(other.kind, f"{member.label} {other.what}", other.hint, member.label)]
+    return [
+        *_damaged(member, pairs, known, base),
+        *_not_of_base(member, pairs, known, base),
+        *_not_of_configuration(
+            member, pairs, known, expected_targets(member.checkpoint.config, known, base.output_embedding)
+        ),
+    ]
 
-    def add(code: str, names: list[str], what: str, hint: str) -> None:
-        if names:
-            problems.append(Problem(code, f"{label}: {what}: {listed(names)}", hint, label))
 
-    again = "register the checkpoint again from where it was made"
+def _told(
+    member: PlanMember, code: str, names: Sequence[str], what: str, hint: str = REGISTER_AGAIN
+) -> Iterator[Problem]:
+    """What is wrong with some tensors or modules, if there are any."""
+    if names:
+        yield Problem(code, f"{member.label}: {what}: {listed(names)}", hint, member.label)
+
+
+def _damaged(
+    member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape] | None, base: Base | None
+) -> Iterator[Problem]:
+    """Tensors that are no LoRA's, or not that of the configuration."""
+    label, checkpoint = member.label, member.checkpoint
     if not pairs:
-        problems.append(Problem("no_tensors", f"{label} holds no LoRA tensors", again, label))
+        yield Problem("no_tensors", f"{label} holds no LoRA tensors", REGISTER_AGAIN, label)
     single = [m for m, pair in pairs.items() if set(pair) != {"A", "B"}]
-    add("missing_tensors", single, "one factor is missing of", again)
+    yield from _told(member, "missing_tensors", single, "one factor is missing of")
     other_types = [n for n, t in checkpoint.tensors.items() if t.dtype not in DTYPE_NAMES]
-    add("dtype", other_types, "not a floating-point tensor", again)
+    yield from _told(member, "dtype", other_types, "not a floating-point tensor")
     config = checkpoint.config
     explained = {"unknown": False, "bias": config.get("bias", "none") != "none", "magnitude": config.get("use_dora"),
                  "lora_bias": config.get("lora_bias")}  # fmt: skip
     extra = [n for role, said in explained.items() if not said for n, s in checkpoint.slots.items() if s.role == role]
     if known is None:  # a whole weight may be the base's embedding or head, whatever that calls it
         extra = [name for name in extra if "lora_" in name or not name.endswith(".weight")]
-    add("extra_tensors", extra, "tensors that its configuration does not explain", again)
+    yield from _told(member, "extra_tensors", extra, "tensors that its configuration does not explain")
     wrong_rank, wrong_shape = _misshapen(member, pairs, known)
-    add("rank", wrong_rank, "the rank in its tensors is not the one in its configuration", again)
-    if known is None or base is None:
-        add("shape", wrong_shape, "factors that do not fit each other", again)
-        return problems
-    fits = _where_it_fits(member, base)
-    add("shape", wrong_shape, f"tensors that do not fit {base.name}", fits)
+    yield from _told(member, "rank", wrong_rank, "the rank in its tensors is not the one in its configuration")
+    if base is None:
+        yield from _told(member, "shape", wrong_shape, "factors that do not fit each other")
+    else:
+        what = f"tensors that do not fit {base.name}"
+        yield from _told(member, "shape", wrong_shape, what, _where_it_fits(member, base))
+
+
+def _not_of_base(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape], base: Base) -> Iterator[Problem]:
+    """Modules that the base does not have, or on which no LoRA can be composed."""
     shared = [m for m in pairs if m in known and known[m].type == "Shared"]
     why = "modules whose weight other modules use as well, so that none can be changed alone"
-    add("shared_modules", shared, why, "train it again without them")
+    yield from _told(member, "shared_modules", shared, why, "train it again without them")
     older = [m for m in pairs if m in known and known[m].type in ("Parameter", "Other")]
-    again_base = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
-    add("older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", again_base)
+    hint = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
+    yield from _told(
+        member, "older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", hint
+    )
     missing = [m for m in pairs if m not in known]
-    if missing and (other := recognise_model(checkpoint.config, pairs)):
-        return [Problem(other.kind, f"{label} {other.what}", other.hint, label)]
-    add("unknown_modules", missing, f"modules that {base.name} does not have", fits)
-    add("missing_tensors", _missing_whole(member, known), "whole modules are missing (modules_to_save)", again)
-    expected = expected_targets(checkpoint.config, known, base.output_embedding)
-    if expected is None and pairs:  # of which PEFT would take its own choice, and drop the other tensors
-        names = json.dumps(sorted({name.rpartition(".")[2] for name in pairs}))
-        what = f"{label}: its configuration does not say which modules it is for (target_modules)"
-        problems.append(Problem("no_targets", what, f'write into its {CONFIG}: "target_modules": {names}', label))
-    if expected is not None:
-        found = {m for m in pairs if m in known}
-        untargeted = sorted(found - expected - set(shared), key=natural_order)
-        odd = [m for m in untargeted if known[m].type == "Matrix"]
-        why = "modules that are no plain linear layers, on which PEFT runs no LoRA"
-        add("no_linear_layer", odd, why, "train it again without them")
-        untargeted = [m for m in untargeted if m not in odd]
-        add("missing_tensors", sorted(expected - found, key=natural_order), "tensors are missing for", again)
-        add("extra_tensors", untargeted, "tensors for modules that it does not target", again)
-    return problems
+    what = f"modules that {base.name} does not have"
+    yield from _told(member, "unknown_modules", missing, what, _where_it_fits(member, base))
+
+
+def _not_of_configuration(
+    member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape], expected: set[str] | None
+) -> Iterator[Problem]:
+    """Modules that the configuration tells and the tensors do not, and the other way round."""
+    whole = _missing_whole(member, known)
+    yield from _told(member, "missing_tensors", whole, "whole modules are missing (modules_to_save)")
+    if expected is None:
+        if pairs:  # of which PEFT would take its own choice, and drop the other tensors
+            names = json.dumps(sorted({name.rpartition(".")[2] for name in pairs}))
+            what = f"{member.label}: its configuration does not say which modules it is for (target_modules)"
+            yield Problem("no_targets", what, f'write into its {CONFIG}: "target_modules": {names}', member.label)
+        return
+    found = {m for m in pairs if m in known}
+    untargeted = [m for m in sorted(found - expected, key=natural_order) if known[m].type != "Shared"]
+    odd = [m for m in untargeted if known[m].type == "Matrix"]
+    why = "modules that are no plain linear layers, on which PEFT runs no LoRA"
+    yield from _told(member, "no_linear_layer", odd, why, "train it again without them")
+    missing = sorted(expected - found, key=natural_order)
+    yield from _told(member, "missing_tensors", missing, "tensors are missing for")
+    untargeted = [m for m in untargeted if m not in odd]
+    yield from _told(member, "extra_tensors", untargeted, "tensors for modules that it does not target")
 
 
 def unfitting_layer_weights(
