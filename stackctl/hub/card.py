@@ -167,7 +167,7 @@ def facts_of_card(text: str) -> CardFacts:
     """License, languages and data sets of a card that stands in a repo; nothing where it cannot be read."""
     match = re.match(r"---\s*\n(.*?\n)---\s*(?:\n|$)", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
     try:
-        values = parse_yaml(match[1], CARD)[0] if match else {}
+        values = parse_yaml(match[1], CARD).value if match else {}
     except StackctlError:
         return CardFacts()
     if not isinstance(values, dict):

@@ -18,8 +18,8 @@ from stackctl.core.train_job import Recipe, TrainJob
 from stackctl.lora.checkpoint import find_checkpoint_folder, read_checkpoint
 from stackctl.registry.store import Registry
 from stackctl.storage.paths import typed_path
-from stackctl.storage.yaml_files import convert, read_text
-from stackctl.storage.yaml_text import KeyPath, parse_yaml
+from stackctl.storage.yaml_files import convert, read_document
+from stackctl.storage.yaml_text import Document
 
 _OLDER_BASE = ("base_model_name", "base_model", "base_model_name_or_path", "model_name_or_path", "model_name")
 _OLDER_ON = ("stage1_adapter_path",)
@@ -60,7 +60,7 @@ class JobFile:
 
 def is_recipe(path: Path) -> bool:
     """Whether a file says what to train by name, as ``stackctl.yaml`` does, and not one job."""
-    value, _ = parse_yaml(read_text(path), str(path))
+    value = read_document(path).value
     keys = set(value) if isinstance(value, dict) else set()
     own_of_a_job = {*_OWN, *_OLDER_KEYS, *_OLDER_IGNORED} - {*Recipe.__struct_fields__}
     return "train" in keys or not keys & own_of_a_job
@@ -72,21 +72,22 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     Raises:
         NotFound, Usage: the file, its base or its first stage is not there, or a key or a value is wrong.
     """
-    value, places = parse_yaml(read_text(path), str(path))
-    marks = dict(places)
+    document = read_document(path)
+    value = document.value
     if not isinstance(value, dict):
         raise Usage(f"{path}: expected a mapping of keys to values", hint="write key: value lines")
     if "train" in value:
         hint = f"build it: stackctl train --config {shlex.quote(str(path))}"
         raise Usage(f"{path} is a recipe of several adapters", hint=hint)
     problems: list[StackctlError] = []
-    values = _rename(value, marks, path, problems)
+    renamed = _rename(document, problems)
+    values = renamed.value
     ignored = tuple(key for key in _OLDER_IGNORED if values.pop(key, None) is not None)
     name = values.pop("name", None)
     if name is not None:
         parse_name(str(name))
     with gathering(problems):
-        convert((values, marks), TrainJob, str(path))
+        convert(renamed, TrainJob)
     raise_all(problems)
     if values.get("base") and not set(_OLDER_BASE).isdisjoint(value):
         values["base"] = _base_of(registry, values["base"])
@@ -95,15 +96,13 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     return JobFile({k: v for k, v in values.items() if v not in (None, "")}, name, ignored)
 
 
-def _rename(
-    value: dict[str, Any], marks: dict[KeyPath, tuple[int, int]], path: Path, problems: list[StackctlError]
-) -> dict[str, Any]:
-    """Older keys by their present names; ``marks`` follow them. What is unknown or given twice is a problem."""
+def _rename(document: Document, problems: list[StackctlError]) -> Document:
+    """Older keys by their present names. What is unknown or given twice is a problem."""
     renamed: dict[str, Any] = {}
-    for key, item in value.items():
+    marks = dict(document.marks)
+    for key, item in document.value.items():
         own = _OLDER_KEYS.get(key, key)
-        line, column = marks.get((key,), (1, 1))
-        where = f"{path}, line {line}, column {column}"
+        where = document.where((key,))
         if own not in _OWN and own not in _OLDER_IGNORED:
             hint = did_you_mean(key, [*_OWN, *_OLDER_KEYS], f"known: {', '.join(_OWN)}")
             problems.append(Usage(f"{where}: unknown key '{key}'", hint=hint))
@@ -111,8 +110,8 @@ def _rename(
             problems.append(Usage(f"{where}: '{own}' is given twice, once as '{key}'", hint="remove one of them"))
         else:
             renamed[own] = item
-            marks[(own,)] = (line, column)
-    return renamed
+            marks[(own,)] = document.marks[(key,)]
+    return Document(renamed, marks, document.source)
 
 
 def _base_of(registry: Registry, text: str) -> str:

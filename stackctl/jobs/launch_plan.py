@@ -14,8 +14,7 @@ from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
 from stackctl.storage.paths import typed_path
-from stackctl.storage.yaml_files import convert, read_text
-from stackctl.storage.yaml_text import parse_yaml
+from stackctl.storage.yaml_files import convert, read_document
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
     if not job.accelerate_config:
         return Launch(job.num_processes or 1, None)
     path = typed_path(job.accelerate_config, what="--accelerate-config")
-    parsed = parse_yaml(read_text(path), str(path))
-    if not isinstance(parsed[0], dict) or "distributed_type" not in parsed[0]:
+    document = read_document(path)
+    if not isinstance(document.value, dict) or "distributed_type" not in document.value:
         raise Usage(
             f"{path} is not a configuration of accelerate",
             hint=f"accelerate config --config_file {shlex.quote(str(path))}",
         )
-    config = convert(parsed, _Config, str(path))
+    config = convert(document, _Config)
     _check_config(path, config)
     if config.distributed_type in ("FSDP", "DEEPSPEED"):
         check_whole_parameters(prepared)

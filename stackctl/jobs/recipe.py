@@ -13,8 +13,7 @@ import msgspec
 from stackctl.core.errors import StackctlError, Usage, raise_all
 from stackctl.core.expressions import BASE, Reference, parse_expression, parse_name, parse_stack_name
 from stackctl.core.train_job import Recipe, TrainJob
-from stackctl.storage.yaml_files import convert, read_text
-from stackctl.storage.yaml_text import parse_yaml
+from stackctl.storage.yaml_files import read_yaml
 
 RECIPE_FILE = "stackctl.yaml"
 
@@ -49,7 +48,7 @@ def read_recipe(path: Path) -> RecipeFile:
     Raises:
         NotFound, Usage: it is not there, or anything in it is wrong, all at once.
     """
-    recipe = convert(parse_yaml(read_text(path), str(path)), Recipe, str(path))
+    recipe = read_yaml(path, Recipe)
     problems: list[StackctlError] = []
     texts = [text for job in recipe.train.values() for text in (job.on, job.from_, job.teacher)]
     texts += [recipe.push.stack] if recipe.push else []

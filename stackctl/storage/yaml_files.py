@@ -23,7 +23,7 @@ from stackctl.storage.files import read_bounded
 from stackctl.storage.paths import missing_path
 
 if TYPE_CHECKING:
-    from stackctl.storage.yaml_text import KeyPath, Marks
+    from stackctl.storage.yaml_text import Document, KeyPath
 
 T = TypeVar("T")
 _MOST = 10
@@ -37,9 +37,19 @@ def read_yaml(path: Path, type_: type[T], *, schema: int | None = None) -> T:
         NotFound: there is no such file.
         Usage: it is not strict YAML, does not fit the type, or is of another schema.
     """
+    return convert(read_document(path), type_, schema=schema)
+
+
+def read_document(path: Path) -> Document:
+    """A strict YAML file, whatever is in it.
+
+    Raises:
+        NotFound: there is no such file.
+        Usage: it is not strict YAML.
+    """
     from stackctl.storage.yaml_text import parse_yaml  # only completing names reads no file, and is to be quick
 
-    return convert(parse_yaml(read_text(path), str(path)), type_, str(path), schema=schema)
+    return parse_yaml(read_text(path), str(path))
 
 
 def read_text(path: Path) -> str:
@@ -54,32 +64,30 @@ def read_text(path: Path) -> str:
         raise Usage(f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from None
 
 
-def convert(parsed: tuple[Any, Marks], type_: type[T], source: str, *, schema: int | None = None) -> T:
+def convert(document: Document, type_: type[T], *, schema: int | None = None) -> T:
     """Fit a parsed document to a msgspec type; errors name the place and the nearest known key.
 
     Raises:
         Usage: it does not fit; the first ten places where it does not are named.
     """
-    value, marks = parsed
+    value = document.value
     if not isinstance(value, dict):
-        raise Usage(f"{source}: expected a mapping of keys to values", hint="write key: value lines")
+        raise Usage(f"{document.source}: expected a mapping of keys to values", hint="write key: value lines")
     if schema is not None:
         value = migrate(value, type_, schema)
-        _check_schema(value, schema, marks, source)
+        _check_schema(value, schema, document)
     try:
         return msgspec.convert(value, type_, strict=True)
     except msgspec.ValidationError as error:
-        raise joined(_explain_all(error, value, type_, marks, source)) from None
+        raise joined(_explain_all(error, value, type_, document)) from None
 
 
-def _explain_all(
-    error: msgspec.ValidationError, value: Any, type_: Any, marks: Marks, source: str
-) -> list[StackctlError]:
+def _explain_all(error: msgspec.ValidationError, value: Any, type_: Any, document: Document) -> list[StackctlError]:
     """Everything that does not fit. msgspec names one thing at a time, so each is left out to see the next."""
     problems: list[StackctlError] = []
     left_out: set[KeyPath] = set()
     while len(problems) < _MOST:
-        problem, place = _explain(error, value, type_, (), marks, source)
+        problem, place = _explain(error, value, type_, (), document)
         lacks = re.search(r"missing required field `(.+)`", str(error))
         if not (lacks and (*place, lacks[1]) in left_out):
             problems.append(problem)
@@ -105,12 +113,11 @@ def _without(value: Any, place: KeyPath) -> Any:
     return {k: _without(v, tuple(rest)) if k == first else v for k, v in value.items() if k != first or rest}
 
 
-def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str) -> None:
+def _check_schema(value: dict[str, Any], schema: int, document: Document) -> None:
     found = value.get("schema")
     if found == schema and not isinstance(found, bool):
         return
-    line, column = marks.get(("schema",), (1, 1))
-    source = f"{source}, line {line}, column {column}"
+    source = document.where(("schema",))
     if isinstance(found, int) and found > schema:
         raise Usage(
             f"{source}: schema {found} is newer than stackctl {__version__}, which reads schema {schema} at most",
@@ -120,9 +127,9 @@ def _check_schema(value: dict[str, Any], schema: int, marks: Marks, source: str)
 
 
 def _explain(
-    error: msgspec.ValidationError, value: Any, type_: Any, prefix: KeyPath, marks: Marks, source: str
+    error: msgspec.ValidationError, value: Any, type_: Any, prefix: KeyPath, document: Document
 ) -> tuple[Usage, KeyPath]:
-    """What an error of msgspec's says, and the place that it means."""
+    """What an error of msgspec's says, and the place that it means; ``value`` stands at ``prefix`` of the document."""
     message, _, location = str(error).partition(" - at ")
     before, in_mapping, _ = location.partition("[...]")
     path = _parse_location(before)
@@ -132,13 +139,10 @@ def _explain(
             try:
                 msgspec.convert(item, item_type, strict=True)
             except msgspec.ValidationError as inner:
-                return _explain(inner, item, item_type, (*prefix, *path, key), marks, source)
+                return _explain(inner, item, item_type, (*prefix, *path, key), document)
     unknown = re.search(r"unknown field `(.+)`", message)
-    found = full = (*prefix, *path, unknown[1]) if unknown else (*prefix, *path)
-    while found and found not in marks:
-        found = found[:-1]
-    line, column = marks.get(found, (1, 1))
-    where = f"{source}, line {line}, column {column}"
+    full = (*prefix, *path, unknown[1]) if unknown else (*prefix, *path)
+    where = document.where(full)
     if unknown:
         known = _known_fields(type_at(type_, path))
         hint = did_you_mean(unknown[1], known, f"known: {', '.join(known)}")

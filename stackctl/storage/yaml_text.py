@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -42,16 +43,29 @@ Marks = Mapping[KeyPath, tuple[int, int]]
 _END = (yaml.SequenceEndEvent, yaml.MappingEndEvent)
 
 
+@dataclass(frozen=True)
+class Document:
+    """A parsed text: its value, where everything in that stands, and what the text is called."""
+
+    value: Any
+    marks: Marks
+    source: str
+
+    def where(self, path: KeyPath) -> str:
+        """The place of what stands at a path, or else of what it would stand in, as errors begin."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        line, column = self.marks.get(path, (1, 1))
+        return f"{self.source}, line {line}, column {column}"
+
+
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
-    """Parse one strict YAML document.
+def parse_yaml(text: str, source: str) -> Document:
+    """Parse one strict YAML document; ``source`` is what errors call it.
 
     Values are built from the parser's events: libyaml's own composer recurses without a limit, in C.
-
-    Returns:
-        the value, and where in the text everything in it stands.
 
     Raises:
         Usage: it is not strict YAML.
@@ -64,12 +78,12 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Marks]:
     try:
         next(events)  # the stream begins
         if isinstance(next(events), yaml.StreamEndEvent):
-            return None, _Places(text)
+            return Document(None, _Places(text), source)
         value = _value(events, next(events), 0, itertools.count(1), source)
         next(events)  # the document ends
         if not isinstance(event := next(events), yaml.StreamEndEvent):
             raise _fail(source, event, "a second document begins", "keep one document to a file")
-        return value, _Places(text)
+        return Document(value, _Places(text), source)
     except yaml.MarkedYAMLError as error:
         if conflict := _CONFLICT.search(text):
             line = text.count("\n", 0, conflict.start()) + 1

@@ -113,7 +113,7 @@ def test_yaml_is_a_value_or_an_error_with_its_place(text: str) -> None:
 def test_yaml_of_more_values_than_a_file_has(monkeypatch: pytest.MonkeyPatch, make: Callable[[int], str]) -> None:
     """Each costs memory, however few bytes it has in the file."""
     monkeypatch.setattr(yaml_text, "MOST_VALUES", 1000)
-    assert parse_yaml(make(600), "f")[0]
+    assert parse_yaml(make(600), "f").value
     with pytest.raises(Usage, match="more than 1,000 values"):
         parse_yaml(make(1100), "f")
 

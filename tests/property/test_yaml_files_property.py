@@ -10,7 +10,7 @@ from stackctl.storage.yaml_text import Flow, format_yaml, on_one_line, parse_yam
 
 def check(value):
     text = format_yaml(value)
-    found = parse_yaml(text, "f")[0]
+    found = parse_yaml(text, "f").value
     assert same(value, found), text
 
 
@@ -36,7 +36,7 @@ def test_round_trip(value):
 @given(st.dictionaries(texts, values, max_size=4))
 def test_round_trip_in_the_layout_of_the_registry(value):
     text = format_yaml(on_one_line(value))
-    assert same(value, parse_yaml(text, "f")[0]), text
+    assert same(value, parse_yaml(text, "f").value), text
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,13 +49,13 @@ def test_round_tripon_one_line(value):
 @given(st.text(max_size=60) | st.text(alphabet="ab:-#'\"|>?&*!%@`[]{},\n\t 01.~\\<=", max_size=60))
 def test_any_text_is_a_value_or_a_usage_error(text):
     try:
-        value, marks = parse_yaml(text, "f")
+        document = parse_yaml(text, "f")
     except Usage as error:
         assert error.message.startswith("f")
         return
-    assert value is None or () in marks
+    assert document.value is None or () in document.marks
     try:
-        found = parse_yaml(format_yaml(value), "f")[0]
+        found = parse_yaml(format_yaml(document.value), "f").value
     except Usage:
         raise AssertionError("what was read cannot be written") from None
-    assert repr(found) == repr(value)
+    assert repr(found) == repr(document.value)

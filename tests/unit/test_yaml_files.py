@@ -16,14 +16,14 @@ from stackctl.storage.yaml_text import format_yaml, parse_yaml
 
 
 def parse(text):
-    return parse_yaml(text, "f.yaml")[0]
+    return parse_yaml(text, "f.yaml").value
 
 
 def refusal(text, type_=None, schema=None):
     with pytest.raises(Usage) as caught:
-        parsed = parse_yaml(text, "f.yaml")
+        document = parse_yaml(text, "f.yaml")
         if type_:
-            convert(parsed, type_, "f.yaml", schema=schema)
+            convert(document, type_, schema=schema)
     assert caught.value.exit_code == 2
     return caught.value
 
@@ -160,7 +160,7 @@ def test_an_alias_bomb_is_refused_before_it_grows():
 
 
 def test_marks_point_at_values_and_collections_at_their_keys():
-    _, marks = parse_yaml("a: 1\nb:\n  c: [x, y]\nd:\n- 5\n", "f")
+    marks = parse_yaml("a: 1\nb:\n  c: [x, y]\nd:\n- 5\n", "f").marks
     assert marks[("a",)] == (1, 4)
     assert marks[("b",)] == (2, 1)
     assert marks[("b", "c")] == (3, 3)
@@ -264,7 +264,7 @@ def test_a_recipe_as_people_write_it():
         "base: smollm2\ntrain:\n  style:    {data: a.jsonl, rank: 16, epochs: 3}\n"
         "  instruct: {on: style, data: b.jsonl, learning_rate: 1e-5}\nstacks:\n  storyteller: style+instruct\n"
     )
-    recipe = convert(parse_yaml(text, "f"), Recipe, "f")
+    recipe = convert(parse_yaml(text, "f"), Recipe)
     assert recipe.train["instruct"].on == "style"
     assert recipe.train["instruct"].learning_rate == 1e-5
 
