@@ -85,7 +85,9 @@ class Base(Entry, frozen=True, kw_only=True):
     ``untrained_tokens`` are those of its chat template whose rows are as they were initialised.
     ``former_names`` maps them, with ``*`` for each number, to what they were called by earlier transformers, see
     :mod:`stackctl.lora.naming`. ``converted_names`` are last names of linear layers that PEFT adapts as
-    parameters only, see :mod:`stackctl.lora.target_parameters`.
+    parameters only, see :mod:`stackctl.lora.target_parameters`. ``unread_names`` are those of modules, with ``*`` for
+    each number, that PEFT renames when it loads an adapter, so that it does not find the LoRA on them. ``rows_apart``
+    says of a tied pair that PEFT leaves trained rows of the embedding out of the head.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Base(Entry, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Scalar] | None = None
     tokenizer: str | None = None
     tied_embeddings: bool = False
+    rows_apart: bool = False
     input_embedding: str | None = None
     output_embedding: str | None = None
     whole: WholeClass | None = None
@@ -112,11 +115,17 @@ class Base(Entry, frozen=True, kw_only=True):
     proved: Proof | None = None
     former_names: dict[str, list[str]] = msgspec.field(default_factory=dict)
     converted_names: list[str] = msgspec.field(default_factory=list)
+    unread_names: list[str] = msgspec.field(default_factory=list)
     modules: dict[str, ModuleShape]
 
     def __post_init__(self) -> None:
         if self.context_length is not None and self.context_length < 1:  # -1 of XLNet, as entries once had it
             msgspec.structs.force_setattr(self, "context_length", None)
+
+    @property
+    def ties_rows(self) -> bool:
+        """Whether rows of single tokens that PEFT trained in the embedding are those of the head as well."""
+        return self.tied_embeddings and not self.rows_apart
 
 
 class Lora(Part, frozen=True, kw_only=True):

@@ -33,8 +33,8 @@ def asks(value: list[str] | str) -> bool:
 
 
 def token_modules(base: Base) -> list[str]:
-    """Where a token has a row: the embedding, and the head where it is another."""
-    head = None if base.tied_embeddings else base.output_embedding
+    """Where PEFT has rows for a token: the embedding, and the head where it is another to PEFT."""
+    head = None if base.ties_rows else base.output_embedding
     return [name for name in (base.input_embedding, head) if name]
 
 

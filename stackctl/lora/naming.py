@@ -27,6 +27,11 @@ INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 """A number between dots in a module's name: of a layer, of an expert."""
 
 
+def is_unread(module: str, base: Base) -> bool:
+    """Whether PEFT renames the LoRA on a module of a base when it loads it, so that it does not find it."""
+    return INDEX.sub("*", module) in base.unread_names
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a module of a checkpoint stands in the base; of an expert on its own, in which part of which matrix."""
@@ -45,6 +50,10 @@ class Naming:
 
     def place(self, module: str) -> Place:
         return self.places.get(module) or Place(module)
+
+    def keeps(self, module: str) -> bool:
+        """Whether a checkpoint calls a module what the base does."""
+        return self.place(module) == Place(module)
 
     def parameter(self, name: str) -> str:
         """A parameter's name in the base, by the checkpoint's."""

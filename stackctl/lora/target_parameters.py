@@ -45,6 +45,12 @@ def pattern_name(config: Mapping[str, Any], name: str, shape: ModuleShape | None
     return parameter if is_parameter_target(config.get("target_parameters") or (), parameter) else name
 
 
+def is_turned(config: Mapping[str, Any], name: str, shape: ModuleShape) -> bool:
+    """Whether PEFT adapts the weight of a module whose delta, (out, in), lies there the other way round."""
+    targets = config.get("target_parameters") or ()
+    return shape.type in ("Embedding", "Conv1D") and is_parameter_target(targets, parameter_of(name, shape))
+
+
 def expected_parameters(config: Mapping[str, Any], modules: Mapping[str, ModuleShape]) -> set[str]:
     """What a configuration's ``target_parameters`` choose (src/peft/tuners/tuners_utils.py: _inject_parameters)."""
     targets = config.get("target_parameters") or ()

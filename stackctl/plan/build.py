@@ -26,6 +26,7 @@ from stackctl.plan.validate import (
     unfitting_layer_weights,
     unfitting_tensors,
     unlike_bases,
+    unread_tensors,
 )
 
 
@@ -70,6 +71,7 @@ class _Parts:
         self.problems += unfitting_tensors(member, pairs, theirs, base)
         if base is not None:
             self.problems += other_rows(member, naming, base)
+            self.problems += unread_tensors(member, pairs, naming, base)
         self._add_factors(index, member, naming, pairs)
         rows, wrong_rows = member_rows(index, member, naming, base)
         self.rows += rows

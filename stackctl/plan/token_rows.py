@@ -4,7 +4,8 @@ way. Pure: names and shapes alone.
 PEFT saves the new rows of an embedding or a head themselves, not what changed: ``….token_adapter.
 trainable_tokens_delta`` (tokens, width), in the order of the indices in its configuration, a list for the input
 embedding or a mapping of module names (src/peft/utils/other.py: set_additional_trainable_modules). Where embedding and
-head are tied, rows of the embedding are those of the head as well, unless the head has rows of its own.
+head are tied, rows of the embedding are those of the head as well, unless the head has rows of its own, or PEFT does
+not see that they are tied (``Base.rows_apart``).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def member_rows(
     if base is not None:
         problems += _unfitting(member, rows.values(), naming, base)
         embedding, head = base.input_embedding, base.output_embedding
-        if base.tied_embeddings and embedding in rows and head and head not in rows:
+        if base.ties_rows and embedding in rows and head and head not in rows:
             own = rows[embedding]
             rows[head] = TokenRows(index, head, own.tokens, own.tensor, weights.at(head))
     for module in rows:
@@ -181,7 +182,7 @@ def peft_rows(plan: StackPlan) -> dict[str, list[TokenRows]]:
     for rows in plan.token_rows:
         found.setdefault(rows.module, []).append(rows)
     base = plan.base
-    if base is None or not base.tied_embeddings or base.input_embedding not in found:
+    if base is None or not base.ties_rows or base.input_embedding not in found:
         return found
     head = base.output_embedding or ""
     if not differ_on_tied(plan.token_rows, base):

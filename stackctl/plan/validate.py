@@ -14,11 +14,11 @@ from stackctl.core.expressions import format_term
 from stackctl.core.provenance import EntryProblem
 from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import CONFIG
-from stackctl.lora.naming import Naming
+from stackctl.lora.naming import Naming, is_unread
 from stackctl.lora.recognition import recognise_model
 from stackctl.lora.safetensors_header import DTYPE_NAMES
 from stackctl.lora.target_modules import expected_targets, lora_rank, natural_order
-from stackctl.lora.target_parameters import EXPERTS, Pairs, pattern_name
+from stackctl.lora.target_parameters import EXPERTS, Pairs, expected_parameters, is_turned, pattern_name
 from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.refusals import saved_modules
 from stackctl.plan.stack_plan import PlanMember, Problem, Replacement
@@ -98,7 +98,10 @@ def _damaged(
     if known is None:  # a whole weight may be the base's embedding or head, whatever that calls it
         extra = [name for name in extra if "lora_" in name or not name.endswith(".weight")]
     yield from _told(member, "extra_tensors", extra, "tensors that its configuration does not explain")
-    wrong_rank, wrong_shape = _misshapen(member, pairs, known)
+    turned = [m for m in pairs if known is not None and m in known and is_turned(config, m, known[m])]
+    why = "target_parameters names an embedding or a Conv1D, whose factors lie the other way round there"
+    yield from _told(member, "target_parameters", turned, why, "train it again with target_modules")
+    wrong_rank, wrong_shape = _misshapen(member, {m: pair for m, pair in pairs.items() if m not in turned}, known)
     yield from _told(member, "rank", wrong_rank, "the rank in its tensors is not the one in its configuration")
     if base is None:
         yield from _told(member, "shape", wrong_shape, "factors that do not fit each other")
@@ -118,6 +121,11 @@ def _not_of_base(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape]
         member, "older_entry", older, f"parameters whose layout the entry of {base.name} does not tell", hint
     )
     missing = [m for m in pairs if m not in known]
+    parameters = member.checkpoint.config.get("target_parameters") or ()
+    odd = [name for name in parameters if missing and not expected_parameters({"target_parameters": [name]}, known)]
+    what = f"target_parameters names what is no matrix of {base.name} that a LoRA can stand on"
+    yield from _told(member, "unknown_modules", odd, what, "train it again without them")
+    missing = [] if odd else missing
     what = f"modules that {base.name} does not have"
     yield from _told(member, "unknown_modules", missing, what, _where_it_fits(member, base))
 
@@ -129,7 +137,9 @@ def _not_of_configuration(
     whole = _missing_whole(member, known)
     yield from _told(member, "missing_tensors", whole, "whole modules are missing (modules_to_save)")
     if expected is None:
-        if pairs:  # of which PEFT would take its own choice, and drop the other tensors
+        if pairs and not member.checkpoint.config.get(
+            "target_parameters"
+        ):  # of which PEFT would take its own choice, and drop the other tensors
             names = json.dumps(sorted({name.rpartition(".")[2] for name in pairs}))
             what = f"{member.label}: its configuration does not say which modules it is for (target_modules)"
             yield Problem("no_targets", what, f'write into its {CONFIG}: "target_modules": {names}', member.label)
@@ -143,6 +153,16 @@ def _not_of_configuration(
     yield from _told(member, "missing_tensors", missing, "tensors are missing for")
     untargeted = [m for m in untargeted if m not in odd]
     yield from _told(member, "extra_tensors", untargeted, "tensors for modules that it does not target")
+
+
+def unread_tensors(member: PlanMember, pairs: Pairs, naming: Naming, base: Base) -> Iterator[Problem]:
+    """A LoRA that PEFT does not find when it loads the checkpoint, so that nobody has seen it work since it was saved.
+
+    By names of before, which PEFT renames to these, it finds all of it.
+    """
+    lost = [name for name in pairs if naming.keeps(name) and is_unread(name, base)]
+    what = f"PEFT does not find its tensors again when it loads them on a {base.architecture}"
+    yield from _told(member, "unread_tensors", lost, what, "train it without those modules")
 
 
 def unfitting_layer_weights(

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import yaml
+from adapter_kinds import make_adapter
 from architectures import tiny_folder
 from member_weights import check_live_weights
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -446,3 +447,27 @@ def test_pushed_and_pulled(tiny_registry: Any, hub: Any, what: str, tmp_path: Pa
     assert oracle.relative(folded(h, h.load(), "back"), target, bare) < 1e-5
     if what != "style":
         assert h.run("inspect", "chat", "--json").json["trained_tokens"] == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize("told", [[5, 9], {"embed_tokens": [5, 9], "lm_head": [7]}])
+def test_a_head_that_peft_does_not_see_is_tied_keeps_its_rows(run: Any, tmp_path: Path, told: Any) -> None:
+    """Kosmos-2.5 says which weights are tied in a class inside it, and PEFT asks that of the whole model first."""
+    base = tiny_folder("kosmos-2.5", tmp_path / "base")
+    run("init")
+    run("base", "add", "tiny", base)
+    assert yaml.safe_load(Path("registry/bases/tiny.yaml").read_text())["rows_apart"]
+    layers = [f"text_model.model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    config = LoraConfig(r=2, target_modules=layers, trainable_token_indices=told)
+    path = tmp_path / "made"
+    make_adapter(AutoModelForImageTextToText.from_pretrained(base), config, path)
+    run("add", "x", path)
+    run("export", "x", "--format", "model", "--out", tmp_path / "model")
+    run("export", "x", "--format", "peft", "--out", tmp_path / "peft")
+
+    def of(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+        return oracle.logits((PeftModel.from_pretrained(model, adapter) if adapter else model).eval(), TOKENS)
+
+    bare, wanted = of(base), of(base, path)
+    assert oracle.relative(of(tmp_path / "model"), wanted, bare) < 1e-5
+    assert oracle.relative(of(base, tmp_path / "peft"), wanted, bare) < 1e-5

@@ -25,7 +25,7 @@ from stackctl.engine.base.model_class import check_scheme, empty_model, quantise
 from stackctl.engine.base.module_shapes import converted_names, module_shapes
 from stackctl.engine.base.tokenizer import load_tokenizer
 from stackctl.engine.base.untrained_tokens import find_untrained
-from stackctl.engine.base.weight_conversion import former_names
+from stackctl.engine.base.weight_conversion import former_names, unread_names
 from stackctl.engine.data.embedded_tokens import name_tokens, unembedded_tokens
 from stackctl.engine.tensors import TORCH_DTYPES
 from stackctl.lora.safetensors_header import DTYPE_NAMES, TensorInfo
@@ -118,10 +118,12 @@ def _describe(
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
         tied_embeddings=_are_tied(model),
+        rows_apart=_are_tied(model) and not _ties_rows(model),
         input_embedding=names.get(id(inputs)),
         output_embedding=names.get(id(output)),
         converted_names=converted_names(model),
         former_names=former_names(model, modules),
+        unread_names=unread_names(model, modules),
         modules=compact_modules(modules),
         whole=_whole_class(folder),
     )
@@ -133,6 +135,23 @@ def _are_tied(model: PreTrainedModel) -> bool:
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     weight = getattr(output, "weight", None)
     return weight is not None and weight is getattr(inputs, "weight", None)
+
+
+def _ties_rows(model: PreTrainedModel) -> bool:
+    """Whether PEFT gives the head the rows that it trained in the embedding: where the configuration of the whole model
+    says that they are tied, its class names tied weights at all, and it or one inside it those two
+    (src/peft/utils/other.py: _get_module_names_tied_with_embedding)."""
+    named = isinstance(getattr(model, "_tied_weights_keys", None), dict)
+    if not named or not getattr(model.config, "tie_word_embeddings", False):
+        return False
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = {name for name, p in model.named_parameters(remove_duplicate=False) if p is inputs.weight}
+    for way, module in model.named_modules():
+        keys, inside = getattr(module, "_tied_weights_keys", None) or {}, f"{way}." if way else ""
+        for target, source in keys.items():
+            if f"{inside}{source}" in weights and model.get_submodule(f"{inside}{target}".rpartition(".")[0]) is output:
+                return True
+    return False
 
 
 def _whole_class(folder: Path) -> WholeClass | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
     WeightRenaming,
     WeightTransform,
     apply_renamings,
+    dot_natural_key,
+    rename_source_key,
 )
 
 from stackctl.core.schema import ModuleShape
@@ -32,13 +34,15 @@ from stackctl.engine.base.configuration import read_generation_config
 from stackctl.engine.base.model_class import empty_model, loading_into
 from stackctl.engine.open_files import OpenFiles
 from stackctl.engine.tensors import TORCH_DTYPES
+from stackctl.lora.lora_config import PEFT_PREFIX
 from stackctl.lora.naming import INDEX
 from stackctl.lora.safetensors_header import TensorInfo
-from stackctl.lora.target_parameters import parameter_of
+from stackctl.lora.target_parameters import EXPERTS, parameter_of
 from stackctl.registry.base_models import read_base_tensors
 
 _PIECE = 1 << 20
 """Bytes that are read at once."""
+_ADAPTER = "default"
 
 
 class Unread:
@@ -113,6 +117,33 @@ def former_names(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> 
         if former and former != [parameter]:
             found[INDEX.sub("*", name)] = [INDEX.sub("*", part.removesuffix(".weight")) for part in former]
     return found
+
+
+def unread_names(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> list[str]:
+    """Modules, with ``*`` for each number, on which PEFT does not find a LoRA again that it saved itself.
+
+    It renames what it loads as transformers renames the files of old bases (src/peft/utils/
+    transformers_weight_conversion.py), and some of those patterns match the names of a loaded model as well.
+    """
+    if get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is None:
+        return []
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+
+    own: list[Any] = get_model_conversion_mapping(model)
+    conversions = build_peft_weight_mapping(own, _ADAPTER, LoraConfig())
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    saved: dict[str, list[str]] = {}
+    for name, shape in modules.items():
+        holder = name.rpartition(".")[0] if shape.type in EXPERTS else name
+        saved.setdefault(f"{PEFT_PREFIX}{holder}.lora_A.weight", []).append(INDEX.sub("*", name))
+    lost = dict[str, None]()
+    for tensor in sorted(saved, key=dot_natural_key):  # PEFT's order, which some renamings go by
+        renamed, _ = rename_source_key(tensor, renamings, converters)
+        if not tensor.endswith(renamed.replace(f".{_ADAPTER}", "")):  # else PEFT takes the renaming back
+            lost |= dict.fromkeys(saved[tensor])
+    return list(lost)
 
 
 def _reversed(conversion: WeightTransform) -> WeightTransform | None:

@@ -12,6 +12,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed
 from stackctl.engine.safetensors_writer import SAFETENSORS_NAMES, SafetensorsWriter
 from stackctl.lora.checkpoint import CONFIG, TEMPLATE_FILE, WEIGHTS, read_checkpoint, templates_of
 from stackctl.lora.lora_config import PEFT_PREFIX, factor_names, plain_lora_config
+from stackctl.lora.naming import is_unread
 from stackctl.lora.target_modules import expand_modules
 from stackctl.lora.target_parameters import wrapped_names
 from stackctl.plan.build import plan_stack
@@ -45,6 +46,11 @@ def export_peft(
     if plan.replacements:
         raise Incompatible(f"{plan.brought}, which a plain LoRA cannot hold", hint="--format model")
     peft_rows(plan)
+    if lost := [name for name in plan.modules if plan.base and is_unread(name, plan.base)]:
+        raise Incompatible(
+            f"{plan.expression} changes {lost[0]}, and PEFT does not find a LoRA there again when it loads it",
+            hint="--format model",
+        )
     with atomic.staging_directory(out.parent) as staged:
         ranks = _ranks(plan)
         error, digest = _write_weights(plan, ranks, staged / WEIGHTS, SAFETENSORS_NAMES[dtype], base)

@@ -255,7 +255,7 @@ def check_rows(model: PeftModel, base: Base, settings: dict[str, Any]) -> None:
         Incompatible: they are others.
     """
     wanted = set(settings.get(KEY) or ())
-    if base.tied_embeddings and base.input_embedding in wanted:
+    if base.ties_rows and base.input_embedding in wanted:
         wanted |= {base.output_embedding} - {None}
     inner: nn.Module = model.get_base_model()
     named = inner.named_modules(remove_duplicate=False)
