@@ -22,8 +22,9 @@ from stackctl.plan.stack_plan import ModulePlan, StackPlan
 
 LIVE = "frozen"
 """The name that a live frozen stack has inside PEFT; the adapter in training is PEFT's own ``default``."""
-_HINT = "fold it: --frozen fold in train, no --live in generate"
-_FOUR_BITS_HINT = "fold it: train without --dtype nf4, and without --frozen live"
+FOLD_HINT = "fold it: --frozen fold in train, no --live in generate"
+FOUR_BITS_HINT = "fold it: train without --dtype nf4, and without --frozen live"
+"""What can be done where a stack cannot be kept live."""
 
 
 def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
@@ -37,7 +38,7 @@ def attach_live(model: PeftModel | PreTrainedModel, plan: StackPlan) -> None:
     others = [config.target_parameters for config in getattr(model, "peft_config", {}).values()]
     named = next((names for names in others if names), None)
     target: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    hint = _FOUR_BITS_HINT if getattr(target, "is_loaded_in_4bit", False) else _HINT
+    hint = FOUR_BITS_HINT if getattr(target, "is_loaded_in_4bit", False) else FOLD_HINT
     check_live(plan, named, hint)
     _check_called(target, plan, hint)
     modules, parameters = plan.peft_names({module.name: module.rank for module in plan.modules.values()})
@@ -68,7 +69,7 @@ def _check_called(model: nn.Module, plan: StackPlan, hint: str) -> None:
                 )
 
 
-def check_live(plan: StackPlan, parameters: Sequence[str] | None, hint: str = _HINT) -> None:
+def check_live(plan: StackPlan, parameters: Sequence[str] | None, hint: str = FOLD_HINT) -> None:
     """Whether a stack can be kept beside the base, and beside an adapter on ``parameters`` where there is one.
 
     ``hint`` is what can be done where it cannot.

@@ -107,6 +107,8 @@ class PreparedJob:
             "data": data_digest,
             "held-out data": eval_digest,
             "base": self.base.fingerprint,
+            "tokenizer": self.base.tokenizer,
+            "chat template": self.base.chat_template,
             "on": [[m.label, m.version.digest, m.weight] for m in self.stack.members],
             "from": [self.beginning.label, self.beginning.member.version.digest] if self.beginning else None,
             "processes": ranks.world_size(),

@@ -67,7 +67,7 @@ def check_orthogonal(job: TrainJob, plan: StackPlan) -> None:
             )
 
 
-_WITHOUT_SFT = {
+WITHOUT_SFT = {
     "sft": "--objective sft is that loss alone",
     "distil": "distil learns from a teacher, and from no answers",
     "kto": "kto has no chosen answers, each answer has a label",
@@ -88,7 +88,7 @@ def contradictions(job: TrainJob) -> Iterator[Usage]:
         yield Usage("--beta is for objectives of pairs", hint="name one: --objective dpo")
     if job.objective != "dpo" and job.label_smoothing:
         yield Usage("--label-smoothing is dpo's", hint="use --objective dpo, or leave it out")
-    if job.sft_weight and (why := _WITHOUT_SFT.get(job.objective)):
+    if job.sft_weight and (why := WITHOUT_SFT.get(job.objective)):
         yield Usage(f"--sft-weight: {why}", hint="leave it out, or use --objective dpo, ipo or simpo")
     if job.prefers and job.pack:
         yield Usage("--pack joins text records, and pairs are none", hint="leave out --pack")

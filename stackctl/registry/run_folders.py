@@ -31,7 +31,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The finished saves, oldest first: those whose files are all there, as long as they were written."""
         found = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdecimal() and _is_whole(p)]
-        return sorted(found, key=lambda p: int(p.name[11:]))
+        return sorted(found, key=step_of)
 
     def save_at(self, step: int) -> Path:
         """The folder of a save; Trainer chooses the name."""
@@ -80,6 +80,11 @@ class RunFolder:
         atomic.write_atomic(self.path / "run.json", json.dumps(signature, indent=2))
 
 
+def step_of(save: Path) -> int:
+    """The optimizer step after which something was saved."""
+    return int(save.name.rpartition("-")[2])
+
+
 def _is_whole(save: Path) -> bool:
     try:
         sizes = files.read_json(save / _WHOLE)
@@ -99,5 +104,5 @@ def unfinished_runs(registry: Registry) -> Iterator[dict[str, Any]]:
         if folder.is_dir():
             run = RunFolder(folder)
             saves = run.checkpoints
-            step = int(saves[-1].name.rpartition("-")[2]) if saves else 0
+            step = step_of(saves[-1]) if saves else 0
             yield {"name": folder.name, "path": str(folder), "step": step, "saves": len(saves), "on": run.on}

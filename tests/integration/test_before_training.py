@@ -36,6 +36,14 @@ def test_a_run_says_the_same_before_its_first_step(h: Any) -> None:
     assert "were cut to 200 tokens" in before
 
 
+def test_a_stack_that_cannot_be_live_is_refused_by_a_dry_run_too(h: Any) -> None:
+    h.add("style", seed=1, modules_to_save=["lm_head"])
+    for dry in ([], ["--dry-run"]):
+        error = h.train("new", "--frozen", "live", *dry, on="style", code=4)["error"]
+        assert "whole modules, which cannot be kept live" in error["message"]
+        assert "--frozen fold" in error["hint"]
+
+
 @pytest.mark.parametrize("shape", ["messages", "conversations"])
 def test_records_without_an_assistant_turn_are_named_by_line(h: Any, fails: Any, shape: str) -> None:
     spelled = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}[shape]

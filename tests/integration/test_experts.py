@@ -131,8 +131,10 @@ def test_training_on_experts_is_what_peft_does(h):
 def test_a_live_stack_on_experts_that_the_new_adapter_leaves_out_is_refused_before_training(h):
     h.train("style", "--max-steps", 1, records=CHAT[:2])
     names = ["--target-modules", "q_proj,experts.down_proj", "--frozen", "live", "--max-steps", 1, "--batch-size", 2]
-    error = h.run("train", "n", "--on", "style", "--data", h.data(CHAT[:2]), *names, "--json", code=4).json["error"]
-    assert "gate_up_proj" in error["message"] and "--frozen fold" in error["hint"]
+    train = ("train", "n", "--on", "style", "--data", h.data(CHAT[:2]), *names, "--json")
+    for command in (train, (*train, "--dry-run")):
+        error = h.run(*command, code=4).json["error"]
+        assert "gate_up_proj" in error["message"] and "--frozen fold" in error["hint"]
 
 
 def test_auto_folds_a_stack_that_cannot_stay_live_beside_the_new_adapter(h):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_registry import CHAT, TEXTS
+from tiny_registry import CHAT, TEXTS, interrupt
 
 from stackctl.engine.evaluation import scoring
 from stackctl.engine.loss.row_layout import choose_layout
@@ -179,6 +180,29 @@ def test_a_run_that_stopped_early_and_was_killed_trains_no_further(h: Any) -> No
     assert (found["digest"], found["steps"], found["kept_step"]) == (
         whole["digest"], whole["steps"], whole["kept_step"],
     )  # fmt: skip
+
+
+def test_a_run_that_broke_and_was_killed_goes_back_to_the_best(h: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that were saved after the broken look are not gone on from."""
+    looked = list[float]()
+
+    def loss(*_: Any, **__: Any) -> dict[str, float]:
+        looked.append(1.0)
+        return {"eval_loss": math.nan if len(looked) == 4 else 5.0 - len(looked)}
+
+    monkeypatch.setattr(run, "held_out_loss", loss)
+    options = (*GREEDY, *held_out(h), "--eval-steps", 1, "--save-steps", 1)
+    whole = h.train("whole", *options)
+    assert (whole["kept_step"], whole["steps"]) == (2, 3)
+    looked.clear()
+    with monkeypatch.context() as killed:
+        killed.setattr(run, "register_version", lambda *_, **__: interrupt())
+        h.train("new", *options, code=130)
+    assert [run["step"] for run in h.run("ls", "--json").json["runs"]] == [3]
+    found = h.train("new", *options, "--resume")
+    assert found["digest"] == whole["digest"]
+    assert "the loss of step 3 is not a finite number" in found["problems"][0]["message"]
+    assert len(looked) == 4
 
 
 def test_held_out_records_have_to_be_there(h: Any) -> None:

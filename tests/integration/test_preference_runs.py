@@ -104,7 +104,7 @@ def test_a_resumed_run_on_answers_is_the_uninterrupted_one(
     held_out = write_jsonl(tmp_path / "held.jsonl", PAIRS[:3])
     args = (
         "--on", "one", "--data", data, "--objective", objective, *RUN, "--dtype", dtype, "--max-steps", 4,
-        "--save-steps", 2, "--gradient-accumulation", 2, "--eval-data", held_out, "--eval-steps", 3,
+        "--save-steps", 2, "--gradient-accumulation", 2, "--eval-data", held_out, "--eval-steps", 3, "--dropout", 0.3,
     )  # fmt: skip
     whole = h.run("train", "whole", *args, "--json").json
     h.at_step(3, interrupt)
@@ -157,10 +157,11 @@ def test_a_dry_run_shows_both_answers(h: Any, data: Path) -> None:
 
 
 def test_that_both_kinds_of_answers_became_less_likely_is_said() -> None:
-    said = fallen({True: -1.5, False: -3.25})
+    said = fallen({True: -1.5, False: -3.25}, "dpo")
     assert said and "1.5 nats" in said and "3.25" in said and "--sft-weight" in said
-    assert fallen({True: 0.1, False: -3}) is None
-    assert fallen({True: -1.0}) is None
+    assert "--sft-weight" not in str(fallen({True: -1.5, False: -3.25}, "kto")), "it is refused there"
+    assert fallen({True: 0.1, False: -3}, "dpo") is None
+    assert fallen({True: -1.0}, "dpo") is None
 
 
 def test_a_run_that_makes_both_less_likely_says_so(h: Any, tmp_path: Path) -> None:

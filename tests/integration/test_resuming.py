@@ -66,6 +66,18 @@ def test_ctrl_c_saves_the_step_it_came_in(h: Any, at: int) -> None:
     same_run(h, h.train("new", *SHAPE, "--resume", on="style"), whole)
 
 
+@pytest.mark.parametrize("length", [("--epochs", 2.5), ("--max-steps", 7)])
+def test_a_run_that_ended_in_mid_epoch_takes_no_step_more(h: Any, length: tuple[object, ...]) -> None:
+    """Trainer would: it looks whether it is done after a step, and an epoch has more of them."""
+    options = (*SHAPE, *length)
+    whole = h.train("whole", *options)
+    assert whole["steps"] % 3, "an epoch has three"
+    h.at_step(whole["steps"], lambda: os.kill(os.getpid(), signal.SIGTERM))
+    h.train("new", *options, code=143)
+    h.at_step(0, interrupt)
+    same_run(h, h.train("new", *options, "--resume"), whole)
+
+
 def test_resuming_twice_and_with_nothing_saved(h: Any) -> None:
     h.add("style", seed=1)
     whole = h.train("whole", *LIVELY, on="style")

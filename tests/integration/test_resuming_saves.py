@@ -129,6 +129,33 @@ def test_a_base_that_went_away_costs_nothing(tiny_registry: Any, tmp_path: Path,
     assert weights(h, "new") == weights(h, "whole")
 
 
+def test_a_base_that_was_added_again_with_another_template_is_another_run(
+    tiny_registry: Any, tmp_path: Path, models: Any
+) -> None:
+    """Its weights are the same, and the tokens that are learned are others."""
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    h = tiny_registry()
+    h.run("base", "add", "taught", base)
+    options = (*SAVED, "--epochs", 3, "--base", "taught")
+    h.at_step(3, interrupt)
+    h.train("new", *options, code=130)
+    h.at_step(0, interrupt)
+    template, config = base / "chat_template.jinja", base / "tokenizer_config.json"
+    for file, before, after, what in (
+        (template, "{{ m['role'] }}", "{{ m['role'] | upper }}", "chat template"),
+        (config, '"<|im_start|>"', '"a"', "tokenizer"),
+    ):
+        kept = file.read_text()
+        file.write_text(kept.replace(before, after))
+        h.run("base", "add", "taught", base)
+        error = h.train("new", *options, "--resume", code=2)["error"]
+        assert f"had other {what}" in error["message"]
+        file.write_text(kept)
+    h.run("base", "add", "taught", base)
+    h.train("new", *options, "--resume")
+
+
 def test_other_settings_are_named_with_what_they_were(h: Any) -> None:
     h.at_step(3, interrupt)
     h.train("new", *SAVED, "--epochs", 3, code=130)

@@ -61,7 +61,7 @@ def encode_pieces(
     if not encoded.tokens and layouts.muted and not encoded.unsupervised:
         raise Usage(
             f"no record of {records.path} has anything to learn: every turn is marked as not to be learned",
-            hint="take the marks off the turns that are to be learned: 'weight', 'train' or 'loss'",
+            hint="take the marks off the turns that are to be learned: 'weight', 'train', 'training' or 'loss'",
         )
     if not encoded.tokens:
         raise Usage(

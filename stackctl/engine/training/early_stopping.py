@@ -83,7 +83,9 @@ class HeldOut(TrainerCallback):
 
     @property
     def is_over(self) -> bool:
-        """Whether ``patience`` evaluations in a row found nothing better."""
+        """Whether a loss was no number, or ``patience`` evaluations in a row found nothing better."""
+        if self._counters.broken_step is not None:
+            return True
         learned = self._learned
         if self._patience is None or self.best is None:
             return False
@@ -133,7 +135,7 @@ class HeldOut(TrainerCallback):
             control.should_evaluate = True  # whatever the interval: the last weights are
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self.is_over or self._counters.broken_step is not None:
+        if self.is_over:
             control.should_training_stop = True
 
     # -- the best weights -----------------------------------------------------------------------------------------

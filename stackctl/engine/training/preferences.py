@@ -17,6 +17,7 @@ from stackctl.engine.data.rows import collate
 from stackctl.engine.devices import float64, widest_dtype
 from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
+from stackctl.engine.models import evaluating
 from stackctl.engine.training.distributed import numbers_of_each, share_of
 from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
 
@@ -96,19 +97,20 @@ def _summed(model: nn.Module, inputs: dict[str, Any], *, one_by_one: bool) -> tu
     return summed, torch.bincount(owners, minlength=count).to(summed)
 
 
-@torch.no_grad()
 def drift_of(model: nn.Module, batches: Sequence[dict[str, Any]], *, one_by_one: bool) -> Tensor:
     """KTO's z over the micro-batches of a step, of all processes: how far the swapped answers are from the reference.
 
-    The weights do not change inside a step, so that z is that of the step, however it is cut into micro-batches.
+    The weights do not change inside a step, so that z is that of the step, however it is cut into micro-batches. It is
+    measured without dropout, as the reference is; that draws nothing, which a resumed run would draw at another place.
     """
     device = next(model.parameters()).device
     own = [0.0, 0.0]
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch["swapped"].items()}
-        given, _ = _summed(model, inputs, one_by_one=one_by_one)
-        own[0] += float(float64(given - inputs["references"]).sum())
-        own[1] += given.numel()
+    with evaluating(model):
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch["swapped"].items()}
+            given, _ = _summed(model, inputs, one_by_one=one_by_one)
+            own[0] += float(float64(given - inputs["references"]).sum())
+            own[1] += given.numel()
     total, count = numbers_of_each(own, device).sum(0).tolist()
     return torch.tensor(max(total / count, 0.0) if count else 0.0, device=device)
 

@@ -23,6 +23,7 @@ from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.training.objectives import OBJECTIVES
 from stackctl.engine.training.preferences import KnownAnswers
 from stackctl.engine.training.proofs import new_adapter_off
+from stackctl.jobs.job_checks import WITHOUT_SFT
 from stackctl.registry.garbage_collection import tokens_folder
 from stackctl.storage import atomic
 
@@ -127,14 +128,15 @@ class ReferenceModel:
         return tokens_folder() / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def fallen(changes: dict[bool, float]) -> str | None:
+def fallen(changes: dict[bool, float], objective: str) -> str | None:
     """What to know where both kinds of answers became less likely, each by so much (nats) on average."""
     if len(changes) < 2 or max(changes.values()) >= 0:
         return None
-    return (
+    told = (
         "both kinds of answers became less likely than under the frozen stack: those preferred by "
-        f"{-changes[True]:.3g} nats, the others by {-changes[False]:.3g}; --sft-weight holds the preferred ones up"
+        f"{-changes[True]:.3g} nats, the others by {-changes[False]:.3g}"
     )
+    return told if objective in WITHOUT_SFT else f"{told}; --sft-weight holds the preferred ones up"
 
 
 def _read(place: Path, count: int) -> list[float] | None:

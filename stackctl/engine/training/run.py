@@ -44,13 +44,13 @@ from stackctl.engine.training.state import Counters, RunOutput, RunState
 from stackctl.engine.training.targets import Targets, targets_of
 from stackctl.engine.training.trainer import StackTrainer, TrainerParts, training_arguments
 from stackctl.jobs import ranks
-from stackctl.jobs.job import PreparedJob, changed_since
+from stackctl.jobs.job import PreparedJob, changed_since, optimizer_steps
 from stackctl.jobs.launch_plan import check_whole_parameters
 from stackctl.jobs.micro_batches import CUT, StepCut, read_cut
 from stackctl.jobs.trackers import log_folder, tracking
 from stackctl.machine.resources import map_blocks
 from stackctl.registry.checkpoint_files import check_digests
-from stackctl.registry.run_folders import RunFolder, run_folder
+from stackctl.registry.run_folders import RunFolder, run_folder, step_of
 from stackctl.registry.store import Registry
 from stackctl.storage import files
 
@@ -171,12 +171,13 @@ def _train(
         if job.orthogonal:
             trainer.add_callback(OrthogonalRows(model, prepared.plan))
         try:
-            _run_trainer(trainer, parts, saves, output)
+            steps = optimizer_steps(job, len(corpus.rows), ranks.world_size())
+            _run_trainer(trainer, parts, saves, output, steps)
         finally:
             if parts.at_once:
                 parts.at_once.close()
 
-    if reference and (note := fallen(reference.changes(corpus.encoded.examples))):
+    if reference and (note := fallen(reference.changes(corpus.encoded.examples), job.objective)):
         output.say(f"note: {note}")
     attached.check_unchanged()
     check_digests(registry, prepared.stack.members, fresh=True)
@@ -285,8 +286,10 @@ def _compared(
     return reference, answers, functools.partial(preferences.measure, known=known, job=job, at_once=at_once)
 
 
-def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], output: RunOutput) -> None:
+def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], output: RunOutput, steps: int) -> None:
     """Let Trainer run from the last save, or from the beginning, to the weights that are to be registered.
+
+    What was saved after the last of the ``steps`` is only restored: in mid-epoch Trainer would take one more.
 
     Raises:
         Failed: the loss is not a number, a save could not be written, the device's memory is full.
@@ -294,11 +297,12 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
     """
     held_out, state = parts.held_out, parts.state
     if saves:
-        output.say(f"going on after step {saves[-1].name.rpartition('-')[2]}")
-    if saves and held_out:
+        step = step_of(saves[-1])
+        output.say(f"going on after step {step}")
         trainer.restore(saves[-1])
-        if held_out.is_over:  # killed between the last step and the registering
-            held_out.use_kept(trainer.peft_model)
+        if step >= steps or (held_out and held_out.is_over):  # it ended between the last step and the registering
+            if held_out:
+                held_out.use_kept(trainer.peft_model)
             return
     trainer.args.eval_on_start = held_out is not None and not saves
     try:

@@ -55,8 +55,9 @@ class Counters:
     @property
     def losses(self) -> list[float]:
         """The loss of each step in nats, NaN of a broken one."""
-        broken = [] if self.broken_step is None else [math.nan]
-        return [point["loss"] for point in self.curve] + broken
+        if self.broken_step is None:
+            return [point["loss"] for point in self.curve]
+        return [*(point["loss"] for point in self.curve if point["step"] < self.broken_step), math.nan]
 
     @property
     def loss(self) -> float:

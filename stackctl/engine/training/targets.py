@@ -27,7 +27,7 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import computes, is_called, text_modules
-from stackctl.engine.live_adapter import not_read_back
+from stackctl.engine.live_adapter import FOLD_HINT, FOUR_BITS_HINT, check_live, not_read_back
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
@@ -80,7 +80,8 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
     """What a prepared job's adapter stands on, by the model in ``folder``; see :func:`choose_targets`.
 
     Raises:
-        Incompatible: the model cannot be trained on, or PEFT cannot do what was asked for.
+        Incompatible: the model cannot be trained on, PEFT cannot do what was asked for, or the frozen stack cannot be
+            kept live beside it and has to.
         Usage: a token to train is none.
     """
     tokens = tokens_of(prepared, tokenizer, say)
@@ -89,6 +90,9 @@ def targets_of(prepared: PreparedJob, folder: Path, tokenizer: Any, say: Say = l
     if known not in _FOUND:
         _FOUND[known] = _find(prepared, folder, tokens)
     targets = replace(_FOUND[known], tokens=tokens)
+    if prepared.stays_live:
+        hint = FOUR_BITS_HINT if job.dtype == "nf4" else FOLD_HINT
+        check_live(prepared.plan, targets.settings.get("target_parameters"), hint)
     begins = prepared.beginning
     if begins and (odd := sorted(targets.modules ^ set(begins.plan.modules), key=natural_order)):
         raise Incompatible(
