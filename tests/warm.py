@@ -102,9 +102,12 @@ class Launcher:
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> None:
         count = command[command.index("--num_processes") + 1]
         arguments, log = command[command.index("stackctl") + 1 :], Path(stdout.name)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port nobody can take before
+        port = str(self._store.port)
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        told |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         told |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
         self._ranks = [
             Command(arguments, Path.cwd(), log, log, **{**env, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -115,6 +118,9 @@ class Launcher:
 
     def poll(self) -> int | None:
         codes = [rank.poll() for rank in self._ranks]
+        if any(codes):  # the others would wait for it
+            for rank in self._ranks:
+                rank.kill()
         self.returncode = None if None in codes else max(code or 0 for code in codes)
         return self.returncode
 
