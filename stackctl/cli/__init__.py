@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -89,7 +90,7 @@ def main() -> None:
 
     prepare_streams()
     early = make_output(json_mode="--json" in sys.argv)  # until the command line is read
-    Current.output, Current.debug, Current.path = early, False, "stackctl"
+    Current.output, Current.debug, Current.path, Current.registry = early, False, "stackctl", None
     try:
         with ending_signals(), completing(os.environ):
             code = built_app(_typed_command()).main(prog_name="stackctl", standalone_mode=False)
@@ -102,6 +103,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt, TerminatedBySignal) as error:
         with on_signals(signal.SIG_IGN, [signal.SIGINT]):  # who presses Ctrl-C twice still reads how it ended
             told = _as_ours(error)
+            told.hint = _in_registry(told.hint)
             with contextlib.suppress(OSError):  # on a full disk its words do not fit, either
                 if Current.debug:
                     traceback.print_exc()
@@ -134,6 +136,15 @@ def _as_ours(error: BaseException) -> StackctlError:
     if (broken := import_error(error)) is not None:
         return broken
     return StackctlError(f"{type(error).__name__}: {error}", hint="this is a bug; --debug shows where it happened")
+
+
+def _in_registry(hint: str | None) -> str | None:
+    """A hint whose commands name the registry that was typed: without it they would look for another."""
+    if not hint or Current.registry is None or "--registry" in hint:
+        return hint
+    option = f" --registry {shlex.quote(str(Current.registry))}"
+    names = "|".join(sorted(_COMMANDS.keys() - {"init", "base"}, key=len, reverse=True))
+    return re.sub(rf"\bstackctl (?:base [a-z]+|{names})\b(?!-)", lambda found: found[0] + option, hint)
 
 
 def _typed_command() -> str | None:

@@ -14,13 +14,16 @@ import typer
 from stackctl.cli.command import Context
 from stackctl.core.errors import Incompatible, Usage, VerificationFailed
 from stackctl.core.provenance import Converted
+from stackctl.core.schema import Base, ModuleShape
 from stackctl.lora.checkpoint import CONFIG, WEIGHTS, Checkpoint, find_checkpoint_folder, read_checkpoint
 from stackctl.lora.convertible import CONVERTED_CODES, kind_of, needs_initial, variant_of
 from stackctl.lora.naming import on_base
 from stackctl.lora.recognition import recognise_task
+from stackctl.lora.target_modules import expand_modules, expected_targets, natural_order
 from stackctl.plan.build import plan_stack
 from stackctl.plan.refusals import refusals
 from stackctl.plan.stack_plan import PlanMember, Problem, StackPlan, refuse
+from stackctl.plan.validate import shared_modules
 from stackctl.registry.checkpoint_files import copy_checkpoint
 from stackctl.registry.planning import read_plan
 from stackctl.registry.resolve import ResolvedStack
@@ -113,7 +116,7 @@ def add_converted(
     assert kind is not None
     plan = read_plan(registry, stack).check()
     checkpoint = on_base(checkpoint, stack.base)
-    _check(checkpoint, name)
+    _check(checkpoint, name, stack.base)
     from stackctl.engine.quick_imports import import_peft, import_transformers
 
     import_transformers()
@@ -156,7 +159,7 @@ def add_converted(
     return Result(data, label, text)
 
 
-def _check(checkpoint: Checkpoint, name: str) -> None:
+def _check(checkpoint: Checkpoint, name: str, base: Base) -> None:
     """Hold everything against a checkpoint that its configuration and header show and conversion does not mend.
 
     Raises:
@@ -171,6 +174,10 @@ def _check(checkpoint: Checkpoint, name: str) -> None:
     if empty := [tensor for tensor, info in checkpoint.tensors.items() if 0 in info.shape]:
         what = f"{len(empty)} of its tensors are empty, {empty[0]} among them"
         problems.append(Problem("empty_tensors", what, "save it again"))
+    known = expand_modules(base.modules)
+    shared = {module: ModuleShape(type="Linear", shape=s.shape) for module, s in known.items() if s.type == "Shared"}
+    if chosen := expected_targets(checkpoint.config, shared, base.output_embedding):
+        problems.append(shared_modules(name, sorted(chosen, key=natural_order)))
     refuse(problems)
 
 

@@ -85,6 +85,8 @@ class Current:
     debug = False
     path = "stackctl"
     """The command as it is typed, without its arguments."""
+    registry: Path | None = None
+    """What was typed for ``--registry``."""
 
     @classmethod
     def parse(cls, command: Any, context: Any, words: list[str]) -> None:
@@ -190,7 +192,8 @@ def command(
                 output = Current.output
                 for key, group in groups.items():
                     values[key] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-                result = function(Context(output, common["registry"]), **values)
+                Current.registry = common["registry"]
+                result = function(Context(output, Current.registry), **values)
                 if result is not None:
                     output.emit(result)
                     if result.exit_code:

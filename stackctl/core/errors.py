@@ -66,6 +66,10 @@ class MergeConflict(Usage):
     """A file in which git left both sides of a merge."""
 
 
+class UnreadableEntry(Usage):
+    """A file of the registry that cannot be read, or does not hold together."""
+
+
 class NotFound(StackctlError):
     """A name, a version, a file or a repository that is not there."""
 
@@ -204,8 +208,8 @@ def memory_error(error: BaseException) -> Failed | None:
     return None
 
 
-def explain_oserror(error: OSError) -> Failed:
-    """An operating-system error as one sentence and a way on."""
+def explain_oserror(error: OSError) -> Failed | Usage:
+    """An operating-system error as one sentence and a way on: wrong usage where a path was typed that none can be."""
     name = str(error.filename or "")
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME // 2]}…{name[-_LONGEST_NAME // 2 :]}"
@@ -225,4 +229,5 @@ def explain_oserror(error: OSError) -> Failed:
     hint = hints.get(error.errno or 0)
     if "temporary directory" in reason:  # the words of Python's tempfile, under the number of a missing file
         hint = "name a folder that can be written to: export TMPDIR=DIR"
-    return Failed(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hint)
+    kind = Usage if error.errno == errno.ENAMETOOLONG else Failed
+    return kind(f"{reason[:1].lower()}{reason[1:]}{where}", hint=hint)

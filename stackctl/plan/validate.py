@@ -112,9 +112,8 @@ def _damaged(
 
 def _not_of_base(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape], base: Base) -> Iterator[Problem]:
     """Modules that the base does not have, or on which no LoRA can be composed."""
-    shared = [m for m in pairs if m in known and known[m].type == "Shared"]
-    why = "modules whose weight other modules use as well, so that none can be changed alone"
-    yield from _told(member, "shared_modules", shared, why, "train it again without them")
+    if shared := [m for m in pairs if m in known and known[m].type == "Shared"]:
+        yield shared_modules(member.label, shared)
     older = [m for m in pairs if m in known and known[m].type in ("Parameter", "Other")]
     hint = f"register the base again: stackctl base rm {base.name}, then stackctl base add {base.name} SOURCE"
     yield from _told(
@@ -128,6 +127,11 @@ def _not_of_base(member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape]
     missing = [] if odd else missing
     what = f"modules that {base.name} does not have"
     yield from _told(member, "unknown_modules", missing, what, _where_it_fits(member, base))
+
+
+def shared_modules(label: str, modules: Sequence[str]) -> Problem:
+    why = "modules whose weight other modules use as well, so that none can be changed alone"
+    return Problem("shared_modules", f"{label}: {why}: {listed(modules)}", "train it again without them", label)
 
 
 def _not_of_configuration(

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from stackctl.core import Say
-from stackctl.core.errors import HubFailure, MergeConflict, NotFound, Usage
+from stackctl.core.errors import HubFailure, MergeConflict, NotFound, UnreadableEntry, Usage
 from stackctl.core.expressions import parse_name, parse_stack_name
 from stackctl.core.fields import SCHEMA
 from stackctl.core.schema import Adapter, AdapterVersion, Base, RegistryFile, Removed, Stack
@@ -133,11 +133,12 @@ class Registry:
         """The entry of a name that is known to be one; None when there is none.
 
         Raises:
-            Usage: it cannot be read, or does not hold together.
+            UnreadableEntry: it cannot be read, or does not hold together.
         """
         path, entry = self.entry_path(kind, name), self._read_file(kind, name)
         if entry is None and os.path.lexists(path) and not path.is_file():  # nor was it written this moment
-            raise Usage(f"{path} is no file that can be read", hint="put the entry there, or remove what is there")
+            hint = "put the entry there, or remove what is there"
+            raise UnreadableEntry(f"{path} is no file that can be read", hint=hint)
         return entry
 
     def _read_file(self, kind: type[E], name: str) -> E | None:
@@ -147,18 +148,20 @@ class Registry:
             return None
         try:
             entry = read_yaml(path, kind, schema=SCHEMA)
-        except MergeConflict as conflict:
-            if kind is Adapter:
-                conflict.hint = _KEEP_ONE_SIDE.format(path=shlex.quote(str(path)), name=name)
-            raise
+            if isinstance(entry, Stack):
+                check_method(entry.method, entry.options)
+        except Usage as error:
+            hint = error.hint
+            if kind is Adapter and isinstance(error, MergeConflict):
+                hint = _KEEP_ONE_SIDE.format(path=shlex.quote(str(path)), name=name)
+            raise UnreadableEntry(error.message, hint=hint) from error
         if entry.name != name:
-            raise Usage(f"{path}: its name is '{entry.name}'", hint=f"name the file {entry.name}.yaml, or fix the name")
-        if isinstance(entry, Stack):
-            check_method(entry.method, entry.options)
+            hint = f"name the file {entry.name}.yaml, or fix the name"
+            raise UnreadableEntry(f"{path}: its name is '{entry.name}'", hint=hint)
         if isinstance(entry, Adapter):
             numbers = [version.version for version in entry.versions]
             if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
-                raise Usage(
+                raise UnreadableEntry(
                     f"{path}: versions must be there, distinct and ascending",
                     hint="give each a number of its own: a version is what lies in weights/NAME/NUMBER",
                 )

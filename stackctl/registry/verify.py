@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stackctl.core import Say
-from stackctl.core.errors import Incompatible, StackctlError, explain_oserror
+from stackctl.core.errors import Incompatible, NotFound, StackctlError, explain_oserror
 from stackctl.core.schema import Adapter, AdapterInfo, Base, Removed, Stack
 from stackctl.lora.checkpoint import read_info
 from stackctl.registry.adapters import ResolvedMember, foundations, registered_versions, resolve_adapter
@@ -113,7 +113,20 @@ class _Foundations:
         if base.fingerprint != member.version.fingerprint:
             raise Incompatible(f"{member.label} was trained on another model than the base '{base.name}' now is")
         below = [self._version(term.reference) for term in foundations(member.version)]
+        self._check_order(member, below)
         _check_foundations(member, below, read_info(self._registry.weights_path(member.version)))
+
+    def _check_order(self, member: ResolvedMember, below: list[ResolvedMember]) -> None:
+        """A version stands on what was there before it: never, by way of whatever others, on itself."""
+        seen, left = set[str](), list(below)
+        while left:
+            under = left.pop()
+            if under.label == member.label:
+                raise Incompatible(f"{member.label} is said to be trained on itself, by way of its own foundations")
+            if under.label not in seen:
+                seen.add(under.label)
+                with contextlib.suppress(NotFound):  # told of the version that stands on it
+                    left += [self._version(term.reference) for term in foundations(under.version)]
 
 
 def _check_foundations(member: ResolvedMember, below: list[ResolvedMember], info: AdapterInfo | None) -> None:

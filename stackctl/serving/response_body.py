@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stackctl.core.errors import NotFound, StackctlError
+from stackctl.core.errors import NotFound, StackctlError, UnreadableEntry
 from stackctl.storage.files import json_line
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, StackctlError):
         told = error.message + (f" ({error.hint})" if error.hint else "")
-        status = _STATUS.get(error.code, 500)
+        status = 500 if isinstance(error, UnreadableEntry) else _STATUS.get(error.code, 500)
         code = "model_not_found" if isinstance(error, NotFound) else error.code
         return ApiError(status, told, code=code, param=getattr(error, "param", None))
     return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")

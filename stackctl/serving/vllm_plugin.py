@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stackctl.core.errors import Incompatible, NotFound, StackctlError
+from stackctl.core.errors import Incompatible, StackctlError
 from stackctl.core.schema import Base
 from stackctl.plan.lint import VLLM_DEFAULT_RANK, check_beside_base
 from stackctl.plan.stack_plan import StackPlan
@@ -26,6 +26,7 @@ from stackctl.registry.base_models import fingerprint
 from stackctl.registry.export_cache import exported
 from stackctl.registry.store import Registry, find_registry
 from stackctl.serving.model_names import ModelNames
+from stackctl.serving.response_body import api_error
 
 REGISTRY = "STACKCTL_REGISTRY"
 
@@ -49,9 +50,8 @@ def register() -> None:
             try:
                 folder = await asyncio.to_thread(expressions.export, base_model_name, lora_name)
             except StackctlError as error:
-                status = 404 if isinstance(error, NotFound) else 400
-                told = error.message + (f" ({error.hint})" if error.hint else "")
-                raise HTTPException(status, told) from error
+                answer = api_error(error)
+                raise HTTPException(answer.status, answer.message) from error
             return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))  # vLLM numbers it itself
 
     LoRAResolverRegistry.register_resolver("stackctl", ExpressionResolver())

@@ -277,6 +277,16 @@ def test_an_adapter_that_peft_itself_loses_is_refused_for_that(run: Any, tmp_pat
     assert "PEFT does not find its tensors" in run("add", "x", tmp_path / "made", "--convert", code=4).err
 
 
+def test_modules_that_share_a_weight_are_refused_before_anything_is_loaded(run: Any, tmp_path: Path) -> None:
+    base = tiny_folder("zamba2", tmp_path / "base")
+    run("init")
+    run("base", "add", "tiny", base)
+    config = peft_config("DORA", target_modules=["q_proj"])
+    make_adapter(AutoModelForCausalLM.from_pretrained(base), config, tmp_path / "made")
+    (base / "model.safetensors").unlink()
+    assert "whose weight other modules use as well" in run("add", "x", tmp_path / "made", "--convert", code=4).err
+
+
 def test_what_was_taken_out_of_a_tied_head_is_refused_where_only_the_beginning_tells(tiny_registry: Any) -> None:
     h = tiny_registry("tied")
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")

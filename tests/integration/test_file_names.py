@@ -84,7 +84,7 @@ def test_a_path_that_is_too_long_is_one_short_error_and_leaves_nothing(filled_re
     (tmp_path / "d.jsonl").write_text('{"text": "the sea"}\n')
     before = sorted(tmp_path.rglob("*"))
     for command in COMMANDS:
-        ran = run(*(word.replace("PATH", path) for word in command.split()), code=1)
+        ran = run(*(word.replace("PATH", path) for word in command.split()), code=2)
         error, hint = ran.err.splitlines()[-2:]
         assert error.startswith("error: file name too long ("), command
         assert len(error) < 400, command

@@ -353,6 +353,17 @@ def test_what_was_typed_is_repeated_quoted(monkeypatch):
     assert str(typed()) == "stackctl push style me/style -m 'it'\"'\"'s new' --license mit --language en"
 
 
+def test_the_commands_of_a_hint_name_the_registry_that_was_typed(run, tmp_path):
+    folder = tmp_path / "a b"
+    run("init", "--registry", folder)
+    told = f"--registry '{folder}'"
+    assert f"stackctl ls {told} shows" in run("inspect", "nosuch", "--registry", folder, code=3).err
+    assert f"stackctl base add {told} nosuch SOURCE" in run("base", "rm", "nosuch", "--registry", folder, code=3).err
+    away = run("ls", "--registry", tmp_path / "away", code=3).err
+    assert "--registry" not in away.partition("hint:")[2]
+    assert run("ls", "--nope", "--registry", folder, code=2).err.endswith("hint: stackctl ls --help\n")
+
+
 @pytest.mark.parametrize(
     ("typed", "then"),
     [

@@ -6,9 +6,11 @@ import os
 import pty
 import select
 
+import msgspec
 import pytest
 from checkpoints import hub_base, make_registry, register_three
 
+from stackctl.registry.adapters import with_versions
 from stackctl.registry.verify import bytes_to_verify, verify_registry
 
 
@@ -31,6 +33,15 @@ def test_every_byte_that_is_hashed_is_counted(registry):
     tensors = sum(version.bytes for name in ("instruct", "style") for version in registry.find_adapter(name).versions)
     assert bytes_to_verify(registry) == tensors
     assert 0 < tensors < sum(whole), "a header is not counted in entries"
+
+
+@pytest.mark.parametrize("terms", [["style@1"], ["instruct@1"]])
+def test_a_version_that_stands_on_itself_is_named(registry, terms):
+    style = registry.find_adapter("style")
+    registry.write(with_versions(style, msgspec.structs.replace(style.versions[0], trained_on=terms)))
+    _, problems = verify_registry(registry)
+    assert {problem["what"] for problem in problems} >= {"style@1"}
+    assert all("trained on itself" in problem["message"] for problem in problems)
 
 
 def test_the_sum_is_known_where_an_entry_cannot_be_read(registry):

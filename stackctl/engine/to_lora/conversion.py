@@ -183,7 +183,10 @@ def _merge_layers(model: nn.Module, found: LowRankPairs, kept: dict[str, Kept], 
     """Merge the adapter into every layer that it is on, which takes it off there, and keep what that changes."""
     for name, layer in tuner_layers(model, BaseTunerLayer):
         if name not in kept:
-            raise VerificationFailed(f"PEFT put the adapter on {name}, where its configuration does not say so")
+            raise Incompatible(
+                f"PEFT puts the adapter on {name}, where its configuration does not say so",
+                hint="train it again, on modules that are named in full",
+            )
         merged = merged_layer(name, layer)
         _keep(found, name, kept[name], merged, begun.difference(name, layer))
         model.set_submodule(name, layer.get_base_layer())
