@@ -95,8 +95,20 @@ def read_mlx(path: Path) -> MlxAdapter:
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         problems.append("its lora_parameters have no scale that is a number")
         scale = 1.0
+    tensors = _tensors(path / MLX_WEIGHTS, kind, rank, problems)
+    if problems:
+        raise Incompatible(
+            f"{path} is not an adapter of mlx-lm that can be read: {listed_problems(problems)}",
+            hint="save it again with mlx_lm.lora where it was made",
+        )
+    model = config.get("model")
+    return MlxAdapter(path, rank, float(scale), kind == "dora", model if isinstance(model, str) else None, tensors)
+
+
+def _tensors(weights: Path, kind: str, rank: int, problems: list[str]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of an adapter by modules and parts; what is odd about them is added to the problems."""
     tensors: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in read_header(path / MLX_WEIGHTS).items():
+    for name, info in read_header(weights).items():
         module, _, part = name.rpartition(".")
         if part not in _PARTS or (part == "m") > (kind == "dora"):
             problems.append(f"'{name[:80]}' is not a tensor of a {kind}")
@@ -109,14 +121,9 @@ def read_mlx(path: Path) -> MlxAdapter:
         else:
             tensors.setdefault(module, {})[part] = info
     wanted = {"lora_a", "lora_b"} | ({"m"} if kind == "dora" else set())
-    problems += [f"{module} has no {', '.join(sorted(wanted - set(own)))}" for module, own in tensors.items() if
-                 wanted - set(own)]  # fmt: skip
+    for module, own in tensors.items():
+        if missing := sorted(wanted - own.keys()):
+            problems.append(f"{module} has no {', '.join(missing)}")
     if not tensors and not problems:
         problems.append("it holds no tensors")
-    if problems:
-        raise Incompatible(
-            f"{path} is not an adapter of mlx-lm that can be read: {listed_problems(problems)}",
-            hint="save it again with mlx_lm.lora where it was made",
-        )
-    model = config.get("model")
-    return MlxAdapter(path, rank, float(scale), kind == "dora", model if isinstance(model, str) else None, tensors)
+    return tensors

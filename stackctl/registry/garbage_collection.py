@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,27 +116,36 @@ def unreferenced_weights(registry: Registry, places: set[Path]) -> list[Path]:
 
 def _free_staging(registry: Registry, dry_run: bool) -> list[Freed]:
     """What killed processes left anywhere in the registry."""
-    left: list[Path] = []
+    parents = set[Path]()
     for folder, folders, names in os.walk(registry.root):  # others add and remove meanwhile, which it takes lightly
-        left += [Path(folder, name) for name in [*folders, *names] if name.startswith(atomic.STAGING_PREFIX)]
+        if any(name.startswith(atomic.STAGING_PREFIX) for name in [*folders, *names]):
+            parents.add(Path(folder))
         folders[:] = [name for name in folders if not name.startswith(atomic.STAGING_PREFIX)]
-    sizes = {path: files.tree_bytes(path) for path in left}
-    swept = [p for parent in {p.parent for p in left} for p in atomic.sweep_staging(parent, dry_run=dry_run)]
-    return [
-        Freed(str(p.relative_to(registry.root)), "left by a killed process", str(p), sizes.get(p, 0))
-        for p in sorted(swept)
-    ]
+    return [freed for parent in sorted(parents) for freed in _left_over(parent, registry.root, dry_run=dry_run)]
+
+
+def _left_over(folder: Path, root: Path, *, dry_run: bool) -> Iterator[Freed]:
+    """What killed processes left in a folder, which is told by its place below ``root``."""
+    sizes = {path: files.tree_bytes(path) for path in files.children(folder, atomic.STAGING_PREFIX)}
+    for path in atomic.sweep_staging(folder, dry_run=dry_run):
+        yield Freed(str(path.relative_to(root)), "left by a killed process", str(path), sizes.get(path, 0))
+
+
+def _free(what: str, why: str, path: Path, remove: Callable[[Path], None], *, dry_run: bool) -> Freed:
+    """Measure one thing, and remove it."""
+    freed = Freed(what, why, str(path), files.tree_bytes(path))
+    if not dry_run:
+        remove(path)
+    return freed
 
 
 def drop_runs(registry: Registry, *, dry_run: bool) -> list[Freed]:
     """Remove unfinished runs with their saves, but for those that go on now."""
     freed = []
     for run in unfinished_runs(registry):
-        folder = Path(run["path"])
+        folder, why = Path(run["path"]), f"unfinished at step {run['step']}"
         with contextlib.suppress(Failed), RunFolder(folder).held():
-            freed.append(Freed(run["name"], f"unfinished at step {run['step']}", str(folder), files.tree_bytes(folder)))
-            if not dry_run:
-                files.remove_tree(folder)
+            freed.append(_free(run["name"], why, folder, files.remove_tree, dry_run=dry_run))
     return freed
 
 
@@ -154,9 +163,7 @@ def free_logs(registry: Registry, gone: Collection[str] = (), *, every: bool, dr
             with contextlib.nullcontext() if dry_run else run_folder(registry, folder.name).held():
                 for log in list(_finished_logs(registry, folder, gone, every)):
                     what = f"logs/{folder.name}/{log.name}"
-                    freed.append(Freed(what, "written by --report-to", str(log), files.tree_bytes(log)))
-                    if not dry_run:
-                        files.remove_tree(log)
+                    freed.append(_free(what, "written by --report-to", log, files.remove_tree, dry_run=dry_run))
                 if not dry_run and folder.is_dir() and not files.children(folder):
                     folder.rmdir()
     return freed
@@ -182,7 +189,7 @@ def tokens_folder() -> Path:
 def free_tokens(*, every: bool, dry_run: bool) -> list[Freed]:
     """Remove tokenised data that was not used for long, or with ``every`` all of it, and what killed runs left."""
     return [
-        *_left_over(tokens_folder(), dry_run),
+        *_left_over(tokens_folder(), tokens_folder(), dry_run=dry_run),
         *_unused(tokens_folder().glob("[0-9a-f]*"), "cached tokens", every=every, dry_run=dry_run),
     ]
 
@@ -193,12 +200,10 @@ def _unused(folders: Iterable[Path], what: str, *, every: bool, dry_run: bool) -
         with contextlib.suppress(OSError):  # somebody else cleans up, too, or it is somebody else's
             used = folder.stat().st_mtime
             if every or time.time() - used > _UNUSED_SECONDS:
-                size, when = files.tree_bytes(folder), datetime.fromtimestamp(used, UTC).date()
-                if not dry_run:
-                    atomic.discard_folder(folder)
+                why = f"{what}, last used {datetime.fromtimestamp(used, UTC).date()}"
                 kind, dash, digest = folder.name.rpartition("-")
                 name = f"{folder.parent.name}/{kind}{dash}{digest[:8]}"
-                yield Freed(name, f"{what}, last used {when}", str(folder), size)
+                yield _free(name, why, folder, atomic.discard_folder, dry_run=dry_run)
 
 
 def free_caches(*, every: bool, dry_run: bool) -> list[Freed]:
@@ -213,11 +218,9 @@ def free_caches(*, every: bool, dry_run: bool) -> list[Freed]:
 def free_conversions(*, dry_run: bool) -> list[Freed]:
     """Remove models that were converted from GGUF."""
     with contextlib.nullcontext(cache_root() / "bases") if dry_run else converted_models() as folder:
-        freed = list(_left_over(folder, dry_run))
+        freed = list(_left_over(folder, folder, dry_run=dry_run))
         for model in sorted(folder.glob("gguf-*")):
-            freed.append(Freed(model.name, "converted from GGUF", str(model), files.tree_bytes(model)))
-            if not dry_run:
-                atomic.discard_folder(model)
+            freed.append(_free(model.name, "converted from GGUF", model, atomic.discard_folder, dry_run=dry_run))
     return freed
 
 
@@ -226,12 +229,6 @@ def free_exports(*, every: bool, dry_run: bool) -> list[Freed]:
     place = cache_root() / "adapters"
     lock = contextlib.nullcontext(place) if dry_run or not place.is_dir() else exported_adapters()
     with lock as folder:
-        freed = list(_left_over(folder, dry_run))
+        freed = list(_left_over(folder, folder, dry_run=dry_run))
         freed += _unused(folder.glob("[a-z]*-*"), "exported for an engine", every=every, dry_run=dry_run)
     return freed
-
-
-def _left_over(folder: Path, dry_run: bool) -> Iterator[Freed]:
-    sizes = {path: files.tree_bytes(path) for path in folder.glob(f"{atomic.STAGING_PREFIX}*")}
-    for path in atomic.sweep_staging(folder, dry_run=dry_run):
-        yield Freed(path.name, "left by a killed process", str(path), sizes.get(path, 0))

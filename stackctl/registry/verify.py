@@ -40,24 +40,8 @@ def verify_registry(
         how many things were checked, and every problem found as ``{"what", "message"}``.
     """
     problems: list[dict[str, Any]] = []
-    checked = 0
+    checked = _read_entries(registry, problems) if only is None else 0
     below = _Foundations(registry)
-    if only is None:
-        with _noting(problems, "registry"):
-            registry.settings()
-        for name in registry.names(Removed):
-            with _noting(problems, name):
-                registry.find_removed(name)
-        for name in registry.names(Base):
-            checked += 1
-            with _noting(problems, name):
-                registry.read(Base, name)
-        for name in registry.names(Stack):
-            checked += 1
-            with _noting(problems, name):
-                if stack := registry.read(Stack, name):
-                    list(pinned_members(registry, stack))
-                    resolve_stack_base(registry, stack)
     names = None if only is None else {label.partition("@")[0] for label in only}
     for name in registry.names(Adapter):
         adapter = None
@@ -76,6 +60,25 @@ def verify_registry(
                         raise
                     below.check(member)
     return checked, problems
+
+
+def _read_entries(registry: Registry, problems: list[dict[str, Any]]) -> int:
+    """Read everything but adapters, and count the bases and stacks."""
+    with _noting(problems, "registry"):
+        registry.settings()
+    for name in registry.names(Removed):
+        with _noting(problems, name):
+            registry.find_removed(name)
+    bases, stacks = registry.names(Base), registry.names(Stack)
+    for name in bases:
+        with _noting(problems, name):
+            registry.read(Base, name)
+    for name in stacks:
+        with _noting(problems, name):
+            if stack := registry.read(Stack, name):
+                list(pinned_members(registry, stack))
+                resolve_stack_base(registry, stack)
+    return len(bases) + len(stacks)
 
 
 @contextlib.contextmanager
