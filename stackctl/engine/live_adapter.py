@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from stackctl.core.errors import Incompatible
 from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.merging import module_pair
 from stackctl.engine.tensors import MemberTensors
-from stackctl.lora.lora_config import PEFT_PREFIX, plain_lora_config
+from stackctl.lora.lora_config import plain_lora_config
 from stackctl.lora.target_parameters import is_parameter_target
 from stackctl.plan.methods import SUM
 from stackctl.plan.stack_plan import ModulePlan, StackPlan
@@ -115,20 +115,3 @@ def detach_live(model: PreTrainedModel) -> None:
         model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-
-
-def not_read_back(model: PeftModel, adapter: str, chosen: Collection[str]) -> set[str]:
-    """Those of the chosen modules and parameters that PEFT would not find again in a checkpoint that it saved itself.
-
-    It renames what it loads as transformers renames the files of old bases, and some of those patterns match the names
-    of a loaded model as well. The model has no weights (meta device).
-    """
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in saved.items()}
-    result: Any = set_peft_model_state_dict(model, state, adapter_name=adapter, low_cpu_mem_usage=True)
-    lost = set[str]()
-    for key in result.missing_keys:
-        if f".{adapter}" in key and "lora_" in key:
-            name = key.removeprefix(PEFT_PREFIX).partition(".lora_")[0].replace(".base_layer", "")
-            lost |= {own for own in chosen if own == name or own.rpartition(".")[0] == name}
-    return lost

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from stackctl.engine.base.module_shapes import module_shapes
 from stackctl.engine.base.weight_conversion import unread_names
-from stackctl.engine.live_adapter import not_read_back
+from stackctl.engine.peft_limits import not_read_back
 from stackctl.lora.naming import INDEX
 from stackctl.lora.target_parameters import EXPERTS
 

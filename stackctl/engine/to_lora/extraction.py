@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from stackctl.engine.base.folder import base_folder
 from stackctl.engine.base.layout import BaseLayout
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import computes, is_called
-from stackctl.engine.live_adapter import not_read_back
+from stackctl.engine.peft_limits import is_forbidden, not_read_back
 from stackctl.engine.tensors import TensorFiles, all_finite
 from stackctl.engine.to_lora.low_rank import MOST_DIRECTIONS, LowRankPairs, Truncation, whole_pair
 from stackctl.lora.target_modules import expand_modules
@@ -185,19 +184,12 @@ class _Kinds:
     def _unread(self) -> set[str]:
         """The layers whose LoRA PEFT would save and not find again."""
         kinds = ("Linear", "Conv1D", "Embedding")
-        layers = [name for name, shape in self.shapes.items() if shape.type in kinds and self._is_allowed(name)]
+        layers = [n for n, shape in self.shapes.items() if shape.type in kinds and not is_forbidden(self._model, n)]
         config = LoraConfig(target_modules="|".join(map(re.escape, layers)))  # of a list PEFT takes the ends of names
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft = get_peft_model(empty_model(self._folder), config, _ADAPTER, low_cpu_mem_usage=True)
             return not_read_back(peft, _ADAPTER, layers)
-
-    def _is_allowed(self, module: str) -> bool:
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), self._model, module.rpartition(".")[2])
-        except ValueError:
-            return False
-        return True
 
     def type(self, module: str) -> str | None:
         """The type of ``ModuleShape``; None of what no LoRA can stand on."""
@@ -221,7 +213,7 @@ class _Kinds:
             return False
         if isinstance(own, nn.Embedding):
             return not computes(own)
-        return self._is_allowed(module)
+        return not is_forbidden(self._model, module)
 
 
 def _keep(found: Extraction, kinds: _Kinds, name: str, values: tuple[Tensor, Tensor]) -> None:

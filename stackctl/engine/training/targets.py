@@ -12,11 +12,10 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,7 +26,8 @@ from stackctl.core.schema import Base, ModuleShape
 from stackctl.core.train_job import TrainJob
 from stackctl.engine.base.model_class import empty_model
 from stackctl.engine.base.module_shapes import computes, is_called, text_modules
-from stackctl.engine.live_adapter import FOLD_HINT, FOUR_BITS_HINT, check_live, not_read_back
+from stackctl.engine.live_adapter import FOLD_HINT, FOUR_BITS_HINT, check_live
+from stackctl.engine.peft_limits import is_forbidden, not_read_back
 from stackctl.engine.training.adapter import ADAPTER, new_layers
 from stackctl.engine.training.trained_tokens import token_settings, tokens_of
 from stackctl.jobs.job import PreparedJob
@@ -174,7 +174,6 @@ def _default(
 ) -> tuple[set[str], dict[str, str]]:
     """The layers that an adapter stands on if nothing is said, and those that it leaves out, with why."""
     chosen, left_out = set[str](), dict[str, str]()
-    config = LoraConfig()
     for name, shape in known.items():
         holder = name.rpartition(".")[0] if shape.type in EXPERTS else name
         if shape.type == "Embedding" or name == base.output_embedding or holder not in text:
@@ -183,22 +182,13 @@ def _default(
             left_out[name] = "several layers share it"
         elif shape.type not in ("Linear", "Conv1D", *EXPERTS):
             left_out[name] = "no plain linear layer"
-        elif why := _forbidden(config, model, name.rpartition(".")[2]):
-            left_out[name] = why
+        elif is_forbidden(model, name):
+            left_out[name] = f"PEFT forbids it in {model.config.model_type}"
         elif job.dropout and is_parameter_only(name, shape.type, base.converted_names):
             left_out[name] = "PEFT adapts it without dropout only"
         else:
             chosen.add(name)
     return chosen, left_out
-
-
-def _forbidden(config: LoraConfig, model: PreTrainedModel, last_name: str) -> str:
-    """Why PEFT takes no layer of a name in this model."""
-    try:
-        LoraModel._check_target_module_compatiblity(cast(LoraModel, None), config, model, last_name)
-    except ValueError:
-        return f"PEFT forbids it in {model.config.model_type}"
-    return ""
 
 
 def _settings(
