@@ -70,10 +70,15 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """What a run begins with: base and tokenizer, what the adapter stands on in it, the data in tokens; then how steps
-    are cut, and the other ways, each needing less."""
+class _Run:
+    """A run in one process: the job, and the folder of its saves; base and tokenizer, what the adapter stands on in it,
+    the data in tokens; then how steps are cut, and the other ways, each needing less."""
 
+    prepared: PreparedJob
+    registry: Registry
+    output: RunOutput
+    resume: bool
+    folder: RunFolder
     stacked: StackedModel
     targets: Targets
     corpus: Corpus
@@ -101,22 +106,20 @@ def train_adapter(
         fix_date(run_folder(registry, prepared.name).signature.get("template_date"))
     group.join(choose_device())
     with group.first_rank_first():
-        loaded = _load(prepared, registry, output)
-    folder = run_folder(registry, prepared.name)
-    loaded = replace(loaded, cuts=_cuts(prepared, loaded, folder, output, resume=resume))
-    with folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
+        run = _load(prepared, registry, output, resume=resume)
+    run = replace(run, cuts=_cuts(run))
+    with run.folder.held() if ranks.rank() == 0 else contextlib.nullcontext():
         with group.first_rank_first():
             if ranks.rank() == 0:
-                date = shown_date(loaded.stacked.tokenizer)
-                _open_run(folder, prepared, loaded.corpus, resume, date)
-        done = _train(prepared, registry, loaded, folder, output, resume=resume)
+                _open_folder(run)
+        done = _train(run)
         if ranks.rank() == 0:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            shutil.rmtree(run.folder.path, ignore_errors=True)
         group.wait()
     return done
 
 
-def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Loaded:
+def _load(prepared: PreparedJob, registry: Registry, output: RunOutput, *, resume: bool) -> _Run:
     """Load the base and read the data, and say what a person should know about both."""
     say = output.say
     stacked = load_base(prepared.base, registry, dtype=prepared.job.dtype, say=say)
@@ -128,85 +131,75 @@ def _load(prepared: PreparedJob, registry: Registry, output: RunOutput) -> _Load
     corpus = read_corpus(prepared, stacked.tokenizer, quiet, output.reading, targets.tokens)
     if not told:
         say(str(targets))
-    return _Loaded(stacked, targets, corpus)
+    return _Run(prepared, registry, output, resume, run_folder(registry, prepared.name), stacked, targets, corpus)
 
 
-def _cuts(
-    prepared: PreparedJob, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
-) -> list[StepCut]:
+def _cuts(run: _Run) -> list[StepCut]:
     """How all processes cut their steps, by the memory that there is."""
     if linked := ranks.link():
         return linked.cuts
     processes = ProcessGroup(ranks.world_size(), group.is_sharded(), group.checkpoints_itself())
-    kept = read_cut(folder.signature.get(CUT)) if resume and folder.checkpoints else None
-    plan = plan_step(prepared, loaded.corpus, loaded.targets, processes, kept)
+    kept = read_cut(run.folder.signature.get(CUT)) if run.resume and run.folder.checkpoints else None
+    plan = plan_step(run.prepared, run.corpus, run.targets, processes, kept)
     for text in plan.told():
-        output.say(text)
+        run.output.say(text)
     cuts = [plan.cut, *plan.smaller]
     return cuts[-min(group.told_by_each(len(cuts))) :]
 
 
-def _train(
-    prepared: PreparedJob, registry: Registry, loaded: _Loaded, folder: RunFolder, output: RunOutput, *, resume: bool
-) -> Trained | None:
+def _train(run: _Run) -> Trained | None:
     """Freeze the stack, attach the adapter, train it between two looks at what was frozen, and register it."""
-    stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
-    set_seed(job.seed)
-    saves = folder.checkpoints if resume else []
-    move = None if saves or group.keeps_parts() else plan_move(prepared, corpus, output.say)
-    if move and not move.look_back(stacked, registry):
+    prepared, stacked, corpus, say = run.prepared, run.stacked, run.corpus, run.output.say
+    set_seed(prepared.job.seed)
+    saves = run.folder.checkpoints if run.resume else []
+    move = None if saves or group.keeps_parts() else plan_move(prepared, corpus, say)
+    if move and not move.look_back(stacked, run.registry):
         move = None
-    attached = attach_all(stacked, prepared, loaded.targets, corpus.encoded.examples[0], output.say)
+    attached = attach_all(stacked, prepared, run.targets, corpus.encoded.examples[0], say)
     model, state = attached.model, RunState(stacked.device)
     if move:
         state.counters.moved = move.begin(model)
-    parts, reference = _parts(prepared, loaded, attached, state, folder, output)
+    parts, reference = _parts(run, attached, state)
     if ranks.rank() == 0:
-        folder.begin({**folder.signature, CUT: asdict(parts.cut)})
+        run.folder.begin({**run.folder.signature, CUT: asdict(parts.cut)})
     if parts.cut.checkpointing:
         map_blocks(_MAPPED_BF16 if parts.bfloat16 else _MAPPED)
-    arguments = training_arguments(prepared, folder.path, len(corpus.rows), stacked.device, parts.cut)
-    with tracking(job, log_folder(registry, prepared.name), output.say):
+    arguments = training_arguments(prepared, run.folder.path, len(corpus.rows), stacked.device, parts.cut)
+    with tracking(prepared.job, log_folder(run.registry, prepared.name), say):
         trainer = StackTrainer(model, arguments, corpus, parts)
-        if job.orthogonal:
+        if prepared.job.orthogonal:
             trainer.add_callback(OrthogonalRows(model, prepared.plan))
         try:
-            steps = optimizer_steps(job, len(corpus.rows), ranks.world_size())
-            _run_trainer(trainer, parts, saves, output, steps)
+            steps = optimizer_steps(prepared.job, len(corpus.rows), ranks.world_size())
+            _run_trainer(trainer, parts, saves, run.output, steps)
         finally:
             if parts.at_once:
                 parts.at_once.close()
 
-    if reference and (note := fallen(reference.changes(corpus.encoded.examples), job.objective)):
-        output.say(f"note: {note}")
+    if reference and (note := fallen(reference.changes(corpus.encoded.examples), prepared.job.objective)):
+        say(f"note: {note}")
     attached.check_unchanged()
-    check_digests(registry, prepared.stack.members, fresh=True)
+    check_digests(run.registry, prepared.stack.members, fresh=True)
     factors = adapter_state(model)
     if ranks.rank() > 0:
         return None
     finished = FinishedRun(
         model, factors, stacked.tokenizer, corpus, describe_run(prepared, stacked, corpus, parts, attached.how),
-        state.counters, [token for _, token in sorted(loaded.targets.tokens.items())],
+        state.counters, [token for _, token in sorted(run.targets.tokens.items())],
     )  # fmt: skip
-    return Trained(register_version(prepared, registry, finished, resume=resume), state.counters, attached.trainable)
+    version = register_version(prepared, run.registry, finished, resume=run.resume)
+    return Trained(version, state.counters, attached.trainable)
 
 
-def _parts(
-    prepared: PreparedJob,
-    loaded: _Loaded,
-    attached: Attached,
-    state: RunState,
-    folder: RunFolder,
-    output: RunOutput,
-) -> tuple[TrainerParts, ReferenceModel | None]:
+def _parts(run: _Run, attached: Attached, state: RunState) -> tuple[TrainerParts, ReferenceModel | None]:
     """What Trainer works with, and what answers are compared with."""
-    stacked, corpus, job = loaded.stacked, loaded.corpus, prepared.job
+    stacked, corpus, job, output = run.stacked, run.corpus, run.prepared.job, run.output
     model, teaching, examples = attached.model, attached.teaching, corpus.encoded.examples
     longest = corpus.max_length if job.objective == "kto" else corpus.longest  # its swapped answers are of any length
     layout = choose_layout(model, examples, longest=longest)
     bfloat16 = computes_in_bfloat16(job.dtype, stacked.device, stacked.model)
-    at_once = _at_once(model, loaded.cuts[0], examples[0], bfloat16=bfloat16)
-    reference, answers, measure = _compared(prepared, corpus, attached, output, at_once, bfloat16=bfloat16)
+    at_once = _at_once(model, run.cuts[0], examples[0], bfloat16=bfloat16)
+    reference, answers, measure = _compared(run, attached, at_once, bfloat16=bfloat16)
     held_out = None
     if corpus.evaluation:
         first = 0 if teaching and teaching.name else 1  # what begins as the best pair may stay that
@@ -214,19 +207,19 @@ def _parts(
         held_out = HeldOut(job, state.counters, output.say, measure, first=first)
     parts = TrainerParts(
         state=state,
-        saves=RunSaves(folder),
+        saves=RunSaves(run.folder),
         steps=StepCallback(state, output.progress, output.say, held_out),
         held_out=held_out,
         one_by_one=layout == "one_by_one",
         bfloat16=bfloat16,
         job=job,
-        cut=loaded.cuts[0],
+        cut=run.cuts[0],
         answers=answers,
         teaching=teaching,
         at_once=at_once,
     )
-    if prepared.auto_batch and runs_out_safely(stacked.device):
-        parts = replace(parts, cut=first_that_runs(model, corpus, parts, loaded.cuts, output.say))
+    if run.prepared.auto_batch and runs_out_safely(stacked.device):
+        parts = replace(parts, cut=first_that_runs(model, corpus, parts, run.cuts, output.say))
     return parts, reference
 
 
@@ -259,24 +252,19 @@ def _at_once(model: PeftModel, cut: StepCut, example: Example, *, bfloat16: bool
 
 
 def _compared(
-    prepared: PreparedJob,
-    corpus: Corpus,
-    attached: Attached,
-    output: RunOutput,
-    at_once: AtOnce | None,
-    *,
-    bfloat16: bool,
+    run: _Run, attached: Attached, at_once: AtOnce | None, *, bfloat16: bool
 ) -> tuple[ReferenceModel | None, preferences.KnownAnswers | None, Measure | None]:
     """What an objective compares with: the frozen stack as the reference and what it makes of the answers, and how
     held-out records are measured."""
-    job, evaluation, teaching = prepared.job, corpus.evaluation, attached.teaching
+    prepared, corpus, teaching = run.prepared, run.corpus, attached.teaching
+    job, evaluation = prepared.job, corpus.evaluation
     if teaching:
         measure = functools.partial(teaching.measure, examples=evaluation.examples) if evaluation else None
         return None, None, measure
     if job.objective not in OBJECTIVES:
         return None, None, None
     reference = ReferenceModel(
-        attached.model, attached.live, not prepared.beginning, bfloat16, prepared.stands_on(), output.comparing,
+        attached.model, attached.live, not prepared.beginning, bfloat16, prepared.stands_on(), run.output.comparing,
         at_once,
     )  # fmt: skip
     answers = reference.know(corpus.encoded, job, corpus.max_length)
@@ -324,21 +312,22 @@ def _run_trainer(trainer: StackTrainer, parts: TrainerParts, saves: list[Path], 
         held_out.use_kept(trainer.peft_model)
 
 
-def _open_run(run: RunFolder, prepared: PreparedJob, corpus: Corpus, resume: bool, date: str | None) -> None:
+def _open_folder(run: _Run) -> None:
     """Make the folder ready for this run's saves; without ``--resume`` an older run of that name is dropped.
 
     Raises:
         Usage: what was saved belongs to a run with other settings.
     """
-    signature = prepared.signature(corpus.records.sha256, corpus.held_out.sha256 if corpus.held_out else None)
-    if resume and run.checkpoints:
-        changed = changed_since(run.signature, signature)
+    folder, prepared, held_out = run.folder, run.prepared, run.corpus.held_out
+    signature = prepared.signature(run.corpus.records.sha256, held_out.sha256 if held_out else None)
+    if run.resume and folder.checkpoints:
+        changed = changed_since(folder.signature, signature)
         if changed:
             raise Usage(
                 f"the unfinished run of '{prepared.name}' had other {', '.join(changed)}",
                 hint="give the same name, data and flags, or leave out --resume to start again",
             )
-        run.sweep()
-    elif run.path.exists():
-        files.remove_tree(run.path)
-    run.begin({**signature, "template_date": date})
+        folder.sweep()
+    elif folder.path.exists():
+        files.remove_tree(folder.path)
+    folder.begin({**signature, "template_date": shown_date(run.stacked.tokenizer)})
