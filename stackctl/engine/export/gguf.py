@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,32 @@ _DTYPES = {
     "float16": (torch.float16, np.float16, gguf.LlamaFileType.MOSTLY_F16),
 }
 MODELFILE = "Modelfile"
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What is written: on which tensors of which architecture, of which rank on all of them, in which dtype."""
+
+    architecture: GgufArchitecture
+    targets: Sequence[GgufTarget]
+    rank: int
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype][0]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(_DTYPES[self.dtype][1])
+
+    @property
+    def file_type(self) -> int:
+        return _DTYPES[self.dtype][2]
+
+    def tensors(self) -> list[tuple[str, tuple[int, int], np.dtype[Any]]]:
+        """Every tensor of the file, in its order, with its shape and dtype."""
+        return [(name, shape, self.numpy_dtype) for target in self.targets for name, shape in target.layout(self.rank)]
 
 
 _Written = tuple[int, tuple[str, str]]
@@ -80,10 +107,11 @@ def export_gguf(
     if base_gguf is not None:
         _check_base(targets, architecture, config, existing_path(base_gguf, "the file"))
     rank = max(found_ranks(plan).values()) if plan.options.rank == "auto" else plan.rank
+    adapter = _Adapter(architecture, targets, rank, dtype)
     with atomic.staging_directory(out.parent) as staged:
         path = staged / gguf_file_name(out)
-        error, written = _write(plan, targets, architecture, rank, path, dtype)
-        _check_written(targets, architecture, rank, path, dtype, written)
+        error, written = _write(plan, adapter, path)
+        _check_written(adapter, path, written)
         if modelfile:
             atomic.write_atomic(staged / MODELFILE, _modelfile(plan, base_gguf or base, path.name))
         atomic.publish_directory(staged, out)
@@ -91,7 +119,7 @@ def export_gguf(
 
 
 def _check_base(
-    targets: list[GgufTarget], architecture: GgufArchitecture, config: Mapping[str, Any], path: Path
+    targets: Sequence[GgufTarget], architecture: GgufArchitecture, config: Mapping[str, Any], path: Path
 ) -> None:
     """Hold the adapter's tensors against the base that it will run on.
 
@@ -123,24 +151,21 @@ def _field(reader: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _write(
-    plan: StackPlan, targets: list[GgufTarget], architecture: GgufArchitecture, rank: int, path: Path, dtype: str
-) -> tuple[float, dict[str, _Written]]:
+def _write(plan: StackPlan, adapter: _Adapter, path: Path) -> tuple[float, dict[str, _Written]]:
     """Stream the file: its header from shapes alone, then the pairs one by one.
 
     Returns the worst module's relative error against the exact sum, and what every pair was.
     """
-    torch_dtype, numpy_dtype, file_type = _DTYPES[dtype]
     worst, written = 0.0, dict[str, _Written]()
-    writer = gguf.GGUFWriter(path, architecture.name)
+    writer = gguf.GGUFWriter(path, adapter.architecture.name)
     try:
-        _write_header(writer, plan, targets, rank, numpy_dtype, file_type)
-        for target, (_, (a, b), error) in zip(targets, made_pairs(plan, torch_dtype), strict=True):
+        _write_header(writer, plan, adapter)
+        for target, (_, (a, b), error) in zip(adapter.targets, made_pairs(plan, adapter.torch_dtype), strict=True):
             if not (all_finite(a) and all_finite(b)):
-                raise misfit(target.name, dtype)
+                raise misfit(target.name, adapter.dtype)
             worst = max(worst, error)
             written[target.name] = a.shape[0], (_digest(a.numpy()), _digest(b.numpy()))
-            for factor in lay_out(a, b, target, rank):
+            for factor in lay_out(a, b, target, adapter.rank):
                 _write_values(writer, factor.contiguous().numpy())
     finally:
         writer.close()
@@ -157,23 +182,19 @@ def _write_values(writer: Any, values: Any) -> None:
     writer.write_padding(file, values.nbytes)
 
 
-def _write_header(
-    writer: Any, plan: StackPlan, targets: list[GgufTarget], rank: int, numpy_dtype: type, file_type: int
-) -> None:
+def _write_header(writer: Any, plan: StackPlan, adapter: _Adapter) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
     writer.add_name(plan.expression)
-    writer.add_file_type(file_type)
+    writer.add_file_type(adapter.file_type)
     if plan.base is not None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, plan.base.name)
         if plan.base.hub_id:
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{plan.base.hub_id}")
-    for target in targets:
-        for name, shape in target.layout(rank):
-            size = shape[0] * shape[1] * np.dtype(numpy_dtype).itemsize
-            writer.add_tensor_info(name, shape, np.dtype(numpy_dtype), size)
+    for name, shape, dtype in adapter.tensors():
+        writer.add_tensor_info(name, shape, dtype, shape[0] * shape[1] * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -183,14 +204,7 @@ def _digest(factor: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(factor).data).hexdigest()
 
 
-def _check_written(
-    targets: list[GgufTarget],
-    architecture: GgufArchitecture,
-    rank: int,
-    path: Path,
-    dtype: str,
-    written: dict[str, _Written],
-) -> None:
+def _check_written(adapter: _Adapter, path: Path, written: Mapping[str, _Written]) -> None:
     """Read the file as llama.cpp would, undo the layout, and compare every value with what the plan gave.
 
     Raises:
@@ -199,19 +213,17 @@ def _check_written(
     reader = gguf.GGUFReader(path)
     keys = {
         "general.type": "adapter",
-        "general.architecture": architecture.name,
+        "general.architecture": adapter.architecture.name,
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(rank),
+        "adapter.lora.alpha": float(adapter.rank),
     }
     if {key: _field(reader, key) for key in keys} != keys:
         raise VerificationFailed("what was written is not what was planned: the adapter's keys differ")
-    numpy_dtype = _DTYPES[dtype][1]
-    planned = [(name, shape, np.dtype(numpy_dtype)) for target in targets for name, shape in target.layout(rank)]
     found = [(tensor.name, tuple(tensor.data.shape), tensor.data.dtype) for tensor in reader.tensors]
-    if planned != found:
+    if adapter.tensors() != found:
         raise VerificationFailed("what was written is not what was planned: names, shapes or dtypes differ")
-    for target, first, second in zip(targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
-        a, b = undo_layout(_values(path, first, numpy_dtype), _values(path, second, numpy_dtype), target)
+    for target, first, second in zip(adapter.targets, reader.tensors[::2], reader.tensors[1::2], strict=True):
+        a, b = undo_layout(_values(path, first), _values(path, second), target)
         own_rank, digests = written[target.name]
         if a[own_rank:].any() or b[:, own_rank:].any():
             raise VerificationFailed(f"what was written is not what was planned: the padding of {target.name}")
@@ -219,10 +231,10 @@ def _check_written(
             raise VerificationFailed(f"what was written is not what was planned: the values of {target.name}")
 
 
-def _values(path: Path, tensor: Any, numpy_dtype: type) -> Any:
+def _values(path: Path, tensor: Any) -> Any:
     """One tensor's values, read and not mapped: pages of a map would stay in memory until the whole file is there."""
     count = math.prod(tensor.data.shape)
-    return np.fromfile(path, numpy_dtype, count, offset=tensor.data_offset).reshape(tensor.data.shape)
+    return np.fromfile(path, tensor.data.dtype, count, offset=tensor.data_offset).reshape(tensor.data.shape)
 
 
 def _modelfile(plan: StackPlan, base: Path, adapter: str) -> str:
