@@ -10,7 +10,7 @@ from typing import Any
 from stackctl.core.errors import Usage, listed_problems
 from stackctl.engine.records.csv_rows import csv_rows
 from stackctl.engine.records.messages import template_arguments, text_of, tools_of, turns_of
-from stackctl.engine.records.raw_lines import PACKED_SUFFIXES, lines_of
+from stackctl.engine.records.raw_lines import lines_of, suffix_of
 from stackctl.engine.records.shapes import asked_text, before_turns
 from stackctl.engine.records.sources import JSON_LINES, SEPARATORS, parquet_rows
 from stackctl.engine.records.strict_json import parse_json, parse_lines
@@ -70,8 +70,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 
 def _values(path: Path) -> tuple[Iterable[tuple[int, Any]], Unit] | None:
     """The values of a file, and what each stands in; None of one that is a prompt on each line."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    suffix = "".join([one for one in suffixes if one not in PACKED_SUFFIXES][-1:])
+    suffix = suffix_of(path)
     if suffix == ".parquet":
         return parquet_rows(path, str(path), lambda _: None), "record"
     if suffix in SEPARATORS:

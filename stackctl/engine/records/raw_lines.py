@@ -23,7 +23,17 @@ _PACKED: dict[bytes, Callable[[BinaryIO], Any]] = {
 """What packed files begin with."""
 _WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Byte-order marks of texts in another width; the longer come first."""
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+_PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+
+
+def suffix_of(path: Path) -> str:
+    """How a file's name ends, without what says that it is packed."""
+    return (path.with_suffix("") if is_packed(path) else path).suffix.lower()
+
+
+def is_packed(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in _PACKED_SUFFIXES
 
 
 def lines_of(path: Path, name: str, seen: Seen = lambda _: None, *, ends: bool = False) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from stackctl.core.errors import SHOWN_PROBLEMS, Usage, listed_problems
 from stackctl.core.hub_ids import parse_dataset_id
 from stackctl.engine.records import sources
-from stackctl.engine.records.raw_lines import PACKED_SUFFIXES
+from stackctl.engine.records.raw_lines import is_packed, suffix_of
 from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
 from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
@@ -153,10 +153,8 @@ def open_records(source: str | Path) -> RecordStream:
         return RecordStream(sources.open_folder(path, name))
     if not path.is_file():
         raise Usage(f"{name} is not a file, not a data file", hint=KINDS_HINT)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] and suffixes[-1] in PACKED_SUFFIXES
-    suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
-    if packed and suffix == ".parquet":
+    suffix = suffix_of(path)
+    if is_packed(path) and suffix == ".parquet":
         raise Usage(f"{name} is packed Parquet, which is not read: unpack it", hint=KINDS_HINT)
     if suffix not in sources.READERS:
         what = _ELSEWHERE.get(suffix, f"is not a kind of data file that can be read ({suffix or 'it has no suffix'})")
