@@ -10,8 +10,10 @@ from typing import Any
 from stackctl.core.errors import Incompatible
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character decode to while the others are not there yet."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 Scored = tuple[int, float]
+"""A token and its log-probability."""
 _LEAST = -9999.0
 """What OpenAI's API says of a token without any probability: JSON has no infinity."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OnText = Callable[[str], object]
-"""What the first bytes of a character decode to while the others are not there yet."""
+"""Told an answer's text as it comes, piece by piece."""
 
 
 def end_tokens(reader: Reader) -> list[int]:
