@@ -55,7 +55,7 @@ def serve_commands(
         if any(problem.severity == "error" for problem in problems):
             recipes[target] = ServeCommands((), (), tuple(problems))
             continue
-        lines, notes = recipe(export, name, plan, stack.base, root)
+        lines, notes = recipe(export, name, plan, root)
         said = tuple(p for p in problems if p.code != "vllm_rank")  # which the line heeds
         recipes[target] = ServeCommands(tuple(shlex.join(line) for line in lines), tuple(notes), said)
     return recipes
@@ -81,8 +81,8 @@ def vllm_base(base: Base, root: Path) -> tuple[list[str], list[str]]:
     return words, notes
 
 
-def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
-    out = _free(f"{name}-peft")
+def _vllm(export: list[str], name: str, plan: StackPlan, root: Path) -> _Told:
+    base, out = plan.known_base, _free(f"{name}-peft")
     (model, *options), missing = vllm_base(base, root)
     serve = ["vllm", "serve", model, "--enable-lora", "--lora-modules", f"{name}={out}"]
     serve += ["--max-lora-rank", str(vllm_max_rank(plan.rank)), *options]
@@ -92,8 +92,8 @@ def _vllm(export: list[str], name: str, plan: StackPlan, base: Base, root: Path)
     return [[*export, "--format", "peft", *whole, "--out", out], serve], notes
 
 
-def _llama_cpp(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
-    out = _free(f"{name}-gguf")
+def _llama_cpp(export: list[str], name: str, plan: StackPlan, root: Path) -> _Told:
+    base, out = plan.known_base, _free(f"{name}-gguf")
     adapter = f"{out}/{gguf_file_name(Path(out))}"
     gguf = base_gguf(base, root)
     notes = [f"--lora-scaled {adapter}:0.5 instead of --lora halves the whole stack"]
@@ -107,7 +107,7 @@ def _llama_cpp(export: list[str], name: str, plan: StackPlan, base: Base, root: 
     return [[*export, "--format", "gguf", "--out", out], serve], notes
 
 
-def _ollama(export: list[str], name: str, plan: StackPlan, base: Base, root: Path) -> _Told:
+def _ollama(export: list[str], name: str, plan: StackPlan, root: Path) -> _Told:
     out = _free(f"{name}-ollama")
     return [
         [*export, "--format", "gguf", "--modelfile", "--out", out],
