@@ -13,16 +13,7 @@ from msgspec import Meta
 
 from stackctl.core.expressions import format_term
 from stackctl.core.fields import Count, Entry, Finite, Part, Scalar
-from stackctl.core.provenance import (
-    Converted,
-    DataSource,
-    Distilled,
-    EntryProblem,
-    Extracted,
-    HubSource,
-    Moved,
-    Run,
-)
+from stackctl.core.provenance import Converted, DataSource, Distilled, EntryProblem, Extracted, HubSource, Moved, Run
 
 _Setting = Scalar | list[str] | dict[str, Scalar] | None
 

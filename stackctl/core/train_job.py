@@ -167,8 +167,7 @@ class TrainJob(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         str | None, _about("With --objective distil: the stack whose probabilities are learned, or base with --system.")
     ] = None
     system: Annotated[
-        str | None,
-        _about("With --objective distil: a text file that the teacher alone reads, as its system prompt."),
+        str | None, _about("With --objective distil: a text file that the teacher alone reads, as its system prompt.")
     ] = None
     base: Annotated[str | None, _about("The base, when there are several and it stands on none of your stacks.")] = None
     data: Annotated[

@@ -16,14 +16,7 @@ from stackctl.core import Say
 from stackctl.core.command_line import CommandLine
 from stackctl.core.errors import HubFailure, NotFound, Usage, VerificationFailed
 from stackctl.core.provenance import HubSource
-from stackctl.hub.bundle import (
-    Destination,
-    bundle_adapter,
-    bundle_stack,
-    check_pushable,
-    is_ours,
-    resolve_base_id,
-)
+from stackctl.hub.bundle import Destination, bundle_adapter, bundle_stack, check_pushable, is_ours, resolve_base_id
 from stackctl.hub.card import CARD, CardFacts, combine_facts, facts_of_card
 from stackctl.hub.client import Hub, open_hub
 from stackctl.hub.repos import Content, Snapshot, sha256

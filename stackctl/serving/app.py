@@ -116,7 +116,7 @@ class App:
                 Route("/v1/models/{name:path}", self.model, methods=["GET"]),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
-            ],
+            ]
         )
         # Starlette's own handler of errors would send them as text; ours answers all of them alike.
         for kind in (HTTPException, ApiError, StackctlError, ClientDisconnect, Exception):

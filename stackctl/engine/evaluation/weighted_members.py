@@ -150,11 +150,7 @@ class _Changed(nn.Module):
     """A parameter with the members' deltas added to it."""
 
     def __init__(
-        self,
-        module: ModulePlan,
-        factors: Sequence[algebra.Factors],
-        places: Tensor,
-        weights: Callable[[], Tensor],
+        self, module: ModulePlan, factors: Sequence[algebra.Factors], places: Tensor, weights: Callable[[], Tensor]
     ) -> None:
         super().__init__()
         self._module, self._factors, self._places, self._weights = module, factors, places, weights

@@ -75,8 +75,7 @@ def _check_fit(reader: Reader, prompt: Prompt, ids: list[int]) -> None:
     limit = reader.base.context_length
     if limit and len(ids) >= limit:
         raise Usage(
-            f"{prompt.place} has {len(ids)} tokens, and {reader.base.name} reads {limit} at once",
-            hint="shorten it",
+            f"{prompt.place} has {len(ids)} tokens, and {reader.base.name} reads {limit} at once", hint="shorten it"
         )
     check_prompt(ids, reader.base.vocabulary_size, prompt.place, reader.tokenizer, reader.base.name)
 
@@ -96,8 +95,7 @@ def _encode(reader: Reader, prompt: Prompt, sampling: Sampling) -> list[int]:
             )
         except TEMPLATE_ERRORS as error:
             raise Usage(
-                f"the chat template refused {prompt.place}: {error}",
-                hint="try --raw, or without --system or tools",
+                f"the chat template refused {prompt.place}: {error}", hint="try --raw, or without --system or tools"
             ) from error
     elif prompt.messages is None:
         text = prompt.text

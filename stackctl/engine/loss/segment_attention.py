@@ -139,12 +139,7 @@ def segment_attention(
 
 
 def one_call_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """As :func:`segment_attention`, all records in one call; by the loop where the kernel has no way to do it.
 

@@ -76,7 +76,6 @@ def merged_layer(name: str, layer: Any) -> Any:
         raise Incompatible(what, hint=_HINT) from None
     if not error <= _TOLERANCE:
         raise Incompatible(
-            f"merged into {name}, the adapter does not compute what it does live ({error:.1e} apart)",
-            hint=_HINT,
+            f"merged into {name}, the adapter does not compute what it does live ({error:.1e} apart)", hint=_HINT
         )
     return merged

@@ -49,11 +49,7 @@ class Corpus:
 
 
 def read_corpus(
-    prepared: PreparedJob,
-    tokenizer: Any,
-    say: Say,
-    reading: Reading = lambda _: None,
-    trained: Collection[int] = (),
+    prepared: PreparedJob, tokenizer: Any, say: Say, reading: Reading = lambda _: None, trained: Collection[int] = ()
 ) -> Corpus:
     """Read and tokenise a job's data, and say what a person should know about it.
 

@@ -45,15 +45,7 @@ class HeldOut(TrainerCallback):
     list is that of the run's counters, with which it is saved and restored. Weights are kept from step ``first`` on.
     """
 
-    def __init__(
-        self,
-        job: TrainJob,
-        counters: Counters,
-        say: Say,
-        measure: Measure,
-        *,
-        first: int = 1,
-    ) -> None:
+    def __init__(self, job: TrainJob, counters: Counters, say: Say, measure: Measure, *, first: int = 1) -> None:
         self._measure, self._first = measure, first
         self._keeps_best = job.keep == "best"
         self._patience = job.patience

@@ -227,8 +227,7 @@ def _try(
             peft = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise Incompatible(
-                f"PEFT cannot adapt this model ({first_line(error)[:300]})",
-                hint="name other layers: --target-modules",
+                f"PEFT cannot adapt this model ({first_line(error)[:300]})", hint="name other layers: --target-modules"
             ) from error
         try:
             found = {name for name, _ in new_layers(peft)}

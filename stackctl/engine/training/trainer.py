@@ -36,13 +36,7 @@ from stackctl.engine.training.dataset import Corpus
 from stackctl.engine.training.distributed import WholeSteps, like, numbers_of_each
 from stackctl.engine.training.early_stopping import HeldOut, evaluation_steps
 from stackctl.engine.training.objectives import OBJECTIVES
-from stackctl.engine.training.preferences import (
-    KnownAnswers,
-    Scores,
-    answer_scores,
-    collate_answers,
-    drift_of,
-)
+from stackctl.engine.training.preferences import KnownAnswers, Scores, answer_scores, collate_answers, drift_of
 from stackctl.engine.training.saves import RunSaves
 from stackctl.engine.training.state import RunState
 from stackctl.engine.training.teaching import Teaching
