@@ -24,6 +24,7 @@ from stackctl.plan.stack_plan import PlanMember, Problem, Replacement, StackPlan
 KEY = "trainable_token_indices"
 ADD_TOKENS = "add them to the base (transformers: resize_token_embeddings), register that, and add it there"
 REGISTER_AGAIN = "register the checkpoint again from where it was made"
+CUT_ROWS = "resize the base as it was there (transformers: resize_token_embeddings), register that, and add it there"
 _NAMED = 8
 
 

@@ -22,7 +22,7 @@ from stackctl.lora.target_parameters import EXPERTS, Pairs, expected_parameters,
 from stackctl.plan.layer_weights import names_nothing
 from stackctl.plan.refusals import saved_modules
 from stackctl.plan.stack_plan import PlanMember, Problem, Replacement
-from stackctl.plan.token_rows import ADD_TOKENS, REGISTER_AGAIN
+from stackctl.plan.token_rows import ADD_TOKENS, CUT_ROWS, REGISTER_AGAIN
 
 
 def same_adapter_twice(members: Sequence[PlanMember]) -> Iterator[Problem]:
@@ -197,8 +197,11 @@ def other_rows(member: PlanMember, naming: Naming, base: Base) -> Iterator[Probl
         if shape == wanted:
             continue
         if shape[1:] == wanted[1:]:
-            what = f"{member.label}: its {module} has {shape[0]:,} rows and that of {base.name} {wanted[0]:,}: tokens "
-            yield Problem("rows", f"{what}were added to the base that it was trained on", ADD_TOKENS, member.label)
+            what = f"{member.label}: its {module} has {shape[0]:,} rows and that of {base.name} {wanted[0]:,}: "
+            more = "tokens were added to the base that it was trained on", ADD_TOKENS
+            fewer = "rows were taken off the base that it was trained on", CUT_ROWS
+            why, hint = more if shape[0] > wanted[0] else fewer
+            yield Problem("rows", what + why, hint, member.label)
         else:
             what = f"{member.label}: its {module} is {list(shape)}, and that of {base.name} {list(wanted)}"
             yield Problem("shape", what, _where_it_fits(member, base), member.label)

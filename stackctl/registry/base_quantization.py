@@ -81,7 +81,8 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
         part = config.get(place) if place else config
         for key in KEYS:
             settings = part.get(key) if isinstance(part, Mapping) else None
-            if not isinstance(settings, Mapping) or not settings:
+            empty = not settings and (place or key != "quantization_config")  # which transformers refuses, too
+            if not isinstance(settings, Mapping) or empty:
                 continue
             for bits in ("4bit", "8bit"):  # as transformers tells them apart, whatever quant_method says
                 if settings.get(f"load_in_{bits}"):

@@ -277,6 +277,19 @@ def test_an_adapter_that_peft_itself_loses_is_refused_for_that(run: Any, tmp_pat
     assert "PEFT does not find its tensors" in run("add", "x", tmp_path / "made", "--convert", code=4).err
 
 
+def test_a_layer_that_is_not_called_has_nothing_to_convert(run: Any, tmp_path: Path) -> None:
+    """PEFT puts its adapter beside the layer, whose weight alone Mamba reads: live it has no effect there."""
+    base = tiny_folder("jamba", tmp_path / "base")
+    run("init")
+    run("base", "add", "tiny", base)
+    for name, targets in (("x", ["dt_proj", "q_proj"]), ("y", ["dt_proj"])):
+        config = peft_config("DORA", target_modules=targets)
+        make_adapter(AutoModelForCausalLM.from_pretrained(base), config, tmp_path / name)
+    made = run("add", "x", tmp_path / "x", "--convert", "--rank", 32, "--json").json["converted"]
+    assert made["output_error"] < 1e-4
+    assert "changes no linear layer" in run("add", "y", tmp_path / "y", "--convert", code=4).err
+
+
 def test_modules_that_share_a_weight_are_refused_before_anything_is_loaded(run: Any, tmp_path: Path) -> None:
     base = tiny_folder("zamba2", tmp_path / "base")
     run("init")

@@ -112,6 +112,15 @@ def test_what_is_trained_on_a_stored_base_loads_in_peft(run: Any, tmp_path: Path
         assert row["loss"] == pytest.approx(losses(model), abs=2e-6)
 
 
+def test_a_scheme_that_says_nothing_is_refused_as_transformers_does(run: Any, models: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(models("llama"), folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {}}))
+    run("init")
+    assert "without quant_method" in run("base", "add", "odd", folder, code=4).err
+
+
 @pytest.mark.parametrize("method", [*AUTO_QUANTIZER_MAPPING, "modelopt", "exl3", "bitnet-2"])
 def test_every_other_scheme_is_refused_by_name(run: Any, models: Any, tmp_path: Path, method: str) -> None:
     settings: dict[str, Any] = {"quant_method": method}

@@ -24,6 +24,7 @@ from stackctl.core.errors import Incompatible, VerificationFailed, first_line, l
 from stackctl.core.schema import Base
 from stackctl.engine import algebra
 from stackctl.engine.base.model_class import empty_model
+from stackctl.engine.base.module_shapes import is_called
 from stackctl.engine.loss.logits import difference, probe
 from stackctl.engine.models import StackedModel
 from stackctl.engine.tensors import MemberTensors, all_finite
@@ -187,8 +188,11 @@ def _merge_layers(model: nn.Module, found: LowRankPairs, kept: dict[str, Kept], 
                 f"PEFT puts the adapter on {name}, where its configuration does not say so",
                 hint="train it again, on modules that are named in full",
             )
-        merged = merged_layer(name, layer)
-        _keep(found, name, kept[name], merged, begun.difference(name, layer))
+        if is_called(model, name):
+            merged, factors = merged_layer(name, layer), begun.difference(name, layer)
+        else:  # beside it the adapter has no effect, and merged it would have one
+            merged, factors = layer.get_base_layer(), []
+        _keep(found, name, kept[name], merged, factors)
         model.set_submodule(name, layer.get_base_layer())
         kept[name].set(merged.weight, getattr(merged, "bias", None))
     for name in begun.neighbours:  # what was taken out of a weight is gone for whoever shares it
