@@ -55,6 +55,7 @@ def add(
 ) -> Result:
     """Register a base model; its fingerprint identifies it from then on."""
     from stackctl.core.expressions import parse_name
+    from stackctl.core.template_arguments import check_recorded
     from stackctl.registry.base_models import parse_source
 
     parse_name(name, "base name")
@@ -70,6 +71,7 @@ def add(
     before = registry.find_base(name)
     known = before.chat_template_kwargs if before and arguments.chat_template_kwargs is None else None
     template = arguments.template(known)
+    check_recorded(template)
     base = make_base(name, source, revision, registry, context.output.status)
     base = msgspec.structs.replace(base, chat_template_kwargs=template or None)
     folder = context.base_folder(base)

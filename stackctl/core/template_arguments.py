@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import msgspec
+
 from stackctl.core.errors import Usage
+from stackctl.core.fields import Scalar
 
 Arguments = dict[str, Any]
 _NOT_THE_TEMPLATES = {
@@ -45,7 +48,7 @@ def template_arguments(
 
 
 def check_template_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ``Usage`` where an argument for a chat template is none of a template's, or holds half a character."""
+    """Raises ``Usage`` where an argument for a chat template is none of a template's, or cannot be written down."""
     if wrong := sorted(_NOT_THE_TEMPLATES & set(arguments)):
         raise Usage(
             f"chat_template_kwargs has {', '.join(map(repr, wrong))}, which is not an argument of a chat template",
@@ -54,11 +57,26 @@ def check_template_arguments(arguments: Mapping[str, Any]) -> None:
     if not _is_shallow(arguments, _DEEPEST):
         raise Usage("chat_template_kwargs is nested too deeply", hint="give what the template reads")
     try:
-        json.dumps(arguments, ensure_ascii=False, skipkeys=True, default=str).encode()
+        json.dumps(arguments, ensure_ascii=False, skipkeys=True, default=str, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise Usage(
             "chat_template_kwargs holds half a character (a lone surrogate)", hint="write the whole character"
         ) from None
+    except ValueError:
+        what = "chat_template_kwargs holds a number that is not finite"
+        raise Usage(what, hint="write a number below 1e300") from None
+
+
+def check_recorded(arguments: Mapping[str, Any]) -> None:
+    """Raises ``Usage`` where an argument is no value that an entry of the registry holds."""
+    for name, value in arguments.items():
+        try:
+            msgspec.convert(value, Scalar)
+        except msgspec.ValidationError:
+            raise Usage(
+                f"chat_template_kwargs: {name!r} is recorded, and is no text, truth value or number of at most 64 bits",
+                hint="lists and objects are for single records: write them there as chat_template_kwargs",
+            ) from None
 
 
 def _is_shallow(value: Any, levels: int) -> bool:

@@ -18,7 +18,9 @@ _BATCH_SIZE = 8
 _Rank = Annotated[int, Meta(ge=1, le=65536)]
 _Positive = Annotated[float, Meta(gt=0, le=HUGE)]
 _NotNegative = Annotated[float, Meta(ge=0, le=HUGE)]
-_AtLeastOne = Annotated[int, Meta(ge=1)]
+_MOST = 2**31 - 1
+"""The largest count. Entries hold no number of more than 64 bits, nor can the libraries count further."""
+_AtLeastOne = Annotated[int, Meta(ge=1, le=_MOST)]
 
 
 def _about(text: str) -> Meta:
@@ -63,7 +65,9 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_steps: Annotated[_AtLeastOne | None, _about("Stop after this many optimizer steps.")] = None
     batch_size: Annotated[_AtLeastOne, _about("Records in a micro-batch, per process.")] = _BATCH_SIZE
     gradient_accumulation: Annotated[_AtLeastOne, _about("Micro-batches in an optimizer step.")] = 1
-    max_length: Annotated[int, Meta(ge=2, description="Longest record in tokens; what is longer is cut.")] = 1024
+    max_length: Annotated[int, Meta(ge=2, le=_MOST, description="Longest record in tokens; what is longer is cut.")] = (
+        1024
+    )
     pack: Annotated[bool, _about("Join text records into full sequences of --max-length, documents kept apart.")] = (
         False
     )

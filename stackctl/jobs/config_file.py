@@ -84,8 +84,11 @@ def read_job(path: Path, registry: Registry) -> JobFile:
     values = renamed.value
     ignored = tuple(key for key in _OLDER_IGNORED if values.pop(key, None) is not None)
     name = values.pop("name", None)
-    if name is not None:
-        parse_name(str(name))
+    with gathering(problems):
+        if name is not None and not isinstance(name, str):
+            raise Usage(f"{document.where(('name',))}: 'name' is no text", hint="put it between quotes")
+        if name is not None:
+            parse_name(name)
     with gathering(problems):
         convert(renamed, TrainJob)
     raise_all(problems)

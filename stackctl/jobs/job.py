@@ -19,7 +19,7 @@ from stackctl.core import errors
 from stackctl.core.errors import StackctlError, raise_all
 from stackctl.core.expressions import BASE
 from stackctl.core.schema import Base
-from stackctl.core.template_arguments import template_arguments
+from stackctl.core.template_arguments import check_recorded, template_arguments
 from stackctl.core.train_job import TrainJob
 from stackctl.jobs import ranks
 from stackctl.jobs.beginning import Beginning, begin_at_own, find_beginning
@@ -175,6 +175,7 @@ def prepare_job(
 def _template_arguments(job: TrainJob, base: Base) -> TrainJob:
     """A job whose arguments for the chat template are all of them: its own, then the base's."""
     found = template_arguments(job.chat_template_kwargs, job.enable_thinking, base.chat_template_kwargs)
+    check_recorded(found)
     thinks = found.get("enable_thinking")
     return msgspec.structs.replace(
         job, chat_template_kwargs=found or None, enable_thinking=thinks if isinstance(thinks, bool) else None

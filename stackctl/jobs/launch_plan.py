@@ -13,7 +13,7 @@ from stackctl.core.errors import Usage, raise_all
 from stackctl.jobs import ranks
 from stackctl.jobs.job import PreparedJob
 from stackctl.jobs.micro_batches import StepCut
-from stackctl.storage.paths import typed_path
+from stackctl.storage.paths import existing_path, typed_path
 from stackctl.storage.yaml_files import convert, read_document
 
 
@@ -54,7 +54,7 @@ def plan_launch(prepared: PreparedJob) -> Launch | None:
         return None
     if not job.accelerate_config:
         return Launch(job.num_processes or 1, None)
-    path = typed_path(job.accelerate_config, what="--accelerate-config")
+    path = existing_path(typed_path(job.accelerate_config, what="--accelerate-config"), "the configuration")
     document = read_document(path)
     if not isinstance(document.value, dict) or "distributed_type" not in document.value:
         raise Usage(

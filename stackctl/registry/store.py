@@ -188,6 +188,7 @@ class Registry:
         with contextlib.ExitStack() as placing:  # which puts the last that was entered in place first
             for entry in reversed(entries):
                 value = msgspec.to_builtins(entry) | {"schema": SCHEMA}  # whatever schema it was read from
+                msgspec.convert(value, type(entry))  # what could not be read again would take all versions with it
                 placing.enter_context(atomic.written_after(self.entry_path(type(entry), entry.name), _text(value)))
 
     def delete(self, kind: type, name: str) -> None:

@@ -47,12 +47,36 @@ def test_every_option_is_a_key_of_the_file(project, run):
     [
         ("data: x\nranc: 3\n", "'rank'"), ("data: x\nranc: 3\n", "line 2"), ("data: x\nrank: many\n", "line 2"),
         ("rank: 2\nlora_r: 3\n", "twice"), ("rank: 2\nrank: 3\n", "twice"), ("[]", "mapping"),
-        ("data: x\nname: ../x\nrank: 2", "../x"),
+        ("data: x\nname: ../x\nrank: 2", "../x"), ("data: x\nname: 5\n", "'name' is no text"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_configuration_is_2(project, fails, text, said):
     (project / "job.yaml").write_text(text)
     assert said in fails("train", "style", "--config", "job.yaml", code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, 10**30) for option in (
+            "--max-length", "--batch-size", "--gradient-accumulation", "--max-steps", "--save-steps", "--eval-steps",
+            "--patience",
+        )),
+        *(("--chat-template-kwargs", text) for text in ('{"a": [1]}', '{"a": null}', '{"a": 1e400}', '{"a": 1%s}')),
+    ],
+)  # fmt: skip
+def test_what_no_entry_can_hold_is_refused(project, fails, option, value):
+    """A number of more than 64 bits was trained with, and the entry could not be read again: with all versions."""
+    data = "data/style.jsonl"
+    asked = value % ("0" * 30) if isinstance(value, str) and "%" in value else value
+    fails("train", "style", "--data", data, "--eval-data", data, option, asked, code=2)
+    if option == "--chat-template-kwargs":
+        fails("base", "add", "other", Registry(project / "registry").find_base("tiny").source, option, asked, code=2)
+
+
+def test_a_configuration_of_accelerate_that_is_nowhere_is_3(project, fails):
+    (project / "job.yaml").write_text('data: data/style.jsonl\naccelerate_config: "\\0"\n')
+    fails("train", "style", "--config", "job.yaml", code=3)
 
 
 def test_a_recipe_is_no_configuration_of_one_adapter(project, fails):

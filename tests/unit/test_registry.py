@@ -37,6 +37,18 @@ def test_init_keeps_what_is_there(tmp_path):
     assert (tmp_path / "README").read_text() == "mine"
 
 
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    """Else one number takes all versions of an adapter with it."""
+    registry = make_registry(tmp_path / "registry")
+    register(registry, "style", seed=1)
+    adapter = registry.find_adapter("style")
+    (version,) = adapter.versions
+    wrong = msgspec.structs.replace(version, settings={"max_length": 10**30})
+    with pytest.raises(msgspec.ValidationError):
+        registry.write(msgspec.structs.replace(adapter, versions=[version, wrong]))
+    assert registry.find_adapter("style") == adapter
+
+
 def test_init_on_a_file(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(Usage):
@@ -185,7 +197,10 @@ def test_a_file_under_another_name(registry):
 
 @pytest.mark.parametrize("versions", [[], [1, 1], [2, 1], [0], [-1]])
 def test_versions_out_of_order(registry, versions):
-    registry.write(Adapter(name="x", versions=[full_version(number) for number in versions]))
+    registry.write(Adapter(name="x", versions=[full_version(abs(number)) for number in versions]))
+    if -1 in versions:  # which only somebody's hand can write
+        path = registry.entry_path(Adapter, "x")
+        path.write_text(path.read_text().replace("version: 1", "version: -1"))
     with pytest.raises(Usage):
         resolve_expression(registry, "x")
 
