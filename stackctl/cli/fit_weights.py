@@ -108,7 +108,9 @@ def read_weighted(planned: PlannedStack, per: Per) -> WeightedFactors:
     _check_fits(planned)
     from stackctl.engine.evaluation.weighted_members import read_factors
 
-    return replace(read_factors(_with_all_factors(planned.plan), per), plan=planned.plan)
+    every = _with_all_factors(planned.plan)
+    weighted = read_factors(every, per)
+    return replace(weighted, plan=replace(every, members=planned.plan.members))  # which say where each weight begins
 
 
 def _check_fits(planned: PlannedStack) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stackctl.core.errors import Usage
+from stackctl.core.fields import HUGE
 
 BASE = "base"
 """The expression that means: the base model alone."""
@@ -138,8 +139,9 @@ def parse_expression(text: str) -> tuple[Term, ...]:
 
 def _term(match: re.Match[str], text: str) -> Term:
     weight = float(match["weight"]) if match["weight"] is not None else 1.0
-    if not math.isfinite(weight):
-        raise Usage(f"the weight of '{match['name']}' in '{cut(text)}' is not a finite number", hint=_GRAMMAR)
+    if not abs(weight) <= HUGE:
+        what = "too large" if math.isfinite(weight) else "not a finite number"
+        raise Usage(f"the weight of '{match['name']}' in '{cut(text)}' is {what}", hint=_GRAMMAR)
     return Term(Reference(match["name"], _parse_version(match["version"], text)), weight)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from stackctl.core.errors import Incompatible, Usage, VerificationFailed, attempt_each
 from stackctl.core.expressions import BASE, Reference, Term, parse_expression, parse_stack_name
+from stackctl.core.fields import HUGE
 from stackctl.core.schema import Adapter, Base, MethodOptions, Stack
 from stackctl.plan.methods import SUM, compose_command
 from stackctl.registry.adapters import DIGEST, ResolvedMember, resolve_adapter, resolve_digest, resolve_kept
@@ -161,8 +161,8 @@ def _expand(registry: Registry, term: Term) -> list[ResolvedMember]:
                 hint=one_adapter(name),
             )
         members = [m.times(term.weight) for m in pinned_members(registry, stack)]
-        if not all(math.isfinite(w) for m in members for w in (m.weight, *m.layer_weights.values())):
-            raise Usage(f"the weights of '{term}' are not finite numbers", hint="use a smaller weight")
+        if not all(abs(w) <= HUGE for m in members for w in (m.weight, *m.layer_weights.values())):
+            raise Usage(f"the weights of '{term}' are too large, or not finite numbers", hint="use a smaller weight")
         return members
     return [replace(resolve_adapter(registry, term.reference), weight=term.weight)]
 

@@ -44,6 +44,16 @@ def test_learned_weights_are_better_where_it_is_judged_and_are_what_is_written(s
     assert turned["tried"]["weights"] == fit["tried"]["weights"] and list(turned["weights"]) == ["noise", "style"]
 
 
+@pytest.mark.parametrize("start", ["a:0+b", "a:0+b:0"])
+def test_what_begins_at_zero_is_fitted_on_modules_of_its_own(h: Any, start: str) -> None:
+    """Its factors were left out where no other member stood, and of nothing but zeros there was nothing to learn."""
+    h.add("a", seed=1, target_modules=["down_proj", "q_proj"])
+    h.add("b", seed=2, target_modules=["o_proj"])
+    ask = ("--fit", h.data(texts(12, 22)), "--name", "s", "--fit-steps", 40, "--json")
+    weights, other = (h.run("compose", what, *ask).json["fit"]["tried"]["weights"] for what in ("a+b", start))
+    assert other == pytest.approx(weights, abs=1e-2) and abs(weights["a"]) > 0.02
+
+
 def test_layers_and_modules_have_their_own_weights(style_and_noise: Any) -> None:
     data, held = style_and_noise.data(texts(12, 22)), style_and_noise.data(texts(22, 36), "held.jsonl")
     for per, names in (

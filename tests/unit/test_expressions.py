@@ -65,7 +65,7 @@ NOT_EXPRESSIONS = [
     "a@1.5", "a@" + "9" * 10, "a@" + "9" * 5000, "a:nan", "a:inf", "a:-inf", "a:infinity", "a:1e400", "a:-1e400",
     "a:" + "9" * 400, "a:0x10", "a:1_0", "a:1,5", "a:٣", "a@٣", "a:1²", "a:--1", "a:1e", "a:1e+instruct", "a:1:2",
     "a@1@2", "a:1@2", "base+a", "a+base", "base:2", "base@1", "base+base", "A", "a/b", "..", "a\0", "a" * 65,
-    "a+" + "b" * 65, "(a)", "a-+b:", "style: 1", "a;b",
+    "a+" + "b" * 65, "a:1e301", "(a)", "a-+b:", "style: 1", "a;b",
 ]  # fmt: skip
 
 
