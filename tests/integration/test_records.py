@@ -248,6 +248,9 @@ def test_bad_records_of_lists_and_tables_are_numbered(tmp_path: Path) -> None:
         ("a", b'{"text": "a"}', "it has no suffix"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "is not UTF-8 .byte 0xe9 on line 2"),
         ("a.txt", "\ufeffhi".encode("utf-16-le") + b"\x00", "begins as UTF-16 and is none"),
+        ("a.txt", "hi there".encode("utf-16-le"), "UTF-16 or UTF-32 without a byte-order mark"),
+        ("b.txt", "hi there".encode("utf-16-be"), "UTF-16 or UTF-32 without a byte-order mark"),
+        ("a.jsonl", '{"text": "hi"}'.encode("utf-32-le"), "UTF-16 or UTF-32 without a byte-order mark"),
     ],
 )
 def test_a_file_that_cannot_be_data_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:

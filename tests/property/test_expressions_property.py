@@ -16,9 +16,10 @@ from stackctl.core.expressions import (
     parse_reference,
     parse_stack_name,
 )
+from stackctl.core.fields import HUGE
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True).filter(lambda name: name != "base")
-weights = st.floats(allow_nan=False, allow_infinity=False)
+weights = st.floats(-HUGE, HUGE)
 references = st.builds(Reference, names, st.none() | st.integers(1, 999_999_999))
 terms = st.builds(Term, references, weights)
 

@@ -72,6 +72,8 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
         if start.startswith(mark):
             yield from _narrowed(io.TextIOWrapper(stream, encoding=encoding, newline="\n"), name, encoding)
             return
+    if len(start) >= 4 and not (any(start[::2]) and any(start[1::2])):  # every other byte is NUL, which is UTF-8, too
+        raise Usage(f"{name} is UTF-16 or UTF-32 without a byte-order mark", hint="save it as UTF-8")
     for number, line in enumerate(stream, 1):
         try:
             line.decode("utf-8")
