@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Example
-from stackctl.engine.records.types import ChatRecord, RecordSet
+from stackctl.engine.records.read import RecordStream
+from stackctl.engine.records.sources import Source
+from stackctl.engine.records.types import ChatRecord
 
 QWEN3 = """{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = \
 loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}\
@@ -124,8 +126,9 @@ def chat(*contents: str, system: str | None = None, number: int = 1, context: in
     return ChatRecord(number, [{"role": "system", "content": system}, *messages] if system else messages, context)
 
 
-def record_set(*records: Any, unit: Any = "line") -> RecordSet:
-    return RecordSet(list(records), "messages", "x.jsonl", "sha256:0", len(records), unit)
+def record_set(*records: Any, unit: Any = "line") -> RecordStream:
+    source = Source("x.jsonl", "sha256:0", unit, lambda seen: iter(()))
+    return RecordStream(source, format="messages", count=len(records), kept=records)
 
 
 def encoded(tokenizer: Any, *records: Any, max_length: int = 4096, **options: Any) -> Encoded:

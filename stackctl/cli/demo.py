@@ -56,7 +56,7 @@ def demo(context: Context) -> Result:
     stacks = plan_expressions(registry, STACKS)
     say("the same prompts with the base, the style and the stack, and their loss on held-out records")
     held_out = [str(folder / f"{name}-heldout.jsonl") for name in ("style", "instruct")]
-    records = [replace(found, records=found.records[:MEASURED], count=MEASURED) for found in read_data(held_out)]
+    records = [replace(found, kept=[*found.records][:MEASURED], count=MEASURED) for found in read_data(held_out)]
     prompts, measured = [Prompt(text) for text in PROMPTS], MeasuredData(held_out, records)
     compared = compare_stacks(context, stacks, prompts, Sampling(max_new_tokens=64), measured)
     results = _table_rows(compared.scores)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stackctl.engine.generation import AnswerEngine
     from stackctl.engine.generation.reader import Reader
     from stackctl.engine.models import StackedModel
-    from stackctl.engine.records.types import RecordSet
+    from stackctl.engine.records.read import RecordStream
 
 DATA = Annotated[
     list[str] | None,
@@ -42,7 +42,7 @@ class RecordOptions:
     max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens; what is longer is cut.")] = 1024
 
 
-def read_data(sources: Sequence[str]) -> list[RecordSet]:
+def read_data(sources: Sequence[str]) -> list[RecordStream]:
     """The records of some data sets.
 
     Raises:
@@ -83,7 +83,7 @@ class MeasuredData:
     """
 
     sources: Sequence[str] = ()
-    records: Sequence[RecordSet] = ()
+    records: Sequence[RecordStream] = ()
     max_length: int = 1024
     template: Arguments = field(default_factory=dict)
     answers: bool = False
@@ -121,7 +121,7 @@ def read_sets(
     adopt_chat_template(tokenizer, planned.stack.base.name, [planned.plan])
     reader = PlainReader(planned.stack.base, tokenizer)
 
-    def tokenised(found: tuple[str, RecordSet]) -> DataSet:
+    def tokenised(found: tuple[str, RecordStream]) -> DataSet:
         return tokenise_data(context, reader, MeasuredData([found[0]], [found[1]], max_length, template or {}))[0]
 
     return attempt_each(tokenised, zip(sources, records, strict=True))

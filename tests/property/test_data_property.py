@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from chat_tokenizers import record_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackctl.engine.data.encoding import encode
 from stackctl.engine.data.examples import IGNORED, EncodeOptions, Example
 from stackctl.engine.data.rows import collate, pack
-from stackctl.engine.records.types import ChatRecord, CompletionRecord, RecordSet, TextRecord
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, TextRecord
 
 EXPENSIVE = settings(max_examples=150, deadline=None)
 PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "\n", "\n\n", " ", "  ", "😀", "👩‍👩‍👧", "你好", "é"]
@@ -20,10 +21,6 @@ CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=UNSPEAK
 CONTENT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS))).map("".join)
 SPOKEN = CONTENT.filter(str.strip)
 CONVERSATION = st.lists(st.tuples(CONTENT, SPOKEN), min_size=1, max_size=4)
-
-
-def one(record: Any) -> RecordSet:
-    return RecordSet([record], "messages", "x.jsonl", "sha256:0", 1)
 
 
 def runs(example: Example) -> list[list[int]]:
@@ -43,7 +40,7 @@ def test_each_turn_supervises_its_content_and_its_end(smollm2_tokenizer: Any, pa
     messages = []
     for user, assistant in pairs:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    found = encode(one(ChatRecord(1, messages)), smollm2_tokenizer, EncodeOptions(100_000))
+    found = encode(record_set(ChatRecord(1, messages)), smollm2_tokenizer, EncodeOptions(100_000))
     (example,) = found.examples
     decoded = [smollm2_tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs(example)]
     assert decoded == [assistant + "<|im_end|>" for _, assistant in pairs]
@@ -58,7 +55,7 @@ def test_a_completion_follows_its_prompt_as_inference_tokenises_it(
     smollm2_tokenizer: Any, prompt: str, completion: str
 ) -> None:
     (example,) = encode(
-        one(CompletionRecord(1, prompt, completion)), smollm2_tokenizer, EncodeOptions(100_000)
+        record_set(CompletionRecord(1, prompt, completion)), smollm2_tokenizer, EncodeOptions(100_000)
     ).examples
     ids = smollm2_tokenizer(prompt)["input_ids"]
     assert example.input_ids[: len(ids)] == ids
@@ -71,10 +68,10 @@ def test_a_completion_follows_its_prompt_as_inference_tokenises_it(
 def test_a_split_text_is_learned_once_and_a_cut_one_is_its_beginning(
     smollm2_tokenizer: Any, text: str, length: int
 ) -> None:
-    whole = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(100_000)).examples[0]
-    split = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length, split_long=True))
+    whole = encode(record_set(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(100_000)).examples[0]
+    split = encode(record_set(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length, split_long=True))
     assert [label for piece in split.examples for label in piece.labels if label != IGNORED] == whole.input_ids[1:]
-    cut = encode(one(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length))
+    cut = encode(record_set(TextRecord(1, text + "ab")), smollm2_tokenizer, EncodeOptions(length))
     assert cut.examples == [Example(whole.input_ids[:length], whole.labels[:length])]
     assert cut.truncated == (len(whole.input_ids) > length)
 

@@ -13,7 +13,7 @@ from stackctl.engine.data.examples import IGNORED, Encoded, EncodeOptions, Examp
 from stackctl.engine.data.layouts import Layouts
 from stackctl.engine.data.tokenize import Tokenise
 from stackctl.engine.records.read import RecordStream
-from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, RecordSet, TextRecord
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, TextRecord
 
 _BATCH = 512
 """Records tokenised in one call: enough for the tokenizer's threads, few enough for the memory that offsets take."""
@@ -21,9 +21,7 @@ Reading = Callable[[float], None]
 """Told the share (0 to 1) of the data that was read."""
 
 
-def encode(
-    records: RecordSet | RecordStream, tokenizer: Any, options: EncodeOptions, reading: Reading = lambda _: None
-) -> Encoded:
+def encode(records: RecordStream, tokenizer: Any, options: EncodeOptions, reading: Reading = lambda _: None) -> Encoded:
     """Token ids and labels of all records, in their order.
 
     * text: every token is supervised, and an EOS after it, so that the model learns where a document ends;
@@ -42,7 +40,7 @@ def encode(
 
 
 def encode_pieces(
-    records: RecordSet | RecordStream, tokenizer: Any, encoded: Encoded, options: EncodeOptions, reading: Reading
+    records: RecordStream, tokenizer: Any, encoded: Encoded, options: EncodeOptions, reading: Reading
 ) -> Iterator[list[Example]]:
     """The examples that :func:`encode` makes, some at a time; ``encoded`` gets everything but the examples."""
     tokenise = Tokenise(tokenizer)
@@ -50,7 +48,7 @@ def encode_pieces(
     stream = iter(records.records)
     while batch := list(itertools.islice(stream, _BATCH)):
         laid_out = [(record, layouts.of(record)) for record in batch]
-        reading(records.share if isinstance(records, RecordStream) else 0.0)
+        reading(records.share)
         if layouts.refused:
             continue  # the rest is only looked at for what is wrong with it
         with _all_threads():

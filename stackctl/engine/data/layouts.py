@@ -16,7 +16,7 @@ from stackctl.engine.data.conversation import converse
 from stackctl.engine.data.examples import EncodeOptions, Layout
 from stackctl.engine.data.turns import Turns
 from stackctl.engine.records.read import RecordStream
-from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, RecordSet, TextRecord
+from stackctl.engine.records.types import ChatRecord, CompletionRecord, PreferenceRecord, Record, TextRecord
 from stackctl.render.terminal import shortened
 
 _QUOTED = 51
@@ -26,7 +26,7 @@ _QUOTED = 51
 class Layouts:
     """The texts of records, and what is unusual about them."""
 
-    def __init__(self, records: RecordSet | RecordStream, tokenizer: Any, options: EncodeOptions) -> None:
+    def __init__(self, records: RecordStream, tokenizer: Any, options: EncodeOptions) -> None:
         self._records, self._tokenizer, self._options = records, tokenizer, options
         self._turns: tuple[ChatTemplate, Turns] | None = None
         self._problems: list[str] = []

@@ -31,7 +31,7 @@ from stackctl.engine.loss.logits import causal_lm, supervised_token_losses
 from stackctl.engine.loss.row_layout import choose_layout
 from stackctl.engine.loss.segment_attention import OWN
 from stackctl.engine.models import StackedModel, evaluating
-from stackctl.engine.records.types import RecordSet
+from stackctl.engine.records.read import RecordStream
 from stackctl.jobs import ranks
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def mean_error(scores: Sequence[Score]) -> float | None:
     return math.hypot(*known) / len(scores) if len(known) == len(scores) else None
 
 
-def tokenise_for(reader: Reader, records: RecordSet, source: str, options: EncodeOptions, note: Say) -> DataSet:
+def tokenise_for(reader: Reader, records: RecordStream, source: str, options: EncodeOptions, note: Say) -> DataSet:
     """A data set in a base's tokens, cut to what the base reads at once; ``note`` hears what was cut or left out."""
     pairs = options.answers and records.format == "preference"
     ensure_chat_template(reader.tokenizer)

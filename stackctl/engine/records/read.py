@@ -7,7 +7,7 @@ is repaired silently: a record that is dropped or guessed at changes what the mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from stackctl.engine.records import sources
 from stackctl.engine.records.raw_lines import is_packed, suffix_of
 from stackctl.engine.records.shapes import SHAPE_HINT, checked_shape, parse
 from stackctl.engine.records.sources import KINDS_HINT
-from stackctl.engine.records.types import BadRecord, Format, Record, RecordSet, Unit
+from stackctl.engine.records.types import BadRecord, Format, Record, Unit
 from stackctl.render.terminal import counted
 from stackctl.storage.paths import missing_path, typed_path
 
@@ -34,10 +34,11 @@ _ELSEWHERE = {
 
 @dataclass
 class RecordStream:
-    """The records of one source, read and checked as they are asked for, so that memory holds a few at a time.
+    """The records of one source, all of one shape: read and checked as they are asked for, so that memory holds a few
+    at a time, or ``kept``, where all of them were read at once.
 
-    ``format`` and ``count`` are known when ``records`` has ended; otherwise as :class:`RecordSet`. ``share`` is how
-    much of the source was read, from 0 to 1.
+    ``format`` and ``count`` are known when ``records`` has ended. ``share`` is how much of the source was read, from 0
+    to 1. ``sha256`` is that of the file's bytes, or of a Hub data set's fingerprint.
     """
 
     source: sources.Source
@@ -50,6 +51,7 @@ class RecordStream:
     """Keys that mean something elsewhere and nothing here, with how many records have them."""
     left_out: int = 0
     """Records that say themselves that they are not to be learned."""
+    kept: Sequence[Record] | None = None
 
     @property
     def path(self) -> str:
@@ -68,12 +70,15 @@ class RecordStream:
         return f"{self.unit} {number}"
 
     @property
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterable[Record]:
         """Every record, from the first. Once one was bad no more come, but the rest is read to name all that are bad.
 
         Raises:
             Usage: there are no records, or some are bad (the first five are named).
         """
+        return self._read() if self.kept is None else self.kept
+
+    def _read(self) -> Iterator[Record]:
         problems: list[str] = []
         first: tuple[Format, int] | None = None
         self.count = self.left_out = bad = 0
@@ -162,12 +167,12 @@ def open_records(source: str | Path) -> RecordStream:
     return RecordStream(sources.READERS[suffix](path, name))
 
 
-def read_records(source: str | Path) -> RecordSet:
+def read_records(source: str | Path) -> RecordStream:
     """All records of a source at once; see :func:`open_records`.
 
     Raises:
         NotFound, Usage, HubFailure: as there, or there are no records, or bad ones.
     """
     stream = open_records(source)
-    records = list(stream.records)
-    return RecordSet(records, stream.format, stream.path, stream.sha256, stream.count, stream.unit, stream.notes)
+    stream.kept = list(stream.records)
+    return stream

@@ -69,28 +69,6 @@ class PreferenceRecord:
 Record = TextRecord | CompletionRecord | ChatRecord | PreferenceRecord
 
 
-@dataclass(frozen=True)
-class RecordSet:
-    """The records of one source, all of one shape.
-
-    ``sha256`` is that of the file's bytes, or of a Hub data set's fingerprint. ``unit`` is what a record's number
-    counts: lines, or records where a file has no lines to speak of (JSON lists, Parquet, the Hub). ``notes`` say what
-    in the records was passed over.
-    """
-
-    records: list[Record]
-    format: Format
-    path: str
-    sha256: str
-    count: int
-    unit: Unit = "line"
-    notes: list[str] = field(default_factory=list)
-
-    def place(self, number: int) -> str:
-        """``line 3``: where a record stands, for messages."""
-        return f"{self.unit} {number}"
-
-
 class BadRecord(Exception):
     """What is wrong with one record, without its place. ``column`` is known for broken JSON."""
 
