@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from stackctl.engine.generation.stopping import Answer, TokenText
+from stackctl.engine.generation.stopping import Answer, Endings, TokenText
 
 tokenizer: Any = functools.cache(tiny_tokenizer)
 tokens = st.lists(st.integers(0, 256), max_size=40) | st.text(max_size=20).map(
@@ -32,7 +32,7 @@ def test_pieces_join_to_the_whole(ids: list[int]) -> None:
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_a_stop_text_is_never_shown_in_part(text: str, stops: list[str]) -> None:
     shown: list[str] = []
-    answer = Answer(tokenizer(), [END], stops, "", shown.append)
+    answer = Answer(tokenizer(), Endings([END], stops), shown.append)
     wanted = text
     for end in range(len(text) + 1):  # the first text that is complete ends the answer, the earliest begun of several
         if found := [text.index(stop) for stop in stops if stop in text[:end]]:
@@ -49,8 +49,8 @@ def test_a_stop_text_is_never_shown_in_part(text: str, stops: list[str]) -> None
 @given(tokens, st.lists(st.text("ab海", min_size=1, max_size=2), max_size=2))
 def test_streamed_or_not_it_is_the_same_answer(ids: list[int], stops: list[str]) -> None:
     shown: list[str] = []
-    streamed = Answer(tokenizer(), [END], stops, "", shown.append)
-    silent = Answer(tokenizer(), [END], stops, "", None)
+    streamed = Answer(tokenizer(), Endings([END], stops), shown.append)
+    silent = Answer(tokenizer(), Endings([END], stops), None)
     for answer in (streamed, silent):
         for token in [*ids, END, 97]:
             answer.add(token)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob
-from stackctl.engine.generation.stopping import Answer
+from stackctl.engine.generation.stopping import Answer, Endings
 
 
 def sentencepiece() -> Any:
@@ -56,7 +56,7 @@ def test_bytes_of_tokens_join_to_the_text(kind: str, data: Any) -> None:
     spell = TokenBytes(tokenizer)
     joined = b"".join(spell(token, first=not place) for place, token in enumerate(ids)).decode()
     assert joined == tokenizer.decode(ids)
-    answer = Answer(tokenizer, [], [], "", lambda _: None)
+    answer = Answer(tokenizer, Endings(), lambda _: None)
     for token in ids:
         answer.add(token, TokenLogprob(spell(token, first=not answer.ids), 0.0))
     answer.finish()
@@ -74,7 +74,7 @@ def test_broken_characters_have_their_places(ids: list[int]) -> None:
     """Any bytes: the places are those of the characters that the text has."""
     tokenizer = KINDS["tiny_tokenizer"]()
     spell, seen = TokenBytes(tokenizer), list[TokenLogprob]()
-    answer = Answer(tokenizer, [], [], "", lambda _: seen.extend(answer.next_logprobs()))
+    answer = Answer(tokenizer, Endings(), lambda _: seen.extend(answer.next_logprobs()))
     for token in ids:
         answer.add(token, spell.likely((token, -1.0), [], first=not answer.ids))
     answer.finish()

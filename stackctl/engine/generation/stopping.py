@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stackctl.engine.data.turns import end_of_turn
 from stackctl.engine.generation.logprobs import INCOMPLETE, TokenLogprob, laid_out
 from stackctl.engine.generation.reader import Reader
+from stackctl.engine.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +30,22 @@ def end_tokens(reader: Reader) -> list[int]:
     return sorted(token for token in found if token is not None)
 
 
-def turn_text(reader: Reader) -> str:
-    """The end of turn where it is a text of several tokens (ChatML on a base without it), else nothing."""
-    return end_of_turn(reader.tokenizer) if len(_end_of_turn_ids(reader)) > 1 else ""
+@dataclass(frozen=True)
+class Endings:
+    """What ends an answer besides its length: tokens, and texts. ``turn`` is the end of turn where it is a text of
+    several tokens (ChatML on a base without it), ``template`` the chat template that says so."""
+
+    tokens: Sequence[int] = ()
+    texts: Sequence[str] = ()
+    turn: str = ""
+    template: str | None = None
+
+
+def endings_of(reader: Reader, sampling: Sampling) -> Endings:
+    """By the chat template that the tokenizer has now."""
+    is_text = not sampling.raw and len(_end_of_turn_ids(reader)) > 1
+    turn = end_of_turn(reader.tokenizer) if is_text else ""
+    return Endings(end_tokens(reader), sampling.stop, turn, reader.tokenizer.chat_template)
 
 
 def _end_of_turn_ids(reader: Reader) -> list[int]:
@@ -83,11 +98,9 @@ class Answer:
     an engine that decodes by itself. ``is_left``: whether nobody waits for it any more.
     """
 
-    def __init__(
-        self, tokenizer: Any, ends: Sequence[int], stops: Sequence[str], turn: str, on_text: OnText | None
-    ) -> None:
-        self._tokenizer, self._ends, self._on_text = tokenizer, ends, on_text
-        self._reasons = {**({turn: "end"} if turn else {}), **dict.fromkeys(stops, "stop")}
+    def __init__(self, tokenizer: Any, endings: Endings, on_text: OnText | None) -> None:
+        self._tokenizer, self._ends, self._on_text = tokenizer, endings.tokens, on_text
+        self._reasons = {**({endings.turn: "end"} if endings.turn else {}), **dict.fromkeys(endings.texts, "stop")}
         self._tokens = TokenText(tokenizer) if tokenizer is not None and (on_text or self._reasons) else None
         self._text = ""
         self._shown = 0

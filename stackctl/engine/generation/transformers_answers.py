@@ -21,7 +21,7 @@ from stackctl.engine.generation.prefix_cache import PrefixCache
 from stackctl.engine.generation.prompts import EncodedPrompts
 from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.sampling import Sampling
-from stackctl.engine.generation.stopping import Answer, AnswerCriteria, OnText, end_tokens, turn_text
+from stackctl.engine.generation.stopping import Answer, AnswerCriteria, OnText, endings_of
 from stackctl.engine.libraries import replaced
 from stackctl.engine.models import StackedModel, evaluating
 from stackctl.engine.records.prompt_files import Prompt
@@ -67,8 +67,8 @@ def answer_encoded(
 
 
 def _new_answers(count: int, stacked: StackedModel, sampling: Sampling, on_text: OnText | None) -> list[Answer]:
-    ends, turn = end_tokens(stacked), "" if sampling.raw else turn_text(stacked)
-    return [Answer(stacked.tokenizer, ends, sampling.stop, turn, on_text) for _ in range(count)]
+    endings = endings_of(stacked, sampling)
+    return [Answer(stacked.tokenizer, endings, on_text) for _ in range(count)]
 
 
 def _generated(prompt: Prompt, ids: list[int], answer: Answer, seconds: float) -> Generated:

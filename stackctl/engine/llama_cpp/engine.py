@@ -20,10 +20,10 @@ from stackctl.engine.generation import Generated, Sampling
 from stackctl.engine.generation.logprobs import TokenBytes, TokenLogprob, not_finite
 from stackctl.engine.generation.prompts import EncodedPrompts
 from stackctl.engine.generation.reader import PlainReader
-from stackctl.engine.generation.stopping import OnText
+from stackctl.engine.generation.stopping import OnText, endings_of
 from stackctl.engine.llama_cpp.scaled_adapters import Scaled, scaled_adapters
 from stackctl.engine.llama_cpp.server import Server, Settings
-from stackctl.engine.serving.requests import Engine, FieldRefused, Limits, Row, endings_of
+from stackctl.engine.serving.requests import Engine, FieldRefused, Limits, Row
 from stackctl.plan.stack_plan import StackPlan
 
 _ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p"]

@@ -17,7 +17,7 @@ from stackctl.engine.data.chat_template import choose_chat_template
 from stackctl.engine.generation.prompts import encode_prompts
 from stackctl.engine.generation.reader import PlainReader, Reader
 from stackctl.engine.generation.sampling import Sampling, row_seeds
-from stackctl.engine.generation.stopping import Answer, end_tokens, turn_text
+from stackctl.engine.generation.stopping import Answer, Endings, endings_of
 from stackctl.engine.records.prompt_files import Prompt
 from stackctl.plan.stack_plan import StackPlan
 
@@ -93,21 +93,6 @@ class Row:
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-@dataclass(frozen=True)
-class Endings:
-    """What ends an answer besides its length: tokens, and the end of turn where it is a text."""
-
-    tokens: list[int]
-    turn: str
-    template: str | None
-
-
-def endings_of(reader: Reader, sampling: Sampling) -> Endings:
-    """By the chat template that the tokenizer has now."""
-    turn = "" if sampling.raw else turn_text(reader)
-    return Endings(end_tokens(reader), turn, reader.tokenizer.chat_template)
 
 
 class Engine(ABC, Generic[AnyRow]):
@@ -188,7 +173,7 @@ class Engine(ABC, Generic[AnyRow]):
         limit = min(sampling.max_new_tokens, context - len(ids)) if context else sampling.max_new_tokens
 
         def answer(speak: Callable[[str], object] | None) -> Answer:
-            return Answer(self._tokenizer, endings.tokens, sampling.stop, endings.turn, speak)
+            return Answer(self._tokenizer, endings, speak)
 
         row = self.row(plan, prompt, sampling, ids, limit, seed, endings.template, answer(None))
         if streams or sampling.top_logprobs is not None:
