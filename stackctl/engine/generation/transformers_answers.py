@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 
+_Asked = tuple[Answer, list[int], int]
+"""An answer that is to be written, the tokens of its prompt, and the seed that it draws with."""
+
+
 def answer_running(
     asked: EncodedPrompts, stacked: StackedModel, sampling: Sampling, batch_size: int | None
 ) -> Iterator[tuple[int, Generated]] | None:
@@ -42,9 +46,7 @@ def answer_running(
         return None
     places = batch_size or places_for(decoder, max(map(len, asked.ids)) + sampling.max_new_tokens)
     running = ContinuousBatching(stacked, decoder, sampling, min(places, len(asked.ids)))
-    answers = _new_answers(len(asked.ids), stacked, sampling, None)
-    rows = zip(answers, asked.ids, asked.seeds, strict=True)
-    numbers = {running.add(*one): number for number, one in enumerate(rows)}
+    numbers = {running.add(*one): number for number, one in enumerate(_begun(asked, stacked, sampling, None))}
     return (
         (numbers[row], _generated(asked.prompts[numbers[row]], row.ids, row.answer, row.seconds))
         for row in running.finished()
@@ -59,16 +61,21 @@ def answer_encoded(
     prefix_cache: PrefixCache | None,
 ) -> list[Generated]:
     """The answers to one batch of token ids."""
-    answers = _new_answers(len(asked.ids), stacked, sampling, on_text)
+    rows = _begun(asked, stacked, sampling, on_text)
     started = time.perf_counter()
-    write_answers(answers, asked.ids, asked.seeds, stacked, sampling, prefix_cache)
+    write_answers(rows, stacked, sampling, prefix_cache)
     seconds = time.perf_counter() - started
-    return [_generated(*one, seconds) for one in zip(asked.prompts, asked.ids, answers, strict=True)]
+    return [
+        _generated(prompt, ids, answer, seconds) for prompt, (answer, ids, _) in zip(asked.prompts, rows, strict=True)
+    ]
 
 
-def _new_answers(count: int, stacked: StackedModel, sampling: Sampling, on_text: OnText | None) -> list[Answer]:
+def _begun(asked: EncodedPrompts, stacked: StackedModel, sampling: Sampling, on_text: OnText | None) -> list[_Asked]:
     endings = endings_of(stacked, sampling)
-    return [Answer(stacked.tokenizer, endings, on_text) for _ in range(count)]
+    return [
+        (Answer(stacked.tokenizer, endings, on_text), ids, seed)
+        for ids, seed in zip(asked.ids, asked.seeds, strict=True)
+    ]
 
 
 def _generated(prompt: Prompt, ids: list[int], answer: Answer, seconds: float) -> Generated:
@@ -78,40 +85,29 @@ def _generated(prompt: Prompt, ids: list[int], answer: Answer, seconds: float) -
 
 
 def write_answers(
-    answers: Sequence[Answer],
-    batch: Sequence[list[int]],
-    seeds: Sequence[int],
-    stacked: StackedModel,
-    sampling: Sampling,
-    prefix_cache: PrefixCache | None = None,
+    rows: Sequence[_Asked], stacked: StackedModel, sampling: Sampling, prefix_cache: PrefixCache | None = None
 ) -> None:
-    """Have answers written to the end, of prompts as token ids: by a plain decoder, or by transformers' ``generate``.
+    """Have answers written to the end: by a plain decoder, or by transformers' ``generate``.
 
     Raises:
         Incompatible: transformers cannot generate with this model, or what it computes is no number.
     """
     decoder = plain_decoder(stacked)
     if decoder is None:
-        _write_padded(answers, batch, seeds, stacked, sampling, prefix_cache)
+        _write_padded(rows, stacked, sampling, prefix_cache)
         return
-    running = ContinuousBatching(
-        stacked, decoder, sampling, len(batch), prefix_cache.finished if prefix_cache else None
-    )
-    for one in zip(answers, batch, seeds, strict=True):
+    running = ContinuousBatching(stacked, decoder, sampling, len(rows), prefix_cache.finished if prefix_cache else None)
+    for one in rows:
         running.add(*one)
     for _ in running.finished():
         pass
 
 
 def _write_padded(
-    answers: Sequence[Answer],
-    batch: Sequence[list[int]],
-    seeds: Sequence[int],
-    stacked: StackedModel,
-    sampling: Sampling,
-    prefix_cache: PrefixCache | None,
+    rows: Sequence[_Asked], stacked: StackedModel, sampling: Sampling, prefix_cache: PrefixCache | None
 ) -> None:
     """By transformers, prompts padded on the left; it counts positions from each row's first real token."""
+    answers, batch, seeds = zip(*rows, strict=True)
     width = max(len(ids) for ids in batch)
     known = (stacked.tokenizer.pad_token_id, stacked.tokenizer.eos_token_id)
     pad = next((int(token) for token in known if token is not None), 0)

@@ -130,7 +130,7 @@ class BatchingEngine(Engine[BatchRow]):
             self._stacked.use(row.plan)
         self._stacked.tokenizer.chat_template = row.template
         sampling = replace(row.sampling, max_new_tokens=row.limit)
-        write_answers([row.answer], [row.ids], [row.seed], self._stacked, sampling)
+        write_answers([(row.answer, row.ids, row.seed)], self._stacked, sampling)
         row.end(None)
 
     def _running(self) -> Batch[BatchRow]:
