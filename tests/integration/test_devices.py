@@ -81,7 +81,7 @@ def test_a_step_can_be_counted_there(on_mps: None) -> None:
     state = RunState(MPS)
     state.add_loss(torch.zeros((), device=MPS))
     values = torch.zeros(2, device=MPS)
-    state.add_answers(Scores(values, values, values, values))
+    state.add_answers(Scores(values, values, values, values, values))
     assert state._loss.device.type == state._pairs.device.type == "cpu"
 
 

@@ -17,6 +17,8 @@ from torch.nn.functional import logsigmoid
 
 SIMPO_MARGIN = 0.5
 """SimPO's gamma: what the margin should be above zero (TRL's default)."""
+_ROUNDING = 2.0**-20
+"""The share of a log-probability that two ways to compute it in float32 may differ by."""
 _CERTAIN = 2.0**-24
 """The smallest -log p of an answer: float32 tells no p above from one, whose odds would be infinite."""
 
@@ -155,6 +157,19 @@ OBJECTIVES = {
 }
 
 
-def ranked(margins: Tensor) -> Tensor:
-    """1 where a pair is ranked rightly, 0 where wrongly, and one half where both answers are equally likely, (P,)."""
-    return ((margins.sign() + 1) / 2).float()
+def ranked(margins: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+    """1 where a pair is ranked rightly, 0 where wrongly, and one half where both answers are equally likely, (P,).
+
+    A margin of at most ``rounding`` is none.
+    """
+    return torch.where(margins.abs() <= rounding, 0.5, (margins > 0).float())
+
+
+def rounding_of(answers: AnswerBatch, objective: Objective, beta: float) -> Tensor | float:
+    """The margins (P,) that rounding alone makes of answers that are as likely as under the reference.
+
+    Those were scored in other rows, of which float32 has other last places.
+    """
+    if not objective.compares:
+        return 0.0
+    return beta * _ROUNDING * answers.given.detach().abs().view(-1, objective.answers).sum(1)

@@ -19,18 +19,21 @@ from stackctl.engine.evaluation.scoring import record_losses
 from stackctl.engine.loss.logits import supervised_token_losses
 from stackctl.engine.models import evaluating
 from stackctl.engine.training.distributed import numbers_of_each, share_of
-from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked
+from stackctl.engine.training.objectives import OBJECTIVES, AnswerBatch, Strength, ranked, rounding_of
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The losses (nats) and the margins of a micro-batch, each (P,): of its pairs, or for KTO of its answers.
+    """The losses (nats), the margins and their ranks of a micro-batch, each (P,): of its pairs, or for KTO of its
+    answers.
 
-    ``desired`` and ``avoided`` are the log-probabilities (nats) of the two kinds of answers.
+    ``ranks`` are as :func:`stackctl.engine.training.objectives.ranked` gives them; ``desired`` and ``avoided`` are the
+    log-probabilities (nats) of the two kinds of answers.
     """
 
     losses: Tensor
     margins: Tensor
+    ranks: Tensor
     desired: Tensor
     avoided: Tensor
 
@@ -121,7 +124,9 @@ def scores_of(answers: AnswerBatch, job: TrainJob) -> Scores:
     assert beta is not None, "objectives of answers have one"
     losses = objective.loss(answers, Strength(beta, job.label_smoothing, job.sft_weight))
     given = answers.given.detach()
-    return Scores(losses, objective.margin(answers, beta).detach(), given[answers.desired], given[~answers.desired])
+    margins = objective.margin(answers, beta).detach()
+    ranks = ranked(margins, rounding_of(answers, objective, beta))
+    return Scores(losses, margins, ranks, given[answers.desired], given[~answers.desired])
 
 
 def measure(model: nn.Module, known: KnownAnswers, job: TrainJob, at_once: AtOnce | None = None) -> dict[str, float]:
@@ -142,6 +147,6 @@ def measure(model: nn.Module, known: KnownAnswers, job: TrainJob, at_once: AtOnc
     tokens = torch.tensor([example.supervised for example in examples])
     desired = torch.tensor([example.desired for example in examples])
     scores = scores_of(AnswerBatch(given, tokens, references, desired, drift), job)
-    own = [float(values[:real].double().sum()) for values in (scores.losses, ranked(scores.margins), scores.margins)]
+    own = [float(values[:real].double().sum()) for values in (scores.losses, scores.ranks, scores.margins)]
     means = (numbers_of_each(own, device).sum(0) / count).tolist()
     return dict(zip(("eval_loss", "eval_accuracy", "eval_margin"), means, strict=True))

@@ -15,7 +15,6 @@ from stackctl.core.errors import Failed
 from stackctl.engine.data.encoding import Reading
 from stackctl.engine.devices import exact_device, float64
 from stackctl.engine.training.distributed import WholeSteps, numbers_of_each
-from stackctl.engine.training.objectives import ranked
 from stackctl.engine.training.preferences import Scores
 
 
@@ -123,7 +122,7 @@ class RunState:
     def add_answers(self, scores: Scores) -> None:
         """Count the pairs of a micro-batch, or for KTO its answers."""
         margins, kinds = scores.margins, (scores.desired, scores.avoided)
-        sums = [ranked(margins).sum(), margins.sum(), *(kind.sum() for kind in kinds)]
+        sums = [scores.ranks.sum(), margins.sum(), *(kind.sum() for kind in kinds)]
         counts = torch.tensor([len(margins), *map(len, kinds)])
         self._pairs += torch.cat([counts.to(self._pairs), float64(torch.stack(sums))])
 
