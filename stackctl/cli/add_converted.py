@@ -166,7 +166,7 @@ def _check(checkpoint: Checkpoint, name: str, base: Base) -> None:
         Incompatible: with all of it.
     """
     member = PlanMember(name, 1.0, checkpoint, name)
-    problems = [p for p in refusals(member) if p.severity == "error" and p.code not in CONVERTED_CODES]
+    problems = [p for p in refusals(member, base) if p.severity == "error" and p.code not in CONVERTED_CODES]
     if not checkpoint.is_lora:
         problems = []  # those are the options of a LoRA; PEFT's class for the type knows its own
     if found := recognise_task(checkpoint.config, checkpoint.tensors):

@@ -65,7 +65,7 @@ class _Parts:
         base, known, checkpoint = self.base, self.known, member.checkpoint
         naming = Naming(known or {}, {}) if known is None or base is None else naming_of(checkpoint, base, known)
         member = replace(member, checkpoint=on_base(checkpoint, base, naming))
-        self.problems += refusals(member)
+        self.problems += refusals(member, base)
         theirs = None if known is None else naming.known
         pairs = place_pairs(member.checkpoint.pairs, checkpoint.config, theirs)
         self.problems += unfitting_tensors(member, pairs, theirs, base)

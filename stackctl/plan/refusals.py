@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackctl.core.schema import Base
 from stackctl.lora.convertible import beginning_of, convert_hint
 from stackctl.lora.recognition import recognise_task, trains_parts_of_fused_layers
 from stackctl.plan.stack_plan import PlanMember, Problem
@@ -62,15 +63,16 @@ def _converted(member: PlanMember, otherwise: str) -> str:
     return convert_hint(checkpoint.config, member.adapter or "NAME", checkpoint.path) or otherwise
 
 
-def refusals(member: PlanMember) -> Iterator[Problem]:
-    """What cannot be summed, by the configuration alone."""
+def refusals(member: PlanMember, base: Base | None = None) -> Iterator[Problem]:
+    """What cannot be summed, by the configuration, and by what of its base is tied."""
     config, label = member.checkpoint.config, member.label
     again = f"train {member.adapter or label} again"
     for key, why in _REFUSED.items():
         if config.get(key):
             yield Problem(key, f"{label} {why}", _converted(member, f"{again} as a plain LoRA"), label)
     on_embedding = any("lora_embedding" in name for name in member.checkpoint.tensors)
-    if config.get("ensure_weight_tying") and (config.get("modules_to_save") or on_embedding):
+    tying = config.get("ensure_weight_tying") and (base is None or base.tied_embeddings)  # else PEFT leaves them apart
+    if tying and (config.get("modules_to_save") or on_embedding):
         what = f"{label} trains the embedding and the head as one (ensure_weight_tying)"
         yield Problem("ensure_weight_tying", what, f"{again} without that option", label)
     init = beginning_of(config)

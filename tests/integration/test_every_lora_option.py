@@ -117,12 +117,22 @@ def test_what_peft_does_with_it_is_what_is_done_here(
     assert float((tiny.live(("x", 1.0)) - tiny.live()).abs().max()) > 1e-3, "without effect nothing is shown"
 
 
+@pytest.mark.parametrize("more", [EMBEDDINGS, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_tying_that_is_asked_for_where_nothing_is_tied_does_nothing(
+    tiny_registry: Callable[..., Any], more: dict[str, Any]
+) -> None:
+    tiny = tiny_registry("llama")
+    path = tiny.paths["x"] = made(tiny.base, tiny.folder / "theirs", more | {"ensure_weight_tying": True})
+    tiny.run("add", "x", path, "--base", "tiny")
+    assert tiny.error(tiny.load(), "x", ("x", 1.0)) < 1e-5
+
+
 @pytest.mark.parametrize("case", cases(REFUSED))
 def test_what_cannot_be_summed_is_refused_by_name(
     tiny_registry: Callable[..., Any], case: tuple[dict[str, Any], str]
 ) -> None:
     options, name = case
-    tiny = tiny_registry("llama")
+    tiny = tiny_registry("tied" if name == "ensure_weight_tying" else "llama")
     path = made(tiny.base, tiny.folder / "theirs", options)
     error = tiny.run("add", "x", path, "--base", "tiny", "--json", code=4).json["error"]
     assert name in error["message"]

@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from stored import SCHEMES, SEEING, as_transformers_reads, mixture, quantised, say_quantised, seeing_model
@@ -262,3 +263,13 @@ def test_a_class_for_text_alone_leaves_the_towers_in_the_files(run: Any, tmp_pat
 def _named(folder: Path) -> Any:
     """The class that the configuration names, towers and all."""
     return _loaded(folder)[0]
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaModel"])
+def test_a_model_without_a_head_for_words_is_told_as_that(run: Any, models: Any, tmp_path: Path, kind: str) -> None:
+    """Its files are of one model, and were told to be of two."""
+    config = transformers.AutoConfig.from_pretrained(models("llama"))
+    getattr(transformers, kind)(config).save_pretrained(tmp_path / "base")
+    run("init")
+    refused = run("base", "add", "odd", tmp_path / "base", code=4).err
+    assert f"it is a {kind}, which has no head for words" in refused

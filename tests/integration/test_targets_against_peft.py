@@ -74,6 +74,7 @@ def base_of(name):
     return Base(
         name="tiny", kind="folder", source=name, fingerprint=FINGERPRINT, architecture=type(model).__name__,
         parameters=1, dtype="float32", vocabulary_size=40, output_embedding=head, modules=compact,
+        tied_embeddings=name.endswith("-tied"),
     )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ from stackctl.engine.base.weight_conversion import load_converting
 from stackctl.lora.target_modules import natural_order
 from stackctl.registry.base_quantization import FOUR_BITS, stored_scheme
 
+_WITHOUT_WORDS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel", "Model")
+"""Ends of the names of classes without a head that a text goes on by."""
+
 
 def load_weights(
     folder: Path, dtype: torch.dtype, device: torch.device, *, four_bits: bool = False, converts: bool = False
@@ -100,6 +103,9 @@ def check_keys(found: dict[str, Any], folder: Path, model: PreTrainedModel) -> N
     }
     if told := [f"{what} {listed(sorted(names, key=natural_order))}" for what, names in problems.items() if names]:
         hint = "config.json and the weights are not of one model: get both again from where they came"
+        own = next(iter(model.config.architectures or ()), "")
+        if own.endswith(_WITHOUT_WORDS):
+            hint = f"it is a {own}, which has no head for words: give a model that goes on with a text"
         raise Incompatible(f"{folder} {', and '.join(told)}", hint=hint)
 
 
