@@ -142,6 +142,10 @@ def _in_registry(hint: str | None) -> str | None:
     """A hint whose commands name the registry that was typed: without it they would look for another."""
     if not hint or Current.registry is None or "--registry" in hint:
         return hint
+    from stackctl.jobs.ranks import is_worker
+
+    if is_worker():  # the command that launched it typed that
+        return hint
     option = f" --registry {shlex.quote(str(Current.registry))}"
     names = "|".join(sorted(_COMMANDS.keys() - {"init", "base"}, key=len, reverse=True))
     return re.sub(rf"\bstackctl (?:base [a-z]+|{names})\b(?!-)", lambda found: found[0] + option, hint)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stackctl.core.command_line import CommandLine
-from stackctl.core.errors import HubFailure, NotFound, StackctlError, VerificationFailed
+from stackctl.core.errors import HubFailure, Incompatible, NotFound, StackctlError, VerificationFailed
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 _SECRETS = (
     (re.compile(r"(?i)\b(bearer(?:\s+|%20)|token=)[\w.~+/=-]{8,}"), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
@@ -66,6 +66,7 @@ def explained(attempt: Attempt) -> Iterator[None]:
 
     Raises:
         NotFound, HubFailure, VerificationFailed: see :func:`explain`.
+        Incompatible: the repo has a file that no disk here can hold.
     """
     import httpx2
 
@@ -74,6 +75,11 @@ def explained(attempt: Attempt) -> Iterator[None]:
     except StackctlError:
         raise
     except (httpx2.HTTPError, httpx2.InvalidURL, *_OF_THE_CLIENT) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise Incompatible(
+                f"{attempt.repo} has a file of a name that is too long for this disk",
+                hint="its owner has to shorten the name; where the whole path is too long, so does a shorter HF_HOME",
+            ) from error
         if isinstance(error, OSError) and (error.errno in _DISK or (error.errno and error.filename is not None)):
             raise
         raise explain(error, attempt) from _scrubbed(error)

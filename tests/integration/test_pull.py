@@ -301,9 +301,9 @@ def test_a_base_that_is_not_here_is_offered(
     run: Callable[..., Any], own_registry: Registry, tmp_path: Path, hub: HubServer
 ) -> None:
     run("push", "style@1", "me/style", *ID)
-    init_registry(tmp_path / "empty")
-    error = run("pull", "me/style", "--registry", tmp_path / "empty", "--json", code=3).json["error"]
-    assert error["hint"] == "stackctl base add tiny acme/tiny"
+    init_registry(registry := tmp_path / "empty")
+    error = run("pull", "me/style", "--registry", registry, "--json", code=3).json["error"]
+    assert error["hint"] == f"stackctl base add --registry {registry} tiny acme/tiny"
     other = make_registry(tmp_path / "changed", make_base("tiny", "sha256:" + "0" * 64))
     before = tree(other)
     run("pull", "me/style", "--registry", other.root, code=4)

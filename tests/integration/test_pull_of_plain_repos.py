@@ -120,9 +120,10 @@ def test_a_folder_that_is_not_there(
 
 def test_a_line_to_paste_holds_nobody_elses_command(run: Callable[..., Any], tmp_path: Path, hub: HubServer) -> None:
     hub.repo("acme/evil", plain_repo(tmp_path, base_model_name_or_path="a/b; touch owned"))
-    init_registry(tmp_path / "empty")
-    error = run("pull", "acme/evil", "--registry", tmp_path / "empty", "--json", code=3).json["error"]
-    assert shlex.split(error["hint"]) == ["stackctl", "base", "add", "b--touch-owned", "a/b; touch owned"]
+    init_registry(registry := tmp_path / "empty")
+    error = run("pull", "acme/evil", "--registry", registry, "--json", code=3).json["error"]
+    typed = ["--registry", str(registry)]
+    assert shlex.split(error["hint"]) == ["stackctl", "base", "add", *typed, "b--touch-owned", "a/b; touch owned"]
 
 
 @pytest.mark.parametrize("path", ["adapter_config.json", "adapter_info.json", "adapter.yaml", "stack.yaml"])
@@ -177,4 +178,4 @@ def test_another_kind_that_can_be_made_a_lora_is_refused_with_the_way(
     hub.repo("acme/dora", plain_repo(tmp_path, use_dora=True))
     error = run("pull", "acme/dora", "--registry", other_registry.root, "--json", code=4).json["error"]
     assert "hf download acme/dora --local-dir FOLDER" in error["hint"]
-    assert "stackctl add dora FOLDER --convert" in error["hint"]
+    assert f"stackctl add --registry {other_registry.root} dora FOLDER --convert" in error["hint"]
