@@ -7,7 +7,8 @@ weights, mapped from its files or read again, never by subtracting: A → B → 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,10 @@ from stackctl.plan.stack_plan import ModulePlan, Replacement, StackPlan
 from stackctl.plan.token_rows import differ_on_tied
 from stackctl.registry.base_quantization import stored_scheme
 from stackctl.registry.store import Registry
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call the keys and values that they are given: since transformers 5.24, and before, as code that
+comes with a model may for ever."""
 
 
 @dataclass
@@ -249,6 +254,11 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return StackedModel(base, folder, model, tokenizer, where)
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What a function of a model calls the keys and values that it goes on from."""
+    return next(name for name in CACHE_ARGUMENTS if name in inspect.signature(function).parameters)
 
 
 @contextlib.contextmanager

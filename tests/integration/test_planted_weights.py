@@ -12,6 +12,7 @@ from stackctl.engine.data.examples import Example
 from stackctl.engine.evaluation.scoring import DataSet, score_examples
 from stackctl.engine.evaluation.weight_fit import fit_weights, member_weights
 from stackctl.engine.evaluation.weighted_members import read_factors
+from stackctl.engine.models import cache_argument
 from stackctl.plan.build import plan_stack
 
 RECORDS, LENGTH = 15, 240
@@ -31,12 +32,12 @@ def test_planted_weights_come_back(h: Any, per: Any, weights: tuple[float, ...])
     stacked.use(plan_stack(plan.base, members))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 260, (RECORDS, 1), generator=generator)
-    read = None
+    cache, read = cache_argument(stacked.model.forward), None
     with torch.no_grad():
         for _ in range(LENGTH):
-            out = stacked.model(input_ids=tokens[:, -1:], past_key_values=read, use_cache=True)
+            out = stacked.model(input_ids=tokens[:, -1:], use_cache=True, **{cache: read})
             drawn = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)
-            tokens, read = torch.cat([tokens, drawn], 1), out.past_key_values
+            tokens, read = torch.cat([tokens, drawn], 1), out[cache]
     examples = [Example(row, [-100, *row[1:]]) for row in tokens.tolist()]
 
     def loss(weights: Any) -> float:

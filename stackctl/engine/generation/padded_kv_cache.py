@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from stackctl.engine.generation.padding import can_pad
 from stackctl.engine.generation.prefix_cache import new_cache
 from stackctl.engine.generation.shared_prefixes import Prefix
-from stackctl.engine.models import StackedModel
+from stackctl.engine.models import StackedModel, cache_argument
 
 _BY_PLACE = "chunked_attention"
 """Attention within chunks that are counted from a batch's first column, which padding would move."""
@@ -130,8 +130,8 @@ class PaddedKVCache:
             input_ids=new,
             attention_mask=(columns >= 0).long(),
             position_ids=columns[:, -new.shape[1] :].clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self._model.forward): cache},
             **keep,
         )
         logits: Tensor = made.logits[:, -1].float()

@@ -23,7 +23,7 @@ from stackctl.engine.generation.reader import Generated
 from stackctl.engine.generation.sampling import Sampling
 from stackctl.engine.generation.stopping import Answer, AnswerCriteria, OnText, endings_of
 from stackctl.engine.libraries import replaced
-from stackctl.engine.models import StackedModel, evaluating
+from stackctl.engine.models import StackedModel, cache_argument, evaluating
 from stackctl.engine.records.prompt_files import Prompt
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def _write_padded(
     rows: Sequence[_Asked], stacked: StackedModel, sampling: Sampling, prefix_cache: PrefixCache | None
 ) -> None:
     """By transformers, prompts padded on the left; it counts positions from each row's first real token."""
+    from transformers import GenerationMixin  # a plain decoder does not need it
+
     answers, batch, seeds = zip(*rows, strict=True)
     width = max(len(ids) for ids in batch)
     known = (stacked.tokenizer.pad_token_id, stacked.tokenizer.eos_token_id)
@@ -132,6 +134,7 @@ def _write_padded(
     chosen.insert(0, raw)
     answering = AnswerCriteria(answers, width, likely)
     cache = prefix_cache.begin(stacked, batch[0]) if prefix_cache else None
+    model = cast("GenerativePreTrainedModel", stacked.model)
     try:
         # ``generate`` fills whatever a configuration leaves open from the model's own; here it finds nothing there.
         with (
@@ -139,13 +142,13 @@ def _write_padded(
             evaluating(stacked.model),
             replaced(stacked.model, "generation_config", GenerationConfig()),
         ):
-            cast("GenerativePreTrainedModel", stacked.model).generate(
+            model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=chosen,
                 stopping_criteria=StoppingCriteriaList([answering]),
-                **({} if cache is None else {"past_key_values": cache}),
+                **({} if cache is None else {cache_argument(GenerationMixin.prepare_inputs_for_generation): cache}),
             )
     finally:
         if prefix_cache:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stackctl.engine.models import CACHE_ARGUMENTS
 from stackctl.engine.noise import OwnDropout
 from stackctl.engine.training.adapter import ADAPTER
 from stackctl.engine.training.fused_functions import Product, apply_gated_mlp, apply_products, rms_norm, rotate
@@ -129,17 +130,17 @@ def _attention(module: Any) -> Forward:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **more: Any,
     ) -> Any:
+        cache = {name: more.pop(name) for name in CACHE_ARGUMENTS if name in more}
         products = _products(hidden_states, layers)
         name = module.config._attn_implementation
-        odd = past_key_values is not None or len(hidden_states) > 1 or name == "eager"
+        odd = any(kept is not None for kept in cache.values()) or len(hidden_states) > 1 or name == "eager"
         # Granite's hybrid hands over no positions at all, Bamba and Nemotron those of a part of each head.
         if products is None or odd or position_embeddings is None or position_embeddings[0].shape[-1] < module.head_dim:
             return own(
                 hidden_states=hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-                past_key_values=past_key_values, **more,
+                **cache, **more,
             )  # fmt: skip
         tokens = hidden_states.shape[1]
         q, k, v = (t.view(tokens, -1, module.head_dim) for t in apply_products(hidden_states, products[:3]))
