@@ -222,7 +222,7 @@ def test_layers_that_peft_renames_when_it_loads_are_kept_whole(
     h = TinyRegistry(run, base, tmp_path, monkeypatch)
 
     def change(key: str, parameter: torch.Tensor) -> None:
-        if key.endswith(("q_proj.weight", "weight_proj.weight", "embed_tokens.weight", "embed_norm.weight")):
+        if key.endswith(("q_proj.linear.weight", "weight_proj.weight", "embed_tokens.weight", "embed_norm.weight")):
             parameter += 0.1 * torch.randn_like(parameter)
 
     folder = tuned_model(h, change)

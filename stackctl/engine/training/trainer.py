@@ -2,7 +2,7 @@
 
 Trainer keeps what it is good at: the loop, accumulation, optimizer, schedule, distribution, resuming. Overridden is
 only what would otherwise be silently wrong here: six public methods, and ``_load_from_checkpoint`` as it is in
-transformers 5.23, which has no public way to say how an adapter is loaded.
+transformers 5.24, which has no public way to say how an adapter is loaded.
 """
 
 from __future__ import annotations
