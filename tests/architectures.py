@@ -181,6 +181,12 @@ _QWEN4: dict[str, Any] = {
 }  # fmt: skip
 _SMALL_VQ: dict[str, Any] = {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}}
 _BESIDES: dict[str, dict[str, Any]] = {
+    "hy_v4_vl": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        }
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
