@@ -30,7 +30,7 @@ from stackctl.core.errors import (
     system_error,
 )
 from stackctl.core.library_messages import reword_message
-from stackctl.jobs.ranks import make_output
+from stackctl.jobs.ranks import is_worker, make_output
 from stackctl.machine.processes import on_signals
 
 _COMMANDS = {
@@ -140,11 +140,7 @@ def _as_ours(error: BaseException) -> StackctlError:
 
 def _in_registry(hint: str | None) -> str | None:
     """A hint whose commands name the registry that was typed: without it they would look for another."""
-    if not hint or Current.registry is None or "--registry" in hint:
-        return hint
-    from stackctl.jobs.ranks import is_worker
-
-    if is_worker():  # the command that launched it typed that
+    if not hint or Current.registry is None or "--registry" in hint or is_worker():  # whose launcher typed it
         return hint
     option = f" --registry {shlex.quote(str(Current.registry))}"
     names = "|".join(sorted(_COMMANDS.keys() - {"init", "base"}, key=len, reverse=True))

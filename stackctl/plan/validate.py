@@ -138,12 +138,10 @@ def _not_of_configuration(
     member: PlanMember, pairs: Pairs, known: dict[str, ModuleShape], expected: set[str] | None
 ) -> Iterator[Problem]:
     """Modules that the configuration tells and the tensors do not, and the other way round."""
-    whole = _missing_whole(member, known)
+    config, whole = member.checkpoint.config, _missing_whole(member, known)
     yield from _told(member, "missing_tensors", whole, "whole modules are missing (modules_to_save)")
     if expected is None:
-        if pairs and not member.checkpoint.config.get(
-            "target_parameters"
-        ):  # of which PEFT would take its own choice, and drop the other tensors
+        if pairs and not config.get("target_parameters"):  # PEFT would take its own choice, and drop the others
             names = json.dumps(sorted({name.rpartition(".")[2] for name in pairs}))
             what = f"{member.label}: its configuration does not say which modules it is for (target_modules)"
             yield Problem("no_targets", what, f'write into its {CONFIG}: "target_modules": {names}', member.label)

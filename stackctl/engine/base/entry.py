@@ -101,6 +101,7 @@ def _describe(
     modules = module_shapes(model)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): module_name for module_name, module in model.named_modules()}
+    tied = _are_tied(model)
     base = Base(
         name=name,
         kind=kind,  # type: ignore[arg-type]
@@ -117,8 +118,8 @@ def _describe(
         context_length=context_length(text_config),
         chat_template=template_digest(folder),
         tokenizer=tokenizer_digest(folder) if kind in ("folder", "hub") else None,
-        tied_embeddings=_are_tied(model),
-        rows_apart=_are_tied(model) and not _ties_rows(model),
+        tied_embeddings=tied,
+        rows_apart=tied and not _ties_rows(model),
         input_embedding=names.get(id(inputs)),
         output_embedding=names.get(id(output)),
         converted_names=converted_names(model),

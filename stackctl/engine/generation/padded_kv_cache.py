@@ -53,6 +53,7 @@ class PaddedKVCache:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._cache_argument = cache_argument(model.forward)
         self._keeps_one = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._lengths: list[int] = []
@@ -131,7 +132,7 @@ class PaddedKVCache:
             attention_mask=(columns >= 0).long(),
             position_ids=columns[:, -new.shape[1] :].clamp(min=0),
             use_cache=True,
-            **{cache_argument(self._model.forward): cache},
+            **{self._cache_argument: cache},
             **keep,
         )
         logits: Tensor = made.logits[:, -1].float()
